@@ -1,0 +1,173 @@
+"""Layer paths: which layers of a decoder a sequence runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPath:
+    """The layers that a sequence runs, in increasing order, out of ``num_layers``.
+
+    Build one with :meth:`full`, :meth:`uniform`, :meth:`early_exit`, :meth:`random`, :meth:`of` or :meth:`parse`.
+    Paths are immutable, hashable and compare by value.
+    """
+
+    num_layers: int
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_num_layers("LayerPath", self.num_layers)
+        previous = -1
+        for layer in self.layers:
+            if not _is_int(layer):
+                raise TypeError(f"LayerPath: layers must be integers, got {layer!r}.")
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(
+                    f"LayerPath: layers must lie in 0..{self.num_layers - 1}, got {layer}. "
+                    f"The model has {self.num_layers} layers, counted from 0."
+                )
+            if layer == previous:
+                raise ValueError(f"LayerPath: layers must be distinct, got {layer} twice.")
+            if layer < previous:
+                raise ValueError(f"LayerPath: layers must increase, got {layer} after {previous}. Use LayerPath.of.")
+            previous = layer
+
+    @staticmethod
+    def full(num_layers: int) -> LayerPath:
+        """The path that runs every layer."""
+        _check_num_layers("LayerPath.full", num_layers)
+        return LayerPath(num_layers, tuple(range(num_layers)))
+
+    @staticmethod
+    def uniform(num_layers: int, budget: int) -> LayerPath:
+        """The path of uniform layer skipping (ULS): ``budget`` layers spread evenly, layer 0 always among them.
+
+        Layer l runs iff the number of layers run so far is at most l * budget / num_layers
+        (arXiv 2410.20022, section 3.1). Paths of different budgets are not nested in general.
+        """
+        _check_budget("LayerPath.uniform", num_layers, budget)
+        layers: list[int] = []
+        for layer in range(num_layers):
+            if len(layers) * num_layers <= layer * budget:
+                layers.append(layer)
+        return LayerPath(num_layers, tuple(layers))
+
+    @staticmethod
+    def early_exit(num_layers: int, budget: int) -> LayerPath:
+        """The path that runs layers 0..budget-1, then leaves through the shared final norm and head."""
+        _check_budget("LayerPath.early_exit", num_layers, budget)
+        return LayerPath(num_layers, tuple(range(budget)))
+
+    @staticmethod
+    def random(num_layers: int, budget: int, seed: int, keep_first: bool = False) -> LayerPath:
+        """A random path of exactly ``budget`` layers (RLS); the same seed gives the same path on every machine.
+
+        ``keep_first`` forces layer 0 into the path ("RLS w/ L1" of arXiv 2410.20022).
+        """
+        _check_budget("LayerPath.random", num_layers, budget)
+        if not _is_int(seed):
+            raise TypeError(f"LayerPath.random: seed must be an integer, got {seed!r}.")
+        # random.Random.sample is stable across platforms and Python versions for integer seeds.
+        generator = random.Random(seed)
+        first = 1 if keep_first else 0
+        drawn = generator.sample(range(first, num_layers), budget - first)
+        return LayerPath(num_layers, tuple(sorted([*range(first), *drawn])))
+
+    @staticmethod
+    def of(num_layers: int, layers: Iterable[int], allow_empty: bool = False) -> LayerPath:
+        """The path of the given layer indices, in any order.
+
+        Raises ValueError for a repeated, negative or too large index, and for no index at all unless
+        ``allow_empty``: a sequence without layers goes from the embedding straight to the head.
+        """
+        chosen = tuple(layers)
+        for layer in chosen:
+            if not _is_int(layer):
+                raise TypeError(f"LayerPath.of: layers must be integers, got {layer!r}.")
+        if not chosen and not allow_empty:
+            raise ValueError("LayerPath.of: layers must name at least one layer, got none. Pass allow_empty=True.")
+        return LayerPath(num_layers, tuple(sorted(chosen)))
+
+    @staticmethod
+    def parse(text: str, num_layers: int) -> LayerPath:
+        """The path that ``text`` names: ``full``, ``uniform:B``, ``exit:B``, ``random:B:SEED`` or ``layers:0,5,23``."""
+        kind, _, rest = text.strip().partition(":")
+        try:
+            if kind == "full" and not rest:
+                return LayerPath.full(num_layers)
+            if kind == "uniform":
+                return LayerPath.uniform(num_layers, budget=_parse_int(rest))
+            if kind == "exit":
+                return LayerPath.early_exit(num_layers, budget=_parse_int(rest))
+            if kind == "random":
+                budget, _, seed = rest.partition(":")
+                return LayerPath.random(num_layers, budget=_parse_int(budget), seed=_parse_int(seed))
+            if kind == "layers":
+                return LayerPath.of(num_layers, [_parse_int(part) for part in rest.split(",")])
+        except _NotAnInteger:
+            pass  # the error below names the whole text, which says more than the part that failed
+        raise ValueError(
+            f"LayerPath.parse: path must be full, uniform:B, exit:B, random:B:SEED or layers:I,J,..., got {text!r}."
+        )
+
+    @property
+    def budget(self) -> int:
+        """How many layers the path runs."""
+        return len(self.layers)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[L], bool on the CPU: True where the layer runs."""
+        import torch
+
+        mask = torch.zeros(self.num_layers, dtype=torch.bool)
+        mask[list(self.layers)] = True
+        return mask
+
+    def __str__(self) -> str:
+        runs: list[str] = []
+        start = previous = -2
+        for layer in (*self.layers, self.num_layers + 1):
+            if layer != previous + 1:
+                if start >= 0:
+                    runs.append(f"{start}" if start == previous else f"{start}-{previous}")
+                start = layer
+            previous = layer
+        return f"{self.budget}/{self.num_layers} layers {{{','.join(runs)}}}"
+
+
+class _NotAnInteger(ValueError):
+    pass
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _NotAnInteger(text) from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_num_layers(function: str, num_layers: int) -> None:
+    if not _is_int(num_layers):
+        raise TypeError(f"{function}: num_layers must be an integer, got {num_layers!r}.")
+    if num_layers < 1:
+        raise ValueError(f"{function}: num_layers must be at least 1, got {num_layers}.")
+
+
+def _check_budget(function: str, num_layers: int, budget: int) -> None:
+    _check_num_layers(function, num_layers)
+    if not _is_int(budget):
+        raise TypeError(f"{function}: budget must be an integer, got {budget!r}.")
+    if not 1 <= budget <= num_layers:
+        raise ValueError(f"{function}: budget must lie in 1..{num_layers}, got {budget}.")
