@@ -1,0 +1,1 @@
+"""The command line: ``dynskip`` and ``python -m dynskip``."""
