@@ -1,0 +1,187 @@
+"""Linear: dense and packed states hold the same bits, and deterministic rows do not depend on their neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dynskip.linear import Linear, packing_obstacle
+
+SHAPES = [(192, 192), (768, 192), (4096, 192), (2048, 2048)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    bias: bool = True,
+    seed: int = 0,
+) -> Linear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    bias_tensor = (
+        torch.randn(out_features, generator=generator).to(dtype) if bias else None
+    )
+    return Linear.of(weight, bias_tensor)
+
+
+def pack_or_skip(linear: Linear) -> Linear:
+    if linear.packing_obstacle is not None:
+        pytest.skip(linear.packing_obstacle)
+    return linear.pack_()
+
+
+def test_private_ops_are_where_this_package_expects_them() -> None:
+    for name in ("_reorder_linear_weight", "_linear_pointwise", "_nbytes"):
+        assert hasattr(torch.ops.mkldnn, name), (
+            f"torch.ops.mkldnn.{name} is gone from torch {torch.__version__}"
+        )
+    schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
+    assert (
+        "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)"
+        in schema
+    )
+    assert packing_obstacle(torch.empty(16, 16)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (4099, 192)])
+def test_packing_and_unpacking_keep_every_bit(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    linear = make(*shape, dtype)
+    before = linear.dense_weight().detach().clone()
+    pack_or_skip(linear)
+    assert linear.packed and linear.weight is None
+    assert torch.equal(linear.dense_weight(), before)
+    linear.unpack_()
+    assert not linear.packed and isinstance(linear.weight, torch.nn.Parameter)
+    assert torch.equal(linear.weight, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 33])
+@torch.no_grad()
+def test_forward_stays_within_twice_the_error_of_eager(
+    num_rows: int, dtype: torch.dtype, packed: bool, activation: str, bias: bool
+) -> None:
+    linear = make(256, 192, dtype, bias)
+    x = torch.randn(num_rows, 192).to(dtype)
+    weight, offset = linear.dense_weight().detach().clone(), linear.bias
+    exact = functional.linear(
+        x.double(), weight.double(), None if offset is None else offset.double()
+    )
+    eager = functional.linear(x, weight, offset)
+    # One rounding of the result to dtype, and a sum in float32 whose order is the library's own business.
+    magnitude = x.double().abs() @ weight.double().abs().T
+    largest, largest_sum = (
+        float(t.abs().max()) if num_rows else 0.0 for t in (exact, magnitude)
+    )
+    rounding = (
+        torch.finfo(dtype).eps * largest
+        + 2 * torch.finfo(torch.float32).eps * largest_sum
+    )
+    if activation == "relu":
+        exact, eager = exact.relu(), eager.relu()
+    if packed:
+        pack_or_skip(linear)
+    for deterministic in (False, True):
+        y = linear(x, activation, deterministic=deterministic)
+        assert y.dtype == dtype and y.shape == (num_rows, 256)
+        if num_rows:
+            error, eager_error = (
+                (y.double() - exact).abs().max(),
+                (eager.double() - exact).abs().max(),
+            )
+            assert error <= max(2 * eager_error, rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_deterministic_rows_do_not_depend_on_their_neighbours(
+    shape: tuple[int, int], packed: bool, dtype: torch.dtype
+) -> None:
+    linear = make(*shape, dtype)
+    if packed:
+        pack_or_skip(linear)
+    x = torch.randn(70, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = linear(x, "relu", deterministic=True)
+    for num_rows in range(1, 71):
+        assert torch.equal(
+            linear(x[:num_rows], "relu", deterministic=True), expected[:num_rows]
+        ), num_rows
+    for first in (1, 5, 15, 16, 33):
+        assert torch.equal(
+            linear(x[first:], "relu", deterministic=True), expected[first:]
+        ), first
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(linear(x[order], "relu", deterministic=True), expected[order])
+
+
+def test_leading_dimensions_are_kept() -> None:
+    linear = make(32, 48, torch.float32)
+    x = torch.randn(2, 3, 48)
+    for deterministic in (False, True):
+        assert linear(x, deterministic=deterministic).shape == (2, 3, 32)
+
+
+def test_dense_weight_is_differentiable_and_packed_says_the_way_out() -> None:
+    linear = make(32, 48, torch.float32)
+    x = torch.randn(5, 48, requires_grad=True)
+    linear(x, "relu").sum().backward()
+    assert (
+        linear.weight is not None
+        and linear.weight.grad is not None
+        and x.grad is not None
+    )
+    linear.pack_()
+    with pytest.raises(
+        RuntimeError, match=r"Linear: x must not require grad .* Call unpack_\(\)"
+    ):
+        linear(x)
+    with torch.no_grad():
+        assert linear(x).shape == (5, 32)
+
+
+def test_state_dict_holds_the_dense_weight_in_both_states() -> None:
+    linear = make(32, 48, torch.bfloat16)
+    dense = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    packed = pack_or_skip(linear).state_dict()
+    assert set(packed) == {"weight", "bias"}
+    assert all(torch.equal(packed[name], dense[name]) for name in dense)
+    with pytest.raises(RuntimeError, match="must be dense to be loaded"):
+        linear.load_state_dict(dense)
+    with pytest.raises(RuntimeError, match="must be dense to be moved or cast"):
+        linear.to(torch.float32)
+
+
+def test_packed_weight_is_the_only_copy() -> None:
+    linear = pack_or_skip(make(256, 192, torch.bfloat16))
+    assert linear.weight_bytes == 256 * 192 * 2
+    assert [name for name, _ in linear.named_parameters()] == ["bias"]
+
+
+def test_obstacles_are_named() -> None:
+    assert "is on meta" in str(packing_obstacle(torch.empty(4, 4, device="meta")))
+    assert "float64" in str(packing_obstacle(torch.empty(4, 4, dtype=torch.float64)))
+    linear = make(4, 4, torch.float64)
+    assert not linear.pack_().packed and linear.packing_obstacle is not None
+
+
+def test_bad_arguments() -> None:
+    linear = make(8, 4, torch.float32)
+    with pytest.raises(
+        ValueError, match="activation must be one of none, relu, got 'gelu'"
+    ):
+        linear(torch.randn(1, 4), "gelu")
+    with pytest.raises(ValueError, match="weight must have 2 dimensions"):
+        Linear.of(torch.randn(4))
+    with pytest.raises(ValueError, match=r"bias must be \[8\]"):
+        Linear.of(torch.randn(8, 4), torch.randn(4))
