@@ -1,0 +1,189 @@
+"""What is OPT's own: its embedding, its decoder layer and its head. No other module knows these.
+
+Parameter names are those of transformers' ``modeling_opt.py``, so checkpoints need no key map. Each layer has two
+forms. The functional one takes rows and returns rows; it is the specification, and differentiable. The in-place one
+updates the residual stream of many sequences through the launchers of a backend; it is what runs in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import OPTConfig
+from transformers.activations import ACT2FN
+
+from dynskip.backends import Backend
+from dynskip.linear import Linear
+
+POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
+
+
+class OPTAttention(nn.Module):
+    """The projections of OPT's self-attention."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        size, bias = config.hidden_size, config.enable_bias
+        self.k_proj = Linear(size, size, bias=bias)
+        self.v_proj = Linear(size, size, bias=bias)
+        self.q_proj = Linear(size, size, bias=bias)
+        self.out_proj = Linear(size, size, bias=bias)
+
+
+class OPTDecoderLayer(nn.Module):
+    """One OPT layer: attention and feed-forward, each with a LayerNorm before it (350m: behind it)."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        size, bias, affine = config.hidden_size, config.enable_bias, config.layer_norm_elementwise_affine
+        self.num_heads = config.num_attention_heads
+        self.head_size = size // self.num_heads
+        self.scale = self.head_size**-0.5
+        self.norm_first = config.do_layer_norm_before
+        self.self_attn = OPTAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(size, elementwise_affine=affine)
+        self.fc1 = Linear(size, config.ffn_dim, bias=bias)
+        self.fc2 = Linear(config.ffn_dim, size, bias=bias)
+        self.final_layer_norm = nn.LayerNorm(size, elementwise_affine=affine)
+        self.fused_relu = config.activation_function == "relu"
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.activation_function]
+
+    # The functional form.
+
+    def query(self, rows: Tensor) -> Tensor:
+        """[R, H, D]: the queries of the layer's input ``rows`` [R, C]."""
+        rows = self.self_attn_layer_norm(rows) if self.norm_first else rows
+        return self._heads(_dense(self.self_attn.q_proj, rows))
+
+    def key_value(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [R, H, D], of the layer's input ``rows`` [R, C]."""
+        rows = self.self_attn_layer_norm(rows) if self.norm_first else rows
+        return self._heads(_dense(self.self_attn.k_proj, rows)), self._heads(_dense(self.self_attn.v_proj, rows))
+
+    def output(self, rows: Tensor, attention: Tensor) -> Tensor:
+        """[R, C]: the layer's output for its input ``rows`` [R, C] and their ``attention`` [R, H, D]."""
+        rows = rows + _dense(self.self_attn.out_proj, attention.reshape(rows.shape))
+        rows = rows if self.norm_first else self.self_attn_layer_norm(rows)
+        hidden = self.final_layer_norm(rows) if self.norm_first else rows
+        rows = rows + _dense(self.fc2, self.activation(_dense(self.fc1, hidden)))
+        return rows if self.norm_first else self.final_layer_norm(rows)
+
+    # The in-place form.
+
+    def attention_input(self, hidden_states: Tensor, row_ids: Tensor | None, backend: Backend) -> Tensor:
+        """[R, C]: what the projections of attention see of some rows of the residual stream [N, C]."""
+        return self._input(self.self_attn_layer_norm, hidden_states, row_ids, backend)
+
+    def project_query(self, attention_input: Tensor, deterministic: bool) -> Tensor:
+        """[R, H, D]: queries of ``attention_input`` [R, C]."""
+        return self._heads(self.self_attn.q_proj(attention_input, deterministic=deterministic))
+
+    def project_key_value(self, attention_input: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [R, H, D], of ``attention_input`` [R, C]."""
+        key = self.self_attn.k_proj(attention_input, deterministic=deterministic)
+        value = self.self_attn.v_proj(attention_input, deterministic=deterministic)
+        return self._heads(key), self._heads(value)
+
+    def add_attention_(
+        self, hidden_states: Tensor, row_ids: Tensor | None, attention: Tensor, backend: Backend, deterministic: bool
+    ) -> None:
+        """Add the projected ``attention`` [R, H, D] to its rows of the residual stream [N, C]."""
+        delta = self.self_attn.out_proj(attention.flatten(1), deterministic=deterministic)
+        self._add_(self.self_attn_layer_norm, hidden_states, row_ids, delta, backend)
+
+    def add_feed_forward_(
+        self, hidden_states: Tensor, row_ids: Tensor | None, backend: Backend, deterministic: bool
+    ) -> None:
+        """Add the feed-forward of some rows to the residual stream [N, C]."""
+        inner = self._input(self.final_layer_norm, hidden_states, row_ids, backend)
+        if self.fused_relu:
+            inner = self.fc1(inner, activation="relu", deterministic=deterministic)
+        else:
+            inner = self.activation(self.fc1(inner, deterministic=deterministic))
+        delta = self.fc2(inner, deterministic=deterministic)
+        self._add_(self.final_layer_norm, hidden_states, row_ids, delta, backend)
+
+    def _input(self, norm: nn.LayerNorm, hidden_states: Tensor, row_ids: Tensor | None, backend: Backend) -> Tensor:
+        if self.norm_first:
+            return backend.gather_layer_norm(hidden_states, row_ids, norm.weight, norm.bias, norm.eps)
+        return hidden_states if row_ids is None else hidden_states.index_select(0, row_ids)
+
+    def _add_(
+        self, norm: nn.LayerNorm, hidden_states: Tensor, row_ids: Tensor | None, delta: Tensor, backend: Backend
+    ) -> None:
+        backend.scatter_add(hidden_states, row_ids, delta)
+        if self.norm_first:
+            return
+        normed = backend.gather_layer_norm(hidden_states, row_ids, norm.weight, norm.bias, norm.eps)
+        if row_ids is None:
+            hidden_states.copy_(normed)
+        else:
+            hidden_states.index_copy_(0, row_ids.long(), normed)
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.view(rows.shape[0], self.num_heads, self.head_size)
+
+
+class OPTDecoder(nn.Module):
+    """OPT without its head: token and position embedding, layers, final LayerNorm."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        embed_size, size = config.word_embed_proj_dim, config.hidden_size
+        projected = embed_size != size
+        final_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
+        self.embed_tokens = nn.Embedding(config.vocab_size, embed_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, size)
+        self.project_out = Linear(size, embed_size, bias=False) if projected else None
+        self.project_in = Linear(embed_size, size, bias=False) if projected else None
+        self.final_layer_norm = (
+            nn.LayerNorm(size, elementwise_affine=config.layer_norm_elementwise_affine) if final_norm else None
+        )
+        self.layers = nn.ModuleList(OPTDecoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    def embed(self, token_ids: Tensor, position_ids: Tensor, deterministic: bool = False) -> Tensor:
+        """[N, C]: the first layer's input for ``token_ids`` and ``position_ids``, each [N], int64; positions from 0."""
+        tokens = self.embed_tokens(token_ids)
+        if self.project_in is not None:
+            tokens = self.project_in(tokens, deterministic=deterministic)
+        return tokens + self.embed_positions(position_ids + POSITION_OFFSET)
+
+    def finish(self, hidden_states: Tensor, deterministic: bool = False) -> Tensor:
+        """[R, E]: what the head sees of ``hidden_states`` [R, C], the last layer's output."""
+        if self.final_layer_norm is not None:
+            hidden_states = self.final_layer_norm(hidden_states)
+        if self.project_out is not None:
+            hidden_states = self.project_out(hidden_states, deterministic=deterministic)
+        return hidden_states
+
+
+class OPTModel(nn.Module):
+    """A level of nesting that transformers' checkpoints have."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        self.decoder = OPTDecoder(config)
+
+
+def check_config(config: OPTConfig) -> None:
+    """Raise ValueError where ``config`` describes no OPT decoder that can be built."""
+    if config.model_type != "opt":
+        raise ValueError(
+            f"OPTForCausalLM: config must describe an OPT model, got model_type {config.model_type!r}. "
+            "Other architectures are not supported."
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"OPTForCausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "
+            f"got {config.num_attention_heads}."
+        )
+    if config.activation_function not in ACT2FN:
+        raise ValueError(
+            f"OPTForCausalLM: activation_function must be known to transformers, got {config.activation_function!r}."
+        )
+
+
+def _dense(linear: Linear, rows: Tensor) -> Tensor:
+    return F.linear(rows, linear.dense_weight(), linear.bias)

@@ -1,0 +1,222 @@
+"""What the ``paths`` argument stands for: a rule that gives every step of a batch its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dynskip.controllers import SequenceController, TokenContext, TokenController
+from dynskip.paths import LayerPath
+from dynskip.plan import KVPolicy, Plan
+
+Paths = LayerPath | Sequence[LayerPath] | Tensor | SequenceController | TokenController | None
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Which tokens a step brings: ``num_new_tokens[i]`` of sequence ``seqs[i]``, the first at ``first_positions[i]``."""
+
+    seqs: tuple[int, ...]
+    first_positions: tuple[int, ...]
+    num_new_tokens: tuple[int, ...]
+    is_prompt: bool
+
+
+class Routing(Protocol):
+    """Gives each step its plan, and says what the plans may store."""
+
+    def plan(self, tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens``."""
+        ...
+
+    def num_entries(self, seq: int, num_tokens: int) -> int:
+        """How many key-value entries the first ``num_tokens`` tokens of ``seq`` take at most, over all layers."""
+        ...
+
+    def path(self, seq: int) -> LayerPath | None:
+        """The path of ``seq``, or None where its tokens have no path in common."""
+        ...
+
+    def repeat(self, num_copies: Sequence[int]) -> Routing:
+        """The routing of a batch that holds ``num_copies[b]`` copies of sequence b, side by side."""
+        ...
+
+
+@dataclass(frozen=True)
+class PathRouting:
+    """One path per sequence, for prompt and output; skipped layers store nothing."""
+
+    paths: tuple[LayerPath, ...]
+
+    def plan(self, tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens``."""
+        return Plan.per_sequence([self.paths[seq] for seq in tokens.seqs], tokens.num_new_tokens)
+
+    def num_entries(self, seq: int, num_tokens: int) -> int:
+        """One entry per token and layer of the path."""
+        return self.paths[seq].budget * num_tokens
+
+    def path(self, seq: int) -> LayerPath | None:
+        """The path of ``seq``."""
+        return self.paths[seq]
+
+    def repeat(self, num_copies: Sequence[int]) -> PathRouting:
+        """The routing of ``num_copies[b]`` copies of each sequence."""
+        return PathRouting(tuple(p for p, copies in zip(self.paths, num_copies, strict=True) for _ in range(copies)))
+
+
+@dataclass(frozen=True)
+class MaskRouting:
+    """A mask per token: ``active[b]`` is [T_b, L], bool, row p for the token at position p of sequence b."""
+
+    active: tuple[Tensor, ...]
+    kv_policy: KVPolicy
+    full_prompt: bool
+
+    def plan(self, tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens``; raises ValueError where the mask is too short for them."""
+        parts = []
+        for seq, first, count in zip(tokens.seqs, tokens.first_positions, tokens.num_new_tokens, strict=True):
+            mask = self.active[seq]
+            if first + count > mask.shape[0]:
+                raise ValueError(
+                    f"paths: the mask of sequence {seq} must cover {first + count} tokens, got {mask.shape[0]}. "
+                    "Give T >= prompt + max_tokens - 1 rows."
+                )
+            parts.append(mask[first : first + count])
+        active = torch.cat(parts)
+        if tokens.is_prompt and self.full_prompt:
+            active = torch.ones_like(active)
+        return Plan.per_token(active, tokens.num_new_tokens, self.kv_policy)
+
+    def num_entries(self, seq: int, num_tokens: int) -> int:
+        """One entry per token and layer, but with EVICT only where the mask holds."""
+        mask = self.active[seq]
+        if self.kv_policy is KVPolicy.EVICT and not self.full_prompt:
+            return int(mask[:num_tokens].sum())
+        return num_tokens * mask.shape[1]
+
+    def path(self, seq: int) -> LayerPath | None:
+        """None: each token has its own layers."""
+        return None
+
+    def repeat(self, num_copies: Sequence[int]) -> MaskRouting:
+        """The routing of ``num_copies[b]`` copies of each sequence."""
+        active = tuple(m for m, copies in zip(self.active, num_copies, strict=True) for _ in range(copies))
+        return MaskRouting(active, self.kv_policy, self.full_prompt)
+
+
+@dataclass(frozen=True)
+class GateRouting:
+    """A controller that decides at each layer which rows run it."""
+
+    controller: TokenController
+    num_layers: int
+    kv_policy: KVPolicy
+    full_prompt: bool
+
+    def plan(self, tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens``; the controller is asked while the step runs."""
+        counts = torch.tensor(tokens.num_new_tokens)
+        firsts = torch.tensor(tokens.first_positions)
+        seq_ids = torch.arange(len(tokens.seqs), dtype=torch.int32).repeat_interleave(counts)
+        starts = counts.cumsum(0) - counts
+        position_ids = torch.arange(len(seq_ids)) - starts[seq_ids.long()] + firsts[seq_ids.long()]
+        is_prompt = torch.full((len(seq_ids),), tokens.is_prompt)
+        everything = tokens.is_prompt and self.full_prompt
+
+        def decide(layer: int, hidden_states: Tensor) -> Tensor:
+            device = hidden_states.device
+            if everything:
+                return torch.ones(len(seq_ids), dtype=torch.bool, device=device)
+            context = TokenContext(seq_ids.to(device), position_ids.to(device), is_prompt.to(device))
+            return self.controller.active(layer, hidden_states, context)
+
+        return Plan.decided(decide, self.num_layers, tokens.num_new_tokens, self.kv_policy)
+
+    def num_entries(self, seq: int, num_tokens: int) -> int:
+        """One entry per token and layer: the most that the controller can ask for."""
+        return num_tokens * self.num_layers
+
+    def path(self, seq: int) -> LayerPath | None:
+        """None: each token has its own layers."""
+        return None
+
+    def repeat(self, num_copies: Sequence[int]) -> GateRouting:
+        """Itself: the controller knows no sequences."""
+        return self
+
+
+def resolve(
+    paths: Paths,
+    num_layers: int,
+    prompts: Sequence[Tensor],
+    embed: Callable[[Tensor], Tensor],
+    kv_policy: str | None = None,
+    prompt_depth: str = "path",
+    function: str = "generate",
+) -> Routing:
+    """The routing that ``paths`` stands for.
+
+    prompts: per sequence [T], int64. embed: token ids to embeddings, for controllers that decide per sequence.
+    Raises TypeError or ValueError, naming ``function``, for anything that does not fit the model or the batch.
+    """
+    if prompt_depth not in ("path", "full"):
+        raise ValueError(f"{function}: prompt_depth must be 'path' or 'full', got {prompt_depth!r}.")
+    num_seqs = len(prompts)
+    if isinstance(paths, SequenceController):
+        paths = paths.choose_paths(prompts, [embed(prompt) for prompt in prompts])
+    if isinstance(paths, TokenController):
+        known = getattr(paths, "num_layers", num_layers)
+        if known != num_layers:
+            raise ValueError(f"{function}: the controller must decide for {num_layers} layers, got {known}.")
+        return GateRouting(paths, num_layers, KVPolicy.per_token(kv_policy), prompt_depth == "full")
+    if isinstance(paths, Tensor) and paths.dim() == 3:
+        masks = _check_mask(paths, num_layers, num_seqs, function)
+        return MaskRouting(tuple(masks), KVPolicy.per_token(kv_policy), prompt_depth == "full")
+    if kv_policy is not None or prompt_depth == "full":
+        name, value = ("kv_policy", kv_policy) if kv_policy is not None else ("prompt_depth", prompt_depth)
+        raise ValueError(
+            f"{function}: {name} must be left out with per-sequence paths, got {value!r}. A skipped layer stores "
+            "nothing there; give a [B, T, L] mask to choose."
+        )
+    if paths is None:
+        return PathRouting((LayerPath.full(num_layers),) * num_seqs)
+    if isinstance(paths, LayerPath):
+        paths = [paths] * num_seqs
+    if isinstance(paths, Tensor):
+        paths = _paths_of_mask(_check_mask(paths, num_layers, num_seqs, function), function)
+    if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(p, LayerPath) for p in paths):
+        raise TypeError(
+            f"{function}: paths must be a LayerPath, a list of them, a bool tensor [B, L] or [B, T, L], a controller or "
+            f"None, got {type(paths).__name__}. LayerPath.parse reads texts such as 'uniform:8'."
+        )
+    if len(paths) != num_seqs:
+        raise ValueError(f"{function}: paths must be one per sequence, got {len(paths)} for {num_seqs} sequences.")
+    for path in paths:
+        if path.num_layers != num_layers:
+            raise ValueError(f"{function}: paths must be for {num_layers} layers, got a path for {path.num_layers}.")
+    return PathRouting(tuple(paths))
+
+
+def _check_mask(mask: Tensor, num_layers: int, num_seqs: int, function: str) -> Tensor:
+    expected = f"[{num_seqs}, {num_layers}]" if mask.dim() == 2 else f"[{num_seqs}, T, {num_layers}]"
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{function}: paths must be bool {expected}, got {mask.dtype}. Use paths.bool().")
+    if mask.dim() not in (2, 3) or mask.shape[0] != num_seqs or mask.shape[-1] != num_layers:
+        raise ValueError(f"{function}: paths must be bool {expected}, got shape {list(mask.shape)}.")
+    return mask.cpu()
+
+
+def _paths_of_mask(mask: Tensor, function: str) -> list[LayerPath]:
+    for seq, row in enumerate(mask):
+        if not row.any():
+            raise ValueError(
+                f"{function}: paths must run at least one layer for each sequence, got none for sequence {seq}. "
+                "To skip all layers, pass LayerPath.of(num_layers, [], allow_empty=True)."
+            )
+    return [LayerPath.of(mask.shape[1], row.nonzero().flatten().tolist()) for row in mask]
