@@ -1,0 +1,80 @@
+# Every target sets up what it needs first: `make test` in a fresh clone is enough. A second run starts in seconds.
+#   make demo    prompts along different paths in one batch, and the seconds saved
+#   make test    all tests                          ARGS="-k paths" is handed to pytest
+#   make lint    ruff and mypy
+#   make bench   the benchmarks                     ARGS="--help" lists their options
+#   make compat  all tests with the oldest supported triton and an older transformers
+#   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT=0 or 1: see setup.py
+
+SHELL := /bin/sh
+VENV := .venv
+COMPAT := .venv-compat
+EXTRAS := train,eval,dev
+ARGS ?=
+PYTHON ?= $(shell sh .ci/find-python)
+EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: demo test lint format bench compat setup clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/dynskip demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/dynskip bench $(ARGS)
+
+compat: $(COMPAT)/.installed
+	$(COMPAT)/bin/python -m pytest $(ARGS)
+
+setup: $(VENV)/.installed
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/.installed $(VENV)/.dependencies $(COMPAT)/.installed
+
+# torch goes first and pinned: a resolver that meets it later could choose another build, gigabytes larger.
+# Then what builds the package, because nothing is built in isolation, and then the rest.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies setup.py $(EXT_SOURCES)
+	$(call install_package,$(VENV),constraints.txt)
+	touch $@
+
+# triton is installed without its place in the resolution, before and after: a CUDA build of torch asks for its own.
+$(COMPAT)/.installed: pyproject.toml constraints.txt setup.py $(EXT_SOURCES)
+	$(call make_venv,$(COMPAT))
+	grep -v -E '^(transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > $(COMPAT)/constraints.txt
+	echo 'transformers==5.17.*' >> $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt torch
+	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt setuptools wheel ninja numpy
+	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
+	$(call install_package,$(COMPAT),$(COMPAT)/constraints.txt)
+	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
+	touch $@
+
+define make_venv
+@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 with venv found; name one with PYTHON=..." >&2; exit 1; }
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
+
+# pip shows a build's output only when it fails: the log is kept, and a package without its extension says so here.
+define install_package
+@echo "installing dynskip into $(1) (log: $(1)/install.log)"
+@$(1)/bin/python -m pip install -v -c $(2) --no-build-isolation -e '.[$(EXTRAS)]' > $(1)/install.log 2>&1 \
+	|| { tail -n 60 $(1)/install.log; exit 1; }
+@grep -A 4 '!!!!!!!!' $(1)/install.log >&2 || true
+endef

@@ -1,0 +1,23 @@
+"""What every test runs under; imported before the tests, and so before anything that reads these variables."""
+
+from __future__ import annotations
+
+import os
+
+# Nothing is fetched: a test that needs the network fails here, on every machine, and not only on the one without.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import torch
+
+# Triton reads this once, when it is imported: without a GPU its kernels run on CPU tensors under its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No deadline: the machine may be shared. The same examples each time, so that a red run is red again;
+# HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
