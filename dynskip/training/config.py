@@ -1,0 +1,101 @@
+"""What a run is made of, as data: the model's shape, its phases and their schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dynskip.paths import LayerPath
+from dynskip.training.schedule import LearningRate, PathMenu
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The shape of an OPT model: pre-LayerNorm, tied head."""
+
+    num_layers: int = 24
+    hidden_size: int = 192
+    ffn_size: int = 768
+    num_heads: int = 3
+    vocab_size: int = 4096
+    max_positions: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of training. It ends after ``max_steps`` or ``max_minutes``, whichever comes first."""
+
+    name: str
+    response_only: bool
+    passage_share: float
+    budget_weights_start: dict[int, float]
+    budget_weights_end: dict[int, float]
+    learning_rate: LearningRate
+    max_steps: int | None = None
+    max_minutes: float | None = None
+
+    def menu(self, num_layers: int) -> PathMenu:
+        """The menu of uniform paths with the phase's budgets; the budget ``num_layers`` is the full path."""
+        if set(self.budget_weights_start) != set(self.budget_weights_end):
+            raise ValueError(
+                f"Phase: budget_weights_end must name the budgets of budget_weights_start, got "
+                f"{sorted(self.budget_weights_end)} and {sorted(self.budget_weights_start)}. Use a weight of 0."
+            )
+        budgets = sorted(self.budget_weights_start, reverse=True)
+        return PathMenu(
+            tuple(LayerPath.uniform(num_layers, budget=budget) for budget in budgets),
+            tuple(self.budget_weights_start[budget] for budget in budgets),
+            tuple(self.budget_weights_end[budget] for budget in budgets),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A whole run: tokenizer, phases one after the other, export."""
+
+    shape: ModelShape
+    phases: tuple[Phase, ...]
+    tokens_per_batch: int = 4096
+    window: int = 512
+    muon_lr: float = 0.01
+    adamw_lr: float = 2e-3
+    weight_decay: float = 0.1
+    seed: int = 0
+    split_seed: int = 42
+    save_every_s: float = 300.0
+    num_watched_rows: int = 256
+    preset: str = field(default="", compare=False)
+
+
+def opt_mini() -> RunConfig:
+    """The recipe of the model that the package ships.
+
+    Shallow paths come first and deeper ones later: a ULS-4 step costs a sixth of a full one and trains layers that
+    every deeper path of the menu shares.
+    """
+    return RunConfig(
+        shape=ModelShape(),
+        phases=(
+            Phase(
+                "pretrain",
+                response_only=False,
+                passage_share=0.25,
+                budget_weights_start={24: 0.10, 12: 0.15, 8: 0.25, 4: 0.50},
+                budget_weights_end={24: 0.45, 12: 0.20, 8: 0.15, 4: 0.20},
+                learning_rate=LearningRate(1.0, 0.6, warmup_steps=100),
+                max_minutes=70,
+            ),
+            Phase(
+                "finetune",
+                response_only=True,
+                passage_share=0.0,
+                budget_weights_start={24: 0.45, 12: 0.20, 8: 0.15, 4: 0.20},
+                budget_weights_end={24: 0.45, 12: 0.20, 8: 0.15, 4: 0.20},
+                learning_rate=LearningRate(0.6, 0.0, warmup_steps=20),
+                max_minutes=28,
+            ),
+        ),
+        preset="opt-mini",
+    )
+
+
+PRESETS = {"opt-mini": opt_mini}

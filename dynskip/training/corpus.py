@@ -1,0 +1,118 @@
+"""The two public data sets: Alpaca rows with the paper's split, and T0 passages without their repetitions."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_END_MARK = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One Alpaca row: what is asked, an input that may be empty, and the response."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Everything a run reads: the three Alpaca parts and the passages of the T0 file."""
+
+    train: list[Instruction]
+    validation: list[Instruction]
+    test: list[Instruction]
+    passages: list[str]
+
+
+def _open_text(path: Path) -> Iterable[str]:
+    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+        yield from file
+
+
+def _is_jsonl(path: Path) -> bool:
+    return ".jsonl" in path.suffixes
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """Alpaca rows in file order, from JSON (a list of objects), plain or packed with xz."""
+    rows = json.loads("".join(_open_text(path)))
+    if not isinstance(rows, list) or not rows or not {"instruction", "output"} <= set(rows[0]):
+        raise ValueError(
+            f"read_instructions: {path.name} must hold a list of objects with instruction, input and output, "
+            f"got {type(rows).__name__}. Give Alpaca as published."
+        )
+    return [Instruction(row["instruction"], row.get("input", ""), row["output"]) for row in rows]
+
+
+def split_instructions(
+    rows: list[Instruction], seed: int = 42
+) -> tuple[list[Instruction], list[Instruction], list[Instruction]]:
+    """Training, validation and test rows: 70 / 15 / 15, as ``datasets`` draws them in arXiv 2410.20022."""
+    from datasets import Dataset
+
+    numbered = Dataset.from_dict({"index": list(range(len(rows)))})
+    first = numbered.train_test_split(test_size=0.3, seed=seed)
+    second = first["test"].train_test_split(test_size=0.5, seed=seed)
+    train, validation, test = (
+        [rows[index] for index in part["index"]] for part in (first["train"], second["train"], second["test"])
+    )
+    return train, validation, test
+
+
+def unique_passages(texts: Iterable[str], min_chars: int = 80, min_fresh: float = 0.5) -> list[str]:
+    """One text for each input that says something new, in order: its lines of ``min_chars`` and more whose
+    sentences, by characters, are new to at least ``min_fresh``.
+
+    T0 shows one passage under many templates; counted by sentences nothing is trained on ten times by accident.
+    """
+    seen: set[str] = set()
+    passages: list[str] = []
+    for text in texts:
+        kept: list[str] = []
+        for line in text.replace(_END_MARK, "").split("\n"):
+            sentences = [sentence for sentence in _SENTENCE_END.split(line.strip()) if sentence]
+            fresh = [sentence for sentence in sentences if sentence not in seen]
+            seen.update(fresh)
+            num_chars = sum(map(len, sentences))
+            if num_chars >= min_chars and sum(map(len, fresh)) >= min_fresh * num_chars:
+                kept.append(line.strip())
+        if kept:
+            passages.append("\n".join(kept))
+    return passages
+
+
+def read_passages(path: Path) -> list[str]:
+    """Deduplicated passages of a JSON-lines file of ``prompt`` and ``completion``, plain or packed with xz."""
+    texts: list[str] = []
+    for number, line in enumerate(_open_text(path), start=1):
+        row = json.loads(line)
+        if "prompt" not in row or "completion" not in row:
+            raise ValueError(
+                f"read_passages: {path.name} line {number} must hold prompt and completion, got {sorted(row)}. "
+                "Give the T0 file as published."
+            )
+        texts += [row["prompt"], row["completion"]]
+    return unique_passages(texts)
+
+
+def read_corpus(paths: Iterable[Path], split_seed: int = 42) -> Corpus:
+    """The corpus in ``paths``: ``*.json[.xz]`` is read as Alpaca and split, ``*.jsonl[.xz]`` as T0."""
+    rows: list[Instruction] = []
+    passages: list[str] = []
+    for path in paths:
+        if _is_jsonl(path):
+            passages += read_passages(path)
+        else:
+            rows += read_instructions(path)
+    if not rows:
+        raise ValueError("read_corpus: paths must name an Alpaca file, got none. Add --data .../alpaca_data.json.xz.")
+    train, validation, test = split_instructions(rows, split_seed)
+    return Corpus(train, validation, test, passages)

@@ -1,0 +1,79 @@
+"""The byte-level BPE tokenizer of a small model, and the template of its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dynskip.training.corpus import Corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD_TOKEN = "<pad>"
+END_TOKEN = "</s>"
+INSTRUCTION_MARK = "### Instruction:\n"
+INPUT_MARK = "\n### Input:\n"
+RESPONSE_MARK = "\n### Response:\n"
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '### Instruction:\n' + message['content'] + '\n### Response:\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def prompt_text(instruction: str, input_text: str = "") -> str:
+    """The prompt for an instruction: the short template that the model is trained with."""
+    middle = INPUT_MARK + input_text if input_text else ""
+    return INSTRUCTION_MARK + instruction + middle + RESPONSE_MARK
+
+
+def training_texts(corpus: Corpus) -> Iterable[str]:
+    """The texts a tokenizer may learn from: all passages and Alpaca's training rows, never the held-out ones."""
+    yield from corpus.passages
+    for row in corpus.train:
+        yield from (row.instruction, row.input, row.output)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int, progress: bool = True
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``vocab_size`` tokens that puts ``</s>`` in front of a text, as OPT's does.
+
+    Every byte has a token, so any text survives a round trip. The marks of the template are one token each.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = [INSTRUCTION_MARK, INPUT_MARK, RESPONSE_MARK]
+    smallest = 256 + 2 + len(marks)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"train_tokenizer: vocab_size must be at least {smallest}, got {vocab_size}. "
+            "256 bytes, two special tokens and the marks of the template need a place."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(marks),
+        special_tokens=[PAD_TOKEN, END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in marks])
+    end_id = tokenizer.token_to_id(END_TOKEN)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_TOKEN} $A", pair=f"{END_TOKEN} $A $B", special_tokens=[(END_TOKEN, end_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_TOKEN,
+        eos_token=END_TOKEN,
+        unk_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        model_max_length=max_length,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
