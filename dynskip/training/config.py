@@ -62,7 +62,7 @@ class RunConfig:
     seed: int = 0
     split_seed: int = 42
     save_every_s: float = 300.0
-    num_watched_rows: int = 256
+    num_watched_rows: int = 128
     preset: str = field(default="", compare=False)
 
 
@@ -79,8 +79,8 @@ def opt_mini() -> RunConfig:
                 "pretrain",
                 response_only=False,
                 passage_share=0.25,
-                budget_weights_start={24: 0.10, 12: 0.15, 8: 0.25, 4: 0.50},
-                budget_weights_end={24: 0.45, 12: 0.20, 8: 0.15, 4: 0.20},
+                budget_weights_start={24: 0.05, 12: 0.10, 8: 0.25, 4: 0.60},
+                budget_weights_end={24: 0.35, 12: 0.30, 8: 0.17, 4: 0.18},
                 learning_rate=LearningRate(1.0, 0.6, warmup_steps=100),
                 max_minutes=70,
             ),
@@ -88,8 +88,8 @@ def opt_mini() -> RunConfig:
                 "finetune",
                 response_only=True,
                 passage_share=0.0,
-                budget_weights_start={24: 0.45, 12: 0.20, 8: 0.15, 4: 0.20},
-                budget_weights_end={24: 0.45, 12: 0.20, 8: 0.15, 4: 0.20},
+                budget_weights_start={24: 0.40, 12: 0.24, 8: 0.18, 4: 0.18},
+                budget_weights_end={24: 0.40, 12: 0.24, 8: 0.18, 4: 0.18},
                 learning_rate=LearningRate(0.6, 0.0, warmup_steps=20),
                 max_minutes=28,
             ),
