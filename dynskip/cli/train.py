@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_arguments(parser)
-    return parser
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=["opt-mini"], default="opt-mini", help="the recipe (default: opt-mini)")
     parser.add_argument(
         "--data",
@@ -60,6 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=float, metavar="S", help="seconds between two checkpoints")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
 
 
 def _phase_numbers(option: str, pairs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
@@ -132,40 +129,28 @@ def evaluate(model: OPTForCausalLM, examples: Sequence[Example], pad_id: int) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 after a finished run, 2 on a user's mistake."""
-    try:
-        for path in args.data:
-            if not path.is_file():
-                raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
-        if args.threads is not None and args.threads < 1:
-            raise ValueError(f"train: --threads must be at least 1, got {args.threads}. Leave it out for the default.")
-        config = _config(args)
-        import torch
+    """Exit status 0 after a finished run; a user's mistake is a ValueError."""
+    for path in args.data:
+        if not path.is_file():
+            raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"train: --threads must be at least 1, got {args.threads}. Leave it out for the default.")
+    config = _config(args)
+    for package in ("accelerate", "datasets"):
+        if find_spec(package) is None:
+            raise ValueError(f"train: {package} must be installed. Install it with `pip install dynskip[train]`.")
+    import torch
 
-        from dynskip.training.run import TrainingRun
+    from dynskip.training.run import TrainingRun
 
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        exported = TrainingRun(config, args.data, args.out, evaluate, progress=not args.quiet).train()
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    exported = TrainingRun(config, args.data, args.out, evaluate, progress=not args.quiet).train()
     print(f"{exported}: model and tokenizer; {args.out / 'scores.json'}: bits per byte of each path")
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status of ``python -m dynskip.cli.train``, whose options are those of ``dynskip train``."""
-    parser = argparse.ArgumentParser(
-        prog="dynskip train",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from dynskip.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
