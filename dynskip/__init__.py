@@ -1,0 +1,38 @@
+"""dynskip: one decoder-only transformer, each sequence through its own subset of the layers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dynskip.version import __version__
+
+if TYPE_CHECKING:
+    from dynskip import ops, reference
+    from dynskip.llm import LLM, Output
+    from dynskip.model import OPTForCausalLM
+    from dynskip.paths import LayerPath
+    from dynskip.sampling import SamplingParams
+
+__all__ = ["LLM", "LayerPath", "OPTForCausalLM", "Output", "SamplingParams", "__version__", "ops", "reference"]
+
+# Resolved on first use: `import dynskip` stays quick, and needs neither transformers nor a compiler nor Triton.
+_HOME = {
+    "LLM": "dynskip.llm",
+    "LayerPath": "dynskip.paths",
+    "OPTForCausalLM": "dynskip.model",
+    "Output": "dynskip.llm",
+    "SamplingParams": "dynskip.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in ("ops", "reference"):
+        return importlib.import_module(f"dynskip.{name}")
+    raise AttributeError(f"module 'dynskip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

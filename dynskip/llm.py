@@ -1,0 +1,218 @@
+"""The text-level entry point: prompts in, texts out, each along its own path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynskip.generate import Generation, OutputSequence
+from dynskip.model import ExecutorName, OPTForCausalLM
+from dynskip.paths import LayerPath
+from dynskip.routing import Paths
+from dynskip.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One output of a prompt; the fields are those of Output."""
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    logprobs: list[dict[int, float]] | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one prompt became.
+
+    prompt_ids: the prompt as the model saw it.
+    path: the layers that prompt and output ran, or None where each token had its own.
+    token_ids: the new tokens, with the end-of-sequence token if it came.
+    text: the new text without special tokens and without the stop text; None without a tokenizer.
+    finish_reason: "stop" (end of sequence, stop token or stop text) or "length".
+    logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
+    samples: all ``n`` outputs; the fields above are those of the first.
+    """
+
+    prompt_ids: list[int]
+    path: LayerPath | None
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    logprobs: list[dict[int, float]] | None
+    samples: tuple[Sample, ...]
+
+
+class LLM:
+    """A model and its tokenizer.
+
+    model: an OPTForCausalLM, a directory, a hub id, or None for the small model shipped with the package.
+    tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object
+        without a tokenizer takes token ids only.
+    dtype, device, backend, deterministic: as in OPTForCausalLM.from_pretrained; not with a model object.
+    """
+
+    def __init__(
+        self,
+        model: OPTForCausalLM | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        deterministic: bool | None = None,
+    ) -> None:
+        options = {"dtype": dtype, "device": device, "backend": backend, "deterministic": deterministic}
+        given = {name: value for name, value in options.items() if value is not None}
+        if isinstance(model, OPTForCausalLM):
+            if given:
+                raise ValueError(f"LLM: {next(iter(given))} must be left out with a model object, got both.")
+            self.model = model
+        else:
+            if model is None:
+                from dynskip.assets import opt_mini_directory
+
+                model = opt_mini_directory()
+            self.model = OPTForCausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
+            tokenizer = model if tokenizer is None else tokenizer
+        self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        paths: Paths = None,
+        *,
+        kv_policy: str | None = None,
+        prompt_depth: str = "path",
+        executor: ExecutorName = "compact",
+        progress: bool = False,
+    ) -> list[Output]:
+        """One Output per prompt, in order; the batch runs together, each prompt along its own path.
+
+        prompts: texts, or token ids. params: one for all, or one per prompt; None for the defaults.
+        paths: a LayerPath, one per prompt, bool [B, L], bool [B, T, L] per token (T >= prompt + max_tokens - 1; row p is
+            the token at position p), a controller, or None for all layers.
+        kv_policy, prompt_depth: for per-token paths only: what a skipped layer stores ("propagate", "evict", "share"),
+            and whether the prompt runs its own layers ("path") or all ("full").
+        progress: show a progress bar on stderr.
+
+        Raises: TypeError, ValueError on bad input, KVCacheMemoryError where the cache does not fit; nothing has run then.
+        """
+        prompt_ids = self._encode(prompts)
+        all_params = self._params(params, len(prompt_ids))
+        generation = Generation(
+            self.model, prompt_ids, all_params, paths, kv_policy, prompt_depth, executor, self._stops_early
+        )
+        sequences = _run_with_bar(generation) if progress else generation.run()
+        outputs, first = [], 0
+        for ids, param in zip(prompt_ids, all_params, strict=True):
+            outputs.append(self._output(ids, sequences[first : first + param.n]))
+            first += param.n
+        return outputs
+
+    def _encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(
+                f"generate: prompts must be a list of texts or of token ids, got {type(prompts).__name__}. "
+                "Put a single prompt into a list."
+            )
+        if not prompts:
+            raise ValueError("generate: prompts must hold at least one prompt, got none.")
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise ValueError(
+                        f"generate: prompt {index} must be token ids, got text and no tokenizer. Pass tokenizer= to LLM."
+                    )
+                if not prompt:
+                    raise ValueError(f"generate: prompt {index} must hold at least one token, got empty text.")
+                encoded.append(list(self.tokenizer(prompt)["input_ids"]))
+            elif isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+                encoded.append(list(prompt))
+            else:
+                raise TypeError(
+                    f"generate: prompt {index} must be text or a list of token ids, got {type(prompt).__name__}."
+                )
+        return encoded
+
+    def _params(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            all_params = [params or SamplingParams()] * num_prompts
+        else:
+            all_params = list(params)
+            if not all(isinstance(param, SamplingParams) for param in all_params):
+                raise TypeError("generate: params must be SamplingParams, or one per prompt, got something else.")
+            if len(all_params) != num_prompts:
+                raise ValueError(
+                    f"generate: params must be one for all or one per prompt, got {len(all_params)} for "
+                    f"{num_prompts} prompts."
+                )
+        if self.tokenizer is None and any(param.stop for param in all_params):
+            raise ValueError("generate: stop must be left out without a tokenizer. Use stop_token_ids.")
+        return all_params
+
+    def _stops_early(self, sequence: OutputSequence) -> bool:
+        text = self._decode(sequence.token_ids)
+        return text is not None and any(stop in text for stop in sequence.params.stop)
+
+    def _decode(self, token_ids: list[int]) -> str | None:
+        if self.tokenizer is None:
+            return None
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str), "one sequence decodes to one text"
+        return text
+
+    def _output(self, prompt_ids: list[int], sequences: Sequence[OutputSequence]) -> Output:
+        samples = []
+        for sequence in sequences:
+            text = self._decode(sequence.token_ids)
+            if text is not None:
+                ends = [text.find(stop) for stop in sequence.params.stop if stop in text]
+                text = text[: min(ends)] if ends else text
+            assert sequence.finish_reason is not None, "generation runs every sequence to its end"
+            logprobs = None if sequence.params.logprobs is None else sequence.logprobs
+            samples.append(Sample(sequence.token_ids, text, sequence.finish_reason, logprobs))
+        first = samples[0]
+        return Output(
+            prompt_ids,
+            sequences[0].path,
+            first.token_ids,
+            first.text,
+            first.finish_reason,
+            first.logprobs,
+            tuple(samples),
+        )
+
+
+def _load_tokenizer(source: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"LLM: {source} must hold a tokenizer, got: {error}. Pass tokenizer=, or an OPTForCausalLM to use token ids."
+        ) from error
+
+
+def _run_with_bar(generation: Generation) -> list[OutputSequence]:
+    from tqdm import tqdm
+
+    total = sum(sequence.params.max_tokens for sequence in generation.sequences)
+    with tqdm(total=total, unit="token", desc="generate", leave=False) as bar:
+
+        def update(state: Generation) -> None:
+            bar.update(sum(len(sequence.token_ids) for sequence in state.sequences) - bar.n)
+
+        return generation.run(update)

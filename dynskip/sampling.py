@@ -1,0 +1,121 @@
+"""Sampling parameters, and the choice of the next token from logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the output of one prompt is chosen, and when it ends.
+
+    max_tokens: new tokens at most, at least 1.
+    temperature: 0 takes the most likely token; otherwise logits are divided by it.
+    top_k: sample among the k most likely tokens; None for all.
+    top_p: sample among the fewest tokens whose probabilities sum to at least top_p, in (0, 1].
+    n: how many outputs for the prompt.
+    logprobs: also report the log-probabilities of this many most likely tokens and of the chosen one; None for none.
+        They are those of the model, before temperature, top_k and top_p.
+    stop: text, or texts, that end the output; the output is cut before it.
+    stop_token_ids: token ids that end the output, besides the model's end-of-sequence token.
+    ignore_eos: go on after the end-of-sequence token.
+    seed: makes sampling repeatable; output j of a prompt draws from seed + j. None draws a new seed each time.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    n: int = 1
+    logprobs: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("max_tokens", "n"):
+            self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "be an integer of at least 1")
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        self._check("temperature", number and math.isfinite(self.temperature) and self.temperature >= 0, "be at least 0")
+        number = isinstance(self.top_p, (int, float)) and not isinstance(self.top_p, bool)
+        self._check("top_p", number and 0 < self.top_p <= 1, "lie in (0, 1]")
+        self._check("top_k", self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1), "be at least 1 or None")
+        valid = self.logprobs is None or (_is_int(self.logprobs) and self.logprobs >= 0)
+        self._check("logprobs", valid, "be at least 0 or None")
+        self._check("stop", all(isinstance(text, str) and text for text in self.stop), "be text that is not empty")
+        self._check("stop_token_ids", all(_is_int(token) for token in self.stop_token_ids), "be token ids")
+        valid = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)
+        self._check("seed", valid, "lie in 0..2**63-1 or be None")
+
+    def _check(self, name: str, valid: bool, requirement: str) -> None:
+        if not valid:
+            raise ValueError(f"SamplingParams: {name} must {requirement}, got {getattr(self, name)!r}.")
+
+    @property
+    def greedy(self) -> bool:
+        """True where no random number is drawn."""
+        return self.temperature == 0
+
+
+class Sampler:
+    """Chooses the next tokens of one output after another; holds its random state.
+
+    index: which of the prompt's ``n`` outputs this is.
+    """
+
+    def __init__(self, params: SamplingParams, index: int = 0) -> None:
+        self.params = params
+        self.generator: torch.Generator | None = None
+        if not params.greedy:
+            self.generator = torch.Generator()
+            if params.seed is None:
+                self.generator.manual_seed(int(torch.randint(2**62, ())))
+            else:
+                self.generator.manual_seed((params.seed + index) % 2**63)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, drawn from ``logits`` [V] on the CPU."""
+        assert self.generator is not None, "greedy tokens are chosen for the whole batch at once"
+        probabilities = filtered_probabilities(logits, self.params)
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+
+def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """[V], float32: what a token is drawn from, after temperature, then top_k, then top_p."""
+    scaled = logits.float() / params.temperature
+    if params.top_k is not None and params.top_k < scaled.numel():
+        kept = torch.full_like(scaled, -math.inf)
+        values, tokens = scaled.topk(params.top_k)
+        scaled = kept.index_copy_(0, tokens, values)
+    probabilities = scaled.softmax(0)
+    if params.top_p < 1:
+        values, tokens = probabilities.sort(descending=True, stable=True)
+        # A token stays if those before it do not yet reach top_p: the first always stays.
+        values = values.masked_fill_(values.cumsum(0) - values >= params.top_p, 0)
+        probabilities = torch.zeros_like(probabilities).index_copy_(0, tokens, values)
+        probabilities /= probabilities.sum()
+    return probabilities
+
+
+def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """One token per row of ``logits`` [B, V]: the most likely one, or a draw of the row's sampler."""
+    if all(sampler.params.greedy for sampler in samplers):
+        tokens: list[int] = logits.argmax(-1).tolist()
+        return tokens
+    on_cpu = logits.cpu()
+    best = on_cpu.argmax(-1).tolist()
+    return [
+        best[row] if sampler.params.greedy else sampler.choose(on_cpu[row]) for row, sampler in enumerate(samplers)
+    ]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
