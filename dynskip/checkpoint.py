@@ -100,7 +100,9 @@ def _convert(
                     f"from_hf: {module_name}.{name} must hold finite numbers only, got NaN or infinity. "
                     "The checkpoint is damaged."
                 )
-            copy = source.to(device) if consume else source.to(device, copy=True)
+            # A loaded weight may be a view of the mapped file, which stays resident as long as any view lives.
+            to_be_packed = pack and isinstance(module, Linear) and name == "weight"
+            copy = source.to(device, copy=not (consume and to_be_packed))
             setattr(module, name, nn.Parameter(copy, requires_grad=False))
             tied = module_name.endswith("embed_tokens") and config.tie_word_embeddings
             if consume and not tied:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from dynskip.backends import Backend, resolve_backend
 from dynskip.executor import CompactExecutor
 from dynskip.linear import Linear
+from dynskip.memory import MemoryReport
 from dynskip.opt import OPTModel, check_config
 from dynskip.reference_executor import ReferenceExecutor
 from dynskip.routing import Paths, StepTokens, resolve
@@ -105,11 +106,9 @@ class OPTForCausalLM(nn.Module):
         return self._backend
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights as they are held now, a tied dense head counted once."""
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        packed = sum(linear.weight_bytes for linear in linears if linear.packed)
-        return packed + sum(p.numel() * p.element_size() for p in self.parameters())
+    def memory(self) -> MemoryReport:
+        """What the weights take, and what the process holds now and held at its peak, in bytes."""
+        return MemoryReport.of(self)
 
     def pack_(self) -> OPTForCausalLM:
         """Replace every matrix by its packed form where the device has one; drops the dense copies."""
