@@ -25,7 +25,7 @@ WHEEL_TAG = "cp311"
 
 # No -march: the file must run on any machine of its architecture. Sources that want AVX-512 ask for it per function.
 # No -ffast-math: it would let the compiler reorder sums, and the results of a row would depend on its length.
-COMPILE_ARGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+COMPILE_ARGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 
 
 def wanted() -> bool | None:

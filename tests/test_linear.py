@@ -21,9 +21,7 @@ def make(
 ) -> Linear:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
-    bias_tensor = (
-        torch.randn(out_features, generator=generator).to(dtype) if bias else None
-    )
+    bias_tensor = torch.randn(out_features, generator=generator).to(dtype) if bias else None
     return Linear.of(weight, bias_tensor)
 
 
@@ -35,22 +33,15 @@ def pack_or_skip(linear: Linear) -> Linear:
 
 def test_private_ops_are_where_this_package_expects_them() -> None:
     for name in ("_reorder_linear_weight", "_linear_pointwise", "_nbytes"):
-        assert hasattr(torch.ops.mkldnn, name), (
-            f"torch.ops.mkldnn.{name} is gone from torch {torch.__version__}"
-        )
+        assert hasattr(torch.ops.mkldnn, name), f"torch.ops.mkldnn.{name} is gone from torch {torch.__version__}"
     schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
-    assert (
-        "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)"
-        in schema
-    )
+    assert "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)" in schema
     assert packing_obstacle(torch.empty(16, 16)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (4099, 192)])
-def test_packing_and_unpacking_keep_every_bit(
-    shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_packing_and_unpacking_keep_every_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     linear = make(*shape, dtype)
     before = linear.dense_weight().detach().clone()
     pack_or_skip(linear)
@@ -73,19 +64,12 @@ def test_forward_stays_within_twice_the_error_of_eager(
     linear = make(256, 192, dtype, bias)
     x = torch.randn(num_rows, 192).to(dtype)
     weight, offset = linear.dense_weight().detach().clone(), linear.bias
-    exact = functional.linear(
-        x.double(), weight.double(), None if offset is None else offset.double()
-    )
+    exact = functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
     eager = functional.linear(x, weight, offset)
     # One rounding of the result to dtype, and a sum in float32 whose order is the library's own business.
     magnitude = x.double().abs() @ weight.double().abs().T
-    largest, largest_sum = (
-        float(t.abs().max()) if num_rows else 0.0 for t in (exact, magnitude)
-    )
-    rounding = (
-        torch.finfo(dtype).eps * largest
-        + 2 * torch.finfo(torch.float32).eps * largest_sum
-    )
+    largest, largest_sum = (float(t.abs().max()) if num_rows else 0.0 for t in (exact, magnitude))
+    rounding = torch.finfo(dtype).eps * largest + 2 * torch.finfo(torch.float32).eps * largest_sum
     if activation == "relu":
         exact, eager = exact.relu(), eager.relu()
     if packed:
@@ -114,13 +98,9 @@ def test_deterministic_rows_do_not_depend_on_their_neighbours(
     x = torch.randn(70, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = linear(x, "relu", deterministic=True)
     for num_rows in range(1, 71):
-        assert torch.equal(
-            linear(x[:num_rows], "relu", deterministic=True), expected[:num_rows]
-        ), num_rows
+        assert torch.equal(linear(x[:num_rows], "relu", deterministic=True), expected[:num_rows]), num_rows
     for first in (1, 5, 15, 16, 33):
-        assert torch.equal(
-            linear(x[first:], "relu", deterministic=True), expected[first:]
-        ), first
+        assert torch.equal(linear(x[first:], "relu", deterministic=True), expected[first:]), first
     order = torch.randperm(70, generator=torch.Generator().manual_seed(2))
     assert torch.equal(linear(x[order], "relu", deterministic=True), expected[order])
 
@@ -136,15 +116,9 @@ def test_dense_weight_is_differentiable_and_packed_says_the_way_out() -> None:
     linear = make(32, 48, torch.float32)
     x = torch.randn(5, 48, requires_grad=True)
     linear(x, "relu").sum().backward()
-    assert (
-        linear.weight is not None
-        and linear.weight.grad is not None
-        and x.grad is not None
-    )
+    assert linear.weight is not None and linear.weight.grad is not None and x.grad is not None
     linear.pack_()
-    with pytest.raises(
-        RuntimeError, match=r"Linear: x must not require grad .* Call unpack_\(\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"Linear: x must not require grad .* Call unpack_\(\)"):
         linear(x)
     with torch.no_grad():
         assert linear(x).shape == (5, 32)
@@ -177,9 +151,7 @@ def test_obstacles_are_named() -> None:
 
 def test_bad_arguments() -> None:
     linear = make(8, 4, torch.float32)
-    with pytest.raises(
-        ValueError, match="activation must be one of none, relu, got 'gelu'"
-    ):
+    with pytest.raises(ValueError, match="activation must be one of none, relu, got 'gelu'"):
         linear(torch.randn(1, 4), "gelu")
     with pytest.raises(ValueError, match="weight must have 2 dimensions"):
         Linear.of(torch.randn(4))

@@ -1,0 +1,28 @@
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(dynskip_native, m) {
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot_table, Tensor seq_ids, "
+      "Tensor context_lens, float scale) -> Tensor");
+  m.def("instruction_set() -> str");
+  m.def("use_instruction_set(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&dynskip::instruction_set));
+  m.impl("use_instruction_set", TORCH_BOX(&dynskip::use_instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&dynskip::decode_attention));
+}
+
+// Importing dynskip._C registers the ops; the module itself is empty.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,251 @@
+// Attention of one query row over cached tokens; compiled once for each instruction set.
+//
+// A head's result depends on its own query, keys and values alone, and they are always added in the same order: tokens
+// in the order of the table, in chunks of kChunkTokens.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels.h"
+#include "lanes.h"
+
+namespace dynskip {
+namespace {
+
+constexpr int kPairLanes = 2 * kNumLanes;
+
+// One head of each of the sixteen rows that are read next; slots lie scattered, so the hardware cannot guess them.
+template <typename Element>
+DYNSKIP_INLINE void prefetch_head(const Element* const next_rows[kNumLanes], int64_t head, int64_t head_size) {
+  constexpr int64_t kLineElements = 64 / sizeof(Element);
+  for (int64_t d = head * head_size; d < (head + 1) * head_size; d += kLineElements) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kNumLanes; ++i) {
+      __builtin_prefetch(next_rows[i] + d);
+    }
+  }
+}
+
+// Scores of sixteen tokens for every head: the rows of sixteen slots are read side by side, each from front to back.
+template <typename Element>
+DYNSKIP_INLINE void score_tile(
+    int64_t num_heads,
+    int64_t head_size,
+    float scale,
+    const Element* const rows[kNumLanes],
+    const Element* const next_rows[kNumLanes],
+    const float* query,
+    float* scores) {
+  for (int64_t head = 0; head < num_heads; ++head) {
+    Lanes sums[kNumLanes] = {};
+    int64_t d = head * head_size;
+    const int64_t end = d + head_size;
+    for (; d + kPairLanes <= end; d += kPairLanes) {
+      const Lanes query_a = load(query + d);
+      const Lanes query_b = load(query + d + kNumLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kNumLanes; ++i) {
+        const Pair key = load_pair(rows[i] + d);
+        sums[i] += query_a * key.a;
+        sums[i] += query_b * key.b;
+      }
+    }
+    if (d < end) {
+      const Lanes q = load(query + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kNumLanes; ++i) {
+        sums[i] += q * load(rows[i] + d);
+      }
+    }
+    prefetch_head(next_rows, head, head_size);
+    store(scores + head * kChunkTokens, sum_each(sums) * scale);
+  }
+}
+
+// Adds weights[head][i] * rows[i] for every head.
+template <int num_rows, typename Element>
+DYNSKIP_INLINE void add_values(
+    int64_t num_heads,
+    int64_t head_size,
+    const Element* const rows[num_rows],
+    const Element* const next_rows[kNumLanes],
+    const float* weights,
+    float* accumulator) {
+  for (int64_t head = 0; head < num_heads; ++head) {
+    if (num_rows == kNumLanes) {
+      prefetch_head(next_rows, head, head_size);
+    }
+    const float* w = weights + head * kChunkTokens;
+    int64_t d = head * head_size;
+    const int64_t end = d + head_size;
+    for (; d + 2 * kPairLanes <= end; d += 2 * kPairLanes) {
+      Lanes total[4];
+      for (int j = 0; j < 4; ++j) {
+        total[j] = load(accumulator + d + j * kNumLanes);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < num_rows; ++i) {
+        const Pair first = load_pair(rows[i] + d);
+        const Pair second = load_pair(rows[i] + d + kPairLanes);
+        const Lanes weight = broadcast(w[i]);
+        total[0] += weight * first.a;
+        total[1] += weight * first.b;
+        total[2] += weight * second.a;
+        total[3] += weight * second.b;
+      }
+      for (int j = 0; j < 4; ++j) {
+        store(accumulator + d + j * kNumLanes, total[j]);
+      }
+    }
+    for (; d + kPairLanes <= end; d += kPairLanes) {
+      Pair total = load_pair(accumulator + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < num_rows; ++i) {
+        const Pair value = load_pair(rows[i] + d);
+        total.a += w[i] * value.a;
+        total.b += w[i] * value.b;
+      }
+      store_pair(accumulator + d, total);
+    }
+    if (d < end) {
+      Lanes total = load(accumulator + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < num_rows; ++i) {
+        total += w[i] * load(rows[i] + d);
+      }
+      store(accumulator + d, total);
+    }
+  }
+}
+
+template <typename Element>
+DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64_t head_size) {
+  const int64_t num_floats = task.num_heads * head_size;
+  const int64_t offset = task.first_head * head_size;
+  float* scores = task.scratch;
+  float* accumulator = scores + task.num_heads * kChunkTokens;
+  float* query = accumulator + num_floats;
+  float* largest = query + num_floats;
+  float* total = largest + task.num_heads;
+
+  for (int64_t head = 0; head < task.num_heads; ++head) {
+    int64_t d = head * head_size;
+    const int64_t end = d + head_size;
+    for (; d + kPairLanes <= end; d += kPairLanes) {
+      store_pair(query + d, load_pair(task.query + offset + d));
+    }
+    if (d < end) {
+      store(query + d, load(task.query + offset + d));
+    }
+  }
+  for (int64_t d = 0; d < num_floats; d += kNumLanes) {
+    store(accumulator + d, Lanes{});
+  }
+  for (int64_t head = 0; head < task.num_heads; ++head) {
+    largest[head] = -INFINITY;
+    total[head] = 0.0f;
+  }
+
+  const Element* rows[kNumLanes];
+  const Element* next_rows[kNumLanes];
+  // Lanes without a token of their own repeat the chunk's last one.
+  const auto locate = [&](const Element* cache, int64_t first, int64_t end, const Element* found[]) {
+    for (int64_t i = 0; i < kNumLanes; ++i) {
+      const int64_t token = first + i < end ? first + i : end - 1;
+      found[i] = cache + task.slots[token] * task.slot_stride + offset;
+    }
+  };
+  for (int64_t begin = 0; begin < task.num_tokens; begin += kChunkTokens) {
+    const int64_t end = begin + kChunkTokens < task.num_tokens ? begin + kChunkTokens : task.num_tokens;
+    const int64_t num_tokens = end - begin;
+
+    for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+      locate(task.k_cache, begin + t, end, rows);
+      if (t + kNumLanes < num_tokens) {
+        locate(task.k_cache, begin + t + kNumLanes, end, next_rows);
+      } else {
+        locate(task.v_cache, begin, end, next_rows);
+      }
+      score_tile(task.num_heads, head_size, task.scale, rows, next_rows, query, scores + t);
+    }
+
+    for (int64_t head = 0; head < task.num_heads; ++head) {
+      float* s = scores + head * kChunkTokens;
+      const int64_t num_whole = num_tokens / kNumLanes * kNumLanes;
+      if (num_whole < num_tokens) {
+        const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const IntLanes present = lane < (int32_t)(num_tokens - num_whole);
+        store(s + num_whole, select(present, load(s + num_whole), broadcast(-INFINITY)));
+      }
+      Lanes lane_largest = broadcast(largest[head]);
+      for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+        lane_largest = maximum(lane_largest, load(s + t));
+      }
+      const float new_largest = maximum(lane_largest);
+      Lanes lane_total = {};
+      for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+        const Lanes weight = exp_nonpositive(load(s + t) - new_largest);
+        store(s + t, weight);
+        lane_total += weight;
+      }
+      if (begin > 0) {
+        const float shrink = exp_nonpositive(broadcast(largest[head] - new_largest))[0];
+        total[head] *= shrink;
+        for (int64_t d = head * head_size; d < (head + 1) * head_size; d += kNumLanes) {
+          store(accumulator + d, load(accumulator + d) * shrink);
+        }
+      }
+      total[head] += sum(lane_total);
+      largest[head] = new_largest;
+    }
+
+    const auto locate_next = [&](int64_t t) {
+      if (t + kNumLanes < num_tokens || end == task.num_tokens) {
+        locate(task.v_cache, begin + t + kNumLanes, end, next_rows);
+      } else {
+        locate(task.k_cache, end, task.num_tokens, next_rows);
+      }
+    };
+    int64_t t = 0;
+    for (; t + kNumLanes <= num_tokens; t += kNumLanes) {
+      locate(task.v_cache, begin + t, end, rows);
+      locate_next(t);
+      add_values<kNumLanes>(task.num_heads, head_size, rows, next_rows, scores + t, accumulator);
+    }
+    for (; t < num_tokens; ++t) {
+      locate(task.v_cache, begin + t, end, rows);
+      add_values<1>(task.num_heads, head_size, rows, rows, scores + t, accumulator);
+    }
+  }
+
+  for (int64_t head = 0; head < task.num_heads; ++head) {
+    const float factor = task.num_tokens > 0 ? 1.0f / total[head] : 0.0f;
+    int64_t d = head * head_size;
+    const int64_t end = d + head_size;
+    for (; d + kPairLanes <= end; d += kPairLanes) {
+      const Pair x = load_pair(accumulator + d);
+      store_pair(task.out + offset + d, Pair{x.a * factor, x.b * factor});
+    }
+    if (d < end) {
+      store(task.out + offset + d, load(accumulator + d) * factor);
+    }
+  }
+}
+
+// A head size that the compiler knows is worth a version of its own.
+template <typename Element>
+void decode_attention_heads(const DecodeAttentionTask<Element>& task) {
+  switch (task.head_size) {
+    case 64:
+      return attend_heads(task, 64);
+    case 128:
+      return attend_heads(task, 128);
+    default:
+      return attend_heads(task, task.head_size);
+  }
+}
+
+} // namespace
+} // namespace dynskip

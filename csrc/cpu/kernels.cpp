@@ -1,0 +1,65 @@
+#include "kernels.h"
+
+#include <atomic>
+
+#include "check.h"
+#include "ops.h"
+
+namespace dynskip {
+
+namespace {
+
+bool is_supported(const std::string& name) {
+  if (name == "portable") {
+    return true;
+  }
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_fma = __builtin_cpu_supports("fma");
+  if (name == "avx2") {
+    return has_fma && __builtin_cpu_supports("avx2");
+  }
+  if (name == "avx512") {
+    return has_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return false;
+}
+
+const Kernels* find(const std::string& name) {
+#if defined(__x86_64__)
+  for (const Kernels* kernels : {&kAvx512Kernels, &kAvx2Kernels}) {
+    if (is_supported(kernels->name) && (name == kernels->name || name == "best")) {
+      return kernels;
+    }
+  }
+#endif
+  return name == "portable" || name == "best" ? &kPortableKernels : nullptr;
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{find("best")};
+  return kernels;
+}
+
+} // namespace
+
+const Kernels& kernels() {
+  return *current().load(std::memory_order_relaxed);
+}
+
+std::string instruction_set() {
+  return kernels().name;
+}
+
+void use_instruction_set(std::string name) {
+  const Kernels* found = find(name);
+  DYNSKIP_CHECK(
+      found != nullptr,
+      "use_instruction_set: name must be best, portable, avx2 or avx512, and this machine must have it, got ",
+      name, ".");
+  current() = found;
+}
+
+} // namespace dynskip

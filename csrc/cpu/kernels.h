@@ -1,0 +1,51 @@
+// The kernels, one set for each instruction set, and the choice among them.
+
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace dynskip {
+
+// The attention of some heads of one query row over the tokens that one sequence has cached.
+template <typename Element>
+struct DecodeAttentionTask {
+  const Element* query; // [H, D]
+  const Element* k_cache; // [num_slots, H, D]
+  const Element* v_cache; // [num_slots, H, D]
+  const int32_t* slots; // [num_tokens]
+  Element* out; // [H, D]
+  float* scratch; // decode_attention_scratch_floats(num_heads, head_size)
+  int64_t num_tokens;
+  int64_t slot_stride; // elements from one slot of a cache to the next
+  int64_t first_head;
+  int64_t num_heads;
+  int64_t head_size; // a multiple of 16
+  float scale;
+};
+
+// Tokens whose scores are held at once.
+constexpr int64_t kChunkTokens = 128;
+
+constexpr int64_t decode_attention_scratch_floats(int64_t num_heads, int64_t head_size) {
+  return num_heads * (kChunkTokens + 2 * head_size + 2);
+}
+
+struct Kernels {
+  const char* name;
+  void (*decode_attention_f32)(const DecodeAttentionTask<float>&);
+  void (*decode_attention_bf16)(const DecodeAttentionTask<BFloat16>&);
+  void (*decode_attention_f16)(const DecodeAttentionTask<Float16>&);
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The set for the best instruction set of this machine.
+const Kernels& kernels();
+
+} // namespace dynskip
