@@ -1,1 +1,82 @@
-"""The command line: ``dynskip`` and ``python -m dynskip``."""
+"""The command line: ``dynskip <command>`` and ``python -m dynskip <command>``.
+
+A command is a module of this package with ``add_parser(subparsers)`` and ``run(args) -> int``, named in ``COMMANDS``.
+It imports torch and the like inside ``run``, so that ``dynskip --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dynskip.cli.errors import user_message
+from dynskip.version import __version__
+
+COMMANDS = ("generate", "info", "train")
+
+USER_MISTAKE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_EXAMPLES = """examples:
+  dynskip generate --path uniform:8 "The lighthouse keeper"
+  dynskip generate --path full --path uniform:8 "Once upon a time" "The recipe calls for"
+  dynskip info
+  dynskip generate --help        each command has its own help and examples
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 after one line on stderr."""
+        self.exit(USER_MISTAKE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """The parser of ``dynskip`` with all its commands."""
+    parser = Parser(
+        prog="dynskip",
+        description="Run a batch of sequences through one OPT decoder, each along its own subset of the layers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dynskip {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose, not only its message")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"dynskip.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: the command's own, 2 after a mistake of the user's (one line on stderr), 130 after Ctrl-C."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse leaves this way, after --help with 0 and after a mistake with 2
+        return int(stop.code or 0)
+    try:
+        status: int = importlib.import_module(f"dynskip.cli.{args.command}").run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader, `head` for one, has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"\ndynskip {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        if args.traceback:
+            traceback.print_exc()
+        print(f"dynskip {args.command}: error: {message}", file=sys.stderr)
+        return USER_MISTAKE

@@ -1,0 +1,176 @@
+"""``dynskip generate``: prompts in, texts out, each prompt along its own path."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynskip.cli.errors import UserError
+from dynskip.cli.options import add_model_options, set_threads, show_progress, torch_dtype
+
+if TYPE_CHECKING:
+    from dynskip.llm import LLM, Output
+    from dynskip.sampling import SamplingParams
+
+_EXAMPLES = """examples:
+  dynskip generate "The lighthouse keeper"
+      through all layers of opt-mini, the model shipped with dynskip
+  dynskip generate --path uniform:8 --max-tokens 64 "The lighthouse keeper" "A recipe for bread"
+      both through 8 layers spread evenly
+  dynskip generate --path full --path uniform:8 "The lighthouse keeper" "A recipe for bread"
+      one batch, each prompt along its own path
+  dynskip generate --chat --path exit:12 "Name three things that float."
+      as a request, in the form that the model was fine-tuned on
+  dynskip generate --temperature 0.8 --top-p 0.95 --seed 1 --n 3 "The storm"
+      three samples, the same ones each time
+  dynskip generate --model facebook/opt-1.3b --path random:12:7 --json --file prompts.txt > outputs.jsonl
+      prompts from a file, one a line; outputs as JSON lines
+
+paths:
+  full            all layers
+  uniform:B       B layers, spread evenly
+  exit:B          the first B layers
+  random:B:SEED   B layers at random
+  layers:I,J,...  exactly these, counted from 0
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``generate``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "generate",
+        help="continue prompts, each along its own path",
+        description="Continue prompts in one batch, each through its own subset of the layers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="prompts; without any, and no --file, stdin is read"
+    )
+    parser.add_argument("--file", metavar="FILE", help="read prompts from FILE, one a line; - is stdin")
+    parser.add_argument(
+        "--path", action="append", dest="paths", metavar="PATH", help="one for all prompts, or one per prompt, in order"
+    )
+    parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
+    parser.add_argument("--json", action="store_true", help="one JSON object per prompt and line")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_model_options(parser)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens at most (default: 64)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest that sum to P")
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    group.add_argument("--n", type=int, default=1, metavar="N", help="outputs per prompt (default: 1)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print; exit status 0."""
+    prompts = read_prompts(args.prompts, args.file)
+    paths = args.paths or ["full"]
+    if len(paths) not in (1, len(prompts)):
+        raise UserError(f"--path must be given once or once per prompt, got {len(paths)} for {len(prompts)} prompts")
+    params = _params(args)
+    set_threads(args.threads)
+    progress = show_progress(args.quiet)
+
+    from dynskip.llm import LLM
+    from dynskip.paths import LayerPath
+
+    llm = LLM(
+        args.model,
+        dtype=torch_dtype(args.dtype),
+        device=args.device,
+        backend=args.backend,
+        deterministic=args.deterministic or None,
+    )
+    num_layers = llm.model.config.num_hidden_layers
+    chosen = [LayerPath.parse(text, num_layers) for text in paths]
+    inputs = _chat_ids(llm, prompts) if args.chat else prompts
+    outputs = llm.generate(inputs, params, paths=chosen[0] if len(chosen) == 1 else chosen, progress=progress)
+    show = _print_json if args.json else _print_text
+    show(prompts, outputs)
+    return 0
+
+
+def read_prompts(arguments: list[str], file: str | None) -> list[str]:
+    """The prompts of the command line, of ``file`` (``-``: stdin), or of stdin where neither is given."""
+    if arguments and file is not None:
+        raise UserError("prompts must come from the command line or from --file, got both")
+    if arguments:
+        return arguments
+    if file is None and sys.stdin.isatty():
+        raise UserError("a prompt must be given: as an argument, in --file, or on stdin")
+    try:
+        text = sys.stdin.read() if file in (None, "-") else Path(str(file)).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"prompts must be UTF-8, got byte {error.object[error.start]:#04x} in {file or 'stdin'}"
+        ) from error
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{'stdin' if file in (None, '-') else file} must hold at least one prompt, got none")
+    return prompts
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    from dynskip.sampling import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        n=args.n,
+        stop=args.stop,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+
+
+def _chat_ids(llm: LLM, prompts: list[str]) -> list[list[int]]:
+    if getattr(llm.tokenizer, "chat_template", None) is None:
+        raise UserError("--chat must be left out: the tokenizer of this model has no chat template")
+    assert llm.tokenizer is not None, "only a tokenizer has a chat template"
+    encoded = []
+    for prompt in prompts:
+        ids: Any = llm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        encoded.append(list(ids))
+    return encoded
+
+
+def _print_json(prompts: list[str], outputs: list[Output]) -> None:
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.path is not None, "the command line gives every prompt one path"
+        samples = [
+            {"text": sample.text, "token_ids": sample.token_ids, "finish_reason": sample.finish_reason}
+            for sample in output.samples
+        ]
+        line = {
+            "prompt": prompt,
+            "num_prompt_tokens": len(output.prompt_ids),
+            "num_layers": output.path.num_layers,
+            "layers": output.path.layers,
+            "outputs": samples,
+        }
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def _print_text(prompts: list[str], outputs: list[Output]) -> None:
+    """A single output bare, so that it can be piped on; several each under a line that says which it is."""
+    bare = len(outputs) == 1 and len(outputs[0].samples) == 1
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        for number, sample in enumerate(output.samples, start=1):
+            if not bare:
+                which = f", output {number} of {len(output.samples)}" if len(output.samples) > 1 else ""
+                print(f"{'' if index == 0 and number == 1 else chr(10)}== {prompt} [{output.path}{which}]")
+            print(sample.text)

@@ -1,0 +1,188 @@
+"""``dynskip info``: what this machine and this installation can do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from dynskip.version import __version__
+
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+# What the CPU code of torch, oneDNN and dynskip looks for, in the words of /proc/cpuinfo (x86, then Arm).
+_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+_EXAMPLES = """examples:
+  dynskip info           versions, devices, backends and why one is not there, the shipped model
+  dynskip info --json    the same for a program
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``info``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "info",
+        help="what this machine and this installation can do",
+        description="Show versions, devices, backends and why one is not there, and the shipped model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; exit status 0."""
+    report = {
+        "dynskip": {"version": __version__, "location": str(Path(__file__).parents[1])},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "backends": _backends(),
+        "opt-mini": _shipped_model(),
+    }
+    if args.json:
+        print(json.dumps(report))
+    else:
+        _print_table(report)
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> dict[str, Any]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    model, flags = _cpuinfo()
+    return {
+        "model": model,
+        "features": [name for name in _CPU_FEATURES if name in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_cores": psutil.cpu_count(logical=False),
+        "num_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "memory_gib": round(memory.total / 2**30, 1),
+        "available_gib": round(memory.available / 2**30, 1),
+    }
+
+
+def _cpuinfo() -> tuple[str, set[str]]:
+    """The CPU's name and feature flags; only Linux has the file that lists flags."""
+    path = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name") or platform.processor() or platform.machine(), set(flags.split())
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return gpus
+
+
+def _backends() -> dict[str, dict[str, str | None]]:
+    """Per device, per backend: None if it runs there, else why not."""
+    import torch
+
+    from dynskip.backends import available_backends
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {device: available_backends(device) for device in devices}
+
+
+def _shipped_model() -> dict[str, Any]:
+    from safetensors import safe_open
+    from transformers import OPTConfig
+
+    from dynskip.assets import opt_mini_directory
+
+    try:
+        directory = opt_mini_directory()
+    except FileNotFoundError as error:
+        return {"missing": str(error)}
+    config = OPTConfig.from_pretrained(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    num_parameters = 0
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # a safe_open is no mapping and cannot be iterated
+                size = 1
+                for length in tensors.get_slice(key).get_shape():
+                    size *= length
+                num_parameters += size
+    return {
+        "directory": str(directory),
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+        "num_parameters": num_parameters,
+        "file_mb": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "weights_mb": round(num_parameters * 2 / 1e6, 1),
+        "kv_bytes_per_token_and_layer": 2 * config.hidden_size * 2,
+    }
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    cpu, model = report["cpu"], report["opt-mini"]
+    rows = [("dynskip", f"{report['dynskip']['version']} in {report['dynskip']['location']}")]
+    rows += list(report["versions"].items())
+    rows += [
+        ("cpu", f"{cpu['model']}, {cpu['num_cores']} cores, {cpu['num_usable']} usable, {cpu['num_threads']} threads"),
+        ("features", f"{' '.join(cpu['features']) or 'none known'} (torch uses {cpu['torch_capability']})"),
+        ("memory", f"{cpu['memory_gib']} GiB, {cpu['available_gib']} GiB available"),
+    ]
+    rows += [
+        (gpu["device"], f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB")
+        for gpu in report["gpus"]
+    ] or [("gpu", "none that torch can use")]
+    for device, reasons in report["backends"].items():
+        rows += [(f"{name} on {device}", "yes" if why is None else f"no: {why}") for name, why in reasons.items()]
+    if "missing" in model:
+        rows.append(("opt-mini", model["missing"]))
+    else:
+        rows.append(
+            (
+                "opt-mini",
+                f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads, "
+                f"vocabulary {model['vocab_size']}, {model['max_positions']} positions, "
+                f"{model['num_parameters'] / 1e6:.1f} M parameters",
+            )
+        )
+        rows.append(
+            (
+                "its memory",
+                f"{model['weights_mb']} MB of weights in bfloat16 ({model['file_mb']} MB on disk), "
+                f"{model['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer",
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")

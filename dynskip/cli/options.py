@@ -1,0 +1,58 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from dynskip.cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+BACKENDS = ("auto", "torch", "triton", "native")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses a model and how it runs: --model, --dtype, --device, --backend, --deterministic, --threads."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help="folder or hub id (default: opt-mini, shipped with dynskip)")
+    group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16)")
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+    group.add_argument("--backend", choices=BACKENDS, help="who gathers, scatters and attends (default: auto)")
+    group.add_argument("--deterministic", action="store_true", help="no bit of a row depends on its neighbours; slower")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name in ``DTYPES``; None for None."""
+    import torch
+
+    if name is None:
+        return None
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), "DTYPES lists names of torch dtypes"
+    return dtype
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Let torch use ``num_threads`` CPU threads; None leaves its choice."""
+    if num_threads is None:
+        return
+    if num_threads < 1:
+        raise UserError(f"--threads must be at least 1, got {num_threads}")
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def show_progress(quiet: bool) -> bool:
+    """Whether to draw progress bars: on a terminal, unless told to be ``quiet``. transformers' own obey as well."""
+    shown = not quiet and sys.stderr.isatty()
+    if not shown:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    return shown

@@ -1,0 +1,135 @@
+"""The package as others meet it: what an import loads, what it does without, and what the metadata say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs in a fresh interpreter before a script: makes modules impossible to import, as if they were not installed.
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == blocked or name.startswith(blocked + ".") for blocked in {blocked!r}):
+            raise ImportError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run_python(script: str, blocked: tuple[str, ...] = (), **environment: str) -> str:
+    """The standard output of ``script``, run by a fresh interpreter from the repository root."""
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked=blocked) + script],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_transformers_loads_no_kernels_of_ours() -> None:
+    # transformers imports Hugging Face's package `kernels`. From the repository root the name finds our folder, which
+    # has no __init__.py: a namespace package may be looked at, but none of its modules may be loaded as `kernels.*`.
+    script = """
+import sys, torch, transformers
+config = transformers.OPTConfig(
+    vocab_size=32, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
+    word_embed_proj_dim=16,
+)
+model = transformers.OPTForCausalLM(config)
+assert model(torch.arange(4)[None]).logits.shape == (1, 4, 32)
+import pathlib
+root = pathlib.Path.cwd().resolve()
+ours = [
+    name for name, module in list(sys.modules.items())
+    if (name == "kernels" or name.startswith("kernels.")) and getattr(module, "__file__", None)
+    and pathlib.Path(module.__file__).resolve().is_relative_to(root / "kernels")
+]
+assert not ours, ours
+print("sys.path finds", root / "kernels" if (root / "kernels").is_dir() and sys.path[0] == "" else None)
+"""
+    # The last line proves that the root really was where an import of `kernels` looks first.
+    assert run_python(script).strip() == f"sys.path finds {ROOT / 'kernels'}"
+
+
+def test_our_kernels_are_found_under_our_name() -> None:
+    script = "import dynskip.kernels.launches as m, sys; print(m.__name__, 'kernels.launches' in sys.modules)"
+    assert run_python(script).split() == ["dynskip.kernels.launches", "False"]
+
+
+@pytest.mark.parametrize("blocked", [(), ("triton", "dynskip._C")])
+def test_import_and_run_with_neither_gpu_nor_triton_nor_extension(blocked: tuple[str, ...]) -> None:
+    script = """
+import dynskip
+from dynskip import LLM, LayerPath, OPTForCausalLM, SamplingParams, ops, reference
+import torch
+x = torch.arange(6.0).reshape(3, 2)
+row_ids = torch.tensor([0, 2], dtype=torch.int32)
+with ops.use_backend("torch"):
+    y = ops.gather_layer_norm(x, row_ids, None, None, 1e-5)
+torch.testing.assert_close(y, reference.gather_layer_norm(x, row_ids, None, None, 1e-5))
+print(dynskip.__version__)
+"""
+    version = run_python(script, blocked, CUDA_VISIBLE_DEVICES="").strip()
+    assert version == run_python("from dynskip.version import __version__; print(__version__)").strip()
+
+
+def test_import_is_lazy() -> None:
+    script = """
+import dynskip, dynskip.cli, sys
+dynskip.cli.build_parser()
+print({'torch', 'transformers', 'triton'} & set(sys.modules))
+"""
+    assert run_python(script).strip() == "set()"
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    script = """
+import dynskip
+try:
+    dynskip.LLMM
+except AttributeError as error:
+    print(error)
+"""
+    assert "LLMM" in run_python(script)
+
+
+def test_packages_are_those_in_the_tree() -> None:
+    found = {"dynskip", "dynskip.kernels"}
+    found |= {f"dynskip.{path.parent.name}" for path in (ROOT / "dynskip").glob("*/__init__.py")}
+    assert sorted(pyproject()["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+def test_kernels_is_a_symlink_without_init() -> None:
+    link = ROOT / "dynskip" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_dependencies_are_ranges_and_constraints_are_pins() -> None:
+    project = pyproject()["project"]
+    extras = [requirement for group in project["optional-dependencies"].values() for requirement in group]
+    for requirement in (*project["dependencies"], *extras):
+        assert ">=" in requirement, requirement
+        assert "==" not in requirement.split(";")[0], requirement
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    assert "triton" not in pins, "a CUDA build of torch asks for its own triton"
