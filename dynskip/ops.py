@@ -117,7 +117,7 @@ def decode_attention(
     """Returns the attention of one query a row over its sequence's cached tokens: `[R, H, D]`, dtype of `q`.
 
     q: `[R, H, D]`, float32, bfloat16 or float16, row stride free. k_cache, v_cache: `[num_slots, H, D]`, contiguous.
-    slot_table: `[B, S_max], int32`, row stride free. seq_ids, context_lens: `[R], int32`. Row r attends to the slots in
+    slot_table: `[B, S_max], int32`, contiguous. seq_ids, context_lens: `[R], int32`. Row r attends to the slots in
     the first `context_lens[r]` entries of `slot_table[seq_ids[r]]`; without any, its result is zero. Scores are q . k *
     scale. The result of a row does not depend, to the bit, on the other rows. Cost: reads 2 * H * D values for each
     attended token.
@@ -128,6 +128,7 @@ def decode_attention(
     check_packed(function, "q", q, num_dims=2)
     _check_caches(function, k_cache, v_cache, q)
     check_index(function, "slot_table", slot_table, ("B", "S_max"), q)
+    check_packed(function, "slot_table", slot_table, num_dims=2)
     for name, index in (("seq_ids", seq_ids), ("context_lens", context_lens)):
         check_index(function, name, index, (q.shape[0],), q)
     check_no_grad(function, q=q, k_cache=k_cache, v_cache=v_cache)

@@ -143,7 +143,7 @@ def _decode_attention(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
         slots = draw.permutation(num_slots)[: sum(lengths)]
         used = draw.index(*slots).long()
         k_cache[used], v_cache[used] = (draw.normal(len(slots), num_heads, head_size) for _ in range(2))
-        # A wider table than this one is cut, as the engine's is: its rows are strided and end in unused entries.
+        # Rows end in unused entries, as the engine's do.
         table = draw.index(*([-1] * (len(lengths) * (max(lengths) + 9)))).view(len(lengths), -1)
         for sequence, length in enumerate(lengths):
             table[sequence, :length] = draw.index(*slots[:length])
@@ -152,7 +152,7 @@ def _decode_attention(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
             "q": draw.strided(len(seq_ids), num_heads, head_size),
             "k_cache": k_cache,
             "v_cache": v_cache,
-            "slot_table": table[:, : max(lengths) + 2],
+            "slot_table": table,
             "seq_ids": draw.index(*seq_ids),
             "context_lens": draw.index(*(lengths[sequence] for sequence in seq_ids)),
             "scale": sharpness * head_size**-0.5,

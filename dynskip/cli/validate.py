@@ -1,0 +1,118 @@
+"""``dynskip validate``: whether this machine computes what the specification says."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from dynskip.cli.errors import UserError
+from dynskip.cli.options import DTYPES, show_progress
+
+if TYPE_CHECKING:
+    from dynskip.validation import Result
+
+_BACKENDS = ("torch", "native", "triton")
+# As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
+OPS = ("gather_layer_norm", "scatter_add", "kv_store", "decode_attention", "prefill_attention")
+_MAX_SHOWN = 3
+_EXAMPLES = """examples:
+  dynskip validate                                   every backend that this machine has, every dtype
+  dynskip validate --backend triton                  the Triton kernels; without a GPU under Triton's interpreter
+  dynskip validate --dtype bfloat16 --op kv_store    one op in one dtype
+  dynskip validate --inject-fault decode_attention   falsifies its results: must fail with exit status 1
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``validate``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "validate",
+        help="compare every op with float64 over all its shapes",
+        description="Compare every op of a backend with a float64 reference. Exit status 1 if any error is too large.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--backend", action="append", choices=_BACKENDS, help="repeatable (default: all that run here)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all)")
+    parser.add_argument("--op", action="append", choices=OPS, help="repeatable (default: all)")
+    parser.add_argument("--inject-fault", choices=OPS, metavar="OP", help="falsify the results of this op")
+    parser.add_argument("--json", action="store_true", help="one JSON object with every case")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print errors and verdicts; exit status 1 on any failure."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    interpreted = not has_gpu and "triton" in (args.backend or ())
+    if interpreted:
+        # Triton reads it when it is imported; nothing has imported it yet, or resolve_backend says so.
+        os.environ["TRITON_INTERPRET"] = "1"
+
+    from dynskip.backends import available_backends
+    from dynskip.validation import validate
+
+    devices = {"torch": "cuda" if has_gpu else "cpu", "native": "cpu", "triton": "cuda" if has_gpu else "cpu"}
+    reasons = {name: available_backends(devices[name])[name] for name in _BACKENDS}
+    not_run: dict[str, str] = {}
+    if args.backend is None:
+        if not has_gpu:
+            reasons["triton"] = "There is no GPU. Use --backend triton to run its kernels under Triton's interpreter."
+        not_run |= {name: reason for name, reason in reasons.items() if reason is not None}
+    backends = [name for name in args.backend or _BACKENDS if name not in not_run]
+
+    results: list[Result] = []
+    for backend in backends:
+        for dtype in args.dtype or DTYPES:
+            if interpreted and backend == "triton" and dtype == "bfloat16":
+                not_run["triton bfloat16"] = "Triton's interpreter multiplies bfloat16 matrices wrongly."
+                continue
+            results += validate(
+                backend,
+                getattr(torch, dtype),
+                inject_fault=args.inject_fault,
+                progress=show_progress(args.quiet or args.json),
+                device=devices[backend],
+                op_names=tuple(args.op or OPS),
+            )
+    if not results:
+        raise UserError("nothing to validate: " + " ".join(f"{what}: {reason}" for what, reason in not_run.items()))
+    passed = all(result.passed for result in results)
+    if args.json:
+        cases = [dataclasses.asdict(result) | {"passed": result.passed} for result in results]
+        print(json.dumps({"passed": passed, "not_run": not_run, "cases": cases}))
+    else:
+        _print_table(results, not_run)
+    return 0 if passed else 1
+
+
+def _print_table(results: list[Result], not_run: dict[str, str]) -> None:
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.backend, result.dtype, result.op), []).append(result)
+    print(f"{'backend':<8}{'dtype':<10}{'op':<19}{'cases':>5}{'max error':>11}{'allowed':>10}  verdict  worst case")
+    for (backend, dtype, op), group in groups.items():
+        worst = max(group, key=_severity)
+        verdict = "ok" if all(result.passed for result in group) else "FAILED"
+        figures = f"{len(group):>5}{worst.max_error:>11.1e}{worst.allowed_error:>10.1e}"
+        print(f"{backend:<8}{dtype:<10}{op:<19}{figures}  {verdict:<7}  {worst.case}")
+        for result in [result for result in group if not result.passed][:_MAX_SHOWN]:
+            why = result.complaint or f"error {result.max_error:.1e}, allowed {result.allowed_error:.1e}"
+            print(f"{'':<18}failed: {result.case}: {why}")
+    for what, reason in not_run.items():
+        print(f"not run: {what}: {reason}")
+    num_passed = sum(result.passed for result in results)
+    print(
+        f"{num_passed} of {len(results)} cases passed" + ("" if num_passed == len(results) else " (--json lists all)")
+    )
+
+
+def _severity(result: Result) -> tuple[bool, float]:
+    """Orders results by how near to failure they are."""
+    return not result.passed, result.max_error / result.allowed_error if result.allowed_error else result.max_error
