@@ -118,6 +118,19 @@ class LLM:
             first += param.n
         return outputs
 
+    def chat_prompt(self, message: str) -> list[int]:
+        """The token ids of ``message`` in the tokenizer's chat template, ready for ``generate`` to answer.
+
+        Raises ValueError without a tokenizer that has a chat template.
+        """
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise ValueError(
+                "chat_prompt: the model must come with a chat template, got none. Pass the prompt to generate as it is."
+            )
+        messages = [{"role": "user", "content": message}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(
