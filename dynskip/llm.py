@@ -55,8 +55,8 @@ class LLM:
     """A model and its tokenizer.
 
     model: an OPTForCausalLM, a directory, a hub id, or None for the small model shipped with the package.
-    tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object
-        without a tokenizer takes token ids only.
+    tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object, or a
+        directory without tokenizer files, takes token ids only then; ``.tokenizer`` is None.
     dtype, device, backend, deterministic: as in OPTForCausalLM.from_pretrained; not with a model object.
     """
 
@@ -81,7 +81,8 @@ class LLM:
 
                 model = opt_mini_directory()
             self.model = OPTForCausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
-            tokenizer = model if tokenizer is None else tokenizer
+            if tokenizer is None and _may_have_tokenizer(Path(model)):
+                tokenizer = model
         self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
 
     def generate(
@@ -206,6 +207,12 @@ class LLM:
             first.logprobs,
             tuple(samples),
         )
+
+
+def _may_have_tokenizer(source: Path) -> bool:
+    """False for a local directory without any tokenizer file; a hub id may have one."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    return not source.is_dir() or any((source / name).is_file() for name in files)
 
 
 def _load_tokenizer(source: str | Path) -> Any:
