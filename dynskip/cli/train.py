@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     exported = TrainingRun(config, args.data, args.out, evaluate, progress=not args.quiet).train()
-    print(f"{exported}: model and tokenizer; {args.out / 'scores.json'}: bits per byte of each path")
+    print(f"{exported}: model, tokenizer, and bits per byte of each path in scores.json")
     return 0
 
 

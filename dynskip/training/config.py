@@ -50,7 +50,10 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """A whole run: tokenizer, phases one after the other, export."""
+    """A whole run: tokenizer, phases one after the other, export.
+
+    ``num_watched_rows`` validation rows are scored now and then while it trains, ``num_scored_rows`` at the end.
+    """
 
     shape: ModelShape
     phases: tuple[Phase, ...]
@@ -63,6 +66,7 @@ class RunConfig:
     split_seed: int = 42
     save_every_s: float = 300.0
     num_watched_rows: int = 128
+    num_scored_rows: int = 2000
     preset: str = field(default="", compare=False)
 
 
@@ -79,8 +83,8 @@ def opt_mini() -> RunConfig:
                 "pretrain",
                 response_only=False,
                 passage_share=0.25,
-                budget_weights_start={24: 0.05, 12: 0.10, 8: 0.25, 4: 0.60},
-                budget_weights_end={24: 0.35, 12: 0.30, 8: 0.17, 4: 0.18},
+                budget_weights_start={24: 0.04, 12: 0.10, 8: 0.30, 4: 0.56},
+                budget_weights_end={24: 0.24, 12: 0.28, 8: 0.24, 4: 0.24},
                 learning_rate=LearningRate(1.0, 0.6, warmup_steps=100),
                 max_minutes=70,
             ),
@@ -88,10 +92,10 @@ def opt_mini() -> RunConfig:
                 "finetune",
                 response_only=True,
                 passage_share=0.0,
-                budget_weights_start={24: 0.40, 12: 0.24, 8: 0.18, 4: 0.18},
-                budget_weights_end={24: 0.40, 12: 0.24, 8: 0.18, 4: 0.18},
+                budget_weights_start={24: 0.32, 12: 0.26, 8: 0.20, 4: 0.22},
+                budget_weights_end={24: 0.32, 12: 0.26, 8: 0.20, 4: 0.22},
                 learning_rate=LearningRate(0.6, 0.0, warmup_steps=20),
-                max_minutes=28,
+                max_minutes=25,
             ),
         ),
         preset="opt-mini",

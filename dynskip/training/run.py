@@ -253,15 +253,19 @@ class TrainingRun:
                 )
                 continue
             self._train_phase(number, phase, model, examples, windows, watched, pad_id)
-        return self._export(model, tokenizer, validation)
+        return self._export(model, tokenizer, validation[: self.config.num_scored_rows])
 
-    def _export(self, model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, validation: Sequence[Example]) -> Path:
+    def _export(self, model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scored: Sequence[Example]) -> Path:
         directory = self.directory / "export"
+        # The Trainer switches the cache off, for its own passes; whoever generates wants it.
+        model.config.use_cache = True
         model.bfloat16().save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        (directory / "model.safetensors").chmod(0o644)
         exported = OPTForCausalLM.from_pretrained(
             directory, dtype=torch.bfloat16, attn_implementation=attention.register()
         )
-        scores = self._evaluate(exported, validation, tokenizer.pad_token_id)
-        _write_json(self.directory / "scores.json", {"num_rows": len(validation), **scores})
+        scores = self._evaluate(exported, scored, tokenizer.pad_token_id)
+        num_bytes = sum(example.num_bytes for example in scored)
+        _write_json(directory / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})
         return directory
