@@ -55,16 +55,16 @@ def gather_layer_norm(
     check_tensor(function, "x", x, ("N", "C"))
     check_float(function, "x", x)
     check_packed(function, "x", x, num_dims=1)
+    if x.shape[1] == 0:
+        raise ValueError(
+            f"gather_layer_norm: x must have at least one column, got shape {list(x.shape)}. Drop the empty rows."
+        )
     if row_ids is not None:
         check_index(function, "row_ids", row_ids, ("R",), x)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_tensor(function, name, parameter, (x.shape[1],), like=x)
             check_packed(function, name, parameter, num_dims=1)
-    if x.shape[1] == 0:
-        raise ValueError(
-            f"gather_layer_norm: x must have at least one column, got shape {list(x.shape)}. Drop the empty rows."
-        )
     if eps < 0:
         raise ValueError(f"gather_layer_norm: eps must be at least 0, got {eps}. LayerNorm in OPT uses 1e-5.")
     check_no_grad(function, x=x, weight=weight, bias=bias)
