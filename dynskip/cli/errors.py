@@ -6,7 +6,7 @@ import re
 
 # The form of every error that dynskip's own checks raise: `<function>: <argument> must <requirement>, got <actual>.`
 # An exception of the same type from a bug, ours or a library's, does not have it and keeps its traceback.
-_OWN_FORM = re.compile(r"[A-Za-z_][\w.]*: .+ must .+", re.DOTALL)
+_OWN_FORM = re.compile(r"[A-Za-z_][\w.]*: .+( must |, got ).+", re.DOTALL)
 _CHECKED_TYPES = (ValueError, TypeError, RuntimeError, MemoryError, ImportError)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_model_options, set_threads, show_progress, torch_dtype
+from dynskip.cli.options import add_model_options, set_threads, show_progress, torch_device, torch_dtype
 
 if TYPE_CHECKING:
     from dynskip.llm import LLM, Output
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--path must be given once or once per prompt, got {len(paths)} for {len(prompts)} prompts")
     params = _params(args)
     set_threads(args.threads)
+    device = torch_device(args.device)
     progress = show_progress(args.quiet)
 
     from dynskip.llm import LLM
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     llm = LLM(
         args.model,
         dtype=torch_dtype(args.dtype),
-        device=args.device,
+        device=device,
         backend=args.backend,
         deterministic=args.deterministic or None,
     )

@@ -37,6 +37,25 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
+def torch_device(name: str | None) -> torch.device | None:
+    """The device of that name, which is there; None for None."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device must be there, got {name!r} where torch finds {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
 def set_threads(num_threads: int | None) -> None:
     """Let torch use ``num_threads`` CPU threads; None leaves its choice."""
     if num_threads is None:
