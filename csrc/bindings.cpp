@@ -8,17 +8,23 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot_table, Tensor seq_ids, "
       "Tensor context_lens, float scale) -> Tensor");
+  m.def("has_packed_linear() -> bool");
+  m.def("is_packed_linear_layout(Tensor weight, int packed_data, int packed_bytes) -> bool");
+  m.def("packed_linear(Tensor x, int packed_data, int num_outputs, Tensor? bias, bool relu) -> Tensor");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
+  m.impl("has_packed_linear", TORCH_BOX(&dynskip::has_packed_linear));
   m.impl("instruction_set", TORCH_BOX(&dynskip::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&dynskip::use_instruction_set));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&dynskip::decode_attention));
+  m.impl("is_packed_linear_layout", TORCH_BOX(&dynskip::is_packed_linear_layout));
+  m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));
 }
 
 // Importing dynskip._C registers the ops; the module itself is empty.

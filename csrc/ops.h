@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,6 +18,20 @@ torch::stable::Tensor decode_attention(
     const torch::stable::Tensor& seq_ids,
     const torch::stable::Tensor& context_lens,
     double scale);
+
+// Whether this CPU can run packed_linear.
+bool has_packed_linear();
+
+// Whether the packed_bytes at packed_data hold weight [out, in] bfloat16 in the layout that packed_linear reads.
+bool is_packed_linear_layout(const torch::stable::Tensor& weight, int64_t packed_data, int64_t packed_bytes);
+
+// x [R, in] times the packed matrix [num_outputs, in] at packed_data, plus bias [num_outputs], through ReLU if wanted.
+torch::stable::Tensor packed_linear(
+    const torch::stable::Tensor& x,
+    int64_t packed_data,
+    int64_t num_outputs,
+    const std::optional<torch::stable::Tensor>& bias,
+    bool relu);
 
 // The name of the instruction set in use.
 std::string instruction_set();

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from dynskip import native
+
 ACTIVATIONS = ("none", "relu")
 
 # Rows of one call in deterministic mode. The libraries choose a kernel by the row count, so one count means one
-# kernel, and inside it each row is summed in the same order. 16 costs least over 1..64 rows (bench/LOG.md).
+# kernel, and inside it each row is summed in the same order.
 DETERMINISTIC_ROWS = 16
+# Up to so many rows the extension's product is faster than oneDNN's, by the number of inputs (bench/LOG.md). Its rows
+# never depend on each other.
+NATIVE_ROWS_NARROW, NATIVE_ROWS_WIDE, WIDE_INPUTS = 16, 48, 1024
 
 
 class Linear(torch.nn.Module):
@@ -19,7 +24,8 @@ class Linear(torch.nn.Module):
 
     Dense: ``weight`` is a Parameter ``[out_features, in_features]`` on any device. After :meth:`pack_` the Parameter is
     gone and the matrix lives in the layout that oneDNN multiplies fastest; :meth:`unpack_` brings it back bit by bit.
-    ``state_dict`` holds the dense weight in both states.
+    The C++ extension multiplies few bfloat16 rows from that same copy faster than oneDNN; ``native_rows`` says up to
+    how many, 0 for none. ``state_dict`` holds the dense weight in both states.
     """
 
     weight: torch.nn.Parameter | None
@@ -36,26 +42,18 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = torch.nn.Parameter(
-            torch.empty(out_features, in_features, dtype=dtype, device=device)
-        )
-        self.bias = (
-            torch.nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
-            if bias
-            else None
-        )
+        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self._packed_weight: torch.Tensor | None = None
+        self._packed_data = 0
+        self.native_rows = 0
 
     @staticmethod
     def of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """A dense Linear that holds these tensors themselves: ``weight`` [out, in], ``bias`` [out] or None."""
         if weight.dim() != 2:
-            raise ValueError(
-                f"Linear.of: weight must have 2 dimensions, got shape {tuple(weight.shape)}."
-            )
-        if bias is not None and (
-            bias.shape != weight.shape[:1] or bias.dtype != weight.dtype
-        ):
+            raise ValueError(f"Linear.of: weight must have 2 dimensions, got shape {tuple(weight.shape)}.")
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
             raise ValueError(
                 f"Linear.of: bias must be [{weight.shape[0]}] {weight.dtype}, got {list(bias.shape)} {bias.dtype}."
             )
@@ -92,10 +90,11 @@ class Linear(torch.nn.Module):
         """Replace the dense weight by a packed one; stays dense where :attr:`packing_obstacle` says why it cannot."""
         if self.packed or self.packing_obstacle is not None:
             return self
-        with torch.no_grad():
-            self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(
-                self._dense().detach(), None
-            )
+        weight = self._dense().detach()
+        self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        if native.reads_packed_weight(weight, self._packed_weight):
+            self._packed_data = native.packed_data(self._packed_weight)
+            self.native_rows = NATIVE_ROWS_WIDE if self.in_features >= WIDE_INPUTS else NATIVE_ROWS_NARROW
         self.weight = None
         return self
 
@@ -103,20 +102,14 @@ class Linear(torch.nn.Module):
         """Replace the packed weight by a dense Parameter of the same bits that requires grad."""
         if self._packed_weight is not None:
             self.weight = torch.nn.Parameter(self.dense_weight())
-            self._packed_weight = None
+            self._packed_weight, self._packed_data, self.native_rows = None, 0, 0
         return self
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix [out_features, in_features]: the Parameter itself when dense, a new exact copy when packed."""
-        return (
-            self._dense()
-            if self._packed_weight is None
-            else self._packed_weight.to_dense()
-        )
+        return self._dense() if self._packed_weight is None else self._packed_weight.to_dense()
 
-    def forward(
-        self, x: torch.Tensor, activation: str = "none", deterministic: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, activation: str = "none", deterministic: bool = False) -> torch.Tensor:
         """``activation(x @ weight.T + bias)``, [..., out_features], x.dtype.
 
         ``x`` [..., in_features]. ``activation`` is "none" or "relu". With ``deterministic`` the bits of a row do not
@@ -125,54 +118,41 @@ class Linear(torch.nn.Module):
         Raises: ValueError for an unknown activation or a packed weight under autograd.
         """
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Linear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
-            )
-        if (
-            self._packed_weight is not None
-            and x.requires_grad
-            and torch.is_grad_enabled()
-        ):
+            raise ValueError(f"Linear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+        if self._packed_weight is not None and x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "Linear: x must not require grad when the weight is packed, got x.requires_grad=True. "
                 "Call unpack_(), use the reference executor, or run under torch.no_grad()."
             )
-        if not deterministic:
-            return self._multiply(x, activation)
-        rows = x.reshape(-1, self.in_features)
-        return self._multiply_in_tiles(rows, activation).reshape(
-            *x.shape[:-1], self.out_features
-        )
+        if x.dim() == 2:
+            return self._multiply_in_tiles(x, activation) if deterministic else self._multiply(x, activation)
+        return self(x.reshape(-1, self.in_features), activation, deterministic).reshape(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
-        state = "packed" if self.packed else "dense"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {state}"
+        state = f"packed, native_rows={self.native_rows}" if self.packed else "dense"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {state}"
+        )
 
     def _dense(self) -> torch.nn.Parameter:
-        assert self.weight is not None, (
-            "a Linear holds either a dense or a packed weight"
-        )
+        assert self.weight is not None, "a Linear holds either a dense or a packed weight"
         return self.weight
 
     def _multiply(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if self.native_rows and x.shape[0] <= self.native_rows:
+            return native.packed_linear(x, self._packed_data, self.out_features, self.bias, activation == "relu")
         if self._packed_weight is not None:
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self._packed_weight, self.bias, activation, [], ""
-            )
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed_weight, self.bias, activation, [], "")
         y = functional.linear(x, self._dense(), self.bias)
         return torch.relu(y) if activation == "relu" else y
 
     def _multiply_in_tiles(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         num_rows = x.shape[0]
-        num_padding = -num_rows % DETERMINISTIC_ROWS
+        tile_rows = self.native_rows or DETERMINISTIC_ROWS
+        num_padding = -num_rows % tile_rows if self.native_rows == 0 else 0
         if num_padding:
             x = torch.cat([x, x.new_zeros(num_padding, self.in_features)])
-        tiles = [
-            self._multiply(tile.contiguous(), activation)
-            for tile in x.split(DETERMINISTIC_ROWS)
-        ]
-        if not tiles:
-            return x.new_empty(0, self.out_features)
+        tiles = [self._multiply(tile, activation) for tile in torch.split(x, tile_rows)]
         return (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[:num_rows]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
@@ -180,53 +160,51 @@ class Linear(torch.nn.Module):
             raise RuntimeError(
                 "Linear: the weight must be dense to be moved or cast, got a packed one. Call unpack_()."
             )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return self
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's tensors can neither be copied nor pickled: a copy is made through the dense weight.
+        state = dict(self.__dict__)
+        if self.packed:
+            state["_parameters"] = {**self._parameters, "weight": torch.nn.Parameter(self.dense_weight())}
+            state["_packed_weight"], state["_packed_data"], state["native_rows"] = "pack", 0, 0
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if isinstance(self._packed_weight, str):
+            self._packed_weight = None
+            self.pack_()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed:
             destination[prefix + "weight"] = self.dense_weight()
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.packed and prefix + "weight" in state_dict:
-            raise RuntimeError(
-                "Linear: the weight must be dense to be loaded, got a packed one. Call unpack_() first."
-            )
+            raise RuntimeError("Linear: the weight must be dense to be loaded, got a packed one. Call unpack_() first.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def packing_obstacle(weight: torch.Tensor) -> str | None:
     """Why ``weight`` [out, in] cannot be packed on this machine, in words; None when it can."""
     missing = [
-        name
-        for name in ("_reorder_linear_weight", "_linear_pointwise", "_nbytes")
-        if not _has_op(name)
+        name for name in ("_reorder_linear_weight", "_linear_pointwise", "_nbytes", "data_ptr") if not _has_op(name)
     ]
     if missing:
         return f"this torch has no torch.ops.mkldnn.{missing[0]}"
     if weight.device.type != "cpu":
         return f"only CPU weights can be packed, this one is on {weight.device}"
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return "this torch was built without oneDNN"
     if weight.dtype == torch.float32:
         return None
     if weight.dtype == torch.bfloat16:
-        return (
-            None
-            if torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            else "oneDNN has no bf16 kernels for this CPU"
-        )
+        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "oneDNN has no bf16 kernels for this CPU"
     if weight.dtype == torch.float16:
-        return (
-            None
-            if torch.ops.mkldnn._is_mkldnn_fp16_supported()
-            else "oneDNN has no fp16 kernels for this CPU"
-        )
+        return None if torch.ops.mkldnn._is_mkldnn_fp16_supported() else "oneDNN has no fp16 kernels for this CPU"
     return f"oneDNN packs float32, bfloat16 and float16 weights, this one is {weight.dtype}"
 
 
@@ -235,6 +213,4 @@ def _has_op(name: str) -> bool:
 
 
 def _as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
-    return (
-        tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor)
-    )
+    return tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor)

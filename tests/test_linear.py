@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
 
+from dynskip import native
 from dynskip.linear import Linear, packing_obstacle
 
 SHAPES = [(192, 192), (768, 192), (4096, 192), (2048, 2048)]
@@ -32,7 +35,7 @@ def pack_or_skip(linear: Linear) -> Linear:
 
 
 def test_private_ops_are_where_this_package_expects_them() -> None:
-    for name in ("_reorder_linear_weight", "_linear_pointwise", "_nbytes"):
+    for name in ("_reorder_linear_weight", "_linear_pointwise", "_nbytes", "data_ptr"):
         assert hasattr(torch.ops.mkldnn, name), f"torch.ops.mkldnn.{name} is gone from torch {torch.__version__}"
     schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
     assert "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)" in schema
@@ -157,3 +160,36 @@ def test_bad_arguments() -> None:
         Linear.of(torch.randn(4))
     with pytest.raises(ValueError, match=r"bias must be \[8\]"):
         Linear.of(torch.randn(8, 4), torch.randn(4))
+
+
+def test_copies_hold_the_same_bits_and_memory_of_their_own() -> None:
+    linear = pack_or_skip(make(256, 192, torch.bfloat16))
+    x = torch.randn(3, 192).bfloat16()
+    with torch.no_grad():
+        expected = linear(x)
+        copied = copy.deepcopy(linear)
+        assert copied.packed and torch.equal(copied(x), expected)
+        weight = linear.dense_weight()
+        del linear
+        assert torch.equal(copied(x), expected) and torch.equal(copied.dense_weight(), weight)
+
+
+@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (4099, 130), (64, 2048)])
+@torch.no_grad()
+def test_native_product_reads_the_packed_layout(shape: tuple[int, int]) -> None:
+    if native.unavailable_reason() is not None or not torch.ops.dynskip_native.has_packed_linear():
+        pytest.skip("needs the C++ extension and AVX-512 BF16")
+    linear = make(*shape, torch.bfloat16)
+    weight = linear.dense_weight().detach().clone()
+    linear.pack_()
+    assert linear.native_rows > 0, "oneDNN's packed layout has changed"
+    assert linear._packed_weight is not None
+    assert not native.reads_packed_weight(weight.flip(0), linear._packed_weight)
+    strided = torch.randn(linear.native_rows, shape[1] + 3).bfloat16()[:, : shape[1]]
+    for activation in ("none", "relu"):
+        y = linear(strided, activation)
+        exact = functional.linear(strided.double(), weight.double(), linear.bias.double())  # type: ignore[union-attr]
+        exact = exact.relu() if activation == "relu" else exact
+        assert (y.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    strided[:] = torch.nan
+    assert linear(strided, "relu").isnan().all()
