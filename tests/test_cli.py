@@ -279,6 +279,23 @@ def test_info_tells_versions_and_backends(capsys: pytest.CaptureFixture[str]) ->
     assert report["cpu"]["num_threads"] == torch.get_num_threads()
 
 
+def test_info_describes_the_shipped_model(
+    model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import OPTForCausalLM
+
+    monkeypatch.setattr("dynskip.assets.opt_mini_directory", lambda: model_directory)
+    assert main(["info", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["opt-mini"]
+    assert (model["num_layers"], model["hidden_size"], model["num_heads"]) == (4, 32, 2)
+    # The tied head is stored once, and parameters() yields it once.
+    parameters = OPTForCausalLM.from_pretrained(model_directory).parameters()
+    assert model["num_parameters"] == sum(parameter.numel() for parameter in parameters)
+    assert model["kv_bytes_per_token_and_layer"] == 2 * 32 * 2
+    assert main(["info"]) == 0
+    assert "4 layers, hidden 32, 2 heads" in capsys.readouterr().out
+
+
 def test_info_without_the_shipped_model_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
