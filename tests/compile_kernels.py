@@ -56,10 +56,10 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    """Calls every launcher with shapes of OPT: 125m's 768 columns, 1.3b's 2048, 2.7b's heads of 80, 66b's 9216."""
+    """Calls every launcher with shapes of OPT: 125m's 768 columns, 66b's 9216, heads of 64, 80 and 128."""
     backend = get_backend("triton")
     indices = functools.partial(torch.zeros, dtype=torch.int32)
-    for num_columns in (768, 2048, 9216):
+    for num_columns in (768, 9216):
         x, parameter = torch.zeros(8, num_columns, dtype=dtype), torch.zeros(num_columns, dtype=dtype)
         backend.gather_layer_norm(x, indices(4), parameter, parameter, 1e-5)
         backend.scatter_add(x, indices(4), torch.zeros(4, num_columns, dtype=dtype))

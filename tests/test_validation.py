@@ -1,0 +1,186 @@
+"""The validation itself: that it passes what is right and notices each way of being wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynskip import cli, ops
+from dynskip.backends import Backend, get_backend
+from dynskip.cli.options import DTYPES
+from dynskip.cli.validate import OPS
+from dynskip.validation import Result, validate
+from dynskip.validation_cases import make_cases
+
+
+def validate_broken(
+    monkeypatch: pytest.MonkeyPatch, op: str, broken: Callable[..., Any], dtype: torch.dtype
+) -> list[Result]:
+    """The results of `op` when a backend runs it as `broken`."""
+    backend: Backend = dataclasses.replace(get_backend("torch"), **{op: broken})
+    monkeypatch.setattr(ops, "current_backend", lambda device: backend)
+    return validate("torch", dtype, progress=False, op_names=(op,))
+
+
+def failures(results: list[Result]) -> list[Result]:
+    return [result for result in results if not result.passed]
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_an_injected_fault_is_noticed(op: str) -> None:
+    results = validate("torch", torch.bfloat16, inject_fault=op, progress=False)
+    failed = failures(results)
+    assert {result.op for result in failed} == {op}
+    # Every case but those without results to falsify.
+    num_empty = {"gather_layer_norm": 5, "scatter_add": 0, "kv_store": 0, "decode_attention": 1, "prefill_attention": 1}
+    assert len(failed) == sum(result.op == op for result in results) - num_empty[op]
+
+
+def test_an_unwritten_element_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").decode_attention
+
+    def forgetful(q: Tensor, *others: Any) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        out[:, :, 1:] = right(q, *others)[:, :, 1:]
+        return out
+
+    results = validate_broken(monkeypatch, "decode_attention", forgetful, torch.float32)
+    assert all(result.max_error == float("inf") for result in results if "R=0" not in result.case)
+    assert len(failures(results)) == len(results) - 1
+
+
+def test_a_changed_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").prefill_attention
+
+    def scaling_in_place(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+        out = right(q, k, v, *others)
+        q.mul_(2)
+        return out
+
+    results = validate_broken(monkeypatch, "prefill_attention", scaling_in_place, torch.float32)
+    assert {result.complaint for result in failures(results)} == {"q was written to"}
+
+
+def test_a_write_beside_a_strided_tensor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").scatter_add
+
+    def careless(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
+        right(x, row_ids, y)
+        x.as_strided((1,), (1,), 0).zero_()  # the first element of the storage, which a strided x does not own
+
+    results = validate_broken(monkeypatch, "scatter_add", careless, torch.float32)
+    assert {"strided x", "strided, all rows"} <= {result.case for result in failures(results)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lost_precision_is_noticed(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    def one_pass_in_working_dtype(
+        x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        rows = x if row_ids is None else x[row_ids.long()]
+        mean = rows.mean(1, keepdim=True)
+        normed = (rows - mean) / torch.sqrt((rows * rows).mean(1, keepdim=True) - mean * mean + eps)
+        normed = normed if weight is None else normed * weight
+        return normed if bias is None else normed + bias
+
+    failed = failures(validate_broken(monkeypatch, "gather_layer_norm", one_pass_in_working_dtype, dtype))
+    assert "mean far from zero" in {result.case for result in failed}
+
+
+def test_a_key_too_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").prefill_attention
+
+    def off_by_one(*arguments: Any) -> Tensor:
+        cu_seqlens_q, limits = arguments[3], arguments[5].clone()
+        rows = slice(cu_seqlens_q[-2], cu_seqlens_q[-1]) if len(cu_seqlens_q) > 1 else slice(0)
+        limits[rows][:-1] += 1
+        return right(*arguments[:5], limits, arguments[6])
+
+    failed = failures(validate_broken(monkeypatch, "prefill_attention", off_by_one, torch.float16))
+    assert "tile edges" in {result.case for result in failed}
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_cases_repeat_and_cover_the_row_counts(op: str) -> None:
+    first, again = (make_cases(op, torch.float16, "cpu") for _ in range(2))
+    assert [case.name for case in first] == [case.name for case in again]
+    for case, twin in zip(first, again, strict=True):
+        for value, other in zip(case.arguments.values(), twin.copy_arguments().values(), strict=True):
+            if isinstance(value, Tensor):
+                assert value.stride() == other.stride()
+                assert torch.equal(value.nan_to_num(), other.nan_to_num())
+    assert len({case.name for case in first}) == len(first)
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"validate: inject_fault must be among gather_layer_norm, .*, got 'softmax'"):
+        validate("torch", torch.float32, inject_fault="softmax")
+    with pytest.raises(ValueError, match=r"validate: op_names must be among gather_layer_norm, .*, got 'relu'"):
+        validate("torch", torch.float32, op_names=("relu",))
+    with pytest.raises(ValueError, match="validate: dtype must be one of float32, bfloat16, float16, got float64"):
+        validate("torch", torch.float64)
+    with pytest.raises(
+        ValueError, match="resolve_backend: name must be one of auto, torch, triton, native, got 'cuda'"
+    ):
+        validate("cuda", torch.float32)
+
+
+def test_the_state_of_torch_is_restored() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    validate("torch", torch.float32, progress=False, op_names=("kv_store",))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert ops._backend_name.get() == "auto"
+
+
+def test_the_command_line_knows_the_ops_and_dtypes() -> None:
+    assert OPS == ops.OP_NAMES
+    assert {getattr(torch, name) for name in DTYPES} == {torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_command_passes_with_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "--backend", "torch", "--dtype", "float32", "--op", "scatter_add"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match("backend +dtype +op +cases +max error +allowed +verdict +worst case$", lines[0])
+    assert lines[1].split()[:7] == ["torch", "float32", "scatter_add", "29", "0.0e+00", "0.0e+00", "ok"]
+    assert lines[2] == "29 of 29 cases passed"
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_command_fails_with_an_injected_fault(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "--backend", "torch", "--dtype", "float16", "--inject-fault", op]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(failed) == 1 and op in failed[0]
+
+
+def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["validate", "--backend", "torch", "--dtype", "float16", "--op", "kv_store", "--inject-fault", "kv_store"]
+    assert cli.main([*command, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is False and report["not_run"] == {}
+    assert {case["op"] for case in report["cases"]} == {"kv_store"}
+    assert not any(case["passed"] for case in report["cases"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where Triton runs bfloat16")
+def test_command_says_what_the_interpreter_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = ["validate", "--backend", "triton", "--op", "kv_store"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "not run: triton bfloat16: Triton's interpreter multiplies bfloat16 matrices wrongly." in out
+    assert "48 of 48 cases passed" in out
+    assert cli.main([*command, "--dtype", "bfloat16"]) == 2
+    assert "error: nothing to validate: triton bfloat16" in capsys.readouterr().err
+
+
+def test_command_refuses_unknown_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "--inject-fault", "softmax"]) == 2
+    assert "invalid choice: 'softmax'" in capsys.readouterr().err
