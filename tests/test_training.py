@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
@@ -24,11 +25,14 @@ from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
 from dynskip import LayerPath
 from dynskip.cli import main
+from dynskip.cli.train import evaluator
+from dynskip.evaluation.bits_per_byte import bits_per_byte
 from dynskip.training import attention
 from dynskip.training.batches import IGNORED, BatchPlan, group_by_length, group_in_order, pad_examples
 from dynskip.training.config import ModelShape, Phase, RunConfig, opt_mini
 from dynskip.training.corpus import Instruction, read_corpus, split_instructions, unique_passages
 from dynskip.training.examples import Example, encode_examples, encode_windows
+from dynskip.training.head_loss import head_loss
 from dynskip.training.optimizer import MuonWithAdamW
 from dynskip.training.run import TrainingRun, new_model
 from dynskip.training.schedule import Clock, LearningRate, PathMenu
@@ -288,6 +292,34 @@ def test_training_attention_equals_transformers(model: OPTForCausalLM) -> None:
     torch.testing.assert_close(ours, model(input_ids=input_ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_tokens", [2, 7, 600])
+def test_head_loss_equals_cross_entropy(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = torch.randn(3, num_tokens, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 40, (3, num_tokens), generator=generator)
+    labels[1:, : num_tokens // 2] = IGNORED
+    results = []
+    for fused in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        if fused:
+            loss = head_loss(*leaves, labels)
+        else:
+            logits = (leaves[0] @ leaves[1].T)[:, :-1].flatten(0, 1)
+            loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
+        (3 * loss).backward()
+        results.append((loss.detach().double(), *(leaf.grad for leaf in leaves)))
+    # Ours takes the softmax in fp32, the other in float64.
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_head_loss_needs_a_labelled_token() -> None:
+    labels = torch.tensor([[5, IGNORED, IGNORED]])
+    with pytest.raises(ValueError, match=r"head_loss: labels must keep at least one token, got none"):
+        head_loss(torch.ones(1, 3, 4), torch.ones(6, 4), labels)
+
+
 def test_only_layers_cuts_the_decoder_and_restores_it(model: OPTForCausalLM) -> None:
     wake_layers(model)
     every_layer = list(model.model.decoder.layers)
@@ -449,6 +481,17 @@ def test_a_mistake_is_one_line_and_status_2(
     error = capfd.readouterr().err
     assert status == 2
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_evaluator_scores_every_path_of_the_menu(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    wake_layers(model)
+    examples = encode_examples(tokenizer, made_up_rows(5), SHAPE.max_positions)
+    scores = evaluator(progress=False)(model, examples, tokenizer.pad_token_id)
+    assert list(scores) == ["full", "uniform:2", "uniform:1"]
+    assert len(set(scores.values())) == 3
+    with only_layers(model, LayerPath.uniform(4, budget=2)):
+        expected = bits_per_byte(lambda ids: model(input_ids=ids).logits, examples, tokenizer.pad_token_id).value
+    assert scores["uniform:2"] == pytest.approx(expected, rel=0.02)  # the evaluator runs in bf16
 
 
 def test_unknown_options_are_rejected(data: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

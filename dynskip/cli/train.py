@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,28 +104,33 @@ def _config(args: argparse.Namespace) -> Any:
     return dataclasses.replace(config, phases=tuple(phases), **changes)
 
 
-def evaluate(model: OPTForCausalLM, examples: Sequence[Example], pad_id: int) -> dict[str, float]:
-    """Bits per byte of the examples' responses along the full path and ULS-12, ULS-8 and ULS-4 (of 24 layers)."""
-    import torch
+def evaluator(progress: bool) -> Callable[[OPTForCausalLM, Sequence[Example], int], dict[str, float]]:
+    """A function of model, examples and pad id: bits per byte of the responses along the full path and the uniform
+    paths of a half, a third and a sixth of the layers, which are ULS-12, ULS-8 and ULS-4 of 24."""
 
-    from dynskip.evaluation.bits_per_byte import bits_per_byte
-    from dynskip.paths import LayerPath
-    from dynskip.training.trainer import only_layers
+    def evaluate(model: OPTForCausalLM, examples: Sequence[Example], pad_id: int) -> dict[str, float]:
+        import torch
+        from tqdm import tqdm
 
-    num_layers = model.config.num_hidden_layers
-    scores: dict[str, float] = {}
-    for budget in sorted({max(1, round(num_layers * share)) for share in (1, 1 / 2, 1 / 3, 1 / 6)}, reverse=True):
-        path = LayerPath.uniform(num_layers, budget=budget)
+        from dynskip.evaluation.bits_per_byte import bits_per_byte
+        from dynskip.paths import LayerPath
+        from dynskip.training.trainer import only_layers
 
         def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
             with torch.autocast(model.device.type, torch.bfloat16):
                 return model(input_ids=input_ids.to(model.device), use_cache=False).logits
 
-        with only_layers(model, path):
-            scores["full" if budget == num_layers else f"uniform:{budget}"] = round(
-                bits_per_byte(logits_of, examples, pad_id).value, 4
-            )
-    return scores
+        num_layers = model.config.num_hidden_layers
+        budgets = sorted({max(1, round(num_layers * share)) for share in (1, 1 / 2, 1 / 3, 1 / 6)}, reverse=True)
+        scores: dict[str, float] = {}
+        with tqdm(total=len(budgets) * len(examples), desc="evaluate", leave=False, disable=not progress) as bar:
+            for budget in budgets:
+                with only_layers(model, LayerPath.uniform(num_layers, budget=budget)):
+                    score = bits_per_byte(logits_of, examples, pad_id, on_rows=bar.update)
+                scores["full" if budget == num_layers else f"uniform:{budget}"] = round(score.value, 4)
+        return scores
+
+    return evaluate
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    exported = TrainingRun(config, args.data, args.out, evaluate, progress=not args.quiet).train()
+    exported = TrainingRun(config, args.data, args.out, evaluator(not args.quiet), progress=not args.quiet).train()
     print(f"{exported}: model, tokenizer, and bits per byte of each path in scores.json")
     return 0
 

@@ -10,8 +10,8 @@ TRAINING_ATTENTION = "dynskip_training"
 
 
 @lru_cache(maxsize=128)
-def _causal_bias(num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((num_tokens, num_tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
+def _causal_bias(num_tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((num_tokens, num_tokens), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
 
 
 def causal_attention(
@@ -32,9 +32,8 @@ def causal_attention(
     """
     num_sequences, num_heads, num_tokens, head_size = query.shape
     rows = (num_sequences * num_heads, num_tokens, head_size)
-    scores = torch.baddbmm(
-        _causal_bias(num_tokens, query.dtype), query.reshape(rows), key.reshape(rows).transpose(1, 2), alpha=scaling
-    )
+    bias = _causal_bias(num_tokens, query.dtype, query.device)
+    scores = torch.baddbmm(bias, query.reshape(rows), key.reshape(rows).transpose(1, 2), alpha=scaling)
     mixed = torch.bmm(scores.softmax(-1).to(value.dtype), value.reshape(rows))
     return mixed.view(query.shape).transpose(1, 2).contiguous(), None
 

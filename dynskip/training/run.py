@@ -193,6 +193,8 @@ class TrainingRun:
 
         def on_step(step: int, progress: float) -> None:
             nonlocal watched_at
+            if bar.n == 0:
+                bar.initial = round(1000 * progress)  # what a resumed phase has behind it is no guide to its pace
             bar.n = round(1000 * progress)
             bar.set_postfix_str(f"step {step}", refresh=False)
             bar.update(0)
@@ -265,6 +267,7 @@ class TrainingRun:
         exported = OPTForCausalLM.from_pretrained(
             directory, dtype=torch.bfloat16, attn_implementation=attention.register()
         )
+        torch.nn.Module.to(exported, model.device)
         scores = self._evaluate(exported, scored, tokenizer.pad_token_id)
         num_bytes = sum(example.num_bytes for example in scored)
         _write_json(directory / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})

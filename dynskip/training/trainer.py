@@ -17,6 +17,7 @@ from transformers import OPTForCausalLM, PrinterCallback, Trainer, TrainerCallba
 
 from dynskip.paths import LayerPath
 from dynskip.training.batches import Batch, BatchPlan
+from dynskip.training.head_loss import head_loss
 from dynskip.training.optimizer import MuonWithAdamW
 from dynskip.training.schedule import Clock, LearningRate, PathMenu
 
@@ -161,18 +162,19 @@ class PathTrainer(Trainer):
         """The mean loss of the batch along the path of the step."""
         step = self.state.global_step
         path = self.menu.draw(self.seed, step, self.clock.progress(step))
-        with only_layers(self.decoder_model, path):
-            outputs = model(**inputs, use_cache=False)
+        with only_layers(self.decoder_model, path), self.accelerator.autocast():
+            hidden_states = self.decoder_model.model(inputs["input_ids"], use_cache=False).last_hidden_state
+            loss = head_loss(hidden_states, self.decoder_model.lm_head.weight, inputs["labels"])
         if self.log_file is not None:
             self.log_file.write(
                 step=step,
                 depth=path.budget,
-                loss=round(outputs.loss.item(), 6),
+                loss=round(loss.item(), 6),
                 num_tokens=inputs["input_ids"].numel(),
                 lr_factor=round(self.rate.factor(step, self.clock.progress(step)), 6),
                 elapsed_s=round(self.clock.elapsed_s, 2),
             )
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, None) if return_outputs else loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
