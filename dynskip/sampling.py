@@ -39,19 +39,26 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, requirement in (("stop", "be text that is not empty"), ("stop_token_ids", "be token ids")):
+            self._check(name, isinstance(getattr(self, name), Sequence), requirement)
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_tokens", "n"):
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "be an integer of at least 1")
         number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
-        self._check("temperature", number and math.isfinite(self.temperature) and self.temperature >= 0, "be at least 0")
+        self._check(
+            "temperature", number and math.isfinite(self.temperature) and self.temperature >= 0, "be at least 0"
+        )
         number = isinstance(self.top_p, (int, float)) and not isinstance(self.top_p, bool)
         self._check("top_p", number and 0 < self.top_p <= 1, "lie in (0, 1]")
         self._check("top_k", self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1), "be at least 1 or None")
         valid = self.logprobs is None or (_is_int(self.logprobs) and self.logprobs >= 0)
         self._check("logprobs", valid, "be at least 0 or None")
         self._check("stop", all(isinstance(text, str) and text for text in self.stop), "be text that is not empty")
-        self._check("stop_token_ids", all(_is_int(token) for token in self.stop_token_ids), "be token ids")
+        valid = all(_is_int(token) and token >= 0 for token in self.stop_token_ids)
+        self._check("stop_token_ids", valid, "be token ids")
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "be True or False")
         valid = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)
         self._check("seed", valid, "lie in 0..2**63-1 or be None")
 
@@ -90,7 +97,8 @@ class Sampler:
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """[V], float32: what a token is drawn from, after temperature, then top_k, then top_p."""
-    scaled = logits.float() / params.temperature
+    # The best logit becomes 0 before the division, in float64: no temperature above 0 makes inf - inf of it.
+    scaled = ((logits.float() - logits.max()).double() / params.temperature).float()
     if params.top_k is not None and params.top_k < scaled.numel():
         kept = torch.full_like(scaled, -math.inf)
         values, tokens = scaled.topk(params.top_k)
@@ -111,9 +119,7 @@ def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     if all(sampler.params.greedy for sampler in samplers):
         return best
     on_cpu = logits.cpu()
-    return [
-        best[row] if sampler.params.greedy else sampler.choose(on_cpu[row]) for row, sampler in enumerate(samplers)
-    ]
+    return [best[row] if sampler.params.greedy else sampler.choose(on_cpu[row]) for row, sampler in enumerate(samplers)]
 
 
 def _most_likely(logits: Tensor) -> list[int]:
