@@ -35,7 +35,8 @@ def load(
         if info[kind]:
             keys = sorted(str(key) for key in info[kind])
             raise ValueError(
-                f"from_pretrained: {name} must hold every weight of its config, got {len(keys)} {kind} such as {keys[0]}."
+                f"from_pretrained: {name} must hold every weight of its config, got {len(keys)} {kind}, such as "
+                f"{keys[0]}."
             )
     return _convert(hf_model, device, backend, deterministic, pack, consume=True)
 

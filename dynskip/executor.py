@@ -47,9 +47,7 @@ class CompactExecutor:
         )
 
     @torch.no_grad()
-    def run(
-        self, step: Step, cache: KVCache | None, on_layer: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
+    def run(self, step: Step, cache: KVCache | None, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """[N, C]: the last layer's output for every row of ``step``.
 
         cache: takes the new entries; None where nothing will be decoded from them.
@@ -92,8 +90,9 @@ class CompactExecutor:
         if step.decode:
             assert entries is not None and placed is not None, "decoding needs a cache"
             cache = entries.cache
+            tables = cache.slot_tables[index]
             attention = backend.decode_attention(
-                query, cache.k_cache, cache.v_cache, cache.slot_tables[index], placed.seq_ids, placed.key_limits, layer.scale
+                query, cache.k_cache, cache.v_cache, tables, placed.seq_ids, placed.key_limits, layer.scale
             )
         else:
             keys, values, cu_seqlens_k = (

@@ -108,7 +108,7 @@ class Generation:
         self._accept(self.model.head(hidden_states, self.executor_name))
 
     def run(self, on_step: Callable[[Generation], None] | None = None) -> list[OutputSequence]:
-        """Prefill and decode to the end; ``on_step`` is called after each. Returns all sequences, copies side by side."""
+        """All sequences at their end, copies side by side; ``on_step`` is called after prefill and each step."""
         self.prefill()
         while True:
             if on_step is not None:

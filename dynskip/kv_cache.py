@@ -42,9 +42,7 @@ class EntryIndex:
         for layer, plan in enumerate(plans, start=first_layer):
             table_ids.append(cache_ids[plan.entries.seq_ids.long()] + layer * num_cache_seqs)
             same = plan.run is plan.entries
-            run_table_ids.append(
-                table_ids[-1] if same else cache_ids[plan.run.seq_ids.long()] + layer * num_cache_seqs
-            )
+            run_table_ids.append(table_ids[-1] if same else cache_ids[plan.run.seq_ids.long()] + layer * num_cache_seqs)
             entry_indptr.append(entry_indptr[-1] + plan.entries.num_rows)
             run_indptr.append(run_indptr[-1] + plan.run.num_rows)
         run_tables = torch.cat(run_table_ids)
@@ -142,7 +140,7 @@ class KVCache:
         return self.k_cache[slots], self.v_cache[slots], cu_seqlens
 
     def fork(self, source: int, target: int) -> None:
-        """Make the empty sequence ``target`` begin with all entries of ``source``; the entries are shared, not copied."""
+        """Make the empty sequence ``target`` begin with all entries of ``source``: shared, not copied."""
         assert not self.context_lens[:, target].any(), "the target of a fork holds entries"
         self.slot_tables[:, target] = self.slot_tables[:, source]
         self.context_lens[:, target] = self.context_lens[:, source]

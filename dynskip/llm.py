@@ -99,13 +99,13 @@ class LLM:
         """One Output per prompt, in order; the batch runs together, each prompt along its own path.
 
         prompts: texts, or token ids. params: one for all, or one per prompt; None for the defaults.
-        paths: a LayerPath, one per prompt, bool [B, L], bool [B, T, L] per token (T >= prompt + max_tokens - 1; row p is
-            the token at position p), a controller, or None for all layers.
+        paths: a LayerPath, one per prompt, bool [B, L], bool [B, T, L] per token (T >= prompt + max_tokens - 1; row p
+            is the token at position p), a controller, or None for all layers.
         kv_policy, prompt_depth: for per-token paths only: what a skipped layer stores ("propagate", "evict", "share"),
             and whether the prompt runs its own layers ("path") or all ("full").
         progress: show a progress bar on stderr.
 
-        Raises: TypeError, ValueError on bad input, KVCacheMemoryError where the cache does not fit; nothing has run then.
+        Raises: TypeError, ValueError on bad input, KVCacheMemoryError where the cache does not fit; nothing has run.
         """
         prompt_ids = self._encode(prompts)
         all_params = self._params(params, len(prompt_ids))
@@ -145,7 +145,8 @@ class LLM:
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise ValueError(
-                        f"generate: prompt {index} must be token ids, got text and no tokenizer. Pass tokenizer= to LLM."
+                        f"generate: prompt {index} must be token ids, got text and no tokenizer. "
+                        "Pass tokenizer= to LLM."
                     )
                 if not prompt:
                     raise ValueError(f"generate: prompt {index} must hold at least one token, got empty text.")
@@ -222,7 +223,7 @@ def _load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"LLM: {source} must hold a tokenizer, got: {error}. Pass tokenizer=, or an OPTForCausalLM to use token ids."
+            f"LLM: {source} must hold a tokenizer, got: {error}. Pass tokenizer=, or an OPTForCausalLM for token ids."
         ) from error
 
 

@@ -62,7 +62,7 @@ class OPTForCausalLM(nn.Module):
 
         pack: on a CPU, keep one oneDNN-packed copy of each matrix instead of the dense one; such a model is not
             trainable until :meth:`unpack_`.
-        Raises FileNotFoundError, ValueError or OSError for a checkpoint that is missing, foreign, incomplete or has NaN.
+        Raises FileNotFoundError, ValueError or OSError for a checkpoint that is missing, foreign, damaged or has NaN.
         """
         from dynskip.checkpoint import load
 
@@ -161,7 +161,7 @@ class OPTForCausalLM(nn.Module):
         """Logits for every token, each sequence along its own path.
 
         input_ids: [B, T], int64. attention_mask: [B, T], 1 where a token is; padding may stand left or right.
-        paths: a LayerPath, one per sequence, bool [B, L], bool [B, T, L] per token, a controller, or None for all layers.
+        paths: a LayerPath, one per sequence, bool [B, L], bool [B, T, L] per token, a controller, or None for all.
         kv_policy: "propagate" (default), "evict" or "share", for per-token paths only.
         executor: "compact" has no gradients; "reference" does.
 
@@ -201,7 +201,8 @@ class OPTForCausalLM(nn.Module):
         return CausalLMOutput(logits=logits, hidden_states=tuple(_unpack(state, keep) for state in (*inputs, last)))
 
     def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        integers = (torch.int64, torch.int32)
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in integers:
             got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids)
             raise TypeError(f"forward: input_ids must be int64 [B, T], got {got}.")
         if not input_ids.numel():

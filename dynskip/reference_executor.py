@@ -74,7 +74,13 @@ class ReferenceExecutor:
                 begin, end = bounds[seq], bounds[seq + 1]
                 alone = _Alone.of(plan, seq, begin)
                 part, last[seq] = self._run_layer(
-                    index, layer, alone, hidden_states[begin:end], last[seq], cache, cache_ids[seq]  # type: ignore[arg-type]
+                    index,
+                    layer,
+                    alone,
+                    hidden_states[begin:end],
+                    last[seq],
+                    cache,
+                    cache_ids[seq],  # type: ignore[arg-type]
                 )
                 parts.append(part)
             hidden_states = torch.cat(parts)

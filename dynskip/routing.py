@@ -18,7 +18,7 @@ Paths = LayerPath | Sequence[LayerPath] | Tensor | SequenceController | TokenCon
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Which tokens a step brings: ``num_new_tokens[i]`` of sequence ``seqs[i]``, the first at ``first_positions[i]``."""
+    """The tokens of a step: ``num_new_tokens[i]`` of sequence ``seqs[i]``, the first at ``first_positions[i]``."""
 
     seqs: tuple[int, ...]
     first_positions: tuple[int, ...]
@@ -192,8 +192,8 @@ def resolve(
         paths = _paths_of_mask(_check_mask(paths, num_layers, num_seqs, function), function)
     if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(p, LayerPath) for p in paths):
         raise TypeError(
-            f"{function}: paths must be a LayerPath, a list of them, a bool tensor [B, L] or [B, T, L], a controller or "
-            f"None, got {type(paths).__name__}. LayerPath.parse reads texts such as 'uniform:8'."
+            f"{function}: paths must be a LayerPath, a list of them, a bool tensor [B, L] or [B, T, L], a controller "
+            f"or None, got {type(paths).__name__}. LayerPath.parse reads texts such as 'uniform:8'."
         )
     if len(paths) != num_seqs:
         raise ValueError(f"{function}: paths must be one per sequence, got {len(paths)} for {num_seqs} sequences.")

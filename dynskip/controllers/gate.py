@@ -11,7 +11,7 @@ from dynskip.controllers.protocol import TokenContext
 
 
 class HiddenStateGate:
-    """Runs a layer for the rows where the gate's "run" logit is at least its "skip" logit (arXiv 2410.20022, section 3.2).
+    """Runs a layer for the rows whose "run" logit is at least their "skip" logit (arXiv 2410.20022, section 3.2).
 
     weight: [L, 2, C], float; bias: [L, 2] or None. Index 0 of the logits is skip, index 1 is run.
     always: layers that run whatever the gate says; by default the first and the last, as in the paper.

@@ -42,7 +42,7 @@ class TokenController(Protocol):
     """Decides, when a layer's input is known, which rows run the layer."""
 
     def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
-        """[N], bool: True where the row runs ``layer``. ``hidden_states``: [N, C], the layer's input, not to be changed.
+        """[N], bool: True where the row runs ``layer``. ``hidden_states``: [N, C], the layer's input, to be left alone.
 
         A row's decision must not depend on other rows of the step, or batched results differ from results alone.
         """
