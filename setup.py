@@ -6,6 +6,7 @@ torch and a C++ compiler are there, and a failing build leaves the package witho
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -44,14 +45,10 @@ def compiler() -> str | None:
 
 def missing() -> str | None:
     """What the build lacks on this machine, with the way to get it, or None."""
-    try:
-        import torch  # noqa: F401  # found or not is all that counts here
-    except ImportError:
-        return (
-            "torch is not importable in the build environment; install torch first and pass --no-build-isolation to pip"
-        )
     if compiler() is None:
         return "no C++ compiler was found; install g++ or clang++, or name one in CXX"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not in the build environment; install torch first and pass --no-build-isolation to pip"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -61,19 +62,15 @@ ours = [
     and pathlib.Path(module.__file__).resolve().is_relative_to(root / "kernels")
 ]
 assert not ours, ours
+import dynskip.kernels.launches
+assert "kernels.launches" not in sys.modules
 print("sys.path finds", root / "kernels" if (root / "kernels").is_dir() and sys.path[0] == "" else None)
 """
     # The last line proves that the root really was where an import of `kernels` looks first.
     assert run_python(script).strip() == f"sys.path finds {ROOT / 'kernels'}"
 
 
-def test_our_kernels_are_found_under_our_name() -> None:
-    script = "import dynskip.kernels.launches as m, sys; print(m.__name__, 'kernels.launches' in sys.modules)"
-    assert run_python(script).split() == ["dynskip.kernels.launches", "False"]
-
-
-@pytest.mark.parametrize("blocked", [(), ("triton", "dynskip._C")])
-def test_import_and_run_with_neither_gpu_nor_triton_nor_extension(blocked: tuple[str, ...]) -> None:
+def test_import_and_run_with_neither_gpu_nor_triton_nor_extension() -> None:
     script = """
 import dynskip
 from dynskip import LLM, LayerPath, OPTForCausalLM, SamplingParams, ops, reference
@@ -85,7 +82,7 @@ with ops.use_backend("torch"):
 torch.testing.assert_close(y, reference.gather_layer_norm(x, row_ids, None, None, 1e-5))
 print(dynskip.__version__)
 """
-    version = run_python(script, blocked, CUDA_VISIBLE_DEVICES="").strip()
+    version = run_python(script, ("triton", "dynskip._C"), CUDA_VISIBLE_DEVICES="").strip()
     assert version == run_python("from dynskip.version import __version__; print(__version__)").strip()
 
 
@@ -133,3 +130,55 @@ def test_dependencies_are_ranges_and_constraints_are_pins() -> None:
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
     assert "triton" not in pins, "a CUDA build of torch asks for its own triton"
+
+
+def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``setup.py`` in ``folder`` with these arguments and, of the switches, these only."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", "DYNSKIP_BUILD_EXT")}
+    command = [sys.executable, "setup.py", "-q", *arguments]
+    environment = {**inherited, **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def broken_tree(tmp_path: Path) -> Path:
+    """A package whose C++ source does not compile, with an extension left over from an earlier build."""
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(
+        ROOT / "dynskip", tmp_path / "dynskip", ignore=shutil.ignore_patterns("*.so", "assets", "__pycache__")
+    )
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "broken.cpp").write_text("this is no C++\n", encoding="utf-8")
+    (tmp_path / "dynskip" / "_C.abi3.so").write_bytes(b"stale")
+    return tmp_path
+
+
+def test_setup_rejects_an_unknown_value_of_the_switch() -> None:
+    result = run_setup(ROOT, "--version", DYNSKIP_BUILD_EXT="yes")
+    assert result.returncode != 0
+    assert "DYNSKIP_BUILD_EXT must be 0 (skip), 1 (must build) or unset (try), got 'yes'." in result.stderr
+
+
+def test_setup_without_a_compiler(tmp_path: Path) -> None:
+    version = run_python("from dynskip.version import __version__; print(__version__)").strip()
+    tried = run_setup(ROOT, "--version", PATH=str(tmp_path))
+    assert (tried.returncode, tried.stdout.strip()) == (0, version)
+    assert "built WITHOUT its C++ extension" in tried.stderr
+    assert "no C++ compiler was found; install g++" in tried.stderr
+    assert "DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation" in tried.stderr
+    forced = run_setup(ROOT, "--version", PATH=str(tmp_path), DYNSKIP_BUILD_EXT="1")
+    assert forced.returncode != 0
+    assert "DYNSKIP_BUILD_EXT=1, but no C++ compiler was found" in forced.stderr
+    skipped = run_setup(ROOT, "--version", PATH=str(tmp_path), DYNSKIP_BUILD_EXT="0")
+    assert (skipped.returncode, skipped.stdout.strip(), skipped.stderr) == (0, version, "")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_a_failing_build_warns_and_leaves_no_stale_extension(broken_tree: Path) -> None:
+    forced = run_setup(broken_tree, "build_ext", "--inplace", DYNSKIP_BUILD_EXT="1")
+    assert forced.returncode != 0
+    tried = run_setup(broken_tree, "build_ext", "--inplace")
+    assert tried.returncode == 0, tried.stderr
+    assert "built WITHOUT its C++ extension (backend 'native'): the build failed" in tried.stderr
+    assert not list((broken_tree / "dynskip").glob("_C*"))
