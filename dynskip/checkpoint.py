@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +18,16 @@ if TYPE_CHECKING:
 
 
 def load(
-    source: str | Path, dtype: torch.dtype, device: torch.device, backend: str, deterministic: bool, pack: bool
+    source: str | Path, dtype: torch.dtype, device: torch.device | str, backend: str, deterministic: bool, pack: bool
 ) -> OPTForCausalLM:
     """The model of a local directory or hub id; see OPTForCausalLM.from_pretrained."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"from_pretrained: dtype must be float32, bfloat16 or float16, got {dtype}.")
+    found = _find_device(device)
     name = _check_source(source)
-    check_config(AutoConfig.from_pretrained(name))
-    try:
-        hf_model, info = HFOPTForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except Exception as error:
-        # safetensors raises its own exception type on damaged files; name the file's home, keep the cause.
-        raise ValueError(f"from_pretrained: {name} must hold readable weights, got: {error}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            keys = sorted(str(key) for key in info[kind])
-            raise ValueError(
-                f"from_pretrained: {name} must hold every weight of its config, got {len(keys)} {kind}, such as "
-                f"{keys[0]}."
-            )
-    return _convert(hf_model, device, backend, deterministic, pack, consume=True)
+    check_config(_read_config(name))
+    hf_model = _read_weights(name, dtype)
+    return _convert(hf_model, found, backend, deterministic, pack, consume=True)
 
 
 def convert(hf_model: HFOPTForCausalLM, backend: str, deterministic: bool, pack: bool) -> OPTForCausalLM:
@@ -63,18 +52,80 @@ def save(model: OPTForCausalLM, directory: Path) -> None:
     save_torch_state_dict(state, str(directory))
 
 
+def _find_device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"from_pretrained: device must be one that this machine has, got {device!r}: {_one_line(error)}"
+        ) from error
+    return found
+
+
 def _check_source(source: str | Path) -> str:
-    path = Path(source)
-    name = os.fspath(source)
+    if not isinstance(source, str | Path):
+        raise TypeError(f"from_pretrained: the model must be a directory or a hub id, got {type(source).__name__}.")
+    path, name = Path(source), str(source)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or isinstance(source, Path)
-    if path.is_dir():
+    if path.is_dir() and name:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"from_pretrained: {name} must hold a config.json, got none. Save the model with save_pretrained."
             )
-    elif looks_local:
-        raise FileNotFoundError(f"from_pretrained: {name} must be a directory, got no such directory.")
+    elif path.is_file():
+        raise NotADirectoryError(f"from_pretrained: {name} must be a directory, got a file. Name the folder around it.")
+    elif looks_local or not name:
+        raise FileNotFoundError(f"from_pretrained: {name!r} must be a directory, got no such directory.")
     return name
+
+
+def _read_config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # transformers and its validators raise types of their own: all say why in their text
+        if Path(name).is_dir():
+            raise ValueError(f"from_pretrained: {name} must hold an OPT config, got: {_one_line(error)}") from error
+        raise FileNotFoundError(
+            f"from_pretrained: {name} must be a directory, or a hub id within reach, got neither: {_one_line(error)}"
+        ) from error
+
+
+def _read_weights(name: str, dtype: torch.dtype) -> HFOPTForCausalLM:
+    """transformers' model with exactly the weights of the checkpoint: none invented, none of its layers left out."""
+    try:
+        # Asked to go on over wrong shapes, transformers names them, which its own error does not.
+        loaded: Any = HFOPTForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors raises its own type on damaged files; name the file's home, keep the cause
+        raise ValueError(f"from_pretrained: {name} must hold readable weights, got: {_one_line(error)}") from error
+    hf_model, info = loaded
+    for key, actual, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"from_pretrained: {key} of {name} must have the shape {list(expected)} of its config, got {list(actual)}."
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"from_pretrained: {name} must hold every weight of its config, got {len(missing)} missing, such as "
+            f"{missing[0]}."
+        )
+    # Left out, a layer would change the model without a word; other keys are buffers of old versions.
+    unused = sorted(key for key in info["unexpected_keys"] if ".layers." in key)
+    if unused:
+        raise ValueError(
+            f"from_pretrained: {name} must hold the layers of its config only, got {len(unused)} weights more, such as "
+            f"{unused[0]}."
+        )
+    return hf_model
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _convert(
@@ -86,6 +137,7 @@ def _convert(
     config = OPTConfig.from_dict(hf_model.config.to_dict())
     with torch.device("meta"):
         model = OPTForCausalLM(config, backend, deterministic)
+    function = "from_pretrained" if consume else "from_hf"
     source_modules = dict(hf_model.named_modules())
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -94,12 +146,12 @@ def _convert(
             source: Tensor = getattr(source_modules[module_name], name).detach()
             if source.shape != parameter.shape:
                 raise ValueError(
-                    f"from_hf: {module_name}.{name} must have shape {list(parameter.shape)}, got {list(source.shape)}."
+                    f"{function}: {module_name}.{name} must be {list(parameter.shape)}, got {list(source.shape)}."
                 )
             if not torch.isfinite(source).all():
                 raise ValueError(
-                    f"from_hf: {module_name}.{name} must hold finite numbers only, got NaN or infinity. "
-                    "The checkpoint is damaged."
+                    f"{function}: {module_name}.{name} must hold finite numbers only, got NaN or infinity. "
+                    "The checkpoint is damaged, or its numbers do not fit the dtype."
                 )
             # A loaded weight may be a view of the mapped file, which stays resident as long as any view lives.
             to_be_packed = pack and isinstance(module, Linear) and name == "weight"
@@ -111,7 +163,7 @@ def _convert(
         if pack and isinstance(module, Linear) and module is not model.lm_head:
             module.pack_()
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.decoder.embed_tokens.weight
+        model.tie_head_()
     if pack:
         model.lm_head.pack_()
     return model.eval()

@@ -29,11 +29,10 @@ class CompactExecutor:
         self.backend = backend
         self.deterministic = deterministic
         self.row_counts = RowCounts(len(decoder.layers))
-        self._index: tuple[object, tuple[int, ...], EntryIndex] | None = None
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
         """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all."""
-        layer: OPTDecoderLayer = self.decoder.layers[0]  # type: ignore[assignment]  # ModuleList is not generic
+        layer = self.decoder.stack()[0]
         table = self.decoder.embed_positions.weight
         return KVCache(
             len(self.decoder.layers),
@@ -56,12 +55,12 @@ class CompactExecutor:
         assert cache is not None or step.plan.kv_policy is not KVPolicy.SHARE, "sharing entries needs a cache"
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic)
         entries = _Entries(self, step, cache) if cache is not None else None
-        for index, layer in enumerate(self.decoder.layers):
+        for index, layer in enumerate(self.decoder.stack()):
             if on_layer is not None:
                 on_layer(index, hidden_states)
             plan = step.plan.layer(index, hidden_states)
             if plan.entries.num_rows:
-                self._run_layer(index, layer, plan, hidden_states, step, entries)  # type: ignore[arg-type]
+                self._run_layer(index, layer, plan, hidden_states, step, entries)
         return hidden_states
 
     def _run_layer(
@@ -106,20 +105,6 @@ class CompactExecutor:
         layer.add_attention_(hidden_states, run.row_ids, attention, backend, deterministic)
         layer.add_feed_forward_(hidden_states, run.row_ids, backend, deterministic)
 
-    def entry_index(self, step: Step, cache: KVCache) -> EntryIndex | None:
-        """The entries of all layers of ``step`` at once, where the plan knows them before the first layer runs."""
-        plan = step.plan
-        if plan.active is None or plan.kv_policy is KVPolicy.SHARE:
-            return None
-        # Decode steps repeat the same plan: what was worked out for the last step serves again.
-        key = (plan, step.cache_ids, cache)
-        if self._index is None or any(a is not b for a, b in zip(self._index[0], key, strict=True)):
-            device = step.token_ids.device
-            plans = plan.all_layers(device)
-            index = EntryIndex.of(plans, 0, step.cache_ids, cache.context_lens.shape[1])
-            self._index = (key, index)
-        return self._index[1]
-
 
 class _Placed(NamedTuple):
     """seq_ids: [R], int32, the cache sequence of each run row; key_limits: [R], int32, the entries it attends to."""
@@ -136,7 +121,7 @@ class _Entries:
         self.step = step
         self.cache = cache
         self.first_step = not step.decode and cache.num_slots_used == 0
-        self.index = executor.entry_index(step, cache)
+        self.index = cache.index(step.plan, step.cache_ids)
         if self.index is not None:
             self.slots = cache.allocate(self.index.entry_indptr[-1])
             self.key_limits = cache.append(self.index, self.slots)

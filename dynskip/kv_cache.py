@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynskip.plan import LayerPlan
+from dynskip.plan import KVPolicy, LayerPlan, Plan
 
 
 class KVCacheMemoryError(MemoryError):
@@ -97,6 +97,7 @@ class KVCache:
         self.context_lens = torch.zeros((num_layers, num_seqs), dtype=torch.int32, device=device)
         self.num_slots = num_slots
         self.num_slots_used = 0
+        self._index: tuple[Plan, Tensor, EntryIndex] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -114,6 +115,18 @@ class KVCache:
             )
         self.num_slots_used += num_slots
         return torch.arange(first, first + num_slots, dtype=torch.int32, device=self.k_cache.device)
+
+    def index(self, plan: Plan, cache_ids: Tensor) -> EntryIndex | None:
+        """The entries of all layers of a step at once; None where the plan knows them only layer by layer.
+
+        cache_ids: [B], int64, the step's sequences. Decode steps repeat plan and sequences: the last index is kept.
+        """
+        if plan.active is None or plan.kv_policy is KVPolicy.SHARE:
+            return None
+        if self._index is None or self._index[0] is not plan or self._index[1] is not cache_ids:
+            index = EntryIndex.of(plan.all_layers(cache_ids.device), 0, cache_ids, self.context_lens.shape[1])
+            self._index = (plan, cache_ids, index)
+        return self._index[2]
 
     def append(self, index: EntryIndex, slots: Tensor) -> Tensor:
         """Append the entries of ``index`` at ``slots`` ([E], int32) to their tables.

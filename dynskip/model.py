@@ -15,7 +15,7 @@ from dynskip.backends import Backend, resolve_backend
 from dynskip.executor import CompactExecutor
 from dynskip.linear import Linear
 from dynskip.memory import MemoryReport
-from dynskip.opt import OPTModel, check_config
+from dynskip.opt import OPTModel, check_config, embedding_size
 from dynskip.reference_executor import ReferenceExecutor
 from dynskip.routing import Paths, StepTokens, resolve
 from dynskip.step import Step, packed_positions
@@ -40,9 +40,9 @@ class OPTForCausalLM(nn.Module):
         check_config(config)
         self.config = config
         self.model = OPTModel(config)
-        self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(embedding_size(config), config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+            self.tie_head_()
         self.deterministic = deterministic
         self._backend_name = backend
         self._backend: Backend | None = None
@@ -66,7 +66,7 @@ class OPTForCausalLM(nn.Module):
         """
         from dynskip.checkpoint import load
 
-        return load(directory_or_hub_id, dtype, torch.device(device), backend, deterministic, pack)
+        return load(directory_or_hub_id, dtype, device, backend, deterministic, pack)
 
     @staticmethod
     def from_hf(
@@ -123,8 +123,14 @@ class OPTForCausalLM(nn.Module):
             if isinstance(module, Linear):
                 module.unpack_()
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+            self.tie_head_()
         return self.requires_grad_(True)
+
+    def tie_head_(self) -> None:
+        """Make the dense head and the token embedding one parameter."""
+        weight = self.model.decoder.embed_tokens.weight
+        assert isinstance(weight, nn.Parameter), "an embedding is a parameter"
+        self.lm_head.weight = weight
 
     def executor(self, name: ExecutorName = "compact") -> CompactExecutor | ReferenceExecutor:
         """The executor called ``name``: "compact" saves time, "reference" is the specification and differentiable."""
@@ -209,6 +215,8 @@ class OPTForCausalLM(nn.Module):
             raise ValueError(f"forward: input_ids must hold at least one token, got shape {list(input_ids.shape)}.")
         if attention_mask is None:
             keep = torch.ones_like(input_ids, dtype=torch.bool)
+        elif not isinstance(attention_mask, Tensor):
+            raise TypeError(f"forward: attention_mask must be a tensor [B, T], got {type(attention_mask).__name__}.")
         elif attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"forward: attention_mask must be {list(input_ids.shape)}, got {list(attention_mask.shape)}."

@@ -8,6 +8,7 @@ updates the residual stream of many sequences through the launchers of a backend
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,7 +132,7 @@ class OPTDecoder(nn.Module):
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
-        embed_size, size = config.word_embed_proj_dim, config.hidden_size
+        embed_size, size = embedding_size(config), config.hidden_size
         projected = embed_size != size
         final_norm = config.do_layer_norm_before and not config._remove_final_layer_norm
         self.embed_tokens = nn.Embedding(config.vocab_size, embed_size)
@@ -142,6 +143,10 @@ class OPTDecoder(nn.Module):
             nn.LayerNorm(size, elementwise_affine=config.layer_norm_elementwise_affine) if final_norm else None
         )
         self.layers = nn.ModuleList(OPTDecoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    def stack(self) -> list[OPTDecoderLayer]:
+        """The layers, from the first to the last."""
+        return cast("list[OPTDecoderLayer]", list(self.layers))
 
     def embed(self, token_ids: Tensor, position_ids: Tensor, deterministic: bool = False) -> Tensor:
         """[N, C]: the first layer's input for ``token_ids`` and ``position_ids``, each [N], int64; positions from 0."""
@@ -167,6 +172,11 @@ class OPTModel(nn.Module):
         self.decoder = OPTDecoder(config)
 
 
+def embedding_size(config: OPTConfig) -> int:
+    """E, the size of token embeddings and of what the head sees; C except in 350m."""
+    return config.word_embed_proj_dim or config.hidden_size
+
+
 def check_config(config: OPTConfig) -> None:
     """Raise ValueError where ``config`` describes no OPT decoder that can be built."""
     if config.model_type != "opt":
@@ -174,6 +184,8 @@ def check_config(config: OPTConfig) -> None:
             f"OPTForCausalLM: config must describe an OPT model, got model_type {config.model_type!r}. "
             "Other architectures are not supported."
         )
+    if config.num_hidden_layers < 1:
+        raise ValueError(f"OPTForCausalLM: num_hidden_layers must be at least 1, got {config.num_hidden_layers}.")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"OPTForCausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "

@@ -65,7 +65,7 @@ class ReferenceExecutor:
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids)
         # Keys and values by row, [N, H, D]: SHARE reuses those of the last layer that a row ran.
         last: list[tuple[Tensor, Tensor] | None] = [None] * rows.num_seqs
-        for index, layer in enumerate(self.decoder.layers):
+        for index, layer in enumerate(self.decoder.stack()):
             if on_layer is not None:
                 on_layer(index, hidden_states)
             plan = step.plan.layer(index, hidden_states)
@@ -80,7 +80,7 @@ class ReferenceExecutor:
                     hidden_states[begin:end],
                     last[seq],
                     cache,
-                    cache_ids[seq],  # type: ignore[arg-type]
+                    cache_ids[seq],
                 )
                 parts.append(part)
             hidden_states = torch.cat(parts)
@@ -133,8 +133,8 @@ class _Alone:
     @staticmethod
     def of(plan: LayerPlan, seq: int, first_row: int) -> _Alone:
         begin, end = int(plan.run.cu_seqlens[seq]), int(plan.run.cu_seqlens[seq + 1])
-        sets = (_rows_of(row_set, seq, first_row) for row_set in (plan.run, plan.kv, plan.entries))
-        return _Alone(*sets, plan.key_ranks[begin:end])
+        run, kv, entries = (_rows_of(row_set, seq, first_row) for row_set in (plan.run, plan.kv, plan.entries))
+        return _Alone(run, kv, entries, plan.key_ranks[begin:end])
 
 
 def _rows_of(row_set: RowSet, seq: int, first_row: int) -> Tensor:

@@ -29,7 +29,9 @@ def within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
     wide = exact.double()
     ulp = torch.finfo(actual.dtype).eps * wide.abs().max()
     error, allowed = (actual.double() - wide).abs().max(), 2 * (eager.double() - wide).abs().max()
-    assert error <= torch.maximum(allowed, 4 * ulp), f"error {error:.3g}, allowed {allowed:.3g}, ulp {ulp:.3g}"
+    # In float32 the order of a sum of 64 terms, which differs between kernels, moves more than the rounding of results.
+    floor = (16 if actual.dtype == torch.float32 else 2) * ulp
+    assert error <= torch.maximum(allowed, floor), f"error {error:.3g}, allowed {allowed:.3g}, ulp {ulp:.3g}"
 
 
 @torch.no_grad()
