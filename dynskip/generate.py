@@ -59,6 +59,8 @@ class Generation:
             check_tokens(prompt, param.max_tokens, model.config, f"generate: prompt {index}")
         prompt_ids = [torch.tensor(prompt, dtype=torch.int64, device=model.device) for prompt in prompts]
         routing = resolve(paths, model.num_layers, prompt_ids, model.embed_tokens, kv_policy, prompt_depth)
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            routing.check_covers(index, len(prompt) + param.max_tokens - 1)
         self.num_copies = [param.n for param in params]
         self.routing: Routing = routing.repeat(self.num_copies)
         self.sequences = [

@@ -80,10 +80,19 @@ class LLM:
                 from dynskip.assets import opt_mini_directory
 
                 model = opt_mini_directory()
+            if not isinstance(model, str | Path):
+                raise TypeError(
+                    f"LLM: model must be a dynskip.OPTForCausalLM, a directory, a hub id or None, got {type(model)}. "
+                    "OPTForCausalLM.from_hf converts a transformers model."
+                )
             self.model = OPTForCausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
             if tokenizer is None and _may_have_tokenizer(Path(model)):
                 tokenizer = model
         self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        if self.tokenizer is not None and not (callable(self.tokenizer) and hasattr(self.tokenizer, "decode")):
+            raise TypeError(
+                f"LLM: tokenizer must be a transformers tokenizer, a directory or a hub id, got {type(tokenizer)}."
+            )
 
     def generate(
         self,
@@ -220,11 +229,20 @@ def _load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # transformers and tokenizers raise types of their own: all say why in their text
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"LLM: {source} must hold a tokenizer, got: {error}. Pass tokenizer=, or an OPTForCausalLM for token ids."
+            f"LLM: {source} must hold a tokenizer, got: {reason} Pass tokenizer=, or an OPTForCausalLM for token ids."
         ) from error
+    # Without its vocabulary transformers builds a tokenizer that knows special tokens only.
+    num_words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    if not num_words:
+        raise ValueError(
+            f"LLM: {source} must hold a tokenizer with a vocabulary, got special tokens only. "
+            "Pass tokenizer=, or an OPTForCausalLM for token ids."
+        )
+    return tokenizer
 
 
 def _run_with_bar(generation: Generation) -> list[OutputSequence]:

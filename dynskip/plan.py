@@ -34,15 +34,15 @@ class KVPolicy(Enum):
     SHARE = "share"
 
     @staticmethod
-    def per_token(name: str | None) -> KVPolicy:
+    def per_token(name: str | None, function: str = "KVPolicy.per_token") -> KVPolicy:
         """The policy for per-token masks that ``name`` stands for; None is PROPAGATE.
 
-        Raises ValueError for an unknown name.
+        Raises ValueError, naming ``function``, for an unknown name.
         """
         if name is None:
             return KVPolicy.PROPAGATE
         if name not in ("propagate", "evict", "share"):
-            raise ValueError(f"kv_policy must be 'propagate', 'evict' or 'share', got {name!r}.")
+            raise ValueError(f"{function}: kv_policy must be 'propagate', 'evict' or 'share', got {name!r}.")
         return KVPolicy(name)
 
 

@@ -41,6 +41,10 @@ class Routing(Protocol):
         """The path of ``seq``, or None where its tokens have no path in common."""
         ...
 
+    def check_covers(self, seq: int, num_tokens: int) -> None:
+        """Raise ValueError where it cannot tell the layers of the first ``num_tokens`` tokens of ``seq``."""
+        ...
+
     def repeat(self, num_copies: Sequence[int]) -> Routing:
         """The routing of a batch that holds ``num_copies[b]`` copies of sequence b, side by side."""
         ...
@@ -64,6 +68,9 @@ class PathRouting:
         """The path of ``seq``."""
         return self.paths[seq]
 
+    def check_covers(self, seq: int, num_tokens: int) -> None:
+        """Nothing: a path holds for any number of tokens."""
+
     def repeat(self, num_copies: Sequence[int]) -> PathRouting:
         """The routing of ``num_copies[b]`` copies of each sequence."""
         return PathRouting(tuple(p for p, copies in zip(self.paths, num_copies, strict=True) for _ in range(copies)))
@@ -78,15 +85,11 @@ class MaskRouting:
     full_prompt: bool
 
     def plan(self, tokens: StepTokens) -> Plan:
-        """The plan of a step that brings ``tokens``; raises ValueError where the mask is too short for them."""
+        """The plan of a step that brings ``tokens``."""
         parts = []
         for seq, first, count in zip(tokens.seqs, tokens.first_positions, tokens.num_new_tokens, strict=True):
             mask = self.active[seq]
-            if first + count > mask.shape[0]:
-                raise ValueError(
-                    f"paths: the mask of sequence {seq} must cover {first + count} tokens, got {mask.shape[0]}. "
-                    "Give T >= prompt + max_tokens - 1 rows."
-                )
+            assert first + count <= mask.shape[0], "check_covers refuses a mask that is too short"
             parts.append(mask[first : first + count])
         active = torch.cat(parts)
         if tokens.is_prompt and self.full_prompt:
@@ -103,6 +106,14 @@ class MaskRouting:
     def path(self, seq: int) -> LayerPath | None:
         """None: each token has its own layers."""
         return None
+
+    def check_covers(self, seq: int, num_tokens: int) -> None:
+        """Raise ValueError where the mask has fewer rows than ``num_tokens``."""
+        if self.active[seq].shape[0] < num_tokens:
+            raise ValueError(
+                f"generate: paths must cover {num_tokens} tokens of sequence {seq}, got T={self.active[seq].shape[0]}. "
+                "Give T >= prompt + max_tokens - 1 rows."
+            )
 
     def repeat(self, num_copies: Sequence[int]) -> MaskRouting:
         """The routing of ``num_copies[b]`` copies of each sequence."""
@@ -146,6 +157,9 @@ class GateRouting:
         """None: each token has its own layers."""
         return None
 
+    def check_covers(self, seq: int, num_tokens: int) -> None:
+        """Nothing: the controller decides for every token that comes."""
+
     def repeat(self, num_copies: Sequence[int]) -> GateRouting:
         """Itself: the controller knows no sequences."""
         return self
@@ -170,14 +184,18 @@ def resolve(
     num_seqs = len(prompts)
     if isinstance(paths, SequenceController):
         paths = paths.choose_paths(prompts, [embed(prompt) for prompt in prompts])
+        if not isinstance(paths, list | tuple):
+            raise TypeError(
+                f"{function}: the controller's choose_paths must return a list of LayerPath, got {type(paths)}."
+            )
     if isinstance(paths, TokenController):
         known = getattr(paths, "num_layers", num_layers)
         if known != num_layers:
             raise ValueError(f"{function}: the controller must decide for {num_layers} layers, got {known}.")
-        return GateRouting(paths, num_layers, KVPolicy.per_token(kv_policy), prompt_depth == "full")
+        return GateRouting(paths, num_layers, KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
     if isinstance(paths, Tensor) and paths.dim() == 3:
         masks = _check_mask(paths, num_layers, num_seqs, function)
-        return MaskRouting(tuple(masks), KVPolicy.per_token(kv_policy), prompt_depth == "full")
+        return MaskRouting(tuple(masks), KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
     if kv_policy is not None or prompt_depth == "full":
         name, value = ("kv_policy", kv_policy) if kv_policy is not None else ("prompt_depth", prompt_depth)
         raise ValueError(

@@ -22,6 +22,9 @@ class HiddenStateGate:
             raise ValueError(f"HiddenStateGate: weight must be [L, 2, C], got {list(weight.shape)}.")
         if bias is not None and bias.shape != weight.shape[:2]:
             raise ValueError(f"HiddenStateGate: bias must be {list(weight.shape[:2])}, got {list(bias.shape)}.")
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"HiddenStateGate: {name} must hold finite numbers only, got NaN or infinity.")
         num_layers = weight.shape[0]
         self.always = frozenset((0, num_layers - 1) if always is None else always)
         for layer in self.always:
@@ -37,6 +40,11 @@ class HiddenStateGate:
 
     def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
         """[N], bool: True where the row runs ``layer``; ``hidden_states`` [N, C] is the layer's input."""
+        if hidden_states.shape[1] != self.weight.shape[2]:
+            raise ValueError(
+                f"HiddenStateGate: weight must be [L, 2, {hidden_states.shape[1]}] for this model, "
+                f"got {list(self.weight.shape)}."
+            )
         if layer in self.always:
             return torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         # One product per row and class, summed in a fixed order: a row's decision never depends on its neighbours.
