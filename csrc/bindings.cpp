@@ -5,6 +5,9 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(dynskip_native, m) {
+  m.def("gather_layer_norm(Tensor x, Tensor? row_ids, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("scatter_add(Tensor(a!) x, Tensor? row_ids, Tensor y) -> ()");
+  m.def("kv_store(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot_table, Tensor seq_ids, "
       "Tensor context_lens, float scale) -> Tensor");
@@ -22,6 +25,9 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
+  m.impl("gather_layer_norm", TORCH_BOX(&dynskip::gather_layer_norm));
+  m.impl("scatter_add", TORCH_BOX(&dynskip::scatter_add));
+  m.impl("kv_store", TORCH_BOX(&dynskip::kv_store));
   m.impl("decode_attention", TORCH_BOX(&dynskip::decode_attention));
   m.impl("is_packed_linear_layout", TORCH_BOX(&dynskip::is_packed_linear_layout));
   m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));

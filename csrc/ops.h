@@ -10,6 +10,25 @@
 
 namespace dynskip {
 
+torch::stable::Tensor gather_layer_norm(
+    const torch::stable::Tensor& x,
+    const std::optional<torch::stable::Tensor>& row_ids,
+    const std::optional<torch::stable::Tensor>& weight,
+    const std::optional<torch::stable::Tensor>& bias,
+    double eps);
+
+void scatter_add(
+    const torch::stable::Tensor& x,
+    const std::optional<torch::stable::Tensor>& row_ids,
+    const torch::stable::Tensor& y);
+
+void kv_store(
+    const torch::stable::Tensor& k,
+    const torch::stable::Tensor& v,
+    const torch::stable::Tensor& k_cache,
+    const torch::stable::Tensor& v_cache,
+    const torch::stable::Tensor& slot_mapping);
+
 torch::stable::Tensor decode_attention(
     const torch::stable::Tensor& q,
     const torch::stable::Tensor& k_cache,

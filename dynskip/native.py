@@ -1,7 +1,7 @@
 """The launchers of the C++ extension, for tensors on a CPU. They check what memory safety needs; `ops` checks the rest.
 
-`decode_attention` is native: it reads the cache through the slot table, without a copy, at the speed of memory. The
-other four are the torch backend's own functions. Beside the launchers stands `packed_linear`, which `Linear` uses.
+`prefill_attention` is the torch backend's own function: PyTorch's attention over whole sequences is fast as it is.
+Beside the launchers stands `packed_linear`, which `Linear` uses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from dynskip.torch_backend import gather_layer_norm, kv_store, prefill_attention, scatter_add
+from dynskip.torch_backend import prefill_attention
 
 __all__ = [
     "decode_attention",
@@ -37,6 +37,23 @@ def unavailable_reason() -> str | None:
             "Build it: DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation -e ."
         )
     return None
+
+
+def gather_layer_norm(
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """See `reference.gather_layer_norm`."""
+    return _op("gather_layer_norm")(x, row_ids, weight, bias, eps)
+
+
+def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
+    """See `reference.scatter_add`."""
+    _op("scatter_add")(x, row_ids, y)
+
+
+def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `reference.kv_store`."""
+    _op("kv_store")(k, v, k_cache, v_cache, slot_mapping)
 
 
 def decode_attention(

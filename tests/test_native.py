@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dynskip import native, reference
+from dynskip import native, reference, torch_backend
 
 if native.unavailable_reason() is not None:
     pytest.skip(str(native.unavailable_reason()), allow_module_level=True)
@@ -173,3 +173,83 @@ def test_instruction_set_is_named_and_an_unknown_one_is_refused(instruction_set:
     with pytest.raises(RuntimeError, match=r"name must be best, portable, avx2 or avx512, .* got sse9"):
         torch.ops.dynskip_native.use_instruction_set("sse9")
     assert torch.ops.dynskip_native.instruction_set() == instruction_set
+
+
+def budget(dtype: torch.dtype, exact: torch.Tensor, eager: torch.Tensor) -> float:
+    """Twice the error of eager PyTorch, at least one unit in the last place of the largest result; float32, four."""
+    num_ulp = 4 if dtype == torch.float32 else 1
+    ulp = torch.finfo(dtype).eps * float(exact.abs().max())
+    return max(2 * float((eager.double() - exact).abs().max()), num_ulp * ulp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (40, 2048), (7, 100), (33, 192), (5, 1), (300, 300)])
+def test_gather_layer_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape[0], shape[1] + 2, generator=generator) * 3 + 1).to(dtype)[:, : shape[1]]
+    weight, bias = (torch.randn(shape[1], generator=generator).to(dtype) for _ in range(2))
+    some = torch.randperm(shape[0], generator=generator)[: shape[0] // 2 + 1].int()
+    for row_ids in (None, some, some[:0]):
+        for parameters in ((weight, bias), (weight, None), (None, bias), (None, None)):
+            wide = [None if parameter is None else parameter.double() for parameter in parameters]
+            exact = reference.gather_layer_norm(x.double(), row_ids, *wide, 1e-5)
+            eager = torch_backend.gather_layer_norm(x, row_ids, *parameters, 1e-5)
+            y = native.gather_layer_norm(x, row_ids, *parameters, 1e-5)
+            assert y.shape == exact.shape and y.dtype == dtype
+            if y.numel():
+                assert (y.double() - exact).abs().max() <= budget(dtype, exact, eager)
+    together = native.gather_layer_norm(x, None, weight, bias, 1e-5)
+    assert torch.equal(native.gather_layer_norm(x, some, weight, bias, 1e-5), together[some.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (40, 2048), (7, 100), (33, 192), (5, 1)])
+def test_scatter_add_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape[0], shape[1] + 2, generator=generator).to(dtype)
+    some = torch.randperm(shape[0], generator=generator)[: shape[0] // 2 + 1].int()
+    for row_ids in (None, some, some[:0]):
+        num_rows = shape[0] if row_ids is None else len(row_ids)
+        y = torch.randn(num_rows, shape[1] + 3, generator=generator).to(dtype)[:, : shape[1]]
+        expected, result = x.clone(), x.clone()
+        reference.scatter_add(expected[:, : shape[1]], row_ids, y)
+        native.scatter_add(result[:, : shape[1]], row_ids, y)
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 300])
+def test_kv_store_is_exact(num_rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(num_rows, 3, 5, 12, generator=generator).to(dtype)
+    k, v = projection[:, 1], projection[:, 2]
+    slots = torch.randperm(num_rows + 9, generator=generator)[:num_rows].int()
+    slots[::3] = -1
+    caches = [torch.full((num_rows + 9, 5, 12), torch.nan, dtype=dtype) for _ in range(4)]
+    reference.kv_store(k, v, caches[0], caches[1], slots)
+    native.kv_store(k, v, caches[2], caches[3], slots)
+    for expected, result in ((caches[0], caches[2]), (caches[1], caches[3])):
+        assert torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("row_ids", [[0, 3], [-1], [1000]])
+def test_row_ids_and_slots_outside_are_refused(row_ids: list[int]) -> None:
+    x, ids = torch.zeros(3, 16), torch.tensor(row_ids, dtype=torch.int32)
+    y = torch.zeros(len(row_ids), 16)
+    with pytest.raises(RuntimeError, match=r"gather_layer_norm: row_ids must lie in 0\.\.2"):
+        native.gather_layer_norm(x, ids, None, None, 1e-5)
+    with pytest.raises(RuntimeError, match=r"scatter_add: row_ids must lie in 0\.\.2"):
+        native.scatter_add(x, ids, y)
+    cache = torch.zeros(3, 1, 16)
+    with pytest.raises(RuntimeError, match=r"kv_store: slot_mapping must hold slots 0\.\.2 or -1"):
+        native.kv_store(y[:, None], y[:, None], cache, cache.clone(), torch.where(ids < 0, -2, ids))
+
+
+def test_dtypes_and_shapes_that_the_extension_lacks_are_refused() -> None:
+    x, ids = torch.zeros(3, 16, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"must be float32, bfloat16 or float16\. Use the torch backend"):
+        native.gather_layer_norm(x, ids, None, None, 1e-5)
+    with pytest.raises(RuntimeError, match=r"row_ids must be contiguous \[R\] int32"):
+        native.scatter_add(x, ids.long(), x[:1])
+    with pytest.raises(RuntimeError, match=r"y must be \[1, 16\] of x's dtype"):
+        native.scatter_add(x, ids, x[:1].float())

@@ -5,14 +5,13 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace dynskip {
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Below this many cached bytes a second thread costs more than it saves.
@@ -29,8 +28,8 @@ void attend(
     const Tensor& seq_ids,
     const Tensor& context_lens,
     float scale,
-    Tensor& out,
-    void (*kernel)(const DecodeAttentionTask<Element>&)) {
+    Tensor& out) {
+  const auto kernel = kernels().of<Element>().decode_attention;
   const int64_t num_rows = q.size(0);
   const int64_t num_heads = q.size(1);
   const int64_t head_size = q.size(2);
@@ -130,21 +129,9 @@ Tensor decode_attention(
   if (out.numel() == 0) {
     return out;
   }
-  const auto scale32 = static_cast<float>(scale);
-  const Kernels& k = kernels();
-  switch (q.scalar_type()) {
-    case ScalarType::Float:
-      attend<float>(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale32, out, k.decode_attention_f32);
-      break;
-    case ScalarType::BFloat16:
-      attend<BFloat16>(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale32, out, k.decode_attention_bf16);
-      break;
-    case ScalarType::Half:
-      attend<Float16>(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale32, out, k.decode_attention_f16);
-      break;
-    default:
-      DYNSKIP_CHECK(false, "decode_attention: q must be float32, bfloat16 or float16.");
-  }
+  for_element_type(q.scalar_type(), "decode_attention", [&](auto element) {
+    attend<decltype(element)>(q, k_cache, v_cache, slot_table, seq_ids, context_lens, static_cast<float>(scale), out);
+  });
   return out;
 }
 

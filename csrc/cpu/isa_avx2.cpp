@@ -16,6 +16,7 @@
 #endif
 
 #include "decode_attention_kernel.h"
+#include "row_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -27,9 +28,9 @@ namespace dynskip {
 
 const Kernels kAvx2Kernels = {
     "avx2",
-    decode_attention_heads<float>,
-    decode_attention_heads<BFloat16>,
-    decode_attention_heads<Float16>,
+    {decode_attention_heads<float>, layer_norm_row<float>, add_row<float>},
+    {decode_attention_heads<BFloat16>, layer_norm_row<BFloat16>, add_row<BFloat16>},
+    {decode_attention_heads<Float16>, layer_norm_row<Float16>, add_row<Float16>},
 };
 
 } // namespace dynskip

@@ -19,6 +19,7 @@
 
 #define DYNSKIP_HAS_AVX512
 #include "decode_attention_kernel.h"
+#include "row_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -30,9 +31,9 @@ namespace dynskip {
 
 const Kernels kAvx512Kernels = {
     "avx512",
-    decode_attention_heads<float>,
-    decode_attention_heads<BFloat16>,
-    decode_attention_heads<Float16>,
+    {decode_attention_heads<float>, layer_norm_row<float>, add_row<float>},
+    {decode_attention_heads<BFloat16>, layer_norm_row<BFloat16>, add_row<BFloat16>},
+    {decode_attention_heads<Float16>, layer_norm_row<Float16>, add_row<Float16>},
 };
 
 } // namespace dynskip

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "element.h"
 
@@ -32,11 +33,40 @@ constexpr int64_t decode_attention_scratch_floats(int64_t num_heads, int64_t hea
   return num_heads * (kChunkTokens + 2 * head_size + 2);
 }
 
+// One row of LayerNorm: out [C] from x [C]; weight and bias [C], or null.
+template <typename Element>
+struct LayerNormRow {
+  const Element* x;
+  const Element* weight;
+  const Element* bias;
+  Element* out;
+  int64_t size;
+  float eps;
+};
+
+template <typename Element>
+struct ElementKernels {
+  void (*decode_attention)(const DecodeAttentionTask<Element>&);
+  void (*layer_norm)(const LayerNormRow<Element>&);
+  void (*add)(Element* x, const Element* y, int64_t size); // x += y
+};
+
 struct Kernels {
   const char* name;
-  void (*decode_attention_f32)(const DecodeAttentionTask<float>&);
-  void (*decode_attention_bf16)(const DecodeAttentionTask<BFloat16>&);
-  void (*decode_attention_f16)(const DecodeAttentionTask<Float16>&);
+  ElementKernels<float> f32;
+  ElementKernels<BFloat16> bf16;
+  ElementKernels<Float16> f16;
+
+  template <typename Element>
+  const ElementKernels<Element>& of() const {
+    if constexpr (std::is_same_v<Element, float>) {
+      return f32;
+    } else if constexpr (std::is_same_v<Element, BFloat16>) {
+      return bf16;
+    } else {
+      return f16;
+    }
+  }
 };
 
 extern const Kernels kPortableKernels;
