@@ -65,8 +65,24 @@ def validate(
     chosen = resolve_backend(backend, device).name
     cases = [case for op in op_names for case in make_cases(op, dtype, device)]
     bar = tqdm(cases, desc=f"{chosen} {dtype_name(dtype)}", unit="case", disable=not progress)
-    with torch.no_grad(), ops.use_backend(chosen), _poisoned_allocations():
-        return [_validate_case(chosen, dtype, case, inject_fault == case.op) for case in bar]
+    return [validate_case(chosen, dtype, case, falsify=inject_fault == case.op) for case in bar]
+
+
+def validate_case(backend: str, dtype: torch.dtype, case: Case, falsify: bool = False) -> Result:
+    """The result of one case on `backend`; with `falsify` after one element of what the op computed was changed."""
+    arguments = case.copy_arguments()
+    with torch.no_grad(), ops.use_backend(backend), _poisoned_allocations():
+        results = _call(ops, case.op, arguments)
+    if falsify:
+        for result in results:
+            _falsify(result)
+    complaint = _find_complaint(case, arguments, results)
+    if case.op in _MUTATED:
+        expected = _call(reference, case.op, case.copy_arguments())
+        error, allowed = max(map(_storage_error, results, expected)), 0.0
+    else:
+        error, allowed = _measure(case, results[0])
+    return Result(backend, dtype_name(dtype), case.op, case.name, error, allowed, complaint)
 
 
 @contextmanager
@@ -82,21 +98,6 @@ def _poisoned_allocations() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         switches.fill_uninitialized_memory = filling
-
-
-def _validate_case(backend: str, dtype: torch.dtype, case: Case, falsify: bool) -> Result:
-    arguments = case.copy_arguments()
-    results = _call(ops, case.op, arguments)
-    if falsify:
-        for result in results:
-            _falsify(result)
-    complaint = _find_complaint(case, arguments, results)
-    if case.op in _MUTATED:
-        expected = _call(reference, case.op, case.copy_arguments())
-        error, allowed = max(map(_storage_error, results, expected)), 0.0
-    else:
-        error, allowed = _measure(case, results[0])
-    return Result(backend, dtype_name(dtype), case.op, case.name, error, allowed, complaint)
 
 
 def _call(module: object, op: str, arguments: Arguments) -> tuple[Tensor, ...]:
