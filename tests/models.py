@@ -6,9 +6,12 @@ import copy
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import OPTConfig
+from transformers import OPTConfig, PreTrainedTokenizerFast
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip import LayerPath, OPTForCausalLM
@@ -103,3 +106,12 @@ def cpu_backend(name: str) -> str:
     if reason is not None:
         pytest.skip(f"no {name} backend: {reason}")
     return name
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 101 whole words: token 7 is ``w007``; 1 is padding, 2 the end of a sequence."""
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, **{f"w{token:03}": token for token in range(4, VOCAB_SIZE)}}
+    tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
