@@ -86,8 +86,8 @@ class KVCache:
         if needed_bytes > free_bytes:
             slot_bytes = needed_bytes / max(num_slots, 1)
             raise KVCacheMemoryError(
-                f"KVCache: the cache needs {needed_bytes / 2**20:.0f} MiB for {num_slots} entries of {num_seqs} "
-                f"sequences, got {free_bytes / 2**20:.0f} MiB free on {device}, which holds "
+                f"KVCache: the cache needs {needed_bytes / 2**20:.1f} MiB for {num_slots} entries of {num_seqs} "
+                f"sequences, got {free_bytes / 2**20:.1f} MiB free on {device}, which holds "
                 f"{int(free_bytes / slot_bytes)} entries. Use fewer sequences at a time, smaller max_tokens or "
                 "shorter paths."
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from dynskip.backends import Backend, resolve_backend
+from dynskip.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.executor import CompactExecutor
 from dynskip.linear import Linear
 from dynskip.memory import MemoryReport
@@ -38,6 +38,10 @@ class OPTForCausalLM(nn.Module):
     def __init__(self, config: OPTConfig, backend: str = "auto", deterministic: bool = False) -> None:
         super().__init__()
         check_config(config)
+        if backend not in ("auto", *BACKEND_NAMES):
+            raise ValueError(
+                f"OPTForCausalLM: backend must be one of {', '.join(('auto', *BACKEND_NAMES))}, got {backend!r}."
+            )
         self.config = config
         self.model = OPTModel(config)
         self.lm_head = Linear(embedding_size(config), config.vocab_size, bias=False)
@@ -209,7 +213,8 @@ class OPTForCausalLM(nn.Module):
     def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         integers = (torch.int64, torch.int32)
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in integers:
-            got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids)
+            tensor = isinstance(input_ids, Tensor)
+            got = f"{input_ids.dtype} {list(input_ids.shape)}" if tensor else type(input_ids).__name__
             raise TypeError(f"forward: input_ids must be int64 [B, T], got {got}.")
         if not input_ids.numel():
             raise ValueError(f"forward: input_ids must hold at least one token, got shape {list(input_ids.shape)}.")

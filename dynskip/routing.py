@@ -222,7 +222,8 @@ def resolve(
 
 
 def _check_mask(mask: Tensor, num_layers: int, num_seqs: int, function: str) -> Tensor:
-    expected = f"[{num_seqs}, {num_layers}]" if mask.dim() == 2 else f"[{num_seqs}, T, {num_layers}]"
+    per_seq, per_token = f"[{num_seqs}, {num_layers}]", f"[{num_seqs}, T, {num_layers}]"
+    expected = {2: per_seq, 3: per_token}.get(mask.dim(), f"{per_seq} or {per_token}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: paths must be bool {expected}, got {mask.dtype}. Use paths.bool().")
     if mask.dim() not in (2, 3) or mask.shape[0] != num_seqs or mask.shape[-1] != num_layers:
