@@ -79,6 +79,7 @@ def decode_attention(
     """
     num_rows, num_heads, head_size = q.shape
     out = torch.empty((num_rows, num_heads, head_size), dtype=q.dtype, device=q.device)
+    block_d = triton.next_power_of_2(head_size)
     launch(
         "decode_attention",
         decode_attention_kernel,
@@ -96,8 +97,8 @@ def decode_attention(
         num_heads * head_size,
         scale,
         HEAD_SIZE=head_size,
-        BLOCK_S=64,
-        BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_S=64 if block_d <= 64 else 32,
+        BLOCK_D=block_d,
         num_warps=4,
     )
     return out
