@@ -171,6 +171,13 @@ class MachineSpeed:
             if getattr(self, name) <= 0:
                 raise ValueError(f"MachineSpeed: {name} must be positive, got {getattr(self, name)}.")
 
+    @staticmethod
+    def best(speeds: Sequence[MachineSpeed]) -> MachineSpeed:
+        """The most of either that any of ``speeds`` shows."""
+        if not speeds:
+            raise ValueError("MachineSpeed.best: speeds must hold at least one, got none.")
+        return MachineSpeed(max(speed.bandwidth_gbps for speed in speeds), max(speed.peak_gflops for speed in speeds))
+
     def ms(self, num_bytes: float, flops: float) -> float:
         """The milliseconds of work bound by memory or by arithmetic, whichever takes longer."""
         return max(num_bytes / self.bandwidth_gbps, flops / self.peak_gflops) / 1e6

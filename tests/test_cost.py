@@ -92,6 +92,10 @@ def test_the_roofline_is_what_it_says() -> None:
     assert roofline_ms(mix, SHAPE, MACHINE, context_len=7) == pytest.approx(by_hand * 1e3)
 
 
+def test_the_best_speed_takes_each_at_its_best() -> None:
+    assert MachineSpeed.best([MachineSpeed(3, 7), MachineSpeed(5, 2)]) == MachineSpeed(5, 7)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -104,6 +108,7 @@ def test_the_roofline_is_what_it_says() -> None:
         (lambda: Curve((0,), (1.0,)), r"num_rows must increase from at least 1, got \[0\]"),
         (lambda: Curve((1,), (-1.0,)), "ms must be at least 0, got -1.0"),
         (lambda: Curve((1,), (1.0,)).at(-1), "num_rows must be at least 0, got -1"),
+        (lambda: MachineSpeed.best([]), "speeds must hold at least one, got none"),
         (lambda: MachineSpeed(0, 1), "bandwidth_gbps must be positive, got 0"),
         (lambda: MachineSpeed(1, -2.0), "peak_gflops must be positive, got -2.0"),
     ],

@@ -1,0 +1,58 @@
+"""OPT-shaped models with random weights: as fast or slow as the real ones, and made without a download."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import OPTConfig
+from transformers import OPTForCausalLM as HFOPTForCausalLM
+
+# hidden size, ffn size, layers, heads: the shapes of facebook/opt-*, all with OPT's vocabulary and positions.
+SHAPES = {
+    "opt-1.3b": (2048, 8192, 24, 32),
+    "opt-125m": (768, 3072, 12, 12),
+    # No model of this size was published; it has opt-1.3b's depth, so that the same paths apply, and fits anywhere.
+    "opt-0.2b-24": (768, 3072, 24, 12),
+}
+
+
+def opt_config(shape: str, vocab_size: int = 50272) -> OPTConfig:
+    """The transformers config of a shape in ``SHAPES``."""
+    if shape not in SHAPES:
+        raise ValueError(f"opt_config: shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
+    hidden_size, ffn_dim, num_layers, num_heads = SHAPES[shape]
+    return OPTConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        ffn_dim=ffn_dim,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        word_embed_proj_dim=hidden_size,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+
+
+def weight_bytes(config: OPTConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of the weights of a model of ``config``, a tied head counted once."""
+    with torch.device("meta"):
+        model = HFOPTForCausalLM(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def random_hf_model(config: OPTConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> HFOPTForCausalLM:
+    """A transformers model with random weights, made in place in ``dtype``: its memory never holds a second copy."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = HFOPTForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if module is model.lm_head and config.tie_word_embeddings:
+                continue
+            value = torch.empty(parameter.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            if "layer_norm" in name and key == "weight":
+                value += 1
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.decoder.embed_tokens.weight
+    return model.eval()

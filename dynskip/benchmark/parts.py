@@ -1,0 +1,146 @@
+"""Where the time of a decode step goes, part by part."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from dynskip import generate
+from dynskip.backends import Backend
+from dynskip.benchmark.runners import DynskipRunner
+from dynskip.executor import CompactExecutor
+from dynskip.kv_cache import KVCache
+from dynskip.linear import Linear
+
+# The parts that only choosing and compacting rows costs, and choosing tokens.
+OVERHEAD = ("planning", "gather", "scatter", "sampling")
+
+_HOOKS: tuple[tuple[Any, str, str], ...] = (
+    (generate.Generation, "next_step", "planning"),
+    (KVCache, "index", "planning"),
+    (KVCache, "allocate", "planning"),
+    (KVCache, "append", "planning"),
+    (generate, "choose_tokens", "sampling"),
+    (Linear, "forward", "products"),
+)
+
+
+class StepParts:
+    """Milliseconds of each part of each step that was timed; the time of a part excludes parts that run inside it.
+
+    "gather" is what a gathering LayerNorm takes longer than one of the same rows laid side by side, "scatter" the whole
+    addition to the residual stream. What no part claims is "other": the Python between them.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def ms(self, part: str) -> float:
+        """The median milliseconds of ``part``."""
+        return median(step.get(part, 0.0) for step in self.steps)
+
+    @property
+    def parts(self) -> list[str]:
+        """All parts, the longest first; "step" is their sum."""
+        names = {name for step in self.steps for name in step}
+        return sorted(names, key=self.ms, reverse=True)
+
+    @property
+    def overhead_share(self) -> float:
+        """The median over the steps of the share of ``OVERHEAD`` in the step."""
+        return median(sum(step.get(part, 0.0) for part in OVERHEAD) / step["step"] for step in self.steps)
+
+    @property
+    def overhead_ms(self) -> float:
+        """The median over the steps of the milliseconds of ``OVERHEAD``."""
+        return median(sum(step.get(part, 0.0) for part in OVERHEAD) for step in self.steps)
+
+
+def measure_parts(runner: DynskipRunner, num_steps: int, on_call: Callable[[str], None] | None = None) -> StepParts:
+    """The parts of ``num_steps`` further decode steps of a prefilled ``runner``."""
+    assert runner.generation is not None, "prefilled"
+    found = StepParts()
+    clock = _Clock()
+    with _hooked(clock, runner):
+        for _ in range(num_steps):
+            if on_call is not None:
+                on_call("parts of a step")
+            clock.parts.clear()
+            start = time.perf_counter()
+            runner.step()
+            total_ms = (time.perf_counter() - start) * 1e3 - clock.parts.pop("uncounted", 0.0)
+            parts = dict(clock.parts)
+            found.steps.append({**parts, "other": total_ms - sum(parts.values()), "step": total_ms})
+    return found
+
+
+class _Clock:
+    """Adds up exclusive times: what runs inside another timed call is taken off the outer one."""
+
+    def __init__(self) -> None:
+        self.parts: defaultdict[str, float] = defaultdict(float)
+        self._inner = [0.0]
+
+    def time(self, part: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._inner.append(0.0)
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        self.parts[part] += elapsed_ms - self._inner.pop()
+        self._inner[-1] += elapsed_ms
+        return result
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            return self.time(part, function, *args, **kwargs)
+
+        return timed
+
+
+@contextmanager
+def _hooked(clock: _Clock, runner: DynskipRunner) -> Iterator[None]:
+    """Let ``clock`` see the parts of every step while the context lasts."""
+    assert runner.generation is not None
+    executor = runner.generation.executor
+    assert isinstance(executor, CompactExecutor), "the specification is not timed"
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in _HOOKS]
+    backend = executor.backend
+    for (owner, name, original), (_, _, part) in zip(originals, _HOOKS, strict=True):
+        setattr(owner, name, clock.wrap(part, original))
+    executor.backend = _timed_backend(clock, backend)
+    try:
+        yield
+    finally:
+        executor.backend = backend
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _timed_backend(clock: _Clock, backend: Backend) -> Backend:
+    def gather_layer_norm(x: Tensor, row_ids: Tensor | None, *args: Any) -> Tensor:
+        before = clock.parts["layer norm"]
+        normed: Tensor = clock.time("layer norm", backend.gather_layer_norm, x, row_ids, *args)
+        if row_ids is not None:
+            fused_ms = clock.parts["layer norm"] - before
+            compact = clock.time("uncounted", x.index_select, 0, row_ids)
+            uncounted = clock.parts["uncounted"]
+            clock.time("uncounted", backend.gather_layer_norm, compact, None, *args)
+            norm_ms = min(clock.parts["uncounted"] - uncounted, fused_ms)
+            clock.parts["layer norm"] = before + norm_ms
+            clock.parts["gather"] += fused_ms - norm_ms
+        return normed
+
+    return dataclasses.replace(
+        backend,
+        gather_layer_norm=gather_layer_norm,
+        scatter_add=clock.wrap("scatter", backend.scatter_add),
+        kv_store=clock.wrap("kv store", backend.kv_store),
+        decode_attention=clock.wrap("attention", backend.decode_attention),
+    )

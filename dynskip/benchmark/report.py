@@ -1,0 +1,176 @@
+"""What a benchmark found: rows with a target and a verdict, as JSON lines and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio, measured in one interleaved run.
+
+    section: one of ``SECTIONS``. batch: sequences. what: what was measured against what.
+    value: the ratio. target: what it should be, None where the row is for information.
+    at_least: True where the value must not be below the target, False where it must not be above.
+    ours_ms, other_ms: the medians that it comes from. num_samples: how often each was timed.
+    """
+
+    section: str
+    batch: int
+    what: str
+    value: float
+    target: float | None
+    at_least: bool
+    ours_ms: float
+    other_ms: float
+    num_samples: int
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the target is met; None without a target."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    @property
+    def is_share(self) -> bool:
+        """True where the value is read as a percentage."""
+        return self.section == "overhead" or "share of" in self.what
+
+    def show(self, value: float) -> str:
+        """``value`` as this row's ratio is written."""
+        return f"{value:.1%}" if self.is_share else f"{value:.2f}x"
+
+    @property
+    def shown_target(self) -> str:
+        """The target with its direction, or nothing."""
+        if self.target is None:
+            return ""
+        target = f"{self.target:.0%}" if self.is_share else f"{self.target:g}x"
+        return f"{'>=' if self.at_least else '<='} {target}"
+
+    @property
+    def verdict(self) -> str:
+        """met, missed, or a dash without a target."""
+        return {True: "met", False: "MISSED", None: "-"}[self.passed]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one run and what they were measured under.
+
+    conditions: machine, versions, shapes, dtype, the speed of memory and arithmetic in the same run.
+    skipped: what was not measured, with the reason.
+    """
+
+    conditions: dict[str, Any]
+    rows: tuple[Row, ...]
+    skipped: dict[str, str]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What the JSON lines hold: each row, and each thing skipped, with all conditions."""
+        lines = [{**asdict(row), "verdict": row.verdict, "conditions": self.conditions} for row in self.rows]
+        lines += [{"skipped": name, "reason": why, "conditions": self.conditions} for name, why in self.skipped.items()]
+        return lines
+
+    def write(self, directory: Path) -> tuple[Path, Path]:
+        """Write ``<machine>.jsonl``, one line a row with all conditions, and ``<machine>.md``; returns both paths."""
+        directory.mkdir(parents=True, exist_ok=True)
+        data, page = (directory / f"{self.conditions['machine']}{suffix}" for suffix in (".jsonl", ".md"))
+        data.write_text("".join(json.dumps(line) + "\n" for line in self.lines()), encoding="utf-8")
+        page.write_text(f"# {self.conditions['cpu']}\n\n{self.markdown()}", encoding="utf-8")
+        return data, page
+
+    @staticmethod
+    def read(path: Path) -> Report:
+        """The report that ``write`` left at ``path``; raises ValueError where the file is something else."""
+        rows, skipped, conditions = [], {}, None
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                line = json.loads(text)
+                found = line.pop("conditions")
+                if "skipped" in line:
+                    skipped[line["skipped"]] = line["reason"]
+                else:
+                    line.pop("verdict")
+                    rows.append(Row(**line))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"Report.read: {path} must hold rows of a report, got line {number}: {error!r}."
+                ) from error
+            if conditions is not None and found != conditions:
+                raise ValueError(f"Report.read: {path} must hold one run, got other conditions in line {number}.")
+            conditions = found
+        if conditions is None:
+            raise ValueError(f"Report.read: {path} must hold at least one row, got none. Run `dynskip bench --out`.")
+        return Report(conditions, tuple(rows), skipped)
+
+    def markdown(self) -> str:
+        """Conditions in words, then every row with its target and verdict."""
+        cells = [
+            (
+                row.section,
+                str(row.batch),
+                row.what,
+                f"{row.ours_ms:.1f}",
+                f"{row.other_ms:.1f}",
+                row.show(row.value),
+                row.shown_target,
+                row.verdict,
+            )
+            for row in self.rows
+        ]
+        header = ("section", "batch", "what", "dynskip ms", "other ms", "value", "target", "verdict")
+        text = f"{self.conditions_text()}\n\n{markdown_table(header, cells, right={1, 3, 4, 5})}"
+        for name, why in self.skipped.items():
+            text += f"\nNot measured: {name}. {why}\n"
+        return text
+
+    def summary(self) -> str:
+        """One line per question, one column per batch: the table of the README."""
+        batches = sorted({row.batch for row in self.rows})
+        questions = list(dict.fromkeys((row.section, row.what) for row in self.rows))
+        cells = []
+        for section, what in questions:
+            rows = {row.batch: row for row in self.rows if (row.section, row.what) == (section, what)}
+            targets = list(dict.fromkeys(row.shown_target for _, row in sorted(rows.items())))
+            where = "prefill" if section == "prefill" or what.startswith("prefill") else "decode"
+            what = what if what.startswith(where) else f"{where}, {what}"
+            shown = [
+                f"{rows[b].show(rows[b].value)}{' (missed)' if rows[b].passed is False else ''}" if b in rows else ""
+                for b in batches
+            ]
+            cells.append((what, *shown, " / ".join(filter(None, targets))))
+        header = ("", *(f"batch {batch}" for batch in batches), "target")
+        return f"{markdown_table(header, cells, right=set(range(1, len(batches) + 1)))}\n{self.conditions_text()}\n"
+
+    def conditions_text(self) -> str:
+        """The conditions in two sentences."""
+        found = self.conditions
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+        return (
+            f"{found['shape']} shapes, random {found['dtype']} weights, prompt {found['prompt_len']}, "
+            f"{found['num_threads']} threads on {found['cpu']} ({found['num_cores']} cores, {found['isa']}, "
+            f"{found['bandwidth_gbps']:.0f} GB/s and {found['peak_gflops']:.0f} GFLOP/s in the same run), "
+            f"backend {found['backend']}; medians, everything timed in turns in one run. {versions}; "
+            f"commit {found['commit']}, {found['date']}, load {found['load'][0]} before the run."
+        )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[int]) -> str:
+    """A Markdown table whose columns are aligned in the source as well; the columns ``right`` to the right."""
+    rows = [list(row) for row in rows]
+    widths = [max(3, *(len(row[i]) for row in [list(header), *rows])) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i in right else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)]) + "\n"

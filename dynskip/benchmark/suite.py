@@ -1,0 +1,360 @@
+"""The benchmark: OPT-shaped steps along paths, held against their own products, transformers and CTranslate2."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import OPTForCausalLM as HFOPTForCausalLM
+
+from dynskip.benchmark import ctranslate2_runner, machine
+from dynskip.benchmark.gate import Agreement, Gate
+from dynskip.benchmark.models import opt_config, random_hf_model, weight_bytes
+from dynskip.benchmark.parts import measure_parts
+from dynskip.benchmark.products import Embedding, Products, model_shape
+from dynskip.benchmark.report import SECTIONS, Report, Row
+from dynskip.benchmark.runners import DynskipRunner, Runner, TransformersRunner
+from dynskip.benchmark.timing import Samples, Task, interleave
+from dynskip.cost import MachineSpeed, PathMix, roofline_ms
+from dynskip.model import OPTForCausalLM
+from dynskip.paths import LayerPath
+
+# A decode step at full depth as a multiple of its products, at most.
+PRODUCTS_TARGET = 1.25
+# How much faster than transformers a step must be, by batch.
+TRANSFORMERS_TARGETS = {1: 1.4, 8: 1.6, 32: 1.9}
+# The share of the speed-up that products, embedding and head allow which a path must reach.
+SHARE_TARGET = 0.95
+# A step of independent paths as a multiple of its products, at most.
+MIX_TARGET = 1.3
+# Planning, gathering, scattering and greedy choice as a share of a step, at most.
+OVERHEAD_TARGET = 0.03
+# Rounds and steps a round with CTranslate2, whose steps take seconds.
+_FEW_ROUNDS, _FEW_REPEATS = 3, 3
+# Of a sequence's new tokens, those outside the rounds: by prefill, warm-ups and the rounds with CTranslate2.
+_OTHER_TOKENS = 3 + _FEW_ROUNDS * _FEW_REPEATS
+# A prefill of so few rows is short, and timed so many times as often.
+_FEW_ROWS, _MORE_ROUNDS = 128, 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure. ``depths`` and ``mix_depth``: shares of the layers that shared and mixed paths run."""
+
+    shape: str = "opt-1.3b"
+    batches: tuple[int, ...] = (1, 8, 32)
+    sections: tuple[str, ...] = SECTIONS
+    prompt_len: int = 64
+    num_rounds: int = 8
+    num_repeats: int = 2
+    num_prefill_rounds: int = 3
+    depths: tuple[float, ...] = (0.5, 0.25)
+    mix_depth: float = 0.5
+    mix_batch: int = 32
+    vocab_size: int = 50272
+    backend: str = "auto"
+    progress: bool = True
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that a sequence generates at most: one by the prefill and one by each step of any kind."""
+        return 2 * self.num_rounds * self.num_repeats + _OTHER_TOKENS
+
+
+@dataclass
+class _Batch:
+    """The prompts of one batch size, and who runs them along which paths."""
+
+    size: int
+    prompts: Tensor
+    paths: dict[str, list[LayerPath]]
+    runners: dict[str, Runner]
+
+
+class Suite:
+    """One run of the benchmark."""
+
+    def __init__(self, options: Options) -> None:
+        unknown = [name for name in options.sections if name not in SECTIONS]
+        if unknown:
+            raise ValueError(f"bench: sections must be among {', '.join(SECTIONS)}, got {unknown[0]!r}.")
+        self.options = options
+        self.rows: list[Row] = []
+        self.skipped: dict[str, str] = {}
+        self.conditions: dict[str, Any] = {}
+        self.agreements: list[Agreement] = []
+
+    def run(self) -> Report:
+        """Measure everything asked for."""
+        options = self.options
+        config = opt_config(options.shape, options.vocab_size)
+        _check_memory(weight_bytes(config), "ctranslate2" in options.sections)
+        self.conditions = machine.describe()
+        with self._bar("weights and correctness", 3) as bar:
+            hf_model: HFOPTForCausalLM | None = random_hf_model(config)
+            assert hf_model is not None
+            bar.update()
+            model = OPTForCausalLM.from_hf(hf_model, backend=options.backend)
+            bar.update()
+            gate = Gate(hf_model, self._gate_paths(config.num_hidden_layers))
+            self.agreements = gate.check_model(model)
+            bar.update()
+        # Again before each batch: what the machine can do is the most that it showed in the whole run.
+        speeds, batches = [], []
+        for size in options.batches:
+            speeds.append(machine.measure_speed())
+            batches.append(self._measure_batch(size, model, hf_model))
+        self._describe(model, MachineSpeed.best(speeds))
+        if "ctranslate2" in options.sections:
+            reason = ctranslate2_runner.unavailable_reason()
+            if reason is not None:
+                self.skipped["ctranslate2"] = reason
+            else:
+                with tempfile.TemporaryDirectory(prefix="dynskip-bench-") as directory:
+                    ctranslate2_runner.export(hf_model, Path(directory))
+                    for batch in batches:
+                        batch.runners = {"full": batch.runners["full"]}
+                    hf_model = None  # its memory is needed for CTranslate2's float32 weights
+                    gc.collect()
+                    self._measure_ctranslate2(Path(directory), gate, batches)
+        rows = sorted(self.rows, key=lambda row: SECTIONS.index(row.section))
+        return Report(self.conditions, tuple(rows), self.skipped)
+
+    def _describe(self, model: OPTForCausalLM, speed: MachineSpeed) -> None:
+        options = self.options
+        shape = model_shape(model)
+        floors = {}
+        for size in options.batches:
+            mix = PathMix.of([LayerPath.full(shape.num_layers)] * size)
+            floors[str(size)] = round(roofline_ms(mix, shape, speed, options.prompt_len), 1)
+        self.conditions |= {
+            "shape": options.shape,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "backend": model.backend.name,
+            "prompt_len": options.prompt_len,
+            "bandwidth_gbps": round(speed.bandwidth_gbps, 1),
+            "peak_gflops": round(speed.peak_gflops, 1),
+            "weight_gb": round(_bytes_read(model) / 1e9, 2),
+            "layer_mb": round(shape.layer_bytes / 1e6, 1),
+            "kv_entry_bytes": shape.kv_entry_bytes,
+            "roofline_ms": floors,
+            "errors": {agreement.what: [agreement.error, agreement.allowed] for agreement in self.agreements},
+        }
+
+    def _gate_paths(self, num_layers: int) -> list[LayerPath]:
+        shared = [LayerPath.uniform(num_layers, _budget(num_layers, depth)) for depth in self.options.depths]
+        return [LayerPath.full(num_layers), *shared]
+
+    def _measure_batch(self, size: int, model: OPTForCausalLM, hf_model: HFOPTForCausalLM) -> _Batch:
+        options = self.options
+        num_layers, new = model.num_layers, options.max_new_tokens
+        generator = torch.Generator().manual_seed(size)
+        prompts = torch.randint(0, model.config.vocab_size, (size, options.prompt_len), generator=generator)
+        paths = {"full": [LayerPath.full(num_layers)] * size}
+        if "paths" in options.sections:
+            for depth in options.depths:
+                paths[f"{depth:.0%}"] = [LayerPath.uniform(num_layers, _budget(num_layers, depth))] * size
+        if self._has_mix(size):
+            budget = _budget(num_layers, options.mix_depth)
+            paths["mix"] = [LayerPath.random(num_layers, budget, seed=seed) for seed in range(size)]
+        runners: dict[str, Runner] = {
+            name: DynskipRunner(model, prompts, chosen, new) for name, chosen in paths.items()
+        }
+        if "decode" in options.sections or "prefill" in options.sections:
+            runners["transformers"] = TransformersRunner(hf_model, prompts, new)
+        batch = _Batch(size, prompts, paths, runners)
+        self._measure_prefill(batch, model)
+        self._measure_decode(batch, model)
+        if "overhead" in options.sections:
+            for name in ("full", "mix") if self._has_mix(size) else ("full",):
+                self._measure_overhead(batch, name)
+        return batch
+
+    def _has_mix(self, size: int) -> bool:
+        return size == self.options.mix_batch and bool({"mix", "overhead"} & set(self.options.sections))
+
+    def _measure_prefill(self, batch: _Batch, model: OPTForCausalLM) -> None:
+        """Time prefills; leaves every runner ready to decode, whether or not its prefill was timed."""
+        options = self.options
+        timed = [name for name in batch.runners if self._prefill_matters(name)]
+        for name in batch.runners.keys() - set(timed):
+            batch.runners[name].prefill()
+        if not timed:
+            return
+        tasks: dict[str, Task] = {name: batch.runners[name].prefill for name in timed}
+        for name in timed:
+            if name in batch.paths:
+                mix = PathMix.of(batch.paths[name], options.prompt_len)
+                tasks[f"products {name}"] = Products(model, mix).run
+        # A first call is slower where memory is first touched; with thousands of rows that no longer shows.
+        num_rows = batch.size * options.prompt_len
+        num_warm_ups = 1 if num_rows <= 512 else 0
+        num_rounds = options.num_prefill_rounds * (_MORE_ROUNDS if num_rows <= _FEW_ROWS else 1)
+        samples = self._interleave(f"batch {batch.size}: prefill", tasks, num_rounds, 1, num_warm_ups)
+        embed_ms = self._embed_ms(model, num_rows)
+        if "prefill" in options.sections:
+            size, full = batch.size, samples["full"]
+            self._speedup("prefill", size, "speed-up over transformers", full, samples["transformers"], 1.0)
+            self._ratio("prefill", size, "full depth / its products", full, samples["products full"])
+        self._path_rows("prefill", batch, samples, embed_ms)
+
+    def _prefill_matters(self, name: str) -> bool:
+        sections = self.options.sections
+        if name == "transformers":
+            return "prefill" in sections
+        if name == "full":
+            return "prefill" in sections or "paths" in sections
+        return name != "mix" and "paths" in sections
+
+    def _measure_decode(self, batch: _Batch, model: OPTForCausalLM) -> None:
+        options = self.options
+        if not {"decode", "paths", "mix"} & set(options.sections):
+            return
+        names = [name for name in batch.runners if name != "transformers" or "decode" in options.sections]
+        tasks: dict[str, Task] = {name: batch.runners[name].step for name in names}
+        for name in batch.paths:
+            tasks[f"products {name}"] = Products(model, PathMix.of(batch.paths[name])).run
+        if batch.size == 1 and "decode" in options.sections:
+            tasks["reading"] = machine.WeightReader(_bytes_read(model)).read
+        title = f"batch {batch.size}: decode"
+        samples = self._interleave(title, tasks, options.num_rounds, options.num_repeats, 1)
+        if "decode" in options.sections:
+            size, full = batch.size, samples["full"]
+            self._ratio("decode", size, "full depth / its products", full, samples["products full"], PRODUCTS_TARGET)
+            target = TRANSFORMERS_TARGETS.get(size)
+            self._speedup("decode", size, "speed-up over transformers", full, samples["transformers"], target)
+            if "reading" in samples:
+                self._ratio("decode", size, "full depth / reading the weights once", full, samples["reading"])
+        embed_ms = self._embed_ms(model, batch.size)
+        self._path_rows("decode", batch, samples, embed_ms)
+        if "mix" in samples and "mix" in options.sections:
+            mix, products = samples["mix"], samples["products mix"]
+            what = f"independent {options.mix_depth:.0%} paths"
+            self._ratio("mix", batch.size, f"{what} / their products", mix, products, MIX_TARGET)
+            self._path("mix", batch.size, what, samples, "mix", embed_ms)
+
+    def _path_rows(self, phase: str, batch: _Batch, samples: Mapping[str, Samples], embed_ms: float) -> None:
+        if "paths" in self.options.sections:
+            for depth in self.options.depths:
+                name = f"{depth:.0%}"
+                self._path("paths", batch.size, f"{phase}, shared {name} path", samples, name, embed_ms)
+
+    def _measure_overhead(self, batch: _Batch, name: str) -> None:
+        runner = batch.runners[name]
+        assert isinstance(runner, DynskipRunner)
+        num_steps = self.options.num_rounds * self.options.num_repeats
+        with self._bar(f"batch {batch.size}: parts of a step", num_steps) as bar:
+            parts = measure_parts(runner, num_steps, lambda _: bar.update())
+        detail = {part: round(parts.ms(part), 2) for part in parts.parts}
+        self.conditions.setdefault("parts_ms", {})[f"{name} {batch.size}"] = detail
+        what = "planning, gather, scatter, greedy choice" + (", independent paths" if name == "mix" else ", full depth")
+        step = Samples([[one["step"] for one in parts.steps]])
+        overhead = Samples([[parts.overhead_ms] * len(parts.steps)])
+        self._append("overhead", batch.size, what, parts.overhead_share, OVERHEAD_TARGET, False, overhead, step)
+
+    def _measure_ctranslate2(self, directory: Path, gate: Gate, batches: list[_Batch]) -> None:
+        options = self.options
+        process = ctranslate2_runner.CTranslate2Process(directory, torch.get_num_threads())
+        try:
+            full_depth = gate.prompts[:1]
+            self.agreements.append(gate.check("CTranslate2", process.logits(full_depth), gate.truth[:1]))
+            for batch in batches:
+                process.start(batch.prompts, options.max_new_tokens)
+                tasks: dict[str, Task] = {"full": batch.runners["full"].step, "ctranslate2": process.step}
+                samples = self._interleave(f"batch {batch.size}: CTranslate2", tasks, _FEW_ROUNDS, _FEW_REPEATS, 1)
+                process.finish()
+                what = "speed-up over CTranslate2 float32"
+                self._speedup("ctranslate2", batch.size, what, samples["full"], samples["ctranslate2"], 1.0)
+        finally:
+            process.close()
+
+    def _embed_ms(self, model: OPTForCausalLM, num_rows: int) -> float:
+        task = Embedding(model, num_rows).run
+        return interleave({"embedding": task}, 5)["embedding"].ms
+
+    def _ratio(
+        self, section: str, size: int, what: str, ours: Samples, other: Samples, target: float | None = None
+    ) -> None:
+        """A row that says how many times as long as ``other`` ours takes; the target is an upper bound."""
+        self._append(section, size, what, ours.over(other), target, False, ours, other)
+
+    def _speedup(
+        self, section: str, size: int, what: str, ours: Samples, other: Samples, target: float | None = None
+    ) -> None:
+        """A row that says how many times faster than ``other`` ours is; the target is a lower bound."""
+        self._append(section, size, what, other.over(ours), target, True, ours, other)
+
+    def _path(
+        self, section: str, size: int, what: str, samples: Mapping[str, Samples], name: str, embed_ms: float
+    ) -> None:
+        """A path's speed-up over full depth, and its share of what products, embedding and head allow."""
+        full, path = samples["full"], samples[name]
+        self._speedup(section, size, f"{what}, speed-up over full depth", path, full)
+        allowed = samples["products full"].plus(embed_ms).over(samples[f"products {name}"].plus(embed_ms))
+        value = full.over(path) / allowed
+        self._append(section, size, f"{what}, share of the allowed speed-up", value, SHARE_TARGET, True, path, full)
+
+    def _append(
+        self,
+        section: str,
+        size: int,
+        what: str,
+        value: float,
+        target: float | None,
+        at_least: bool,
+        ours: Samples,
+        other: Samples,
+    ) -> None:
+        ours_ms, other_ms = round(ours.ms, 2), round(other.ms, 2)
+        self.rows.append(
+            Row(section, size, what, round(value, 4), target, at_least, ours_ms, other_ms, ours.num_samples)
+        )
+
+    def _interleave(
+        self, title: str, tasks: Mapping[str, Task], num_rounds: int, num_repeats: int, num_warm_ups: int
+    ) -> dict[str, Samples]:
+        total = len(tasks) * (num_warm_ups + num_rounds * num_repeats)
+        with self._bar(title, total) as bar:
+
+            def on_call(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+
+            return interleave(tasks, num_rounds, num_repeats, num_warm_ups, on_call)
+
+    @contextmanager
+    def _bar(self, title: str, total: int) -> Iterator[Any]:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=title, leave=False, file=sys.stderr, disable=not self.options.progress) as bar:
+            yield bar
+
+
+def _budget(num_layers: int, depth: float) -> int:
+    return max(1, round(num_layers * depth))
+
+
+def _bytes_read(model: OPTForCausalLM) -> int:
+    """Bytes of weights that a decode step reads: every matrix once; of the embedding only the rows it looks up."""
+    shape = model_shape(model)
+    return shape.num_layers * shape.layer_bytes + shape.head_bytes
+
+
+def _check_memory(num_weight_bytes: int, with_ctranslate2: bool) -> None:
+    # transformers' copy, ours, caches and temporaries; CTranslate2 holds float32, but transformers' copy is gone then.
+    needed = num_weight_bytes * (4 if with_ctranslate2 else 3)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"bench: the machine must have {needed / 2**30:.1f} GiB of free memory, got {free / 2**30:.1f} GiB. "
+            "Choose a smaller --shape, or leave CTranslate2 out with --only."
+        )

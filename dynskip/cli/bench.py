@@ -1,0 +1,104 @@
+"""``dynskip bench``: the time of steps along paths, beside the time that they should take."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynskip.cli.errors import UserError
+from dynskip.cli.options import BACKENDS, set_threads, show_progress
+
+if TYPE_CHECKING:
+    from dynskip.benchmark.suite import Options
+
+# As in dynskip.benchmark, which a test compares: importing that here would import torch for `dynskip --help`.
+SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
+SHAPES = ("opt-1.3b", "opt-125m", "opt-0.2b-24")
+
+_EXAMPLES = """examples:
+  dynskip bench                               everything, at the shapes of OPT-1.3B: minutes, and 11 GiB of memory
+  dynskip bench --quick                       fewer rounds
+  dynskip bench --only decode,mix --batch 32  two sections at one batch size
+  dynskip bench --shape opt-0.2b-24           a smaller model of as many layers
+  dynskip bench --out bench/results           also as JSON lines and Markdown, named after the machine
+
+sections:
+  decode       a decode step against its matrix products, against transformers, and against reading all weights once
+  prefill      the prompts of a batch, against transformers
+  paths        one path for all: how much of the speed-up that its products, embedding and head allow
+  mix          independent random paths in one batch of 32
+  overhead     planning, gathering, scattering and greedy choice as a share of a step
+  ctranslate2  a decode step against CTranslate2 in float32, where it is installed
+
+All times are medians. What is compared is timed in turns, so that a busy machine disturbs both alike: believe ratios
+before milliseconds. Before anything is timed, logits are held against float64.
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``bench``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="time steps along paths, beside the time they should take",
+        description="Time prefill and decode along paths on this CPU, in turns with what they are held against.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--only", metavar="A,B,...", help=f"sections to run, of {','.join(SECTIONS)} (default: all)")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"model shapes (default: {SHAPES[0]})")
+    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable (default: 1, 8 and 32)")
+    parser.add_argument("--prompt-len", type=int, default=64, metavar="T", help="tokens of a prompt (default: 64)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: minutes become one or two, noise grows")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of dynskip (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines, one a row, in place of a table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; exit status 0 whatever the verdicts: a busy machine is no error."""
+    set_threads(args.threads)
+    progress = show_progress(args.quiet)
+
+    from dynskip.benchmark.suite import Suite
+
+    report = Suite(options(args, progress)).run()
+    if args.json:
+        for line in report.lines():
+            print(json.dumps(line))
+    else:
+        print(report.markdown())
+    if args.out is not None:
+        written = report.write(args.out)
+        print(f"written: {', '.join(map(str, written))}")
+    return 0
+
+
+def options(args: argparse.Namespace, progress: bool) -> Options:
+    """The benchmark's options as the command line asks for them."""
+    from dynskip.benchmark.suite import Options
+
+    sections = tuple(args.only.split(",")) if args.only is not None else SECTIONS
+    for name in sections:
+        if name not in SECTIONS:
+            raise UserError(f"--only must list sections of {', '.join(SECTIONS)}, got {name!r}")
+    batches = tuple(dict.fromkeys(args.batch or (1, 8, 32)))
+    if min(batches) < 1:
+        raise UserError(f"--batch must be at least 1, got {min(batches)}")
+    if not 1 <= args.prompt_len <= 1024:
+        raise UserError(f"--prompt-len must lie in 1..1024, got {args.prompt_len}")
+    chosen = Options(
+        shape=args.shape,
+        batches=batches,
+        sections=sections,
+        prompt_len=args.prompt_len,
+        backend=args.backend,
+        progress=progress,
+    )
+    return dataclasses.replace(chosen, num_rounds=2, num_prefill_rounds=1) if args.quick else chosen
