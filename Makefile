@@ -34,8 +34,9 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(VENV)/bin/dynskip bench $(ARGS)
 
+# Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.3 deprecates and 2.4 refuses.
 compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest $(ARGS)
+	$(COMPAT)/bin/python -m pytest -W "ignore:Conversion of an array with ndim > 0:DeprecationWarning" $(ARGS)
 
 setup: $(VENV)/.installed
 
@@ -55,10 +56,10 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py $(EXT_SOURCES)
 	touch $@
 
 # triton is installed without its place in the resolution, before and after: a CUDA build of torch asks for its own.
-$(COMPAT)/.installed: pyproject.toml constraints.txt setup.py $(EXT_SOURCES)
+$(COMPAT)/.installed: Makefile pyproject.toml constraints.txt setup.py $(EXT_SOURCES)
 	$(call make_venv,$(COMPAT))
-	grep -v -E '^(transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > $(COMPAT)/constraints.txt
-	echo 'transformers==5.17.*' >> $(COMPAT)/constraints.txt
+	grep -v -E '^(transformers|tokenizers|huggingface_hub|hf-xet|numpy)==' constraints.txt > $(COMPAT)/constraints.txt
+	printf '%s\n' 'transformers==5.17.*' 'numpy<2.4' >> $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt torch
 	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt setuptools wheel ninja numpy
 	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
