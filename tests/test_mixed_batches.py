@@ -14,6 +14,8 @@ from models import NUM_LAYERS, VOCAB_SIZE, cpu_backend, cut, random_prompts, tin
 from torch import Tensor
 
 from dynskip import LLM, LayerPath, OPTForCausalLM, Output, SamplingParams
+from dynskip.plan import KVPolicy, Plan
+from dynskip.step import Step
 
 BACKENDS = ["torch", "native"]
 POLICIES = ["absent", "propagate", "evict", "share"]
@@ -217,3 +219,33 @@ def test_tokens_are_those_of_transformers_cut_to_the_path(variant: str) -> None:
         expected = alone.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
         assert output.token_ids == expected[0, len(prompt) :].tolist()
         assert output.path == path
+
+
+@pytest.mark.parametrize("executor", ["compact", "reference"])
+@pytest.mark.parametrize("policy", list(KVPolicy), ids=lambda policy: policy.value)
+def test_prompts_may_be_run_in_parts(policy: KVPolicy, executor: Any) -> None:
+    """Two prefill steps, the second over the entries of the first, end where one step ends."""
+    model = tiny_model(dtype=torch.float64)
+    runner = model.executor(executor)
+    lengths, first_part = [7, 4, 5], [3, 1, 4]
+    prompts = [torch.tensor(prompt) for prompt in random_prompts(lengths)]
+    active = torch.rand(3, 7, NUM_LAYERS, generator=torch.Generator().manual_seed(2)) < 0.5
+    if policy is KVPolicy.ABSENT:
+        active = active[:, :1].expand(-1, 7, -1)
+
+    def run(cache: Any, begins: list[int], ends: list[int]) -> list[Tensor]:
+        spans = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        token_ids = torch.cat([prompt[span] for prompt, span in zip(prompts, spans, strict=True)])
+        position_ids = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        mask = torch.cat([rows[span] for rows, span in zip(active, spans, strict=True)])
+        counts = [span.stop - span.start for span in spans]
+        step = Step(token_ids, position_ids, torch.arange(3), Plan.per_token(mask, counts, policy))
+        with torch.no_grad():
+            return list(runner.run(step, cache).split(counts))
+
+    num_slots = sum(lengths) * NUM_LAYERS
+    whole = run(runner.new_cache(3, 7, num_slots), [0, 0, 0], lengths)
+    cache = runner.new_cache(3, 7, num_slots)
+    parts = [run(cache, [0, 0, 0], first_part), run(cache, first_part, lengths)]
+    for seq, expected in enumerate(whole):
+        torch.testing.assert_close(torch.cat([part[seq] for part in parts]), expected)
