@@ -157,11 +157,14 @@ def test_tokenizer_keeps_every_text(tokenizer: PreTrainedTokenizerFast, text: st
 def test_tokenizer_survives_saving(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = prompt_text("Name a bird.", "by the water")
+    text = prompt_text("Name one bird of the shore.", "by the water")
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    chat = loaded.apply_chat_template([{"role": "user", "content": "Name a bird."}], tokenize=False)
-    assert loaded(chat, add_special_tokens=False)["input_ids"] == tokenizer(prompt_text("Name a bird."))["input_ids"]
+    chat = loaded.apply_chat_template([{"role": "user", "content": "Name one bird of the shore."}], tokenize=False)
+    assert (
+        loaded(chat, add_special_tokens=False)["input_ids"]
+        == tokenizer(prompt_text("Name one bird of the shore."))["input_ids"]
+    )
 
 
 def test_marks_of_the_template_are_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
