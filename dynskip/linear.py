@@ -14,9 +14,8 @@ ACTIVATIONS = ("none", "relu")
 # Rows of one call in deterministic mode. The libraries choose a kernel by the row count, so one count means one
 # kernel, and inside it each row is summed in the same order.
 DETERMINISTIC_ROWS = 16
-# Up to so many rows the extension's product is faster than oneDNN's, by the number of inputs (bench/LOG.md). Its rows
-# never depend on each other.
-NATIVE_ROWS_NARROW, NATIVE_ROWS_WIDE, WIDE_INPUTS = 16, 48, 1024
+# Up to so many rows the extension's product is faster than oneDNN's (bench/LOG.md); its rows are independent anyway.
+NATIVE_ROWS = 48
 
 
 class Linear(torch.nn.Module):
@@ -94,7 +93,7 @@ class Linear(torch.nn.Module):
         self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         if native.reads_packed_weight(weight, self._packed_weight):
             self._packed_data = native.packed_data(self._packed_weight)
-            self.native_rows = NATIVE_ROWS_WIDE if self.in_features >= WIDE_INPUTS else NATIVE_ROWS_NARROW
+            self.native_rows = NATIVE_ROWS
         self.weight = None
         return self
 

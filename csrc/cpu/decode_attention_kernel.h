@@ -16,14 +16,15 @@ namespace {
 
 constexpr int kPairLanes = 2 * kNumLanes;
 
-// One head of each of the sixteen rows that are read next; slots lie scattered, so the hardware cannot guess them.
+// Fetches one head of each of the sixteen rows that are read next; slots lie scattered, so the hardware cannot guess them.
+// Into the second cache: sixteen rows a power of two apart, and sixteen more, are too many for the ways of the first.
 template <typename Element>
 DYNSKIP_INLINE void prefetch_head(const Element* const next_rows[kNumLanes], int64_t head, int64_t head_size) {
   constexpr int64_t kLineElements = 64 / sizeof(Element);
   for (int64_t d = head * head_size; d < (head + 1) * head_size; d += kLineElements) {
 #pragma GCC unroll 16
     for (int i = 0; i < kNumLanes; ++i) {
-      __builtin_prefetch(next_rows[i] + d);
+      __builtin_prefetch(next_rows[i] + d, 0, 2);
     }
   }
 }
