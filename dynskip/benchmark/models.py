@@ -11,7 +11,9 @@ from transformers import OPTForCausalLM as HFOPTForCausalLM
 SHAPES = {
     "opt-1.3b": (2048, 8192, 24, 32),
     "opt-125m": (768, 3072, 12, 12),
-    # No model of this size was published; it has opt-1.3b's depth, so that the same paths apply, and fits anywhere.
+    # No models of these shapes were published; they have opt-1.3b's depth, so that the same paths apply, and fit into
+    # less memory.
+    "opt-0.4b-24": (1024, 4096, 24, 16),
     "opt-0.2b-24": (768, 3072, 24, 12),
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # As in dynskip.benchmark, which a test compares: importing that here would import torch for `dynskip --help`.
 SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
-SHAPES = ("opt-1.3b", "opt-125m", "opt-0.2b-24")
+SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
 _EXAMPLES = """examples:
   dynskip bench                               everything, at the shapes of OPT-1.3B: minutes, and 11 GiB of memory

@@ -1,0 +1,240 @@
+"""``dynskip demo``: texts along different paths in one batch, and the seconds saved beside those that should be."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dynskip.cli.errors import UserError
+from dynskip.cli.options import BACKENDS, set_threads, show_progress
+
+if TYPE_CHECKING:
+    from dynskip.benchmark.depths import Comparison
+    from dynskip.llm import LLM
+    from dynskip.paths import LayerPath
+
+# As in dynskip.benchmark.models, which a test compares: importing that here would import torch for `dynskip --help`.
+SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
+
+# Each prompt with the share of the model's layers that its path runs, and the kind of path.
+PROMPTS = (
+    ("Give me three tips for growing tomatoes on a balcony.", "full", 1),
+    ("Write a short poem about the first snow of winter.", "uniform", 1 / 2),
+    ("Explain why the sky is blue.", "uniform", 1 / 3),
+    ("Name five things that you can find in a kitchen.", "uniform", 1 / 6),
+    ("What should I pack for a weekend at the sea?", "full", 1),
+    ("Describe a quiet morning in a small village.", "uniform", 1 / 2),
+    ("How can I fall asleep faster?", "uniform", 1 / 3),
+    ("Suggest a name for a bakery and say why it fits.", "random", 1 / 2),
+)
+# Decode steps that the saved seconds are counted for.
+NUM_TOKENS = 64
+
+_EXAMPLES = """examples:
+  dynskip demo                       both parts: under three minutes on two free cores
+  dynskip demo --only text           texts only: seconds
+  dynskip demo --only time --batch 8 another batch
+  dynskip demo --shape opt-0.2b-24   time a smaller model
+  dynskip demo --json > demo.json    for programs
+
+parts:
+  text   prompts through opt-mini, the model shipped with dynskip, in one batch, each along its own path; every text is
+         compared with the one that its prompt gets alone
+  time   random weights of a real size: decode steps at full depth, by transformers, along shared paths and along
+         independent ones; for each the layers, their union, and the speed-up by layers, by cost model and measured
+"""
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What a prompt became along its path, and whether it becomes the same alone."""
+
+    prompt: str
+    path: str
+    layers: tuple[int, ...]
+    text: str
+    num_tokens: int
+    same_alone: bool
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``demo``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "demo",
+        help="texts along different paths, and the seconds that paths save",
+        description="Show prompts generated along different paths in one batch, and what the paths save.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--only", choices=("text", "time"), help="one part (default: both)")
+    parser.add_argument("--model", metavar="NAME", help="text: folder or hub id (default: opt-mini)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=48, metavar="N", help="text: new tokens at most (default: 48)"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"time: model shapes (default: {SHAPES[0]})")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="time: sequences (default: 32)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who gathers, scatters and attends")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show both parts; exit status 1 where a text differs from the one generated alone."""
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {args.batch}")
+    set_threads(args.threads)
+    progress = show_progress(args.quiet)
+    found: dict[str, Any] = {}
+    status = 0
+    if args.only != "time":
+        results, seconds = run_texts(args.model, args.max_tokens, args.backend, progress)
+        found["text"] = {"seconds": seconds, "outputs": [dataclasses.asdict(result) for result in results]}
+        status = int(not all(result.same_alone for result in results))
+        if not args.json:
+            print(text_page(results, seconds))
+    if args.only != "text":
+        from dynskip.benchmark.depths import compare_depths
+
+        comparison = compare_depths(args.shape, args.batch, backend=args.backend, progress=progress)
+        found["time"] = dataclasses.asdict(comparison) | {"explanation": comparison.explanation()}
+        if not args.json:
+            print(time_page(comparison))
+    if args.json:
+        print(json.dumps(found))
+    return status
+
+
+def run_texts(
+    model: str | None, max_tokens: int, backend: str, progress: bool
+) -> tuple[list[TextResult], dict[str, float]]:
+    """The demo's prompts in one batch and each alone, and the seconds of both."""
+    from dynskip.llm import LLM
+    from dynskip.sampling import SamplingParams
+
+    # Deterministic: a row's bits do not depend on its neighbours, so "the same text" is a promise and not luck.
+    llm = LLM(model, backend=backend, deterministic=True)
+    if llm.tokenizer is None:
+        raise UserError("--model must come with a tokenizer for texts")
+    num_layers = llm.model.num_layers
+    paths = [demo_path(num_layers, kind, share, seed) for seed, (_, kind, share) in enumerate(PROMPTS)]
+    prompts = [_prompt_ids(llm, prompt) for prompt, _, _ in PROMPTS]
+    params = SamplingParams(max_tokens=max_tokens)
+    start = time.perf_counter()
+    together = llm.generate(prompts, params, paths=[path for _, path in paths], progress=progress)
+    batch_s = time.perf_counter() - start
+    alone = []
+    start = time.perf_counter()
+    for prompt, (_, path) in zip(prompts, paths, strict=True):
+        alone += llm.generate([prompt], params, paths=path, progress=progress)
+    alone_s = time.perf_counter() - start
+    results = [
+        TextResult(
+            prompt, name, path.layers, output.text or "", len(output.token_ids), output.token_ids == own.token_ids
+        )
+        for (prompt, _, _), (name, path), output, own in zip(PROMPTS, paths, together, alone, strict=True)
+    ]
+    return results, {"together": round(batch_s, 2), "one_by_one": round(alone_s, 2)}
+
+
+def demo_path(num_layers: int, kind: str, share: float, seed: int) -> tuple[str, LayerPath]:
+    """A path of a kind that runs ``share`` of the layers, and the name that `--path` takes for it."""
+    from dynskip.paths import LayerPath
+
+    budget = max(1, round(num_layers * share))
+    name = {"full": "full", "random": f"random:{budget}:{seed}"}.get(kind, f"{kind}:{budget}")
+    return name, LayerPath.parse(name, num_layers)
+
+
+def _prompt_ids(llm: LLM, prompt: str) -> list[int]:
+    """The prompt in the form that the model was fine-tuned on, where its tokenizer knows one."""
+    tokenizer: Any = llm.tokenizer
+    if tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    message = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+
+
+def text_page(results: list[TextResult], seconds: dict[str, float]) -> str:
+    """The texts with their paths, and the verdict on each."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [f"TEXT: {len(results)} prompts in one batch, each along its own path", ""]
+    for result in results:
+        same = "same text alone" if result.same_alone else "ANOTHER TEXT ALONE"
+        lines.append(f"[{result.path}] {len(result.layers)} layers: {_ranges(result.layers)}  ({same})")
+        lines += textwrap.wrap(result.prompt, width, initial_indent="  > ", subsequent_indent="    ")
+        for paragraph in result.text.strip().splitlines() or ["(nothing)"]:
+            lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
+        lines.append("")
+    num_same = sum(result.same_alone for result in results)
+    num_tokens = sum(result.num_tokens for result in results)
+    lines.append(
+        f"{num_same} of {len(results)} texts are equal to those generated alone. "
+        f"{num_tokens} tokens: {seconds['together']:.2f} s together, {seconds['one_by_one']:.2f} s one by one."
+    )
+    lines.append("opt-mini learned to speak at full depth and along uniform:12, :8 and :4, and along no other path.")
+    return "\n".join(lines) + "\n"
+
+
+def time_page(comparison: Comparison) -> str:
+    """The table of depths, what it was measured under, and why its columns differ."""
+    found = comparison.conditions
+    lines = [
+        f"TIME: {comparison.shape} shapes, random bfloat16 weights, batch {comparison.batch}, prompt "
+        f"{comparison.prompt_len}; a decode step, medians of steps timed in turns",
+        f"{found['cpu']}, {found['num_threads']} threads, backend {found['backend']}, reads "
+        f"{found['bandwidth_gbps']:.0f} GB/s, multiplies {found['peak_gflops']:.0f} GFLOP/s, load {found['load'][0]}",
+    ]
+    if comparison.smaller_than is not None:
+        lines.append(f"{comparison.smaller_than} does not fit into the free memory; {comparison.shape} does.")
+    above = ("", "mean", "union of", "prompts", "step", "saved in", f"{NUM_TOKENS} tokens", "speed-up", "of a", "step")
+    names = ("", "layers", "layers", "s", "ms", "s", "should s", "by layers", "by cost", "measured")
+    rows = [
+        (
+            depth.name,
+            f"{depth.mean_layers:g}",
+            str(depth.union),
+            f"{depth.prefill_s:.2f}",
+            f"{depth.step_ms:.1f}",
+            f"{comparison.saved_s(depth, NUM_TOKENS):.2f}",
+            _optional(comparison.should_save_s(depth, NUM_TOKENS), ""),
+            _optional(depth.by_layers, "x"),
+            _optional(depth.by_cost, "x"),
+            f"{depth.measured:.2f}x",
+        )
+        for depth in comparison.depths
+    ]
+    rows = [above, names, *rows]
+    width = min(shutil.get_terminal_size().columns, 120)
+    return "\n".join([*lines, "", *_aligned(rows), "", *textwrap.wrap(comparison.explanation(), width)]) + "\n"
+
+
+def _optional(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as lines, names to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *numbers in rows:
+        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return lines
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Layers as written in a path: 0-2,5."""
+    from dynskip.paths import LayerPath
+
+    text = str(LayerPath(max(layers) + 1, layers))
+    return text[text.index("{") + 1 : -1]
