@@ -362,3 +362,27 @@ class Case:
 def test_who_has_to_mend_an_error(case: Case) -> None:
     expected = {None: str(case.error), "bug": None}.get(case.message, case.message)
     assert user_message(case.error) == expected
+
+
+def test_info_loads_a_model_and_tells_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=64,
+        ffn_dim=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    assert main(["info", "--json", "--model", str(tmp_path), "--dtype", "float32"]) == 0
+    loaded = json.loads(capsys.readouterr().out)["model"]
+    # Four square projections and two of the feed-forward a layer, and the packed copy of the tied head.
+    matrices = 3 * (4 * 64 * 64 + 2 * 64 * 256) + 512 * 64
+    assert loaded["matrices_mb"] == pytest.approx(matrices * 4 / 1e6, abs=0.06)
+    assert loaded["peak_mb"] >= loaded["resting_mb"] - 1
+    assert main(["info", "--model", str(tmp_path)]) == 0
+    assert "at its peak by" in capsys.readouterr().out
+    assert main(["info", "--model", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from dynskip.cli.options import DTYPES, torch_dtype
 from dynskip.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -18,6 +19,7 @@ _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_ti
 _EXAMPLES = """examples:
   dynskip info           versions, devices, backends and why one is not there, the shipped model
   dynskip info --json    the same for a program
+  dynskip info --model facebook/opt-1.3b    also what a checkpoint takes in memory, at rest and while loading
 """
 
 
@@ -31,6 +33,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--model", metavar="NAME", help="also load this folder or hub id and tell what memory it takes")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of its weights (default: bfloat16)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
@@ -45,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         "backends": _backends(),
         "opt-mini": _shipped_model(),
     }
+    if args.model is not None:
+        report["model"] = _loaded_model(args.model, args.dtype)
     if args.json:
         print(json.dumps(report))
     else:
@@ -150,6 +156,26 @@ def _shipped_model() -> dict[str, Any]:
     }
 
 
+def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
+    """What a checkpoint takes once loaded, and what this process held before and at its peak."""
+    import psutil
+
+    from dynskip.model import OPTForCausalLM
+
+    weights_dtype = torch_dtype(dtype)
+    assert weights_dtype is not None, "--dtype has a default"
+    before_bytes = psutil.Process().memory_info().rss
+    memory = OPTForCausalLM.from_pretrained(name, dtype=weights_dtype).memory
+    return {
+        "name": name,
+        "dtype": dtype,
+        "matrices_mb": round(memory.matrix_bytes / 1e6, 1),
+        "embedding_and_norms_mb": round(memory.other_bytes / 1e6, 1),
+        "resting_mb": round((memory.resting_bytes - before_bytes) / 1e6, 1),
+        "peak_mb": round((memory.peak_bytes - before_bytes) / 1e6, 1),
+    }
+
+
 def _print_table(report: dict[str, Any]) -> None:
     cpu, model = report["cpu"], report["opt-mini"]
     rows = [("dynskip", f"{report['dynskip']['version']} in {report['dynskip']['location']}")]
@@ -183,6 +209,16 @@ def _print_table(report: dict[str, Any]) -> None:
                 f"{model['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer",
             )
         )
+    if "model" in report:
+        loaded = report["model"]
+        rows.append(
+            (
+                "loaded",
+                f"{loaded['name']} in {loaded['dtype']}: {loaded['matrices_mb']} MB of matrices, "
+                f"{loaded['embedding_and_norms_mb']} MB of embedding and norms",
+            )
+        )
+        rows.append(("", f"the process grew by {loaded['resting_mb']} MB, at its peak by {loaded['peak_mb']} MB"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
