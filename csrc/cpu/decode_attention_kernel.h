@@ -16,52 +16,64 @@ namespace {
 
 constexpr int kPairLanes = 2 * kNumLanes;
 
-// Fetches one head of each of the sixteen rows that are read next; slots lie scattered, so the hardware cannot guess them.
-// Into the second cache: sixteen rows a power of two apart, and sixteen more, are too many for the ways of the first.
+// A tile is four tokens of four heads: their sixteen scores fill a vector, and the rows of four slots are read side by
+// side. Sixteen rows of a power-of-two stride would share too few ways of the first cache.
+constexpr int kTileTokens = 4;
+constexpr int kTileHeads = kNumLanes / kTileTokens;
+
+// Fetches a part of the rows that are read next; slots lie scattered, so the hardware cannot guess them.
 template <typename Element>
-DYNSKIP_INLINE void prefetch_head(const Element* const next_rows[kNumLanes], int64_t head, int64_t head_size) {
+DYNSKIP_INLINE void prefetch(const Element* const next_rows[kTileTokens], int64_t begin, int64_t end) {
   constexpr int64_t kLineElements = 64 / sizeof(Element);
-  for (int64_t d = head * head_size; d < (head + 1) * head_size; d += kLineElements) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kNumLanes; ++i) {
-      __builtin_prefetch(next_rows[i] + d, 0, 2);
+  for (int64_t d = begin; d < end; d += kLineElements) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileTokens; ++i) {
+      __builtin_prefetch(next_rows[i] + d);
     }
   }
 }
 
-// Scores of sixteen tokens for every head: the rows of sixteen slots are read side by side, each from front to back.
+// Scores of four tokens for every head.
 template <typename Element>
 DYNSKIP_INLINE void score_tile(
     int64_t num_heads,
     int64_t head_size,
     float scale,
-    const Element* const rows[kNumLanes],
-    const Element* const next_rows[kNumLanes],
+    const Element* const rows[kTileTokens],
+    const Element* const next_rows[kTileTokens],
     const float* query,
     float* scores) {
-  for (int64_t head = 0; head < num_heads; ++head) {
+  for (int64_t head = 0; head < num_heads; head += kTileHeads) {
     Lanes sums[kNumLanes] = {};
-    int64_t d = head * head_size;
-    const int64_t end = d + head_size;
-    for (; d + kPairLanes <= end; d += kPairLanes) {
-      const Lanes query_a = load(query + d);
-      const Lanes query_b = load(query + d + kNumLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < kNumLanes; ++i) {
-        const Pair key = load_pair(rows[i] + d);
-        sums[i] += query_a * key.a;
-        sums[i] += query_b * key.b;
+#pragma GCC unroll 4
+    for (int h = 0; h < kTileHeads; ++h) {
+      int64_t d = (head + h < num_heads ? head + h : num_heads - 1) * head_size;
+      const int64_t end = d + head_size;
+      for (; d + kPairLanes <= end; d += kPairLanes) {
+        const Lanes query_a = load(query + d);
+        const Lanes query_b = load(query + d + kNumLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileTokens; ++i) {
+          const Pair key = load_pair(rows[i] + d);
+          sums[h * kTileTokens + i] += query_a * key.a;
+          sums[h * kTileTokens + i] += query_b * key.b;
+        }
+      }
+      if (d < end) {
+        const Lanes q = load(query + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileTokens; ++i) {
+          sums[h * kTileTokens + i] += q * load(rows[i] + d);
+        }
       }
     }
-    if (d < end) {
-      const Lanes q = load(query + d);
-#pragma GCC unroll 16
-      for (int i = 0; i < kNumLanes; ++i) {
-        sums[i] += q * load(rows[i] + d);
-      }
+    const int64_t end_head = head + kTileHeads < num_heads ? head + kTileHeads : num_heads;
+    prefetch(next_rows, head * head_size, end_head * head_size);
+    float tile[kNumLanes];
+    store(tile, sum_each(sums) * scale);
+    for (int64_t h = head; h < end_head; ++h) {
+      std::memcpy(scores + h * kChunkTokens, tile + (h - head) * kTileTokens, kTileTokens * sizeof(float));
     }
-    prefetch_head(next_rows, head, head_size);
-    store(scores + head * kChunkTokens, sum_each(sums) * scale);
   }
 }
 
@@ -71,12 +83,12 @@ DYNSKIP_INLINE void add_values(
     int64_t num_heads,
     int64_t head_size,
     const Element* const rows[num_rows],
-    const Element* const next_rows[kNumLanes],
+    const Element* const next_rows[kTileTokens],
     const float* weights,
     float* accumulator) {
   for (int64_t head = 0; head < num_heads; ++head) {
-    if (num_rows == kNumLanes) {
-      prefetch_head(next_rows, head, head_size);
+    if (num_rows == kTileTokens) {
+      prefetch(next_rows, head * head_size, (head + 1) * head_size);
     }
     const float* w = weights + head * kChunkTokens;
     int64_t d = head * head_size;
@@ -86,7 +98,7 @@ DYNSKIP_INLINE void add_values(
       for (int j = 0; j < 4; ++j) {
         total[j] = load(accumulator + d + j * kNumLanes);
       }
-#pragma GCC unroll 16
+#pragma GCC unroll 4
       for (int i = 0; i < num_rows; ++i) {
         const Pair first = load_pair(rows[i] + d);
         const Pair second = load_pair(rows[i] + d + kPairLanes);
@@ -102,7 +114,7 @@ DYNSKIP_INLINE void add_values(
     }
     for (; d + kPairLanes <= end; d += kPairLanes) {
       Pair total = load_pair(accumulator + d);
-#pragma GCC unroll 16
+#pragma GCC unroll 4
       for (int i = 0; i < num_rows; ++i) {
         const Pair value = load_pair(rows[i] + d);
         total.a += w[i] * value.a;
@@ -112,7 +124,7 @@ DYNSKIP_INLINE void add_values(
     }
     if (d < end) {
       Lanes total = load(accumulator + d);
-#pragma GCC unroll 16
+#pragma GCC unroll 4
       for (int i = 0; i < num_rows; ++i) {
         total += w[i] * load(rows[i] + d);
       }
@@ -149,11 +161,11 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
     total[head] = 0.0f;
   }
 
-  const Element* rows[kNumLanes];
-  const Element* next_rows[kNumLanes];
-  // Lanes without a token of their own repeat the chunk's last one.
+  const Element* rows[kTileTokens];
+  const Element* next_rows[kTileTokens];
+  // Places without a token of their own repeat the chunk's last one.
   const auto locate = [&](const Element* cache, int64_t first, int64_t end, const Element* found[]) {
-    for (int64_t i = 0; i < kNumLanes; ++i) {
+    for (int64_t i = 0; i < kTileTokens; ++i) {
       const int64_t token = first + i < end ? first + i : end - 1;
       found[i] = cache + task.slots[token] * task.slot_stride + offset;
     }
@@ -162,10 +174,10 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
     const int64_t end = begin + kChunkTokens < task.num_tokens ? begin + kChunkTokens : task.num_tokens;
     const int64_t num_tokens = end - begin;
 
-    for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+    for (int64_t t = 0; t < num_tokens; t += kTileTokens) {
       locate(task.k_cache, begin + t, end, rows);
-      if (t + kNumLanes < num_tokens) {
-        locate(task.k_cache, begin + t + kNumLanes, end, next_rows);
+      if (t + kTileTokens < num_tokens) {
+        locate(task.k_cache, begin + t + kTileTokens, end, next_rows);
       } else {
         locate(task.v_cache, begin, end, next_rows);
       }
@@ -203,17 +215,17 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
     }
 
     const auto locate_next = [&](int64_t t) {
-      if (t + kNumLanes < num_tokens || end == task.num_tokens) {
-        locate(task.v_cache, begin + t + kNumLanes, end, next_rows);
+      if (t + kTileTokens < num_tokens || end == task.num_tokens) {
+        locate(task.v_cache, begin + t + kTileTokens, end, next_rows);
       } else {
         locate(task.k_cache, end, task.num_tokens, next_rows);
       }
     };
     int64_t t = 0;
-    for (; t + kNumLanes <= num_tokens; t += kNumLanes) {
+    for (; t + kTileTokens <= num_tokens; t += kTileTokens) {
       locate(task.v_cache, begin + t, end, rows);
       locate_next(t);
-      add_values<kNumLanes>(task.num_heads, head_size, rows, next_rows, scores + t, accumulator);
+      add_values<kTileTokens>(task.num_heads, head_size, rows, next_rows, scores + t, accumulator);
     }
     for (; t < num_tokens; ++t) {
       locate(task.v_cache, begin + t, end, rows);
