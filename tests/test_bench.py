@@ -231,6 +231,13 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     assert "1.30x (missed)" in report.summary() and "<= 1.25x" in report.summary()
 
 
+def test_parts_stand_beside_their_roofline() -> None:
+    parts_ms = {"full 8": {"step": 12.0, "products": 10.0}, "mix 8": {"step": 9.0, "products": 7.0, "gather": 0.5}}
+    text = Report(CONDITIONS | {"parts_ms": parts_ms, "roofline_ms": {"8": 9.5}}, (ROW,), {}).markdown()
+    assert "| gather   |   0.00 |  0.50 |" in text
+    assert "| roofline |   9.50 |       |" in text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -130,7 +130,20 @@ class Report:
         text = f"{self.conditions_text()}\n\n{markdown_table(header, cells, right={1, 3, 4, 5})}"
         for name, why in self.skipped.items():
             text += f"\nNot measured: {name}. {why}\n"
-        return text
+        return text + self._parts()
+
+    def _parts(self) -> str:
+        """Where the milliseconds of a decode step go, one column per batch, and the roofline beside it."""
+        measured: dict[str, dict[str, float]] = self.conditions.get("parts_ms", {})
+        if not measured:
+            return ""
+        parts = list(dict.fromkeys(part for step in measured.values() for part in step))
+        cells = [(part, *(f"{step.get(part, 0.0):.2f}" for step in measured.values())) for part in parts]
+        floors = self.conditions.get("roofline_ms", {})
+        # A roofline is that of all layers: it stands below the columns of full depth.
+        cells.append(("roofline", *(_optional(floors, name) for name in measured)))
+        table = markdown_table(("ms", *measured), cells, right=set(range(1, len(measured) + 1)))
+        return f"\nParts of a decode step, by path and batch:\n\n{table}"
 
     def summary(self) -> str:
         """One line per question, one column per batch: the table of the README."""
@@ -161,6 +174,11 @@ class Report:
             f"backend {found['backend']}; medians, everything timed in turns in one run. {versions}; "
             f"commit {found['commit']}, {found['date']}, load {found['load'][0]} before the run."
         )
+
+
+def _optional(floors: dict[str, float], name: str) -> str:
+    path, _, batch = name.partition(" ")
+    return f"{floors[batch]:.2f}" if path == "full" and batch in floors else ""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[int]) -> str:

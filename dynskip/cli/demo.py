@@ -27,7 +27,7 @@ SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 PROMPTS = (
     ("Give me three tips for growing tomatoes on a balcony.", "full", 1),
     ("Write a short poem about the first snow of winter.", "uniform", 1 / 2),
-    ("Explain why the sky is blue.", "uniform", 1 / 3),
+    ("Tell me why the leaves turn red every autumn.", "uniform", 1 / 3),
     ("Name five things that you can find in a kitchen.", "uniform", 1 / 6),
     ("What should I pack for a weekend at the sea?", "full", 1),
     ("Describe a quiet morning in a small village.", "uniform", 1 / 2),
@@ -79,6 +79,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens", type=int, default=48, metavar="N", help="text: new tokens at most (default: 48)"
     )
+    parser.add_argument(
+        "--temperature", type=float, default=0.5, metavar="T", help="text: 0 is greedy (default: 0.5, with fixed seeds)"
+    )
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"time: model shapes (default: {SHAPES[0]})")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="time: sequences (default: 32)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who gathers, scatters and attends")
@@ -97,11 +100,13 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     status = 0
     if args.only != "time":
-        results, seconds = run_texts(args.model, args.max_tokens, args.backend, progress)
+        results, seconds = run_texts(args.model, args.max_tokens, args.temperature, args.backend, progress)
         found["text"] = {"seconds": seconds, "outputs": [dataclasses.asdict(result) for result in results]}
         status = int(not all(result.same_alone for result in results))
         if not args.json:
             print(text_page(results, seconds))
+            if args.model is None:
+                print("opt-mini learned to speak at full depth and along uniform:12, :8 and :4, along no other path.\n")
     if args.only != "text":
         from dynskip.benchmark.depths import compare_depths
 
@@ -115,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_texts(
-    model: str | None, max_tokens: int, backend: str, progress: bool
+    model: str | None, max_tokens: int, temperature: float, backend: str, progress: bool
 ) -> tuple[list[TextResult], dict[str, float]]:
     """The demo's prompts in one batch and each alone, and the seconds of both."""
     from dynskip.llm import LLM
@@ -128,7 +133,7 @@ def run_texts(
     num_layers = llm.model.num_layers
     paths = [demo_path(num_layers, kind, share, seed) for seed, (_, kind, share) in enumerate(PROMPTS)]
     prompts = [_prompt_ids(llm, prompt) for prompt, _, _ in PROMPTS]
-    params = SamplingParams(max_tokens=max_tokens)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.9, seed=0)
     start = time.perf_counter()
     together = llm.generate(prompts, params, paths=[path for _, path in paths], progress=progress)
     batch_s = time.perf_counter() - start
@@ -181,7 +186,6 @@ def text_page(results: list[TextResult], seconds: dict[str, float]) -> str:
         f"{num_same} of {len(results)} texts are equal to those generated alone. "
         f"{num_tokens} tokens: {seconds['together']:.2f} s together, {seconds['one_by_one']:.2f} s one by one."
     )
-    lines.append("opt-mini learned to speak at full depth and along uniform:12, :8 and :4, and along no other path.")
     return "\n".join(lines) + "\n"
 
 
