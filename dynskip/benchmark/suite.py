@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ OVERHEAD_TARGET = 0.03
 _FEW_ROUNDS, _FEW_REPEATS = 3, 3
 # Of a sequence's new tokens, those outside the rounds: by prefill, warm-ups and the rounds with CTranslate2.
 _OTHER_TOKENS = 3 + _FEW_ROUNDS * _FEW_REPEATS
-# A prefill of so few rows is short, and timed so many times as often.
-_FEW_ROWS, _MORE_ROUNDS = 128, 4
+# A prefill of at most so many rows is short: it is timed so many times as often, after a warm-up.
+_MORE_ROUNDS = {128: 4, 512: 2}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Suite:
         self.skipped: dict[str, str] = {}
         self.conditions: dict[str, Any] = {}
         self.agreements: list[Agreement] = []
+        self.speeds: list[MachineSpeed] = []
 
     def run(self) -> Report:
         """Measure everything asked for."""
@@ -108,12 +109,12 @@ class Suite:
             gate = Gate(hf_model, self._gate_paths(config.num_hidden_layers))
             self.agreements = gate.check_model(model)
             bar.update()
-        # Again before each batch: what the machine can do is the most that it showed in the whole run.
-        speeds, batches = [], []
+        batches = []
         for size in options.batches:
-            speeds.append(machine.measure_speed())
+            self.speeds.append(machine.measure_speed())
             batches.append(self._measure_batch(size, model, hf_model))
-        self._describe(model, MachineSpeed.best(speeds))
+        # What the machine can do is the most that it showed in the whole run.
+        self._describe(model, MachineSpeed.best(self.speeds))
         if "ctranslate2" in options.sections:
             reason = ctranslate2_runner.unavailable_reason()
             if reason is not None:
@@ -191,15 +192,18 @@ class Suite:
         if not timed:
             return
         tasks: dict[str, Task] = {name: batch.runners[name].prefill for name in timed}
-        for name in timed:
-            if name in batch.paths:
-                mix = PathMix.of(batch.paths[name], options.prompt_len)
-                tasks[f"products {name}"] = Products(model, mix).run
-        # A first call is slower where memory is first touched; with thousands of rows that no longer shows.
+        products = {
+            name: Products(model, PathMix.of(batch.paths[name], options.prompt_len))
+            for name in timed
+            if name in batch.paths
+        }
+        tasks |= {f"products {name}": work.run for name, work in products.items()}
         num_rows = batch.size * options.prompt_len
-        num_warm_ups = 1 if num_rows <= 512 else 0
-        num_rounds = options.num_prefill_rounds * (_MORE_ROUNDS if num_rows <= _FEW_ROWS else 1)
+        times = next((times for limit, times in _MORE_ROUNDS.items() if num_rows <= limit), 1)
+        num_rounds, num_warm_ups = options.num_prefill_rounds * times, int(times > 1)
         samples = self._interleave(f"batch {batch.size}: prefill", tasks, num_rounds, 1, num_warm_ups)
+        peak_gflops = products["full"].flops / samples["products full"].range_ms[0] / 1e6
+        self.speeds.append(replace(self.speeds[-1], peak_gflops=peak_gflops))
         embed_ms = self._embed_ms(model, num_rows)
         if "prefill" in options.sections:
             size, full = batch.size, samples["full"]
@@ -233,6 +237,8 @@ class Suite:
             target = TRANSFORMERS_TARGETS.get(size)
             self._speedup("decode", size, "speed-up over transformers", full, samples["transformers"], target)
             if "reading" in samples:
+                bandwidth_gbps = _bytes_read(model) / samples["reading"].range_ms[0] / 1e6
+                self.speeds.append(replace(self.speeds[-1], bandwidth_gbps=bandwidth_gbps))
                 self._ratio("decode", size, "full depth / reading the weights once", full, samples["reading"])
         embed_ms = self._embed_ms(model, batch.size)
         self._path_rows("decode", batch, samples, embed_ms)
