@@ -364,6 +364,13 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert table.insert(readme, table.render(ROOT / "bench" / "results")) == readme
 
 
+def test_the_pages_show_the_committed_results() -> None:
+    results = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+    assert results
+    for path in results:
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == Report.read(path).page()
+
+
 def test_an_old_table_is_noticed(tmp_path: Path) -> None:
     table = table_script()
     with pytest.raises(ValueError, match="must hold a report, got none"):

@@ -1,0 +1,1 @@
+"""What steps along paths take on this machine, beside what they should take."""

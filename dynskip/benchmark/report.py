@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
+
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,12 @@ class Report:
         directory.mkdir(parents=True, exist_ok=True)
         data, page = (directory / f"{self.conditions['machine']}{suffix}" for suffix in (".jsonl", ".md"))
         data.write_text("".join(json.dumps(line) + "\n" for line in self.lines()), encoding="utf-8")
-        page.write_text(f"# {self.conditions['cpu']}\n\n{self.markdown()}", encoding="utf-8")
+        page.write_text(self.page(), encoding="utf-8")
         return data, page
+
+    def page(self) -> str:
+        """What stands in ``<machine>.md``."""
+        return f"# {self.conditions['cpu']}\n\n{self.markdown()}"
 
     @staticmethod
     def read(path: Path) -> Report:
@@ -164,16 +171,17 @@ class Report:
         return f"{markdown_table(header, cells, right=set(range(1, len(batches) + 1)))}\n{self.conditions_text()}\n"
 
     def conditions_text(self) -> str:
-        """The conditions in two sentences."""
+        """The conditions in two sentences, in lines of at most 120 characters."""
         found = self.conditions
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-        return (
+        text = (
             f"{found['shape']} shapes, random {found['dtype']} weights, prompt {found['prompt_len']}, "
             f"{found['num_threads']} threads on {found['cpu']} ({found['num_cores']} cores, {found['isa']}, "
             f"{found['bandwidth_gbps']:.0f} GB/s and {found['peak_gflops']:.0f} GFLOP/s in the same run), "
             f"backend {found['backend']}; medians, everything timed in turns in one run. {versions}; "
             f"commit {found['commit']}, {found['date']}, load {found['load'][0]} before the run."
         )
+        return textwrap.fill(text, _WIDTH)
 
 
 def _optional(floors: dict[str, float], name: str) -> str:

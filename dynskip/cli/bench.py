@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"model shapes (default: {SHAPES[0]})")
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable (default: 1, 8 and 32)")
     parser.add_argument("--prompt-len", type=int, default=64, metavar="T", help="tokens of a prompt (default: 64)")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: minutes become one or two, noise grows")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of dynskip (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
