@@ -26,16 +26,28 @@ __all__ = [
 ]
 
 
+_BUILD = "Build it: DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation -e ."
+_OPS = (
+    "gather_layer_norm",
+    "scatter_add",
+    "kv_store",
+    "decode_attention",
+    "packed_linear",
+    "has_packed_linear",
+    "is_packed_linear_layout",
+)
+
+
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the extension cannot be used, and how to get it; None when it is loaded."""
     try:
         importlib.import_module("dynskip._C")  # which registers the ops
     except ImportError as error:
-        return (
-            f"The C++ extension cannot be loaded ({error}). "
-            "Build it: DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation -e ."
-        )
+        return f"The C++ extension cannot be loaded ({error}). {_BUILD}"
+    missing = [name for name in _OPS if not hasattr(torch.ops.dynskip_native, name)]
+    if missing:
+        return f"The C++ extension was built from older sources and lacks {missing[0]}. {_BUILD}"
     return None
 
 

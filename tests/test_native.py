@@ -253,3 +253,9 @@ def test_dtypes_and_shapes_that_the_extension_lacks_are_refused() -> None:
         native.scatter_add(x, ids.long(), x[:1])
     with pytest.raises(RuntimeError, match=r"y must be \[1, 16\] of x's dtype"):
         native.scatter_add(x, ids, x[:1].float())
+
+
+def test_an_extension_of_older_sources_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_OPS", ("kv_store", "an_op_of_tomorrow"))
+    reason = native.unavailable_reason.__wrapped__()
+    assert reason.startswith("The C++ extension was built from older sources and lacks an_op_of_tomorrow. Build it:")
