@@ -79,13 +79,14 @@ class Comparison:
             key=lambda depth: abs(depth.mean_layers - mix.mean_layers),
         )
         assert mix.by_layers and mix.by_cost and shared.by_layers and shared.by_cost, "paths have all three"
-        reading = "no reading" if mix.union == self.num_layers else "little reading"
+        arithmetic, reading = 1 - mix.mean_layers / self.num_layers, 1 - mix.union / self.num_layers
         return (
             f"Why they differ: no path saves the head, {self.head_share:.0%} of a full step, so that the shared path "
             f"of {shared.mean_layers:g} layers is allowed {shared.by_cost:.2f}x instead of {shared.by_layers:.2f}x and "
-            f"reaches {shared.measured:.2f}x; and the {self.batch} independent paths of {mix.mean_layers:g} layers "
-            f"between them need the weights of {mix.union} of the {self.num_layers} layers in every step, so that they "
-            f"save arithmetic but {reading}, are allowed {mix.by_cost:.2f}x and reach {mix.measured:.2f}x."
+            f"reaches {shared.measured:.2f}x; and the batch of {self.batch} along independent paths of "
+            f"{mix.mean_layers:g} layers needs the weights of {mix.union} of {self.num_layers} layers in every step, so "
+            f"that it saves {arithmetic:.0%} of the arithmetic but {reading:.0%} of the reading, is allowed "
+            f"{mix.by_cost:.2f}x and reaches {mix.measured:.2f}x."
         )
 
 
