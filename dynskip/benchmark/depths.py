@@ -84,8 +84,8 @@ class Comparison:
             f"Why they differ: no path saves the head, {self.head_share:.0%} of a full step, so that the shared path "
             f"of {shared.mean_layers:g} layers is allowed {shared.by_cost:.2f}x instead of {shared.by_layers:.2f}x and "
             f"reaches {shared.measured:.2f}x; and the batch of {self.batch} along independent paths of "
-            f"{mix.mean_layers:g} layers needs the weights of {mix.union} of {self.num_layers} layers in every step, so "
-            f"that it saves {arithmetic:.0%} of the arithmetic but {reading:.0%} of the reading, is allowed "
+            f"{mix.mean_layers:g} layers needs the weights of {mix.union} of {self.num_layers} layers in every step, "
+            f"so that it saves {arithmetic:.0%} of the arithmetic but {reading:.0%} of the reading, is allowed "
             f"{mix.by_cost:.2f}x and reaches {mix.measured:.2f}x."
         )
 
