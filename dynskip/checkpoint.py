@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, OPTConfig
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
+from dynskip.backends import resolve_backend
 from dynskip.linear import Linear
 from dynskip.opt import check_config
 
@@ -138,6 +139,7 @@ def _convert(
     with torch.device("meta"):
         model = OPTForCausalLM(config, backend, deterministic)
     function = "from_pretrained" if consume else "from_hf"
+    use_native = resolve_backend(backend, device).name == "native"
     source_modules = dict(hf_model.named_modules())
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -161,9 +163,9 @@ def _convert(
             if consume and not tied:
                 setattr(source_modules[module_name], name, None)
         if pack and isinstance(module, Linear) and module is not model.lm_head:
-            module.pack_()
+            module.pack_(use_native)
     if config.tie_word_embeddings:
         model.tie_head_()
     if pack:
-        model.lm_head.pack_()
+        model.lm_head.pack_(use_native)
     return model.eval()

@@ -85,13 +85,16 @@ class Linear(torch.nn.Module):
         """Why :meth:`pack_` would leave the weight dense, in words; None when it can be packed or is packed."""
         return None if self.packed else packing_obstacle(self._dense())
 
-    def pack_(self) -> Linear:
-        """Replace the dense weight by a packed one; stays dense where :attr:`packing_obstacle` says why it cannot."""
+    def pack_(self, use_native: bool = True) -> Linear:
+        """Replace the dense weight by a packed one; stays dense where :attr:`packing_obstacle` says why it cannot.
+
+        use_native: multiply up to ``native_rows`` rows by the C++ extension, where it is there and knows the layout.
+        """
         if self.packed or self.packing_obstacle is not None:
             return self
         weight = self._dense().detach()
         self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        if native.reads_packed_weight(weight, self._packed_weight):
+        if use_native and native.reads_packed_weight(weight, self._packed_weight):
             self._packed_data = native.packed_data(self._packed_weight)
             self.native_rows = NATIVE_ROWS
         self.weight = None
@@ -167,14 +170,15 @@ class Linear(torch.nn.Module):
         state = dict(self.__dict__)
         if self.packed:
             state["_parameters"] = {**self._parameters, "weight": torch.nn.Parameter(self.dense_weight())}
-            state["_packed_weight"], state["_packed_data"], state["native_rows"] = "pack", 0, 0
+            state["_packed_weight"], state["_packed_data"] = "pack", 0
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if isinstance(self._packed_weight, str):
+            use_native, self.native_rows = self.native_rows > 0, 0
             self._packed_weight = None
-            self.pack_()
+            self.pack_(use_native)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -115,10 +115,14 @@ class OPTForCausalLM(nn.Module):
         return MemoryReport.of(self)
 
     def pack_(self) -> OPTForCausalLM:
-        """Replace every matrix by its packed form where the device has one; drops the dense copies."""
+        """Replace every matrix by its packed form where the device has one; drops the dense copies.
+
+        The native backend also multiplies few rows by its own product; the other backends leave products to oneDNN.
+        """
+        use_native = self.backend.name == "native"
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack_()
+                module.pack_(use_native)
         return self.requires_grad_(False)
 
     def unpack_(self) -> OPTForCausalLM:

@@ -276,7 +276,7 @@ def test_the_suite_answers_every_question(tiny: str) -> None:
     assert (report.skipped == {}) if reason is None else (report.skipped == {"ctranslate2": reason})
     questions = [(row.section, row.batch, row.what) for row in report.rows]
     assert len(set(questions)) == len(questions)
-    per_batch = {"decode": 2, "prefill": 2, "paths": 8, "overhead": 1, "ctranslate2": int(reason is None)}
+    per_batch = {"decode": 3, "prefill": 2, "paths": 8, "overhead": 1, "ctranslate2": int(reason is None)}
     for size in (1, 3):
         for section, count in per_batch.items():
             extra = int((section, size) in (("decode", 1), ("overhead", 3)))  # reading the weights; the mix's overhead

@@ -130,10 +130,10 @@ def test_loading_holds_at_most_one_matrix_twice(variant: str, tmp_path: Path, mo
     packed = 0
     pack = Linear.pack_
 
-    def watched(self: Linear) -> Linear:
+    def watched(self: Linear, use_native: bool) -> Linear:
         nonlocal packed
         dense = live_bytes() - baseline
-        pack(self)
+        pack(self, use_native)
         packed += self.weight_bytes
         # While one matrix is packed, its dense form is still there: count it with what is packed already.
         held.append(dense + packed)

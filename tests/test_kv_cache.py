@@ -105,7 +105,8 @@ def test_too_little_memory_says_what_is_needed_and_what_fits(monkeypatch: pytest
     monkeypatch.setattr(kv_cache, "available_bytes", lambda device: 10 * 2**20)
     with pytest.raises(
         KVCacheMemoryError,
-        match=r"needs 20.0 MiB for 10240 entries of 1 sequences, got 10.0 MiB free on cpu, which holds 5\d\d\d entries\. "
+        match=r"needs 20.0 MiB for 10240 entries of 1 sequences, got 10.0 MiB free on cpu, which holds 5\d\d\d "
+        r"entries\. "
         r"Use fewer sequences at a time, smaller max_tokens or shorter paths",
     ):
         KVCache(1, 1, 1, 10240, 4, 64, torch.float32, CPU)

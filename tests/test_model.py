@@ -11,6 +11,7 @@ from models import NUM_LAYERS, VARIANTS, cpu_backend, cut, ragged_batch, tiny_hf
 from torch import Tensor
 
 from dynskip import LayerPath, OPTForCausalLM
+from dynskip.linear import Linear
 
 LENGTHS = [7, 1, 12, 4]
 PATHS = [
@@ -210,3 +211,13 @@ def test_properties() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     assert (model.num_layers, model.dtype, model.device) == (NUM_LAYERS, torch.bfloat16, torch.device("cpu"))
     assert model.backend.name == "torch"
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_only_the_native_backend_multiplies_by_its_own_code(backend: str) -> None:
+    model = OPTForCausalLM.from_hf(tiny_hf(dtype=torch.bfloat16), backend=cpu_backend(backend))
+    expected = Linear.of(torch.randn(16, 16).to(torch.bfloat16)).pack_(use_native=backend == "native").native_rows
+    assert {m.native_rows for m in model.modules() if isinstance(m, Linear)} == {expected}
+    again = model.unpack_().pack_()
+    assert {m.native_rows for m in again.modules() if isinstance(m, Linear)} == {expected}
+    assert copy.deepcopy(model).lm_head.native_rows == expected

@@ -14,10 +14,12 @@ class Products:
     """The products that a step of ``mix`` needs, run by the model's own (packed) matrices on random rows.
 
     Each layer multiplies as many rows as the mix gives it, the head as many as it gives the head.
+    onednn: leave all products to oneDNN, also those that the model's backend would multiply by its own code.
     """
 
-    def __init__(self, model: OPTForCausalLM, mix: PathMix) -> None:
+    def __init__(self, model: OPTForCausalLM, mix: PathMix, onednn: bool = False) -> None:
         self.mix = mix
+        self.onednn = onednn
         self._work: list[tuple[Linear, str, Tensor]] = []
         rows: dict[tuple[int, int], Tensor] = {}
 
@@ -45,7 +47,12 @@ class Products:
     def run(self) -> None:
         """Do all the products once."""
         for linear, activation, rows in self._work:
-            linear(rows, activation=activation)
+            native_rows = linear.native_rows
+            linear.native_rows = 0 if self.onednn else native_rows
+            try:
+                linear(rows, activation=activation)
+            finally:
+                linear.native_rows = native_rows
 
     @property
     def flops(self) -> int:

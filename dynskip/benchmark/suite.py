@@ -208,7 +208,7 @@ class Suite:
         if "prefill" in options.sections:
             size, full = batch.size, samples["full"]
             self._speedup("prefill", size, "speed-up over transformers", full, samples["transformers"], 1.0)
-            self._ratio("prefill", size, "full depth / its products", full, samples["products full"])
+            self._ratio("prefill", size, "full depth / its products as it runs them", full, samples["products full"])
         self._path_rows("prefill", batch, samples, embed_ms)
 
     def _prefill_matters(self, name: str) -> bool:
@@ -227,13 +227,17 @@ class Suite:
         tasks: dict[str, Task] = {name: batch.runners[name].step for name in names}
         for name in batch.paths:
             tasks[f"products {name}"] = Products(model, PathMix.of(batch.paths[name])).run
+        if "decode" in options.sections:
+            tasks["products onednn"] = Products(model, PathMix.of(batch.paths["full"]), onednn=True).run
         if batch.size == 1 and "decode" in options.sections:
             tasks["reading"] = machine.WeightReader(_bytes_read(model)).read
         title = f"batch {batch.size}: decode"
         samples = self._interleave(title, tasks, options.num_rounds, options.num_repeats, 1)
         if "decode" in options.sections:
             size, full = batch.size, samples["full"]
-            self._ratio("decode", size, "full depth / its products", full, samples["products full"], PRODUCTS_TARGET)
+            onednn, own = samples["products onednn"], samples["products full"]
+            self._ratio("decode", size, "full depth / its products by oneDNN", full, onednn, PRODUCTS_TARGET)
+            self._ratio("decode", size, "full depth / its products as it runs them", full, own, PRODUCTS_TARGET)
             target = TRANSFORMERS_TARGETS.get(size)
             self._speedup("decode", size, "speed-up over transformers", full, samples["transformers"], target)
             if "reading" in samples:
