@@ -83,6 +83,19 @@ def cut(hf_model: Any, path: LayerPath) -> Any:
     return model
 
 
+def within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """The error of ``actual`` is at most twice that of eager PyTorch in the same dtype, or a few ulp.
+
+    exact: the same in a wider dtype.
+    """
+    wide = exact.double()
+    ulp = torch.finfo(actual.dtype).eps * wide.abs().max()
+    error, allowed = (actual.double() - wide).abs().max(), 2 * (eager.double() - wide).abs().max()
+    # In float32 the order of a sum of 64 terms, which differs between kernels, moves more than the rounding of results.
+    floor = (16 if actual.dtype == torch.float32 else 2) * ulp
+    assert error <= torch.maximum(allowed, floor), f"error {error:.3g}, allowed {allowed:.3g}, ulp {ulp:.3g}"
+
+
 def ragged_batch(lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask, each [B, T]: random tokens, padded on the ``left`` or ``right``."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
+from models import cut, within_budget
 from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
-from dynskip import LayerPath
+from dynskip import LLM, LayerPath, SamplingParams
+from dynskip import OPTForCausalLM as PathOPT
 from dynskip.assets import opt_mini_directory
 from dynskip.evaluation.bits_per_byte import bits_per_byte
 from dynskip.training.corpus import Instruction
@@ -102,6 +104,34 @@ def test_every_path_of_the_menu_predicts_english(
         model.model.decoder.layers = every_layer
     # Guessing evenly among the tokens costs 3.2 bits a byte here; a trigram model of such text 1.8.
     assert score.value < 1.83
+
+
+@pytest.mark.parametrize("path", MENU.values(), ids=MENU)
+def test_logits_are_those_of_transformers_with_the_layers_cut(model: OPTForCausalLM, path: LayerPath) -> None:
+    token_ids = torch.arange(2, 242).reshape(2, 120)
+    cut_model = cut(model, path)
+    with torch.no_grad():
+        ours = PathOPT.from_hf(model)(token_ids, paths=path).logits
+        eager = cut_model(token_ids).logits
+        exact = cut_model.double()(token_ids).logits
+    within_budget(ours, eager, exact)
+
+
+def test_a_mixed_batch_says_what_transformers_says_alone(
+    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    llm = LLM(PathOPT.from_hf(model, deterministic=True), tokenizer)
+    prompts = [llm.chat_prompt(row.instruction) for row in (*ROWS, ROWS[0])]
+    paths = list(MENU.values())
+    params = SamplingParams(max_tokens=24, logprobs=1)
+    together = llm.generate(prompts, params, paths=paths)
+    for prompt, path, output in zip(prompts, paths, together, strict=True):
+        alone = llm.generate([prompt], params, paths=path)[0]
+        assert (output.token_ids, output.logprobs) == (alone.token_ids, alone.logprobs)
+        generated = cut(model, path).generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False
+        )
+        assert output.token_ids == generated[0, len(prompt) :].tolist()
 
 
 def test_card_states_scores_below_the_bar() -> None:
