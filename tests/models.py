@@ -84,16 +84,19 @@ def cut(hf_model: Any, path: LayerPath) -> Any:
 
 
 def within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """The error of ``actual`` is at most twice that of eager PyTorch in the same dtype, or a few ulp.
+    """The error of ``actual`` is at most twice that of eager PyTorch in the same dtype, both against ``exact``.
 
-    exact: the same in a wider dtype.
+    Where eager happens to err less than the roundings that no order of sums avoids, those are the bound: one of the
+    residual stream for each of a layer's two parts, one of the embedding and one of the head, in units in the last
+    place of the largest value. exact: the same in a wider dtype.
     """
     wide = exact.double()
     ulp = torch.finfo(actual.dtype).eps * wide.abs().max()
     error, allowed = (actual.double() - wide).abs().max(), 2 * (eager.double() - wide).abs().max()
-    # In float32 the order of a sum of 64 terms, which differs between kernels, moves more than the rounding of results.
-    floor = (16 if actual.dtype == torch.float32 else 2) * ulp
-    assert error <= torch.maximum(allowed, floor), f"error {error:.3g}, allowed {allowed:.3g}, ulp {ulp:.3g}"
+    # Half precision rounds everything it stores, eager too, so that twice its error is bound enough.
+    num_roundings = 2 * NUM_LAYERS + 2 if actual.dtype == torch.float32 else 2
+    floor = num_roundings * ulp
+    assert error <= torch.maximum(allowed, floor), f"error {error:.3g}, allowed {allowed:.3g}, floor {floor:.3g}"
 
 
 def ragged_batch(lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
