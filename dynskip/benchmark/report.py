@@ -68,7 +68,7 @@ class Row:
 class Report:
     """The rows of one run and what they were measured under.
 
-    conditions: machine, versions, shapes, dtype, the speed of memory and arithmetic in the same run.
+    conditions: machine, versions, shapes, dtype, the best speed of memory and arithmetic that the run saw.
     skipped: what was not measured, with the reason.
     """
 
@@ -177,7 +177,7 @@ class Report:
         text = (
             f"{found['shape']} shapes, random {found['dtype']} weights, prompt {found['prompt_len']}, "
             f"{found['num_threads']} threads on {found['cpu']} ({found['num_cores']} cores, {found['isa']}, "
-            f"{found['bandwidth_gbps']:.0f} GB/s and {found['peak_gflops']:.0f} GFLOP/s in the same run), "
+            f"{found['bandwidth_gbps']:.0f} GB/s and {found['peak_gflops']:.0f} GFLOP/s at best in this run), "
             f"backend {found['backend']}; medians, everything timed in turns in one run. {versions}; "
             f"commit {found['commit']}, {found['date']}, load {found['load'][0]} before the run."
         )
