@@ -26,6 +26,8 @@ ORDER = [
     "kernels",
     "backends",
     "ops",
+    "row_reference",
+    "row_ops",
     # the model and its state
     "linear",
     "memory",
