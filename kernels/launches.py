@@ -1,14 +1,25 @@
-"""How Triton kernels are launched, and how often each op launched its kernel."""
+"""How Triton kernels are launched, how often each op launched its kernel, and how they are compiled instead."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
 LAUNCHES: Counter[str] = Counter()
 """Launches by op name, since the process began or the last `LAUNCHES.clear()`. An op without work launches nothing."""
+
+
+class _Offline(NamedTuple):
+    capability: int
+    receive: Callable[[str, Any], None]
+
+
+_offline: _Offline | None = None
 
 
 def launch(op: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: object, **options: object) -> None:
@@ -18,9 +29,39 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *a
     """
     if 0 in grid:
         return
+    if _offline is not None:
+        _offline.receive(op, kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options))
+        return
     LAUNCHES[op] += 1
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, enable_fp_fusion=True, **options)
     else:
         kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def compute_capability(device: torch.device) -> int:
+    """Which instructions the kernels on `device` may use: 80 for sm_80; 0 on a CPU, where they are interpreted."""
+    if _offline is not None:
+        return _offline.capability
+    return _capability_of_gpu(device.index) if device.type == "cuda" else 0
+
+
+@functools.cache
+def _capability_of_gpu(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@contextmanager
+def compile_only(capability: int, receive: Callable[[str, Any], None]) -> Iterator[None]:
+    """Inside the block a launch compiles its kernel for GPUs of `capability` and hands op and result to `receive`.
+
+    The tensors may lie on any device. Triton's active driver must be one that compiles for `capability`.
+    """
+    global _offline
+    before, _offline = _offline, _Offline(capability, receive)
+    try:
+        yield
+    finally:
+        _offline = before
