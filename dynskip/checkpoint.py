@@ -43,7 +43,7 @@ def save(model: OPTForCausalLM, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach() for key, value in model.state_dict().items()}
+    state = {key: _own_storage(value) for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     config = type(model.config).from_dict(model.config.to_dict())
@@ -51,6 +51,12 @@ def save(model: OPTForCausalLM, directory: Path) -> None:
     config.architectures = ["OPTForCausalLM"]
     config.save_pretrained(directory)
     save_torch_state_dict(state, str(directory))
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy where it is a part of something larger, which safetensors does not write."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor.detach() if whole else tensor.detach().clone()
 
 
 def _find_device(device: torch.device | str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Linear(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self._packed_weight: torch.Tensor | None = None
         self._packed_data = 0
+        self._merged = False
         self.native_rows = 0
 
     @staticmethod
@@ -168,6 +170,13 @@ class Linear(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's tensors can neither be copied nor pickled: a copy is made through the dense weight.
         state = dict(self.__dict__)
+        if self._merged:
+            # Pickled as it is, each part of a merged matrix would take the whole of it along.
+            state["_parameters"] = {
+                name: None if held is None else torch.nn.Parameter(held.detach().clone(), held.requires_grad)
+                for name, held in self._parameters.items()
+            }
+            state["_merged"] = False
         if self.packed:
             state["_parameters"] = {**self._parameters, "weight": torch.nn.Parameter(self.dense_weight())}
             state["_packed_weight"], state["_packed_data"] = "pack", 0
@@ -191,6 +200,29 @@ class Linear(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def merge(linears: Sequence[Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of dense ``linears`` one under the other, [sum of out_features, in_features], and so their biases.
+
+    From then on the Parameters of the linears are views of these two, so that nothing is held twice and a change of one
+    is a change of both. Where they are already, nothing is copied; casting or moving the linears undoes it. For
+    inference: no gradient flows through the result. The bias is None where none of the linears has one.
+    """
+    packed = [linear for linear in linears if linear.packed]
+    if packed:
+        raise RuntimeError(
+            f"merge: linears must be dense, got {len(packed)} of {len(linears)} packed. Call unpack_(), or load the "
+            "model with pack=False."
+        )
+    weight = _merge([linear._dense() for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if len(biases) not in (0, len(linears)):
+        raise ValueError(f"merge: linears must all have a bias or none, got {len(biases)} of {len(linears)} with one.")
+    bias = _merge(biases) if biases else None
+    for linear in linears:
+        linear._merged = True
+    return weight, bias
+
+
 def packing_obstacle(weight: torch.Tensor) -> str | None:
     """Why ``weight`` [out, in] cannot be packed on this machine, in words; None when it can."""
     missing = [
@@ -209,6 +241,23 @@ def packing_obstacle(weight: torch.Tensor) -> str | None:
     if weight.dtype == torch.float16:
         return None if torch.ops.mkldnn._is_mkldnn_fp16_supported() else "oneDNN has no fp16 kernels for this CPU"
     return f"oneDNN packs float32, bfloat16 and float16 weights, this one is {weight.dtype}"
+
+
+def _merge(parts: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    first = parts[0]
+    num_rows = sum(part.shape[0] for part in parts)
+    size, place = (num_rows, *first.shape[1:]), first.data_ptr()
+    together = all(part.is_contiguous() for part in parts)
+    for part in parts:
+        # Neighbours in memory by chance are no part of one storage: it would not reach as far.
+        together &= part.data_ptr() == place and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        place += part.numel() * part.element_size()
+    if together:
+        return first.detach().as_strided(size, first.stride())
+    merged = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, torch.split(merged, [part.shape[0] for part in parts]), strict=True):
+        part.data = view
+    return merged
 
 
 def _has_op(name: str) -> bool:

@@ -16,7 +16,7 @@ from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
 from dynskip.backends import Backend
-from dynskip.linear import Linear
+from dynskip.linear import Linear, merge
 
 POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
 
@@ -31,6 +31,13 @@ class OPTAttention(nn.Module):
         self.v_proj = Linear(size, size, bias=bias)
         self.q_proj = Linear(size, size, bias=bias)
         self.out_proj = Linear(size, size, bias=bias)
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [3C, C] and bias [3C] or None of query, key and value, of which those of the projections are views.
+
+        Merges them where they are not, and copies nothing where they are. Raises RuntimeError for packed projections.
+        """
+        return merge((self.q_proj, self.k_proj, self.v_proj))
 
 
 class OPTDecoderLayer(nn.Module):

@@ -193,3 +193,26 @@ def test_a_model_cut_to_a_path_can_be_saved_by_hand(tmp_path: Path) -> None:
     short = OPTForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, backend="torch", deterministic=True)
     assert short.num_layers == 3
     assert torch.equal(short(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("variant", ["pre-norm", "no-bias"])
+def test_merged_projections_are_saved_copied_and_pickled_apart(variant: str, tmp_path: Path) -> None:
+    hf_model = tiny_hf(variant)
+    model = OPTForCausalLM.from_hf(hf_model, backend="torch", pack=False)
+    for layer in model.model.decoder.stack():
+        weight, bias = layer.self_attn.merged()
+        projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        assert torch.equal(weight, torch.cat([projection.dense_weight() for projection in projections]))
+        assert (bias is None) == (variant == "no-bias")
+    same_state(dict(model.state_dict()), {name: hf_model.state_dict()[name] for name in model.state_dict()})
+    model.save_pretrained(tmp_path / "saved")
+    loaded = HFOPTForCausalLM.from_pretrained(tmp_path / "saved")
+    same_state(dict(loaded.named_parameters()), dict(hf_model.named_parameters()))
+    torch.save(model, tmp_path / "pickled")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "pickled", weights_only=False)):
+        same_state(other.state_dict(), model.state_dict())
+        weight = other.model.decoder.stack()[0].self_attn.q_proj.dense_weight()
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+        assert other.lm_head.weight is other.model.decoder.embed_tokens.weight
+    with pytest.raises(RuntimeError, match="merge: linears must be dense"):
+        OPTForCausalLM.from_hf(hf_model, backend="torch").model.decoder.stack()[0].self_attn.merged()

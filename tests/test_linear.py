@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch.nn import functional
 
 from dynskip import native
-from dynskip.linear import Linear, packing_obstacle
+from dynskip.linear import Linear, merge, packing_obstacle
 
 SHAPES = [(192, 192), (768, 192), (4096, 192), (2048, 2048)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -193,3 +194,66 @@ def test_native_product_reads_the_packed_layout(shape: tuple[int, int]) -> None:
         assert (y.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
     strided[:] = torch.nan
     assert linear(strided, "relu").isnan().all()
+
+
+def merged_three(dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> tuple[list[Linear], torch.Tensor]:
+    linears = [make(*shape, dtype, bias, seed) for seed, shape in enumerate([(24, 40), (24, 40), (8, 40)])]
+    expected = torch.cat([linear.dense_weight().detach().clone() for linear in linears])
+    return linears, expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_weights_are_one_matrix_held_once(bias: bool) -> None:
+    linears, expected = merged_three(bias=bias)
+    parameters = [linear.weight for linear in linears]
+    weight, offset = merge(linears)
+    assert torch.equal(weight, expected) and weight.is_contiguous() and not weight.requires_grad
+    assert (offset is None) == (not bias)
+    assert [linear.weight for linear in linears] == parameters, "an optimizer that holds them would lose them"
+    storages = {linear.dense_weight().untyped_storage().data_ptr() for linear in linears}
+    assert storages == {weight.untyped_storage().data_ptr()}
+    again, _ = merge(linears)
+    assert again.data_ptr() == weight.data_ptr(), "merging twice must copy nothing"
+    with torch.no_grad():
+        linears[1].dense_weight().zero_()
+    assert not weight[24:48].any() and weight[:24].any()
+
+
+def test_neighbours_in_memory_are_not_taken_for_one_matrix() -> None:
+    whole = torch.arange(60.0).view(10, 6)
+    swapped = [Linear.of(whole[5:]), Linear.of(whole[:5])]
+    weight, _ = merge(swapped)
+    assert torch.equal(weight, torch.cat([whole[5:], whole[:5]]))
+    columns = [Linear.of(whole[:, :3].t()), Linear.of(whole[:, 3:].t())]
+    assert torch.equal(merge(columns)[0], whole.t())
+
+
+def test_merging_again_follows_a_cast_and_a_load() -> None:
+    linears, expected = merged_three()
+    merge(linears)
+    for linear in linears:
+        linear.to(torch.float32)
+    weight, bias = merge(linears)
+    assert weight.dtype == torch.float32 and torch.equal(weight, expected.float()) and bias is not None
+    linears[0].load_state_dict({"weight": torch.ones(24, 40), "bias": torch.ones(24)})
+    assert weight[:24].eq(1).all() and bias[:24].eq(1).all()
+
+
+def test_copies_of_merged_linears_take_their_own_rows_only() -> None:
+    linears, expected = merged_three()
+    merge(linears)
+    for copied in (copy.deepcopy(linears[1]), pickle.loads(pickle.dumps(linears[1]))):
+        assert torch.equal(copied.dense_weight(), expected[24:48])
+        assert copied.dense_weight().untyped_storage().nbytes() == 24 * 40 * 2
+        assert copied.dense_weight().requires_grad
+        pairs = zip(copied.parameters(), linears[1].parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_linears_that_cannot_be_merged_say_so() -> None:
+    linears, _ = merged_three(torch.float32)
+    pack_or_skip(linears[2])
+    with pytest.raises(RuntimeError, match=r"merge: linears must be dense, got 1 of 3 packed. Call unpack_\(\)"):
+        merge(linears)
+    with pytest.raises(ValueError, match="merge: linears must all have a bias or none, got 1 of 2 with one"):
+        merge([make(4, 4, torch.float32), make(4, 4, torch.float32, bias=False)])
