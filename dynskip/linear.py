@@ -17,6 +17,8 @@ ACTIVATIONS = ("none", "relu")
 DETERMINISTIC_ROWS = 16
 # Up to so many rows the extension's product is faster than oneDNN's (bench/LOG.md); its rows are independent anyway.
 NATIVE_ROWS = 48
+# Where a dense product, its bias and its ReLU are one kernel of the library; elsewhere ReLU is a pass of its own.
+_FUSED_RELU_DEVICES = {"cuda"}
 
 
 class Linear(torch.nn.Module):
@@ -147,7 +149,10 @@ class Linear(torch.nn.Module):
             return native.packed_linear(x, self._packed_data, self.out_features, self.bias, activation == "relu")
         if self._packed_weight is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed_weight, self.bias, activation, [], "")
-        y = functional.linear(x, self._dense(), self.bias)
+        weight = self._dense()
+        if activation == "relu" and self.bias is not None and fuses_relu(x.device):
+            return torch._addmm_activation(self.bias, x, weight.t())
+        y = functional.linear(x, weight, self.bias)
         return torch.relu(y) if activation == "relu" else y
 
     def _multiply_in_tiles(self, x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -221,6 +226,11 @@ def merge(linears: Sequence[Linear]) -> tuple[torch.Tensor, torch.Tensor | None]
     for linear in linears:
         linear._merged = True
     return weight, bias
+
+
+def fuses_relu(device: torch.device) -> bool:
+    """True where a dense product on ``device`` applies bias and ReLU before it writes its result; not for training."""
+    return device.type in _FUSED_RELU_DEVICES and hasattr(torch, "_addmm_activation") and not torch.is_grad_enabled()
 
 
 def packing_obstacle(weight: torch.Tensor) -> str | None:

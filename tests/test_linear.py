@@ -41,6 +41,40 @@ def test_private_ops_are_where_this_package_expects_them() -> None:
     schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
     assert "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)" in schema
     assert packing_obstacle(torch.empty(16, 16)) is None
+    schema = str(torch.ops.aten._addmm_activation.default._schema)
+    assert "(Tensor self, Tensor mat1, Tensor mat2, *, Scalar beta=1, Scalar alpha=1, bool use_gelu=False)" in schema
+    assert hasattr(torch, "_addmm_activation"), f"torch._addmm_activation is gone from torch {torch.__version__}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 33])
+def test_a_fused_relu_is_within_twice_the_error_of_eager(
+    num_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = make(256, 192, dtype)
+    x = torch.randn(num_rows, 192, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight, bias = linear.dense_weight().detach(), linear.bias
+    assert bias is not None
+    calls: list[torch.Tensor] = []
+    fused = torch._addmm_activation
+
+    def record(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(args[1])
+        return fused(*args)
+
+    monkeypatch.setattr(torch, "_addmm_activation", record)
+    monkeypatch.setattr("dynskip.linear._FUSED_RELU_DEVICES", {"cpu", "cuda"})
+    exact = functional.linear(x.double(), weight.double(), bias.double()).relu()
+    eager = functional.linear(x, weight, bias).relu()
+    with torch.no_grad():
+        y = linear(x, "relu")
+        linear(x)
+    assert len(calls) == 1 and y.shape == eager.shape and y.dtype == dtype
+    ulp = torch.finfo(dtype).eps * (exact.abs().max() if num_rows else 0)
+    assert ((y.double() - exact).abs() <= 2 * (eager.double() - exact).abs() + ulp).all()
+    x.requires_grad_(True)
+    linear(x, "relu").sum().backward()
+    assert len(calls) == 1 and x.grad is not None, "a product with gradients is not fused"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
