@@ -11,14 +11,21 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot_table, Tensor seq_ids, "
       "Tensor context_lens, float scale) -> Tensor");
+  m.def(
+      "plan_rows(Tensor active, int first_layer, int kv_policy, Tensor cache_ids, Tensor(a!) context_lens, "
+      "Tensor(b!) slot_tables, Tensor(c!) slot_cursor, Tensor(d!) row_slots, Tensor(e!) run_ids, Tensor(f!) num_run, "
+      "Tensor(g!) kv_ids, Tensor(h!) num_kv, Tensor(i!) slots, Tensor(j!) key_limits, int num_threads=0) -> ()");
   m.def("has_packed_linear() -> bool");
   m.def("is_packed_linear_layout(Tensor weight, int packed_data, int packed_bytes) -> bool");
   m.def("packed_linear(Tensor x, int packed_data, int num_outputs, Tensor? bias, bool relu) -> Tensor");
+  m.def("has_cuda() -> bool");
+  m.def("replay(int[] graph_execs, int device_index) -> ()");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda", TORCH_BOX(&dynskip::has_cuda));
   m.impl("has_packed_linear", TORCH_BOX(&dynskip::has_packed_linear));
   m.impl("instruction_set", TORCH_BOX(&dynskip::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&dynskip::use_instruction_set));
@@ -29,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("scatter_add", TORCH_BOX(&dynskip::scatter_add));
   m.impl("kv_store", TORCH_BOX(&dynskip::kv_store));
   m.impl("decode_attention", TORCH_BOX(&dynskip::decode_attention));
+  m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
   m.impl("is_packed_linear_layout", TORCH_BOX(&dynskip::is_packed_linear_layout));
   m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));
 }

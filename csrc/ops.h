@@ -1,4 +1,4 @@
-// The ops of the extension; dynskip/reference.py specifies each.
+// The ops of the extension; dynskip/reference.py and dynskip/row_reference.py specify them.
 
 #pragma once
 
@@ -38,6 +38,9 @@ torch::stable::Tensor decode_attention(
     const torch::stable::Tensor& context_lens,
     double scale);
 
+// Whether the extension was built with its CUDA sources: the CUDA part of plan_rows, and replay.
+bool has_cuda();
+
 // Whether this CPU can run packed_linear.
 bool has_packed_linear();
 
@@ -51,6 +54,24 @@ torch::stable::Tensor packed_linear(
     int64_t num_outputs,
     const std::optional<torch::stable::Tensor>& bias,
     bool relu);
+
+// num_threads: how many threads share the work, 0 for the device's own choice; the result is the same.
+void plan_rows(
+    const torch::stable::Tensor& active,
+    int64_t first_layer,
+    int64_t kv_policy,
+    const torch::stable::Tensor& cache_ids,
+    const torch::stable::Tensor& context_lens,
+    const torch::stable::Tensor& slot_tables,
+    const torch::stable::Tensor& slot_cursor,
+    const torch::stable::Tensor& row_slots,
+    const torch::stable::Tensor& run_ids,
+    const torch::stable::Tensor& num_run,
+    const torch::stable::Tensor& kv_ids,
+    const torch::stable::Tensor& num_kv,
+    const torch::stable::Tensor& slots,
+    const torch::stable::Tensor& key_limits,
+    int64_t num_threads);
 
 // The name of the instruction set in use.
 std::string instruction_set();

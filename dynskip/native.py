@@ -1,13 +1,15 @@
 """The launchers of the C++ extension, for tensors on a CPU. They check what memory safety needs; `ops` checks the rest.
 
 `prefill_attention` is the torch backend's own function: PyTorch's attention over whole sequences is fast as it is.
-Beside the launchers stands `packed_linear`, which `Linear` uses.
+Beside the launchers stand `packed_linear`, which `Linear` uses, and what a fused decode step needs of the host's
+language: `plan_rows`, on a CPU or a GPU, and `replay`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,16 +19,23 @@ from dynskip.torch_backend import prefill_attention
 __all__ = [
     "decode_attention",
     "gather_layer_norm",
+    "has_cuda",
     "kv_store",
     "packed_linear",
+    "plan_rows",
     "prefill_attention",
     "reads_packed_weight",
+    "replay",
     "scatter_add",
     "unavailable_reason",
 ]
 
 
 _BUILD = "Build it: DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation -e ."
+_BUILD_CUDA = (
+    "Build it where nvcc and a torch with CUDA are: DYNSKIP_BUILD_CUDA=1 pip install -v --no-build-isolation -e ."
+)
+CUDA_MISSING = f"The C++ extension was built without its CUDA sources. {_BUILD_CUDA}"
 _OPS = (
     "gather_layer_norm",
     "scatter_add",
@@ -35,6 +44,9 @@ _OPS = (
     "packed_linear",
     "has_packed_linear",
     "is_packed_linear_layout",
+    "plan_rows",
+    "has_cuda",
+    "replay",
 )
 
 
@@ -105,6 +117,76 @@ def packed_linear(x: Tensor, data: int, num_outputs: int, bias: Tensor | None, r
     Cost: reads the matrix once. Fastest to about 50 rows. The bits of a row depend on that row alone.
     """
     return _op("packed_linear")(x, data, num_outputs, bias, relu)
+
+
+def plan_rows(
+    active: Tensor,
+    first_layer: int,
+    kv_policy: int,
+    cache_ids: Tensor,
+    context_lens: Tensor,
+    slot_tables: Tensor,
+    slot_cursor: Tensor,
+    row_slots: Tensor,
+    run_ids: Tensor,
+    num_run: Tensor,
+    kv_ids: Tensor,
+    num_kv: Tensor,
+    slots: Tensor,
+    key_limits: Tensor,
+) -> None:
+    """See `row_reference.plan_rows`. Any tensor may have strides between layers; what a layer holds is contiguous.
+
+    On a GPU one launch of one block on the current stream, without a question to the host, so that it can be captured.
+    `slot_cursor` is not compared with the size of the pool: the caller keeps one slot free for each row of each layer.
+    A table without room for a new entry is an error: on a CPU a RuntimeError, on a GPU an assertion on the device.
+
+    Cost: reads and writes 21 bytes a row and layer.
+    """
+    if active.is_cuda:
+        _check_cuda("plan_rows")
+    _op("plan_rows")(
+        active,
+        first_layer,
+        kv_policy,
+        cache_ids,
+        context_lens,
+        slot_tables,
+        slot_cursor,
+        row_slots,
+        run_ids,
+        num_run,
+        kv_ids,
+        num_kv,
+        slots,
+        key_limits,
+    )
+
+
+def has_cuda() -> bool:
+    """Whether the extension is loaded and was built with its CUDA sources."""
+    return unavailable_reason() is None and bool(torch.ops.dynskip_native.has_cuda())
+
+
+def replay(graph_execs: Sequence[int], device: torch.device) -> None:
+    """Launches captured CUDA graphs one after another on the current stream of `device`.
+
+    graph_execs: what `torch.cuda.CUDAGraph.raw_cuda_graph_exec()` returns for each; the graphs must still exist.
+
+    Raises: RuntimeError where the extension has no CUDA part, and where a launch fails, with the graph's index.
+    """
+    _check_cuda("replay")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _op("replay")(graph_execs, index)
+
+
+@functools.cache
+def _check_cuda(name: str) -> None:
+    if not has_cuda():
+        reason = unavailable_reason() or "It was built without its CUDA sources."
+        raise RuntimeError(
+            f"native.{name}: the C++ extension must have its CUDA part, got none. {reason} {_BUILD_CUDA}"
+        )
 
 
 @functools.cache

@@ -1,0 +1,282 @@
+// Active masks to row lists, counts and slots: what dynskip.row_reference.plan_rows specifies, in one body for CPU and GPU.
+//
+// The work is cut into phases. In a phase every thread does its share and reads nothing that another thread writes in the
+// same phase; between phases all threads wait for each other. A GPU runs the phases with the threads of one block, a CPU
+// runs the threads of a phase one after the other.
+
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DYNSKIP_HOST_DEVICE __host__ __device__
+#else
+#define DYNSKIP_HOST_DEVICE
+#endif
+
+namespace dynskip {
+
+// The values of dynskip.row_reference's policies.
+enum class KVPolicy : int32_t { kAbsent, kEvict, kPropagate, kShare };
+
+enum class PlanFailure : int32_t { kNone, kTableFull, kNoSuchSequence };
+
+// The arguments of the op. Pointers of layers begin at the first layer planned; a stride counts elements.
+struct RowPlan {
+  int32_t num_layers;
+  int32_t num_rows;
+  int32_t num_seqs;
+  int32_t max_context_len;
+  KVPolicy kv_policy;
+  bool starts_step; // No row has run a layer of the step before.
+
+  const uint8_t* active;
+  const int32_t* cache_ids;
+  int32_t* context_lens;
+  int32_t* slot_tables;
+  int32_t* slot_cursor;
+  int32_t* row_slots;
+  int32_t* run_ids;
+  int32_t* num_run;
+  int32_t* kv_ids;
+  int32_t* num_kv;
+  int32_t* slots;
+  int32_t* key_limits;
+
+  int64_t active_stride;
+  int64_t context_lens_stride;
+  int64_t slot_tables_layer_stride;
+  int64_t slot_tables_seq_stride;
+  int64_t run_ids_stride;
+  int64_t kv_ids_stride;
+  int64_t slots_stride;
+  int64_t key_limits_stride;
+};
+
+// What the threads share, in memory of num_bytes(): one bit a row, its lowest bit first, padded to whole words.
+struct PlanScratch {
+  uint64_t* run; // [num_layers, num_words]: the rows that run a layer.
+  uint64_t* kv; // [num_layers, num_words]: the rows that compute a key and a value there.
+  uint64_t* takes_part; // [num_words]: the rows with a sequence.
+  uint64_t* has_slot; // [num_words]: the rows that have run an earlier layer of the step.
+  int32_t* first_slots; // [num_layers + 1]: the slot of the first new key of a layer; the last one is the next cursor.
+  int32_t* cursor; // [1]: the next free slot, as the call found it.
+  int32_t num_words;
+
+  DYNSKIP_HOST_DEVICE static int32_t words_for(int32_t num_rows) {
+    return (num_rows + 63) / 64;
+  }
+
+  DYNSKIP_HOST_DEVICE static int64_t num_bytes(int32_t num_layers, int32_t num_rows) {
+    return (2 * int64_t{num_layers} + 2) * words_for(num_rows) * 8 + (int64_t{num_layers} + 2) * 4;
+  }
+
+  DYNSKIP_HOST_DEVICE PlanScratch(uint64_t* memory, int32_t num_layers, int32_t num_rows)
+      : num_words(words_for(num_rows)) {
+    const int64_t layer_words = int64_t{num_layers} * num_words;
+    run = memory;
+    kv = run + layer_words;
+    takes_part = kv + layer_words;
+    has_slot = takes_part + num_words;
+    first_slots = reinterpret_cast<int32_t*>(has_slot + num_words);
+    cursor = first_slots + num_layers + 1;
+  }
+};
+
+DYNSKIP_HOST_DEVICE inline int32_t num_bits(uint64_t word) {
+#ifdef __CUDA_ARCH__
+  return __popcll(word);
+#else
+  return __builtin_popcountll(word);
+#endif
+}
+
+DYNSKIP_HOST_DEVICE inline bool has_bit(const uint64_t* words, int32_t row) {
+  return (words[row / 64] >> (row % 64)) & 1;
+}
+
+// How many of the rows before this one are in the set.
+DYNSKIP_HOST_DEVICE inline int32_t rank(const uint64_t* words, int32_t row) {
+  int32_t count = 0;
+  for (int32_t word = 0; word < row / 64; ++word) {
+    count += num_bits(words[word]);
+  }
+  return count + num_bits(words[row / 64] & ((uint64_t{1} << (row % 64)) - 1));
+}
+
+// The bits of 8 rows for which contains(row) holds.
+template <typename Contains>
+DYNSKIP_HOST_DEVICE inline uint8_t bits_of(int32_t first_row, int32_t num_rows, const Contains& contains) {
+  uint32_t bits = 0;
+  for (int32_t i = 0; i < 8; ++i) {
+    const int32_t row = first_row + i;
+    if (row < num_rows && contains(row)) {
+      bits |= 1u << i;
+    }
+  }
+  return static_cast<uint8_t>(bits);
+}
+
+// Reads what the caller gave as sets of rows, 8 rows of a set at a time.
+DYNSKIP_HOST_DEVICE inline void read_masks(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+  if (thread == 0) {
+    *scratch.cursor = *plan.slot_cursor;
+  }
+  const int32_t num_groups = scratch.num_words * 8;
+  for (int32_t unit = thread; unit < (plan.num_layers + 2) * num_groups; unit += num_threads) {
+    const int32_t set = unit / num_groups;
+    const int32_t group = unit % num_groups;
+    if (set < plan.num_layers) {
+      const uint8_t* mask = plan.active + set * plan.active_stride;
+      reinterpret_cast<uint8_t*>(scratch.run)[unit] =
+          bits_of(group * 8, plan.num_rows, [&](int32_t row) { return mask[row] != 0; });
+    } else if (set == plan.num_layers) {
+      reinterpret_cast<uint8_t*>(scratch.takes_part)[group] =
+          bits_of(group * 8, plan.num_rows, [&](int32_t row) { return plan.cache_ids[row] >= 0; });
+    } else {
+      reinterpret_cast<uint8_t*>(scratch.has_slot)[group] =
+          bits_of(group * 8, plan.num_rows, [&](int32_t row) { return !plan.starts_step && plan.row_slots[row] >= 0; });
+    }
+  }
+}
+
+// Decides who computes a key and a value, 8 rows at a time through the layers in order.
+DYNSKIP_HOST_DEVICE inline void decide(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+  const int32_t num_groups = scratch.num_words * 8;
+  uint8_t* runs = reinterpret_cast<uint8_t*>(scratch.run);
+  uint8_t* kvs = reinterpret_cast<uint8_t*>(scratch.kv);
+  for (int32_t group = thread; group < num_groups; group += num_threads) {
+    const uint8_t takes_part = reinterpret_cast<const uint8_t*>(scratch.takes_part)[group];
+    uint8_t has_slot = reinterpret_cast<const uint8_t*>(scratch.has_slot)[group];
+    for (int32_t layer = 0; layer < plan.num_layers; ++layer) {
+      const int32_t place = layer * num_groups + group;
+      const uint8_t run = runs[place] & takes_part;
+      uint8_t kv = run;
+      if (plan.kv_policy == KVPolicy::kPropagate) {
+        kv = takes_part;
+      } else if (plan.kv_policy == KVPolicy::kShare) {
+        kv = takes_part & (run | ~has_slot);
+      }
+      runs[place] = run;
+      kvs[place] = kv;
+      has_slot |= run;
+    }
+  }
+}
+
+// Counts the rows of each layer, and from the keys of all layers before finds the slot of its first.
+DYNSKIP_HOST_DEVICE inline void count(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+  const int32_t num_words = scratch.num_words;
+  for (int32_t layer = thread; layer <= plan.num_layers; layer += num_threads) {
+    int32_t first_slot = *scratch.cursor;
+    for (int32_t word = 0; word < layer * num_words; ++word) {
+      first_slot += num_bits(scratch.kv[word]);
+    }
+    scratch.first_slots[layer] = first_slot;
+    if (layer < plan.num_layers) {
+      int32_t num_run = 0;
+      int32_t num_kv = 0;
+      for (int32_t word = layer * num_words; word < (layer + 1) * num_words; ++word) {
+        num_run += num_bits(scratch.run[word]);
+        num_kv += num_bits(scratch.kv[word]);
+      }
+      plan.num_run[layer] = num_run;
+      plan.num_kv[layer] = num_kv;
+    }
+  }
+}
+
+DYNSKIP_HOST_DEVICE inline int32_t new_slot(const PlanScratch& scratch, int32_t layer, int32_t row) {
+  return scratch.first_slots[layer] + rank(scratch.kv + layer * scratch.num_words, row);
+}
+
+// The slot of the last layer before this one that the row ran in this step, or -1.
+DYNSKIP_HOST_DEVICE inline int32_t last_slot(const RowPlan& plan, const PlanScratch& scratch, int32_t layer, int32_t row) {
+  for (int32_t earlier = layer - 1; earlier >= 0; --earlier) {
+    if (has_bit(scratch.run + earlier * scratch.num_words, row)) {
+      return new_slot(scratch, earlier, row);
+    }
+  }
+  return plan.starts_step ? -1 : plan.row_slots[row];
+}
+
+// Writes the lists, and appends to the tables: one row of one layer at a time.
+DYNSKIP_HOST_DEVICE inline PlanFailure append(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+  PlanFailure failure = PlanFailure::kNone;
+  for (int32_t pair = thread; pair < plan.num_layers * plan.num_rows; pair += num_threads) {
+    const int32_t layer = pair / plan.num_rows;
+    const int32_t row = pair % plan.num_rows;
+    const uint64_t* run = scratch.run + layer * scratch.num_words;
+    const uint64_t* kv = scratch.kv + layer * scratch.num_words;
+    int32_t slot = -1;
+    int32_t key_limit = 0;
+    if (has_bit(run, row)) {
+      plan.run_ids[layer * plan.run_ids_stride + rank(run, row)] = row;
+    }
+    if (has_bit(kv, row)) {
+      const int32_t place = rank(kv, row);
+      plan.kv_ids[layer * plan.kv_ids_stride + place] = row;
+      slot = scratch.first_slots[layer] + place;
+    }
+    if (has_bit(scratch.takes_part, row)) {
+      const int32_t seq = plan.cache_ids[row];
+      const bool shares = slot < 0 && plan.kv_policy == KVPolicy::kShare;
+      const int32_t entry = shares ? last_slot(plan, scratch, layer, row) : slot;
+      if (seq >= plan.num_seqs) {
+        failure = PlanFailure::kNoSuchSequence;
+      } else {
+        int32_t* context_len = plan.context_lens + layer * plan.context_lens_stride + seq;
+        key_limit = *context_len;
+        // Entries that do not fit are dropped and reported, so that a wrong bound never writes to other memory.
+        if (entry >= 0 && static_cast<uint32_t>(key_limit) >= static_cast<uint32_t>(plan.max_context_len)) {
+          failure = PlanFailure::kTableFull;
+        } else if (entry >= 0) {
+          plan.slot_tables[layer * plan.slot_tables_layer_stride + seq * plan.slot_tables_seq_stride + key_limit] = entry;
+          *context_len = ++key_limit;
+        }
+      }
+    }
+    plan.slots[layer * plan.slots_stride + row] = slot;
+    plan.key_limits[layer * plan.key_limits_stride + row] = key_limit;
+  }
+  return failure;
+}
+
+// Leaves to the next call what it starts from.
+DYNSKIP_HOST_DEVICE inline void hand_over(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+  for (int32_t row = thread; row < plan.num_rows; row += num_threads) {
+    plan.row_slots[row] = last_slot(plan, scratch, plan.num_layers, row);
+  }
+  if (thread == 0) {
+    *plan.slot_cursor = scratch.first_slots[plan.num_layers];
+  }
+}
+
+constexpr int32_t kNumPlanPhases = 5;
+
+// The share of one thread in one phase, or what it could not do.
+DYNSKIP_HOST_DEVICE inline PlanFailure run_phase(
+    int32_t phase, const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+  switch (phase) {
+    case 0:
+      read_masks(plan, scratch, thread, num_threads);
+      break;
+    case 1:
+      decide(plan, scratch, thread, num_threads);
+      break;
+    case 2:
+      count(plan, scratch, thread, num_threads);
+      break;
+    case 3:
+      return append(plan, scratch, thread, num_threads);
+    default:
+      hand_over(plan, scratch, thread, num_threads);
+  }
+  return PlanFailure::kNone;
+}
+
+// Plans with the threads of a CPU's one thread, taken in descending order; defined in cpu/plan_rows.cpp.
+PlanFailure plan_rows_on_cpu(const RowPlan& plan, int32_t num_threads);
+
+} // namespace dynskip
