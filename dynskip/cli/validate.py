@@ -23,7 +23,11 @@ _EXAMPLES = """examples:
   dynskip validate --backend triton                  the Triton kernels; without a GPU under Triton's interpreter
   dynskip validate --dtype bfloat16 --op kv_store    one op in one dtype
   dynskip validate --inject-fault decode_attention   falsifies its results: must fail with exit status 1
+  dynskip validate --compile                         do all kernels fit sm_80, sm_90 and sm_100? needs no GPU
 """
+# As in dynskip.offline_compile.MAX_SHARED_BYTES and DEFAULT_CAPABILITIES, which a test compares.
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+DEFAULT_CAPABILITIES = (80, 90, 100)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -40,6 +44,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all)")
     parser.add_argument("--op", action="append", choices=OPS, help="repeatable (default: all)")
     parser.add_argument("--inject-fault", choices=OPS, metavar="OP", help="falsify the results of this op")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the Triton kernels instead, and read registers, spills, shared memory and tensor-core "
+        "instructions from the machine code; exit status 1 if one does not fit its GPU",
+    )
+    parser.add_argument(
+        "--capability",
+        action="append",
+        type=int,
+        choices=CAPABILITIES,
+        help=f"with --compile; repeatable (default: {', '.join(map(str, DEFAULT_CAPABILITIES))})",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object with every case")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -47,6 +64,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Print errors and verdicts; exit status 1 on any failure."""
+    if args.compile:
+        return _compile(args)
+    if args.capability is not None:
+        raise UserError("--capability says what to compile for: it needs --compile")
+
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -90,6 +112,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(results, not_run)
     return 0 if passed else 1
+
+
+def _compile(args: argparse.Namespace) -> int:
+    """Print what the kernels take of GPUs that need not be there; exit status 1 if one does not fit."""
+    for option in ("backend", "inject_fault"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} is about running kernels: it has no meaning with --compile")
+    try:
+        import triton  # noqa: F401  # what is missing is said before processes are started
+    except ImportError as error:
+        raise UserError(f"Triton cannot be imported ({error}). Install it: pip install 'triton>=3.6'") from error
+    from dynskip.cli.compiled import print_json, print_table
+    from dynskip.offline_compile import compile_offline, plan_jobs
+
+    jobs = plan_jobs(tuple(args.dtype or DTYPES), tuple(args.capability or DEFAULT_CAPABILITIES), tuple(args.op or OPS))
+    kernels = compile_offline(jobs, progress=show_progress(args.quiet or args.json))
+    (print_json if args.json else print_table)(kernels)
+    return 0 if all(kernel.complaint is None for kernel in kernels) else 1
 
 
 def _print_table(results: list[Result], not_run: dict[str, str]) -> None:
