@@ -26,14 +26,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     "norm_rows": ("PDL", "num_warps"),
     "linear_rows": (*_LINEAR, "FUSE_NORM"),
     "qkv_rows": (*_LINEAR, "FUSE_NORM"),
-    "attend_rows": ("BLOCK_S", "BLOCK_H", "TARGET_PROGRAMS", "SPLIT_TOKENS", "PDL", "num_warps", "num_stages"),
+    "attend_rows": ("BLOCK_S", "BLOCK_C", "TARGET_PROGRAMS", "SPLIT_TOKENS", "PDL", "num_warps"),
     "linear_add_rows": (*_LINEAR, "SPLIT_K"),
     "gate_rows": ("PDL", "num_warps"),
 }
 """The constants of each op. An entry of a table has them all, and `max_rows`, and perhaps `shape`."""
 
 _SWITCHES = ("FUSE_NORM", "PDL", "WEIGHTS_LEFT")
-_POWERS_OF_TWO = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S", "BLOCK_H", "num_warps")
+_POWERS_OF_TWO = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S", "BLOCK_C", "num_warps")
 _MAY_BE_ZERO = ("PREFETCH_K",)
 _TABLE_KEYS = {"device", "capability", "measured", "ops"}
 _ITEMSIZES = ("2", "4")

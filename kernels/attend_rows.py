@@ -1,0 +1,400 @@
+"""Attention of one query a row over cached tokens, its context split among programs as the device sees fit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynskip.kernels.configs import Config, get_config, get_entries, pdl_options
+from dynskip.kernels.launches import launch
+from dynskip.kernels.row_list import RowList, Workspace
+
+# Stands for minus infinity in scores: the difference of two of it is a number.
+NO_SCORE = tl.constexpr(-3.0e38)
+# A weight is a power of two: e ** x = 2 ** (x * log2(e)).
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(
+    do_not_specialize=["max_rows", "target_items"],
+    do_not_specialize_on_alignment=["ids_ptr", "num_ptr", "slot_table_ptr", "seq_ids_ptr", "key_limits_ptr"],
+)
+def attend_rows_kernel(
+    q_ptr,
+    ids_ptr,
+    num_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slot_table_ptr,
+    seq_ids_ptr,
+    key_limits_ptr,
+    out_ptr,
+    partials_ptr,
+    counters_ptr,
+    stride_q_row,
+    stride_table_row,
+    stride_out_row,
+    max_rows,
+    target_items,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    LANES: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """One program for BLOCK_H heads and one item: some consecutive cached tokens of one row.
+
+    A row that is one item is done with it; otherwise whichever program of the row ends last puts its items together,
+    always in their order. Items beyond those needed end at once.
+    """
+    group = tl.program_id(0)
+    item = tl.program_id(1)
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if SPLIT_TOKENS:
+        index, row, split, num_splits, split_tokens, limit = find_item_of_fixed_size(
+            item, ids_ptr, num_ptr, key_limits_ptr, max_rows, HAS_ROWS, SPLIT_TOKENS
+        )
+    else:
+        index, row, split, num_splits, split_tokens, limit = find_item(
+            item, ids_ptr, num_ptr, key_limits_ptr, max_rows, target_items, BLOCK_R, BLOCK_S
+        )
+    if split >= num_splits:
+        return
+
+    heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_D)
+    columns = heads[:, None] * HEAD_SIZE + dims[None, :]
+    inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_SIZE)[None, :]
+    row = row.to(tl.int64)
+    q = tl.load(q_ptr + row * stride_q_row + columns, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)
+    start = split * split_tokens
+    maximum, total, attended = attend_tokens(
+        q,
+        k_cache_ptr,
+        v_cache_ptr,
+        slot_table_ptr + tl.load(seq_ids_ptr + row).to(tl.int64) * stride_table_row,
+        start,
+        tl.minimum(start + split_tokens, limit),
+        columns,
+        inside,
+        NUM_HEADS,
+        HEAD_SIZE,
+        BLOCK_S,
+        BLOCK_H,
+        BLOCK_D,
+        LANES,
+    )
+
+    out_ptrs = out_ptr + row * stride_out_row + columns
+    if num_splits == 1:
+        # Without tokens the total is zero and so is the result.
+        out = attended / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+        return
+
+    # Partials: [items, groups, BLOCK_H, BLOCK_D] sums, then [items, groups, BLOCK_H] maxima, and as many totals.
+    num_groups = tl.num_programs(0)
+    num_parts = tl.num_programs(1) * num_groups
+    maxima_ptr = partials_ptr + num_parts * (BLOCK_H * BLOCK_D)
+    totals_ptr = maxima_ptr + num_parts * BLOCK_H
+    part = item * num_groups + group
+    in_stats = tl.arange(0, BLOCK_H)
+    in_sums = in_stats[:, None] * BLOCK_D + dims[None, :]
+    tl.store(partials_ptr + part * (BLOCK_H * BLOCK_D) + in_sums, attended)
+    tl.store(maxima_ptr + part * BLOCK_H + in_stats, maximum)
+    tl.store(totals_ptr + part * BLOCK_H + in_stats, total)
+    tl.debug_barrier()
+    counter_ptr = counters_ptr + index * num_groups + group
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        first_part = part - split * num_groups
+        total, attended = join_parts(
+            partials_ptr + first_part * (BLOCK_H * BLOCK_D) + in_sums,
+            maxima_ptr + first_part * BLOCK_H + in_stats,
+            totals_ptr + first_part * BLOCK_H + in_stats,
+            num_groups,
+            num_splits,
+            BLOCK_P,
+            BLOCK_H,
+            BLOCK_D,
+        )
+        tl.store(out_ptrs, (attended / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def find_item_of_fixed_size(
+    item, ids_ptr, num_ptr, key_limits_ptr, max_rows, HAS_ROWS: tl.constexpr, SPLIT_TOKENS: tl.constexpr
+):
+    """Which tokens an item is, where every row owns as many items and each is SPLIT_TOKENS long, whatever the others.
+
+    Both ways to find an item give: index and row, as in the list; split, which item of its row it is; num_splits, how
+    many the row needs, 0 for a row that is not listed; the tokens in an item; and how many the row attends to.
+    """
+    items_per_row = tl.num_programs(1) // max_rows
+    index = item // items_per_row
+    row = index
+    is_listed = index < max_rows
+    if HAS_ROWS:
+        is_listed = index < tl.load(num_ptr)
+        row = tl.load(ids_ptr + index, mask=is_listed, other=0)
+    limit = tl.load(key_limits_ptr + row, mask=is_listed, other=0)
+    num_splits = tl.where(is_listed, tl.maximum(tl.cdiv(limit, SPLIT_TOKENS), 1), 0)
+    return index, row, item % items_per_row, num_splits, SPLIT_TOKENS, limit
+
+
+@triton.jit
+def find_item(
+    item, ids_ptr, num_ptr, key_limits_ptr, max_rows, target_items, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Which tokens an item is, where rows own items one after the other, as many as they need.
+
+    An item is as long as lets `target_items` of them hold the tokens of all rows, in blocks of BLOCK_S. As each row may
+    end in a shorter one, there are at most target_items + max_rows.
+    """
+    indices = tl.arange(0, BLOCK_R)
+    num = tl.load(num_ptr)
+    is_listed = indices < num
+    # The list may be read as far as it goes, before its length is known; what is found there may not.
+    rows = tl.load(ids_ptr + indices, mask=indices < max_rows, other=0)
+    limits = tl.load(key_limits_ptr + rows, mask=is_listed, other=0)
+    tokens_per_item = tl.cdiv(tl.sum(limits, axis=0), target_items)
+    split_tokens = tl.maximum(tl.cdiv(tokens_per_item, BLOCK_S), 1) * BLOCK_S
+    items = tl.where(is_listed, tl.maximum(tl.cdiv(limits, split_tokens), 1), 0)
+    stands_before = is_listed & (tl.cumsum(items, axis=0) <= item)
+    index = tl.sum(stands_before.to(tl.int32), axis=0)
+    split = item - tl.sum(tl.where(stands_before, items, 0), axis=0)
+    row = tl.load(ids_ptr + index, mask=index < num, other=0)
+    limit = tl.load(key_limits_ptr + row, mask=index < num, other=0)
+    num_splits = tl.where(index < num, tl.maximum(tl.cdiv(limit, split_tokens), 1), 0)
+    return index, row, split, num_splits, split_tokens, limit
+
+
+@triton.jit
+def attend_tokens(
+    q,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_row_ptr,
+    start,
+    end,
+    columns,
+    inside,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Largest score, sum of weights and weighted sum of values over the tokens start to end - 1 of a table's row.
+
+    q: `[BLOCK_H, BLOCK_D]`, float32, scaled. LANES tokens go by side by side, every lane with a softmax of its own: so
+    threads exchange nothing in the loop but the parts of a score.
+    """
+    in_block = tl.arange(0, BLOCK_S // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    maxima = tl.full([LANES, BLOCK_H], NO_SCORE, tl.float32)
+    totals = tl.zeros([LANES, BLOCK_H], tl.float32)
+    sums = tl.zeros([LANES, BLOCK_H, BLOCK_D], tl.float32)
+    # Behind the end the last token is read again and counts for nothing: so no load of keys needs a mask.
+    positions = tl.minimum(start + in_block, end - 1)
+    slots = tl.load(table_row_ptr + positions, mask=positions >= 0, other=0)
+    for first in range(start, end, BLOCK_S):
+        offsets = slots.to(tl.int64)[:, :, None, None] * (NUM_HEADS * HEAD_SIZE) + columns[None, None, :, :]
+        if NUM_HEADS % BLOCK_H == 0 and HEAD_SIZE == BLOCK_D:
+            k = tl.load(k_cache_ptr + offsets)
+            v = tl.load(v_cache_ptr + offsets)
+        else:
+            k = tl.load(k_cache_ptr + offsets, mask=inside[None, None, :, :], other=0.0)
+            v = tl.load(v_cache_ptr + offsets, mask=inside[None, None, :, :], other=0.0)
+        slots = tl.load(table_row_ptr + tl.minimum(first + BLOCK_S + in_block, end - 1))
+        # One query a head: a matrix product would waste 15 of its 16 rows, so multiply and sum.
+        scores = tl.sum(q[None, None, :, :] * k.to(tl.float32), axis=3)
+        scores = tl.where((first + in_block < end)[:, :, None], scores, NO_SCORE)
+        new_maxima = tl.maximum(maxima, tl.max(scores, axis=0))
+        rescale = tl.exp2(maxima - new_maxima)
+        weights = tl.exp2(scores - new_maxima[None, :, :])
+        totals = totals * rescale + tl.sum(weights, axis=0)
+        sums = sums * rescale[:, :, None] + tl.sum(weights[:, :, :, None] * v.to(tl.float32), axis=0)
+        maxima = new_maxima
+    return join_softmaxes(maxima, totals, sums)
+
+
+@triton.jit
+def join_parts(
+    sums_ptrs,
+    maxima_ptrs,
+    totals_ptrs,
+    stride,
+    num_parts,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum of weights and weighted sum of values of a row, of which other programs have left parts, `stride` apart."""
+    maximum = tl.full([BLOCK_H], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    attended = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for first in range(0, num_parts, BLOCK_P):
+        parts = first + tl.arange(0, BLOCK_P)
+        in_stats = (parts * stride * BLOCK_H)[:, None]
+        is_part = (parts < num_parts)[:, None]
+        maxima = tl.load(maxima_ptrs[None, :] + in_stats, mask=is_part, other=NO_SCORE)
+        totals = tl.load(totals_ptrs[None, :] + in_stats, mask=is_part, other=0.0)
+        sums = tl.load(sums_ptrs[None, :, :] + (in_stats * BLOCK_D)[:, :, None], mask=is_part[:, :, None], other=0.0)
+        new_maximum, new_total, new_attended = join_softmaxes(maxima, totals, sums)
+        joined = tl.maximum(maximum, new_maximum)
+        rescale = tl.exp2(maximum - joined)
+        new_rescale = tl.exp2(new_maximum - joined)
+        total = total * rescale + new_total * new_rescale
+        attended = attended * rescale[:, None] + new_attended * new_rescale[:, None]
+        maximum = joined
+    return total, attended
+
+
+@triton.jit
+def join_softmaxes(maxima, totals, sums):
+    """One softmax's largest score, sum of weights and weighted sum out of several: `[n, H]`, `[n, H]`, `[n, H, D]`."""
+    maximum = tl.max(maxima, axis=0)
+    rescale = tl.exp2(maxima - maximum[None, :])
+    return maximum, tl.sum(totals * rescale, axis=0), tl.sum(sums * rescale[:, :, None], axis=0)
+
+
+class Splits(NamedTuple):
+    """How many programs a launch has, and how their items are cut: see `attend_rows_kernel`."""
+
+    num_groups: int
+    num_items: int
+    target_items: int
+    split_tokens: int
+    block_h: int
+    block_d: int
+
+    @property
+    def num_partials(self) -> int:
+        """Values that the programs may hand to each other: sums, and for each head two more."""
+        return self.num_items * self.num_groups * self.block_h * (self.block_d + 2)
+
+
+def plan_splits(
+    config: Config, max_rows: int, num_heads: int, head_size: int, max_context_len: int, deterministic: bool
+) -> Splits:
+    """The programs that attend for at most `max_rows` rows to at most `max_context_len` tokens each."""
+    block_d = triton.next_power_of_2(head_size)
+    block_h = min(max(config["BLOCK_C"] // block_d, 1), triton.next_power_of_2(num_heads))
+    num_groups = triton.cdiv(num_heads, block_h)
+    target_items = max(config["TARGET_PROGRAMS"] // num_groups, 1)
+    split_tokens = config["SPLIT_TOKENS"] if deterministic else 0
+    num_items = max_rows * max(triton.cdiv(max_context_len, split_tokens or config["BLOCK_S"]), 1)
+    if not deterministic:
+        num_items = min(num_items, target_items + max_rows)
+    return Splits(num_groups, num_items, target_items, split_tokens, block_h, block_d)
+
+
+def workspace_sizes(
+    max_rows: int, num_heads: int, head_size: int, max_context_len: int, device: torch.device
+) -> tuple[int, int]:
+    """How many partials and counters `attend_rows` may need for at most `max_rows` rows, in any dtype and mode."""
+    splits = [
+        plan_splits(entry.config, max_rows, num_heads, head_size, max_context_len, deterministic)
+        for dtype in (torch.float16, torch.float32)
+        for deterministic in (False, True)
+        for entry in get_entries("attend_rows", device, dtype, deterministic)
+    ]
+    return max(split.num_partials for split in splits), max_rows * max(split.num_groups for split in splits)
+
+
+def attend_rows(
+    q: Tensor,
+    rows: RowList,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    out: Tensor,
+    workspace: Workspace,
+    deterministic: bool = False,
+) -> None:
+    """Writes to `out[row]` the attention of `q[row]` over its cached tokens. See `row_reference.attend_rows`.
+
+    Softmax and sums are float32. Cost: reads 2 * H * D values and 4 FLOPs for each of them, for each attended token;
+    with many splits of few tokens H * (D + 2) float32 values are written and read again for each split.
+    """
+    num_heads, head_size = k_cache.shape[1:]
+    config = get_config("attend_rows", q.device, q.dtype, rows.max_rows, deterministic=deterministic)
+    splits = plan_splits(config, rows.max_rows, num_heads, head_size, slot_table.shape[1], deterministic)
+    assert workspace.partials.numel() >= splits.num_partials, (workspace.partials.shape, splits)
+    assert workspace.counters.numel() >= rows.max_rows * splits.num_groups, (workspace.counters.shape, splits)
+    launch_attention(
+        "attend_rows", config, splits, q, rows, k_cache, v_cache, slot_table, seq_ids, key_limits, scale, out, workspace
+    )
+
+
+def launch_attention(
+    op: str,
+    config: Config,
+    splits: Splits,
+    q: Tensor,
+    rows: RowList | int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    out: Tensor,
+    workspace: Workspace,
+) -> None:
+    """Launches `attend_rows_kernel` for the op called `op`. rows: a list of them, or the number of all."""
+    ids, num, max_rows = (None, None, rows) if isinstance(rows, int) else rows
+    num_heads, head_size = k_cache.shape[1:]
+    num_lanes = config["num_warps"] * 32 * (16 // q.itemsize) // (splits.block_h * splits.block_d)
+    launch(
+        op,
+        attend_rows_kernel,
+        (splits.num_groups, splits.num_items),
+        q.device,
+        q,
+        ids,
+        num,
+        k_cache,
+        v_cache,
+        slot_table,
+        seq_ids,
+        key_limits,
+        out,
+        workspace.partials,
+        workspace.counters,
+        q.stride(0),
+        slot_table.stride(0),
+        out.stride(0),
+        max_rows,
+        splits.target_items,
+        scale,
+        NUM_HEADS=num_heads,
+        HEAD_SIZE=head_size,
+        HAS_ROWS=ids is not None,
+        SPLIT_TOKENS=splits.split_tokens,
+        BLOCK_R=1 if splits.split_tokens else triton.next_power_of_2(max_rows),
+        BLOCK_S=config["BLOCK_S"],
+        BLOCK_H=splits.block_h,
+        BLOCK_D=splits.block_d,
+        BLOCK_P=max(8192 // (splits.block_h * splits.block_d), 1),
+        LANES=min(max(num_lanes, 1), config["BLOCK_S"]),
+        num_warps=config["num_warps"],
+        **pdl_options(config, q.device),
+    )
