@@ -4,7 +4,7 @@
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
 #   make compat  all tests with the oldest supported triton and an older transformers
-#   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT=0 or 1: see setup.py
+#   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT, DYNSKIP_BUILD_CUDA: see setup.py
 
 SHELL := /bin/sh
 VENV := .venv
@@ -12,7 +12,7 @@ COMPAT := .venv-compat
 EXTRAS := train,eval,dev
 ARGS ?=
 PYTHON ?= $(shell sh .ci/find-python)
-EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .PHONY: demo test lint format bench compat setup clean
 

@@ -41,6 +41,16 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));
 }
 
+#ifdef DYNSKIP_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
+  m.impl("replay", TORCH_BOX(&dynskip::replay));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CUDA, m) {
+  m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
+}
+#endif
+
 // Importing dynskip._C registers the ops; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

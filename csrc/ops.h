@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -40,6 +41,9 @@ torch::stable::Tensor decode_attention(
 
 // Whether the extension was built with its CUDA sources: the CUDA part of plan_rows, and replay.
 bool has_cuda();
+
+// Launches captured graphs (cudaGraphExec_t as integers) one after another on torch's current stream of the device.
+void replay(std::vector<int64_t> graph_execs, int64_t device_index);
 
 // Whether this CPU can run packed_linear.
 bool has_packed_linear();

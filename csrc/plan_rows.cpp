@@ -123,6 +123,12 @@ void plan_rows(
       kv_ids.stride(0),
       slots.stride(0),
       key_limits.stride(0)};
+#ifdef DYNSKIP_WITH_CUDA
+  if (active.is_cuda()) {
+    plan_rows_on_cuda(plan, static_cast<int32_t>(num_threads), device);
+    return;
+  }
+#endif
   const PlanFailure failure = plan_rows_on_cpu(plan, num_threads == 0 ? 1 : static_cast<int32_t>(num_threads));
   DYNSKIP_CHECK(
       failure != PlanFailure::kTableFull,

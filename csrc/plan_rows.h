@@ -276,7 +276,10 @@ DYNSKIP_HOST_DEVICE inline PlanFailure run_phase(
   return PlanFailure::kNone;
 }
 
-// Plans with the threads of a CPU's one thread, taken in descending order; defined in cpu/plan_rows.cpp.
+// Runs the phases on the calling thread, which takes the part of each of num_threads in turn.
 PlanFailure plan_rows_on_cpu(const RowPlan& plan, int32_t num_threads);
+
+// Launches one block on torch's current stream; 0 threads: as many as there is work for. A failure is an assertion there.
+void plan_rows_on_cuda(const RowPlan& plan, int32_t num_threads, int32_t device_index);
 
 } // namespace dynskip

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = ("CXX", "CUDA_HOME", "CUDA_PATH", "DYNSKIP_BUILD_EXT", "DYNSKIP_BUILD_CUDA")
 
 # Runs in a fresh interpreter before a script: makes modules impossible to import, as if they were not installed.
 BLOCK = """
@@ -134,10 +136,24 @@ def test_dependencies_are_ranges_and_constraints_are_pins() -> None:
 
 def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``setup.py`` in ``folder`` with these arguments and, of the switches, these only."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", "DYNSKIP_BUILD_EXT")}
+    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     command = [sys.executable, "setup.py", "-q", *arguments]
     environment = {**inherited, **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_setup_with_cuda_torch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``setup.py``, told that the torch of this environment was built with CUDA 13.0."""
+    script = f"""
+import runpy, sys, torch
+torch.version.cuda = "13.0"
+torch._C._cuda_getDeviceCount = getattr(torch._C, "_cuda_getDeviceCount", lambda: 0)
+sys.argv = ["setup.py", "-q", *{arguments!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    command, environment = [sys.executable, "-c", script], {**inherited, **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -154,10 +170,69 @@ def broken_tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_setup_rejects_an_unknown_value_of_the_switch() -> None:
-    result = run_setup(ROOT, "--version", DYNSKIP_BUILD_EXT="yes")
+@pytest.mark.parametrize("switch", ["DYNSKIP_BUILD_EXT", "DYNSKIP_BUILD_CUDA"])
+def test_setup_rejects_an_unknown_value_of_a_switch(switch: str) -> None:
+    result = run_setup(ROOT, "--version", **{switch: "yes"})
     assert result.returncode != 0
-    assert "DYNSKIP_BUILD_EXT must be 0 (skip), 1 (must build) or unset (try), got 'yes'." in result.stderr
+    assert f"{switch} must be 0 (skip), 1 (must build) or unset (try), got 'yes'." in result.stderr
+
+
+def test_data_of_the_kernels_is_packaged(tmp_path: Path) -> None:
+    result = run_setup(ROOT, "build_py", "--build-lib", str(tmp_path), DYNSKIP_BUILD_EXT="0")
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in (ROOT / "kernels" / "configs").iterdir()}
+    assert "generic.json" in names
+    assert {path.name for path in (tmp_path / "dynskip" / "kernels" / "configs").iterdir()} == names
+
+
+def test_make_rebuilds_when_a_source_of_the_extension_changes() -> None:
+    dry_run = ["make", "-n", "-p", "setup"]
+    database = subprocess.run(dry_run, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    (rule,) = (line for line in database.splitlines() if line.startswith(".venv/.installed:"))
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert str(path.relative_to(ROOT)) in rule.split()
+
+
+def fake_toolkit(folder: Path, version: str) -> str:
+    """A folder with an nvcc that can only tell its version."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n", encoding="utf-8")
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def test_setup_without_a_torch_that_has_cuda() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("torch has CUDA")
+    forced = run_setup(ROOT, "--version", DYNSKIP_BUILD_CUDA="1")
+    assert forced.returncode != 0
+    assert "DYNSKIP_BUILD_CUDA=1, but torch was built without CUDA; install a torch with CUDA." in forced.stderr
+    tried = run_setup(ROOT, "--version")
+    assert (tried.returncode, tried.stderr) == (0, "")
+
+
+def test_setup_refuses_the_cuda_part_without_the_extension() -> None:
+    result = run_setup(ROOT, "--version", DYNSKIP_BUILD_EXT="0", DYNSKIP_BUILD_CUDA="1")
+    assert result.returncode != 0
+    assert "DYNSKIP_BUILD_CUDA=1 needs the extension, which DYNSKIP_BUILD_EXT=0 skips. Set only one." in result.stderr
+
+
+def test_setup_with_cuda_torch_and_without_its_nvcc(tmp_path: Path) -> None:
+    cases = {
+        str(tmp_path / "nowhere"): "nvcc was not found; install the CUDA 13.0 toolkit, or name its folder in CUDA_HOME",
+        fake_toolkit(tmp_path / "old", "12.4"): "nvcc says release 12.4 and torch was built with CUDA 13.0; name a",
+    }
+    for home, reason in cases.items():
+        tried = run_setup_with_cuda_torch("--version", CUDA_HOME=home)
+        assert tried.returncode == 0, tried.stderr
+        assert "built WITHOUT the CUDA part of its C++ extension (planning and graphs on a GPU)" in tried.stderr
+        assert reason in tried.stderr and "DYNSKIP_BUILD_CUDA=0" in tried.stderr
+        forced = run_setup_with_cuda_torch("--version", CUDA_HOME=home, DYNSKIP_BUILD_CUDA="1")
+        assert forced.returncode != 0
+        assert "DYNSKIP_BUILD_CUDA=1, but" in forced.stderr and reason in forced.stderr
+    skipped = run_setup_with_cuda_torch("--version", CUDA_HOME=str(tmp_path / "nowhere"), DYNSKIP_BUILD_CUDA="0")
+    assert skipped.returncode == 0 and "WITHOUT" not in skipped.stderr
 
 
 def test_setup_without_a_compiler(tmp_path: Path) -> None:
