@@ -17,7 +17,7 @@ from torch import Tensor
 from dynskip import ops
 from dynskip.backends import BACKEND_NAMES, available_backends, get_backend
 from dynskip.validation import validate_case
-from dynskip.validation_cases import Case
+from dynskip.validation_draws import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16

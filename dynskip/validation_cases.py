@@ -3,68 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Arguments for one call of one op, and the words that describe them."""
-
-    op: str
-    name: str
-    arguments: Arguments
-
-    def copy_arguments(self) -> Arguments:
-        """Fresh arguments with copies of whole storages, so that writes beside a strided tensor can be seen too."""
-        return {name: copy_with_storage(a) if isinstance(a, Tensor) else a for name, a in self.arguments.items()}
-
-
-def copy_with_storage(tensor: Tensor) -> Tensor:
-    """A copy of `tensor` with the same strides, in a copy of all of its storage."""
-    storage = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]  # torch's own
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+from dynskip.row_validation_cases import ROW_CASE_MAKERS
+from dynskip.validation_draws import Arguments, Case, Draw
 
 
 def make_cases(op: str, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
     """The cases of `op` in `dtype` on `device`; the same at every call."""
-    draw = _Draw(dtype, torch.device(device))
-    return [Case(op, name, arguments) for name, arguments in _makers[op](draw)]
-
-
-class _Draw:
-    """Repeatable random tensors of one dtype on one device."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(20241027)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-
-    def strided(self, *shape: int) -> Tensor:
-        """Normal values in rows that lie apart, with NaN in between."""
-        poisoned = self.nan(shape[0], 3, *shape[1:])
-        poisoned[:, 1] = self.normal(*shape)
-        return poisoned[:, 1]
-
-    def nan(self, *shape: int) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)
-
-    def index(self, *values: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def permutation(self, size: int) -> list[int]:
-        return torch.randperm(size, generator=self.generator).tolist()
-
-    def row_ids(self, num_chosen: int, num_rows: int) -> Tensor:
-        return self.index(*sorted(self.permutation(num_rows)[:num_chosen]))
+    draw = Draw(dtype, torch.device(device))
+    return [Case(op, name, arguments) for name, arguments in (_makers | ROW_CASE_MAKERS)[op](draw)]
 
 
 _NUM_ROWS = 7
@@ -73,7 +23,7 @@ _ROW_COUNTS = (0, 1, _NUM_ROWS - 1, _NUM_ROWS)
 _HEADS = ((3, 16), (2, 48), (2, 64), (3, 80), (1, 128))
 
 
-def _gather_layer_norm(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
+def _gather_layer_norm(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     def arguments(x: Tensor, row_ids: Tensor | None, affine: bool = True) -> Arguments:
         parameters = (draw.normal(x.shape[1]), draw.normal(x.shape[1])) if affine else (None, None)
         return {"x": x, "row_ids": row_ids, "weight": parameters[0], "bias": parameters[1], "eps": 1e-5}
@@ -96,7 +46,7 @@ def _gather_layer_norm(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
     yield "tiny values", arguments(draw.normal(_NUM_ROWS, 192) * 1e-3, None)
 
 
-def _scatter_add(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
+def _scatter_add(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     for num_columns in (1, 16, 97, 192, 1500):
         x, y = draw.normal(_NUM_ROWS, num_columns), draw.normal(_NUM_ROWS, num_columns)
         yield f"all rows, C={num_columns}", {"x": x, "row_ids": None, "y": y}
@@ -112,7 +62,7 @@ def _scatter_add(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
     yield "any order", {"x": draw.normal(7, 192), "row_ids": draw.index(*draw.permutation(7)), "y": draw.normal(7, 192)}
 
 
-def _kv_store(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
+def _kv_store(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     def arguments(num_heads: int, head_size: int, slots: list[int], projection: bool = True) -> Arguments:
         # In a model k and v are slices of the rows of one projection.
         qkv = draw.normal(len(slots), 3, num_heads, head_size)
@@ -134,7 +84,7 @@ def _kv_store(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
     yield "more values than a block", arguments(20, 80, draw.permutation(2 * _NUM_ROWS)[:3])
 
 
-def _decode_attention(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
+def _decode_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     def arguments(
         num_heads: int, head_size: int, lengths: list[int], seq_ids: list[int], sharpness: float = 1
     ) -> Arguments:
@@ -176,7 +126,7 @@ def _decode_attention(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
     yield "two rows of one sequence, part of its context", shorter | {"context_lens": draw.index(40, 39, 3)}
 
 
-def _prefill_attention(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
+def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     def arguments(
         num_heads: int,
         head_size: int,
@@ -217,7 +167,7 @@ def _prefill_attention(draw: _Draw) -> Iterator[tuple[str, Arguments]]:
     yield "limits that do not increase", arguments(2, 48, [33], [[33, 1, 17, 0, 32, 5]])
 
 
-_makers: dict[str, Callable[[_Draw], Iterator[tuple[str, Arguments]]]] = {
+_makers: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = {
     "gather_layer_norm": _gather_layer_norm,
     "scatter_add": _scatter_add,
     "kv_store": _kv_store,

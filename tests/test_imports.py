@@ -52,7 +52,11 @@ ORDER = [
     # what stands around it
     "training",
     "evaluation",
+    "validation_draws",
+    "row_validation_cases",
     "validation_cases",
+    "validation_errors",
+    "row_validation",
     "validation",
     "cubin",
     "offline_worker",

@@ -12,7 +12,8 @@ from dynskip import ops
 from dynskip.backends import available_backends, get_backend
 from dynskip.kernels.launches import LAUNCHES
 from dynskip.validation import validate
-from dynskip.validation_cases import copy_with_storage, make_cases
+from dynskip.validation_cases import make_cases
+from dynskip.validation_draws import copy_with_storage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = available_backends(DEVICE)["triton"]

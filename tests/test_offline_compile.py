@@ -66,7 +66,7 @@ def test_every_kernel_fits_every_gpu(dtype: str) -> None:
         ({"num_waits": 0}, "overlaps with the kernel before it and never waits for that"),
         (
             {"overlaps_the_kernel_before": False},
-            "waits for the kernel before it, but is launched after the end of that",
+            "waits for the kernel before it, but is launched after its end",
         ),
         ({"error": "PTXASError: too much"}, "does not compile: PTXASError: too much"),
     ],

@@ -16,8 +16,13 @@ from dynskip import cli, ops
 from dynskip.backends import Backend, get_backend
 from dynskip.cli.options import DTYPES
 from dynskip.cli.validate import OPS
-from dynskip.validation import Result, validate
+from dynskip.kernels.row_list import RowList, RowNorm, Workspace
+from dynskip.row_ops import ROW_OP_NAMES, get_row_ops
+from dynskip.row_validation import validate_row_case
+from dynskip.validation import validate
 from dynskip.validation_cases import make_cases
+from dynskip.validation_draws import tensors_in
+from dynskip.validation_errors import Result
 
 
 def validate_broken(
@@ -107,15 +112,135 @@ def test_a_key_too_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tile edges" in {result.case for result in failed}
 
 
-@pytest.mark.parametrize("op", ops.OP_NAMES)
-def test_cases_repeat_and_cover_the_row_counts(op: str) -> None:
+def validate_row_op(
+    op: str, dtype: torch.dtype, falsify: bool = False, **launchers: Callable[..., Any]
+) -> list[Result]:
+    """The results of `op` with the launchers of the specification, or with others in their place."""
+    row_ops = dataclasses.replace(get_row_ops("reference"), **launchers)
+    return [validate_row_case(row_ops, dtype, case, falsify) for case in make_cases(op, dtype, "cpu")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op", ROW_OP_NAMES)
+def test_the_specification_of_row_ops_passes_and_a_fault_is_noticed(op: str, dtype: torch.dtype) -> None:
+    assert failures(validate_row_op(op, dtype)) == []
+    passed = {result.case for result in validate_row_op(op, dtype, falsify=True) if result.passed}
+    # Without rows nothing is written, so there is nothing to falsify.
+    num_modes = 2 if "deterministic" in make_cases(op, dtype, "cpu")[0].arguments else 1
+    assert len(passed) == (0 if op == "plan_rows" else num_modes)
+    assert all(name.startswith("R=0 of 7") for name in passed)
+
+
+def test_a_row_too_many_is_noticed() -> None:
+    right = get_row_ops("reference").linear_add_rows
+
+    def one_too_many(x: Tensor, rows: RowList, *others: Any) -> None:
+        right(x.nan_to_num(1.0), RowList(rows.ids, (rows.num + 1).clamp(max=len(rows.ids)), rows.max_rows), *others)
+
+    results = validate_row_op("linear_add_rows", torch.float32, linear_add_rows=one_too_many)
+    complaints = {result.complaint for result in failures(results)}
+    assert complaints == {"residual was written to where no row is listed"}
+    assert {result.case for result in results if result.passed} == {
+        f"R=7 of 7, N, K = 96, 192{mode}" for mode in ("", ", deterministic")
+    }
+
+
+def test_a_write_outside_of_a_buffer_is_noticed() -> None:
+    right = get_row_ops("reference").norm_rows
+
+    def careless(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor) -> None:
+        right(x, rows, norm, out)
+        out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+
+    results = validate_row_op("norm_rows", torch.float16, norm_rows=careless)
+    assert {result.complaint for result in results} == {"out was written to where no row is listed"}
+
+
+def test_a_changed_input_of_a_row_op_is_noticed() -> None:
+    right = get_row_ops("reference").attend_rows
+
+    def sorting(q: Tensor, rows: RowList, *others: Any) -> None:
+        right(q, rows, *others)
+        rows.ids.copy_(rows.ids.sort().values)
+
+    results = validate_row_op("attend_rows", torch.float32, attend_rows=sorting)
+    assert {result.complaint for result in failures(results)} == {"rows.ids was written to"}
+
+
+def test_a_key_too_many_of_a_row_is_noticed() -> None:
+    right = get_row_ops("reference").attend_rows
+
+    def off_by_one(*arguments: Any) -> None:
+        right(*arguments[:6], arguments[6] + 1, *arguments[7:])
+
+    results = validate_row_op("attend_rows", torch.float32, attend_rows=off_by_one)
+    assert all(result.max_error == float("inf") for result in results if "R=0" not in result.case)
+
+
+def test_counters_left_behind_are_noticed() -> None:
+    right = get_row_ops("reference").attend_rows
+
+    def untidy(*arguments: Any) -> None:
+        right(*arguments)
+        arguments[9].counters[-1] = 1
+
+    def workspace(**sizes: Any) -> Workspace:
+        return Workspace(torch.empty(1), torch.zeros(1, dtype=torch.int32))
+
+    results = validate_row_op("attend_rows", torch.float32, attend_rows=untidy, workspace=workspace)
+    assert {result.complaint for result in results} == {"the counters of the workspace are not zero"}
+
+
+@pytest.mark.parametrize("name", ["slots", "key_limits", "num_kv", "kv_ids", "row_slots", "slot_cursor", "slot_tables"])
+def test_a_wrong_plan_is_noticed(name: str) -> None:
+    names = list(make_cases("plan_rows", torch.float32, "cpu")[0].arguments)
+
+    def off_by_one(*arguments: Any) -> None:
+        get_row_ops("reference").plan_rows(*arguments)
+        arguments[names.index(name)].flatten()[0] += 1
+
+    results = validate_row_op("plan_rows", torch.float32, plan_rows=off_by_one)
+    # Ids behind their number are nobody's business, nor are those of a layer that is not planned.
+    assert len(failures(results)) > (len(results) // 2 if name != "kv_ids" else 5)
+
+
+def test_lost_precision_of_a_row_op_is_noticed() -> None:
+    def in_working_dtype(
+        x: Tensor, rows: RowList, weight: Tensor, bias: Tensor | None, residual: Tensor, *others: Any
+    ) -> None:
+        ids = rows.ids[: int(rows.num)].long()
+        sums = residual[ids].clone()
+        for column in range(x.shape[1]):
+            sums += x[ids, column, None] * weight[None, :, column]
+        residual[ids] = sums if bias is None else sums + bias
+
+    for dtype in (torch.float16, torch.bfloat16):
+        failed = failures(validate_row_op("linear_add_rows", dtype, linear_add_rows=in_working_dtype))
+        assert "N, K = 16, 600" in {result.case for result in failed}
+
+
+def test_both_modes_reach_the_row_ops() -> None:
+    right = get_row_ops("reference").linear_rows
+    seen = []
+
+    def listening(*arguments: Any) -> None:
+        seen.append(arguments[-1])
+        right(*arguments)
+
+    validate_row_op("linear_rows", torch.float32, linear_rows=listening)
+    assert sorted(set(seen)) == [False, True]
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES + ROW_OP_NAMES)
+def test_cases_repeat(op: str) -> None:
     first, again = (make_cases(op, torch.float16, "cpu") for _ in range(2))
     assert [case.name for case in first] == [case.name for case in again]
     for case, twin in zip(first, again, strict=True):
-        for value, other in zip(case.arguments.values(), twin.copy_arguments().values(), strict=True):
-            if isinstance(value, Tensor):
-                assert value.stride() == other.stride()
-                assert torch.equal(value.nan_to_num(), other.nan_to_num())
+        copies = twin.copy_arguments()
+        for name, argument in case.arguments.items():
+            for (_, tensor), (_, other) in zip(tensors_in(name, argument), tensors_in(name, copies[name]), strict=True):
+                assert tensor.stride() == other.stride()
+                assert torch.equal(tensor.nan_to_num(), other.nan_to_num())
     assert len({case.name for case in first}) == len(first)
 
 

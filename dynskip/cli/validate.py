@@ -12,7 +12,7 @@ from dynskip.cli.errors import UserError
 from dynskip.cli.options import DTYPES, show_progress
 
 if TYPE_CHECKING:
-    from dynskip.validation import Result
+    from dynskip.validation_errors import Result
 
 _BACKENDS = ("torch", "native", "triton")
 # As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
