@@ -10,17 +10,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from dynskip.benchmark.report import Report
+from dynskip.benchmark.device_report import read_report
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end -->"
 
 
 def render(results: Path) -> str:
-    """The summaries of all reports in the folder ``results``, by machine."""
-    reports = [Report.read(path) for path in sorted(results.glob("*.jsonl"))]
+    """The summaries of all reports in the folder ``results``, of CPUs and cards, by machine."""
+    reports = [read_report(path) for path in sorted(results.glob("*.jsonl"))]
     if not reports:
-        raise ValueError(f"render: {results} must hold a report, got none. Run `dynskip bench --out {results}`.")
+        raise ValueError(
+            f"render: {results} must hold a report, got none. Run `dynskip bench --out {results}`, or, where there is a "
+            f"GPU, `make gpu OUT={results}`."
+        )
     return "\n".join(report.summary() for report in reports)
 
 

@@ -15,6 +15,7 @@ from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip import LayerPath, OPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner, machine, models, parts, suite, timing
+from dynskip.benchmark.device_report import read_report
 from dynskip.benchmark.gate import Gate
 from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import Products, model_shape
@@ -368,7 +369,7 @@ def test_the_pages_show_the_committed_results() -> None:
     results = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
     assert results
     for path in results:
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == Report.read(path).page()
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == read_report(path).page()
 
 
 def test_an_old_table_is_noticed(tmp_path: Path) -> None:

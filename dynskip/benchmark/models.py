@@ -42,16 +42,18 @@ def weight_bytes(config: OPTConfig, dtype: torch.dtype = torch.bfloat16) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def random_hf_model(config: OPTConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> HFOPTForCausalLM:
+def random_hf_model(
+    config: OPTConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> HFOPTForCausalLM:
     """A transformers model with random weights, made in place in ``dtype``: its memory never holds a second copy."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model = HFOPTForCausalLM(config)
     for name, module in list(model.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             if module is model.lm_head and config.tie_word_embeddings:
                 continue
-            value = torch.empty(parameter.shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
             if "layer_norm" in name and key == "weight":
                 value += 1
             setattr(module, key, nn.Parameter(value, requires_grad=False))

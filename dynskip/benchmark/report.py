@@ -22,6 +22,7 @@ class Row:
     value: the ratio. target: what it should be, None where the row is for information.
     at_least: True where the value must not be below the target, False where it must not be above.
     ours_ms, other_ms: the medians that it comes from. num_samples: how often each was timed.
+    failure: why nothing was measured; the numbers are NaN then.
     """
 
     section: str
@@ -33,11 +34,18 @@ class Row:
     ours_ms: float
     other_ms: float
     num_samples: int
+    failure: str = ""
+
+    @staticmethod
+    def failed(section: str, batch: int, what: str, target: float | None, at_least: bool, failure: str) -> Row:
+        """The row of a ratio that could not be measured."""
+        nan = float("nan")
+        return Row(section, batch, what, nan, target, at_least, nan, nan, 0, failure or "no reason given")
 
     @property
     def passed(self) -> bool | None:
-        """Whether the target is met; None without a target."""
-        if self.target is None:
+        """Whether the target is met; None without a target, or where nothing was measured."""
+        if self.target is None or self.failure:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
@@ -46,22 +54,47 @@ class Row:
         """True where the value is read as a percentage."""
         return self.section == "overhead" or "share of" in self.what
 
+    @property
+    def is_time(self) -> bool:
+        """True where the value is no ratio but a time in microseconds."""
+        return self.what.endswith(", us")
+
     def show(self, value: float) -> str:
         """``value`` as this row's ratio is written."""
-        return f"{value:.1%}" if self.is_share else f"{value:.2f}x"
+        if self.failure:
+            return "failed"
+        return f"{value:.2f} us" if self.is_time else f"{value:.1%}" if self.is_share else f"{value:.2f}x"
 
     @property
     def shown_target(self) -> str:
         """The target with its direction, or nothing."""
         if self.target is None:
             return ""
-        target = f"{self.target:.0%}" if self.is_share else f"{self.target:g}x"
+        target = f"{self.target:.0%}" if self.is_share else f"{self.target:g}{' us' if self.is_time else 'x'}"
         return f"{'>=' if self.at_least else '<='} {target}"
 
     @property
     def verdict(self) -> str:
-        """met, missed, or a dash without a target."""
+        """met, missed, failed, or a dash without a target."""
+        if self.failure:
+            return "FAILED"
         return {True: "met", False: "MISSED", None: "-"}[self.passed]
+
+    def line(self) -> dict[str, Any]:
+        """What a JSON line holds of it; numbers that were not measured are null."""
+        values = {**asdict(self), "verdict": self.verdict}
+        if not self.failure:
+            del values["failure"]
+            return values
+        return values | dict.fromkeys(("value", "ours_ms", "other_ms"))
+
+    @staticmethod
+    def of_line(line: dict[str, Any]) -> Row:
+        """The row that `line` described; raises TypeError for anything else."""
+        values = {name: value for name, value in line.items() if name not in ("verdict", "conditions")}
+        if values.get("failure"):
+            values |= dict.fromkeys(("value", "ours_ms", "other_ms"), float("nan"))
+        return Row(**values)
 
 
 @dataclass(frozen=True)
@@ -78,7 +111,7 @@ class Report:
 
     def lines(self) -> list[dict[str, Any]]:
         """What the JSON lines hold: each row, and each thing skipped, with all conditions."""
-        lines = [{**asdict(row), "verdict": row.verdict, "conditions": self.conditions} for row in self.rows]
+        lines = [{**row.line(), "conditions": self.conditions} for row in self.rows]
         lines += [{"skipped": name, "reason": why, "conditions": self.conditions} for name, why in self.skipped.items()]
         return lines
 
@@ -105,8 +138,7 @@ class Report:
                 if "skipped" in line:
                     skipped[line["skipped"]] = line["reason"]
                 else:
-                    line.pop("verdict")
-                    rows.append(Row(**line))
+                    rows.append(Row.of_line(line))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(
                     f"Report.read: {path} must hold rows of a report, got line {number}: {error!r}."

@@ -68,6 +68,7 @@ class TransformersRunner:
         self.cache_kind = cache
         self.cache: DynamicCache | StaticCache | None = None
         self.token_ids = prompts[:, -1:]
+        self.logits: Tensor | None = None  # [B, V], of the last step
 
     @torch.no_grad()
     def prefill(self) -> None:
@@ -89,5 +90,5 @@ class TransformersRunner:
         # Not the model's own `logits_to_keep=1`: torch multiplies that strided slice by one copy of the head per
         # sequence, which makes a prefill of 32 prompts several times slower than it has to be.
         output = self.model.model(input_ids=token_ids, past_key_values=self.cache, use_cache=True)
-        logits = self.model.lm_head(output.last_hidden_state[:, -1].contiguous())
-        self.token_ids = logits.argmax(-1, keepdim=True)
+        self.logits = self.model.lm_head(output.last_hidden_state[:, -1].contiguous())
+        self.token_ids = self.logits.argmax(-1, keepdim=True)

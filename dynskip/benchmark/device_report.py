@@ -1,0 +1,152 @@
+"""What benchmarks found on one card: a file of JSON lines, one a row, that grows run by run, and its page."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynskip.benchmark.report import Report, Row, markdown_table
+
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """The rows of one run of one part of the benchmark; conditions: card, versions, commit, shapes, measured speed."""
+
+    conditions: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def part(self) -> str:
+        """Which part of the benchmark it is of."""
+        return str(self.conditions["part"])
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """All runs that a file holds, the oldest first."""
+
+    runs: tuple[Run, ...]
+
+    @staticmethod
+    def read(path: Path) -> DeviceReport:
+        """The report in the file ``path``; raises ValueError where the file is something else."""
+        runs: list[tuple[dict[str, Any], list[Row]]] = []
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                line = json.loads(text)
+                conditions = line["conditions"]
+                assert conditions["gpu"] and conditions["part"]
+                row = Row.of_line(line)
+            except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+                raise ValueError(
+                    f"DeviceReport.read: {path} must hold rows of a device's report, got line {number}: {error!r}."
+                ) from error
+            if not runs or runs[-1][0] != conditions:
+                runs.append((conditions, []))
+            runs[-1][1].append(row)
+        if not runs:
+            raise ValueError(f"DeviceReport.read: {path} must hold at least one row, got none. Run `make gpu`.")
+        return DeviceReport(tuple(Run(conditions, tuple(rows)) for conditions, rows in runs))
+
+    @property
+    def latest(self) -> tuple[Run, ...]:
+        """The last run of each part, in the order in which the parts first ran."""
+        return tuple({run.part: run for run in self.runs}.values())
+
+    def page(self) -> str:
+        """What stands in ``<card>.md``: the last run of each part."""
+        text = f"# {self.runs[-1].conditions['gpu']}\n"
+        for run in self.latest:
+            header = ("rows", "what", "dynskip us", "other us", "value", "target", "verdict")
+            cells = [
+                (
+                    str(row.batch),
+                    row.what,
+                    _microseconds(row.ours_ms),
+                    _microseconds(row.other_ms),
+                    row.show(row.value),
+                    row.shown_target,
+                    row.verdict,
+                )
+                for row in run.rows
+            ]
+            table = markdown_table(header, cells, right={0, 2, 3, 4})
+            text += f"\n## {run.part}\n\n{conditions_text(run.conditions)}\n\n{table}"
+            failures = [f"- {row.what}, {row.batch} rows: {row.failure}" for row in run.rows if row.failure]
+            if failures:
+                text += "\nNot measured:\n\n" + "\n".join(failures) + "\n"
+        return text
+
+    def summary(self) -> str:
+        """Every question that has a target, one line each, one column per row count: the table of the README."""
+        text = ""
+        for run in self.latest:
+            rows = [row for row in run.rows if row.target is not None]
+            if not rows:
+                continue
+            counts = sorted({row.batch for row in rows})
+            cells = []
+            for what in dict.fromkeys(row.what for row in rows):
+                found = {row.batch: row for row in rows if row.what == what}
+                targets = " / ".join(dict.fromkeys(row.shown_target for row in found.values()))
+                cells.append((f"{run.part}, {what}", *(_cell(found.get(count)) for count in counts), targets))
+            header = ("", *(f"{count} rows" for count in counts), "target")
+            table = markdown_table(header, cells, right=set(range(1, len(counts) + 1)))
+            text += f"{table}\n{conditions_text(run.conditions)}\n\n"
+        return text.rstrip("\n") + "\n"
+
+
+def append_row(directory: Path, row: Row, conditions: dict[str, Any]) -> Path:
+    """Append ``row`` with all ``conditions`` to ``<card>.jsonl`` in ``directory``; returns the file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{conditions['machine']}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row.line(), "conditions": conditions}) + "\n")
+    return path
+
+
+def write_page(data: Path) -> Path:
+    """Write ``<card>.md`` beside ``<card>.jsonl``; returns the page."""
+    page = data.with_suffix(".md")
+    page.write_text(DeviceReport.read(data).page(), encoding="utf-8")
+    return page
+
+
+def read_report(path: Path) -> Report | DeviceReport:
+    """The report in ``path``, of whichever kind it is; raises ValueError where it is none."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    try:
+        conditions = json.loads(first)["conditions"]
+        of_device = "gpu" in conditions
+    except (ValueError, TypeError, KeyError):
+        of_device = False  # the reader of reports says what is wrong with the file
+    return DeviceReport.read(path) if of_device else Report.read(path)
+
+
+def conditions_text(found: dict[str, Any]) -> str:
+    """The conditions in words, in lines of at most 120 characters."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    notes: Sequence[str] = found.get("notes", ())
+    text = (
+        f"{found['shape']} shapes, random {found['dtype']} weights on {found['gpu']} ({found['gpu_memory_gib']:g} GiB, "
+        f"copies {found['bandwidth_gbps']:.0f} GB/s, multiplies {found['peak_gflops'] / 1e3:.0f} TFLOP/s at best in "
+        f"this run); medians of device time, everything timed in turns in one run. "
+        f"{''.join(f'{note} ' for note in notes)}{versions}; commit {found['commit']}, {found['date']}."
+    )
+    return textwrap.fill(text, _WIDTH)
+
+
+def _microseconds(ms: float) -> str:
+    return "-" if ms != ms else f"{ms * 1e3:.4g}" if ms < 1 else f"{ms * 1e3:.0f}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.show(row.value)}{' (missed)' if row.passed is False else ''}"
