@@ -21,8 +21,8 @@ def render(results: Path) -> str:
     reports = [read_report(path) for path in sorted(results.glob("*.jsonl"))]
     if not reports:
         raise ValueError(
-            f"render: {results} must hold a report, got none. Run `dynskip bench --out {results}`, or, where there is a "
-            f"GPU, `make gpu OUT={results}`."
+            f"render: {results} must hold a report, got none. Run `dynskip bench --out {results}`, or where there is a "
+            f"GPU `make gpu OUT={results}`."
         )
     return "\n".join(report.summary() for report in reports)
 

@@ -82,9 +82,7 @@ def test_the_summary_has_a_line_a_question_and_a_column_a_row_count(tmp_path: Pa
     path = written(tmp_path, ROW, FAILED, SKIPPED, untargeted)
     summary = DeviceReport.read(path).summary()
     assert "for information" not in summary
-    assert (
-        "|  1 rows |        8 rows | 64 rows |" in summary.replace("1.25 us (missed)", "1.25 us") or "8 rows" in summary
-    )
+    assert [cell.strip() for cell in summary.splitlines()[0].split("|")[2:5]] == ["1 rows", "8 rows", "64 rows"]
     line = next(line for line in summary.splitlines() if "share of its roofline" in line)
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
         "decode, full depth, share of its roofline",
