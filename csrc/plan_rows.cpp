@@ -61,7 +61,8 @@ void plan_rows(
     int64_t num_threads) {
   DYNSKIP_CHECK(
       active.dim() == 2 && active.scalar_type() == ScalarType::Bool && (active.size(1) <= 1 || active.stride(1) == 1),
-      "plan_rows: active must be [n, M] bool with contiguous rows, got ", shape_of(active), ". Use active.contiguous().");
+      "plan_rows: active must be [n, M] bool with contiguous rows, got ", shape_of(active),
+      ". Use active.contiguous().");
   const int64_t num_layers = active.size(0);
   const int64_t num_rows = active.size(1);
   const int64_t all_layers = num_run.numel();
@@ -74,8 +75,9 @@ void plan_rows(
       num_layers <= 4096 && num_rows <= 65536,
       "plan_rows: active must have at most 4096 layers and 65536 rows, got ", shape_of(active), ". Split the batch.");
   DYNSKIP_CHECK(
-      kv_policy >= 0 && kv_policy <= 3, "plan_rows: kv_policy must be 0 (absent), 1 (evict), 2 (propagate) or 3 (share), "
-      "got ", kv_policy, ". Use the constants of dynskip.row_reference.");
+      kv_policy >= 0 && kv_policy <= 3,
+      "plan_rows: kv_policy must be 0 (absent), 1 (evict), 2 (propagate) or 3 (share), got ", kv_policy,
+      ". Use the constants of dynskip.row_reference.");
   DYNSKIP_CHECK(
       num_threads >= 0 && num_threads <= 1024,
       "plan_rows: num_threads must be 1..1024, or 0 for the device's own choice, got ", num_threads, ". Leave it out.");
@@ -92,8 +94,9 @@ void plan_rows(
       slot_tables.dim() == 3 && slot_tables.size(0) == all_layers && slot_tables.scalar_type() == ScalarType::Int &&
           slot_tables.size(2) <= INT32_MAX && (slot_tables.size(2) <= 1 || slot_tables.stride(2) == 1) &&
           slot_tables.get_device_index() == device,
-      "plan_rows: slot_tables must be [", all_layers, ", B, S_max] int32 with contiguous tables on the device of active, "
-      "got ", shape_of(slot_tables), ". Create them so.");
+      "plan_rows: slot_tables must be [", all_layers,
+      ", B, S_max] int32 with contiguous tables on the device of active, got ", shape_of(slot_tables),
+      ". Create them so.");
   check_layers("context_lens", context_lens, all_layers, slot_tables.size(1), device);
 
   const RowPlan plan = {
@@ -132,8 +135,8 @@ void plan_rows(
   const PlanFailure failure = plan_rows_on_cpu(plan, num_threads == 0 ? 1 : static_cast<int32_t>(num_threads));
   DYNSKIP_CHECK(
       failure != PlanFailure::kTableFull,
-      "plan_rows: slot_tables must have room for one more entry of each row, got a full table of ", plan.max_context_len,
-      " entries. Create the cache for longer contexts.");
+      "plan_rows: slot_tables must have room for one more entry of each row, got a full table of ",
+      plan.max_context_len, " entries. Create the cache for longer contexts.");
   DYNSKIP_CHECK(
       failure != PlanFailure::kNoSuchSequence,
       "plan_rows: cache_ids must be -1 or below ", plan.num_seqs, ", got more. Name sequences of the cache.");

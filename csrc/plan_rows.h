@@ -1,8 +1,8 @@
-// Active masks to row lists, counts and slots: what dynskip.row_reference.plan_rows specifies, in one body for CPU and GPU.
+// Active masks to row lists, counts and slots, as dynskip.row_reference.plan_rows specifies; one body for CPU and GPU.
 //
-// The work is cut into phases. In a phase every thread does its share and reads nothing that another thread writes in the
-// same phase; between phases all threads wait for each other. A GPU runs the phases with the threads of one block, a CPU
-// runs the threads of a phase one after the other.
+// The work is cut into phases. In a phase every thread does its share and reads nothing that another thread writes in
+// it; between phases all threads wait for each other. A GPU runs the phases with the threads of one block, a CPU takes
+// the threads of a phase one after the other.
 
 #pragma once
 
@@ -118,7 +118,8 @@ DYNSKIP_HOST_DEVICE inline uint8_t bits_of(int32_t first_row, int32_t num_rows, 
 }
 
 // Reads what the caller gave as sets of rows, 8 rows of a set at a time.
-DYNSKIP_HOST_DEVICE inline void read_masks(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+DYNSKIP_HOST_DEVICE inline void read_masks(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   if (thread == 0) {
     *scratch.cursor = *plan.slot_cursor;
   }
@@ -141,7 +142,8 @@ DYNSKIP_HOST_DEVICE inline void read_masks(const RowPlan& plan, const PlanScratc
 }
 
 // Decides who computes a key and a value, 8 rows at a time through the layers in order.
-DYNSKIP_HOST_DEVICE inline void decide(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+DYNSKIP_HOST_DEVICE inline void decide(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   const int32_t num_groups = scratch.num_words * 8;
   uint8_t* runs = reinterpret_cast<uint8_t*>(scratch.run);
   uint8_t* kvs = reinterpret_cast<uint8_t*>(scratch.kv);
@@ -165,7 +167,8 @@ DYNSKIP_HOST_DEVICE inline void decide(const RowPlan& plan, const PlanScratch& s
 }
 
 // Counts the rows of each layer, and from the keys of all layers before finds the slot of its first.
-DYNSKIP_HOST_DEVICE inline void count(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+DYNSKIP_HOST_DEVICE inline void count(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   const int32_t num_words = scratch.num_words;
   for (int32_t layer = thread; layer <= plan.num_layers; layer += num_threads) {
     int32_t first_slot = *scratch.cursor;
@@ -191,7 +194,8 @@ DYNSKIP_HOST_DEVICE inline int32_t new_slot(const PlanScratch& scratch, int32_t 
 }
 
 // The slot of the last layer before this one that the row ran in this step, or -1.
-DYNSKIP_HOST_DEVICE inline int32_t last_slot(const RowPlan& plan, const PlanScratch& scratch, int32_t layer, int32_t row) {
+DYNSKIP_HOST_DEVICE inline int32_t last_slot(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t layer, int32_t row) {
   for (int32_t earlier = layer - 1; earlier >= 0; --earlier) {
     if (has_bit(scratch.run + earlier * scratch.num_words, row)) {
       return new_slot(scratch, earlier, row);
@@ -232,7 +236,9 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
         if (entry >= 0 && static_cast<uint32_t>(key_limit) >= static_cast<uint32_t>(plan.max_context_len)) {
           failure = PlanFailure::kTableFull;
         } else if (entry >= 0) {
-          plan.slot_tables[layer * plan.slot_tables_layer_stride + seq * plan.slot_tables_seq_stride + key_limit] = entry;
+          int32_t* table =
+              plan.slot_tables + layer * plan.slot_tables_layer_stride + seq * plan.slot_tables_seq_stride;
+          table[key_limit] = entry;
           *context_len = ++key_limit;
         }
       }
@@ -244,7 +250,8 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
 }
 
 // Leaves to the next call what it starts from.
-DYNSKIP_HOST_DEVICE inline void hand_over(const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
+DYNSKIP_HOST_DEVICE inline void hand_over(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   for (int32_t row = thread; row < plan.num_rows; row += num_threads) {
     plan.row_slots[row] = last_slot(plan, scratch, plan.num_layers, row);
   }
@@ -279,7 +286,8 @@ DYNSKIP_HOST_DEVICE inline PlanFailure run_phase(
 // Runs the phases on the calling thread, which takes the part of each of num_threads in turn.
 PlanFailure plan_rows_on_cpu(const RowPlan& plan, int32_t num_threads);
 
-// Launches one block on torch's current stream; 0 threads: as many as there is work for. A failure is an assertion there.
+// Launches one block on torch's current stream; 0 threads: as many as there is work for. A PlanFailure is an assertion
+// on the device.
 void plan_rows_on_cuda(const RowPlan& plan, int32_t num_threads, int32_t device_index);
 
 } // namespace dynskip

@@ -135,7 +135,7 @@ def plan_rows(
     slots: Tensor,
     key_limits: Tensor,
 ) -> None:
-    """See `row_reference.plan_rows`. Any tensor may have strides between layers; what a layer holds is contiguous.
+    """See `row_reference.plan_rows`. Tensors may have any stride between layers; what a layer holds is contiguous.
 
     On a GPU one launch of one block on the current stream, without a question to the host, so that it can be captured.
     `slot_cursor` is not compared with the size of the pool: the caller keeps one slot free for each row of each layer.
@@ -183,10 +183,9 @@ def replay(graph_execs: Sequence[int], device: torch.device) -> None:
 @functools.cache
 def _check_cuda(name: str) -> None:
     if not has_cuda():
-        reason = unavailable_reason() or "It was built without its CUDA sources."
-        raise RuntimeError(
-            f"native.{name}: the C++ extension must have its CUDA part, got none. {reason} {_BUILD_CUDA}"
-        )
+        reason = unavailable_reason() or f"The C++ extension was built without its CUDA sources. {_BUILD}"
+        reason = reason.replace(_BUILD, _BUILD_CUDA)
+        raise RuntimeError(f"native.{name}: the C++ extension must have its CUDA part, got none. {reason}")
 
 
 @functools.cache

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +21,10 @@ if native.unavailable_reason() is not None:
 
 POLICIES = [ABSENT, EVICT, PROPAGATE, SHARE]
 POISON = -77
-NO_CUDA = not torch.cuda.is_available()
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA, reason="needs a GPU"))]
+needs_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and native.has_cuda()), reason="needs a GPU and the extension's CUDA part"
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 @dataclass
@@ -213,6 +218,25 @@ def test_a_full_table_is_refused_and_nothing_is_written_beyond_it(policy: int, n
     assert (backing.slot_tables[:, :, 6] == POISON).all()
     assert int(state.context_lens.max()) == 6 and int(state.key_limits.max()) == 6
     assert state.context_lens[:, 4].tolist() == [3, 3, 3]
+
+
+@needs_gpu
+def test_on_a_gpu_a_full_table_is_an_assertion() -> None:
+    # In a process of its own: a device that has asserted serves its process no more.
+    script = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from test_plan_rows import EVICT, State, run_native
+state = State.of(3, 20, 7, torch.Generator().manual_seed(0)).clone("cuda")
+state.context_lens.fill_(7)
+run_native(state, torch.ones(3, 20, dtype=torch.bool), EVICT, torch.arange(20, dtype=torch.int32))
+torch.cuda.synchronize()
+"""
+    root = Path(__file__).resolve().parents[1]
+    ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0
+    assert "plan_rows: slot_tables must have room for one more entry of each row" in ended.stderr + ended.stdout
 
 
 def test_a_sequence_that_the_cache_lacks_is_refused() -> None:

@@ -20,7 +20,8 @@ inline cudaStream_t current_stream(const char* op, int32_t device_index) {
   void* stream = nullptr;
   STD_TORCH_CHECK(
       aoti_torch_get_current_cuda_stream(device_index, &stream) == 0,
-      op, ": device must have a current stream, got none for device ", device_index, ". Name a device of this machine.");
+      op, ": device must have a current stream, got none for device ", device_index,
+      ". Name a device of this machine.");
   return static_cast<cudaStream_t>(stream);
 }
 
