@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynskip.kernels.configs import Config, get_config, get_entries, pdl_options
+from dynskip.kernels.configs import Config, get_config, pdl_options
+from dynskip.kernels.context_splits import Splits, find_item, find_item_of_fixed_size, plan_splits
 from dynskip.kernels.launches import launch
 from dynskip.kernels.row_list import RowList, Workspace
 
@@ -20,7 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(
-    do_not_specialize=["max_rows", "target_items"],
+    do_not_specialize=["max_rows"],
     do_not_specialize_on_alignment=["ids_ptr", "num_ptr", "slot_table_ptr", "seq_ids_ptr", "key_limits_ptr"],
 )
 def attend_rows_kernel(
@@ -39,12 +37,12 @@ def attend_rows_kernel(
     stride_table_row,
     stride_out_row,
     max_rows,
-    target_items,
     scale,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    TARGET_ITEMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -64,12 +62,12 @@ def attend_rows_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if SPLIT_TOKENS:
-        index, row, split, num_splits, split_tokens, limit = find_item_of_fixed_size(
-            item, ids_ptr, num_ptr, key_limits_ptr, max_rows, HAS_ROWS, SPLIT_TOKENS
+        index, row, sequence, limit, num_splits, split_tokens, split = find_item_of_fixed_size(
+            item, ids_ptr, num_ptr, seq_ids_ptr, key_limits_ptr, max_rows, HAS_ROWS, SPLIT_TOKENS
         )
     else:
-        index, row, split, num_splits, split_tokens, limit = find_item(
-            item, ids_ptr, num_ptr, key_limits_ptr, max_rows, target_items, BLOCK_R, BLOCK_S
+        index, row, sequence, limit, num_splits, split_tokens, split = find_item(
+            item, ids_ptr, num_ptr, seq_ids_ptr, key_limits_ptr, max_rows, TARGET_ITEMS, BLOCK_R, BLOCK_S
         )
     if split >= num_splits:
         return
@@ -79,17 +77,17 @@ def attend_rows_kernel(
     columns = heads[:, None] * HEAD_SIZE + dims[None, :]
     inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_SIZE)[None, :]
     row = row.to(tl.int64)
-    q = tl.load(q_ptr + row * stride_q_row + columns, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2_E)
     start = split * split_tokens
     maximum, total, attended = attend_tokens(
-        q,
+        q_ptr + row * stride_q_row,
         k_cache_ptr,
         v_cache_ptr,
-        slot_table_ptr + tl.load(seq_ids_ptr + row).to(tl.int64) * stride_table_row,
+        slot_table_ptr + sequence.to(tl.int64) * stride_table_row,
         start,
         tl.minimum(start + split_tokens, limit),
         columns,
         inside,
+        scale,
         NUM_HEADS,
         HEAD_SIZE,
         BLOCK_S,
@@ -135,56 +133,8 @@ def attend_rows_kernel(
 
 
 @triton.jit
-def find_item_of_fixed_size(
-    item, ids_ptr, num_ptr, key_limits_ptr, max_rows, HAS_ROWS: tl.constexpr, SPLIT_TOKENS: tl.constexpr
-):
-    """Which tokens an item is, where every row owns as many items and each is SPLIT_TOKENS long, whatever the others.
-
-    Both ways to find an item give: index and row, as in the list; split, which item of its row it is; num_splits, how
-    many the row needs, 0 for a row that is not listed; the tokens in an item; and how many the row attends to.
-    """
-    items_per_row = tl.num_programs(1) // max_rows
-    index = item // items_per_row
-    row = index
-    is_listed = index < max_rows
-    if HAS_ROWS:
-        is_listed = index < tl.load(num_ptr)
-        row = tl.load(ids_ptr + index, mask=is_listed, other=0)
-    limit = tl.load(key_limits_ptr + row, mask=is_listed, other=0)
-    num_splits = tl.where(is_listed, tl.maximum(tl.cdiv(limit, SPLIT_TOKENS), 1), 0)
-    return index, row, item % items_per_row, num_splits, SPLIT_TOKENS, limit
-
-
-@triton.jit
-def find_item(
-    item, ids_ptr, num_ptr, key_limits_ptr, max_rows, target_items, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Which tokens an item is, where rows own items one after the other, as many as they need.
-
-    An item is as long as lets `target_items` of them hold the tokens of all rows, in blocks of BLOCK_S. As each row may
-    end in a shorter one, there are at most target_items + max_rows.
-    """
-    indices = tl.arange(0, BLOCK_R)
-    num = tl.load(num_ptr)
-    is_listed = indices < num
-    # The list may be read as far as it goes, before its length is known; what is found there may not.
-    rows = tl.load(ids_ptr + indices, mask=indices < max_rows, other=0)
-    limits = tl.load(key_limits_ptr + rows, mask=is_listed, other=0)
-    tokens_per_item = tl.cdiv(tl.sum(limits, axis=0), target_items)
-    split_tokens = tl.maximum(tl.cdiv(tokens_per_item, BLOCK_S), 1) * BLOCK_S
-    items = tl.where(is_listed, tl.maximum(tl.cdiv(limits, split_tokens), 1), 0)
-    stands_before = is_listed & (tl.cumsum(items, axis=0) <= item)
-    index = tl.sum(stands_before.to(tl.int32), axis=0)
-    split = item - tl.sum(tl.where(stands_before, items, 0), axis=0)
-    row = tl.load(ids_ptr + index, mask=index < num, other=0)
-    limit = tl.load(key_limits_ptr + row, mask=index < num, other=0)
-    num_splits = tl.where(index < num, tl.maximum(tl.cdiv(limit, split_tokens), 1), 0)
-    return index, row, split, num_splits, split_tokens, limit
-
-
-@triton.jit
 def attend_tokens(
-    q,
+    q_row_ptr,
     k_cache_ptr,
     v_cache_ptr,
     table_row_ptr,
@@ -192,6 +142,7 @@ def attend_tokens(
     end,
     columns,
     inside,
+    scale,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -201,9 +152,12 @@ def attend_tokens(
 ):
     """Largest score, sum of weights and weighted sum of values over the tokens start to end - 1 of a table's row.
 
-    q: `[BLOCK_H, BLOCK_D]`, float32, scaled. LANES tokens go by side by side, every lane with a softmax of its own: so
-    threads exchange nothing in the loop but the parts of a score.
+    LANES tokens go by side by side, every lane with a softmax of its own: so threads exchange nothing in the loop but
+    the parts of a score.
     """
+    # Each lane reads the query for itself, and so finds it laid out like the keys.
+    lane_columns = tl.broadcast_to(columns[None, None, :, :], [1, LANES, BLOCK_H, BLOCK_D])
+    q = tl.load(q_row_ptr + lane_columns, mask=inside[None, None, :, :], other=0.0).to(tl.float32) * (scale * LOG2_E)
     in_block = tl.arange(0, BLOCK_S // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     maxima = tl.full([LANES, BLOCK_H], NO_SCORE, tl.float32)
     totals = tl.zeros([LANES, BLOCK_H], tl.float32)
@@ -221,7 +175,7 @@ def attend_tokens(
             v = tl.load(v_cache_ptr + offsets, mask=inside[None, None, :, :], other=0.0)
         slots = tl.load(table_row_ptr + tl.minimum(first + BLOCK_S + in_block, end - 1))
         # One query a head: a matrix product would waste 15 of its 16 rows, so multiply and sum.
-        scores = tl.sum(q[None, None, :, :] * k.to(tl.float32), axis=3)
+        scores = tl.sum(q * k.to(tl.float32), axis=3)
         scores = tl.where((first + in_block < end)[:, :, None], scores, NO_SCORE)
         new_maxima = tl.maximum(maxima, tl.max(scores, axis=0))
         rescale = tl.exp2(maxima - new_maxima)
@@ -270,50 +224,6 @@ def join_softmaxes(maxima, totals, sums):
     maximum = tl.max(maxima, axis=0)
     rescale = tl.exp2(maxima - maximum[None, :])
     return maximum, tl.sum(totals * rescale, axis=0), tl.sum(sums * rescale[:, :, None], axis=0)
-
-
-class Splits(NamedTuple):
-    """How many programs a launch has, and how their items are cut: see `attend_rows_kernel`."""
-
-    num_groups: int
-    num_items: int
-    target_items: int
-    split_tokens: int
-    block_h: int
-    block_d: int
-
-    @property
-    def num_partials(self) -> int:
-        """Values that the programs may hand to each other: sums, and for each head two more."""
-        return self.num_items * self.num_groups * self.block_h * (self.block_d + 2)
-
-
-def plan_splits(
-    config: Config, max_rows: int, num_heads: int, head_size: int, max_context_len: int, deterministic: bool
-) -> Splits:
-    """The programs that attend for at most `max_rows` rows to at most `max_context_len` tokens each."""
-    block_d = triton.next_power_of_2(head_size)
-    block_h = min(max(config["BLOCK_C"] // block_d, 1), triton.next_power_of_2(num_heads))
-    num_groups = triton.cdiv(num_heads, block_h)
-    target_items = max(config["TARGET_PROGRAMS"] // num_groups, 1)
-    split_tokens = config["SPLIT_TOKENS"] if deterministic else 0
-    num_items = max_rows * max(triton.cdiv(max_context_len, split_tokens or config["BLOCK_S"]), 1)
-    if not deterministic:
-        num_items = min(num_items, target_items + max_rows)
-    return Splits(num_groups, num_items, target_items, split_tokens, block_h, block_d)
-
-
-def workspace_sizes(
-    max_rows: int, num_heads: int, head_size: int, max_context_len: int, device: torch.device
-) -> tuple[int, int]:
-    """How many partials and counters `attend_rows` may need for at most `max_rows` rows, in any dtype and mode."""
-    splits = [
-        plan_splits(entry.config, max_rows, num_heads, head_size, max_context_len, deterministic)
-        for dtype in (torch.float16, torch.float32)
-        for deterministic in (False, True)
-        for entry in get_entries("attend_rows", device, dtype, deterministic)
-    ]
-    return max(split.num_partials for split in splits), max_rows * max(split.num_groups for split in splits)
 
 
 def attend_rows(
@@ -383,12 +293,12 @@ def launch_attention(
         slot_table.stride(0),
         out.stride(0),
         max_rows,
-        splits.target_items,
         scale,
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         HAS_ROWS=ids is not None,
         SPLIT_TOKENS=splits.split_tokens,
+        TARGET_ITEMS=splits.target_items,
         BLOCK_R=1 if splits.split_tokens else triton.next_power_of_2(max_rows),
         BLOCK_S=config["BLOCK_S"],
         BLOCK_H=splits.block_h,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynskip.kernels.attend_rows import launch_attention, plan_splits
+from dynskip.kernels.attend_rows import launch_attention
 from dynskip.kernels.configs import get_config
+from dynskip.kernels.context_splits import plan_splits
 from dynskip.kernels.row_list import Workspace
 
 

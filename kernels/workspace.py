@@ -8,6 +8,7 @@ import torch
 import triton
 
 from dynskip.kernels.configs import get_entries
+from dynskip.kernels.context_splits import workspace_sizes as attention_workspace
 from dynskip.kernels.row_list import Workspace
 
 _DTYPES = (torch.bfloat16, torch.float32)  # one of each size: configs know no other difference
@@ -30,7 +31,7 @@ def make_workspace(
     device = torch.device(device)
     needs = [
         *_linear_add_needs(max_rows, sizes, device),
-        *_attend_needs(max_rows, num_heads, head_size, max_context_len, device),
+        attention_workspace(max_rows, num_heads, head_size, max_context_len, device),
     ]
     return Workspace(
         torch.empty(max(num_floats for num_floats, _ in needs), dtype=torch.float32, device=device),
@@ -49,20 +50,3 @@ def _linear_add_needs(
                 for num_columns, _ in sizes:
                     num_tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(num_columns, config["BLOCK_N"])
                     yield num_tiles * config["SPLIT_K"] * config["BLOCK_M"] * config["BLOCK_N"], num_tiles
-
-
-def _attend_needs(
-    max_rows: int, num_heads: int, head_size: int, max_context_len: int, device: torch.device
-) -> Iterator[tuple[int, int]]:
-    """(partial sums, counters) of each config: a sum of values and two numbers for each head of a work item."""
-    for dtype in _DTYPES:
-        for deterministic in (False, True):
-            for entry in get_entries("attend_rows", device, dtype, deterministic):
-                config = entry.config
-                if deterministic:
-                    num_items = max_rows * max(triton.cdiv(max_context_len, config["SPLIT_TOKENS"]), 1)
-                else:
-                    num_items = config["TARGET_PROGRAMS"] + max_rows
-                padded_heads = triton.cdiv(num_heads, config["BLOCK_H"]) * config["BLOCK_H"]
-                num_floats = num_items * padded_heads * (triton.next_power_of_2(head_size) + 2)
-                yield num_floats, max_rows * padded_heads

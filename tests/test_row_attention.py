@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dynskip import row_reference
 from dynskip.backends import available_backends
-from dynskip.kernels.attend_rows import Splits, attend_rows, plan_splits, workspace_sizes
+from dynskip.kernels.attend_rows import attend_rows
 from dynskip.kernels.configs import get_config, use_configs
+from dynskip.kernels.context_splits import Splits, plan_splits, workspace_sizes
 from dynskip.kernels.decode_attention import decode_attention
 from dynskip.kernels.launches import LAUNCHES
 from dynskip.kernels.row_list import RowList, Workspace

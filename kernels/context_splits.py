@@ -1,0 +1,122 @@
+"""Who attends to which cached tokens: contexts cut into items, one for each program."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dynskip.kernels.configs import Config, get_entries
+
+
+class Splits(NamedTuple):
+    """How many programs a launch has, and how their items are cut: see `attend_rows_kernel`."""
+
+    num_groups: int
+    num_items: int
+    target_items: int
+    split_tokens: int
+    block_h: int
+    block_d: int
+
+    @property
+    def num_partials(self) -> int:
+        """Values that the programs may hand to each other: sums, and for each head two more."""
+        return self.num_items * self.num_groups * self.block_h * (self.block_d + 2)
+
+
+def plan_splits(
+    config: Config, max_rows: int, num_heads: int, head_size: int, max_context_len: int, deterministic: bool
+) -> Splits:
+    """The programs that attend for at most `max_rows` rows to at most `max_context_len` tokens each."""
+    block_d = triton.next_power_of_2(head_size)
+    block_h = min(max(config["BLOCK_C"] // block_d, 1), triton.next_power_of_2(num_heads))
+    num_groups = triton.cdiv(num_heads, block_h)
+    target_items = max(config["TARGET_PROGRAMS"] // num_groups, 1)
+    split_tokens = config["SPLIT_TOKENS"] if deterministic else 0
+    num_items = max_rows * max(triton.cdiv(max_context_len, split_tokens or config["BLOCK_S"]), 1)
+    if not deterministic:
+        num_items = min(num_items, target_items + max_rows)
+    return Splits(num_groups, num_items, target_items, split_tokens, block_h, block_d)
+
+
+def workspace_sizes(
+    max_rows: int, num_heads: int, head_size: int, max_context_len: int, device: torch.device
+) -> tuple[int, int]:
+    """How many partials and counters `attend_rows` may need for at most `max_rows` rows, in any dtype and mode."""
+    splits = [
+        plan_splits(entry.config, max_rows, num_heads, head_size, max_context_len, deterministic)
+        for dtype in (torch.float16, torch.float32)
+        for deterministic in (False, True)
+        for entry in get_entries("attend_rows", device, dtype, deterministic)
+    ]
+    return max(split.num_partials for split in splits), max_rows * max(split.num_groups for split in splits)
+
+
+@triton.jit
+def find_item_of_fixed_size(
+    item,
+    ids_ptr,
+    num_ptr,
+    seq_ids_ptr,
+    key_limits_ptr,
+    max_rows,
+    HAS_ROWS: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+):
+    """Which tokens an item is, where every row owns as many items and each is SPLIT_TOKENS long, whatever the others.
+
+    Both ways to find an item give its row, as a place in the list and by id; the sequence of that row; how many tokens
+    the row attends to, in how many items of how many tokens; and which of these items it is. An item that no row needs
+    is one of 0 items.
+    """
+    items_per_row = tl.num_programs(1) // max_rows
+    index = item // items_per_row
+    row = index
+    is_listed = index < max_rows
+    if HAS_ROWS:
+        is_listed = index < tl.load(num_ptr)
+        row = tl.load(ids_ptr + index, mask=is_listed, other=0)
+    sequence = tl.load(seq_ids_ptr + row, mask=is_listed, other=0)
+    limit = tl.load(key_limits_ptr + row, mask=is_listed, other=0)
+    num_splits = tl.where(is_listed, tl.maximum(tl.cdiv(limit, SPLIT_TOKENS), 1), 0)
+    return index, row, sequence, limit, num_splits, SPLIT_TOKENS, item % items_per_row
+
+
+@triton.jit
+def find_item(
+    item,
+    ids_ptr,
+    num_ptr,
+    seq_ids_ptr,
+    key_limits_ptr,
+    max_rows,
+    TARGET_ITEMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Which tokens an item is, where rows own items one after the other, as many as they need.
+
+    An item is as long as lets TARGET_ITEMS of them hold the tokens of all rows, in blocks of BLOCK_S. As each row may
+    end in a shorter one, there are at most TARGET_ITEMS + max_rows.
+    """
+    indices = tl.arange(0, BLOCK_R)
+    # The list may be read as far as it goes, before its length is known; what is found there may not.
+    rows = tl.load(ids_ptr + indices, mask=indices < max_rows, other=0)
+    is_listed = indices < tl.load(num_ptr)
+    limits = tl.load(key_limits_ptr + rows, mask=is_listed, other=0)
+    sequences = tl.load(seq_ids_ptr + rows, mask=is_listed, other=0)
+    tokens_per_item = tl.cdiv(tl.sum(limits, axis=0), TARGET_ITEMS)
+    split_tokens = tl.maximum(tl.cdiv(tokens_per_item, BLOCK_S), 1) * BLOCK_S
+    items = tl.where(is_listed, tl.maximum(tl.cdiv(limits, split_tokens), 1), 0)
+    ends = tl.cumsum(items, axis=0)
+    is_owner = (ends - items <= item) & (item < ends)
+    index = tl.sum(tl.where(is_owner, indices, 0), axis=0)
+    row = tl.sum(tl.where(is_owner, rows, 0), axis=0)
+    sequence = tl.sum(tl.where(is_owner, sequences, 0), axis=0)
+    limit = tl.sum(tl.where(is_owner, limits, 0), axis=0)
+    num_splits = tl.sum(tl.where(is_owner, items, 0), axis=0)
+    split = item - tl.sum(tl.where(is_owner, ends - items, 0), axis=0)
+    return index, row, sequence, limit, num_splits, split_tokens, split
