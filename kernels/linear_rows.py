@@ -1,0 +1,300 @@
+"""Products of listed rows with a matrix, and what goes before and after them: LayerNorm, bias, ReLU, a cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynskip.kernels.configs import get_config, pdl_options
+from dynskip.kernels.launches import launch
+from dynskip.kernels.norm_rows import norm_rows, normalise_rows
+from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, wait_for_earlier_kernels
+
+# The values that a program holds while it normalises rows: 64 a thread of 4 warps. With more, registers would run out.
+MAX_NORM_TILE = 8192
+
+
+@triton.jit(do_not_specialize=["max_rows"])
+def linear_rows_kernel(
+    x_ptr,
+    ids_ptr,
+    num_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    normed_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_run_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    stride_x_row,
+    stride_normed_row,
+    stride_out_row,
+    N,
+    K,
+    part_size,
+    eps,
+    max_rows,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    IS_QKV: tl.constexpr,
+    FUSE_NORM: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
+    NORM_CHUNK: tl.constexpr,
+    ONE_NORM_CHUNK: tl.constexpr,
+    EVEN_PARTS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PREFETCH_K: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """One program for BLOCK_M listed rows and BLOCK_N columns; those beyond the number of rows end at once.
+
+    Tiles of rows vary fastest, so that the second one finds the weights of the first in L2.
+    """
+    tile = tl.program_id(0)
+    first_column = tl.program_id(1) * BLOCK_N
+    columns = (first_column + tl.arange(0, BLOCK_N)).to(tl.int64)
+    in_matrix = columns < N
+    if USE_PDL:
+        wait_for_earlier_kernels(num_ptr, tile, weight_ptr, columns, in_matrix, K, 0, K, PREFETCH_K)
+    rows, is_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M)
+    if IS_QKV:
+        num_run = tl.load(num_run_ptr)
+        if (num_run == 0) & (first_column + BLOCK_N <= part_size):
+            return
+    if tile * BLOCK_M >= num:
+        return
+    if HAS_BIAS:
+        # Read before the products, not after them, when there is nothing else to do meanwhile.
+        bias = tl.load(bias_ptr + columns, mask=in_matrix, other=0.0).to(tl.float32)
+    if FUSE_NORM:
+        # Each program normalises the rows that it multiplies, and all write the same bits to the same place: cheaper
+        # than a kernel of its own as long as they are few.
+        norm_rows, is_norm_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, NORM_ROWS)
+        normalise_rows(
+            x_ptr,
+            norm_rows,
+            is_norm_row,
+            stride_x_row,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            normed_ptr,
+            stride_normed_row,
+            K,
+            eps,
+            HAS_NORM_WEIGHT,
+            HAS_NORM_BIAS,
+            NORM_CHUNK,
+            ONE_NORM_CHUNK,
+        )
+        tl.debug_barrier()
+        x_ptr = normed_ptr
+        stride_x_row = stride_normed_row
+    products = multiply_rows(
+        x_ptr,
+        rows,
+        is_row,
+        stride_x_row,
+        weight_ptr,
+        columns,
+        in_matrix,
+        K,
+        0,
+        K,
+        BLOCK_K,
+        EVEN_N,
+        EVEN_K,
+        WEIGHTS_LEFT,
+        NUM_STAGES,
+    )
+    if HAS_BIAS:
+        products += bias[None, :]
+    if RELU:
+        products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    results = products.to(out_ptr.dtype.element_ty)
+    if IS_QKV:
+        store_parts(
+            results,
+            rows,
+            is_row,
+            first_column,
+            part_size,
+            num_run,
+            out_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            slots_ptr,
+            stride_out_row,
+            EVEN_PARTS,
+        )
+    else:
+        mask = is_row[:, None]
+        if not EVEN_N:
+            mask = mask & in_matrix[None, :]
+        tl.store(out_ptr + rows[:, None] * stride_out_row + columns[None, :], results, mask=mask)
+
+
+@triton.jit
+def store_parts(
+    results,
+    rows,
+    is_row,
+    first_column,
+    size,
+    num_run,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    stride_q_row,
+    EVEN_PARTS: tl.constexpr,
+):
+    """Stores a tile of queries, keys and values, `size` columns each: queries to rows, the others to slots.
+
+    EVEN_PARTS: no tile of columns has two of the three.
+    """
+    BLOCK_N: tl.constexpr = results.shape[1]
+    columns = first_column + tl.arange(0, BLOCK_N)
+    slots = tl.load(slots_ptr + rows, mask=is_row, other=-1).to(tl.int64)
+    if EVEN_PARTS:
+        part = first_column // size
+        part_columns = (columns - part * size)[None, :]
+        if part == 0:
+            tl.store(q_ptr + rows[:, None] * stride_q_row + part_columns, results, mask=is_row[:, None])
+        else:
+            cache_ptr = k_cache_ptr
+            if part == 2:
+                cache_ptr = v_cache_ptr
+            tl.store(cache_ptr + slots[:, None] * size + part_columns, results, mask=(slots >= 0)[:, None])
+    else:
+        is_query = (columns < tl.where(num_run > 0, size, 0))[None, :]
+        is_key = ((columns >= size) & (columns < 2 * size))[None, :]
+        is_value = ((columns >= 2 * size) & (columns < 3 * size))[None, :]
+        in_cache = slots[:, None] * size + columns[None, :]
+        is_stored = (slots >= 0)[:, None]
+        tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None] & is_query)
+        tl.store(k_cache_ptr + in_cache - size, results, mask=is_stored & is_key)
+        tl.store(v_cache_ptr + in_cache - 2 * size, results, mask=is_stored & is_value)
+
+
+def linear_rows(
+    x: Tensor,
+    rows: RowList,
+    norm: RowNorm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    out: Tensor,
+    normed: Tensor,
+    deterministic: bool = False,
+) -> None:
+    """Writes to `out[row]` the product of the (normalised) `x[row]` with `weight`. See `row_reference.linear_rows`.
+
+    Sums are float32. Cost: reads `weight` once, 2 * N * K FLOPs a row.
+    """
+    _launch("linear_rows", x, rows, norm, weight, bias, out, normed, deterministic, relu=relu)
+
+
+def qkv_rows(
+    x: Tensor,
+    rows: RowList,
+    num_run: Tensor,
+    norm: RowNorm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    normed: Tensor,
+    deterministic: bool = False,
+) -> None:
+    """Writes queries to `q[row]`, keys and values to slot `slots[row]` of the caches. See `row_reference.qkv_rows`.
+
+    Sums are float32. Cost: reads `weight` once, two thirds of it if no row attends; 2 * N * K FLOPs a row.
+    """
+    caches = _Caches(num_run, k_cache, v_cache, slots)
+    _launch("qkv_rows", x, rows, norm, weight, bias, q, normed, deterministic, caches=caches)
+
+
+class _Caches(NamedTuple):
+    """What the epilogue of `qkv_rows` needs besides the queries."""
+
+    num_run: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    slots: Tensor
+
+
+def _launch(
+    op: str,
+    x: Tensor,
+    rows: RowList,
+    norm: RowNorm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    normed: Tensor,
+    deterministic: bool,
+    relu: bool = False,
+    caches: _Caches | None = None,
+) -> None:
+    num_columns, depth = weight.shape
+    config = get_config(op, x.device, x.dtype, rows.max_rows, (num_columns, depth), deterministic)
+    if norm is not None and not config["FUSE_NORM"]:
+        norm_rows(x, rows, norm, normed, deterministic)
+        x, norm = normed, None
+    norm_tile_rows = min(config["BLOCK_M"], triton.next_power_of_2(rows.max_rows))
+    norm_chunk = min(triton.next_power_of_2(depth), max(MAX_NORM_TILE // norm_tile_rows, 16))
+    launch(
+        op,
+        linear_rows_kernel,
+        (triton.cdiv(rows.max_rows, config["BLOCK_M"]), triton.cdiv(num_columns, config["BLOCK_N"])),
+        x.device,
+        x,
+        rows.ids,
+        rows.num,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        normed,
+        weight,
+        bias,
+        out,
+        *((None, None, None, None) if caches is None else caches),
+        x.stride(0),
+        normed.stride(0),
+        out.stride(0),
+        num_columns,
+        depth,
+        num_columns // 3 if caches is not None else 0,
+        0.0 if norm is None else norm.eps,
+        rows.max_rows,
+        HAS_NORM_WEIGHT=norm is not None and norm.weight is not None,
+        HAS_NORM_BIAS=norm is not None and norm.bias is not None,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        IS_QKV=caches is not None,
+        EVEN_PARTS=num_columns // 3 % config["BLOCK_N"] == 0,
+        FUSE_NORM=norm is not None,
+        NORM_ROWS=norm_tile_rows if norm is not None else 1,
+        NORM_CHUNK=norm_chunk if norm is not None else 1,
+        ONE_NORM_CHUNK=norm is not None and norm_chunk >= depth,
+        **tile_constants(config, weight),
+        **pdl_options(config, x.device),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )

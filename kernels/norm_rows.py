@@ -1,0 +1,160 @@
+"""LayerNorm of listed rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynskip.kernels.configs import get_config, pdl_options
+from dynskip.kernels.launches import launch
+from dynskip.kernels.row_list import RowList, RowNorm
+
+
+@triton.jit
+def norm_rows_kernel(
+    x_ptr,
+    ids_ptr,
+    num_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    stride_x_row,
+    stride_out_row,
+    num_columns,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """One program a row; those beyond the number of rows end at once."""
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    place = tl.program_id(0)
+    if place >= tl.load(num_ptr):
+        return
+    row = tl.load(ids_ptr + place).to(tl.int64)
+    # A tile of one row, so that rows have one way to be normalised.
+    normalise_rows(
+        x_ptr,
+        row + tl.zeros([1], tl.int64),
+        tl.full([1], True, tl.int1),
+        stride_x_row,
+        weight_ptr,
+        bias_ptr,
+        out_ptr,
+        stride_out_row,
+        num_columns,
+        eps,
+        HAS_WEIGHT,
+        HAS_BIAS,
+        BLOCK_C,
+        True,
+    )
+
+
+@triton.jit
+def normalise_rows(
+    x_ptr,
+    rows,
+    is_row,
+    stride_x_row,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    stride_out_row,
+    num_columns,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+):
+    """Writes to the `rows` of out the LayerNorm of the `rows` of x, in chunks of BLOCK_C columns.
+
+    ONE_CHUNK: BLOCK_C columns are all; they stay in registers, and are read once.
+    """
+    BLOCK_R: tl.constexpr = rows.shape[0]
+    columns = tl.arange(0, BLOCK_C)
+    x_ptrs = x_ptr + rows[:, None] * stride_x_row + columns[None, :]
+    out_ptrs = out_ptr + rows[:, None] * stride_out_row + columns[None, :]
+    if ONE_CHUNK:
+        inside = (columns < num_columns)[None, :]
+        mask = is_row[:, None] & inside
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # Read here, not where they are needed: they arrive while the sums are made.
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+        mean = tl.sum(x, axis=1) / num_columns
+        centered = tl.where(inside, x - mean[:, None], 0.0)
+        variance = tl.sum(centered * centered, axis=1) / num_columns
+        normed = centered / tl.sqrt(variance + eps)[:, None]
+        if HAS_WEIGHT:
+            normed *= weight[None, :]
+        if HAS_BIAS:
+            normed += bias[None, :]
+        tl.store(out_ptrs, normed.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        # Each chunk has a mean and squares about that mean, put together by the formula of Chan, Golub and LeVeque
+        # (1983, "Algorithms for computing the sample variance"): no difference of large squares.
+        mean = tl.zeros([BLOCK_R], tl.float32)
+        squares = tl.zeros([BLOCK_R], tl.float32)
+        seen = 0.0
+        for start in range(0, num_columns, BLOCK_C):
+            inside = (start + columns < num_columns)[None, :]
+            x = tl.load(x_ptrs + start, mask=is_row[:, None] & inside, other=0.0).to(tl.float32)
+            size = tl.minimum(num_columns - start, BLOCK_C).to(tl.float32)
+            chunk_mean = tl.sum(x, axis=1) / size
+            centered = tl.where(inside, x - chunk_mean[:, None], 0.0)
+            difference = chunk_mean - mean
+            total = seen + size
+            mean += difference * (size / total)
+            squares += tl.sum(centered * centered, axis=1) + difference * difference * (seen * size / total)
+            seen = total
+        deviation = tl.sqrt(squares / num_columns + eps)
+        for start in range(0, num_columns, BLOCK_C):
+            in_row = start + columns < num_columns
+            mask = is_row[:, None] & in_row[None, :]
+            x = tl.load(x_ptrs + start, mask=mask, other=0.0).to(tl.float32)
+            normed = (x - mean[:, None]) / deviation[:, None]
+            if HAS_WEIGHT:
+                normed *= tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+            if HAS_BIAS:
+                normed += tl.load(bias_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+            tl.store(out_ptrs + start, normed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor, deterministic: bool = False) -> None:
+    """Writes the LayerNorm of `x[row]` to `out[row]`. See `row_reference.norm_rows`.
+
+    Statistics are float32. Cost: reads R * C values and the parameters, writes R * C.
+    """
+    num_columns = x.shape[1]
+    config = get_config("norm_rows", x.device, x.dtype, rows.max_rows, None, deterministic)
+    block = triton.next_power_of_2(num_columns)
+    launch(
+        "norm_rows",
+        norm_rows_kernel,
+        (rows.max_rows,),
+        x.device,
+        x,
+        rows.ids,
+        rows.num,
+        norm.weight,
+        norm.bias,
+        out,
+        x.stride(0),
+        out.stride(0),
+        num_columns,
+        norm.eps,
+        HAS_WEIGHT=norm.weight is not None,
+        HAS_BIAS=norm.bias is not None,
+        BLOCK_C=block,
+        # A thread holds 32 values at most: more of a long row would leave it without registers.
+        num_warps=max(config["num_warps"], min(block // 1024, 16)),
+        **pdl_options(config, x.device),
+    )

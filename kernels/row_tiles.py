@@ -1,0 +1,139 @@
+"""What the kernels that multiply listed rows by a matrix have in common: finding rows, reading ahead, the product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynskip.kernels.configs import Config
+
+
+@triton.jit
+def wait_for_earlier_kernels(
+    num_ptr, tile, weight_ptr, columns, in_matrix, K, first_k, last_k, PREFETCH_K: tl.constexpr
+):
+    """Lets the next kernel start, asks L2 for the first PREFETCH_K of the k that this program multiplies, and waits.
+
+    No kernel that still runs writes weights, so they may come before the wait; what `num_ptr` holds then is a hint: a
+    kernel that has no rows should not read weights in vain. Needs sm_90, weight rows that start at 16 bytes, and K a
+    multiple of 16 bytes.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    if PREFETCH_K > 0:
+        # Not through L1, which would hand the same value out again after the wait.
+        expected_num = tl.load(num_ptr, volatile=True)
+        if (tile == 0) & (expected_num > 0):
+            item_bytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+            addresses = (weight_ptr + columns * K + first_k).to(tl.int64)
+            num_bytes = tl.where(in_matrix, tl.minimum(PREFETCH_K, last_k - first_k) * item_bytes, 0)
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+                "=r,l,r",
+                [addresses, num_bytes],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M: tl.constexpr):
+    """The rows of a tile, `[BLOCK_M], int64`; which places of the tile have one; and the number of all rows.
+
+    Ids are read before it is known how many count, so that one of two waits for memory is saved.
+    """
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.load(ids_ptr + places, mask=places < max_rows, other=0).to(tl.int64)
+    num = tl.load(num_ptr)
+    return rows, places < num, num
+
+
+@triton.jit
+def multiply_rows(
+    x_ptr,
+    rows,
+    is_row,
+    stride_x_row,
+    weight_ptr,
+    columns,
+    in_matrix,
+    K,
+    first_k,
+    last_k,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """`[BLOCK_M, BLOCK_N], float32`: the products of rows of x with rows of the weights, from first_k to last_k - 1.
+
+    first_k is a multiple of BLOCK_K. Less than 16 rows are multiplied without matrix units, which would idle: for one
+    row they are no faster, and in that way a row's bits do not depend on its place even where a processor's BLAS stands
+    in for them. WEIGHTS_LEFT: multiplies the other way round, so that the weights are the operand of which a warp group
+    of sm_90 takes 64 rows at once, straight from shared memory, and x that of which 16 do.
+    """
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    BLOCK_N: tl.constexpr = columns.shape[0]
+    offsets = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * stride_x_row + offsets[None, :]
+    weight_ptrs = weight_ptr + columns[:, None] * K + offsets[None, :]
+    USE_DOT: tl.constexpr = BLOCK_M >= 16
+    if BLOCK_M == 1:
+        products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    elif not USE_DOT:
+        products = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    elif WEIGHTS_LEFT:
+        products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(first_k, last_k, BLOCK_K, num_stages=NUM_STAGES):
+        x_mask = is_row[:, None]
+        if EVEN_K:
+            if EVEN_N:
+                weights = tl.load(weight_ptrs + k, eviction_policy="evict_first")
+            else:
+                weights = tl.load(weight_ptrs + k, mask=in_matrix[:, None], other=0.0, eviction_policy="evict_first")
+        else:
+            in_row = (k + offsets < last_k)[None, :]
+            x_mask = x_mask & in_row
+            weights = tl.load(
+                weight_ptrs + k, mask=in_matrix[:, None] & in_row, other=0.0, eviction_policy="evict_first"
+            )
+        x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)
+        if BLOCK_M == 1:
+            products += x.to(tl.float32) * weights.to(tl.float32)
+        elif not USE_DOT:
+            products += x.to(tl.float32)[:, None, :] * weights.to(tl.float32)[None, :, :]
+        elif WEIGHTS_LEFT:
+            products = tl.dot(weights, tl.trans(x), products, input_precision="ieee")
+        else:
+            products = tl.dot(x, tl.trans(weights), products, input_precision="ieee")
+    if BLOCK_M == 1:
+        products = tl.sum(products, axis=1)[None, :]
+    elif not USE_DOT:
+        products = tl.sum(products, axis=2)
+    elif WEIGHTS_LEFT:
+        products = tl.trans(products)
+    return products
+
+
+def tile_constants(config: Config, weight: Tensor) -> dict[str, Any]:
+    """The constants of a kernel that multiplies by `weight`: tiles from `config`, and which masks it can do without."""
+    num_columns, depth = weight.shape
+    # A read ahead copies whole units of 16 bytes.
+    is_aligned = depth * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return {
+        "EVEN_N": num_columns % config["BLOCK_N"] == 0,
+        "EVEN_K": depth % config["BLOCK_K"] == 0,
+        "BLOCK_M": config["BLOCK_M"],
+        "BLOCK_N": config["BLOCK_N"],
+        "BLOCK_K": config["BLOCK_K"],
+        "NUM_STAGES": config["num_stages"],
+        "WEIGHTS_LEFT": bool(config["WEIGHTS_LEFT"]),
+        "PREFETCH_K": config["PREFETCH_K"] if is_aligned else 0,
+    }
