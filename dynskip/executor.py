@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynskip.backends import Backend
+from dynskip import prompt_attention
+from dynskip.backends import Backend, BackendWarning
+from dynskip.decode_graphs import GraphMemory
+from dynskip.decode_steps import DecodeSteps
+from dynskip.decode_work import ROW_BUCKETS, row_bucket
+from dynskip.fused_decode import FusedDecode
 from dynskip.kv_cache import EntryIndex, KVCache
+from dynskip.linear import Linear
 from dynskip.plan import KVPolicy, LayerPlan
+from dynskip.row_ops import get_row_ops, why_not_triton
 from dynskip.step import RowCounts, Step
 
 if TYPE_CHECKING:
@@ -20,18 +28,37 @@ if TYPE_CHECKING:
 class CompactExecutor:
     """Runs steps of many sequences, each layer once, on the compact rows that the plan gives it.
 
+    Decode steps run by the fused kernels, on a GPU from CUDA graphs, where the backend is triton and the model one that
+    these kernels know (`OPTDecoder.why_not_fused`); all other steps run op by op through the backend's launchers.
+
     backend: whose launchers gather, scatter and attend.
     deterministic: compute each row with the same bits whatever its neighbours are.
     """
 
-    def __init__(self, decoder: OPTDecoder, backend: Backend, deterministic: bool = False) -> None:
+    def __init__(self, decoder: OPTDecoder, lm_head: Linear, backend: Backend, deterministic: bool = False) -> None:
         self.decoder = decoder
+        self.lm_head = lm_head
         self.backend = backend
         self.deterministic = deterministic
         self.row_counts = RowCounts(len(decoder.layers))
+        self.fuses = backend.name == "triton" and decoder.why_not_fused() is None
+        reason = why_not_triton(decoder.embed_positions.weight.device) if self.fuses else None
+        if reason is not None:
+            self.fuses = False
+            warnings.warn(f"Decode steps run op by op, not fused. {reason}", BackendWarning, stacklevel=3)
+        self._retired: KVCache | None = None
+        self._steps: DecodeSteps | None = None
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
-        """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all."""
+        """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all.
+
+        Graphs are made for one cache, so one that was retired is taken again where it is large enough.
+        """
+        cache, self._retired = self._retired, None
+        if cache is not None and cache.holds(num_seqs, max_context_len, num_slots):
+            cache.clear()
+            return cache
+        self._steps = None
         layer = self.decoder.stack()[0]
         table = self.decoder.embed_positions.weight
         return KVCache(
@@ -45,6 +72,32 @@ class CompactExecutor:
             table.device,
         )
 
+    def retire(self, cache: KVCache) -> None:
+        """Say that nobody needs ``cache`` any more. It is kept for the next batch where graphs were made for it."""
+        if self._steps is not None and self._steps.decoder.cache is cache:
+            self._retired = cache
+
+    def release(self) -> None:
+        """Give back the memory of the retired cache, of static buffers and of graphs."""
+        self._retired = self._steps = None
+
+    @property
+    def graph_memory(self) -> GraphMemory | None:
+        """What graphs and static buffers of fused steps take on the device; None where there are none."""
+        return None if self._steps is None else self._steps.memory
+
+    def logits(self, step: Step, cache: KVCache) -> Tensor | None:
+        """[N, V]: the logits of a decode step that runs fused, head included; None where ``run`` has to be called."""
+        steps = self._decode_steps(step, cache)
+        return None if steps is None else steps.run(step, head=True)
+
+    def prompt_attention(self) -> str:
+        """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""
+        table, layer = self.decoder.embed_positions.weight, self.decoder.stack()[0]
+        return prompt_attention.attention_name(
+            self.backend, table.dtype, table.device, layer.head_size, self.deterministic
+        )
+
     @torch.no_grad()
     def run(self, step: Step, cache: KVCache | None, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """[N, C]: the last layer's output for every row of ``step``.
@@ -53,6 +106,9 @@ class CompactExecutor:
         on_layer: called with each layer's index and input, [N, C], which the layer then changes in place.
         """
         assert cache is not None or step.plan.kv_policy is not KVPolicy.SHARE, "sharing entries needs a cache"
+        steps = self._decode_steps(step, cache)
+        if steps is not None:
+            return steps.run(step, head=False, on_layer=on_layer)
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic)
         entries = _Entries(self, step, cache) if cache is not None else None
         for index, layer in enumerate(self.decoder.stack()):
@@ -62,6 +118,16 @@ class CompactExecutor:
             if plan.entries.num_rows:
                 self._run_layer(index, layer, plan, hidden_states, step, entries)
         return hidden_states
+
+    def _decode_steps(self, step: Step, cache: KVCache | None) -> DecodeSteps | None:
+        if not (self.fuses and step.decode and cache is not None and step.plan.rows.num_rows <= ROW_BUCKETS[-1]):
+            return None
+        if self._steps is None or self._steps.decoder.cache is not cache:
+            max_rows = row_bucket(min(cache.context_lens.shape[1], ROW_BUCKETS[-1]))
+            ops = get_row_ops("triton")
+            fused = FusedDecode(self.decoder, self.lm_head, cache, max_rows, ops, self.deterministic)
+            self._steps = DecodeSteps(fused, self.row_counts)
+        return self._steps
 
     def _run_layer(
         self,
@@ -74,18 +140,21 @@ class CompactExecutor:
     ) -> None:
         backend, deterministic = self.backend, self.deterministic
         run, kv = plan.run, plan.kv
-        attention_input = key = value = None
+        attention_input = query = key = value = None
         if kv.num_rows:
             attention_input = layer.attention_input(hidden_states, kv.row_ids, backend)
-            key, value = layer.project_key_value(attention_input, deterministic)
-            self.row_counts.kv[index] += key.shape[0]
+            if kv is run:
+                query, key, value = layer.project(attention_input, deterministic)
+            else:
+                key, value = layer.project_key_value(attention_input, deterministic)
+            self.row_counts.add(index, num_kv=key.shape[0])
         placed = entries.add(index, plan, key, value) if entries is not None else None
         if not run.num_rows:
             return
-        if kv is not run or attention_input is None:
+        if query is None:
             attention_input = layer.attention_input(hidden_states, run.row_ids, backend)
-        query = layer.project_query(attention_input, deterministic)
-        self.row_counts.run[index] += query.shape[0]
+            query = layer.project_query(attention_input, deterministic)
+        self.row_counts.add(index, num_run=query.shape[0])
         if step.decode:
             assert entries is not None and placed is not None, "decoding needs a cache"
             cache = entries.cache
@@ -99,8 +168,18 @@ class CompactExecutor:
             )
             assert keys is not None and values is not None, "a row that runs a layer has a key and a value there"
             key_limits = placed.key_limits if placed is not None else plan.key_ranks
-            attention = backend.prefill_attention(
-                query, keys, values, run.cu_seqlens, cu_seqlens_k, key_limits, layer.scale
+            attention = prompt_attention.attend(
+                backend,
+                query,
+                keys,
+                values,
+                plan,
+                cu_seqlens_k,
+                key_limits,
+                layer.scale,
+                max(step.plan.rows.num_new_tokens),
+                causal=kv is run and keys is key,
+                deterministic=deterministic,
             )
         layer.add_attention_(hidden_states, run.row_ids, attention, backend, deterministic)
         layer.add_feed_forward_(hidden_states, run.row_ids, backend, deterministic)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynskip.executor import CompactExecutor
 from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens
 from dynskip.paths import LayerPath
 from dynskip.routing import Paths, Routing, StepTokens, resolve
@@ -106,8 +107,7 @@ class Generation:
     @torch.no_grad()
     def step(self) -> None:
         """Run the last token of every running sequence and choose the next one of each."""
-        hidden_states = self.executor.run(self.next_step(), self.cache)
-        self._accept(self.model.head(hidden_states, self.executor_name))
+        self._accept(self.model.next_logits(self.next_step(), self.cache, self.executor_name))
 
     def run(self, on_step: Callable[[Generation], None] | None = None) -> list[OutputSequence]:
         """All sequences at their end, copies side by side; ``on_step`` is called after prefill and each step."""
@@ -116,6 +116,8 @@ class Generation:
             if on_step is not None:
                 on_step(self)
             if not self.running:
+                if isinstance(self.executor, CompactExecutor):
+                    self.executor.retire(self.cache)
                 return self.sequences
             self.step()
 

@@ -66,6 +66,7 @@ class KVCache:
     k_cache, v_cache: [num_slots, H, D], the pool.
     slot_tables: [L, B, S_max], int32, -1 where unused.
     context_lens: [L, B], int32, the number of entries.
+    slot_cursor: [1], int32, the next free slot where the device itself takes slots: see `reserve`.
     """
 
     def __init__(
@@ -95,26 +96,55 @@ class KVCache:
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
         self.slot_tables = torch.full((num_layers, num_seqs, max_context_len), -1, dtype=torch.int32, device=device)
         self.context_lens = torch.zeros((num_layers, num_seqs), dtype=torch.int32, device=device)
+        self.slot_cursor = torch.zeros(1, dtype=torch.int32, device=device)
         self.num_slots = num_slots
         self.num_slots_used = 0
+        self._device_slots_used = 0  # what the host says of the slots used when the cursor was last right
         self._index: tuple[Plan, Tensor, EntryIndex] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes held by the pool and the tables."""
-        tensors = (self.k_cache, self.v_cache, self.slot_tables, self.context_lens)
+        tensors = (self.k_cache, self.v_cache, self.slot_tables, self.context_lens, self.slot_cursor)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def holds(self, num_seqs: int, max_context_len: int, num_slots: int) -> bool:
+        """Whether the whole cache would do for a batch of that size."""
+        _, most_seqs, longest = self.slot_tables.shape
+        return num_seqs <= most_seqs and max_context_len <= longest and num_slots <= self.num_slots
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self.context_lens.zero_()
+        self.slot_cursor.zero_()
+        self.num_slots_used = self._device_slots_used = 0
+        self._index = None
 
     def allocate(self, num_slots: int) -> Tensor:
         """[num_slots], int32: fresh pool slots."""
         first = self.num_slots_used
-        if first + num_slots > self.num_slots:
+        self._use(num_slots, "allocate")
+        return torch.arange(first, first + num_slots, dtype=torch.int32, device=self.k_cache.device)
+
+    def reserve(self, num_slots: int) -> None:
+        """Let the device take up to ``num_slots`` fresh slots from `slot_cursor` on, in order.
+
+        The host counts them all as used. Slots that the device left are given to its next steps, until the host
+        allocates again.
+        """
+        if self._device_slots_used != self.num_slots_used:
+            self.slot_cursor.fill_(self.num_slots_used)
+        self._use(num_slots, "reserve")
+        self._device_slots_used = self.num_slots_used
+
+    def _use(self, num_slots: int, function: str) -> None:
+        num_left = self.num_slots - self.num_slots_used
+        if num_slots > num_left:
             raise KVCacheMemoryError(
-                f"KVCache.allocate: num_slots must be at most {self.num_slots - first}, the slots left of "
-                f"{self.num_slots}, got {num_slots}. Create the cache with more slots."
+                f"KVCache.{function}: num_slots must be at most {num_left}, the slots left of {self.num_slots}, got "
+                f"{num_slots}. Create the cache with more slots."
             )
         self.num_slots_used += num_slots
-        return torch.arange(first, first + num_slots, dtype=torch.int32, device=self.k_cache.device)
 
     def index(self, plan: Plan, cache_ids: Tensor) -> EntryIndex | None:
         """The entries of all layers of a step at once; None where the plan knows them only layer by layer.

@@ -13,10 +13,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from dynskip.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.executor import CompactExecutor
+from dynskip.kv_cache import KVCache
 from dynskip.linear import Linear
 from dynskip.memory import MemoryReport
 from dynskip.opt import OPTModel, check_config, embedding_size
-from dynskip.reference_executor import ReferenceExecutor
+from dynskip.reference_executor import ReferenceCache, ReferenceExecutor
 from dynskip.routing import Paths, StepTokens, resolve
 from dynskip.step import Step, packed_positions
 
@@ -147,7 +148,7 @@ class OPTForCausalLM(nn.Module):
         if name != "compact":
             raise ValueError(f"OPTForCausalLM: executor must be 'compact' or 'reference', got {name!r}.")
         if self._compact is None or self._compact.deterministic != self.deterministic:
-            self._compact = CompactExecutor(self.model.decoder, self.backend, self.deterministic)
+            self._compact = CompactExecutor(self.model.decoder, self.lm_head, self.backend, self.deterministic)
         return self._compact
 
     def head(self, hidden_states: Tensor, executor: ExecutorName = "compact") -> Tensor:
@@ -157,6 +158,16 @@ class OPTForCausalLM(nn.Module):
             return nn.functional.linear(finished, self.lm_head.dense_weight())
         finished = self.model.decoder.finish(hidden_states, self.deterministic)
         return self.lm_head(finished, deterministic=self.deterministic)
+
+    def next_logits(self, step: Step, cache: KVCache | ReferenceCache, executor: ExecutorName = "compact") -> Tensor:
+        """[N, V]: runs a decode step and returns the logits of its tokens; the next step may overwrite them."""
+        runner = self.executor(executor)
+        if isinstance(runner, CompactExecutor):
+            assert isinstance(cache, KVCache), "each executor makes its own cache"
+            logits = runner.logits(step, cache)
+            if logits is not None:
+                return logits
+        return self.head(runner.run(step, cache), executor)  # type: ignore[arg-type]  # each executor makes its own cache
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """[T, E]: token embeddings without positions, as controllers that decide per sequence see them."""

@@ -8,17 +8,21 @@ updates the residual stream of many sequences through the launchers of a backend
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
 from dynskip.backends import Backend
+from dynskip.kernels.row_list import RowNorm
 from dynskip.linear import Linear, merge
 
 POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
+# Where one large product is faster than three: query, key and value of the rows that need all of them.
+_MERGED_DEVICES = {"cuda"}
 
 
 class OPTAttention(nn.Module):
@@ -38,6 +42,22 @@ class OPTAttention(nn.Module):
         Merges them where they are not, and copies nothing where they are. Raises RuntimeError for packed projections.
         """
         return merge((self.q_proj, self.k_proj, self.v_proj))
+
+
+class FusedLayer(NamedTuple):
+    """What the fused kernels need of a layer: dense weights [out, in], those of query, key and value in one."""
+
+    attention_norm: RowNorm
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    ffn_norm: RowNorm
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    scale: float
 
 
 class OPTDecoderLayer(nn.Module):
@@ -84,6 +104,18 @@ class OPTDecoderLayer(nn.Module):
         """[R, C]: what the projections of attention see of some rows of the residual stream [N, C]."""
         return self._input(self.self_attn_layer_norm, hidden_states, row_ids, backend)
 
+    def project(self, attention_input: Tensor, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [R, H, D], of ``attention_input`` [R, C]: on a GPU one product."""
+        attention = self.self_attn
+        one = attention_input.device.type in _MERGED_DEVICES and not deterministic and not attention.q_proj.packed
+        if not one:
+            return self.project_query(attention_input, deterministic), *self.project_key_value(
+                attention_input, deterministic
+            )
+        weight, bias = attention.merged()
+        projected = F.linear(attention_input, weight, bias).view(-1, 3, self.num_heads, self.head_size)
+        return projected[:, 0], projected[:, 1], projected[:, 2]
+
     def project_query(self, attention_input: Tensor, deterministic: bool) -> Tensor:
         """[R, H, D]: queries of ``attention_input`` [R, C]."""
         return self._heads(self.self_attn.q_proj(attention_input, deterministic=deterministic))
@@ -112,6 +144,38 @@ class OPTDecoderLayer(nn.Module):
             inner = self.activation(self.fc1(inner, deterministic=deterministic))
         delta = self.fc2(inner, deterministic=deterministic)
         self._add_(self.final_layer_norm, hidden_states, row_ids, delta, backend)
+
+    # The fused form.
+
+    def why_not_fused(self) -> str | None:
+        """Why the fused kernels cannot run this layer, in words; None where they can."""
+        if not self.norm_first:
+            return "its LayerNorms stand behind attention and feed-forward"
+        return None if self.fused_relu else "its activation is not ReLU"
+
+    def fused(self) -> FusedLayer:
+        """The layer as the fused kernels take it; packed weights are copied, dense ones are the layer's own."""
+        attention = self.self_attn
+        if attention.q_proj.packed:
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            biases: list[Tensor] = [linear.bias for linear in projections if linear.bias is not None]
+            qkv_weight = torch.cat([linear.dense_weight() for linear in projections])
+            qkv_bias = torch.cat(biases) if biases else None
+        else:
+            qkv_weight, qkv_bias = attention.merged()
+        return FusedLayer(
+            row_norm(self.self_attn_layer_norm),
+            qkv_weight,
+            qkv_bias,
+            attention.out_proj.dense_weight(),
+            attention.out_proj.bias,
+            row_norm(self.final_layer_norm),
+            self.fc1.dense_weight(),
+            self.fc1.bias,
+            self.fc2.dense_weight(),
+            self.fc2.bias,
+            self.scale,
+        )
 
     def _input(self, norm: nn.LayerNorm, hidden_states: Tensor, row_ids: Tensor | None, backend: Backend) -> Tensor:
         if self.norm_first:
@@ -155,6 +219,18 @@ class OPTDecoder(nn.Module):
         """The layers, from the first to the last."""
         return cast("list[OPTDecoderLayer]", list(self.layers))
 
+    position_offset = POSITION_OFFSET
+
+    def why_not_fused(self) -> str | None:
+        """Why the fused kernels cannot run this decoder, in words; None where they can."""
+        if self.project_in is not None:
+            return "its embedding has another size than its layers"
+        return self.stack()[0].why_not_fused()
+
+    def final_norm(self) -> RowNorm | None:
+        """The LayerNorm before the head as the fused kernels take it."""
+        return None if self.final_layer_norm is None else row_norm(self.final_layer_norm)
+
     def embed(self, token_ids: Tensor, position_ids: Tensor, deterministic: bool = False) -> Tensor:
         """[N, C]: the first layer's input for ``token_ids`` and ``position_ids``, each [N], int64; positions from 0."""
         tokens = self.embed_tokens(token_ids)
@@ -177,6 +253,11 @@ class OPTModel(nn.Module):
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         self.decoder = OPTDecoder(config)
+
+
+def row_norm(norm: nn.LayerNorm) -> RowNorm:
+    """A LayerNorm as the fused kernels take it."""
+    return RowNorm(norm.weight, norm.bias, norm.eps)
 
 
 def embedding_size(config: OPTConfig) -> int:

@@ -236,6 +236,18 @@ class Plan:
             self._layers[device] = plans
         return self._layers[device]
 
+    def num_rows_by_layer(self) -> list[tuple[int, int]]:
+        """Per layer how many rows run it, and for how many it computes a key and a value; for a plan with a mask."""
+        assert self.active is not None, "a controller decides layer by layer"
+        num_run = self.active.sum(1).tolist()
+        if self.kv_policy in (KVPolicy.ABSENT, KVPolicy.EVICT):
+            return [(count, count) for count in num_run]
+        if self.kv_policy is KVPolicy.PROPAGATE:
+            return [(count, self.rows.num_rows) for count in num_run]
+        # Before the first layer that it runs, a row has no entry to share: each layer computes one for it.
+        ran_before = (self.active.cumsum(0) - self.active.long()) > 0
+        return list(zip(num_run, (self.active | ~ran_before).sum(1).tolist(), strict=True))
+
     def _decide(self, layer: int, hidden_states: Tensor) -> Tensor:
         assert self.decide is not None
         active = self.decide(layer, hidden_states)

@@ -99,7 +99,7 @@ class ReferenceExecutor:
         if not alone.entries.numel():
             return rows, last
         key, value = layer.key_value(rows[alone.kv])
-        self.row_counts.kv[index] += key.shape[0]
+        self.row_counts.add(index, num_kv=key.shape[0])
         if last is None:
             shape = (rows.shape[0], *key.shape[1:])
             last = rows.new_zeros(shape), rows.new_zeros(shape)
@@ -111,7 +111,7 @@ class ReferenceExecutor:
             return rows, last
         num_old = keys.shape[0] - new_keys.shape[0]
         query = layer.query(rows[alone.run])
-        self.row_counts.run[index] += query.shape[0]
+        self.row_counts.add(index, num_run=query.shape[0])
         attention = reference.prefill_attention(
             query,
             keys,

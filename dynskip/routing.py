@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -121,6 +121,33 @@ class MaskRouting:
         return MaskRouting(active, self.kv_policy, self.full_prompt)
 
 
+@dataclass(eq=False)
+class ControllerDecision:
+    """Asks ``controller`` at each layer of a step which rows run it; if ``everything``, all do and nobody is asked."""
+
+    controller: TokenController
+    tokens: StepTokens
+    everything: bool
+    _context: TokenContext | None = field(default=None, repr=False)
+
+    def __call__(self, layer: int, hidden_states: Tensor) -> Tensor:
+        """[N], bool: True where the row runs ``layer``; ``hidden_states`` is the layer's input, [N, C]."""
+        if self.everything:
+            return torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
+        if self._context is None:
+            self._context = self._make_context(hidden_states.device)
+        return self.controller.active(layer, hidden_states, self._context)
+
+    def _make_context(self, device: torch.device) -> TokenContext:
+        counts = torch.tensor(self.tokens.num_new_tokens)
+        firsts = torch.tensor(self.tokens.first_positions)
+        seq_ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+        starts = counts.cumsum(0) - counts
+        position_ids = torch.arange(len(seq_ids)) - starts[seq_ids.long()] + firsts[seq_ids.long()]
+        is_prompt = torch.full((len(seq_ids),), self.tokens.is_prompt)
+        return TokenContext(seq_ids.to(device), position_ids.to(device), is_prompt.to(device))
+
+
 @dataclass(frozen=True)
 class GateRouting:
     """A controller that decides at each layer which rows run it."""
@@ -132,21 +159,7 @@ class GateRouting:
 
     def plan(self, tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens``; the controller is asked while the step runs."""
-        counts = torch.tensor(tokens.num_new_tokens)
-        firsts = torch.tensor(tokens.first_positions)
-        seq_ids = torch.arange(len(tokens.seqs), dtype=torch.int32).repeat_interleave(counts)
-        starts = counts.cumsum(0) - counts
-        position_ids = torch.arange(len(seq_ids)) - starts[seq_ids.long()] + firsts[seq_ids.long()]
-        is_prompt = torch.full((len(seq_ids),), tokens.is_prompt)
-        everything = tokens.is_prompt and self.full_prompt
-
-        def decide(layer: int, hidden_states: Tensor) -> Tensor:
-            device = hidden_states.device
-            if everything:
-                return torch.ones(len(seq_ids), dtype=torch.bool, device=device)
-            context = TokenContext(seq_ids.to(device), position_ids.to(device), is_prompt.to(device))
-            return self.controller.active(layer, hidden_states, context)
-
+        decide = ControllerDecision(self.controller, tokens, tokens.is_prompt and self.full_prompt)
         return Plan.decided(decide, self.num_layers, tokens.num_new_tokens, self.kv_policy)
 
     def num_entries(self, seq: int, num_tokens: int) -> int:

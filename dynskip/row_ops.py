@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dynskip import row_reference
+import torch
+
+from dynskip import native, row_reference
 
 ROW_OP_NAMES = (
     "embed_rows",
@@ -36,13 +38,21 @@ class RowOps:
     workspace: Callable[..., Any]
 
 
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the row ops called "triton" cannot run on ``device``, where Triton itself can; None where they can."""
+    if device.type != "cuda" or native.unavailable_reason() is not None:
+        return native.unavailable_reason()
+    return None if native.has_cuda() else native.CUDA_MISSING
+
+
 def get_row_ops(name: str) -> RowOps:
     """The row ops called `name`: "triton" for the kernels, "reference" for the specification, on any device.
 
     Raises: ValueError for an unknown name; ImportError or RuntimeError where a part of "triton" cannot be loaded.
     """
     if name == "reference":
-        return RowOps(name, *(getattr(row_reference, op) for op in ROW_OP_NAMES), workspace=lambda **sizes: None)
+        launchers: dict[str, Any] = {op: getattr(row_reference, op) for op in ROW_OP_NAMES}
+        return RowOps(name, workspace=lambda **sizes: None, **launchers)
     if name == "triton":
         return _load_triton()
     raise ValueError(f"get_row_ops: name must be 'triton' or 'reference', got {name!r}. Choose one of these.")
@@ -56,7 +66,6 @@ def _load_triton() -> RowOps:
     from dynskip.kernels.linear_rows import linear_rows, qkv_rows
     from dynskip.kernels.norm_rows import norm_rows
     from dynskip.kernels.workspace import make_workspace
-    from dynskip.native import plan_rows
 
     return RowOps(
         "triton",
@@ -67,6 +76,6 @@ def _load_triton() -> RowOps:
         attend_rows,
         linear_add_rows,
         gate_rows,
-        plan_rows,
+        native.plan_rows,
         make_workspace,
     )

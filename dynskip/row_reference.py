@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.plan import KVPolicy
 from dynskip.reference import accumulation_dtype, decode_attention, gather_layer_norm
 
-# What a token leaves in a layer that it skips, as `plan_rows` is told it: see `dynskip.plan.KVPolicy`.
+# What a token leaves in a layer that it skips, as `plan_rows` is told it.
 ABSENT, EVICT, PROPAGATE, SHARE = range(4)
+KV_POLICY_CODES = {
+    KVPolicy.ABSENT: ABSENT,
+    KVPolicy.EVICT: EVICT,
+    KVPolicy.PROPAGATE: PROPAGATE,
+    KVPolicy.SHARE: SHARE,
+}
 
 
 def embed_rows(

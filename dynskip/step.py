@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,25 +29,47 @@ class Step:
     decode: bool = False
 
 
-@dataclass
 class RowCounts:
     """How many rows an executor really computed, layer by layer, since it was made or reset.
 
-    run: [L], rows through attention and feed-forward.
-    kv: [L], rows whose key and value were computed.
+    Counts that only a device knows stay there until somebody asks: asking for them waits for the device.
     """
 
-    num_layers: int
-    run: list[int] = field(init=False)
-    kv: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.on_device: Tensor | None = None  # [2, L], int64: run and kv counts not yet fetched
         self.reset()
 
     def reset(self) -> None:
         """Set all counts to zero."""
-        self.run = [0] * self.num_layers
-        self.kv = [0] * self.num_layers
+        self._run = [0] * self.num_layers
+        self._kv = [0] * self.num_layers
+        if self.on_device is not None:
+            self.on_device.zero_()
+
+    def add(self, layer: int, num_run: int = 0, num_kv: int = 0) -> None:
+        """Count rows of ``layer`` that the host knows of."""
+        self._run[layer] += num_run
+        self._kv[layer] += num_kv
+
+    @property
+    def run(self) -> list[int]:
+        """[L], rows through attention and feed-forward."""
+        self._fetch()
+        return self._run
+
+    @property
+    def kv(self) -> list[int]:
+        """[L], rows whose key and value were computed."""
+        self._fetch()
+        return self._kv
+
+    def _fetch(self) -> None:
+        if self.on_device is None:
+            return
+        for layer, (num_run, num_kv) in enumerate(self.on_device.t().tolist()):
+            self.add(layer, num_run, num_kv)
+        self.on_device.zero_()
 
 
 def packed_positions(num_new_tokens: Sequence[int], device: torch.device) -> Tensor:

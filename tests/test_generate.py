@@ -10,6 +10,7 @@ import torch
 from models import NUM_LAYERS, VOCAB_SIZE, cpu_backend, random_prompts, tiny_model, word_tokenizer
 
 from dynskip import LLM, LayerPath, OPTForCausalLM, SamplingParams
+from dynskip.controllers import HiddenStateGate
 from dynskip.generate import Generation
 
 PROMPTS = random_prompts([5, 1, 7])
@@ -232,17 +233,63 @@ def test_triton_kernels_generate_what_torch_does(dtype: torch.dtype) -> None:
         if backend == "torch":
             assert not LAUNCHES
     assert outputs["triton"] == outputs["torch"]
-    # PATHS run every layer, each once a step for all its sequences; both of a layer's halves gather and scatter.
+    # PATHS run every layer, each once a step for all its sequences. In the prefill both of a layer's halves gather and
+    # scatter; then come the fused steps; the last token is chosen, not run.
     num_layers = len({layer for path in PATHS for layer in path.layers})
-    num_steps = max_tokens  # one prefill, then decoding; the last token is chosen, not run
     assert num_layers == NUM_LAYERS
     assert dict(LAUNCHES) == {
-        "gather_layer_norm": 2 * num_layers * num_steps,
-        "scatter_add": 2 * num_layers * num_steps,
-        "kv_store": num_layers * num_steps,
+        "gather_layer_norm": 2 * num_layers,
+        "scatter_add": 2 * num_layers,
+        "kv_store": num_layers,
         "prefill_attention": num_layers,
-        "decode_attention": num_layers * (num_steps - 1),
+        **fused_launches(num_layers, num_steps=max_tokens - 1),
     }
+
+
+def fused_launches(num_layers: int, num_steps: int) -> dict[str, int]:
+    """The launches of fused decode steps in which ``num_layers`` layers run, of so few rows that norms are fused."""
+    return {
+        "embed_rows": num_steps,
+        "qkv_rows": num_layers * num_steps,
+        "attend_rows": num_layers * num_steps,
+        "linear_add_rows": 2 * num_layers * num_steps,
+        "linear_rows": (num_layers + 1) * num_steps,  # fc1 of each layer, and the head
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kv_policy", ["propagate", "evict", "share"])
+def test_a_gate_decides_by_a_kernel_what_it_decides_in_torch(kv_policy: str, dtype: torch.dtype) -> None:
+    from dynskip.kernels.launches import LAUNCHES
+
+    gate = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 32, generator=torch.Generator().manual_seed(4)))
+    outputs, counts = {}, {}
+    for backend in ("torch", cpu_backend("triton")):
+        model = tiny_model(dtype=dtype, backend=backend)
+        params = [SamplingParams(max_tokens=4, ignore_eos=True)] * len(PROMPTS)
+        generation = Generation(model, PROMPTS, params, gate, kv_policy, prompt_depth="full")
+        LAUNCHES.clear()
+        outputs[backend] = [sequence.token_ids for sequence in generation.run()]
+        counts[backend] = model.executor().row_counts.run, model.executor().row_counts.kv
+    assert outputs["triton"] == outputs["torch"]
+    assert counts["triton"] == counts["torch"]
+    launches = fused_launches(NUM_LAYERS, num_steps=3) | {"gate_rows": (NUM_LAYERS - 2) * 3}
+    assert {op: LAUNCHES[op] for op in launches} == launches
+    assert min(counts["torch"][0]) < max(counts["torch"][0])  # some rows were skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused_steps_give_each_sequence_the_bits_it_has_alone(dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype, backend=cpu_backend("triton"), deterministic=True)
+
+    def logprobs(seqs: list[int]) -> list[list[dict[int, float]]]:
+        params = [SamplingParams(max_tokens=3, ignore_eos=True, logprobs=VOCAB_SIZE)] * len(seqs)
+        generation = Generation(model, [PROMPTS[seq] for seq in seqs], params, [PATHS[seq] for seq in seqs])
+        return [sequence.logprobs for sequence in generation.run()]
+
+    together = logprobs([0, 1, 2])
+    for seq in range(len(PROMPTS)):
+        assert logprobs([seq]) == together[seq : seq + 1]
 
 
 def test_a_layer_that_nobody_runs_launches_nothing() -> None:

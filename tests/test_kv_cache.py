@@ -96,9 +96,26 @@ def test_allocate_beyond_the_pool() -> None:
     assert cache.num_slots_used == 3
 
 
+def test_the_device_takes_slots_that_the_host_reserved() -> None:
+    cache = new_cache(num_slots=10)
+    cache.allocate(2)
+    cache.reserve(4)
+    assert int(cache.slot_cursor) == 2 and cache.num_slots_used == 6
+    cache.slot_cursor += 1  # what a step took of its 4
+    cache.reserve(2)
+    assert int(cache.slot_cursor) == 3 and cache.num_slots_used == 8
+    assert cache.allocate(1).tolist() == [8]
+    cache.reserve(1)
+    assert int(cache.slot_cursor) == 9
+    with pytest.raises(KVCacheMemoryError, match=r"KVCache.reserve: num_slots must be at most 0, .* of 10, got 1"):
+        cache.reserve(1)
+    cache.clear()
+    assert cache.num_slots_used == int(cache.slot_cursor) == 0 and cache.holds(3, 8, 10) and not cache.holds(3, 9, 10)
+
+
 def test_num_bytes_is_what_the_tensors_take() -> None:
     cache = KVCache(3, 2, 5, 7, 4, 16, torch.bfloat16, CPU)
-    assert cache.num_bytes == 2 * 7 * 4 * 16 * 2 + 3 * 2 * 5 * 4 + 3 * 2 * 4
+    assert cache.num_bytes == 2 * 7 * 4 * 16 * 2 + 3 * 2 * 5 * 4 + 3 * 2 * 4 + 4
 
 
 def test_too_little_memory_says_what_is_needed_and_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:

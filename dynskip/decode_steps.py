@@ -1,0 +1,78 @@
+"""From the steps that generation makes to fused decode steps: what changed since the last one goes to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dynskip.controllers import HiddenStateGate
+from dynskip.decode_graphs import CudaGraphs, GraphedDecode, GraphMemory
+from dynskip.decode_work import StepWork
+from dynskip.fused_decode import FusedDecode
+from dynskip.plan import Plan
+from dynskip.step import RowCounts, Step
+
+
+class DecodeSteps:
+    """Runs the decode steps of one cache by a `FusedDecode`, on a GPU from CUDA graphs."""
+
+    def __init__(self, decoder: FusedDecode, row_counts: RowCounts) -> None:
+        self.decoder = decoder
+        self.row_counts = row_counts
+        device = decoder.cache.k_cache.device
+        self.graphs = GraphedDecode(decoder, CudaGraphs(device)) if device.type == "cuda" else None
+        self._plan: Plan | None = None
+        self._work: StepWork | None = None
+        self._cache_ids: Tensor | None = None
+
+    def run(self, step: Step, head: bool, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Run ``step``: [N, C], the last layer's output, or with ``head`` [N, V], the logits.
+
+        What comes back is overwritten by the next step.
+        """
+        decoder, buffers, plan = self.decoder, self.decoder.buffers, step.plan
+        num_rows = plan.rows.num_rows
+        if self._cache_ids is not step.cache_ids:
+            decoder.set_rows(step.cache_ids)
+            self._cache_ids = step.cache_ids
+        decoder.set_tokens(step.token_ids, step.position_ids)
+        if self._plan is not plan or self._work is None:
+            self._plan, self._work = plan, StepWork.of(plan)
+            if plan.active is not None:
+                decoder.set_active(plan.active)
+            if isinstance(self._work.controller, HiddenStateGate):
+                decoder.prepare_gate(self._work.controller)
+        work = self._work
+        self._reserve(plan)
+        if self.graphs is not None and on_layer is None:
+            self.graphs.run(work, head)
+        else:
+            record = None if on_layer is None else lambda layer, states: on_layer(layer, states[:num_rows])
+            decoder.run(work, record)
+            if head:
+                decoder.head(work.max_rows)
+        self._count(plan)
+        return (buffers.logits if head else buffers.hidden_states)[:num_rows]
+
+    @property
+    def memory(self) -> GraphMemory:
+        """What graphs and static buffers take."""
+        return GraphMemory(0, 0, self.decoder.num_bytes) if self.graphs is None else self.graphs.memory
+
+    def _reserve(self, plan: Plan) -> None:
+        if plan.active is None:
+            self.decoder.cache.reserve(plan.num_layers * plan.rows.num_rows)
+        else:
+            self.decoder.cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer()))
+
+    def _count(self, plan: Plan) -> None:
+        counts = self.row_counts
+        if plan.active is None:
+            if counts.on_device is None:
+                counts.on_device = torch.zeros_like(self.decoder.buffers.counts, dtype=torch.int64)
+            counts.on_device.add_(self.decoder.buffers.counts)
+            return
+        for layer, (num_run, num_kv) in enumerate(plan.num_rows_by_layer()):
+            counts.add(layer, num_run, num_kv)
