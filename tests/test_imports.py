@@ -25,6 +25,7 @@ ORDER = [
     "native",
     "kernels",
     "backends",
+    "prompt_attention",
     "ops",
     "row_reference",
     "row_ops",
