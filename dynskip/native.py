@@ -183,8 +183,7 @@ def replay(graph_execs: Sequence[int], device: torch.device) -> None:
 @functools.cache
 def _check_cuda(name: str) -> None:
     if not has_cuda():
-        reason = unavailable_reason() or f"The C++ extension was built without its CUDA sources. {_BUILD}"
-        reason = reason.replace(_BUILD, _BUILD_CUDA)
+        reason = (unavailable_reason() or CUDA_MISSING).replace(_BUILD, _BUILD_CUDA)
         raise RuntimeError(f"native.{name}: the C++ extension must have its CUDA part, got none. {reason}")
 
 
