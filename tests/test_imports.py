@@ -52,7 +52,6 @@ ORDER = [
     "llm",
     # what stands around it
     "training",
-    "evaluation",
     "validation_draws",
     "row_validation_cases",
     "validation_cases",
@@ -63,6 +62,7 @@ ORDER = [
     "offline_worker",
     "offline_compile",
     "benchmark",
+    "evaluation",
     "cli",
     "__main__",
 ]
