@@ -34,10 +34,11 @@ from dynskip.training.corpus import Instruction, read_corpus, split_instructions
 from dynskip.training.examples import Example, encode_examples, encode_windows
 from dynskip.training.head_loss import head_loss
 from dynskip.training.optimizer import MuonWithAdamW
+from dynskip.training.resumable import latest_checkpoint
 from dynskip.training.run import TrainingRun, new_model
 from dynskip.training.schedule import Clock, LearningRate, PathMenu
+from dynskip.training.step_model import only_layers
 from dynskip.training.tokenizer import INSTRUCTION_MARK, RESPONSE_MARK, prompt_text, train_tokenizer
-from dynskip.training.trainer import latest_checkpoint, only_layers
 
 SHAPE = ModelShape(num_layers=4, hidden_size=32, ffn_size=48, num_heads=2, vocab_size=320, max_positions=64)
 ANIMALS = ["otter", "heron", "badger", "lynx", "newt", "stoat", "vole", "crane", "hare", "mole"]

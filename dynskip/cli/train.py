@@ -1,14 +1,17 @@
-"""``dynskip train``: tokenizer, pre-training, fine-tuning, evaluation and export in one resumable run."""
+"""``dynskip train``: small models from scratch, and fine-tunes of OPT checkpoints, as resumable runs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dynskip.cli.fine_tune import OPTIONS as FINE_TUNE_OPTIONS
+from dynskip.cli.fine_tune import add_options, fine_tune_config, run_fine_tune
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -22,6 +25,10 @@ _EXAMPLES = """examples:
       the same with more time
   dynskip train --preset opt-mini --data ... --out runs/brief --steps pretrain=200 --steps finetune=50
       bounded by steps, so that two machines do the same work
+  dynskip train --preset paper --model facebook/opt-1.3b --data alpaca_data.json.xz --out runs/paper
+      the fine-tunes of arXiv 2410.20022: full depth, then from there ULS-12, ULS-8 and ULS-4
+  torchrun --nproc-per-node 8 -m dynskip train --preset paper --data alpaca_data.json.xz --out runs/paper
+      the same batches on 8 GPUs; `accelerate launch -m dynskip train ...` works as well
 """
 
 
@@ -29,13 +36,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """The parser of ``train``, added to ``subparsers``."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "train",
-        help="train a small OPT model that speaks at several depths",
+        help="train models that speak at several depths",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=["opt-mini"], default="opt-mini", help="the recipe (default: opt-mini)")
+    parser.add_argument(
+        "--preset", choices=["opt-mini", "paper", "released-code"], default="opt-mini", help="default: opt-mini"
+    )
     parser.add_argument(
         "--data",
         action="append",
@@ -45,17 +54,23 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="Alpaca as *.json[.xz], T0 as *.jsonl[.xz]; give it once a file",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="run folder, new or to be resumed")
-    parser.add_argument("--minutes", action="append", default=[], metavar="PHASE=N", help="training minutes of a phase")
     parser.add_argument(
-        "--steps", action="append", default=[], metavar="PHASE=N", help="steps of a phase, in place of minutes"
+        "--steps",
+        action="append",
+        default=[],
+        metavar="PHASE=N",
+        help="steps of a phase: pretrain or finetune of opt-mini; full or paths of the other presets",
     )
-    parser.add_argument("--tokens-per-batch", type=int, metavar="N", help="padded tokens of a batch")
-    parser.add_argument("--muon-lr", type=float, metavar="X", help="learning rate of the layers' matrices")
-    parser.add_argument("--adamw-lr", type=float, metavar="X", help="learning rate of everything else")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, batches and paths")
     parser.add_argument("--save-every", type=float, metavar="S", help="seconds between two checkpoints")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    group = parser.add_argument_group("preset opt-mini")
+    group.add_argument("--minutes", action="append", default=[], metavar="PHASE=N", help="training minutes of a phase")
+    group.add_argument("--tokens-per-batch", type=int, metavar="N", help="padded tokens of a batch")
+    group.add_argument("--muon-lr", type=float, metavar="X", help="learning rate of the layers' matrices")
+    group.add_argument("--adamw-lr", type=float, metavar="X", help="learning rate of everything else")
+    add_options(parser)
     return parser
 
 
@@ -76,7 +91,20 @@ def _phase_numbers(option: str, pairs: Sequence[str], names: Sequence[str]) -> d
     return numbers
 
 
-def _config(args: argparse.Namespace) -> Any:
+_MINI_OPTIONS = ("minutes", "tokens_per_batch", "muon_lr", "adamw_lr")
+
+
+def _refuse(args: argparse.Namespace, options: Iterable[str]) -> None:
+    """Raise ValueError where one of ``options`` is given, which the preset has no use for."""
+    for name in sorted(options):
+        value = getattr(args, name)
+        if value is not None and value != []:
+            raise ValueError(
+                f"train: --{name.replace('_', '-')} must be left out with the preset {args.preset}, got {value}."
+            )
+
+
+def _mini_config(args: argparse.Namespace) -> Any:
     from dynskip.training.config import PRESETS
 
     config = PRESETS[args.preset]()
@@ -114,7 +142,7 @@ def evaluator(progress: bool) -> Callable[[OPTForCausalLM, Sequence[Example], in
 
         from dynskip.evaluation.bits_per_byte import bits_per_byte
         from dynskip.paths import LayerPath
-        from dynskip.training.trainer import only_layers
+        from dynskip.training.step_model import only_layers
 
         def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
             with torch.autocast(model.device.type, torch.bfloat16):
@@ -140,16 +168,23 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"train: --threads must be at least 1, got {args.threads}. Leave it out for the default.")
-    config = _config(args)
+    is_mini = args.preset == "opt-mini"
+    _refuse(args, FINE_TUNE_OPTIONS if is_mini else _MINI_OPTIONS)
+    if not is_mini and len(args.data) != 1:
+        raise ValueError(f"train: --data must be given once with the preset {args.preset}, got {len(args.data)} files.")
     for package in ("accelerate", "datasets"):
         if find_spec(package) is None:
             raise ValueError(f"train: {package} must be installed. Install it with `pip install dynskip[train]`.")
     import torch
 
-    from dynskip.training.run import TrainingRun
-
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if not is_mini:
+        return run_fine_tune(args, fine_tune_config(args, args.preset), args.data[0])
+
+    from dynskip.training.run import TrainingRun
+
+    config = _mini_config(args)
     exported = TrainingRun(config, args.data, args.out, evaluator(not args.quiet), progress=not args.quiet).train()
     print(f"{exported}: model, tokenizer, and bits per byte of each path in scores.json")
     return 0

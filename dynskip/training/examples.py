@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynskip.training.corpus import Instruction
-from dynskip.training.tokenizer import prompt_text
+from dynskip.training.templates import TEMPLATES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,31 @@ class Example:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def encode_examples(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Instruction], max_tokens: int) -> list[Example]:
-    """Examples in the order of ``rows``, cut at ``max_tokens``; rows whose prompt leaves no room are left out."""
-    prompts = tokenizer([prompt_text(row.instruction, row.input) for row in rows])["input_ids"]
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Instruction],
+    max_tokens: int,
+    template: str = "short",
+    max_prompt_tokens: int | None = None,
+) -> list[Example]:
+    """Examples in the order of ``rows``, cut at ``max_tokens``.
+
+    Left out are rows with an empty response and rows whose prompt leaves no room or is longer than
+    ``max_prompt_tokens``.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(
+            f"encode_examples: template must be one of {', '.join(sorted(TEMPLATES))}, got {template!r}. "
+            "Take the one that the checkpoint was trained with."
+        )
+    write = TEMPLATES[template]
+    prompts = tokenizer([write(row.instruction, row.input) for row in rows])["input_ids"]
     responses = tokenizer([row.output for row in rows], add_special_tokens=False)["input_ids"]
+    longest = max_tokens - 1 if max_prompt_tokens is None else min(max_tokens - 1, max_prompt_tokens)
     examples: list[Example] = []
     for prompt_ids, text_ids in zip(prompts, responses, strict=True):
         room = max_tokens - len(prompt_ids)
-        if room <= 0 or not text_ids:
+        if len(prompt_ids) > longest or not text_ids:
             continue
         kept = text_ids[:room]
         # In a byte-level vocabulary the written form of a token has one character for each byte.
@@ -44,7 +61,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Instructi
     return examples
 
 
-def encode_windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], window: int) -> list[tuple[int, ...]]:
+def encode_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int) -> list[tuple[int, ...]]:
     """All texts one after the other, each opened by the start token, cut into windows of exactly ``window`` ids."""
     stream = [token for ids in tokenizer(list(texts))["input_ids"] for token in ids]
     return [tuple(stream[start : start + window]) for start in range(0, len(stream) - window + 1, window)]

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,6 +17,7 @@ from dynskip.training.batches import BatchPlan
 from dynskip.training.config import ModelShape, Phase, RunConfig
 from dynskip.training.corpus import Corpus, read_corpus
 from dynskip.training.examples import Example, encode_examples, encode_windows
+from dynskip.training.provenance import provenance, write_json
 from dynskip.training.schedule import Clock
 from dynskip.training.tokenizer import train_tokenizer, training_texts
 from dynskip.training.trainer import PathTrainer
@@ -69,42 +65,6 @@ def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) 
     return model
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file stands in, or None outside of one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
-
-
-def provenance(config: RunConfig, data: Sequence[Path]) -> dict[str, Any]:
-    """What one needs to know to repeat a run."""
-    return {
-        "config": dataclasses.asdict(config),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "num_threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "data": {path.name: _file_hash(path) for path in data},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _write_json(path: Path, value: object) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.rename(path)
-
-
 class TrainingRun:
     """One run in ``directory``. ``evaluate`` maps model, examples and pad id to named scores."""
 
@@ -120,9 +80,9 @@ class TrainingRun:
 
     def _record_start(self) -> None:
         record = self.directory / "run.json"
-        new = json.loads(json.dumps(provenance(self.config, self._data)))
+        new = json.loads(json.dumps(provenance(dataclasses.asdict(self.config), self._data)))
         if not record.exists():
-            _write_json(record, {**new, "resumed": []})
+            write_json(record, {**new, "resumed": []})
             return
         old = json.loads(record.read_text())
         for name in ("shape", "seed", "split_seed", "tokens_per_batch", "window"):
@@ -138,7 +98,7 @@ class TrainingRun:
             )
         # Length and rates of a phase may change between two starts; every start is on record.
         old["resumed"].append({key: new[key] for key in ("config", "commit", "started")})
-        _write_json(record, old)
+        write_json(record, old)
 
     def _tokenizer(self, corpus: Corpus) -> PreTrainedTokenizerFast:
         directory = self.directory / "tokenizer"
@@ -223,7 +183,7 @@ class TrainingRun:
         steps_done = trainer.run()
         bar.close()
         model.save_pretrained(directory / "model")
-        _write_json(directory / "done.json", {"num_steps": steps_done, "elapsed_s": round(clock.elapsed_s, 1)})
+        write_json(directory / "done.json", {"num_steps": steps_done, "elapsed_s": round(clock.elapsed_s, 1)})
 
     def train(self) -> Path:
         """The folder of the exported bf16 model with its tokenizer and scores, after all phases."""
@@ -235,7 +195,7 @@ class TrainingRun:
         examples = encode_examples(tokenizer, corpus.train, max_tokens)
         windows = encode_windows(tokenizer, corpus.passages, self.config.window)
         validation = encode_examples(tokenizer, corpus.validation, max_tokens)
-        _write_json(
+        write_json(
             self.directory / "corpus.json",
             {
                 "train_rows": len(examples),
@@ -270,5 +230,5 @@ class TrainingRun:
         torch.nn.Module.to(exported, model.device)
         scores = self._evaluate(exported, scored, tokenizer.pad_token_id)
         num_bytes = sum(example.num_bytes for example in scored)
-        _write_json(directory / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})
+        write_json(directory / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})
         return directory

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of a small model, and the template of its prompts."""
+"""The byte-level BPE tokenizer of a small model."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dynskip.training.corpus import Corpus
+from dynskip.training.templates import CHAT_TEMPLATES, INPUT_MARK, INSTRUCTION_MARK, RESPONSE_MARK, prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+__all__ = [
+    "END_TOKEN",
+    "INPUT_MARK",
+    "INSTRUCTION_MARK",
+    "PAD_TOKEN",
+    "RESPONSE_MARK",
+    "prompt_text",
+    "train_tokenizer",
+    "training_texts",
+]
+
 PAD_TOKEN = "<pad>"
 END_TOKEN = "</s>"
-INSTRUCTION_MARK = "### Instruction:\n"
-INPUT_MARK = "\n### Input:\n"
-RESPONSE_MARK = "\n### Response:\n"
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '### Instruction:\n' + message['content'] + '\n### Response:\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def prompt_text(instruction: str, input_text: str = "") -> str:
-    """The prompt for an instruction: the short template that the model is trained with."""
-    middle = INPUT_MARK + input_text if input_text else ""
-    return INSTRUCTION_MARK + instruction + middle + RESPONSE_MARK
 
 
 def training_texts(corpus: Corpus) -> Iterable[str]:
@@ -74,6 +72,6 @@ def train_tokenizer(
         unk_token=END_TOKEN,
         pad_token=PAD_TOKEN,
         model_max_length=max_length,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATES["short"],
         clean_up_tokenization_spaces=False,
     )

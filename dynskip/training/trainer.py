@@ -1,45 +1,24 @@
-"""transformers' Trainer with a layer path drawn for every batch and checkpoints that survive a kill."""
+"""transformers' Trainer with a layer path drawn for every batch, for phases that the clock may end."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import OPTForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import OPTForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
-from dynskip.paths import LayerPath
 from dynskip.training.batches import Batch, BatchPlan
 from dynskip.training.head_loss import head_loss
 from dynskip.training.optimizer import MuonWithAdamW
+from dynskip.training.resumable import ResumableTrainer, clear_broken, latest_checkpoint, saved_note
 from dynskip.training.schedule import Clock, LearningRate, PathMenu
-
-_COMPLETE = "complete.json"
-
-
-@contextmanager
-def only_layers(model: OPTForCausalLM, path: LayerPath) -> Iterator[None]:
-    """Within the context the decoder consists of the path's layers: what is skipped is not computed."""
-    decoder = model.model.decoder
-    every_layer = decoder.layers
-    decoder.layers = nn.ModuleList([every_layer[layer] for layer in path.layers])
-    try:
-        yield
-    finally:
-        decoder.layers = every_layer
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    complete = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+from dynskip.training.step_model import only_layers
 
 
 class StepLog:
@@ -85,7 +64,7 @@ class _Pace(TrainerCallback):
             self._saved = time.monotonic()
 
 
-class PathTrainer(Trainer):
+class PathTrainer(ResumableTrainer):
     """A Trainer for one phase: batches from a plan, a path from a menu for each, one line a step in the log."""
 
     def __init__(
@@ -176,24 +155,17 @@ class PathTrainer(Trainer):
             )
         return (loss, None) if return_outputs else loss
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        # A checkpoint counts only with this file in it, written last: a kill can leave a broken folder behind,
-        # but the complete one before it is still there.
-        directory = self.directory / f"checkpoint-{self.state.global_step}"
-        partial = directory / (_COMPLETE + ".partial")
-        with partial.open("w") as file:
-            json.dump({"step": self.state.global_step, "elapsed_s": self.clock.elapsed_s}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(directory / _COMPLETE)
+    def checkpoint_note(self) -> dict[str, Any]:
+        """The seconds of training so far, for the clock of a resumed phase."""
+        return {"elapsed_s": self.clock.elapsed_s}
 
     def run(self) -> int:
         """The number of steps of the phase, trained to its end: from the latest complete checkpoint if there is one."""
         checkpoint = latest_checkpoint(self.directory)
+        clear_broken(self.directory)
         saved = {"step": 0, "elapsed_s": 0.0}
         if checkpoint is not None:
-            saved = json.loads((checkpoint / _COMPLETE).read_text())
+            saved = saved_note(checkpoint)
         self.plan.first_step = int(saved["step"])
         self.log_file = StepLog(self.directory / "steps.jsonl", self.plan.first_step)
         self.clock.start(saved["elapsed_s"])
