@@ -14,7 +14,8 @@ from dynskip.kernels.norm_rows import norm_rows, normalise_rows
 from dynskip.kernels.row_list import RowList, RowNorm
 from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, wait_for_earlier_kernels
 
-# The values that a program holds while it normalises rows: 64 a thread of 4 warps. With more, registers would run out.
+# The values that a program holds while it normalises rows: 64 a thread of 4 warps. With more, registers would run out;
+# in chunks, whose sums need registers as well, with half as many.
 MAX_NORM_TILE = 8192
 
 
@@ -259,7 +260,9 @@ def _launch(
         norm_rows(x, rows, norm, normed, deterministic)
         x, norm = normed, None
     norm_tile_rows = min(config["BLOCK_M"], triton.next_power_of_2(rows.max_rows))
-    norm_chunk = min(triton.next_power_of_2(depth), max(MAX_NORM_TILE // norm_tile_rows, 16))
+    norm_chunk = triton.next_power_of_2(depth)
+    if norm_chunk * norm_tile_rows > MAX_NORM_TILE:
+        norm_chunk = max(MAX_NORM_TILE // 2 // norm_tile_rows, 16)
     launch(
         op,
         linear_rows_kernel,
