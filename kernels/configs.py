@@ -29,6 +29,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "attend_rows": ("BLOCK_S", "BLOCK_C", "TARGET_PROGRAMS", "SPLIT_TOKENS", "PDL", "num_warps"),
     "linear_add_rows": (*_LINEAR, "SPLIT_K"),
     "gate_rows": ("PDL", "num_warps"),
+    "prefill_attention": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
 }
 """The constants of each op. An entry of a table has them all, and `max_rows`, and perhaps `shape`."""
 

@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynskip.kernels.configs import get_config
 from dynskip.kernels.launches import launch
+
+# Stands for minus infinity in scores: the difference of two of it is a number.
+NO_SCORE = tl.constexpr(-3.0e38)
+# A weight is a power of two: e ** x = 2 ** (x * log2(e)).
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -58,32 +64,98 @@ def prefill_attention_kernel(
     q_mask = in_rows[:, None] & in_head[None, :]
     q = tl.load(q_ptr + rows[:, None] * stride_q_row + head_offset[None, :], mask=q_mask, other=0.0)
 
-    maxima = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    maxima = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     totals = tl.zeros([BLOCK_M], tl.float32)
     attended = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     num_keys = tl.max(limits, axis=0)
-    for start in range(0, num_keys, BLOCK_N):
-        positions = start + tl.arange(0, BLOCK_N)
-        keys = first_key + positions
-        in_keys = positions < num_keys
-        k_offsets = keys[None, :] * stride_k_row + head_offset[:, None]
-        k = tl.load(k_ptr + k_offsets, mask=in_keys[None, :] & in_head[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        scores = tl.where(positions[None, :] < limits[:, None], scores, float("-inf"))
-        new_maxima = tl.maximum(maxima, tl.max(scores, axis=1))
-        # A row that has seen no key yet has the maximum -inf: subtract 0 from its scores, so that their weights are 0.
-        subtrahends = tl.where(new_maxima == float("-inf"), 0.0, new_maxima)
-        rescale = tl.exp(maxima - subtrahends)
-        weights = tl.exp(scores - subtrahends[:, None])
-        v_offsets = keys[:, None] * stride_v_row + head_offset[None, :]
-        v = tl.load(v_ptr + v_offsets, mask=in_keys[:, None] & in_head[None, :], other=0.0)
-        totals = totals * rescale + tl.sum(weights, axis=1)
-        attended = attended * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        maxima = new_maxima
+    # Blocks of keys that every row of the tile sees need no mask; the blocks are the same, whichever loop they fall in.
+    num_seen_by_all = tl.min(tl.where(in_rows, limits, num_keys), axis=0) // BLOCK_N * BLOCK_N
+    k_ptr += first_key * stride_k_row + head * HEAD_SIZE
+    v_ptr += first_key * stride_v_row + head * HEAD_SIZE
+    maxima, totals, attended = attend_keys(
+        q,
+        k_ptr,
+        v_ptr,
+        stride_k_row,
+        stride_v_row,
+        limits,
+        0,
+        num_seen_by_all,
+        scale * LOG2_E,
+        maxima,
+        totals,
+        attended,
+        HEAD_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        HAS_LIMITS=False,
+    )
+    maxima, totals, attended = attend_keys(
+        q,
+        k_ptr,
+        v_ptr,
+        stride_k_row,
+        stride_v_row,
+        limits,
+        num_seen_by_all,
+        num_keys,
+        scale * LOG2_E,
+        maxima,
+        totals,
+        attended,
+        HEAD_SIZE,
+        BLOCK_N,
+        BLOCK_D,
+        HAS_LIMITS=True,
+    )
 
     out = attended / tl.where(limits > 0, totals, 1.0)[:, None]
     out_offsets = rows[:, None] * (tl.num_programs(1) * HEAD_SIZE) + head_offset[None, :]
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def attend_keys(
+    q,
+    k_ptr,
+    v_ptr,
+    stride_k_row,
+    stride_v_row,
+    limits,
+    start,
+    end,
+    scale,
+    maxima,
+    totals,
+    attended,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
+):
+    """The softmaxes of a tile of queries, taken on over the keys start to end - 1, each row's up to its limit."""
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_SIZE
+    for first in range(start, end, BLOCK_N):
+        positions = first + tl.arange(0, BLOCK_N)
+        k_mask = in_head[:, None]
+        v_mask = in_head[None, :]
+        if HAS_LIMITS:
+            k_mask = k_mask & (positions < end)[None, :]
+            v_mask = v_mask & (positions < end)[:, None]
+        keys = positions.to(tl.int64)
+        k = tl.load(k_ptr + keys[None, :] * stride_k_row + dims[:, None], mask=k_mask, other=0.0)
+        products = tl.dot(q, k, input_precision="ieee")
+        if HAS_LIMITS:
+            products = tl.where(positions[None, :] < limits[:, None], products, float("-inf"))
+        new_maxima = tl.maximum(maxima, tl.max(products, axis=1) * scale)
+        rescale = tl.exp2(maxima - new_maxima)
+        weights = tl.exp2(tl.fma(products, scale, -new_maxima[:, None]))
+        v = tl.load(v_ptr + keys[:, None] * stride_v_row + dims[None, :], mask=v_mask, other=0.0)
+        totals = totals * rescale + tl.sum(weights, axis=1)
+        attended = attended * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        maxima = new_maxima
+    return maxima, totals, attended
 
 
 def prefill_attention(
@@ -96,18 +168,16 @@ def prefill_attention(
     num_rows, num_heads, head_size = q.shape
     num_sequences = cu_seqlens_q.shape[0] - 1
     out = torch.empty((num_rows, num_heads, head_size), dtype=q.dtype, device=q.device)
+    if scale < 0:
+        q, scale = -q, -scale
+    # One config for any number of rows: a sequence does not depend on the others.
+    config = get_config("prefill_attention", q.device, q.dtype, max(num_rows, 1), deterministic=True)
+    block_m = config["BLOCK_M"]
     block_d = max(triton.next_power_of_2(head_size), 16)
-    if q.dtype == torch.float32:
-        # Exact float32 products run on the ordinary units, with operands in registers: small tiles, more warps.
-        block_m, block_n, num_warps = 32, 32, 8
-    else:
-        # Heads wider than 64 would spill with 64 keys at a time.
-        block_m, block_n, num_warps = 64, 64 if block_d <= 64 else 32, 4
-    num_tiles = num_rows // block_m + num_sequences if num_rows else 0
     launch(
         "prefill_attention",
         prefill_attention_kernel,
-        (num_tiles, num_heads),
+        (num_rows // block_m + num_sequences if num_rows else 0, num_heads),
         q.device,
         q,
         k,
@@ -120,13 +190,15 @@ def prefill_attention(
         k.stride(0),
         v.stride(0),
         num_sequences,
-        scale,
+        # Keys beyond a limit have the product minus infinity, whose score must not become NaN.
+        max(scale, 1e-30),
         HEAD_SIZE=head_size,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        # BLOCK_N is for heads of at most 64: wider ones take as many keys fewer, in as many registers.
+        BLOCK_N=max(config["BLOCK_N"] * 64 // max(block_d, 64), 16),
         BLOCK_D=block_d,
         BLOCK_B=triton.next_power_of_2(max(num_sequences, 1)),
-        num_warps=num_warps,
-        num_stages=2,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
     )
     return out

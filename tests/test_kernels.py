@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynskip import ops
+from dynskip import ops, reference
 from dynskip.backends import available_backends, get_backend
 from dynskip.kernels.launches import LAUNCHES
 from dynskip.validation import validate
@@ -134,3 +134,21 @@ def test_a_view_is_read_in_place() -> None:
     get_backend("triton").scatter_add(x, index(1), torch.ones(1, x.shape[1], device=DEVICE))
     assert torch.equal(x[1], before[1] + 1)
     assert torch.equal(x[2:], before[2:])
+
+
+@runs
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("prefill_attention", "some queries missing"),
+        ("prefill_attention", "queries without keys"),
+        ("decode_attention", "no context for one row"),
+    ],
+)
+def test_scores_may_have_any_scale(op: str, case: str, scale: float) -> None:
+    """The largest product is then the smallest score, or every key has the same weight."""
+    arguments = arguments_of(op, case, torch.float32) | {"scale": scale}
+    attended = getattr(get_backend("triton"), op)(*arguments.values())
+    exact = getattr(reference, op)(*arguments.values())
+    assert torch.allclose(attended, exact, rtol=0, atol=1e-5)
