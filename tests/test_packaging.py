@@ -110,7 +110,8 @@ except AttributeError as error:
 
 def test_packages_are_those_in_the_tree() -> None:
     found = {"dynskip", "dynskip.kernels"}
-    found |= {f"dynskip.{path.parent.name}" for path in (ROOT / "dynskip").glob("*/__init__.py")}
+    folders = [path.parent for path in (ROOT / "dynskip").rglob("*/__init__.py")]
+    found |= {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert sorted(pyproject()["tool"]["setuptools"]["packages"]) == sorted(found)
 
 

@@ -1,0 +1,39 @@
+"""``dynskip report``: one HTML page, and its Markdown twin, from the summary of a run."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dynskip.cli.errors import UserError
+
+_EXAMPLES = """examples:
+  dynskip report runs/paper      writes runs/paper/report.html and runs/paper/report.md
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``report``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "report",
+        help="write the report of an evaluation run",
+        description="Write report.html, one page that needs nothing else, and report.md into the folder of a run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that `dynskip eval --out` filled")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write both files and say where they are."""
+    if find_spec("matplotlib") is None:
+        raise UserError("report: matplotlib must be installed. Install it with `pip install dynskip[eval]`.")
+    from dynskip.evaluation.report.write import write_report
+
+    for path in write_report(args.run):
+        print(path)
+    return 0

@@ -1,0 +1,267 @@
+"""The figures of the paper, redrawn from the rows of a summary, and those of what it left open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.drawing import band, count_layers, forest, keep_in_view, points, series, svg
+from dynskip.evaluation.report.rows import Row, distinct, find, select
+
+STRATEGIES = {
+    "uls": "uniform skipping (ULS)",
+    "rls": "random skipping (RLS)",
+    "rls-first": "random, layer 0 kept",
+    "exit": "early exit (EE)",
+}
+FAMILIES = {
+    "paths": "one set of weights, several paths",
+    "siblings": "weights of their own per budget",
+    "untuned": "full-depth weights, no tuning for paths",
+}
+# Curves by the outputs that they are scored on: name in the summary, name in the legend.
+GREEDY_CURVES = {
+    "oracle": "oracle",
+    "null": "null model: noise alone",
+    "cross-fitted greedy": "depths chosen on sampled outputs",
+    "random, as the oracle's": "random, the oracle's depths",
+    "static mixture": "best mix of fixed budgets",
+}
+SAMPLED_CURVES = {
+    "in-sample": "oracle, judged on what it chose on",
+    "equal depth": "the same choice among equal depths",
+    "cross-fitted": "cross-fitted oracle",
+    "cross-fitted means": "cross-fitted on means of outputs",
+    "random, as in-sample": "random, the oracle's depths",
+}
+CONTROLS = {
+    "oracle": "oracle, greedy outputs",
+    "in-sample": "oracle, sampled outputs",
+    "cross-fitted": "cross-fitted, one output each",
+    "cross-fitted means": "cross-fitted, means of outputs",
+    "cross-fitted greedy": "chosen on sampled, judged on greedy",
+    "equal depth": "equal depth, best of as many outputs",
+    "null": "null model",
+}
+FEATURES = {
+    "prompt_length": "prompt length",
+    "response_length": "reference length",
+    "generated_length": "length of the full model's output",
+    "full_loss": "loss of the full model",
+    "full_rouge_l": "ROUGE-L of the full model",
+}
+
+
+def hidden_states(section: Row, weights: str) -> str:
+    """Similarity of hidden states, and divergence of predictions, by budget and strategy."""
+    titles = {
+        "cosine_final": "cosine of final states",
+        "cosine_layers": "cosine, mean over layers",
+        "kl": "KL of predictions (nats)",
+    }
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, 3)
+        for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+            for style, (strategy, label) in enumerate(STRATEGIES.items()):
+                rows = select(section, metric=metric, strategy=strategy, weights=weights)
+                series(axes, rows, "budget", label, style)
+            axes.set_title(title)
+            axes.set_xlabel("layers executed")
+            axes.set_xticks(distinct(select(section, metric=metric, weights=weights), "budget"))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+    return svg(f"hidden-{weights}", draw, 10.0, 3.5)
+
+
+def static_budgets(section: Row, num_layers: int) -> str:
+    """ROUGE-L by budget: absolute, and as a share of full depth beside the paper's."""
+
+    def draw(figure: Any) -> None:
+        absolute, relative = figure.subplots(1, 2)
+        for style, (family, label) in enumerate(FAMILIES.items()):
+            rows = select(section, metric="rouge_l", family=family)
+            series(absolute, rows, "budget", label, style)
+            full = find(section, metric="rouge_l", family=family, budget=num_layers)
+            if full is not None and full["value"]:
+                shares = [{"share": row["budget"] / num_layers, "value": row["value"] / full["value"]} for row in rows]
+                series(relative, shares, "share", label, style)
+        at_paper = [
+            {"share": budget / paper.NUM_LAYERS, "value": value / paper.STATIC_ROUGE_L[paper.NUM_LAYERS]}
+            for budget, value in paper.STATIC_ROUGE_L.items()
+        ]
+        series(relative, at_paper, "share", "the paper, OPT-1.3B, weights per budget", 3)
+        absolute.set_ylabel("ROUGE-L")
+        absolute.set_title("ROUGE-L by budget")
+        absolute.set_xlabel("layers executed")
+        absolute.set_xticks(sorted({row["budget"] for row in select(section, metric="rouge_l")}))
+        relative.set_title("as a share of full depth")
+        relative.set_xlabel("share of the layers executed")
+        handles, labels = relative.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+
+    return svg("static", draw, 9.0, 4.0)
+
+
+def wall_clock(section: Row) -> str:
+    """Milliseconds per generated token against layers, in a batch and alone, and ROUGE-L against milliseconds."""
+
+    def draw(figure: Any) -> None:
+        against_layers, against_score = figure.subplots(1, 2)
+        for family in distinct(select(section, metric="ms_per_token"), "family")[:1]:
+            series(against_layers, select(section, metric="ms_per_token", family=family), "budget", "in a batch", 0)
+            series(against_layers, select(section, metric="ms_per_token_single", family=family), "budget", "alone", 1)
+        for style, (family, label) in enumerate(FAMILIES.items()):
+            times = {row["budget"]: row["value"] for row in select(section, metric="ms_per_token", family=family)}
+            scores = [row for row in select(section, metric="rouge_l", family=family) if row["budget"] in times]
+            scores.sort(key=lambda row: times[row["budget"]])
+            if scores:
+                points(against_score, [times[row["budget"]] for row in scores], scores, label, style)
+        against_layers.set_title("time of a generated token")
+        against_layers.set_xlabel("layers executed")
+        against_layers.set_ylabel("ms per token")
+        against_layers.set_ylim(bottom=0)
+        against_layers.set_xticks(sorted(distinct(select(section, metric="ms_per_token"), "budget")))
+        against_score.set_title("ROUGE-L against time, in a batch")
+        against_score.set_xlabel("ms per token")
+        against_score.set_ylabel("ROUGE-L")
+        for axes in (against_layers, against_score):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+    return svg("wall-clock", draw, 9.0, 4.4)
+
+
+def controllers(section: Row) -> str:
+    """ROUGE-L of learned controllers against layers and against milliseconds per token."""
+    kinds = sorted({controller_kind(row) for row in select(section, metric="rouge_l")}, key=_kind_order)
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, metric in zip(panels, ("layers", "ms_per_token"), strict=True):
+            for style, kind in enumerate(kinds):
+                placed = []
+                for row in select(section, metric="rouge_l"):
+                    place = find(section, metric=metric, controller=row["controller"])
+                    if controller_kind(row) == kind and place is not None:
+                        placed.append((place["value"], row))
+                placed.sort(key=lambda pair: pair[0])
+                line = {} if kind == "uniform paths" else {"linestyle": "none"}
+                if placed:
+                    points(axes, [place for place, _ in placed], [row for _, row in placed], kind, style, **line)
+        count_layers(panels[0])
+        panels[0].set_ylabel("ROUGE-L")
+        panels[0].set_title("against layers")
+        panels[0].set_xlabel("mean layers of a generated token")
+        panels[1].set_title("against time")
+        panels[1].set_xlabel("ms per generated token")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+    return svg("controllers", draw, 9.0, 4.2)
+
+
+def controller_kind(row: Row) -> str:
+    """What a controller's points are called in the figure: its kind, and its width where it has one."""
+    if row.get("kind") == "static":
+        return "uniform paths"
+    width = f" of width {row['width']}" if row.get("width") else ""
+    return f"{row.get('kind')}{width}"
+
+
+def _kind_order(kind: str) -> tuple[int, int, str]:
+    fixed = {"uniform paths": 0, "fixed": 1, "linear": 2}
+    digits = "".join(filter(str.isdigit, kind))
+    return fixed.get(kind, 3), int(digits or 0), kind
+
+
+def oracle(section: Row, family: str) -> str:
+    """The oracle's curve over mean budgets with its controls: on greedy outputs, and on sampled ones."""
+    curves = {curve["name"]: curve for curve in section.get("curves", ()) if curve["family"] == family}
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, names, metric in zip(panels, (GREEDY_CURVES, SAMPLED_CURVES), ("mean", "mean_sampled"), strict=True):
+            for style, (name, label) in enumerate(names.items()):
+                if name in curves:
+                    band(axes, curves[name], label, style)
+            means = select(section, metric=metric, family=family)
+            budgets = [row["budget"] for row in means]
+            points(axes, budgets, means, "each budget alone", 0, linestyle="none", markerfacecolor="w")
+            if means:
+                axes.axhline(means[-1]["value"], color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
+            count_layers(axes)
+            axes.set_xlabel("mean layers executed")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        panels[0].set_title("greedy outputs")
+        panels[1].set_title("sampled outputs")
+        panels[0].set_ylabel("mean ROUGE-L")
+
+    return svg(f"oracle-{family}", draw, 10.0, 5.2)
+
+
+def surviving(section: Row, family: str) -> str:
+    """What of the oracle's gain is left under each control."""
+    rows = [row for row in select(section, metric="surviving_share", family=family) if row.get("place") != "full"]
+    labels = [f"{CONTROLS.get(row['control'], row['control'])}, at {row['at']:g} layers" for row in rows]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 1)
+        forest(axes, rows, labels)
+        axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
+        keep_in_view(axes, rows)
+
+    return svg(f"surviving-{family}", draw, 9.6, 1.1 + 0.27 * len(rows))
+
+
+def router(section: Row) -> str:
+    """The share of the oracle's gain that each prompt-only router captures."""
+    rows = select(section, metric="captured_share")
+    labels = [f"{row['predictor']}, budget {row['at']:g} ({row.get('family', 'paths')})" for row in rows]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 1)
+        forest(axes, rows, labels)
+        axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
+        keep_in_view(axes, rows)
+
+    return svg("router", draw, 9.0, 1.1 + 0.32 * len(rows))
+
+
+def depth(section: Row, family: str) -> str:
+    """The oracle's chosen depth against lengths and losses, in bins of equally many sequences."""
+    rows = select(section, metric="binned_depth", family=family)
+    features = distinct(rows, "feature")
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
+        for axes, feature in zip(panels, features, strict=False):
+            bins = [row for row in rows if row["feature"] == feature]
+            for style, at in enumerate(distinct(bins, "at")):
+                chosen = [row for row in bins if row["at"] == at]
+                middles = [(row["bin_low"] + row["bin_high"]) / 2 for row in chosen]
+                points(axes, middles, chosen, f"mean budget {at:g}", style)
+            axes.set_xlabel(
+                FEATURES.get(feature, feature).replace("length of the full model's", "length of the full\nmodel's")
+            )
+        panels[0].set_ylabel("mean chosen depth")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+    return svg(f"depth-{family}", draw, 10.0, 3.5)
+
+
+def correlations(rows: Sequence[Row], name: str) -> str:
+    """Correlations of chosen depth with each feature."""
+    labels = [f"{FEATURES.get(row['feature'], row['feature'])}, budget {row['at']:g}" for row in rows]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 1)
+        forest(axes, rows, labels)
+        axes.set_xlabel("Spearman's correlation with the chosen depth")
+
+    return svg(name, draw, 9.0, 1.1 + 0.3 * len(rows))

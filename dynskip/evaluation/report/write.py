@@ -1,0 +1,109 @@
+"""Writes ``report.html`` and ``report.md`` into the folder of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
+from dynskip.evaluation.report.rows import MISSING
+from dynskip.evaluation.report.sections import SECTIONS
+
+SUMMARY = "summary.json"
+
+
+def write_report(run: Path) -> tuple[Path, Path]:
+    """The paths of the HTML page and of its Markdown twin, both written from the summary in the folder ``run``."""
+    summary = read_summary(run)
+    title, subtitle, blocks = report_blocks(summary)
+    pages = (run / "report.html", run / "report.md")
+    for path, text in zip(pages, (to_html(title, subtitle, blocks), to_markdown(title, subtitle, blocks)), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return pages
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The summary of a run; raises OSError or ValueError where there is none that can be read."""
+    path = run / SUMMARY
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"read_summary: run must be a folder with {SUMMARY}, got {str(run)!r}. Run `dynskip eval` with --out first."
+        )
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"read_summary: {path} must hold JSON, got: {error}.") from error
+    if not isinstance(summary, dict) or not isinstance(summary.get("conditions"), dict):
+        raise ValueError(
+            f"read_summary: {path} must hold an object with conditions, got {type(summary).__name__}. "
+            "Run `dynskip eval` again to write it."
+        )
+    return summary
+
+
+def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
+    """Title, subtitle and blocks of the report of ``summary``."""
+    conditions = summary["conditions"]
+    title = f"Dynamic layer selection on {conditions.get('model', 'an unnamed model')}"
+    subtitle = (
+        "Every experiment of arXiv 2410.20022, *Dynamic layer selection in decoder-only transformers*, rerun on one "
+        "checkpoint, with 95 % intervals, the controls that the paper lacked, and seconds beside layers."
+    ).replace("*", "")
+    blocks: list[Block] = [*_answers(summary), *_conditions(conditions)]
+    for key, (name, section_blocks) in SECTIONS.items():
+        blocks.append(Heading(name))
+        section = summary.get(key)
+        if not section or not section.get("rows"):
+            blocks.append(Paragraph(f"**Missing**: this run has no section `{key}`.", missing=True))
+            continue
+        if section.get("statements"):
+            blocks.append(Items(section["statements"]))
+        blocks.append(Paragraph(f"{section['n']:,} sequences, {_plural(section['seeds'], 'seed')}."))
+        blocks += section_blocks(section, summary)
+        if section.get("notes"):
+            blocks += [Heading("Notes", 3), Items(section["notes"])]
+    cut = summary.get("cut") or []
+    blocks.append(Heading("What was cut"))
+    blocks.append(Items(cut) if cut else Paragraph("Nothing is noted as cut."))
+    return title, subtitle, blocks
+
+
+def _answers(summary: Mapping[str, Any]) -> list[Block]:
+    statements = [statement for key in SECTIONS for statement in ((summary.get(key) or {}).get("statements") or [])[:2]]
+    return [Heading("In short"), Items(statements)] if statements else []
+
+
+def _conditions(conditions: Mapping[str, Any]) -> list[Block]:
+    rows = [[name.replace("_", " "), _text(value)] for name, value in conditions.items()]
+    compared = [
+        ["model", str(conditions.get("model", MISSING)), paper.MODEL],
+        ["parameters", _text(conditions.get("num_parameters")), "1.3 billion"],
+        ["layers", _text(conditions.get("num_layers")), "24"],
+        ["test prompts", _text(conditions.get("prompts")), f"{paper.NUM_TEST:,}"],
+        ["new tokens at most", _text(conditions.get("max_tokens")), f"{paper.MAX_TOKENS}"],
+        ["seeds where something is drawn", _text(conditions.get("seeds")), "1"],
+    ]
+    return [
+        Heading("What was run"),
+        Table("What differs from the paper", ["", "this run", "the paper"], compared),
+        Table("All conditions", ["", ""], rows, folded=True),
+    ]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items()) or MISSING
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or MISSING
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value:,}"
+    return str(value)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
