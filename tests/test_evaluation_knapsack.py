@@ -117,11 +117,11 @@ def test_a_budget_below_every_path_is_named() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_null_model_repeats_the_papers_headline(seed: int) -> None:
     """Noise of sd 0.08 on the paper's four means lets an oracle match full depth at 27 % of the layers."""
-    null = NullModel(PAPER_MEANS, PAPER_COSTS, sd=0.08)
+    null, small = (NullModel(PAPER_MEANS, PAPER_COSTS, 0.08, num_seqs) for num_seqs in (20_000, 2000))
     budgets = np.arange(4, 24.001, 0.04)
     assert null.matching_budget(0.3418, budgets, seed) / 24 == pytest.approx(0.27, abs=0.006)
     # And with the knapsack itself on as many sequences as the paper had.
-    knapsack = Knapsack(null.scores(2000, seed), PAPER_COSTS)
+    knapsack = Knapsack(small.scores(seed), PAPER_COSTS)
     assert knapsack.smallest_budget(0.3418) / 24 == pytest.approx(0.27, abs=0.02)
 
 

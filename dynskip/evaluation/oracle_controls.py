@@ -178,8 +178,8 @@ class OracleScores:
         [1 + resamples] of it and of its fits to resamples."""
         means, best = self.means(self.greedy)[: 1 + resamples], self.means(self.greedy.max(1))[: 1 + resamples]
         fits = [
-            NullModel.fitted(mean.tolist(), self.costs, max(float(top), float(mean.max())))
-            for mean, top in zip(means, best, strict=True)
+            NullModel.fitted(mean.tolist(), self.costs, max(float(top), float(mean.max())), num_seqs=num_seqs)
+            for mean, top, num_seqs in zip(means, best, [20_000] + [4000] * resamples, strict=False)
         ]
         matching = [fit.matching_budget(fit.means[-1], self.grid) for fit in fits]
         return fits[0], fits[0].curve(self.grid), np.array(matching)

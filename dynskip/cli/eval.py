@@ -1,0 +1,139 @@
+"""``dynskip eval``: the experiments of arXiv 2410.20022 on a checkpoint and a data set, with controls and seconds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dynskip.cli.options import DTYPES, set_threads
+
+_EXAMPLES = """examples:
+  dynskip eval static --data alpaca_data.json.xz --out runs/eval --prompts 100
+      ROUGE-L and milliseconds per token at each budget, on the model shipped with dynskip
+  dynskip eval oracle --model runs/base --sibling 4=runs/uls4 --sibling 8=runs/uls8 --sibling 12=runs/uls12 \\
+      --sibling 24=runs/full --data alpaca_data.json.xz --out runs/eval
+      the oracle and its controls, on one set of weights and on weights tuned for each budget
+  dynskip eval all --model runs/base --data alpaca_data.json.xz --out runs/eval
+      every experiment; killed and started again, it goes on where it was
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``eval``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "eval",
+        help="run the paper's experiments, resumable, with confidence intervals",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="one of them by name (see below), or all")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="run folder, new or to be finished")
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="Alpaca as *.json[.xz]")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", help="folder or hub id (default: opt-mini, shipped with dynskip)")
+    model.add_argument(
+        "--sibling",
+        action="append",
+        default=[],
+        metavar="BUDGET=NAME",
+        help="weights tuned for one budget alone, the full depth among them; give it once a budget",
+    )
+    model.add_argument("--template", help="how a prompt is written: short (default) or alpaca")
+    model.add_argument("--dtype", choices=DTYPES, help="type of the weights that generate (default: bfloat16)")
+    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+    sweep = parser.add_argument_group("sweep")
+    sweep.add_argument("--split", help="the part of the data that is scored: train, validation or test (default)")
+    sweep.add_argument("--prompts", type=int, metavar="N", help="prompts of the split (default: 500)")
+    sweep.add_argument("--train-prompts", type=int, metavar="N", help="prompts to learn from (default: as many)")
+    sweep.add_argument("--seeds", type=int, metavar="N", help="how often what is drawn is drawn (default: 3)")
+    sweep.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (default: 128)")
+    sweep.add_argument("--temperature", type=float, metavar="T", help="of sampled generations (default: 0.7)")
+    sweep.add_argument("--top-p", type=float, metavar="P", help="of sampled generations (default: 1)")
+    sweep.add_argument("--budgets", metavar="B,B,...", help="layers of static paths (default: 4,8,12,16,20 out of 24)")
+    sweep.add_argument("--candidates", metavar="B,B,...", help="those the oracle chooses from (default: 4,8,12)")
+    sweep.add_argument("--shard-size", type=int, metavar="N", help="prompts of one work item (default: 64)")
+    sweep.add_argument("--timed-batch", type=int, metavar="N", help="sequences of a timed batch (default: 64)")
+    sweep.add_argument("--resamples", type=int, metavar="N", help="of each bootstrap (default: 1000)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the work (default: 1)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of one process (default: PyTorch's choice)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 after a finished run; a user's mistake is a ValueError or an OSError."""
+    for package, module in (("datasets", "datasets"), ("rouge-score", "rouge_score"), ("scikit-learn", "sklearn")):
+        if find_spec(module) is None:
+            raise ValueError(
+                f"eval: {package} must be installed, got none. Install it with `pip install dynskip[eval]`."
+            )
+    from transformers.utils import logging
+
+    from dynskip.evaluation.experiments import EXPERIMENTS
+    from dynskip.evaluation.run import EvalRun
+    from dynskip.evaluation.setup import Setup
+
+    if args.experiment != "all" and args.experiment not in EXPERIMENTS:
+        raise ValueError(f"eval: EXPERIMENT must be all or one of {', '.join(EXPERIMENTS)}, got {args.experiment!r}.")
+    set_threads(args.threads)
+    logging.disable_progress_bar()
+    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    setup = Setup.of(
+        args.model,
+        args.data,
+        _siblings(args.sibling),
+        _budgets("--budgets", args.budgets),
+        _budgets("--candidates", args.candidates),
+        **options,
+    )
+    names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
+    with EvalRun(setup, args.out, args.workers, progress=not args.quiet) as evaluation:
+        summary = evaluation.run(names)
+    for name in names:
+        for statement in summary[EXPERIMENTS[name].section]["statements"]:
+            print(f"{name}: {statement}")
+    print(f"{args.out / 'summary.json'}: every number with its interval")
+    return 0
+
+
+_OPTIONS = (
+    "template", "dtype", "device", "split", "prompts", "train_prompts", "seeds", "max_tokens", "temperature", "top_p",
+    "shard_size", "timed_batch", "resamples",
+)  # fmt: skip
+
+
+def _siblings(pairs: list[str]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for pair in pairs:
+        budget, _, name = pair.partition("=")
+        if not budget.isdecimal() or not name or int(budget) in found:
+            raise ValueError(
+                f"eval: --sibling must be BUDGET=NAME, each budget once, got {pair!r}. Write for example --sibling "
+                "4=runs/uls4."
+            )
+        found[int(budget)] = name
+    return found
+
+
+def _budgets(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"eval: {option} must be layer counts with commas between, got {text!r}.")
+    return tuple(int(part) for part in parts)
+
+
+if __name__ == "__main__":
+    from dynskip.cli import main
+
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -1,0 +1,191 @@
+"""`EvalRun`: a sweep in a folder, which the same command finishes after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from dynskip.benchmark import machine
+from dynskip.evaluation.context import Context, num_rows
+from dynskip.evaluation.dataset import duplicates, read_splits
+from dynskip.evaluation.experiments import EXPERIMENTS
+from dynskip.evaluation.items import WorkItem
+from dynskip.evaluation.setup import Setup
+from dynskip.evaluation.store import ItemStore
+from dynskip.evaluation.tasks import TASKS
+from dynskip.evaluation.workers import run_here, run_in_processes
+from dynskip.training.provenance import write_json
+
+SCHEMA = 1
+
+
+class EvalRun:
+    """The run of ``setup`` in ``folder``: config.json, items.jsonl, summary.json, log.txt.
+
+    num_workers: processes that share the items. progress: show bars on stderr.
+
+    Raises: ValueError where the folder belongs to another setup, RuntimeError where another process runs in it.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, num_workers: int = 1, progress: bool = True) -> None:
+        if num_workers < 1:
+            raise ValueError(f"eval: workers must be at least 1, got {num_workers}.")
+        self.setup = setup
+        self.folder = folder
+        self.num_workers = num_workers
+        self.progress = progress
+        self.context = Context(setup)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = ItemStore(folder / "items.jsonl")
+        try:
+            self._machine = machine.describe()
+            self._guard()
+        except BaseException:
+            self.store.close()
+            raise
+
+    def __enter__(self) -> EvalRun:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if error is not None:
+            self.log(f"ended by {type(error).__name__}: {error}")
+        self.store.close()
+
+    def run(self, names: Sequence[str]) -> dict[str, Any]:
+        """The summary after the experiments of ``names``, written after each of them."""
+        for name in names:
+            if name not in EXPERIMENTS:
+                raise ValueError(f"eval: the experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}.")
+        summary = self._old_summary()
+        for name in names:
+            experiment = EXPERIMENTS[name]
+            while missing := self.store.missing(experiment.plan(self.setup, self.store)):
+                self._do(name, missing)
+            summary[experiment.section] = experiment.summarise(self.setup, self.store)
+            summary["conditions"] = self.conditions()
+            write_json(self.folder / "summary.json", summary)
+            self.log(f"{name}: summary written")
+        return summary
+
+    def conditions(self) -> dict[str, Any]:
+        """What the numbers hold for: model, data, machine, versions, and what was left out."""
+        setup = self.setup
+        llm = self.context.llm(setup.checkpoint.hash)
+        prompts = self.context.prompts(setup.checkpoint.hash, setup.split)
+        splits = read_splits(setup.data, setup.split_seed)
+        return {
+            **setup.guarded(),
+            "model": setup.checkpoint.directory.name,
+            "num_layers": setup.num_layers,
+            "hidden_size": llm.model.config.hidden_size,
+            "max_positions": llm.model.config.max_position_embeddings,
+            "num_parameters": sum(value.numel() for value in llm.model.state_dict().values()),
+            "backend": llm.model.backend.name,
+            "data_file": setup.data.name,
+            "split_sizes": {name: len(rows) for name, rows in splits.items()},
+            "train_prompts": num_rows(setup, "train"),
+            "left_out": {"empty response": prompts.empty, "too long": prompts.too_long},
+            "duplicates": duplicates(splits),
+            "items": len(self.store),
+            "item_seconds": round(self.store.total_seconds, 1),
+            **self._machine,
+        }
+
+    def log(self, line: str) -> None:
+        """Add a line with the time to the run's log."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}\n")
+
+    def _do(self, name: str, missing: list[WorkItem]) -> None:
+        """Do the missing items of an experiment, those that need the machine for themselves at the end."""
+        shared = [item for item in missing if not TASKS[item.task].alone]
+        alone = [item for item in missing if TASKS[item.task].alone]
+        expected = self._estimate(missing)
+        num_workers = min(self.num_workers, len(shared)) or 1
+        total_s = sum(expected[item] for item in shared) / num_workers + sum(expected[item] for item in alone)
+        line = f"{name}: {len(missing)} items to do, about {duration(total_s)} ({len(self.store)} are done)"
+        self.log(line)
+        if self.progress:
+            print(line, file=sys.stderr)
+        with tqdm(
+            total=sum(expected.values()),
+            desc=name,
+            disable=not self.progress,
+            bar_format="{desc} {percentage:5.1f}%|{bar}| {elapsed} < {remaining}{postfix}",
+        ) as bar:
+            streams = [run_here(alone, self.context)]
+            if num_workers == 1:
+                streams.insert(0, run_here(shared, self.context))
+            else:
+                streams.insert(0, run_in_processes(shared, self.setup, num_workers))
+            num_done = 0
+            for stream in streams:
+                for item, result, seconds in stream:
+                    self.store.add(item, result, seconds)
+                    num_done += 1
+                    bar.set_postfix_str(f"{num_done}/{len(missing)} items", refresh=False)
+                    bar.update(min(expected[item], bar.total - bar.n))
+
+    def _estimate(self, missing: Sequence[WorkItem]) -> dict[WorkItem, float]:
+        """The seconds of each item: of those like it that are done, or by a probe of one of its kind."""
+        known: dict[tuple[str, str, str, bool], float] = {}
+        kinds = [(item.task, item.checkpoint, item.path, item.seed == 0) for item in missing]
+        for kind, item in zip(kinds, missing, strict=True):
+            if kind not in known:
+                done = self.store.seconds_like(item)
+                known[kind] = done if done is not None else TASKS[item.task].probe(item, self.context)
+        return dict(zip(missing, (known[kind] for kind in kinds), strict=True))
+
+    def _guard(self) -> None:
+        """Record this start, unless the folder was begun with another setup."""
+        record = self.folder / "config.json"
+        guarded = json.loads(json.dumps(self.setup.guarded()))
+        start = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "model": str(self.setup.checkpoint.directory),
+            "data": str(self.setup.data),
+            **self._machine,
+        }
+        starts: list[dict[str, Any]] = []
+        if record.exists():
+            old = json.loads(record.read_text(encoding="utf-8"))
+            # A field that an older version did not know takes part from now on.
+            differences = [
+                f"{name} {old['setup'][name]!r}, not {value!r}"
+                for name, value in guarded.items()
+                if name in old["setup"] and old["setup"][name] != value
+            ]
+            if differences:
+                raise ValueError(
+                    f"eval: the setup must be that of the run in {self.folder}, got another: the run has "
+                    f"{'; '.join(differences)}. Give the run's own options or another --out."
+                )
+            starts = old["starts"]
+        elif len(self.store):
+            raise ValueError(
+                f"eval: {self.folder} must hold the config.json of its items, got items without one. "
+                "Bring it back or name another --out."
+            )
+        write_json(record, {"schema": SCHEMA, "setup": guarded, "starts": [*starts, start]})
+
+    def _old_summary(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {"schema": SCHEMA, **summary}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,80 @@
+"""Static budgets: ROUGE-L at each budget and the time of a token there (arXiv 2410.20022, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynskip.evaluation.families import DESCRIPTIONS, Member, families, greedy, greedy_items
+from dynskip.evaluation.items import WorkItem
+from dynskip.evaluation.setup import Setup
+from dynskip.evaluation.statistics import bootstrap_mean
+from dynskip.evaluation.store import ItemStore
+from dynskip.evaluation.timing import Part, read_speedups, read_times, time_item
+
+
+def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
+    """The items: greedy generations of every family, then the times of their paths in turns."""
+    found = families(setup)
+    items = [item for members in found.values() for item in greedy_items(setup, members)]
+    return [
+        *items,
+        *(time_item_of(setup, members, setup.timed_batch) for members in found.values()),
+        *(time_item_of(setup, members, 1) for members in found.values()),
+    ]
+
+
+def time_item_of(setup: Setup, members: list[Member], batch: int) -> WorkItem:
+    """The item that times every member of a family at one batch size."""
+    batches = {str(member.budget): [Part(member.checkpoint.hash, member.path, batch)] for member in members}
+    return time_item(setup, batches)
+
+
+def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
+    """The section: ROUGE-L, length and milliseconds per token by family and budget, and the loss against full depth."""
+    rows: list[dict[str, Any]] = []
+    statements: list[str] = []
+    for family, members in families(setup).items():
+        generations = greedy(setup, store, members)
+        scores, lengths = generations.rouge_l, generations.num_tokens
+        times = [
+            (name, batch, read_times(store, item), read_speedups(store, item, str(setup.num_layers)))
+            for name, batch in (("ms_per_token", setup.timed_batch), ("ms_per_token_single", 1))
+            for item in [time_item_of(setup, members, batch)]
+        ]
+        mean = bootstrap_mean(scores, resamples=setup.resamples)
+        loss = bootstrap_mean(scores - scores[:, -1:], resamples=setup.resamples)
+        length = bootstrap_mean(lengths, resamples=setup.resamples)
+        for column, member in enumerate(members):
+            labels = {"family": family, "budget": member.budget, "path": member.path}
+            rows.append(mean.at(column).row(metric="rouge_l", **labels))
+            rows.append(loss.at(column).row(metric="rouge_l - full", **labels))
+            rows.append(length.at(column).row(metric="num_tokens", **labels))
+            for name, batch, milliseconds, speedup in times:
+                rows.append(milliseconds[str(member.budget)].row(metric=name, batch=batch, **labels))
+                suffix = name.removeprefix("ms_per_token")
+                rows.append(speedup[str(member.budget)].row(metric=f"speedup{suffix}", batch=batch, **labels))
+        not_worse = [member.budget for column, member in enumerate(members[:-1]) if loss.at(column).high >= 0]
+        found = (
+            f"from {min(not_worse)} layers on"
+            if not_worse == [m.budget for m in members[:-1]]
+            else (f"at {', '.join(map(str, not_worse))} layers" if not_worse else "at no smaller budget")
+        )
+        cheapest = members[0]
+        speed = times[0][3][str(cheapest.budget)]
+        statements.append(
+            f"With {DESCRIPTIONS[family]}, ROUGE-L is {mean.at(-1).value:.4f} [{mean.at(-1).low:.4f}, "
+            f"{mean.at(-1).high:.4f}] at full depth and {mean.at(0).value:.4f} [{mean.at(0).low:.4f}, "
+            f"{mean.at(0).high:.4f}] at {cheapest.budget} layers; no loss against full depth is seen {found} "
+            f"(95 % intervals of the paired difference). A token at {cheapest.budget} layers takes "
+            f"{times[0][2][str(cheapest.budget)].value:.3f} ms instead of "
+            f"{times[0][2][str(setup.num_layers)].value:.3f} in a batch of {setup.timed_batch}, "
+            f"{speed.value:.2f} times faster [{speed.low:.2f}, {speed.high:.2f}]; layers alone would promise "
+            f"{setup.num_layers / cheapest.budget:.1f}."
+        )
+    notes = [
+        "Greedy, ROUGE-L F by rouge_score without stemmer, intervals by bootstrap over sequences.",
+        f"ms_per_token is the time of a decode step of {setup.timed_batch} sequences over {setup.timed_batch}; "
+        "ms_per_token_single that of one sequence. Prompts are not in it. Paths are timed in turns.",
+        *(f"{family}: {DESCRIPTIONS[family]}." for family in families(setup)),
+    ]
+    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes, "statements": statements}

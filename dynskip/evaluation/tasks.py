@@ -1,0 +1,36 @@
+"""`TASKS`: the function that does each kind of work item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dynskip.evaluation.context import Context
+from dynskip.evaluation.generations import probe_generate, run_generate
+from dynskip.evaluation.hidden_states import probe_states, run_states
+from dynskip.evaluation.items import WorkItem
+from dynskip.evaluation.timing import probe_time, run_time
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """run: does an item. probe: the seconds that it should take. alone: nothing else may run meanwhile."""
+
+    run: Callable[[WorkItem, Context], dict[str, Any]]
+    probe: Callable[[WorkItem, Context], float]
+    alone: bool = False
+
+
+TASKS = {
+    "generate": Task(run_generate, probe_generate),
+    "states": Task(run_states, probe_states),
+    "time": Task(run_time, probe_time, alone=True),
+}
+
+
+def run_item(item: WorkItem, context: Context) -> dict[str, Any]:
+    """The result of ``item``, as JSON holds it: a function of the item and of what its hashes name."""
+    if item.task not in TASKS:
+        raise ValueError(f"run_item: the task must be one of {', '.join(TASKS)}, got {item.task!r}.")
+    return TASKS[item.task].run(item, context)
