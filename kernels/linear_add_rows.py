@@ -12,7 +12,7 @@ from dynskip.kernels.row_list import RowList, Workspace
 from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, wait_for_earlier_kernels
 
 
-@triton.jit(do_not_specialize=["max_rows"])
+@triton.jit(do_not_specialize=["max_rows"], do_not_specialize_on_alignment=["ids_ptr", "num_ptr"])
 def linear_add_rows_kernel(
     x_ptr,
     ids_ptr,

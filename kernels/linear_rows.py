@@ -19,7 +19,10 @@ from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, 
 MAX_NORM_TILE = 8192
 
 
-@triton.jit(do_not_specialize=["max_rows"])
+@triton.jit(
+    do_not_specialize=["max_rows"],
+    do_not_specialize_on_alignment=["ids_ptr", "num_ptr", "num_run_ptr", "slots_ptr"],
+)
 def linear_rows_kernel(
     x_ptr,
     ids_ptr,

@@ -11,7 +11,7 @@ from dynskip.kernels.launches import launch
 from dynskip.kernels.row_list import RowList, RowNorm
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "num_ptr"])
 def norm_rows_kernel(
     x_ptr,
     ids_ptr,
