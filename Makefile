@@ -3,6 +3,7 @@
 #   make test    all tests                          ARGS="-k paths" is handed to pytest
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
+#   make gpu     all that needs a card              ONLY=decode,prefill OUT=folder COMMIT=id; ARGS=--dry-run anywhere
 #   make compat  all tests with the oldest supported triton and an older transformers
 #   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT, DYNSKIP_BUILD_CUDA: see setup.py
 
@@ -14,7 +15,13 @@ ARGS ?=
 PYTHON ?= $(shell sh .ci/find-python)
 EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo test lint format bench compat setup clean
+# make gpu needs no virtual environment and no network: it takes the torch that is there, and this checkout.
+GPU_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),python3)
+ONLY ?= tests,validate,sanitizer,kernels,decode,prefill
+OUT ?= gpu-results
+COMMIT ?=
+
+.PHONY: demo test lint format bench compat gpu setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -37,6 +44,9 @@ bench: $(VENV)/.installed
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.3 deprecates and 2.4 refuses.
 compat: $(COMPAT)/.installed
 	$(COMPAT)/bin/python -m pytest -W "ignore:Conversion of an array with ndim > 0:DeprecationWarning" $(ARGS)
+
+gpu:
+	$(GPU_PYTHON) bench/gpu/run.py --only '$(ONLY)' --out '$(OUT)' $(if $(COMMIT),--commit '$(COMMIT)') $(ARGS)
 
 setup: $(VENV)/.installed
 

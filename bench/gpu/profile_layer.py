@@ -1,0 +1,81 @@
+"""ncu over the kernels of one decode layer, its plan and its head. Without --ncu: only the launches it watches."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.gpu.fused_steps import FusedSteps
+from bench.gpu.workloads import Workload
+from dynskip.benchmark.device import Device, get_device
+from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
+from dynskip.model import OPTForCausalLM
+from dynskip.paths import LayerPath
+
+BATCHES = (1, 16, 64)
+
+
+def profile(ncu: str, out: Path, command: Sequence[str]) -> int:
+    """The exit status of ``command`` under ncu, whose report is ``profile.txt`` in ``out``.
+
+    Clocks are left as they are, caches are flushed before each pass: weights come from memory as in a step.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    report = out / "profile.txt"
+    options = ("--clock-control", "none", "--cache-control", "all", "--profile-from-start", "off", "--set", "full")
+    status = subprocess.run([ncu, *options, "--log-file", str(report), *command], check=False).returncode
+    print(f"ncu: exit status {status}; {report}")
+    return status
+
+
+@torch.no_grad()
+def launch_layer(device: Device, shape: str, vocab_size: int, batch: int, context_len: int, ops: str) -> None:
+    """One step of one layer of ``batch`` rows, twice; the second time is the one that is watched."""
+    config = opt_config(shape, vocab_size)
+    config.num_hidden_layers = 1
+    hf_model = random_hf_model(config, device=device.device)
+    model = OPTForCausalLM.from_hf(hf_model, backend="triton" if ops == "triton" else "torch", pack=False)
+    workload = Workload.along([LayerPath.full(1)] * batch, context_len, 4, vocab_size, device.device)
+    steps = FusedSteps(device, model, workload, ops)
+    steps.fused.run(steps.work)
+    steps.fused.head(steps.work.max_rows)
+    device.synchronize()
+    watched = torch.cuda.profiler.profile() if device.device.type == "cuda" else contextlib.nullcontext()
+    with watched:
+        steps.fused.run(steps.work)
+        steps.fused.head(steps.work.max_rows)
+        device.synchronize()
+    print(f"{batch} rows: one layer, plan and head launched")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The part ``profile`` of `make gpu`."""
+    parser = argparse.ArgumentParser(prog="bench.gpu.profile_layer", description=__doc__)
+    parser.add_argument("--ncu", metavar="PATH", help="the program ncu")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="(default: gpu-results)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-1.3b")
+    parser.add_argument("--vocab-size", type=int, default=50272, metavar="V")
+    parser.add_argument("--context-len", type=int, default=512, metavar="T")
+    parser.add_argument("--ops", choices=("triton", "reference"), default="triton", help="row ops (default: triton)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be launched and end")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        print(f"one layer of {args.shape}, context {args.context_len}, at {', '.join(map(str, BATCHES))} rows")
+        return 0
+    if args.ncu is not None:
+        return profile(args.ncu, args.out, [sys.executable, "-m", "bench.gpu.profile_layer"])
+    device = get_device(args.device)
+    for batch in BATCHES:
+        launch_layer(device, args.shape, args.vocab_size, batch, args.context_len, args.ops)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Prompts along paths: which share of the ideal speed-up compact rows reach, and of the matrix peak at full depth."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.gpu.recorder import Question, Recorder, run_part
+from bench.gpu.workloads import Truth, Workload
+from dynskip.benchmark.device import Device, time_in_turns
+from dynskip.benchmark.models import opt_config, random_hf_model
+from dynskip.benchmark.products import model_shape
+from dynskip.benchmark.runners import TransformersRunner
+from dynskip.executor import CompactExecutor
+from dynskip.generate import Generation
+from dynskip.model import OPTForCausalLM
+from dynskip.paths import LayerPath
+from dynskip.plan import KVPolicy
+from dynskip.sampling import SamplingParams
+
+_FULL = "full depth"
+_TRANSFORMERS = "transformers sdpa eager"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. ``shares``: of the layers that independent random paths run."""
+
+    shape: str = "opt-1.3b"
+    vocab_size: int = 50272
+    batch: int = 16
+    prompt_len: int = 512
+    shares: tuple[float, ...] = (0.25, 0.5)
+    num_rounds: int = 9
+    num_repeats: int = 3
+
+
+TINY = Sizes("tiny", 128, 3, 6, (0.25, 0.5), 2, 1)
+
+
+def independent(share: float) -> str:
+    """The name of a mix of random paths."""
+    return f"independent {share:.0%} paths"
+
+
+def masked(kv_policy: KVPolicy) -> str:
+    """The name of per-token masks."""
+    return f"per-token 50% masks, {kv_policy.value}"
+
+
+_POLICIES = (KVPolicy.EVICT, KVPolicy.PROPAGATE)
+
+
+class PrefillBenchmark:
+    """All questions about prefill, on one model."""
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, backend: str) -> None:
+        self.recorder = recorder
+        self.device = device
+        self.sizes = sizes
+        config = opt_config(sizes.shape, sizes.vocab_size)
+        self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
+        self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
+        exact = random_hf_model(config, dtype=recorder.dtype, device=device.device).double()
+        self.truth = Truth(self.model, OPTForCausalLM.from_hf(exact, backend="torch", pack=False))
+        self.shape = model_shape(self.model)
+        executor = self.model.executor("compact")
+        assert isinstance(executor, CompactExecutor)
+        recorder.note(f"backend {self.model.backend.name}; attention of whole prompts: {executor.prompt_attention()}")
+
+    def run(self) -> None:
+        """Answer all questions."""
+        self.recorder.attempt(all_questions(self.sizes), self._measure)
+
+    def _measure(self) -> None:
+        sizes, num_layers = self.sizes, self.model.num_layers
+        workloads = {_FULL: self._along([LayerPath.full(num_layers)] * sizes.batch)}
+        for share in sizes.shares:
+            budget = max(1, round(num_layers * share))
+            paths = [LayerPath.random(num_layers, budget, seed) for seed in range(sizes.batch)]
+            workloads[independent(share)] = self._along(paths)
+        for kv_policy in _POLICIES:
+            workloads[masked(kv_policy)] = Workload.per_token(
+                sizes.batch, num_layers, 0.5, kv_policy, sizes.prompt_len - 1, 1, sizes.vocab_size, self.device.device
+            )
+        for name, workload in workloads.items():
+            error = self.truth.check(name, workload, self._logits(workload))
+            self.recorder.note(f"{name}: {error:.0%} of the allowed error")
+        tasks = {name: Prefill(self.model, workload).run for name, workload in workloads.items()}
+        theirs = TransformersRunner(self.hf_model, workloads[_FULL].prompts, 1)
+        theirs.prefill()
+        assert theirs.logits is not None
+        self.truth.check(_TRANSFORMERS, workloads[_FULL], theirs.logits)
+        tasks[_TRANSFORMERS] = theirs.prefill
+        samples = time_in_turns(self.device, tasks, sizes.num_rounds, sizes.num_repeats)
+
+        recorder, batch, full = self.recorder, sizes.batch, samples[_FULL]
+        num_tokens = batch * sizes.prompt_len
+        flops = num_tokens * num_layers * self.shape.layer_flops_per_row + batch * self.shape.head_flops_per_row
+        recorder.share(batch, f"{_FULL}, share of the matrix peak", full, flops / recorder.speed.peak_gflops / 1e6)
+        recorder.speedup(batch, f"{_FULL}, speed-up over {_TRANSFORMERS}", full, samples[_TRANSFORMERS])
+        for name, workload in workloads.items():
+            if name == _FULL:
+                continue
+            mean_layers = float(workload.token_mask(list(range(batch))).sum()) / num_tokens
+            speedup = full.over(samples[name])
+            recorder.speedup(batch, f"{name}, speed-up over full depth", samples[name], full)
+            what = f"{name}, share of the ideal speed-up"
+            recorder.answer(batch, what, speedup * mean_layers / num_layers, samples[name], full)
+            recorder.note(f"{name}: {mean_layers:.2f} of {num_layers} layers, ideal {num_layers / mean_layers:.2f}x")
+
+    def _logits(self, workload: Workload) -> Tensor:
+        """[B, V]: of the last token of each prompt."""
+        prefill = Prefill(self.model, workload)
+        prefill.run()
+        return prefill.logits
+
+    def _along(self, paths: list[LayerPath]) -> Workload:
+        sizes = self.sizes
+        return Workload.along(paths, sizes.prompt_len - 1, 1, sizes.vocab_size, self.device.device)
+
+
+class Prefill:
+    """The prompts of a workload as ``LLM.generate`` runs them: planning, cache, layers, head and the first choice."""
+
+    def __init__(self, model: OPTForCausalLM, workload: Workload) -> None:
+        self.model = model
+        self.prompts: list[list[int]] = workload.prompts.tolist()
+        self.params = [SamplingParams(max_tokens=1, ignore_eos=True)] * workload.batch
+        self.paths = list(workload.paths) if workload.paths is not None else workload.mask
+        self.kv_policy = None if workload.paths is not None else workload.kv_policy.value
+        self.logits = torch.empty(0)
+
+    def run(self) -> None:
+        """Run the prompts from scratch and choose the first token of each."""
+        generation = _Recorded(self.model, self.prompts, self.params, self.paths, self.kv_policy)
+        generation.prefill()
+        self.logits = generation.logits
+
+
+class _Recorded(Generation):
+    """A generation that keeps the logits that it chose from."""
+
+    logits: Tensor
+
+    def _accept(self, logits: Tensor) -> None:
+        self.logits = logits
+        super()._accept(logits)
+
+
+def all_questions(sizes: Sizes) -> list[Question]:
+    """Every question, in the order in which they are answered."""
+    found = [
+        Question(sizes.batch, f"{_FULL}, share of the matrix peak", 0.6),
+        Question(sizes.batch, f"{_FULL}, speed-up over {_TRANSFORMERS}"),
+    ]
+    names = {independent(share): 0.95 for share in sizes.shares} | {masked(policy): None for policy in _POLICIES}
+    for name, target in names.items():
+        found.append(Question(sizes.batch, f"{name}, share of the ideal speed-up", target))
+        found.append(Question(sizes.batch, f"{name}, speed-up over full depth"))
+    return found
+
+
+def questions(args: argparse.Namespace) -> list[Question]:
+    """Every question that the part answers."""
+    return all_questions(TINY if args.tiny else Sizes())
+
+
+def measure(args: argparse.Namespace, device: Device) -> int:
+    """Answer them."""
+    sizes = TINY if args.tiny else Sizes()
+    described = {
+        "shape": sizes.shape,
+        "prompt_len": sizes.prompt_len,
+        "backend": args.backend,
+        "notes": [f"{sizes.batch} prompts of {sizes.prompt_len} tokens, from ids on the host to the first new token."],
+    }
+    recorder = Recorder("prefill", device, args, described)
+    try:
+        PrefillBenchmark(recorder, device, sizes, args.backend).run()
+    finally:
+        status = recorder.close()
+    return status
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=("triton", "torch"), default="triton", help="(default: triton)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The part ``prefill`` of `make gpu`."""
+    return run_part("prefill", __doc__ or "", questions, measure, argv, _add_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
