@@ -50,6 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sweep.add_argument("--split", help="the part of the data that is scored: train, validation or test (default)")
     sweep.add_argument("--prompts", type=int, metavar="N", help="prompts of the split (default: 500)")
     sweep.add_argument("--train-prompts", type=int, metavar="N", help="prompts to learn from (default: as many)")
+    sweep.add_argument("--state-prompts", type=int, metavar="N", help="prompts for hidden states (default: as many)")
     sweep.add_argument("--seeds", type=int, metavar="N", help="how often what is drawn is drawn (default: 3)")
     sweep.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (default: 128)")
     sweep.add_argument("--temperature", type=float, metavar="T", help="of sampled generations (default: 0.7)")
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 _OPTIONS = (
-    "template", "dtype", "device", "split", "prompts", "train_prompts", "seeds", "max_tokens", "temperature", "top_p",
-    "shard_size", "timed_batch", "resamples",
+    "template", "dtype", "device", "split", "prompts", "train_prompts", "state_prompts", "seeds", "max_tokens", "temperature",
+    "top_p", "shard_size", "timed_batch", "resamples",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Context:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self._models: OrderedDict[tuple[str, str], LLM] = OrderedDict()
-        self._prompts: dict[tuple[str, str], Prompts] = {}
+        self._prompts: dict[tuple[str, str, int], Prompts] = {}
 
     def llm(self, checkpoint_hash: str, dtype: str | None = None) -> LLM:
         """The model with that hash, in ``dtype`` (default: the setup's), with a tokenizer that fits it."""
@@ -40,9 +40,10 @@ class Context:
         self._models.move_to_end(key)
         return self._models[key]
 
-    def prompts(self, checkpoint_hash: str, split: str) -> Prompts:
-        """The setup's prompts of a split as that checkpoint's tokenizer writes them."""
-        key = (checkpoint_hash, split)
+    def prompts(self, checkpoint_hash: str, split: str, num_prompts: int | None = None) -> Prompts:
+        """The first prompts of a split as that checkpoint's tokenizer writes them; None for the number of the setup."""
+        num_prompts = num_prompts or num_rows(self.setup, split)
+        key = (checkpoint_hash, split, num_prompts)
         if key not in self._prompts:
             setup = self.setup
             # Splits of the sweep use one tokenizer's choice of rows, so that all checkpoints answer the same prompts.
@@ -55,7 +56,7 @@ class Context:
                 llm.model.config.max_position_embeddings,
                 setup.max_tokens,
                 setup.template,
-                num_rows(setup, split),
+                num_prompts,
             )
         return self._prompts[key]
 

@@ -50,7 +50,7 @@ def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     options = (
         ("device", setup.device),
         ("max_tokens", setup.max_tokens),
-        ("num_rows", setup.prompts),
+        ("num_rows", num_prompts(setup)),
         ("shard_size", _SHARD_SIZE),
         ("split_seed", setup.split_seed),
         ("template", setup.template),
@@ -63,20 +63,25 @@ def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
                 WorkItem(
                     "states", checkpoint.hash, " ".join(strategies), setup.data_hash, setup.split, seed, shard, options
                 )
-                for shard in range(-(-setup.prompts // _SHARD_SIZE))
+                for shard in range(-(-num_prompts(setup) // _SHARD_SIZE))
             ]
     return items
 
 
+def num_prompts(setup: Setup) -> int:
+    """How many prompts the states are compared on."""
+    return setup.state_prompts or setup.prompts
+
+
 def run_states(item: WorkItem, context: Context) -> dict[str, Any]:
     """By strategy and metric the mean over the response of each prompt in the shard; and how many tokens that were."""
-    rows = context.prompts(item.checkpoint, item.split).rows[item.shard * _SHARD_SIZE :][:_SHARD_SIZE]
+    rows = _shard(item, context)
     return compare_states(context.llm(item.checkpoint, "float32"), rows, item.path.split(), item.seed)
 
 
 def probe_states(item: WorkItem, context: Context) -> float:
     """The seconds that the item should take, from two of its prompts."""
-    rows = context.prompts(item.checkpoint, item.split).rows[item.shard * _SHARD_SIZE :][:_SHARD_SIZE]
+    rows = _shard(item, context)
     llm = context.llm(item.checkpoint, "float32")
     some = rows[:4]
     compare_states(llm, some[:1], item.path.split()[:1], item.seed)
@@ -185,13 +190,18 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "next-token distribution to the skipping model's, in nats.",
     ]
     return {
-        "n": setup.prompts,
+        "n": num_prompts(setup),
         "seeds": setup.seeds,
         "num_tokens": num_tokens,
         "rows": rows,
         "notes": notes,
         "statements": statements,
     }
+
+
+def _shard(item: WorkItem, context: Context) -> Sequence[Row]:
+    rows = context.prompts(item.checkpoint, item.split, num_prompts(context.setup)).rows
+    return rows[item.shard * _SHARD_SIZE :][:_SHARD_SIZE]
 
 
 def _checkpoints(setup: Setup) -> dict[str, Checkpoint]:

@@ -20,8 +20,8 @@ _LARGEST_SD = 1.0
 class NullModel:
     """Score of a sequence along path k = ``means[k]`` plus independent normal noise of deviation ``sd``.
 
-    means: [K], the mean score of each path. costs: [K], its layers. num_seqs: how many it draws. Whatever an oracle gains here, it gains by choosing
-    the luckiest of K draws: no path suits any sequence better than another does.
+    means: [K], the mean score of each path. costs: [K], its layers. num_seqs: how many stand for all. Whatever
+    an oracle gains here, it gains by choosing the luckiest of K draws: no path suits a sequence better than another.
     """
 
     means: tuple[float, ...]

@@ -25,7 +25,8 @@ class Setup:
 
     checkpoint: one set of weights, for all paths. siblings: by budget, weights tuned for that budget alone.
     data, data_hash: the Alpaca file. split, prompts: the first rows of that part of it; train_prompts: of the training
-    part, for what learns (0: as many as prompts). budgets: layers of the static paths, without the full depth.
+    part, for what learns; state_prompts: for hidden states (0: as many as prompts).
+    budgets: layers of the static paths, without the full depth.
     candidates: those that the oracle chooses among, beside the full depth. seeds: how often what is drawn is drawn.
     max_tokens: new tokens at most. temperature, top_p: of sampled generations. shard_size: prompts of one item.
     timed_batch: sequences of a timed batch. resamples: of each bootstrap.
@@ -42,6 +43,7 @@ class Setup:
     split_seed: int = 42
     prompts: int = 500
     train_prompts: int = 0
+    state_prompts: int = 0
     seeds: int = 3
     max_tokens: int = 128
     temperature: float = 0.7
@@ -56,8 +58,9 @@ class Setup:
         for name in ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval: {name} must be at least 1, got {getattr(self, name)}.")
-        if self.train_prompts < 0:
-            raise ValueError(f"eval: train_prompts must be at least 0, got {self.train_prompts}.")
+        for name in ("train_prompts", "state_prompts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"eval: {name} must be at least 0, got {getattr(self, name)}.")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"eval: temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}."
