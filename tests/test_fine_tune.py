@@ -386,7 +386,7 @@ def test_evaluations_since_best_counts_from_the_first_best() -> None:
 @IGNORE_LIBRARIES
 def test_another_config_in_the_same_folder_is_named(checkpoint: Path, data: Path, whole_run: Path) -> None:
     other = small_config(checkpoint, learning_rate=2e-3)
-    message = r"FineTuneRun: config must equal .*, got learning_rate 0.001 there, 0.002 asked"
+    message = r"record_start: config must equal .*, got learning_rate 0.001 there, 0.002 asked"
     with pytest.raises(ValueError, match=message):
         FineTuneRun(other, data, whole_run, CPU, progress=False).train()
     FineTuneRun(small_config(checkpoint, micro_batch_size=2), data, whole_run, CPU, progress=False).train()
@@ -395,7 +395,7 @@ def test_another_config_in_the_same_folder_is_named(checkpoint: Path, data: Path
 def test_other_data_in_the_same_folder_is_named(checkpoint: Path, whole_run: Path, tmp_path: Path) -> None:
     data = tmp_path / "alpaca_data.json"
     data.write_text(json.dumps([dataclasses.asdict(row) for row in made_up_rows(119)]))
-    with pytest.raises(ValueError, match=r"FineTuneRun: config must equal .* got data \{'alpaca_data.json': "):
+    with pytest.raises(ValueError, match=r"record_start: config must equal .* got data \{'alpaca_data.json': "):
         FineTuneRun(small_config(checkpoint), data, whole_run, CPU, progress=False).train()
 
 

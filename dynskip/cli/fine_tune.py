@@ -76,12 +76,16 @@ def fine_tune_config(args: argparse.Namespace, preset: str) -> FineTuneConfig:
         changes["patience"] = None
     for pair in args.steps:
         name, _, text = pair.partition("=")
-        if name not in ("full", "paths") or not text.isdecimal() or int(text) < 1:
+        names = {"full": "num_steps", "paths": "num_path_steps"}
+        if args.controller is not None:
+            names = {"controller": "num_steps"}
+        if name not in names or not text.isdecimal() or int(text) < 1:
+            known = " or ".join(f"{known}=N" for known in names)
             raise ValueError(
-                f"train: --steps must be full=N or paths=N with N > 0, got {pair!r}. "
-                "Write for example --steps full=100."
+                f"train: --steps must be {known} with N > 0, got {pair!r}. "
+                f"Write for example --steps {next(iter(names))}=100."
             )
-        changes["num_steps" if name == "full" else "num_path_steps"] = int(text)
+        changes[names[name]] = int(text)
     return dataclasses.replace(FINE_TUNE_PRESETS[preset](), **changes)
 
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynskip.cli import controller
 from dynskip.cli.fine_tune import OPTIONS as FINE_TUNE_OPTIONS
 from dynskip.cli.fine_tune import add_options, fine_tune_config, run_fine_tune
 
@@ -29,6 +30,8 @@ _EXAMPLES = """examples:
       the fine-tunes of arXiv 2410.20022: full depth, then from there ULS-12, ULS-8 and ULS-4
   torchrun --nproc-per-node 8 -m dynskip train --preset paper --data alpaca_data.json.xz --out runs/paper
       the same batches on 8 GPUs; `accelerate launch -m dynskip train ...` works as well
+  dynskip train --controller hidden --alpha 4 --model runs/paper/full/model --data alpaca_data.json.xz --out runs/hidden
+      a controller that reads hidden states, on the frozen model of such a run
 """
 
 
@@ -43,7 +46,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--preset", choices=["opt-mini", "paper", "released-code"], default="opt-mini", help="default: opt-mini"
+        "--preset", choices=["opt-mini", "paper", "released-code"], help="default: opt-mini; with --controller: paper"
     )
     parser.add_argument(
         "--data",
@@ -59,7 +62,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PHASE=N",
-        help="steps of a phase: pretrain or finetune of opt-mini; full or paths of the other presets",
+        help="steps of a phase: pretrain or finetune of opt-mini; full or paths of the other presets; or controller",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, batches and paths")
     parser.add_argument("--save-every", type=float, metavar="S", help="seconds between two checkpoints")
@@ -71,6 +74,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument("--muon-lr", type=float, metavar="X", help="learning rate of the layers' matrices")
     group.add_argument("--adamw-lr", type=float, metavar="X", help="learning rate of everything else")
     add_options(parser)
+    controller.add_options(parser)
     return parser
 
 
@@ -94,14 +98,13 @@ def _phase_numbers(option: str, pairs: Sequence[str], names: Sequence[str]) -> d
 _MINI_OPTIONS = ("minutes", "tokens_per_batch", "muon_lr", "adamw_lr")
 
 
-def _refuse(args: argparse.Namespace, options: Iterable[str]) -> None:
-    """Raise ValueError where one of ``options`` is given, which the preset has no use for."""
+def _refuse(args: argparse.Namespace, options: Iterable[str], where: str | None = None) -> None:
+    """Raise ValueError where one of ``options`` is given; ``where``: when it must not be, by default for the preset."""
+    where = where or f"with the preset {args.preset}"
     for name in sorted(options):
         value = getattr(args, name)
         if value is not None and value != []:
-            raise ValueError(
-                f"train: --{name.replace('_', '-')} must be left out with the preset {args.preset}, got {value}."
-            )
+            raise ValueError(f"train: --{name.replace('_', '-')} must be left out {where}, got {value}.")
 
 
 def _mini_config(args: argparse.Namespace) -> Any:
@@ -168,8 +171,14 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"train: --threads must be at least 1, got {args.threads}. Leave it out for the default.")
+    if args.preset is None:
+        args.preset = "opt-mini" if args.controller is None else "paper"
     is_mini = args.preset == "opt-mini"
-    _refuse(args, FINE_TUNE_OPTIONS if is_mini else _MINI_OPTIONS)
+    _refuse(args, FINE_TUNE_OPTIONS | {"controller"} if is_mini else _MINI_OPTIONS)
+    if args.controller is None:
+        _refuse(args, controller.OPTIONS, "without --controller")
+    else:
+        _refuse(args, ("path", "menu"), "with --controller")
     if not is_mini and len(args.data) != 1:
         raise ValueError(f"train: --data must be given once with the preset {args.preset}, got {len(args.data)} files.")
     for package in ("accelerate", "datasets"):
@@ -180,7 +189,10 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if not is_mini:
-        return run_fine_tune(args, fine_tune_config(args, args.preset), args.data[0])
+        training = fine_tune_config(args, args.preset)
+        if args.controller is not None:
+            return controller.run_controller(args, controller.controller_config(args, training), args.data[0])
+        return run_fine_tune(args, training, args.data[0])
 
     from dynskip.training.run import TrainingRun
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerBase
 
 from dynskip.paths import LayerPath
 from dynskip.training import attention
-from dynskip.training.corpus import Corpus, read_corpus
+from dynskip.training.corpus import read_corpus
 from dynskip.training.curves import write_curves
 from dynskip.training.examples import Example, encode_examples
 from dynskip.training.fine_tune_config import FineTuneConfig, differences
@@ -77,6 +77,73 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source
         )
 
 
+def load_rows(
+    config: FineTuneConfig, data: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example], dict[str, Any]]:
+    """The examples to train on, those to validate with, and how many of what the data held."""
+    corpus = read_corpus([data], config.split_seed)
+    examples = encode_examples(tokenizer, corpus.train, config.max_tokens, config.template, config.max_prompt_tokens)
+    validation = encode_examples(tokenizer, corpus.validation, config.max_tokens, config.template)
+    validation = validation[: config.num_validation_rows]
+    if not validation:
+        raise ValueError("load_rows: data must leave a row to validate with, got none. Give more rows.")
+    counts = {
+        "rows": {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)},
+        "kept": {"train": len(examples), "validation": len(validation)},
+        "train_tokens": sum(example.num_tokens for example in examples),
+        "train_response_tokens": sum(len(example.response_ids) for example in examples),
+    }
+    return examples, validation, counts
+
+
+def is_first_process(device: torch.device) -> bool:
+    """Whether this process is the one that writes, of those that a launcher started."""
+    from accelerate import PartialState  # type: ignore[import-untyped]  # it ships no types
+
+    return bool(PartialState(cpu=device.type == "cpu").is_main_process)
+
+
+def record_start(directory: Path, started: dict[str, Any], counts: dict[str, Any], device: torch.device) -> None:
+    """Write ``run.json``, or add a start to it; ValueError, naming the difference, for a run of another config."""
+    record = directory / "run.json"
+    new = json.loads(json.dumps(started))
+    old = json.loads(record.read_text()) if record.exists() else None
+    if old is not None:
+        changed = differences(old["config"], new["config"])
+        if old["data"] != new["data"]:
+            changed.append(f"data {old['data']} there, {new['data']} asked")
+        if changed:
+            raise ValueError(
+                f"record_start: config must equal that of the run in {directory}, got {'; '.join(changed)}. "
+                "Give the run's own options or another folder."
+            )
+    if is_first_process(device):
+        directory.mkdir(parents=True, exist_ok=True)
+        resumed = [] if old is None else [*old["resumed"], {key: new[key] for key in ("commit", "started")}]
+        write_json(record, {**(old or new), "counts": counts, "resumed": resumed})
+
+
+def export_model(
+    model: OPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    directory: Path,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Write the model and its tokenizer so that the folder is there whole or not at all."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    # The Trainer switches the cache off, for its own passes; whoever generates wants it.
+    model.config.use_cache = True
+    model.save_pretrained(partial)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATES[template]
+    tokenizer.save_pretrained(partial)
+    write_json(partial / "fine_tune.json", {"template": template, **(about or {})})
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
 class FineTuneRun:
     """One fine-tune in ``directory``; in each stage's folder ``model/`` is its best model with the tokenizer."""
 
@@ -99,57 +166,13 @@ class FineTuneRun:
         """Per stage the folder of its model, all stages finished."""
         torch.manual_seed(self.config.seed)
         tokenizer = load_tokenizer(self.config.model)
-        corpus = read_corpus([self._data], self.config.split_seed)
-        examples, validation = self._encode(tokenizer, corpus)
+        examples, validation, counts = load_rows(self.config, self._data, tokenizer)
+        record_start(self.directory, provenance(dataclasses.asdict(self.config), [self._data]), counts, self._device)
         models: dict[str, Path] = {}
         for number, stage in enumerate(stages(self.config)):
             source = self.config.model if stage.source is None else str(models[stage.source])
             models[stage.name] = self._train_stage(number, stage, source, tokenizer, examples, validation)
         return models
-
-    def _encode(
-        self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
-    ) -> tuple[Sequence[Example], Sequence[Example]]:
-        config = self.config
-        examples = encode_examples(
-            tokenizer, corpus.train, config.max_tokens, config.template, config.max_prompt_tokens
-        )
-        validation = encode_examples(tokenizer, corpus.validation, config.max_tokens, config.template)
-        validation = validation[: config.num_validation_rows]
-        if not validation:
-            raise ValueError("FineTuneRun: data must leave a row to validate with, got none. Give more rows.")
-        counts = {
-            "rows": {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)},
-            "kept": {"train": len(examples), "validation": len(validation)},
-            "train_tokens": sum(example.num_tokens for example in examples),
-            "train_response_tokens": sum(len(example.response_ids) for example in examples),
-        }
-        self._record_start(counts)
-        return examples, validation
-
-    @property
-    def _is_first_process(self) -> bool:
-        from accelerate import PartialState  # type: ignore[import-untyped]  # it ships no types
-
-        return bool(PartialState(cpu=self._device.type == "cpu").is_main_process)
-
-    def _record_start(self, counts: dict[str, Any]) -> None:
-        record = self.directory / "run.json"
-        new = json.loads(json.dumps(provenance(dataclasses.asdict(self.config), [self._data])))
-        old = json.loads(record.read_text()) if record.exists() else None
-        if old is not None:
-            changed = differences(old["config"], new["config"])
-            if old["data"] != new["data"]:
-                changed.append(f"data {old['data']} there, {new['data']} asked")
-            if changed:
-                raise ValueError(
-                    f"FineTuneRun: config must equal that of the run in {self.directory}, got {'; '.join(changed)}. "
-                    "Give the run's own options or another folder."
-                )
-        if self._is_first_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            resumed = [] if old is None else [*old["resumed"], {key: new[key] for key in ("commit", "started")}]
-            write_json(record, {**(old or new), "counts": counts, "resumed": resumed})
 
     def _train_stage(
         self,
@@ -185,7 +208,7 @@ class FineTuneRun:
             progress=self._progress,
         )
         best = trainer.run()
-        if self._is_first_process:
+        if is_first_process(self._device):
             self._export(stage, directory, best, tokenizer, trainer.history)
         trainer.accelerator.wait_for_everyone()
         return directory / "model"
@@ -198,15 +221,6 @@ class FineTuneRun:
         tokenizer: PreTrainedTokenizerBase,
         history: Sequence[dict[str, Any]],
     ) -> None:
-        partial = directory / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model = OPTForCausalLM.from_pretrained(best, dtype=torch.float32)
-        # The Trainer switches the cache off, for its own passes; whoever generates wants it.
-        model.config.use_cache = True
-        model.save_pretrained(partial)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = CHAT_TEMPLATES[self.config.template]
-        tokenizer.save_pretrained(partial)
         scores = [entry for entry in history if "eval_loss" in entry]
         step = int(best.name.split("-")[1])
         result = {
@@ -217,8 +231,7 @@ class FineTuneRun:
             "validation": next(entry for entry in scores if entry["step"] == step),
             "validation_rows": self.config.num_validation_rows,
         }
-        write_json(partial / "fine_tune.json", result)
-        shutil.rmtree(directory / "model", ignore_errors=True)
-        partial.rename(directory / "model")
+        model = OPTForCausalLM.from_pretrained(best, dtype=torch.float32)
+        export_model(model, tokenizer, self.config.template, directory / "model", result)
         write_curves(directory, history)
         write_json(directory / "done.json", result)

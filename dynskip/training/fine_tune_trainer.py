@@ -64,7 +64,7 @@ class FineTuneTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model: ResponseLossOPT,
+        model: nn.Module,
         directory: Path,
         config: FineTuneConfig,
         menu: PathMenu,
@@ -140,7 +140,11 @@ class FineTuneTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The batches of the plan, which does the batching and knows its process."""
-        return DataLoader(self.plan, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
+        # Starting a loader draws a number. From a generator of its own: the random state that a checkpoint brings back
+        # must be the one that the next step would have seen.
+        return DataLoader(
+            self.plan, batch_size=1, shuffle=False, collate_fn=lambda items: items[0], generator=torch.Generator()
+        )
 
     def path(self, step: int) -> LayerPath:
         """The path of a step, the same in every process and micro-batch."""
@@ -148,6 +152,7 @@ class FineTuneTrainer(ResumableTrainer):
 
     def along(self, path: LayerPath) -> AbstractContextManager[None]:
         """Within the context the model runs the layers of ``path`` only."""
+        assert isinstance(self.loss_model, ResponseLossOPT), "other models bring their own context"
         return only_layers(self.loss_model, path)
 
     def compute_loss(
@@ -167,23 +172,28 @@ class FineTuneTrainer(ResumableTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """``eval_loss``: nats per response token of the validation rows, the mean over the menu's paths."""
         self.loss_model.train(False)
-        scores = {f"eval_loss_{path.budget}_layers": self._validation_loss(path) for path in self.menu.paths}
+        scores = {}
+        for path in self.menu.paths:
+            with self.along(path):
+                (scores[f"eval_loss_{path.budget}_layers"],) = self.validation_means(("loss",))
         metrics = {"eval_loss": sum(scores.values()) / len(scores), **(scores if len(scores) > 1 else {})}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _validation_loss(self, path: LayerPath) -> float:
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+    def validation_means(self, names: Sequence[str]) -> list[float]:
+        """What the model's pass gives under ``names``: means over the response tokens of the validation rows."""
+        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.args.device)
         batches = group_in_order([example.num_tokens for example in self.validation], _EVAL_TOKENS_PER_BATCH)
         for rows in batches[self.args.process_index :: self.args.world_size]:
             batch = pad_examples([self.validation[row] for row in rows], self.pad_id, response_only=True, multiple=8)
             inputs: dict[str, Tensor] = self._prepare_inputs(batch)
-            with self.along(path), self.accelerator.autocast():
-                loss = self.loss_model(**inputs, num_items_in_batch=1)["loss"]
-            total += torch.stack([loss.double(), (inputs["labels"][:, 1:] != IGNORED).sum().double()])
-        nats, num_tokens = self.accelerator.reduce(total, "sum").tolist()
-        return nats / num_tokens
+            with self.accelerator.autocast():
+                outputs = self.loss_model(**inputs, num_items_in_batch=1)
+            num_tokens = (inputs["labels"] != IGNORED).sum()
+            total += torch.stack([*(outputs[name] for name in names), num_tokens]).double()
+        *sums, num_tokens = self.accelerator.reduce(total, "sum").tolist()
+        return [value / num_tokens for value in sums]
 
     def run(self) -> Path:
         """The checkpoint of the best evaluation, after the stage has come to its end from wherever it was."""
