@@ -43,6 +43,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="BUDGET=NAME",
         help="weights tuned for one budget alone, the full depth among them; give it once a budget",
     )
+    model.add_argument(
+        "--controller",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a learned controller, as dynskip train wrote it, with the weights it steers; repeatable",
+    )
     model.add_argument("--template", help="how a prompt is written: short (default) or alpaca")
     model.add_argument("--dtype", choices=DTYPES, help="type of the weights that generate (default: bfloat16)")
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
@@ -52,6 +59,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sweep.add_argument("--train-prompts", type=int, metavar="N", help="prompts to learn from (default: as many)")
     sweep.add_argument("--state-prompts", type=int, metavar="N", help="prompts for hidden states (default: as many)")
     sweep.add_argument("--seeds", type=int, metavar="N", help="how often what is drawn is drawn (default: 3)")
+    sweep.add_argument(
+        "--controller-seeds",
+        type=int,
+        metavar="N",
+        help="how often a controller samples its decisions, beside taking the likelier ones (default: 1)",
+    )
     sweep.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (default: 128)")
     sweep.add_argument("--temperature", type=float, metavar="T", help="of sampled generations (default: 0.7)")
     sweep.add_argument("--top-p", type=float, metavar="P", help="of sampled generations (default: 1)")
@@ -59,6 +72,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     sweep.add_argument("--candidates", metavar="B,B,...", help="those the oracle chooses from (default: 4,8,12)")
     sweep.add_argument("--shard-size", type=int, metavar="N", help="prompts of one work item (default: 64)")
     sweep.add_argument("--timed-batch", type=int, metavar="N", help="sequences of a timed batch (default: 64)")
+    sweep.add_argument("--timed-rounds", type=int, metavar="N", help="how often each batch is timed (default: 12)")
     sweep.add_argument("--resamples", type=int, metavar="N", help="of each bootstrap (default: 1000)")
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share the work (default: 1)"
@@ -94,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         _siblings(args.sibling),
         _budgets("--budgets", args.budgets),
         _budgets("--candidates", args.candidates),
+        args.controller,
         **options,
     )
     names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
@@ -107,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 _OPTIONS = (
-    "template", "dtype", "device", "split", "prompts", "train_prompts", "state_prompts", "seeds", "max_tokens", "temperature",
-    "top_p", "shard_size", "timed_batch", "resamples",
+    "template", "dtype", "device", "split", "prompts", "train_prompts", "state_prompts", "seeds", "controller_seeds",
+    "max_tokens", "temperature", "top_p", "shard_size", "timed_batch", "timed_rounds", "resamples",
 )  # fmt: skip
 
 

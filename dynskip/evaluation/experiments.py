@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dynskip.evaluation import hidden_states, oracle, static
+from dynskip.evaluation import controllers, depth, hidden_states, oracle, router, static
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.store import ItemStore
@@ -26,4 +26,7 @@ EXPERIMENTS = {
     "oracle": Experiment("oracle", oracle.plan, oracle.summarise),
     "hidden-states": Experiment("hidden_states", hidden_states.plan, hidden_states.summarise),
     "static": Experiment("static", static.plan, static.summarise),
+    "router": Experiment("router", router.plan, router.summarise),
+    "controllers": Experiment("controllers", controllers.plan, controllers.summarise),
+    "depth": Experiment("depth", depth.plan, depth.summarise),
 }

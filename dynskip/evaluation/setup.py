@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynskip.evaluation.checkpoints import Checkpoint
+from dynskip.evaluation.controller_folder import ControllerFolder
 from dynskip.evaluation.dataset import SPLITS
 from dynskip.paths import LayerPath
 from dynskip.training.provenance import file_hash
@@ -27,9 +29,11 @@ class Setup:
     data, data_hash: the Alpaca file. split, prompts: the first rows of that part of it; train_prompts: of the training
     part, for what learns; state_prompts: for hidden states (0: as many as prompts).
     budgets: layers of the static paths, without the full depth.
-    candidates: those that the oracle chooses among, beside the full depth. seeds: how often what is drawn is drawn.
-    max_tokens: new tokens at most. temperature, top_p: of sampled generations. shard_size: prompts of one item.
-    timed_batch: sequences of a timed batch. resamples: of each bootstrap.
+    controllers: learned ones, each with the weights that it steers. controller_seeds: how often each samples its
+    decisions, beside taking the likelier ones. candidates: those that the oracle chooses among, beside the full depth.
+    seeds: how often what is drawn is drawn. max_tokens: new tokens at most. temperature, top_p: of sampled generations.
+    shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how often each is timed, in
+    turns. resamples: of each bootstrap.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +42,8 @@ class Setup:
     budgets: tuple[int, ...]
     candidates: tuple[int, ...]
     siblings: tuple[tuple[int, Checkpoint], ...] = ()
+    controllers: tuple[ControllerFolder, ...] = ()
+    controller_seeds: int = 1
     template: str = "short"
     split: str = "test"
     split_seed: int = 42
@@ -52,15 +58,26 @@ class Setup:
     device: str = "cpu"
     shard_size: int = 64
     timed_batch: int = 64
+    timed_rounds: int = 12
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "resamples"):
+        for name in ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "timed_rounds", "resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("train_prompts", "state_prompts"):
+        for name in ("train_prompts", "state_prompts", "controller_seeds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"eval: {name} must be at least 0, got {getattr(self, name)}.")
+        labels = [controller.label for controller in self.controllers]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"eval: controllers must differ, got {label!r} twice. Give one of the folders.")
+        for controller in self.controllers:
+            if controller.checkpoint.num_layers != self.num_layers:
+                raise ValueError(
+                    f"eval: controller {controller.directory} must decide for {self.num_layers} layers, "
+                    f"got {controller.checkpoint.num_layers}."
+                )
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"eval: temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}."
@@ -91,6 +108,7 @@ class Setup:
         siblings: dict[int, str],
         budgets: tuple[int, ...] | None = None,
         candidates: tuple[int, ...] | None = None,
+        controllers: Sequence[str | Path] = (),
         **options: Any,
     ) -> Setup:
         """The setup of a model's folder or hub id, siblings' likewise by budget; options are the other fields.
@@ -107,6 +125,7 @@ class Setup:
             scaled(PAPER_BUDGETS, checkpoint.num_layers) if budgets is None else tuple(sorted(set(budgets))),
             scaled(PAPER_CANDIDATES, checkpoint.num_layers) if candidates is None else tuple(sorted(set(candidates))),
             tuple((budget, Checkpoint.of(source)) for budget, source in sorted(siblings.items())),
+            tuple(map(ControllerFolder.of, controllers)),
             **options,
         )
 
@@ -127,15 +146,17 @@ class Setup:
 
     def checkpoint_of(self, checkpoint_hash: str) -> Checkpoint:
         """The checkpoint with that hash."""
-        for checkpoint in (self.checkpoint, *(sibling for _, sibling in self.siblings)):
+        steered = (controller.checkpoint for controller in self.controllers)
+        for checkpoint in (self.checkpoint, *(sibling for _, sibling in self.siblings), *steered):
             if checkpoint.hash == checkpoint_hash:
                 return checkpoint
         raise ValueError(f"eval: the checkpoint must be one of the setup, got hash {checkpoint_hash!r}.")
 
     def guarded(self) -> dict[str, Any]:
-        """What must not change within a run folder, as JSON holds it; where files lie may change."""
+        """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["data"]
+        for name in ("data", "controllers", "controller_seeds"):
+            del fields[name]
         return fields | {
             "checkpoint": self.checkpoint.hash,
             "siblings": {str(budget): sibling.hash for budget, sibling in self.siblings},

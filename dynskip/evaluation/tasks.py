@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynskip.evaluation.context import Context
+from dynskip.evaluation.controlled import probe_controlled, probe_timed, run_controlled, run_timed
+from dynskip.evaluation.facts import probe_facts, run_facts
 from dynskip.evaluation.generations import probe_generate, run_generate
 from dynskip.evaluation.hidden_states import probe_states, run_states
 from dynskip.evaluation.items import WorkItem
+from dynskip.evaluation.router_cost import probe_overhead, run_overhead
 from dynskip.evaluation.timing import probe_time, run_time
 
 
@@ -25,6 +28,10 @@ class Task:
 TASKS = {
     "generate": Task(run_generate, probe_generate),
     "states": Task(run_states, probe_states),
+    "facts": Task(run_facts, probe_facts),
+    "controlled": Task(run_controlled, probe_controlled),
+    "time-controlled": Task(run_timed, probe_timed, alone=True),
+    "overhead": Task(run_overhead, probe_overhead, alone=True),
     "time": Task(run_time, probe_time, alone=True),
 }
 

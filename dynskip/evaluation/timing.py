@@ -22,9 +22,9 @@ from dynskip.executor import CompactExecutor
 from dynskip.generate import Generation
 from dynskip.llm import LLM
 from dynskip.paths import LayerPath
+from dynskip.routing import Paths
 from dynskip.sampling import SamplingParams
 
-NUM_ROUNDS = 12
 _NUM_STEPS = 8
 _NUM_WARM_STEPS = 2
 
@@ -45,6 +45,7 @@ def time_item(setup: Setup, batches: Mapping[str, Sequence[Part]]) -> WorkItem:
         ("device", setup.device),
         ("dtype", setup.dtype),
         ("machine", machine_name(setup.device)),
+        ("rounds", setup.timed_rounds),
         ("template", setup.template),
     )
     return WorkItem("time", setup.checkpoint.hash, text, setup.data_hash, setup.split, 0, 0, options)
@@ -85,15 +86,24 @@ def run_time(item: WorkItem, context: Context) -> dict[str, Any]:
         label: [Part(checkpoint, path, int(count)) for checkpoint, path, count in parts]
         for label, parts in json.loads(item.path).items()
     }
-    samples = interleave({label: task(parts) for label, parts in batches.items()}, NUM_ROUNDS)
+    samples = interleave({label: task(parts) for label, parts in batches.items()}, context.setup.timed_rounds)
     return {"ms_per_token": {label: [round(ms, 6) for (ms,) in sample.rounds] for label, sample in samples.items()}}
 
 
-def decode_ms(llm: LLM, prompts: Sequence[Sequence[int]], paths: Sequence[LayerPath]) -> float:
-    """The milliseconds of one decode step of a batch: the mean of a few after the first ones."""
+def decode_ms(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    paths: Paths,
+    kv_policy: str | None = None,
+    prompt_depth: str = "path",
+) -> float:
+    """The milliseconds of one decode step of a batch: the mean of a few after the first ones.
+
+    paths, kv_policy, prompt_depth: as in ``LLM.generate``.
+    """
     num_tokens = 1 + _NUM_WARM_STEPS + _NUM_STEPS
     params = [SamplingParams(max_tokens=num_tokens + 1, ignore_eos=True)] * len(prompts)
-    generation = Generation(llm.model, prompts, params, list(paths))
+    generation = Generation(llm.model, prompts, params, paths, kv_policy, prompt_depth)
     generation.prefill()
     for _ in range(_NUM_WARM_STEPS):
         generation.step()
@@ -116,7 +126,7 @@ def probe_time(item: WorkItem, context: Context) -> float:
     prompts = [list(rows[seq % len(rows)].prompt_ids) for seq in range(count)]
     start = time.perf_counter()
     decode_ms(llm, prompts, [LayerPath.full(llm.model.num_layers)] * count)
-    return (time.perf_counter() - start) * len(batches) * (NUM_ROUNDS + 1) / 2
+    return (time.perf_counter() - start) * len(batches) * (context.setup.timed_rounds + 1) / 2
 
 
 def read_times(store: ItemStore, item: WorkItem, resamples: int = 1000) -> dict[str, Interval]:
