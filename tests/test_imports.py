@@ -49,6 +49,7 @@ ORDER = [
     "sampling",
     "generate",
     "assets",
+    "engine",
     "llm",
     # what stands around it
     "training",

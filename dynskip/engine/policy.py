@@ -1,0 +1,66 @@
+"""The interface of a scheduling policy, and the policies by name."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dynskip.engine.costs import StepCosts
+from dynskip.engine.groups import PathGroup, PathGroups
+from dynskip.engine.sequence import SequenceState
+
+POLICIES = ("cohort", "lockstep", "by_path")
+
+# The rows of one path in a decode step.
+Part = tuple[PathGroup, list[SequenceState]]
+
+
+class Policy(Protocol):
+    """Says who becomes resident, and who of the resident steps.
+
+    name: as in ``POLICIES``. batch: most rows of a decode step. pool: most resident sequences.
+    """
+
+    name: str
+    batch: int
+    pool: int
+
+    def next_group(self, groups: PathGroups, step: int) -> PathGroup | None:
+        """The path whose head is admitted next; None: nobody more in this step. A place in the pool is free."""
+        ...
+
+    def choose(self, groups: PathGroups, step: int) -> list[Part]:
+        """Who decodes in step ``step``: at most ``batch`` running sequences, by path, the oldest of each path first."""
+        ...
+
+
+def make_policy(
+    name: str, costs: StepCosts, batch: int, pool: int | None = None, max_wait: int | None = None
+) -> Policy:
+    """The policy of that name.
+
+    pool: most resident sequences, by default 4 x batch for `cohort`; the others keep resident only what steps.
+    max_wait: W of `cohort`: no resident sequence waits more steps than that for its next token.
+    """
+    from dynskip.engine.by_path import ByPath
+    from dynskip.engine.cohort import Cohort
+    from dynskip.engine.lockstep import Lockstep
+
+    if name == "cohort":
+        return Cohort(costs, batch, 4 * batch if pool is None else pool, max_wait)
+    if max_wait is not None:
+        raise ValueError(f"make_policy: max_wait must be left out for {name}, got {max_wait}. Use policy cohort.")
+    if pool not in (None, batch):
+        raise ValueError(f"make_policy: pool must be {batch}, the batch, for {name}, got {pool}. Use policy cohort.")
+    if name == "lockstep":
+        return Lockstep(batch)
+    if name == "by_path":
+        return ByPath(batch)
+    raise ValueError(f"make_policy: name must be one of {', '.join(POLICIES)}, got {name!r}.")
+
+
+def check_limits(name: str, batch: int, pool: int) -> None:
+    """Raise ValueError where a policy of that name cannot work with ``batch`` and ``pool``."""
+    if batch < 1:
+        raise ValueError(f"{name}: batch must be at least 1, got {batch}.")
+    if pool < batch:
+        raise ValueError(f"{name}: pool must be at least the batch, {batch}, got {pool}.")

@@ -1,0 +1,73 @@
+"""What the scheduler knows of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import Enum
+
+from dynskip.paths import LayerPath
+
+
+class Status(Enum):
+    """Where a sequence stands: in the queue, with part of its prompt run, ready to decode, or gone."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """A request from its arrival to its end.
+
+    path: the layers that its tokens may run, which are the layers that hold its keys and values. A controller that
+        decides for each token may run any: such a request has the full path.
+    arrival_s: the caller's clock when the request came; for reports only.
+    order: its number among all requests of the scheduler.
+    num_generated: tokens chosen so far; a preempted sequence keeps them.
+    num_cached: tokens whose keys and values are stored in each layer of the path, those reserved for its prompt
+        included. The last generated token has none yet.
+    num_prefilled: how many tokens the chunks of its current prefill have run.
+    admitted_step: the step in which it became resident last. last_step: the step of its own last token.
+    """
+
+    request_id: Hashable
+    path: LayerPath
+    num_prompt_tokens: int
+    max_tokens: int
+    arrival_s: float = 0.0
+    order: int = -1
+    status: Status = Status.WAITING
+    num_generated: int = 0
+    num_cached: int = 0
+    num_prefilled: int = 0
+    admitted_step: int = -1
+    last_step: int = -1
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompt_tokens", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SequenceState: {name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output: what a prefill of this sequence has to run."""
+        return self.num_prompt_tokens + self.num_generated
+
+    @property
+    def max_cached(self) -> int:
+        """The most tokens that it may ever have cached: the last one of its output is never run."""
+        return self.num_prompt_tokens + self.max_tokens - 1
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it holds keys and values."""
+        return self.status in (Status.PREFILLING, Status.RUNNING)
+
+    def kv_entries(self) -> dict[int, int]:
+        """How many key-value entries it holds in each layer that it runs."""
+        return dict.fromkeys(self.path.layers, self.num_cached)
