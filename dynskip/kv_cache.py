@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynskip.flat_rows import FlatRows
 from dynskip.plan import KVPolicy, LayerPlan, Plan
 
 
@@ -55,6 +56,14 @@ class EntryIndex:
             tuple(entry_indptr),
             tuple(run_indptr),
         )
+
+    @staticmethod
+    def of_flat(flat: FlatRows, cache_ids: Tensor, num_cache_seqs: int) -> EntryIndex:
+        """The index of all layers, whose entries are those of the rows that run; ``cache_ids`` as in `of`."""
+        run_cache_ids = cache_ids[flat.seq_ids.long()]
+        table_ids = run_cache_ids + flat.layer_ids * num_cache_seqs
+        indptr = flat.indptr
+        return EntryIndex(table_ids, flat.ranks, table_ids, run_cache_ids.int(), flat.key_ranks, indptr, indptr)
 
 
 class KVCache:
@@ -154,7 +163,12 @@ class KVCache:
         if plan.active is None or plan.kv_policy is KVPolicy.SHARE:
             return None
         if self._index is None or self._index[0] is not plan or self._index[1] is not cache_ids:
-            index = EntryIndex.of(plan.all_layers(cache_ids.device), 0, cache_ids, self.context_lens.shape[1])
+            device, num_cache_seqs = cache_ids.device, self.context_lens.shape[1]
+            flat = plan.flat(device)
+            if flat is None:
+                index = EntryIndex.of(plan.all_layers(device), 0, cache_ids, num_cache_seqs)
+            else:
+                index = EntryIndex.of_flat(flat, cache_ids, num_cache_seqs)
             self._index = (plan, cache_ids, index)
         return self._index[2]
 

@@ -16,7 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dynskip.flat_rows import FlatRows
 from dynskip.paths import LayerPath
+
+# Where the layers' rows are found by the device itself, all at once. A CPU finds them layer by layer as fast.
+_FLAT_DEVICES = {"cuda"}
 
 
 class KVPolicy(Enum):
@@ -152,6 +156,15 @@ class LayerPlan:
         kv = rows.all if kv_policy is KVPolicy.PROPAGATE else RowSet.of(active | ~has_entry, rows)
         return LayerPlan(run, kv, rows.all, key_ranks)
 
+    @staticmethod
+    def of_flat(flat: FlatRows, layer: int, num_rows: int) -> LayerPlan:
+        """The plan of a layer whose running rows alone leave entries; ``num_rows``: of the step."""
+        begin, end = flat.indptr[layer], flat.indptr[layer + 1]
+        part = slice(begin, end)
+        row_ids = None if end - begin == num_rows else flat.row_ids[part]
+        run = RowSet(row_ids, end - begin, flat.seq_ids[part], flat.ranks[part], flat.cu_seqlens[layer])
+        return LayerPlan(run, run, run, flat.key_ranks[part])
+
     def to(self, device: torch.device) -> LayerPlan:
         """The same plan with its tensors on ``device``."""
         if device.type == "cpu":
@@ -186,6 +199,7 @@ class Plan:
     active: Tensor | None = None
     decide: Decide | None = None
     _layers: dict[torch.device, list[LayerPlan]] = field(default_factory=dict, repr=False)
+    _flat: dict[torch.device, FlatRows] = field(default_factory=dict, repr=False)
     _has_entry: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -216,7 +230,11 @@ class Plan:
         """
         device = hidden_states.device
         if self.active is not None:
-            return self.all_layers(device)[layer]
+            flat = self.flat(device)
+            # A layer's plan is cut out when it is asked for: the device works on the layers before meanwhile.
+            return (
+                self.all_layers(device)[layer] if flat is None else LayerPlan.of_flat(flat, layer, self.rows.num_rows)
+            )
         active = self._decide(layer, hidden_states)
         if layer == 0:
             self._has_entry = torch.zeros_like(active)
@@ -235,6 +253,18 @@ class Plan:
                 has_entry = has_entry | active
             self._layers[device] = plans
         return self._layers[device]
+
+    def flat(self, device: torch.device) -> FlatRows | None:
+        """The rows of all layers laid end to end, for a plan whose mask is known, worked out by ``device`` once.
+
+        None where other rows than those that run leave entries, and where the device does not do that.
+        """
+        entries_are_run = self.kv_policy in (KVPolicy.ABSENT, KVPolicy.EVICT)
+        if self.active is None or not entries_are_run or device.type not in _FLAT_DEVICES:
+            return None
+        if device not in self._flat:
+            self._flat[device] = FlatRows.of(self.active, self.rows.seq_ids, self.rows.cu_seqlens, device)
+        return self._flat[device]
 
     def num_rows_by_layer(self) -> list[tuple[int, int]]:
         """Per layer how many rows run it, and for how many it computes a key and a value; for a plan with a mask."""

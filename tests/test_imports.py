@@ -16,6 +16,7 @@ ORDER = [
     # what to run: pure data, no device
     "version",
     "paths",
+    "flat_rows",
     "plan",
     "cost",
     # the ops: what they compute, who computes it
@@ -60,8 +61,8 @@ ORDER = [
     "row_validation",
     "validation",
     "cubin",
-    "offline_worker",
     "offline_compile",
+    "offline_worker",
     "benchmark",
     "evaluation",
     "cli",
