@@ -266,16 +266,8 @@ def test_the_sections_of_all_families(folder: Path, tmp_path: Path, capsys: pyte
     assert conditions["versions"]["torch"] and conditions["split_sizes"]["test"] == 12
 
 
-def test_processes_share_the_items_and_give_the_same(folder: Path, tmp_path: Path) -> None:
-    assert main(arguments(folder, tmp_path / "one")) == 0
-    assert main(arguments(folder, tmp_path / "two", "--workers", "2")) == 0
-    one, two = ({line["key"]: line["result"] for line in lines(tmp_path / name)} for name in ("one", "two"))
-    assert set(one) == set(two)
-    assert {k: r for k, r in one.items() if "rows" in r} == {k: r for k, r in two.items() if "rows" in r}
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="finds its processes the way Linux names them")
-def test_workers_end_with_a_parent_that_was_killed(folder: Path, tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_parent_and_give_what_one_process_gives(folder: Path, tmp_path: Path) -> None:
     command = arguments(folder, tmp_path / "run", "--workers", "2", experiment="oracle")
     parent = subprocess.Popen([sys.executable, "-m", "dynskip", *command], stderr=subprocess.DEVNULL)
     process = psutil.Process(parent.pid)
@@ -290,7 +282,11 @@ def test_workers_end_with_a_parent_that_was_killed(folder: Path, tmp_path: Path)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert main(command) == 0
-    assert len({line["key"] for line in lines(tmp_path / "run")}) == len(lines(tmp_path / "run")) == 31
+    assert main(arguments(folder, tmp_path / "one", experiment="oracle")) == 0
+    shared, one = lines(tmp_path / "run"), lines(tmp_path / "one")
+    assert len({line["key"] for line in shared}) == len(shared) == len(one) == 31
+    generated = {line["key"]: line["result"] for line in one if line["item"]["task"] == "generate"}
+    assert generated == {line["key"]: line["result"] for line in shared if line["item"]["task"] == "generate"}
 
 
 def test_an_estimate_comes_first(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -55,9 +56,11 @@ class EvalRun:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        if error is not None:
-            self.log(f"ended by {type(error).__name__}: {error}")
         self.store.close()
+        if error is not None:
+            # Where the disk is full the log cannot grow either; what is on its way says why.
+            with contextlib.suppress(OSError):
+                self.log(f"ended by {type(error).__name__}: {error}")
 
     def run(self, names: Sequence[str]) -> dict[str, Any]:
         """The summary after the experiments of ``names``, written after each of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ def _start(setup: Setup, parent: int) -> None:
     import torch
 
     global _context
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
     torch.set_num_threads(1)
     _context = Context(setup)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
