@@ -58,7 +58,10 @@ class Generation:
         self.executor = model.executor(executor)
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             check_tokens(prompt, param.max_tokens, model.config, f"generate: prompt {index}")
-        prompt_ids = [torch.tensor(prompt, dtype=torch.int64, device=model.device) for prompt in prompts]
+        packed_ids = [token_id for prompt in prompts for token_id in prompt]
+        # All prompts in one copy to the device.
+        self._packed_ids = torch.tensor(packed_ids, dtype=torch.int64, device=model.device)
+        prompt_ids = torch.split(self._packed_ids, [len(prompt) for prompt in prompts])
         routing = resolve(paths, model.num_layers, prompt_ids, model.embed_tokens, kv_policy, prompt_depth)
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             routing.check_covers(index, len(prompt) + param.max_tokens - 1)
@@ -91,7 +94,7 @@ class Generation:
         tokens = StepTokens(tuple(firsts), (0,) * len(firsts), counts, is_prompt=True)
         device = self.model.device
         step = Step(
-            torch.tensor([token for seq in firsts for token in self.sequences[seq].prompt_ids], device=device),
+            self._packed_ids,
             packed_positions(counts, device),
             torch.tensor(firsts, device=device),
             self.routing.plan(tokens),
