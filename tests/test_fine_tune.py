@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from transformers import OPTForCausalLM
 
 from dynskip import LLM, LayerPath, SamplingParams
 from dynskip.cli import main
-from dynskip.training import fine_tune
+from dynskip.training import fine_tune, resumable
 from dynskip.training.batches import IGNORED, pad_examples
 from dynskip.training.corpus import split_instructions
 from dynskip.training.curves import write_curves
@@ -335,6 +336,31 @@ def test_a_killed_run_resumes_to_the_same_weights(
         curves = [json.loads((folder / name / "curves.json").read_text()) for folder in (out, whole_run)]
         assert curves[0] == curves[1]
     assert len(json.loads((out / "run.json").read_text())["resumed"]) == 1
+
+
+@IGNORE_LIBRARIES
+def test_a_full_disk_ends_a_run_that_can_go_on(checkpoint: Path, data: Path, whole_run: Path, tmp_path: Path) -> None:
+    original, num_calls = os.fsync, 0
+
+    def fsync(file: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file)
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resumable.os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left on device"):
+            FineTuneRun(small_config(checkpoint), data, tmp_path, CPU, progress=False).train()
+    left = latest_checkpoint(tmp_path / "full")
+    assert left is not None and left.name == "checkpoint-2"
+    FineTuneRun(small_config(checkpoint), data, tmp_path, CPU, progress=False).train()
+    torch.set_num_threads(num_threads)
+    resumed, uninterrupted = weights(tmp_path / "full" / "model"), weights(whole_run / "full" / "model")
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in uninterrupted.items())
 
 
 IN_PROCESSES = """

@@ -139,6 +139,15 @@ def test_corpus_refuses_other_files(tmp_path: Path) -> None:
     wrong.write_text('[{"question": "?"}]')
     with pytest.raises(ValueError, match=r"read_instructions: rows.json must hold a list of objects"):
         read_corpus([wrong])
+    for rows, got in (
+        ("[]", "an empty list"),
+        ('{"instruction": "a", "output": "b"}', "dict"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "output": 3}]', ".* for row 1"),
+        ('[["a", "b"]]', ".* for row 0"),
+    ):
+        wrong.write_text(rows)
+        with pytest.raises(ValueError, match=rf"read_instructions: rows.json must hold a list of .*, got {got}"):
+            read_corpus([wrong])
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"text": "?"}\n')
     with pytest.raises(ValueError, match=r"read_passages: rows.jsonl line 1 must hold prompt and completion"):

@@ -44,12 +44,19 @@ def _is_jsonl(path: Path) -> bool:
 def read_instructions(path: Path) -> list[Instruction]:
     """Alpaca rows in file order, from JSON (a list of objects), plain or packed with xz."""
     rows = json.loads("".join(_open_text(path)))
-    if not isinstance(rows, list) or not rows or not {"instruction", "output"} <= set(rows[0]):
-        raise ValueError(
-            f"read_instructions: {path.name} must hold a list of objects with instruction, input and output, "
-            f"got {type(rows).__name__}. Give Alpaca as published."
-        )
-    return [Instruction(row["instruction"], row.get("input", ""), row["output"]) for row in rows]
+    wanted = f"read_instructions: {path.name} must hold a list of objects with instruction, input and output"
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{wanted}, got {'an empty ' * (not rows)}{type(rows).__name__}. Give Alpaca as published.")
+    instructions = []
+    for number, row in enumerate(rows):
+        try:
+            texts = (row["instruction"], row.get("input", ""), row["output"])
+        except (AttributeError, KeyError, TypeError):
+            texts = (None, None, None)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{wanted}, all texts, got {str(row)[:80]} for row {number}. Mend the row or drop it.")
+        instructions.append(Instruction(*texts))
+    return instructions
 
 
 def split_instructions(
