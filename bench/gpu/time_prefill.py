@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
 from dynskip.plan import KVPolicy
 from dynskip.sampling import SamplingParams
+from dynskip.step import Step, packed_positions
 
 _FULL = "full depth"
 _TRANSFORMERS = "transformers sdpa eager"
@@ -89,9 +91,14 @@ class PrefillBenchmark:
                 sizes.batch, num_layers, 0.5, kv_policy, sizes.prompt_len - 1, 1, sizes.vocab_size, self.device.device
             )
         for name, workload in workloads.items():
-            error = self.truth.check(name, workload, self._logits(workload))
-            self.recorder.note(f"{name}: {error:.0%} of the allowed error")
-        tasks = {name: Prefill(self.model, workload).run for name, workload in workloads.items()}
+            for kind in (PromptStep, Prefill):
+                prefill = kind(self.model, workload)
+                prefill.run()
+                error = self.truth.check(name, workload, prefill.logits)
+                self.recorder.note(f"{name}, {kind.__name__}: {error:.0%} of the allowed error")
+        tasks = {name: PromptStep(self.model, workload).run for name, workload in workloads.items()}
+        for name in self._generated:
+            tasks[f"{name}, generate"] = Prefill(self.model, workloads[name]).run
         theirs = TransformersRunner(self.hf_model, workloads[_FULL].prompts, 1)
         theirs.prefill()
         assert theirs.logits is not None
@@ -104,7 +111,12 @@ class PrefillBenchmark:
         flops = num_tokens * num_layers * self.shape.layer_flops_per_row + batch * self.shape.head_flops_per_row
         recorder.share(batch, f"{_FULL}, share of the matrix peak", full, flops / recorder.speed.peak_gflops / 1e6)
         recorder.speedup(batch, f"{_FULL}, speed-up over {_TRANSFORMERS}", full, samples[_TRANSFORMERS])
+        for name in self._generated[1:]:
+            ours, whole = samples[f"{name}, generate"], samples[f"{_FULL}, generate"]
+            recorder.speedup(batch, f"{name}, LLM.generate, speed-up over full depth", ours, whole)
         for name, workload in workloads.items():
+            host_ms = PromptStep(self.model, workload).host_ms(self.device)
+            recorder.note(f"{name}: the host is done after {host_ms:.2f} ms of {samples[name].ms:.2f}")
             if name == _FULL:
                 continue
             mean_layers = float(workload.token_mask(list(range(batch))).sum()) / num_tokens
@@ -114,15 +126,48 @@ class PrefillBenchmark:
             recorder.answer(batch, what, speedup * mean_layers / num_layers, samples[name], full)
             recorder.note(f"{name}: {mean_layers:.2f} of {num_layers} layers, ideal {num_layers / mean_layers:.2f}x")
 
-    def _logits(self, workload: Workload) -> Tensor:
-        """[B, V]: of the last token of each prompt."""
-        prefill = Prefill(self.model, workload)
-        prefill.run()
-        return prefill.logits
+    @property
+    def _generated(self) -> tuple[str, ...]:
+        """What is timed from lists of token ids to chosen tokens, too."""
+        return (_FULL, *(independent(share) for share in self.sizes.shares))
 
     def _along(self, paths: list[LayerPath]) -> Workload:
         sizes = self.sizes
         return Workload.along(paths, sizes.prompt_len - 1, 1, sizes.vocab_size, self.device.device)
+
+
+class PromptStep:
+    """The prompts of a workload, whose ids are on the device: planning, cache, layers, head and greedy choice."""
+
+    def __init__(self, model: OPTForCausalLM, workload: Workload) -> None:
+        executor = model.executor("compact")
+        assert isinstance(executor, CompactExecutor)
+        self.model = model
+        self.executor = executor
+        self.workload = workload
+        self.num_tokens = workload.prompts.shape[1]
+        self.num_entries = workload.num_entries()
+        self.token_ids = workload.prompts.flatten()
+        self.position_ids = packed_positions([self.num_tokens] * workload.batch, model.device)
+        self.cache_ids = torch.arange(workload.batch, device=model.device)
+        self.logits = self.chosen = torch.empty(0)
+
+    def run(self) -> None:
+        """Run the prompts from scratch and choose the first token of each."""
+        plan = self.workload.plan(0, self.num_tokens)
+        cache = self.executor.new_cache(self.workload.batch, self.num_tokens, self.num_entries)
+        hidden_states = self.executor.run(Step(self.token_ids, self.position_ids, self.cache_ids, plan), cache)
+        self.logits = self.model.head(hidden_states[self.num_tokens - 1 :: self.num_tokens])
+        self.chosen = self.logits.argmax(-1)
+
+    def host_ms(self, device: Device) -> float:
+        """The milliseconds after which the host has launched everything, while the device may still work."""
+        device.synchronize()
+        start = time.perf_counter()
+        self.run()
+        elapsed_ms = (time.perf_counter() - start) * 1e3
+        device.synchronize()
+        return elapsed_ms
 
 
 class Prefill:
@@ -159,11 +204,12 @@ def all_questions(sizes: Sizes) -> list[Question]:
         Question(sizes.batch, f"{_FULL}, share of the matrix peak", 0.6),
         Question(sizes.batch, f"{_FULL}, speed-up over {_TRANSFORMERS}"),
     ]
-    names = {independent(share): 0.95 for share in sizes.shares} | {masked(policy): None for policy in _POLICIES}
-    for name, target in names.items():
+    targets = {independent(share): 0.95 for share in sizes.shares} | {masked(policy): None for policy in _POLICIES}
+    for name, target in targets.items():
         found.append(Question(sizes.batch, f"{name}, share of the ideal speed-up", target))
         found.append(Question(sizes.batch, f"{name}, speed-up over full depth"))
-    return found
+    names = [independent(share) for share in sizes.shares]
+    return found + [Question(sizes.batch, f"{name}, LLM.generate, speed-up over full depth") for name in names]
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
@@ -178,7 +224,9 @@ def measure(args: argparse.Namespace, device: Device) -> int:
         "shape": sizes.shape,
         "prompt_len": sizes.prompt_len,
         "backend": args.backend,
-        "notes": [f"{sizes.batch} prompts of {sizes.prompt_len} tokens, from ids on the host to the first new token."],
+        "notes": [
+            f"{sizes.batch} prompts of {sizes.prompt_len} tokens, from ids on the device to the first new token."
+        ],
     }
     recorder = Recorder("prefill", device, args, described)
     try:
