@@ -433,6 +433,12 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path) -> None:
         check_vocabulary(tokenizer, 300, "here")
 
 
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"load_for_training: .* must hold an OPT model, got 'gpt2'"):
+        load_for_training(str(tmp_path), CPU)
+
+
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"load_tokenizer: .* must hold a tokenizer, got: "):
         load_tokenizer(str(tmp_path))

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynskip.cli.fine_tune import is_first_process
+
 if TYPE_CHECKING:
     from dynskip.training.controller_config import ControllerConfig
     from dynskip.training.fine_tune_config import FineTuneConfig
@@ -52,5 +54,7 @@ def run_controller(args: argparse.Namespace, config: ControllerConfig, data: Pat
     """Exit status 0 after a finished training."""
     from dynskip.training.controller_run import ControllerRun
 
-    print(f"{ControllerRun(config, data, args.out, progress=not args.quiet).train()}: controller.json and its weights")
+    folder = ControllerRun(config, data, args.out, progress=not args.quiet).train()
+    if is_first_process():
+        print(f"{folder}: controller.json and its weights")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +90,17 @@ def fine_tune_config(args: argparse.Namespace, preset: str) -> FineTuneConfig:
     return dataclasses.replace(FINE_TUNE_PRESETS[preset](), **changes)
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_fine_tune(args: argparse.Namespace, config: FineTuneConfig, data: Path) -> int:
     """Exit status 0 after a finished fine-tune."""
     from dynskip.training.fine_tune import FineTuneRun
 
     models = FineTuneRun(config, data, args.out, progress=not args.quiet).train()
-    for stage, folder in models.items():
-        print(f"{stage}: {folder}")
+    if is_first_process():
+        for stage, folder in models.items():
+            print(f"{stage}: {folder}")
     return 0

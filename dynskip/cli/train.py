@@ -188,6 +188,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     if not is_mini:
         training = fine_tune_config(args, args.preset)
         if args.controller is not None:

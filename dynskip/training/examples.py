@@ -46,8 +46,8 @@ def encode_examples(
             "Take the one that the checkpoint was trained with."
         )
     write = TEMPLATES[template]
-    prompts = tokenizer([write(row.instruction, row.input) for row in rows])["input_ids"]
-    responses = tokenizer([row.output for row in rows], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer([write(row.instruction, row.input) for row in rows], verbose=False)["input_ids"]
+    responses = tokenizer([row.output for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
     longest = max_tokens - 1 if max_prompt_tokens is None else min(max_tokens - 1, max_prompt_tokens)
     examples: list[Example] = []
     for prompt_ids, text_ids in zip(prompts, responses, strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerBase
 
 from dynskip.paths import LayerPath
 from dynskip.training import attention
@@ -57,9 +57,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def load_for_training(source: str, device: torch.device, kind: type[OPTForCausalLM] = ResponseLossOPT) -> Any:
     """The fp32 model of a checkpoint, without LayerDrop."""
+    model_type = AutoConfig.from_pretrained(source).model_type
+    if model_type != "opt":
+        raise ValueError(f"load_for_training: {source} must hold an OPT model, got {model_type!r}.")
     model = kind.from_pretrained(source, dtype=torch.float32)
-    if model.config.model_type != "opt":
-        raise ValueError(f"load_for_training: {source} must hold an OPT model, got {model.config.model_type!r}.")
     model.config.layerdrop = model.model.decoder.layerdrop = 0.0
     # Ours knows no dropout of attention weights, and is written for a CPU.
     if device.type == "cpu" and not model.config.attention_dropout:
