@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 import textwrap
@@ -260,6 +261,31 @@ def test_a_part_has_a_log_a_limit_and_a_verdict(
     assert verdict in run.summary([outcome], {"profile": "ncu was not found"})
 
 
+def test_shards_run_every_test_once(tmp_path: Path) -> None:
+    (tmp_path / "test_five.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test(n): print('ran', n); assert n != 3\n"
+    )
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "bench.gpu.shard_tests",
+        str(tmp_path),
+        "-c",
+        "/dev/null",
+    )
+    part = run.Part("tests", "x", (command,), (), num_shards=2)
+    outcome = run.run_part(part, part.steps, tmp_path)
+    log = outcome.log.read_text()
+    assert outcome.verdict == "FAILED (1)"
+    assert sorted(re.findall(r"ran (\d)", log)) == list("01234")
+    assert "process 0 of 2: exit status 0" in log and "process 1 of 2: exit status 1" in log
+    assert "3 passed, 2 deselected" in log and "1 failed, 1 passed, 3 deselected" in log
+
+
 def test_a_part_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,7 +311,7 @@ def test_a_limit_reached_becomes_a_row_with_a_reason(tmp_path: Path) -> None:
     import signal
 
     with recorder._time_limit("decode"), pytest.raises(recorder.OutOfTimeError, match="time limit of the part decode"):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_dry_run_tries_every_part_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

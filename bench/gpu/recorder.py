@@ -187,8 +187,8 @@ def _time_limit(part: str) -> Iterator[None]:
     def stop(signal_number: int, frame: object) -> None:
         raise OutOfTimeError(f"the time limit of the part {part} was reached")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before)

@@ -11,19 +11,23 @@ environment and no installation: the extension is built in place, and everything
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 540
+SHARD = "DYNSKIP_TEST_SHARD"
+MAX_SHARDS = 8
 # The exit status of a part that found that it cannot run here and said why; no failure.
 SKIPPED = 77
 # After its limit a part has so long to write what it has.
@@ -49,7 +53,8 @@ LEFT_OUT = {
 class Part:
     """A part of the command. steps: commands, run one after the other. rehearsal: what a dry run runs instead.
 
-    needs: a tool without which the part cannot run, or None.
+    needs: a tool without which the part cannot run, or None. num_shards: so many processes run the steps at once, each
+    told by DYNSKIP_TEST_SHARD which it is.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Part:
     steps: tuple[tuple[str, ...], ...]
     rehearsal: tuple[tuple[str, ...], ...]
     needs: str | None = None
+    num_shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
         command = (python, "-m", f"bench.gpu.time_{name}", *common)
         return Part(name, what, (command,), ((*command, "--dry-run"),))
 
-    workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *_test_files())
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.shard_tests", *_test_files())
+    num_shards = max(1, min(MAX_SHARDS, (os.cpu_count() or 1) // 2))
     sanitize = (python, "-m", "bench.gpu.sanitize")
     profile = (python, "-m", "bench.gpu.profile_layer")
     tools = {name: find_tool(name) for name in ("compute-sanitizer", "ncu")}
@@ -102,7 +108,13 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
     build = (python, "setup.py", "build_ext", "--inplace")
     parts = [
         Part("build", "the C++ and CUDA extension, in place", (build,), ((python, "setup.py", "--version"),)),
-        Part("tests", f"pytest, without {len(LEFT_OUT)} files", (pytest,), ((*pytest, "--collect-only"),)),
+        Part(
+            "tests",
+            f"pytest in {num_shards} processes, without {len(LEFT_OUT)} files",
+            (pytest,),
+            ((*pytest, "--collect-only"),),
+            num_shards=num_shards,
+        ),
         Part(
             "validate",
             "every op against float64, and every kernel compiled",
@@ -145,28 +157,48 @@ def run_part(part: Part, steps: Sequence[Sequence[str]], out: Path, limit_s: flo
     with log.open("w", encoding="utf-8") as file:
         for command in steps:
             print(f"$ {' '.join(command)}", file=file, flush=True)
-            ended = _run(command, file, limit_s - (time.monotonic() - begin))
-            status = status if status not in (0, SKIPPED) else ended or status
-            if ended is None:
-                status = None
+            for ended in _run(command, file, limit_s - (time.monotonic() - begin), part.num_shards):
+                worse = status in (0, SKIPPED) and ended != 0
+                status = ended if worse or ended is None else status
+            if status is None:
                 break
     return Outcome(part.name, status, time.monotonic() - begin, log)
 
 
-def _run(command: Sequence[str], log: object, limit_s: float) -> int | None:
-    """The exit status of ``command``; None where it had to be stopped."""
+def _run(command: Sequence[str], log: IO[str], limit_s: float, num_shards: int) -> list[int | None]:
+    """The exit status of each process that ran ``command``; None where one had to be stopped."""
+    if num_shards == 1:
+        return [_wait(_start(command, log, "0/1"), time.monotonic() + limit_s)]
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(num_shards)]
+        processes = [_start(command, output, f"{shard}/{num_shards}") for shard, output in enumerate(outputs)]
+        deadline = time.monotonic() + limit_s
+        statuses = [_wait(process, deadline) for process in processes]
+        for shard, output in enumerate(outputs):
+            output.seek(0)
+            print(f"process {shard} of {num_shards}: exit status {statuses[shard]}\n{output.read()}", file=log)
+    log.flush()
+    return statuses
+
+
+def _start(command: Sequence[str], log: IO[str], shard: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", SHARD: shard}
     if "build_ext" in command:
         environment |= {"DYNSKIP_BUILD_EXT": "1", "DYNSKIP_BUILD_CUDA": "1"}
     # A group of its own: what the part has started ends with it.
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True  # type: ignore[call-overload]  # any file
-    )  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
+    """The exit status; None where it did not end before ``deadline`` and was stopped."""
     try:
-        return process.wait(max(limit_s, 0))
+        return process.wait(max(deadline - time.monotonic(), 0))
     except subprocess.TimeoutExpired:
-        process.terminate()
+        # Tests and measurements take it as an error in what they are doing, and still say what they have.
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -194,6 +226,13 @@ def why_not(part: Part) -> str | None:
 def _has_card() -> bool:
     check = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
+
+
+def _telling_lines(log: Path, num_lines: int = 15) -> list[str]:
+    """The lines of a log that name what failed, and its last ones."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    failed = [line for line in lines[:-num_lines] if line.startswith(("FAILED ", "ERROR ")) or " FAILED " in line]
+    return [*failed[:40], *lines[-num_lines:]]
 
 
 def summary(outcomes: Sequence[Outcome], skipped: dict[str, str]) -> str:
@@ -246,7 +285,7 @@ def main(argv: Sequence[str] | None = None, has_card: Callable[[], bool] = _has_
         outcomes.append(run_part(part, steps, args.out))
         print(f"   {outcomes[-1].verdict} after {outcomes[-1].seconds:.0f} s", flush=True)
         if outcomes[-1].status != 0 or args.dry_run:
-            print("   " + "\n   ".join(outcomes[-1].log.read_text(encoding="utf-8").splitlines()[-15:]), flush=True)
+            print("   " + "\n   ".join(_telling_lines(outcomes[-1].log)), flush=True)
     text = summary(outcomes, skipped)
     (args.out / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
     print(f"\n{text}")
