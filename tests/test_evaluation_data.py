@@ -70,16 +70,8 @@ def test_rows_in_two_splits_are_reported() -> None:
     assert found["rows of test in validation"] == 1
 
 
-@pytest.mark.parametrize(
-    ("changed", "complaint"),
-    [
-        ({"output": None}, "data must hold text in output, got NoneType in row 3 of data.json"),
-        ({"instruction": 5}, "data must hold text in instruction, got int in row 3"),
-        ("output", "data must give each row of data.json an instruction and an output"),
-        ("instruction", "data must give each row of data.json an instruction and an output"),
-    ],
-)
-def test_data_without_the_fields_is_named(tmp_path: Path, changed: Any, complaint: str) -> None:
+@pytest.mark.parametrize("changed", [{"output": None}, {"instruction": 5}, "output", "instruction"])
+def test_data_without_the_fields_is_named(tmp_path: Path, changed: Any) -> None:
     table: list[dict[str, Any]] = list(rows(10))
     if isinstance(changed, str):
         del table[3][changed]
@@ -88,7 +80,7 @@ def test_data_without_the_fields_is_named(tmp_path: Path, changed: Any, complain
     path = tmp_path / "data.json"
     path.write_text(json.dumps(table))
     read_splits.cache_clear()
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=r"data.json must hold .* instruction, input and output, .* for row 3"):
         read_splits(path)
 
 
