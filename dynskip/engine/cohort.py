@@ -77,6 +77,9 @@ class Cohort:
         running = [group for group in groups.resident if group.running]
         if not running:
             return []
+        if groups.num_running <= self.batch and not groups.num_waiting:
+            # Nobody will come whose company would be worth waiting for: each layer is read least often if all step.
+            return [(group, list(group.running)) for group in running]
         due = self.due(groups, step)
         if len(running) == 1:
             chosen = running

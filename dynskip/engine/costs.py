@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynskip.cost import Curve, LayerCosts, MachineSpeed, ModelShape, PathMix
+from dynskip.cost import Curve, LayerCosts, MachineSpeed, ModelShape
 from dynskip.paths import LayerPath
 
-# OPT's vocabulary; the shapes of facebook/opt-1.3b and of what stands in for it in less memory, bfloat16.
+# The matrices of facebook/opt-1.3b in bfloat16.
 _OPT_1_3B = ModelShape(
     num_layers=24,
     layer_bytes=2 * 12 * 2048**2,
@@ -49,11 +49,16 @@ class StepCosts:
     _layer_table: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @staticmethod
+    def modelled(device: str, speed: MachineSpeed) -> StepCosts:
+        """OPT-1.3B in bfloat16 by the roofline of a device of that speed: predicted, not measured."""
+        costs = LayerCosts.modelled(_OPT_1_3B, speed)
+        conditions = {"shape": "opt-1.3b", "bandwidth_gbps": speed.bandwidth_gbps, "peak_gflops": speed.peak_gflops}
+        return StepCosts(_OPT_1_3B.num_layers, costs, costs, device=device, predicted=True, conditions=conditions)
+
+    @staticmethod
     def h200() -> StepCosts:
         """OPT-1.3B on an H200 by its roofline, 4.3 TB/s and 790 TFLOP/s: predicted, not measured."""
-        costs = LayerCosts.modelled(_OPT_1_3B, _H200)
-        conditions = {"bandwidth_gbps": _H200.bandwidth_gbps, "peak_gflops": _H200.peak_gflops, "shape": "opt-1.3b"}
-        return StepCosts(24, costs, costs, device="H200, OPT-1.3B", predicted=True, conditions=conditions)
+        return StepCosts.modelled("H200", _H200)
 
     def decode_ms(self, cohort: Sequence[tuple[LayerPath, int]], num_kv_entries: int = 0) -> float:
         """A decode step of ``count`` rows along each path of ``cohort``, which read ``num_kv_entries`` entries."""
@@ -87,10 +92,6 @@ class StepCosts:
         counts = sorted({*curve.num_rows, *(2**power for power in range(13))})
         best = min(curve.at(count) / count for count in counts)
         return next(count for count in counts if curve.at(count) / count <= _NEAR_BEST * best)
-
-    def without_overhead(self) -> StepCosts:
-        """The same without what every step takes besides its products."""
-        return replace(self, step_ms=0.0, prefill_step_ms=0.0)
 
     def write(self, path: Path) -> None:
         """Write it to ``path`` as JSON, in one piece: a reader never finds half a file."""
@@ -132,21 +133,3 @@ class StepCosts:
         if max(rows) >= len(table):
             self.layer_ms(max(rows))
         return sum([table[count] for count in rows])
-
-
-def ideal_speedup(costs: StepCosts, tokens: Sequence[tuple[LayerPath, int, int]], batch: int) -> float:
-    """What decode can gain over full depth: the ratio of the mean costs of tokens in full batches of one path.
-
-    tokens: per path how many decode steps its sequences take, and how many key-value entries they read in one layer.
-    """
-    full = LayerPath.full(costs.num_layers)
-    full_ms = costs.path_ms(full, batch) / batch
-    kv_ms = costs.decode.kv_ms_per_entry
-    ours = sum(costs.path_ms(path, batch) / batch * count + path.budget * read * kv_ms for path, count, read in tokens)
-    theirs = sum(full_ms * count + costs.num_layers * read * kv_ms for _, count, read in tokens)
-    return theirs / ours if ours else 1.0
-
-
-def mix_of(cohort: Sequence[tuple[LayerPath, int]]) -> PathMix:
-    """The rows of each layer in a step of ``count`` rows along each path."""
-    return PathMix.of([path for path, count in cohort for _ in range(count)])

@@ -52,13 +52,17 @@ class Decision:
 
 @dataclass
 class Counters:
-    """What has happened since the scheduler began."""
+    """What has happened since the scheduler began.
+
+    longest_wait: the most steps from a sequence's own token to its next while it was resident.
+    """
 
     num_added: int = 0
     num_finished: int = 0
     num_aborted: int = 0
     num_preempted: int = 0
     num_steps: int = 0
+    longest_wait: int = 0
 
 
 @dataclass
@@ -143,6 +147,7 @@ class Scheduler:
                 self.kv.take(self.kv.growth(sequence))
                 sequence.num_cached += 1
                 sequence.num_generated += 1
+                self.counters.longest_wait = max(self.counters.longest_wait, step - sequence.last_step)
                 sequence.last_step = step
             group.touch(sequences)
         return Decision(step, preempted, self._prefill(step, not preempted), parts)

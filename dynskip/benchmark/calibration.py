@@ -1,0 +1,116 @@
+"""The costs that the scheduler and its simulation work with, measured: whole steps of generation, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dynskip.benchmark.layer_costs import row_counts_up_to
+from dynskip.benchmark.runners import DynskipRunner
+from dynskip.benchmark.timing import Samples, Task, interleave
+from dynskip.cost import Curve, LayerCosts
+from dynskip.engine.costs import StepCosts
+from dynskip.model import OPTForCausalLM
+from dynskip.paths import LayerPath
+
+_LEAST_MS = 1e-6  # noise may make a difference negative; time is not
+
+
+def measure_step_costs(
+    model: OPTForCausalLM,
+    device: str,
+    num_rows: int = 64,
+    prompt_len: int = 32,
+    context_len: int = 512,
+    prefill_tokens: int = 512,
+    num_rounds: int = 5,
+    conditions: dict[str, Any] | None = None,
+    on_call: Callable[[str], None] | None = None,
+) -> StepCosts:
+    """What steps of generation with ``model`` take, with all that belongs to them.
+
+    A layer is what a step through all layers takes longer than one through a single layer, by the layers between
+    them; what is left of the single layer's step is embedding, head, choice of tokens and bookkeeping. A key-value
+    entry is what a step takes longer with ``context_len`` more tokens in the cache.
+
+    device: its name in the result. num_rows: most rows of a decode step. prompt_len: tokens of the prompts.
+    prefill_tokens: most tokens of a prefill.
+    """
+    num_layers = model.num_layers
+    if num_layers < 2:
+        raise ValueError(f"measure_step_costs: model must have at least 2 layers, got {num_layers}.")
+    longest = prompt_len + context_len + num_rounds + 2
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(
+            f"measure_step_costs: context_len must leave room in {model.config.max_position_embeddings} positions, "
+            f"got {context_len}."
+        )
+    full, shallow = LayerPath.full(num_layers), LayerPath.early_exit(num_layers, 1)
+    counts = row_counts_up_to(num_rows)
+    decode: dict[str, Task] = {}
+    for path in (full, shallow):
+        for rows in counts:
+            runner = _runner(model, path, rows, prompt_len, num_rounds)
+            runner.prefill()
+            decode[f"decode {path.budget} {rows}"] = runner.step
+    long = _runner(model, full, num_rows, prompt_len + context_len, num_rounds)
+    long.prefill()
+    decode["long"] = long.step
+    samples = interleave(decode, num_rounds, on_call=on_call)
+    entries = num_rows * num_layers
+    base_ms = samples[f"decode {num_layers} {num_rows}"].ms
+    kv_ms = max(samples["long"].ms - base_ms, 0.0) / (entries * context_len)
+    del decode, long
+    layers, heads = _split(samples, "decode", counts, num_layers)
+    # The cache of the measured steps was not empty.
+    layers = _rising(ms - rows * prompt_len * kv_ms for ms, rows in zip(layers, counts, strict=True))
+
+    prompts = sorted({max(1, prefill_tokens // prompt_len >> power) for power in range(5)})
+    prefill: dict[str, Task] = {
+        f"prefill {path.budget} {count}": _runner(model, path, count, prompt_len, 0).prefill
+        for path in (full, shallow)
+        for count in prompts
+    }
+    samples = interleave(prefill, num_rounds, on_call=on_call)
+    prompt_layers, prompt_heads = _split(samples, "prefill", prompts, num_layers)
+    return StepCosts(
+        num_layers,
+        LayerCosts(Curve(counts, layers), Curve(counts, heads), kv_ms),
+        LayerCosts(
+            Curve(tuple(count * prompt_len for count in prompts), prompt_layers),
+            Curve(tuple(prompts), prompt_heads),
+        ),
+        device=device,
+        conditions={
+            **(conditions or {}),
+            "prompt_len": prompt_len,
+            "context_len": context_len,
+            "num_rounds": num_rounds,
+        },
+    )
+
+
+def _runner(model: OPTForCausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, model.config.vocab_size, (rows, prompt_len), generator=generator)
+    return DynskipRunner(model, prompts, [path] * rows, num_steps + 2)
+
+
+def _split(
+    samples: dict[str, Samples], kind: str, counts: Sequence[int], num_layers: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The milliseconds of one layer, and of what belongs to no layer, at each count."""
+    full = [samples[f"{kind} {num_layers} {count}"].ms for count in counts]
+    one = [samples[f"{kind} 1 {count}"].ms for count in counts]
+    layers = _rising((f - o) / (num_layers - 1) for f, o in zip(full, one, strict=True))
+    return layers, _rising(o - layer for o, layer in zip(one, layers, strict=True))
+
+
+def _rising(values: Iterable[float]) -> tuple[float, ...]:
+    """The values, each at least as large as those before: more rows never take less time, whatever noise says."""
+    risen: list[float] = []
+    for value in values:
+        risen.append(max(value, risen[-1] if risen else _LEAST_MS))
+    return tuple(risen)

@@ -1,0 +1,112 @@
+"""``dynskip calibrate``: what steps take on this device, measured and kept for the scheduler and ``simulate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dynskip.cli.errors import UserError
+from dynskip.cli.options import add_model_options, set_threads, show_progress, torch_device, torch_dtype
+
+SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
+
+_EXAMPLES = """examples:
+  dynskip calibrate                                     the shapes of OPT-1.3B on this CPU: minutes, and 5 GiB
+  dynskip calibrate --shape opt-0.2b-24 --out costs.json
+  dynskip calibrate --model runs/base --rows 32 --context 64
+  dynskip simulate --device this                        what the result is for
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``calibrate``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "calibrate",
+        help="measure what a step costs here, for the scheduler",
+        description="Time decode steps and prefills by rows, and keep the table for this device and model shape.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--shape", choices=SHAPES, help=f"random weights of that shape (default: {SHAPES[0]})")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="most rows of a decode step (default: 64)")
+    parser.add_argument("--prompt-len", type=int, default=32, metavar="T", help="tokens of a prompt (default: 32)")
+    parser.add_argument("--context", type=int, default=512, metavar="S", help="tokens cached, to time reads of them")
+    parser.add_argument("--prefill", type=int, default=512, metavar="T", help="most tokens of a prefill (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each time (default: 5)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_model_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, keep and print."""
+    set_threads(args.threads)
+    for name in ("rows", "prompt_len", "context", "prefill", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.model is not None and args.shape is not None:
+        raise UserError("--model and --shape exclude each other: --shape makes a model with random weights")
+    progress = show_progress(args.quiet)
+
+    from tqdm import tqdm
+
+    from dynskip.benchmark import machine
+    from dynskip.benchmark.calibration import measure_step_costs
+    from dynskip.engine.cost_store import cached_path, device_key, shape_key
+
+    model = _model(args)
+    device = device_key(str(model.device))
+    shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))
+    conditions = {**machine.describe(), "shape": args.shape or args.model or SHAPES[0], "backend": model.backend.name}
+    with tqdm(desc="steps", leave=False, disable=not progress) as bar:
+        costs = measure_step_costs(
+            model,
+            device,
+            num_rows=args.rows,
+            prompt_len=args.prompt_len,
+            context_len=args.context,
+            prefill_tokens=args.prefill,
+            num_rounds=args.rounds,
+            conditions=conditions,
+            on_call=lambda _: bar.update() and None,
+        )
+    print(f"{device}, {shape}")
+    print(f"{'rows':>6}{'layer ms':>12}{'rest ms':>12}{'full depth ms':>16}")
+    for rows, layer_ms, rest_ms in zip(
+        costs.decode.layer.num_rows, costs.decode.layer.ms, costs.decode.head.ms, strict=True
+    ):
+        print(f"{rows:>6}{layer_ms:>12.4f}{rest_ms:>12.4f}{costs.num_layers * layer_ms + rest_ms:>16.3f}")
+    print(f"prefill  {'tokens':>6}{'layer ms':>12}")
+    for tokens, layer_ms in zip(costs.prefill.layer.num_rows, costs.prefill.layer.ms, strict=True):
+        print(f"{tokens:>15}{layer_ms:>12.4f}")
+    print(f"a key-value entry read: {costs.decode.kv_ms_per_entry * 1e6:.1f} ns")
+    written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
+    for path in written:
+        costs.write(path)
+    print(f"written: {', '.join(map(str, written))}")
+    return 0
+
+
+def _model(args: argparse.Namespace) -> Any:
+    """The model that was asked for, or one with random weights of a shape."""
+    if args.model is not None:
+        from dynskip.llm import LLM
+
+        return LLM(
+            args.model,
+            dtype=torch_dtype(args.dtype),
+            device=torch_device(args.device),
+            backend=args.backend,
+            deterministic=args.deterministic or None,
+        ).model
+    from dynskip.benchmark.models import opt_config, random_hf_model
+    from dynskip.model import OPTForCausalLM
+
+    dtype, device = torch_dtype(args.dtype or "bfloat16"), torch_device(args.device or "cpu")
+    assert dtype is not None and device is not None, "both are named"
+    config = opt_config(args.shape or SHAPES[0])
+    hf_model = random_hf_model(config, dtype=dtype, device=device)
+    return OPTForCausalLM.from_hf(hf_model, backend=args.backend or "auto", deterministic=args.deterministic)

@@ -1,0 +1,157 @@
+"""``dynskip simulate``: what a stream of requests would take under each policy, on a simulated clock."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynskip.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from dynskip.engine.comparison import Comparison
+    from dynskip.engine.costs import StepCosts
+
+# As in dynskip.engine.policy and dynskip.benchmark.models, which a test compares.
+POLICIES = ("cohort", "lockstep", "by_path")
+SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
+
+_EXAMPLES = """examples:
+  dynskip simulate                              the mix of arXiv 2410.20022 in batches of 16, on an H200 (predicted)
+  dynskip simulate --batch 128 --requests 8192 --output geometric:64
+  dynskip simulate --arrival poisson:2000 --engines 4 --policy cohort
+  dynskip simulate --device this                on this machine, from what `dynskip calibrate` measured
+  dynskip simulate --paths uniform:6=1,full=1 --kv-slots 100000 --json
+
+Figures for an H200 are predicted: its costs are a roofline, no card was timed. "of ideal" holds the gain over the same
+requests at full depth against batches that are always full and of one path.
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """The parser of ``simulate``, added to ``subparsers``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "simulate",
+        help="predict throughput and latency of a stream of requests",
+        description="Run the engine's scheduler against a simulated clock, beside the same requests at full depth.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--requests", type=int, default=1024, metavar="N", help="how many (default: 1024)")
+    load.add_argument("--paths", metavar="SPEC", help="PATH=SHARE,PATH=SHARE,... (default: ULS-4/8/12/full, 74/18/6/2)")
+    load.add_argument("--arrival", default="closed", metavar="A", help="closed, or poisson:RATE in requests a second")
+    load.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    load.add_argument("--output", default="geometric:16", metavar="O", help="geometric:MEAN or fixed:N, in tokens")
+    load.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--policy", choices=POLICIES, action="append", help="repeatable (default: all)")
+    engine.add_argument("--batch", type=int, default=16, metavar="N", help="most rows of a decode step (default: 16)")
+    engine.add_argument("--pool", type=int, metavar="N", help="most resident sequences of cohort (default: 4 x batch)")
+    engine.add_argument("--max-wait", type=int, metavar="W", help="most steps between two tokens under cohort")
+    engine.add_argument("--kv-slots", type=int, metavar="N", help="key-value entries in memory (default: no limit)")
+    engine.add_argument("--engines", type=int, default=1, metavar="N", help="how many share the load (default: 1)")
+    parser.add_argument(
+        "--device", default="h200", metavar="D", help="h200 (predicted), this, or a file of `dynskip calibrate`"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="the model, with --device this")
+    parser.add_argument("--json", action="store_true", help="print JSON lines, one a policy, in place of a table")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate and print."""
+    from dynskip.engine.comparison import compare
+    from dynskip.engine.simulation import UNLIMITED_SLOTS, EngineOptions
+    from dynskip.engine.workload import PAPER_MIX, Workload, parse_mix
+
+    costs = _costs(args.device, args.shape)
+    mean_output, fixed = _output(args.output)
+    workload = Workload(
+        num_requests=args.requests,
+        paths=parse_mix(args.paths or PAPER_MIX, costs.num_layers),
+        num_prompt=args.prompt,
+        mean_output=mean_output,
+        fixed_output=fixed,
+        rate=_rate(args.arrival),
+    )
+    slots = UNLIMITED_SLOTS if args.kv_slots is None else args.kv_slots
+    options = {
+        policy: EngineOptions(
+            policy=policy,
+            batch=args.batch,
+            pool=args.pool if policy == "cohort" else None,
+            max_wait=args.max_wait if policy == "cohort" else None,
+            kv_slots=slots,
+        )
+        for policy in dict.fromkeys(args.policy or POLICIES)
+    }
+    comparison = compare(costs, workload, list(options.values()), args.engines, args.seed)
+    if args.json:
+        for line in comparison.lines():
+            print(json.dumps(line))
+    else:
+        _print(comparison, args)
+    return 0
+
+
+def _print(comparison: Comparison, args: argparse.Namespace) -> None:
+    costs = comparison.costs
+    kind = "predicted from a roofline" if costs.predicted else "simulated from measured costs"
+    print(
+        f"{costs.device}: {kind}. {args.requests} requests, {args.arrival}, batch {args.batch}, engines {args.engines}"
+    )
+    ideals = f"decode {comparison.ideal_decode:.2f}x, with prefill {comparison.ideal_all:.2f}x"
+    print(f"ideal speed-up over full depth: {ideals}")
+    print(comparison.table())
+
+
+def _costs(device: str, shape: str) -> StepCosts:
+    from dynskip.engine.costs import StepCosts
+
+    if device == "h200":
+        return StepCosts.h200()
+    if device != "this":
+        return StepCosts.read(Path(device))
+    from dynskip.benchmark.models import opt_config
+    from dynskip.engine.cost_store import device_key, load_cached, shape_key
+
+    found = load_cached(device_key(), shape_key(opt_config(shape), "bfloat16"))
+    if found is None:
+        raise UserError(
+            f"--device this: {shape} must have been calibrated here, got no table. "
+            f"Run `dynskip calibrate --shape {shape}`."
+        )
+    return found
+
+
+def _rate(text: str) -> float | None:
+    if text == "closed":
+        return None
+    kind, _, rate = text.partition(":")
+    value = _number(rate)
+    if kind != "poisson" or value is None:
+        raise UserError(f"--arrival must be closed or poisson:RATE with a positive rate, got {text!r}")
+    return value
+
+
+def _output(text: str) -> tuple[float, bool]:
+    kind, _, length = text.partition(":")
+    value = _number(length)
+    whole = value is not None and value >= 1 and (kind == "geometric" or value == int(value))
+    if kind not in ("geometric", "fixed") or not whole:
+        raise UserError(f"--output must be geometric:MEAN or fixed:N with at least 1 token, got {text!r}")
+    assert value is not None, "checked above"
+    return value, kind == "fixed"
+
+
+def _number(text: str) -> float | None:
+    """The positive number that ``text`` is, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None
