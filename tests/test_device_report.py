@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,57 @@ def test_a_cpu_stands_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="must be a CUDA device that this machine has, got none"):
             get_device("cuda")
+
+
+def test_what_is_asked_of_cuda_comes_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU: torch.cuda is asked for what it has, in the order that a measurement needs."""
+    log: list[str] = []
+
+    class Fake:
+        """Whatever torch.cuda would make: writes down what is asked of it."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.name = f"{args[0]}" if args else "thing"
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: log.append(name) or 12.0
+
+        def __enter__(self) -> None:
+            log.append("enter")
+
+        def __exit__(self, *error: object) -> None:
+            log.append("exit")
+
+    for name in ("Event", "Stream", "CUDAGraph", "stream", "graph", "current_stream"):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    for name, result in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("get_device_name", "NVIDIA Test"),
+        ("get_device_capability", (9, 0)),
+        ("get_device_properties", SimpleNamespace(total_memory=2**37)),
+        ("get_sync_debug_mode", 0),
+    ):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, lambda *args, result=result: result)
+    for name in ("synchronize", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: log.append(f"{name} {args[0]}"))
+    gpu = get_device("cuda")
+    assert gpu.time(lambda: log.append("task"), 3) == 4.0
+    assert log == ["synchronize cuda:0", "record", "task", "task", "task", "record", "synchronize", "elapsed_time"]
+    log.clear()
+    gpu.captured(lambda: log.append("launch"))()
+    assert log == [
+        *("wait_stream", "enter", "launch", "exit", "wait_stream", "synchronize cuda:0"),
+        *("enter", "launch", "exit", "replay"),
+    ]
+    log.clear()
+    with gpu.no_waiting():
+        log.append("step")
+    assert log == ["set_sync_debug_mode error", "step", "set_sync_debug_mode 0"]
+    described = describe_device(gpu, None)
+    assert (described["machine"], described["capability"], described["gpu_memory_gib"]) == ("nvidia-test", "9.0", 128.0)
 
 
 def test_a_gpu_measures_by_its_own_clock() -> None:

@@ -278,11 +278,12 @@ def test_shards_run_every_test_once(tmp_path: Path) -> None:
         "/dev/null",
     )
     part = run.Part("tests", "x", (command,), (), num_shards=2)
-    outcome = run.run_part(part, part.steps, tmp_path)
+    outcome = run.run_part(part, part.steps, tmp_path, limit_s=300)
     log = outcome.log.read_text()
     assert outcome.verdict == "FAILED (1)"
     assert sorted(re.findall(r"ran (\d)", log)) == list("01234")
     assert "process 0 of 2: exit status 0" in log and "process 1 of 2: exit status 1" in log
+    assert any(line.startswith("FAILED ") for line in run._telling_lines(outcome.log))
     assert "3 passed, 2 deselected" in log and "1 failed, 1 passed, 3 deselected" in log
 
 

@@ -92,7 +92,7 @@ def find_tool(name: str) -> str | None:
 def make_parts(args: argparse.Namespace) -> dict[str, Part]:
     """Every part that there is, by name."""
     python = sys.executable
-    out, limit = str(args.out), str(LIMIT_S)
+    out, limit = str(args.out), str(args.limit_s)
     common = ("--out", out, "--limit-s", limit, *(("--commit", args.commit) if args.commit else ()))
 
     def measuring(name: str, what: str) -> Part:
@@ -105,6 +105,7 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
     profile = (python, "-m", "bench.gpu.profile_layer")
     tools = {name: find_tool(name) for name in ("compute-sanitizer", "ncu")}
     validate = (python, "-m", "dynskip", "validate", "--quiet")
+    tune = (python, "-m", "dynskip", "tune")
     build = (python, "setup.py", "build_ext", "--inplace")
     parts = [
         Part("build", "the C++ and CUDA extension, in place", (build,), ((python, "setup.py", "--version"),)),
@@ -142,14 +143,14 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
         Part(
             "tune",
             "the kernels' configurations for this card",
-            ((python, "-m", "dynskip", "tune", "--out", out),),
-            ((python, "-m", "dynskip", "tune", "--help"),),
+            ((*tune, "--quiet", "--minutes", f"{args.limit_s / 60 - 0.5:g}", "--out", f"{out}/tuned-configs.json"),),
+            ((*tune, "--help"),),
         ),
     ]  # fmt: skip
     return {part.name: part for part in parts}
 
 
-def run_part(part: Part, steps: Sequence[Sequence[str]], out: Path, limit_s: float = LIMIT_S) -> Outcome:
+def run_part(part: Part, steps: Sequence[Sequence[str]], out: Path, limit_s: float) -> Outcome:
     """Run ``steps`` of ``part``, their output on the terminal and in the part's log."""
     log = out / f"{part.name}.log"
     begin = time.monotonic()
@@ -250,6 +251,9 @@ def main(argv: Sequence[str] | None = None, has_card: Callable[[], bool] = _has_
     parser.add_argument("--only", metavar="A,B", default=",".join(DEFAULT), help="parts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-results", metavar="DIR", help="(default: gpu-results)")
     parser.add_argument("--commit", metavar="ID", help="commit of the sources where they are no git checkout")
+    parser.add_argument(
+        "--limit-s", type=float, default=LIMIT_S, metavar="S", help="of each part (default: %(default)s)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="run no part; say what would run and try its arguments")
     args = parser.parse_args(argv)
     args.out = args.out.resolve()
@@ -282,7 +286,7 @@ def main(argv: Sequence[str] | None = None, has_card: Callable[[], bool] = _has_
                 print(f"   {' '.join(command)}")
             missing = why_not(part)
             print(f"   here: {missing}" if missing else "", end="\n" if missing else "")
-        outcomes.append(run_part(part, steps, args.out))
+        outcomes.append(run_part(part, steps, args.out, args.limit_s))
         print(f"   {outcomes[-1].verdict} after {outcomes[-1].seconds:.0f} s", flush=True)
         if outcomes[-1].status != 0 or args.dry_run:
             print("   " + "\n   ".join(_telling_lines(outcomes[-1].log)), flush=True)

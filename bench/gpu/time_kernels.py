@@ -335,8 +335,9 @@ class _Layer:
 
 def _graph(device: Device, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     def launch() -> None:
-        for call in calls:
-            call()
+        # All results are kept to the end, so that no two calls write to the same memory, which a cache would hold.
+        results = [call() for call in calls]
+        del results
 
     return device.captured(launch)
 
