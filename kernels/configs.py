@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "norm_rows": ("PDL", "num_warps"),
     "linear_rows": (*_LINEAR, "FUSE_NORM"),
     "qkv_rows": (*_LINEAR, "FUSE_NORM"),
-    "attend_rows": ("BLOCK_S", "BLOCK_C", "TARGET_PROGRAMS", "SPLIT_TOKENS", "PDL", "num_warps"),
+    "attend_rows": ("BLOCK_S", "BLOCK_C", "BLOCK_P", "TARGET_PROGRAMS", "SPLIT_TOKENS", "PDL", "num_warps"),
     "linear_add_rows": (*_LINEAR, "SPLIT_K"),
     "gate_rows": ("PDL", "num_warps"),
     "prefill_attention": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
@@ -34,7 +35,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 """The constants of each op. An entry of a table has them all, and `max_rows`, and perhaps `shape`."""
 
 _SWITCHES = ("FUSE_NORM", "PDL", "WEIGHTS_LEFT")
-_POWERS_OF_TWO = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S", "BLOCK_C", "num_warps")
+_POWERS_OF_TWO = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S", "BLOCK_C", "BLOCK_P", "num_warps")
 _MAY_BE_ZERO = ("PREFETCH_K",)
 _TABLE_KEYS = {"device", "capability", "measured", "ops"}
 _ITEMSIZES = ("2", "4")
@@ -51,7 +52,6 @@ class Entry(NamedTuple):
 
 _Entries = dict[tuple[str, int, bool], list[Entry]]
 
-_tables: dict[str, _Entries] = {}
 _override: _Entries | None = None
 _found: dict[tuple[object, ...], Config] = {}
 
@@ -157,13 +157,16 @@ def _entries_for(device: torch.device) -> _Entries:
     if device.type == "cuda":
         slug = device_slug(torch.cuda.get_device_name(device))
         name = slug if slug in config_names() else DEFAULT
-    if name not in _tables:
-        _tables[name] = _with_default(read_table(FOLDER / f"{name}.json"))
-    return _tables[name]
+    return _with_default(_read_shipped(name))
+
+
+@functools.cache
+def _read_shipped(name: str) -> _Entries:
+    return read_table(FOLDER / f"{name}.json")
 
 
 def _with_default(entries: _Entries) -> _Entries:
-    return read_table(FOLDER / f"{DEFAULT}.json") | entries
+    return _read_shipped(DEFAULT) | entries
 
 
 def _read_group(op: str, group: list[dict[str, Any]], source: str) -> list[Entry]:
@@ -192,6 +195,10 @@ def _read_entry(op: str, entry: dict[str, Any], source: str) -> Entry:
         else:
             least = 0 if key in _MAY_BE_ZERO else 1
             _require(type(value) is int and value >= least, source, f"have {key} >= {least} in {op}", value)
+        if key == "PREFETCH_K":
+            # A line of L2 has 128 bytes.
+            is_whole = value == 0 or (value >= 64 and value & (value - 1) == 0)
+            _require(is_whole, source, f"have 0 or 64 * 2**n as {key}", value)
         if key in _POWERS_OF_TWO:
             _require(value & (value - 1) == 0, source, f"have a power of two as {key} of {op}", value)
     return Entry(max_rows, None if shape is None else (shape[0], shape[1]), MappingProxyType(entry))

@@ -76,6 +76,11 @@ def linear_rows_kernel(
     if USE_PDL:
         wait_for_earlier_kernels(num_ptr, tile, weight_ptr, columns, in_matrix, K, 0, K, PREFETCH_K)
     rows, is_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M)
+    if FUSE_NORM:
+        if NORM_ROWS == BLOCK_M:
+            norm_rows, is_norm_row = rows, is_row
+        else:
+            norm_rows, is_norm_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, NORM_ROWS)
     if IS_QKV:
         num_run = tl.load(num_run_ptr)
         if (num_run == 0) & (first_column + BLOCK_N <= part_size):
@@ -88,7 +93,6 @@ def linear_rows_kernel(
     if FUSE_NORM:
         # Each program normalises the rows that it multiplies, and all write the same bits to the same place: cheaper
         # than a kernel of its own as long as they are few.
-        norm_rows, is_norm_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, NORM_ROWS)
         normalise_rows(
             x_ptr,
             norm_rows,

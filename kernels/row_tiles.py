@@ -18,21 +18,21 @@ def wait_for_earlier_kernels(
     """Lets the next kernel start, asks L2 for the first PREFETCH_K of the k that this program multiplies, and waits.
 
     No kernel that still runs writes weights, so they may come before the wait; what `num_ptr` holds then is a hint: a
-    kernel that has no rows should not read weights in vain. Needs sm_90, weight rows that start at 16 bytes, and K a
-    multiple of 16 bytes.
+    kernel that has no rows should not read weights in vain. Needs sm_90.
     """
     tl.extra.cuda.gdc_launch_dependents()
     if PREFETCH_K > 0:
         # Not through L1, which would hand the same value out again after the wait.
         expected_num = tl.load(num_ptr, volatile=True)
         if (tile == 0) & (expected_num > 0):
-            item_bytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-            addresses = (weight_ptr + columns * K + first_k).to(tl.int64)
-            num_bytes = tl.where(in_matrix, tl.minimum(PREFETCH_K, last_k - first_k) * item_bytes, 0)
+            per_line: tl.constexpr = 128 * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+            offsets = first_k + tl.arange(0, PREFETCH_K // per_line) * per_line
+            addresses = (weight_ptr + columns[:, None] * K + offsets[None, :]).to(tl.int64)
+            is_needed = in_matrix[:, None] & (offsets < last_k)[None, :]
             tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
                 "=r,l,r",
-                [addresses, num_bytes],
+                [addresses, is_needed.to(tl.int32)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -44,10 +44,11 @@ def wait_for_earlier_kernels(
 def find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M: tl.constexpr):
     """The rows of a tile, `[BLOCK_M], int64`; which places of the tile have one; and the number of all rows.
 
-    Ids are read before it is known how many count, so that one of two waits for memory is saved.
+    Ids are read before it is known how many count, so that one of two waits for memory is saved; volatile, or the
+    compiler would put that off until the number is known.
     """
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.load(ids_ptr + places, mask=places < max_rows, other=0).to(tl.int64)
+    rows = tl.load(ids_ptr + places, mask=places < max_rows, other=0, volatile=True).to(tl.int64)
     num = tl.load(num_ptr)
     return rows, places < num, num
 
@@ -125,8 +126,6 @@ def multiply_rows(
 def tile_constants(config: Config, weight: Tensor) -> dict[str, Any]:
     """The constants of a kernel that multiplies by `weight`: tiles from `config`, and which masks it can do without."""
     num_columns, depth = weight.shape
-    # A read ahead copies whole units of 16 bytes.
-    is_aligned = depth * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     return {
         "EVEN_N": num_columns % config["BLOCK_N"] == 0,
         "EVEN_K": depth % config["BLOCK_K"] == 0,
@@ -135,5 +134,5 @@ def tile_constants(config: Config, weight: Tensor) -> dict[str, Any]:
         "BLOCK_K": config["BLOCK_K"],
         "NUM_STAGES": config["num_stages"],
         "WEIGHTS_LEFT": bool(config["WEIGHTS_LEFT"]),
-        "PREFETCH_K": config["PREFETCH_K"] if is_aligned else 0,
+        "PREFETCH_K": config["PREFETCH_K"],
     }

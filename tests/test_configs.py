@@ -94,6 +94,10 @@ def test_a_table_may_be_a_file(tmp_path: Path) -> None:
         (lambda t: t["ops"]["norm_rows"]["2"].append(norm_rows(4, 4)), "list norm_rows by rising max_rows"),
         (lambda t: t["ops"]["linear_rows"]["2"][0].update(shape=[3]), r"give shape as \[N, K\]"),
         (lambda t: t["ops"]["linear_rows"]["2"][0].update(num_stages=0), "have num_stages >= 1 in linear_rows"),
+        (
+            lambda t: t["ops"]["linear_rows"]["2"][0].update(PREFETCH_K=96),
+            r"have 0 or 64 \* 2\*\*n as PREFETCH_K, got 96",
+        ),
         (lambda t: t["ops"]["qkv_rows"]["deterministic"]["2"].update(FUSE_NORM=True), "not fuse LayerNorm"),
     ],
 )

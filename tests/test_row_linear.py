@@ -43,7 +43,7 @@ def default_tiles() -> Any:
 
 def tiles(**changes: Any) -> Any:
     """A table of small tiles, with some of its constants changed."""
-    linear = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "WEIGHTS_LEFT": False, "PREFETCH_K": 32, "PDL": True}
+    linear = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "WEIGHTS_LEFT": False, "PREFETCH_K": 64, "PDL": True}
     linear |= {"num_warps": 4, "num_stages": 3} | {key: value for key, value in changes.items() if key in linear}
     fuse, split = changes.get("FUSE_NORM", False), changes.get("SPLIT_K", 3)
     ops = {
