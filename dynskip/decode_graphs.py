@@ -111,9 +111,14 @@ class GraphedDecode:
         elif self._count(key) >= WHOLE_STEP_AFTER:
             self.graphs.replay([self._capture_step(work, head)])
         else:
-            if self._chain is None or self._chain[0] != key:
-                self._chain = (key, self._parts_of(work, head))
-            self.graphs.replay(self._chain[1])
+            self.run_chain(work, head)
+
+    def run_chain(self, work: StepWork, head: bool = True) -> None:
+        """Run a step of ``work``, whose mask is known, from the graphs of its layers, as for one that never came."""
+        key = (work, head)
+        if self._chain is None or self._chain[0] != key:
+            self._chain = (key, self._parts_of(work, head))
+        self.graphs.replay(self._chain[1])
 
     def run_whole(self, work: StepWork, head: bool = True) -> None:
         """Run a step of ``work`` from one graph, captured now where it is not there yet."""

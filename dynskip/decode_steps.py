@@ -65,7 +65,7 @@ class DecodeSteps:
         if plan.active is None:
             self.decoder.cache.reserve(plan.num_layers * plan.rows.num_rows)
         else:
-            self.decoder.cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer()))
+            self.decoder.cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer))
 
     def _count(self, plan: Plan) -> None:
         counts = self.row_counts
@@ -74,5 +74,5 @@ class DecodeSteps:
                 counts.on_device = torch.zeros_like(self.decoder.buffers.counts, dtype=torch.int64)
             counts.on_device.add_(self.decoder.buffers.counts)
             return
-        for layer, (num_run, num_kv) in enumerate(plan.num_rows_by_layer()):
+        for layer, (num_run, num_kv) in enumerate(plan.num_rows_by_layer):
             counts.add(layer, num_run, num_kv)

@@ -34,9 +34,16 @@ class StepWork:
     layers: tuple[LayerWork, ...]
     controller: TokenController | None = field(default=None, compare=False)
     controller_id: int = field(init=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "controller_id", 0 if self.controller is None else id(self.controller))
+        # Each step looks up its graph by its work, most often the same object as before.
+        key = (self.max_rows, self.kv_policy, self.layers, self.controller_id)
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @staticmethod
     def of(plan: Plan) -> StepWork:
@@ -46,7 +53,7 @@ class StepWork:
             assert isinstance(plan.decide, ControllerDecision), "routing makes the plans of controllers"
             return StepWork.unknown(num_rows, plan.num_layers, plan.kv_policy, plan.decide.controller)
         layers = []
-        for layer, (num_run, num_kv) in enumerate(plan.num_rows_by_layer()):
+        for layer, (num_run, num_kv) in enumerate(plan.num_rows_by_layer):
             if num_run or num_kv:
                 layers.append(LayerWork(layer, row_bucket(num_run), row_bucket(num_kv)))
         return StepWork(row_bucket(num_rows), plan.kv_policy, tuple(layers))

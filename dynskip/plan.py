@@ -266,6 +266,7 @@ class Plan:
             self._flat[device] = FlatRows.of(self.active, self.rows.seq_ids, self.rows.cu_seqlens, device)
         return self._flat[device]
 
+    @cached_property
     def num_rows_by_layer(self) -> list[tuple[int, int]]:
         """Per layer how many rows run it, and for how many it computes a key and a value; for a plan with a mask."""
         assert self.active is not None, "a controller decides layer by layer"

@@ -223,4 +223,4 @@ def test_counts_by_layer_are_those_of_the_layer_plans(policy: KVPolicy) -> None:
     active = torch.rand(7, NUM_LAYERS, generator=torch.Generator().manual_seed(5)) < 0.4
     plan = Plan.per_token(active, [1] * 7, policy)
     by_layer = [(layer.run.num_rows, layer.kv.num_rows) for layer in plan.all_layers(torch.device("cpu"))]
-    assert plan.num_rows_by_layer() == by_layer
+    assert plan.num_rows_by_layer == by_layer

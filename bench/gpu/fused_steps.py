@@ -63,7 +63,7 @@ class FusedSteps:
             self.work = StepWork.unknown(batch, num_layers, policy)
             new_tokens = workload.mask[:, workload.prompt_len :]
             self.masks = new_tokens.permute(1, 2, 0).contiguous().to(buffers.active.device)
-        self._chain = self.graphs._parts_of(self.work, True) if chained else None
+        self.chained = chained
         self.num_steps = 0
 
     def step(self) -> None:
@@ -77,8 +77,8 @@ class FusedSteps:
         if self.masks is not None:
             self.fused.set_active(self.masks[self.num_steps])
         self.num_steps += 1
-        if self._chain is not None:
-            self.graphs.graphs.replay(self._chain)
+        if self.chained:
+            self.graphs.run_chain(self.work)
         else:
             self.graphs.run_whole(self.work)
 
