@@ -380,6 +380,21 @@ def test_prompts_of_one_path_are_admitted_several_at_a_time() -> None:
     assert min(sizes[1:-1]) >= 4
 
 
+def test_a_request_waits_a_little_for_company_while_a_full_batch_runs() -> None:
+    def steps_until_admitted(num_running: int, num_more: int) -> int:
+        scheduler = Scheduler(Cohort(costs(knee=16), 8, 32), KVBudget(10**6))
+        for request in range(num_running):
+            scheduler.add(SequenceState(request, PATHS[7], 4, 1000))
+        scheduler.schedule()
+        for request in range(num_more):
+            scheduler.add(SequenceState(f"more {request}", PATHS[0], 4, 1000))
+        return next(count for count in range(1, 100) if scheduler.schedule().prefill)
+
+    assert steps_until_admitted(num_running=7, num_more=1) == 1
+    assert steps_until_admitted(num_running=8, num_more=2) == 1, "two of four tokens are a quarter of a batch"
+    assert steps_until_admitted(num_running=8, num_more=1) == 17
+
+
 def test_a_request_that_can_never_fit_is_refused_with_what_would_fit() -> None:
     scheduler = Scheduler(Lockstep(2), KVBudget(100, page_size=4))
     with pytest.raises(ValueError, match="at most 17 tokens fit"):

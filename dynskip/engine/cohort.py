@@ -15,6 +15,8 @@ _MIN_WAIT = 16
 _WAIT_PASSES = 4
 # Batches that may be admitted before the oldest request of the queue.
 _MAX_BATCHES = 64
+# Steps that the head of a path's queue waits for others to prefill with, while a full batch runs.
+_PATIENCE = 16
 # Sets whose scores differ by less are as good as each other: age decides.
 _TIE = 1e-3
 
@@ -56,7 +58,7 @@ class Cohort:
         self.max_overtaken = _MAX_BATCHES * batch if max_overtaken is None else max_overtaken
         self.sets = PathSets(costs, batch)
         self._efficient_tokens = costs.efficient_tokens()
-        self._burst: tuple[int, PathGroup] | None = None
+        self._burst: tuple[int, PathGroup, bool] | None = None  # step, group, whether it was full before
         self._oldest = -1
         self._num_overtaken = 0
 
@@ -68,8 +70,10 @@ class Cohort:
         group = self._next_group(groups, oldest, step)
         if group is None:
             return None
-        self._count_overtaken(oldest, group)
-        self._burst = (step, group)
+        if group is not oldest:
+            self._num_overtaken += 1
+        if self._burst is None or self._burst[:2] != (step, group):
+            self._burst = (step, group, group.num_resident >= self.batch)
         return group
 
     def choose(self, groups: PathGroups, step: int) -> list[Part]:
@@ -135,32 +139,36 @@ class Cohort:
         assert head is not None, "a group with a queue has a head"
         if head.order != self._oldest:
             self._oldest, self._num_overtaken = head.order, 0
-        in_burst = self._burst is not None and self._burst[0] == step
         if self._num_overtaken >= self.max_overtaken:
             return oldest
-        if in_burst:
-            assert self._burst is not None
-            group = self._burst[1]
-            if group.num_waiting and group.num_resident < self.batch:
+        if self._burst is not None and self._burst[0] == step:
+            _, group, was_full = self._burst
+            if group.num_waiting and (was_full or group.num_resident < self.batch):
                 return group
         best: PathGroup | None = None
         for group in groups.resident:
-            open_to_more = group.num_waiting and group.num_resident < self.batch
-            if open_to_more and (best is None or group.num_resident > best.num_resident):
+            wanted = group.num_waiting and group.num_resident < self.batch
+            if wanted and (best is None or group.num_resident > best.num_resident) and self._pays(groups, group, step):
                 best = group
         group = best or groups.oldest_waiting(self.batch) or oldest
-        return group if in_burst or self._pays(groups, group) else None
+        return group if group is best or self._pays(groups, group, step) else None
 
-    def _pays(self, groups: PathGroups, group: PathGroup) -> bool:
-        """Whether to admit now: enough places for a prefill at a good price, or a batch that is not full."""
+    def _pays(self, groups: PathGroups, group: PathGroup, step: int) -> bool:
+        """Whether to admit from ``group`` now: enough requests and places for a prefill at a good price.
+
+        Below a full batch anybody is welcome, and nobody waits for company for longer than `_PATIENCE`.
+        """
+        if groups.num_running < self.batch:
+            return True
         head = group.head()
         assert head is not None, "a group with a queue has a head"
-        burst = min(-(-self._efficient_tokens // head.num_tokens), max(1, self.batch // 4), groups.num_waiting)
-        return groups.num_running < self.batch or self.pool - groups.num_resident >= burst
-
-    def _count_overtaken(self, oldest: PathGroup, group: PathGroup) -> None:
-        if group is not oldest:
-            self._num_overtaken += 1
+        burst = min(-(-self._efficient_tokens // head.num_tokens), max(1, self.batch // 4))
+        if group.num_waiting < burst and step - head.queued_step <= _PATIENCE:
+            return False
+        places = self.pool - groups.num_resident
+        if group.num_resident < self.batch:
+            places = min(places, self.batch - group.num_resident)
+        return places >= min(burst, group.num_waiting)
 
 
 def _oldest_step(groups: list[PathGroup], members: int) -> int:

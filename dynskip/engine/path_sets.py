@@ -13,8 +13,6 @@ from dynskip.paths import LayerPath
 MAX_EXACT = 5
 MAX_ANCHORS = 3
 MAX_CANDIDATES = 12
-# How much of what the last requests of a path will cost counts: between none (0) and all of it (1).
-_SCARCITY = 0.5
 # Above so many rows, counts are rounded up to sixteenths of the batch, so that answers come from memory more often.
 _FINE_ROWS = 16
 _MAX_KNOWN = 8192
@@ -31,11 +29,8 @@ class PathSet:
 class PathSets:
     """Ranks sets of paths for batches of at most ``batch`` rows.
 
-    A row of a path with n requests, waiting ones included, is worth sqrt(c(batch) * c(min(n, batch))): c(n) is what a
-    row costs in a step of n rows of its path alone. As long as a path can fill a batch, that is what a row costs in
-    an ideal one, so that a full batch of any one path scores 1. Of a path that cannot fill one any more, each step
-    will cost nearly as much with fewer rows: its rows are worth more, and step with the most expensive company that
-    fits, while there still is company.
+    A row is worth what it costs in a full batch of its path alone, so that such a batch scores 1. Counting tokens
+    instead would starve deep paths and then pay for them alone.
 
     num_evaluated: how often a set's time was worked out: what a decision costs, as a number.
     """
@@ -45,12 +40,17 @@ class PathSets:
         self.batch = batch
         self.num_evaluated = 0
         self._unit = max(1, batch // _FINE_ROWS)
-        self._values: dict[tuple[int, int], float] = {}
+        self._worths: dict[int, float] = {}
         self._ranked: dict[tuple[int, ...], list[PathSet]] = {}
 
     def worth(self, group: PathGroup) -> float:
         """The milliseconds that a row of ``group`` is worth; deeper paths are worth more."""
-        return self._worth(group, min(self._rounded(group.num_resident + group.num_waiting), self.batch))
+        worth = self._worths.get(group.number)
+        if worth is None:
+            if len(self._worths) >= _MAX_KNOWN:
+                self._worths.clear()
+            worth = self._worths[group.number] = self._ms([(group.path, self.batch)]) / self.batch
+        return worth
 
     def rank(self, groups: Sequence[PathGroup], required: int) -> list[PathSet]:
         """Sets that hold the groups of the bit mask ``required``, the best first; each of ``groups`` has a row."""
@@ -123,17 +123,6 @@ class PathSets:
                         chosen |= 1 << i
             sets.append(PathSet(chosen, score))
         return sorted(sets, key=lambda path_set: path_set.score, reverse=True)
-
-    def _worth(self, group: PathGroup, num_known: int) -> float:
-        key = (group.number, num_known)
-        worth = self._values.get(key)
-        if worth is None:
-            if len(self._values) >= _MAX_KNOWN:
-                self._values.clear()
-            ideal = self._ms([(group.path, self.batch)]) / self.batch
-            alone = self._ms([(group.path, num_known)]) / num_known
-            worth = self._values[key] = ideal ** (1 - _SCARCITY) * alone**_SCARCITY
-        return worth
 
     def _rounded(self, count: int) -> int:
         if count >= self.batch:

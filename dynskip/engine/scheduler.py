@@ -109,6 +109,7 @@ class Scheduler:
         self.kv.check_fits(sequence)
         sequence.order = self._num_orders
         self._num_orders += 1
+        sequence.queued_step = self.step
         self._sequences[sequence.request_id] = sequence
         self.groups.enqueue(sequence)
         self.counters.num_added += 1
@@ -174,6 +175,7 @@ class Scheduler:
             self._prefilling.remove(sequence)
         self.groups.leave(sequence, Status.WAITING)
         self.groups.enqueue(sequence)
+        sequence.queued_step = self.step
         sequence.num_prefilled = 0
         sequence.num_preemptions += 1
         self.counters.num_preempted += 1
