@@ -4,6 +4,7 @@
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
 #   make gpu     all that needs a card              ONLY=decode,prefill OUT=folder COMMIT=id; ARGS=--dry-run anywhere
+#   make paper   the paper's experiments on opt-mini in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N
 #   make compat  all tests with the oldest supported triton and an older transformers
 #   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT, DYNSKIP_BUILD_CUDA: see setup.py
 
@@ -21,7 +22,17 @@ ONLY ?= tests,validate,sanitizer,kernels,decode,prefill
 OUT ?= gpu-results
 COMMIT ?=
 
-.PHONY: demo test lint format bench compat gpu setup clean
+# Two controllers are trained for a few steps, so that their experiment runs: it shows how, it finds nothing.
+DATA ?=
+RUN ?= runs/paper
+PROMPTS ?= 64
+PAPER_MODEL := dynskip/assets/opt-mini
+PAPER_TRAIN = --model $(PAPER_MODEL) --template short --data '$(DATA)' --steps controller=10 --batch-size 8 \
+	--micro-batch 8 --max-length 192 --validation-rows 32 --lr 0.05 --alpha 2 --quiet
+PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(PROMPTS) --seeds 1 --max-tokens 64 \
+	--timed-batch 32 --timed-rounds 4 --controller '$(RUN)/controllers/fixed' --controller '$(RUN)/controllers/hidden'
+
+.PHONY: demo test lint format bench compat gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -44,6 +55,14 @@ bench: $(VENV)/.installed
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.3 deprecates and 2.4 refuses.
 compat: $(COMPAT)/.installed
 	$(COMPAT)/bin/python -m pytest -W "ignore:Conversion of an array with ndim > 0:DeprecationWarning" $(ARGS)
+
+paper: $(VENV)/.installed
+	@test -f '$(DATA)' || { echo "make paper: DATA must name the Alpaca file, alpaca_data.json or alpaca_data.json.xz," \
+		"got '$(DATA)'. Write make paper DATA=path/to/alpaca_data.json.xz" >&2; exit 1; }
+	$(VENV)/bin/dynskip train --controller fixed --out '$(RUN)/controllers/fixed' $(PAPER_TRAIN)
+	$(VENV)/bin/dynskip train --controller hidden --out '$(RUN)/controllers/hidden' $(PAPER_TRAIN)
+	$(VENV)/bin/dynskip eval all $(PAPER_EVAL) $(ARGS)
+	$(VENV)/bin/dynskip report '$(RUN)'
 
 gpu:
 	$(GPU_PYTHON) bench/gpu/run.py --only '$(ONLY)' --out '$(OUT)' $(if $(COMMIT),--commit '$(COMMIT)') $(ARGS)

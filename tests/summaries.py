@@ -88,7 +88,7 @@ def _controllers() -> dict[str, Any]:
     for budget in BUDGETS:
         add(f"uniform:{budget}", budget, 0.3 - 0.4 / budget, kind="static")
     for place, alpha in enumerate((2, 4, 6, 10)):
-        for kind, width, score in (("fixed", None, 0.26), ("linear", None, 0.265), ("mlp", 24, 0.27)):
+        for kind, width, score in (("fixed", None, 0.26), ("hidden", None, 0.265), ("mlp", 24, 0.27)):
             add(
                 f"{kind} {width or ''} alpha={alpha}",
                 18 - 4 * place,

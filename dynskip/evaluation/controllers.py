@@ -206,8 +206,8 @@ def _statements(
         )
         statements.append(
             f"Against fixed-input controllers at as many layers, {len(better)} of {len(over_fixed)} controllers that "
-            f"read hidden states or the prompt score more and {len(worse)} less, with 95 % intervals that leave out "
-            f"zero; {helped}."
+            f"read hidden states or the prompt (likelier and sampled decisions counted apart) score more and "
+            f"{len(worse)} less, with 95 % intervals that leave out zero; {helped}."
         )
     full = static[-1]
     argmax = [point for point in learned if point.name in times]

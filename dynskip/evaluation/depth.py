@@ -61,6 +61,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         reliable = _reliability(setup, store, members, list(depths))
         if not reliable:
             notes.append(f"{family}: the reliability of depths needs the sampled generations of `dynskip eval oracle`.")
+        told: dict[float, str] = {}
         for at, depth in depths.items():
             labels = {"family": family, "at": at}
             found = {name: correlations(feature, depth) for name, feature in features.items()}
@@ -71,7 +72,11 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             rows += _by_task(tasks, depth, labels)
             if at in reliable:
                 rows.append(reliable[at].row(metric="reliability", **labels))
-            statements.append(_sentence(family, at, found, reliable.get(at)))
+            told[at] = _sentence(family, at, found, reliable.get(at))
+        if told:  # one budget is told in words, the one in the middle; the others are in the rows
+            statements.append(told[sorted(told)[len(told) // 2]])
+        else:
+            statements.append(f"With {DESCRIPTIONS[family]}, the cheapest path is as good as any: no depth is chosen.")
     return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes, "statements": statements}
 
 

@@ -26,7 +26,7 @@ table { border-collapse: collapse; font-size: .88rem; margin: .8rem 0; font-vari
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; }
 th { vertical-align: bottom; }
 th { border-bottom: 1px solid #1a1a1a; font-weight: 600; } tr + tr td { border-top: 1px solid #ddd; }
-th.text, td.text { text-align: left; } td { white-space: nowrap; } td.text { white-space: normal; }
+th.text, td.text { text-align: left; } td { white-space: nowrap; } td.text + td.text { white-space: normal; }
 code { font: .92em ui-monospace, "DejaVu Sans Mono", monospace; background: #f2f2f2; padding: 0 .2em; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: #333; }
 nav { font-size: .92rem; } nav a { margin-right: .9rem; }

@@ -81,13 +81,13 @@ def points(axes: Any, places: Sequence[float], rows: Sequence[Row], label: str, 
     axes.errorbar(places, values, yerr=bars, label=label, capsize=2.5, elinewidth=1.0, **look)
 
 
-def band(axes: Any, curve: Row, label: str, style: int) -> None:
-    """Draw a curve of ``budgets``, ``values`` and, where known, ``low`` and ``high``, with a marker here and there."""
+def band(axes: Any, curve: Row, label: str, style: int, shaded: bool) -> None:
+    """Draw a curve of ``budgets`` and ``values`` with a marker here and there; ``shaded`` from ``low`` to ``high``."""
     look = STYLES[style % len(STYLES)]
     every = max(1, len(curve["budgets"]) // 10)
     # Markers of different curves stand at different places, so that curves on top of each other stay told apart.
     axes.plot(curve["budgets"], curve["values"], label=label, markevery=(style * every // 5, every), **look)
-    if curve.get("low") and curve.get("high"):
+    if shaded and curve.get("low") and curve.get("high"):
         axes.fill_between(curve["budgets"], curve["low"], curve["high"], color=look["color"], alpha=0.12, linewidth=0)
 
 

@@ -35,6 +35,8 @@ SAMPLED_CURVES = {
     "cross-fitted means": "cross-fitted on means of outputs",
     "random, as in-sample": "random, the oracle's depths",
 }
+# Intervals of all curves would hide each other: the oracle's and the cross-fitted one's are shown.
+SHADED = frozenset(("oracle", "cross-fitted greedy", "in-sample", "cross-fitted"))
 CONTROLS = {
     "oracle": "oracle, greedy outputs",
     "in-sample": "oracle, sampled outputs",
@@ -135,46 +137,63 @@ def wall_clock(section: Row) -> str:
 
 
 def controllers(section: Row) -> str:
-    """ROUGE-L of learned controllers against layers and against milliseconds per token."""
-    kinds = sorted({controller_kind(row) for row in select(section, metric="rouge_l")}, key=_kind_order)
+    """ROUGE-L of learned controllers against layers and against milliseconds per token; sampling ones are hollow."""
+    scores = select(section, metric="rouge_l")
+    kinds = sorted({controller_kind(row) for row in scores}, key=_kind_order)
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, metric in zip(panels, ("layers", "ms_per_token"), strict=True):
             for style, kind in enumerate(kinds):
-                placed = []
-                for row in select(section, metric="rouge_l"):
-                    place = find(section, metric=metric, controller=row["controller"])
-                    if controller_kind(row) == kind and place is not None:
-                        placed.append((place["value"], row))
-                placed.sort(key=lambda pair: pair[0])
-                line = {} if kind == "uniform paths" else {"linestyle": "none"}
-                if placed:
-                    points(axes, [place for place, _ in placed], [row for _, row in placed], kind, style, **line)
+                for hollow in (False, True):
+                    placed = [
+                        (place["value"], row)
+                        for row in scores
+                        if controller_kind(row) == kind and (row.get("choice") == "sampled") == hollow
+                        for place in [find(section, metric=metric, controller=row["controller"])]
+                        if place is not None
+                    ]
+                    placed.sort(key=lambda pair: pair[0])
+                    look = {} if kind == _UNIFORM else {"linestyle": "none"}
+                    look |= {"markerfacecolor": "w"} if hollow else {}
+                    label = f"{kind}, sampled" if hollow else kind
+                    if placed:
+                        points(axes, [place for place, _ in placed], [row for _, row in placed], label, style, **look)
         count_layers(panels[0])
         panels[0].set_ylabel("ROUGE-L")
         panels[0].set_title("against layers")
         panels[0].set_xlabel("mean layers of a generated token")
-        panels[1].set_title("against time")
-        panels[1].set_xlabel("ms per generated token")
+        panels[1].set_title("against time, likelier decisions")
+        panels[1].set_xlabel("ms per generated token, in a batch")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
-    return svg("controllers", draw, 9.0, 4.2)
+    return svg("controllers", draw, 9.0, 4.8)
 
 
 def controller_kind(row: Row) -> str:
-    """What a controller's points are called in the figure: its kind, and its width where it has one."""
-    if row.get("kind") == "static":
-        return "uniform paths"
-    width = f" of width {row['width']}" if row.get("width") else ""
-    return f"{row.get('kind')}{width}"
+    """What a controller's points are called in the figure: what it reads, and its width where it has one."""
+    kind = str(row.get("kind"))
+    known = {
+        "static": _UNIFORM,
+        "fixed": "fixed input",
+        "hidden": "hidden state, linear",
+        "mlp": "hidden state, MLP",
+        "window": "prompt, windowed mean",
+        "attention-pool": "prompt, attention",
+    }
+    width = f" {row['width']}" if row.get("width") else ""
+    return f"{known.get(kind, kind)}{width}"
+
+
+_UNIFORM = "uniform paths"
 
 
 def _kind_order(kind: str) -> tuple[int, int, str]:
-    fixed = {"uniform paths": 0, "fixed": 1, "linear": 2}
+    starts = (_UNIFORM, "fixed", "hidden state, linear", "hidden state", "prompt")
+    place = next((place for place, start in enumerate(starts) if kind.startswith(start)), len(starts))
     digits = "".join(filter(str.isdigit, kind))
-    return fixed.get(kind, 3), int(digits or 0), kind
+    return place, int(digits or 0), kind
 
 
 def oracle(section: Row, family: str) -> str:
@@ -186,7 +205,7 @@ def oracle(section: Row, family: str) -> str:
         for axes, names, metric in zip(panels, (GREEDY_CURVES, SAMPLED_CURVES), ("mean", "mean_sampled"), strict=True):
             for style, (name, label) in enumerate(names.items()):
                 if name in curves:
-                    band(axes, curves[name], label, style)
+                    band(axes, curves[name], label, style, shaded=name in SHADED)
             means = select(section, metric=metric, family=family)
             budgets = [row["budget"] for row in means]
             points(axes, budgets, means, "each budget alone", 0, linestyle="none", markerfacecolor="w")

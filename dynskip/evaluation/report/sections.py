@@ -156,17 +156,18 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         for budget in sorted(distinct(select(section, metric="mean", family=family), "budget"))
     ]
     header = ["layers", "mean", "the paper", "best of all up to it", "the paper", "mean, sampled", "best of 4 samples"]
-    controls = distinct(select(section, metric="matching_share", family=family), "control")
     null = f"{number(paper.NULL_MATCHING_SHARE, 2)} (our computation, sd {paper.NULL_SD})"
     papers = {"oracle": f"{paper.MATCHING_BUDGET}, {paper.MATCHING_SHARE}", "null": null}
     matching = [
         [
-            str(figures.CONTROLS.get(control, control)),
-            cell("matching_budget", 2, control=control),
-            cell("matching_share", control=control),
-            papers.get(control, MISSING),
+            str(figures.CONTROLS.get(row["control"], row["control"])),
+            # A curve that never reaches the full depth's score has no budget where it does.
+            cell("matching_budget", 2, control=row["control"]) if row["value"] is not None else "nowhere",
+            cell("matching_share", control=row["control"]),
+            papers.get(row["control"], MISSING),
         ]
-        for control in controls
+        for row in section["rows"]
+        if row["metric"] == "matching_budget" and row["family"] == family
     ]
     gains = [
         [
@@ -363,4 +364,14 @@ SECTIONS: dict[str, tuple[str, Callable[[Row, Summary], list[Block]]]] = {
     "oracle": ("The oracle and its controls", oracle),
     "router": ("A router that sees the prompt only", router),
     "depth": ("What decides depth", depth),
+}
+
+# What a reader came to ask, by the section that answers it.
+QUESTIONS = {
+    "hidden_states": "Is skipping closer to the full model than exiting?",
+    "static": "What do fixed budgets cost, and what do they save?",
+    "controllers": "Do hidden states help to choose layers, and from which capacity on?",
+    "oracle": "Which share of the oracle's gain survives the controls?",
+    "router": "Which share does a router capture that sees the prompt only?",
+    "depth": "What decides how deep a sequence has to go?",
 }

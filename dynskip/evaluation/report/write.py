@@ -9,8 +9,8 @@ from typing import Any
 
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
-from dynskip.evaluation.report.rows import MISSING
-from dynskip.evaluation.report.sections import SECTIONS
+from dynskip.evaluation.report.rows import MISSING, number, select
+from dynskip.evaluation.report.sections import QUESTIONS, SECTIONS
 
 SUMMARY = "summary.json"
 
@@ -52,7 +52,7 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         "Every experiment of arXiv 2410.20022, *Dynamic layer selection in decoder-only transformers*, rerun on one "
         "checkpoint, with 95 % intervals, the controls that the paper lacked, and seconds beside layers."
     ).replace("*", "")
-    blocks: list[Block] = [*_answers(summary), *_conditions(conditions)]
+    blocks: list[Block] = [*_answers(summary), *_conditions(conditions), *_limits(summary)]
     for key, (name, section_blocks) in SECTIONS.items():
         blocks.append(Heading(name))
         section = summary.get(key)
@@ -72,15 +72,55 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
 
 
 def _answers(summary: Mapping[str, Any]) -> list[Block]:
-    statements = [statement for key in SECTIONS for statement in ((summary.get(key) or {}).get("statements") or [])[:2]]
-    return [Heading("In short"), Items(statements)] if statements else []
+    """The questions, each with the first statements of the section that answers it."""
+    blocks: list[Block] = [Heading("In short")]
+    for key, question in QUESTIONS.items():
+        statements = (summary.get(key) or {}).get("statements") or []
+        if statements:
+            blocks += [Heading(question, 3), Items(statements[:3])]
+    return blocks if len(blocks) > 1 else []
+
+
+def _limits(summary: Mapping[str, Any]) -> list[Block]:
+    """What a model much smaller than the paper's can say about it, and what it cannot."""
+    num_parameters = summary["conditions"].get("num_parameters")
+    if num_parameters is None or num_parameters > paper.NUM_PARAMETERS / 4:
+        return []
+    num_layers = summary["conditions"].get("num_layers")
+    means = select(summary.get("static") or {}, metric="rouge_l", family="paths")
+    spread = ""
+    if len(means) > 1 and means[-1].get("budget") == num_layers:
+        first, last = paper.STATIC_ROUGE_L[4], paper.STATIC_ROUGE_L[paper.NUM_LAYERS]
+        spread = (
+            f" From {means[0]['budget']} layers to all {num_layers} ROUGE-L moves from {number(means[0]['value'])} to "
+            f"{number(means[-1]['value'])} here, and from 4 to {paper.NUM_LAYERS} from {number(first)} to "
+            f"{number(last)} in the paper."
+        )
+    times = round(paper.NUM_PARAMETERS / num_parameters)
+    return [
+        Heading("What this model can say about OPT-1.3B, and what not"),
+        Items(
+            [
+                f"It has {num_parameters:,} parameters, OPT-1.3B about {times:,} times as many.{spread} An oracle "
+                "over depths that score nearly alike has little but luck to choose by: what survives the controls "
+                "here is no estimate of what would survive there.",
+                "It **can** say that an oracle's gain means nothing before it is held against the controls, that each "
+                "control, router and controller runs and what it costs, and how far the paper's own reasoning carries "
+                "where its numbers are repeated on another model by the same protocol.",
+                "It **cannot** say how large an effect is on OPT-1.3B, which budget is enough there, or from which "
+                "capacity on a hidden state would help: a model trained along paths is made to be skipped.",
+                "Milliseconds are those of this machine. Matrices as small as these leave more of a step to what is no "
+                "matrix product; the larger the model, the nearer time comes to layers.",
+            ]
+        ),
+    ]
 
 
 def _conditions(conditions: Mapping[str, Any]) -> list[Block]:
     rows = [[name.replace("_", " "), _text(value)] for name, value in conditions.items()]
     compared = [
         ["model", str(conditions.get("model", MISSING)), paper.MODEL],
-        ["parameters", _text(conditions.get("num_parameters")), "1.3 billion"],
+        ["parameters", _text(conditions.get("num_parameters")), f"{paper.NUM_PARAMETERS:,}"],
         ["layers", _text(conditions.get("num_layers")), "24"],
         ["test prompts", _text(conditions.get("prompts")), f"{paper.NUM_TEST:,}"],
         ["new tokens at most", _text(conditions.get("max_tokens")), f"{paper.MAX_TOKENS}"],
