@@ -41,7 +41,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     statements: list[str] = []
     notes = [
-        "Depths are those that the exact knapsack chooses on greedy ROUGE-L at the mean budgets named.",
+        "Depths are those that the exact knapsack chooses on greedy ROUGE-L at the mean budgets named. A sequence that "
+        "scores alike on every path, nothing for one, is given the cheapest.",
         "full_rouge_l is what the oracle itself looks at: a sequence that scores high at full depth is one that it has "
         "reason to give layers to. Its correlation is a yardstick, not a finding.",
         "Types of tasks are named by the verb of the instruction; explained_by_task is the share of the variance of "

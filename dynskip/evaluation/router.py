@@ -113,8 +113,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         else:
             statements.append(f"With {DESCRIPTIONS[name]}, the oracle leaves a router nothing to capture.")
     notes = [
-        f"Trained on {setup.train_prompts or setup.prompts} prompts of the training split, judged on {setup.prompts} "
-        f"of the {setup.split} split; {setup.seeds} seeds of the folds count alike.",
+        f"On {setup.train_prompts or setup.prompts} prompts of the training split, judged on {setup.prompts} "
+        f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
         "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
         "knapsack on the test scores at the router's own mean cost; captured_share is the place between them.",
         "over_static is the router's score minus that of the best mix of fixed budgets of the same mean cost.",

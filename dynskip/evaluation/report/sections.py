@@ -215,7 +215,8 @@ def router(section: Row, summary: Summary) -> list[Block]:
             return interval(find(section, metric=metric, **labels), digits)
 
         name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", cell("layers", 2)]
-        scores = [interval(row), cell("random"), cell("oracle"), cell("captured_share", 2), cell("over_static", 4)]
+        bounds = [number((find(section, metric=metric, **at) or {}).get("value")) for metric in ("random", "oracle")]
+        scores = [interval(row), *bounds, cell("captured_share", 2), cell("over_static", 4)]
         times = [cell("ms_per_token"), cell("speedup", 2), cell("overhead_ms_single"), cell("overhead_ms_batched")]
         quality.append([*name, *scores])
         cost.append([*name, *times])
@@ -236,7 +237,7 @@ def router(section: Row, summary: Summary) -> list[Block]:
         ),
         Table(
             "What routers cost",
-            [*shared, "ms per token", "times faster", "routing, ms alone", "ms a prompt in a batch"],
+            [*shared, "ms per token", "times faster", "routing, ms", "in a batch, ms"],
             cost,
         ),
     ]
@@ -299,9 +300,9 @@ def depth(section: Row, summary: Summary) -> list[Block]:
     blocks: list[Block] = [
         Paragraph(
             "Which sequences does the oracle give more layers? The chosen depth is held against lengths, the full "
-            "model's loss on the reference and the type of the task, named by the verb of its instruction. A choice "
-            "made on noise correlates with nothing: the **reliability** is the correlation between the depths chosen "
-            "on two independent sets of sampled outputs, and no feature can correlate more with a chosen depth than "
+            "model's loss on the reference and the type of the task, named by the verb of its instruction. The "
+            "**reliability** is the correlation between the depths chosen on two independent sets of sampled outputs: "
+            "what is known before anything is generated can correlate with the depths of one such set by no more than "
             "its square root."
         )
     ]
