@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Tensor cores: HMMA and its kin up to sm_89, HGMMA and its kin on sm_90, UTCHMMA and its kin on sm_100.
 _TENSOR_CORE = re.compile(r"[BDHIOQ]MMA|[BHIQ]GMMA|UTC[A-Z]*MMA")
@@ -23,26 +28,48 @@ class Resources:
     tensor_core_instructions: int
 
 
-def read_resources(cubin: bytes) -> Resources:
-    """The resources of the one kernel in `cubin`."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage, assembly = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
-    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    assert {"REG", "STACK", "LOCAL"} <= set(figures), usage
-    instructions = _INSTRUCTION.findall(assembly)
-    assert "EXIT" in instructions, assembly[:1000]
+def read_resources(cubin: bytes, multiplies: bool, folder: Path) -> Resources:
+    """The resources of the one kernel in `cubin`. Unless it `multiplies` matrices, nobody looks for tensor cores.
+
+    folder: keeps what the tools say of each kernel, since they take about as long as the compiler.
+    """
+    kept = folder / f"{hashlib.sha256(cubin).hexdigest()}-{'all' if multiplies else 'usage'}.json"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as directory:
+            part = Path(directory) / "part.json"
+            part.write_text(json.dumps(_inspect(cubin, multiplies)), encoding="utf-8")
+            os.replace(part, kept)  # at once: another process may look for it
+    said = json.loads(kept.read_text(encoding="utf-8"))
     return Resources(
-        registers=int(figures["REG"]),
-        spilled_bytes=int(figures["STACK"]) + int(figures["LOCAL"]),
-        tensor_core_instructions=sum(map(is_tensor_core_instruction, instructions)),
+        registers=int(said["usage"]["REG"]),
+        spilled_bytes=int(said["usage"]["STACK"]) + int(said["usage"]["LOCAL"]),
+        tensor_core_instructions=sum(
+            count for name, count in said["instructions"].items() if is_tensor_core_instruction(name)
+        ),
     )
 
 
 def is_tensor_core_instruction(name: str) -> bool:
     """Whether the instruction `name`, without its modifiers, multiplies matrices."""
     return _TENSOR_CORE.fullmatch(name) is not None
+
+
+def count_instructions(assembly: str) -> dict[str, int]:
+    """How often each instruction stands in a kernel, as cuobjdump prints it; without predicates and modifiers."""
+    instructions = Counter(_INSTRUCTION.findall(assembly))
+    assert instructions["EXIT"], f"no program in {assembly[:1000]}"
+    return dict(instructions)
+
+
+def _inspect(cubin: bytes, multiplies: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = _cuobjdump("-res-usage", path)
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        assert {"REG", "STACK", "LOCAL"} <= set(usage), text
+        return {"usage": usage, "instructions": count_instructions(_cuobjdump("-sass", path)) if multiplies else {}}
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -6,24 +6,31 @@ wait for the kernel before it exactly where it is launched to overlap with it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from dynskip.kernels.configs import DEFAULT, FOLDER, config_names, read_table
 from dynskip.ops import OP_NAMES
+from dynskip.row_ops import ROW_OP_NAMES
 
 # Shared memory that a thread block may have: CUDA C++ Programming Guide, technical specifications per capability.
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 DEFAULT_CAPABILITIES = (80, 90, 100)
-# The configurations for GPUs nobody measured: they must run on every one of MAX_SHARED_BYTES.
-GENERIC = "generic"
+# Those with a kernel of Triton's.
+TRITON_OP_NAMES = OP_NAMES + tuple(name for name in ROW_OP_NAMES if name != "plan_rows")
+# How the case of a launch ends whose lists of rows stand where those of most layers do: not at a multiple of 16 bytes.
+MISALIGNED = ", misaligned lists"
 _FIRST_OVERLAPPING_CAPABILITY = 90
+_MAX_WARPS = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class CompiledKernel:
     dtype: str
     capability: int
     case: str
+    num_warps: int = 0
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
@@ -53,14 +61,16 @@ class CompiledKernel:
 
     @property
     def max_shared_bytes(self) -> int:
-        """What it may have."""
-        return min(MAX_SHARED_BYTES.values()) if self.config == GENERIC else MAX_SHARED_BYTES[self.capability]
+        """What it may have; with the configurations for GPUs that nobody measured, what every GPU has."""
+        return min(MAX_SHARED_BYTES.values()) if self.config == DEFAULT else MAX_SHARED_BYTES[self.capability]
 
     @property
     def complaint(self) -> str | None:
         """What is wrong with it; None if nothing is."""
         if self.error is not None:
             return f"does not compile: {self.error}"
+        if self.num_warps > _MAX_WARPS:
+            return f"has {self.num_warps} warps, may have {_MAX_WARPS}"
         if self.spilled_bytes:
             return f"spills {self.spilled_bytes} bytes a thread"
         if self.shared_bytes > self.max_shared_bytes:
@@ -78,32 +88,44 @@ class CompiledKernel:
 
 @dataclass(frozen=True)
 class CompileJob:
-    """What one process compiles: kernels in some dtypes, from one table of configurations, for one capability."""
+    """What one process compiles: kernels in one dtype, from one table of configurations, for one capability.
+
+    everywhere: for five shapes of OPT and every bound of rows; otherwise OPT-1.3B with every entry of the table, and
+    a shape with narrower and one with wider heads at few rows.
+    """
 
     capability: int
-    config: str
-    dtype_names: tuple[str, ...]
-    op_names: tuple[str, ...] = OP_NAMES
+    config_path: Path
+    dtype_name: str
+    op_names: tuple[str, ...]
+    everywhere: bool
 
 
 def plan_jobs(
     dtype_names: tuple[str, ...],
     capabilities: tuple[int, ...] = DEFAULT_CAPABILITIES,
-    op_names: tuple[str, ...] = OP_NAMES,
+    op_names: tuple[str, ...] = TRITON_OP_NAMES,
+    config_paths: tuple[Path, ...] | None = None,
+    everywhere: bool = True,
 ) -> list[CompileJob]:
-    """The generic table for each of `capabilities`, in each dtype.
+    """The generic table for each of `capabilities`, and each tuned table for the one that it was tuned on.
 
-    Raises: ValueError for a capability whose limits are not known.
+    config_paths: other tables than those of dynskip. A tuned one for a capability that is not asked for is left out.
+    Raises: ValueError for a capability whose limits are not known, or a table that is not well-formed.
     """
-    for capability in capabilities:
-        if capability not in MAX_SHARED_BYTES:
-            known = ", ".join(map(str, MAX_SHARED_BYTES))
-            raise ValueError(f"plan_jobs: capabilities must be among {known}, got {capability}. Choose one of these.")
-    return [
-        CompileJob(capability, GENERIC, (dtype_name,), op_names)
-        for dtype_name in dtype_names
-        for capability in capabilities
-    ]
+    jobs = []
+    for path in [FOLDER / f"{name}.json" for name in config_names()] if config_paths is None else config_paths:
+        read_table(path)
+        tuned_for = json.loads(path.read_text(encoding="utf-8"))["capability"]
+        for capability in capabilities:
+            if capability not in MAX_SHARED_BYTES:
+                known = ", ".join(map(str, MAX_SHARED_BYTES))
+                raise ValueError(
+                    f"plan_jobs: capabilities must be among {known}, got {capability}. Choose one of these."
+                )
+            if tuned_for in (None, capability):
+                jobs += [CompileJob(capability, path, name, op_names, everywhere) for name in dtype_names]
+    return jobs
 
 
 def compile_offline(jobs: list[CompileJob], progress: bool = True) -> list[CompiledKernel]:
@@ -119,7 +141,7 @@ def compile_offline(jobs: list[CompileJob], progress: bool = True) -> list[Compi
 def _run(job: CompileJob) -> list[CompiledKernel]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    request = {"capability": job.capability, "dtype_names": job.dtype_names, "op_names": job.op_names}
+    request = dataclasses.asdict(job) | {"config_path": str(job.config_path)}
     command = [sys.executable, "-m", "dynskip.offline_worker", json.dumps(request)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
@@ -129,4 +151,4 @@ def _run(job: CompileJob) -> list[CompiledKernel]:
 
 def _kernel_of(job: CompileJob, described: dict[str, Any]) -> CompiledKernel:
     described["products"] = tuple(described.get("products", ()))
-    return CompiledKernel(config=job.config, capability=job.capability, **described)
+    return CompiledKernel(config=job.config_path.stem, capability=job.capability, **described)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,11 @@ from triton.runtime import driver
 
 from dynskip.backends import get_backend
 from dynskip.cubin import read_resources
+from dynskip.kernels.configs import KEYS, get_entries, use_configs
 from dynskip.kernels.launches import compile_only
+from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.offline_compile import MISALIGNED
+from dynskip.row_ops import get_row_ops
 
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 
@@ -43,6 +49,12 @@ SHAPES = (
     Shape("6.7b", 4096, 32),
     Shape("66b", 9216, 72),
 )
+
+
+# Bounds of rows that steps are launched with; larger ones have the config of the last.
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FEWER_SHAPES = ("1.3b", "2.7b", "66b")
+FEW_ROWS = 4
 
 
 class OfflineDriver:
@@ -69,12 +81,14 @@ class Call(NamedTuple):
     run: Callable[[], object]
 
 
-def compile_all(capability: int, dtype_names: list[str], op_names: list[str]) -> list[dict[str, Any]]:
+def compile_all(
+    capability: int, config_path: str, dtype_name: str, op_names: list[str], everywhere: bool
+) -> list[dict[str, Any]]:
     """What each kernel that a launch may need takes of a GPU, or why it does not compile."""
     driver.set_active(OfflineDriver(capability))
     found: dict[str, dict[str, Any]] = {}
-    for dtype_name in dtype_names:
-        for call in make_calls(getattr(torch, dtype_name)):
+    with use_configs(config_path):
+        for call in make_calls(getattr(torch, dtype_name), everywhere):
             if call.op not in op_names:
                 continue
             about = {"op": call.op, "dtype": dtype_name, "case": call.case}
@@ -94,25 +108,50 @@ def compile_all(capability: int, dtype_names: list[str], op_names: list[str]) ->
 
 def describe(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel is made of."""
-    resources = read_resources(kernel.asm["cubin"])
-    ptx = kernel.asm["ptx"]
+    ptx, products = kernel.asm["ptx"], sorted(set(_MATRIX_PRODUCT.findall(kernel.asm["ttir"])))
+    kept = Path(triton.knobs.cache.dir) / "dynskip-resources"
+    resources = read_resources(kernel.asm["cubin"], bool(products), kept)
     return {
         "kernel": kernel.metadata.name,
+        "num_warps": kernel.metadata.num_warps,
         "registers": resources.registers,
         "spilled_bytes": resources.spilled_bytes,
         "shared_bytes": kernel.metadata.shared,
         "tensor_core_instructions": resources.tensor_core_instructions,
-        "products": sorted(set(_MATRIX_PRODUCT.findall(kernel.asm["ttir"]))),
+        "products": products,
         "num_waits": ptx.count("griddepcontrol.wait"),
         "num_signals": ptx.count("griddepcontrol.launch_dependents"),
         "overlaps_the_kernel_before": kernel.metadata.launch_pdl,
     }
 
 
-def make_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Every launcher with the shapes of OPT."""
+def make_calls(dtype: torch.dtype, everywhere: bool) -> Iterator[Call]:
+    """Every launcher: see `CompileJob` for the shapes, and for the bounds of rows of row ops."""
     for shape in SHAPES:
-        yield from _op_calls(dtype, shape)
+        if everywhere or shape.name in FEWER_SHAPES:
+            yield from _op_calls(dtype, shape)
+        if everywhere:
+            for max_rows in ROW_BUCKETS:
+                for deterministic in (False, True):
+                    yield from _row_op_calls(dtype, shape, max_rows, deterministic)
+        elif shape.name == "1.3b":
+            for max_rows, deterministic, op_names in _entries(dtype):
+                calls = _row_op_calls(dtype, shape, max_rows, deterministic)
+                yield from (call for call in calls if call.op in op_names)
+        elif shape.name in FEWER_SHAPES:
+            yield from _row_op_calls(dtype, shape, FEW_ROWS, deterministic=False)
+
+
+def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
+    """Bounds of rows, modes and ops, such that each entry of the table in use is met, at the most rows that have it."""
+    op_names: dict[tuple[int, bool], set[str]] = {}
+    for op in KEYS:
+        for deterministic in (False, True):
+            for entry in get_entries(op, torch.device("cpu"), dtype, deterministic):
+                met = (entry.max_rows or ROW_BUCKETS[-1], deterministic)
+                op_names.setdefault(met, set()).add(op)
+    for (max_rows, deterministic), names in sorted(op_names.items()):
+        yield max_rows, deterministic, names
 
 
 def _op_calls(dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
@@ -134,6 +173,54 @@ def _op_calls(dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
     yield call("kv_store", k, v, cache, cache, _index(8))
     yield call("decode_attention", q, cache, cache, _index(4, 256), _index(8), _index(8), scale)
     yield call("prefill_attention", q, k, v, _index(5), _index(5), _index(8), scale)
+
+
+def _row_op_calls(dtype: torch.dtype, shape: Shape, max_rows: int, deterministic: bool) -> Iterator[Call]:
+    row_ops = get_row_ops("triton")
+    floats = functools.partial(torch.empty, dtype=dtype)
+    size, head_size, num_slots, max_context_len = shape.hidden_size, shape.hidden_size // shape.num_heads, 64, 2048
+    ffn_size, vocab_size = 4 * size, 50272
+    buffers, inner, parameter, wide = floats(max_rows, size), floats(max_rows, ffn_size), floats(size), floats(ffn_size)
+    cache = floats(num_slots, shape.num_heads, head_size)
+    norm = RowNorm(parameter, parameter, 1e-5)
+    workspace = row_ops.workspace(
+        max_rows=max_rows,
+        num_heads=shape.num_heads,
+        head_size=head_size,
+        sizes=[(size, size), (size, ffn_size)],
+        max_context_len=max_context_len,
+        device="cpu",
+    )
+    mode = ", deterministic" if deterministic else ""
+
+    # Lists and counts stand in buffers of all layers: those of one layer are aligned, those of the next are not.
+    for offset in (0, 1):
+        case = f"OPT-{shape.name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
+
+        def call(op: str, *args: object, case: str = case) -> Call:
+            return Call(op, case, functools.partial(getattr(row_ops, op), *args))
+
+        def integers(*sizes: int, dtype: torch.dtype = torch.int32, offset: int = offset) -> Tensor:
+            return torch.empty(math.prod(sizes) + offset, dtype=dtype)[offset:].view(sizes)
+
+        rows = RowList(integers(max_rows), integers(1), max_rows)
+        tokens = integers(max_rows, dtype=torch.int64)
+        yield call("embed_rows", tokens, tokens, rows, buffers, buffers, 2, buffers)
+        yield call("norm_rows", buffers, rows, norm, buffers)
+        for weight, relu in ((floats(ffn_size, size), True), (floats(vocab_size, size), False)):
+            out, bias = (inner, wide) if relu else (floats(max_rows, vocab_size), None)
+            yield call("linear_rows", buffers, rows, norm, weight, bias, relu, out, buffers, deterministic)
+        qkv_weight, qkv_bias = floats(3 * size, size), floats(3 * size)
+        stored = (cache, cache, integers(max_rows), buffers)
+        yield call("qkv_rows", buffers, rows, integers(1), norm, qkv_weight, qkv_bias, buffers, *stored, deterministic)
+        lookup = (integers(max_rows, max_context_len), integers(max_rows), integers(max_rows))
+        ends = (head_size**-0.5, buffers, workspace, deterministic)
+        yield call("attend_rows", buffers, rows, cache, cache, *lookup, *ends)
+        for x in (buffers, inner):
+            weight = floats(size, x.shape[1])
+            yield call("linear_add_rows", x, rows, weight, parameter, buffers, workspace, deterministic)
+        gate = torch.empty(2, size)
+        yield call("gate_rows", buffers, rows, gate, gate[0, :2], integers(max_rows, dtype=torch.bool))
 
 
 def _index(*sizes: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dynskip import ops, reference
 from dynskip.backends import available_backends, get_backend
 from dynskip.kernels.launches import LAUNCHES
+from dynskip.row_ops import ROW_OP_NAMES, why_not_triton
 from dynskip.validation import validate
 from dynskip.validation_cases import make_cases
 from dynskip.validation_draws import copy_with_storage
@@ -19,6 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = available_backends(DEVICE)["triton"]
 runs = pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 matrices wrongly")
+WHY_NO_PLAN = why_not_triton(torch.device(DEVICE))
+has_plan = pytest.mark.skipif(WHY_NO_PLAN is not None, reason=f"plan_rows: {WHY_NO_PLAN}")
+ROW_OPS = [pytest.param(name, marks=has_plan) if name == "plan_rows" else name for name in ROW_OP_NAMES]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 
 
@@ -32,7 +36,7 @@ def arguments_of(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ops.OP_NAMES)
+@pytest.mark.parametrize("op", [*ops.OP_NAMES, *ROW_OPS])
 def test_errors_stay_within_the_budget(op: str, dtype: torch.dtype) -> None:
     results = validate("triton", dtype, progress=False, device=DEVICE, op_names=(op,))
     assert not [result for result in results if not result.passed]

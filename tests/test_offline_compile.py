@@ -5,13 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from dynskip import cli, offline_compile, ops
+from dynskip import cli, offline_compile
 from dynskip.cli.validate import CAPABILITIES, DEFAULT_CAPABILITIES
 from dynskip.cubin import is_tensor_core_instruction
-from dynskip.offline_compile import MAX_SHARED_BYTES, CompiledKernel, compile_offline, plan_jobs
+from dynskip.kernels.configs import FOLDER, config_names
+from dynskip.offline_compile import (
+    MAX_SHARED_BYTES,
+    MISALIGNED,
+    TRITON_OP_NAMES,
+    CompiledKernel,
+    compile_offline,
+    plan_jobs,
+)
+from dynskip.row_ops import ROW_OP_NAMES
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -32,31 +43,108 @@ RIGHT = CompiledKernel(
 )
 
 
-@pytest.fixture
-def compiled_before(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def compiled_before(pytestconfig: pytest.Config) -> Iterator[None]:
     """Triton finds a compiled kernel again by its source, its constants and its own version; warnings are errors."""
     assert pytestconfig.cache is not None
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(pytestconfig.cache.mkdir("triton")))
-    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(pytestconfig.cache.mkdir("triton")))
+        monkeypatch.setenv("PYTHONWARNINGS", "error")
+        yield
 
 
-@pytest.mark.usefixtures("compiled_before")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_kernel_fits_every_gpu(dtype: str) -> None:
-    capabilities = DEFAULT_CAPABILITIES if dtype == "bfloat16" else (90,)
-    kernels = compile_offline(plan_jobs((dtype,), capabilities), progress=False)
+@pytest.fixture(scope="module")
+def kernels(compiled_before: None) -> list[CompiledKernel]:
+    """All kernels in bfloat16 for every architecture; in float32, which has entries of its own in tables, for one."""
+    jobs = plan_jobs(("bfloat16",), everywhere=False)
+    jobs += plan_jobs(("float32",), (90,), everywhere=False)
+    jobs += plan_jobs(("float16",), (90,), ("linear_add_rows", "prefill_attention"), everywhere=False)
+    return compile_offline(jobs, progress=False)
+
+
+def test_every_kernel_fits_every_gpu(kernels: list[CompiledKernel]) -> None:
     assert [f"{kernel}: {kernel.complaint}" for kernel in kernels if kernel.complaint] == []
-    for capability in capabilities:
-        of_capability = [kernel for kernel in kernels if kernel.capability == capability]
-        assert {kernel.op for kernel in of_capability} == set(ops.OP_NAMES)
-        products = {product for kernel in of_capability for product in kernel.products}
-        assert products == {"bf16" if dtype == "bfloat16" else "f32"}
+    for capability, dtype in ((80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float32")):
+        compiled = [kernel for kernel in kernels if (kernel.capability, kernel.dtype) == (capability, dtype)]
+        assert {kernel.op for kernel in compiled} == set(TRITON_OP_NAMES)
+    assert {kernel.config for kernel in kernels} == set(config_names())
+
+
+def test_products_run_on_tensor_cores(kernels: list[CompiledKernel]) -> None:
+    products = {"bfloat16": ("bf16",), "float16": ("f16",), "float32": ("f32",)}
+    of_products = ("linear_rows", "qkv_rows", "linear_add_rows", "prefill_attention")
+    for kernel in kernels:
+        # A table may have a row or two multiplied and summed.
+        assert kernel.products in ((), products[kernel.dtype]), kernel
+        uses_tensor_cores = bool(kernel.products) and kernel.dtype != "float32"
+        assert (kernel.tensor_core_instructions > 0) == uses_tensor_cores, kernel
+    for capability in DEFAULT_CAPABILITIES:
+        multiplying = {kernel.op for kernel in kernels if kernel.capability == capability and kernel.products}
+        assert multiplying == set(of_products)
+
+
+def test_kernels_of_a_step_overlap_where_the_gpu_can(kernels: list[CompiledKernel]) -> None:
+    of_step = [kernel for kernel in kernels if kernel.op in ROW_OP_NAMES]
+    assert {kernel.capability for kernel in of_step if kernel.num_waits and kernel.num_signals} == {90, 100}
+    for kernel in of_step:
+        if kernel.config == "generic":
+            assert kernel.overlaps_the_kernel_before == (kernel.capability >= 90), kernel
+            assert bool(kernel.num_waits) == bool(kernel.num_signals) == (kernel.capability >= 90), kernel
+
+
+def test_no_kernel_is_compiled_again_for_the_list_of_another_layer(kernels: list[CompiledKernel]) -> None:
+    assert [kernel for kernel in kernels if kernel.case.endswith(MISALIGNED)] == []
+
+
+COMPILE = ["validate", "--compile", "--fewer", "--capability", "90", "--dtype", "bfloat16", "--op", "linear_add_rows"]
+
+
+@pytest.fixture
+def greedy(tmp_path: Path) -> Callable[..., str]:
+    """A table of one entry for linear_add_rows, with constants that ask too much."""
+
+    def write(**constants: int) -> str:
+        table = json.loads((FOLDER / "generic.json").read_text(encoding="utf-8"))
+        entries = table["ops"]["linear_add_rows"]
+        entry = entries["2"][-1] | constants
+        entries["2"] = [entry]
+        entries["deterministic"]["2"] = {name: value for name, value in entry.items() if name != "max_rows"}
+        path = tmp_path / "greedy.json"
+        path.write_text(json.dumps(table), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("constants", "complaint"),
+    [
+        ({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 1, "num_stages": 1}, "spills .* bytes a thread"),
+        (
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 8},
+            "needs .* bytes of shared memory, may have 232448",
+        ),
+        ({"BLOCK_K": 8}, "does not compile: .*"),
+    ],
+)
+def test_a_table_that_asks_too_much_is_noticed(
+    constants: dict[str, int], complaint: str, greedy: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*COMPILE, "--config", greedy(**constants)]
+    assert cli.main([*command, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is False
+    assert any(re.fullmatch(complaint, kernel["complaint"] or "") for kernel in report["kernels"])
+    assert cli.main(command) == 1
+    out = capsys.readouterr().out
+    assert "greedy" in out and "FAILED" in out and re.search(f"failed: OPT-.*: {complaint}", out)
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({}, None),
+        ({"num_warps": 64}, "has 64 warps, may have 32"),
         ({"spilled_bytes": 8}, "spills 8 bytes a thread"),
         ({"shared_bytes": 227 * 1024 + 1}, "needs 232449 bytes of shared memory, may have 232448"),
         ({"config": "generic"}, "needs 204800 bytes of shared memory, may have 101376"),
@@ -85,39 +173,21 @@ def test_instructions_of_others(name: str) -> None:
     assert not is_tensor_core_instruction(name)
 
 
-@pytest.mark.usefixtures("compiled_before")
-def test_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["validate", "--compile", "--capability", "90", "--dtype", "bfloat16", "--op", "prefill_attention"]
-    assert cli.main(command) == 0
+def test_command_prints_a_table(kernels: list[CompiledKernel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(COMPILE) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(
-        r"kernel +config +dtype +GPU +variants +registers +spilled +shared +of +tensor core +verdict", lines[0]
-    )
-    assert lines[1].split()[:4] == ["prefill_attention_kernel", "generic", "bfloat16", "sm_90"]
-    assert lines[1].endswith("ok")
-    assert lines[2].startswith("3 of 3 compiled kernels fit")
-
-
-@pytest.mark.usefixtures("compiled_before")
-def test_command_fails_where_a_kernel_does_not_fit(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(MAX_SHARED_BYTES, 90, 45_000)
-    command = ["validate", "--compile", "--capability", "90", "--dtype", "bfloat16", "--op", "prefill_attention"]
-    assert cli.main(command) == 1
-    out = capsys.readouterr().out
-    assert "FAILED" in out and "of shared memory, may have 45000" in out
-    assert cli.main([*command, "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["passed"] is False
-    complaints = {kernel["case"]: kernel["complaint"] for kernel in report["kernels"]}
-    assert complaints["OPT-125m"] is None
-    assert re.fullmatch(r"needs \d+ bytes of shared memory, may have 45000", complaints["OPT-6.7b"])
+    assert re.match("kernel +config +dtype +GPU +variants +registers +spilled +shared +of +tensor core", lines[0])
+    rows = [line.split() for line in lines[1:-1]]
+    assert ["linear_add_rows_kernel", "generic", "bfloat16", "sm_90"] in [row[:4] for row in rows]
+    assert {row[-1] for row in rows} == {"ok"}
+    assert re.match(r"(\d+) of \1 compiled kernels fit", lines[-1])
 
 
 def test_command_refuses_what_has_no_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
-        (["--capability", "90"], "--capability says what to compile for: it needs --compile"),
+        (["--capability", "90"], "--capability says what to compile: it needs --compile"),
+        (["--fewer"], "--fewer says what to compile: it needs --compile"),
+        (["--compile", "--op", "plan_rows"], "plan_rows is compiled with the C++ extension"),
         (["--compile", "--backend", "torch"], "--backend is about running kernels: it has no meaning with --compile"),
         (["--compile", "--inject-fault", "kv_store"], "--inject-fault is about running kernels"),
         (["--compile", "--capability", "70"], "invalid choice: 70"),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dynskip import cli, ops
-from dynskip.backends import Backend, get_backend
+from dynskip.backends import Backend, available_backends, get_backend
 from dynskip.cli.options import DTYPES
-from dynskip.cli.validate import OPS
+from dynskip.cli.validate import OPS, ROW_OPS
 from dynskip.kernels.row_list import RowList, RowNorm, Workspace
 from dynskip.row_ops import ROW_OP_NAMES, get_row_ops
 from dynskip.row_validation import validate_row_case
@@ -23,6 +23,9 @@ from dynskip.validation import validate
 from dynskip.validation_cases import make_cases
 from dynskip.validation_draws import tensors_in
 from dynskip.validation_errors import Result
+
+WHY_NO_INTERPRETER = "there is a GPU" if torch.cuda.is_available() else available_backends("cpu")["triton"]
+needs_interpreter = pytest.mark.skipif(WHY_NO_INTERPRETER is not None, reason=f"interpreter: {WHY_NO_INTERPRETER}")
 
 
 def validate_broken(
@@ -267,6 +270,7 @@ def test_the_state_of_torch_is_restored() -> None:
 
 def test_the_command_line_knows_the_ops_and_dtypes() -> None:
     assert OPS == ops.OP_NAMES
+    assert ROW_OPS == ROW_OP_NAMES
     assert {getattr(torch, name) for name in DTYPES} == {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -285,6 +289,25 @@ def test_command_fails_with_an_injected_fault(op: str, capsys: pytest.CaptureFix
     assert len(failed) == 1 and op in failed[0]
 
 
+@needs_interpreter
+def test_command_validates_row_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["validate", "--backend", "triton", "--dtype", "float16", "--op", "gate_rows", "--op", "embed_rows"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"triton +float16 +embed_rows +10 .* ok ", out)
+    assert re.search(r"triton +float16 +gate_rows +10 .* ok ", out)
+    assert cli.main([*command, "--inject-fault", "gate_rows"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(failed) == 1 and "gate_rows" in failed[0]
+
+
+def test_a_fault_where_nobody_looks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "--backend", "torch", "--inject-fault", "gate_rows"]) == 2
+    assert "--inject-fault gate_rows: it must be among the ops that are validated" in capsys.readouterr().err
+    assert cli.main(["validate", "--backend", "torch", "--op", "gate_rows"]) == 2
+    assert "nothing to validate: only the triton backend has row ops" in capsys.readouterr().err
+
+
 def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["validate", "--backend", "torch", "--dtype", "float16", "--op", "kv_store", "--inject-fault", "kv_store"]
     assert cli.main([*command, "--json"]) == 1
@@ -294,9 +317,8 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(case["passed"] for case in report["cases"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where Triton runs bfloat16")
+@needs_interpreter
 def test_command_says_what_the_interpreter_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
     command = ["validate", "--backend", "triton", "--op", "kv_store"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out

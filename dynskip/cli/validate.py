@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 _BACKENDS = ("torch", "native", "triton")
 # As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
 OPS = ("gather_layer_norm", "scatter_add", "kv_store", "decode_attention", "prefill_attention")
+# As in dynskip.row_ops.ROW_OP_NAMES: the parts of a decode step, which only the triton backend has.
+ROW_OPS = (
+    "embed_rows",
+    "norm_rows",
+    "linear_rows",
+    "qkv_rows",
+    "attend_rows",
+    "linear_add_rows",
+    "gate_rows",
+    "plan_rows",
+)
 _MAX_SHOWN = 3
 _EXAMPLES = """examples:
   dynskip validate                                   every backend that this machine has, every dtype
@@ -42,8 +54,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", action="append", choices=_BACKENDS, help="repeatable (default: all that run here)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all)")
-    parser.add_argument("--op", action="append", choices=OPS, help="repeatable (default: all)")
-    parser.add_argument("--inject-fault", choices=OPS, metavar="OP", help="falsify the results of this op")
+    parser.add_argument("--op", action="append", choices=OPS + ROW_OPS, metavar="OP", help="repeatable (default: all)")
+    parser.add_argument("--inject-fault", choices=OPS + ROW_OPS, metavar="OP", help="falsify the results of this op")
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -57,6 +69,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         choices=CAPABILITIES,
         help=f"with --compile; repeatable (default: {', '.join(map(str, DEFAULT_CAPABILITIES))})",
     )
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="with --compile: this table, not dynskip's own; repeatable"
+    )
+    parser.add_argument(
+        "--fewer", action="store_true", help="with --compile: shapes other than OPT-1.3B with few rows only"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object with every case")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -66,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     """Print errors and verdicts; exit status 1 on any failure."""
     if args.compile:
         return _compile(args)
-    if args.capability is not None:
-        raise UserError("--capability says what to compile for: it needs --compile")
+    for option in ("capability", "config", "fewer"):
+        if getattr(args, option):
+            raise UserError(f"--{option} says what to compile: it needs --compile")
 
     import torch
 
@@ -78,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
 
     from dynskip.backends import available_backends
+    from dynskip.row_ops import why_not_triton
     from dynskip.validation import validate
 
     devices = {"torch": "cuda" if has_gpu else "cpu", "native": "cpu", "triton": "cuda" if has_gpu else "cpu"}
@@ -89,6 +109,15 @@ def run(args: argparse.Namespace) -> int:
         not_run |= {name: reason for name, reason in reasons.items() if reason is not None}
     backends = [name for name in args.backend or _BACKENDS if name not in not_run]
 
+    op_names = {backend: _ops_of(backend, args.op) for backend in backends}
+    plan_reason = why_not_triton(torch.device(devices["triton"]))
+    if plan_reason is not None and "plan_rows" in op_names.get("triton", ()):
+        not_run["triton plan_rows"] = plan_reason
+        op_names["triton"] = tuple(name for name in op_names["triton"] if name != "plan_rows")
+
+    if args.inject_fault is not None and not any(args.inject_fault in names for names in op_names.values()):
+        raise UserError(f"--inject-fault {args.inject_fault}: it must be among the ops that are validated")
+
     results: list[Result] = []
     for backend in backends:
         for dtype in args.dtype or DTYPES:
@@ -98,13 +127,14 @@ def run(args: argparse.Namespace) -> int:
             results += validate(
                 backend,
                 getattr(torch, dtype),
-                inject_fault=args.inject_fault,
+                inject_fault=args.inject_fault if args.inject_fault in op_names[backend] else None,
                 progress=show_progress(args.quiet or args.json),
                 device=devices[backend],
-                op_names=tuple(args.op or OPS),
+                op_names=op_names[backend],
             )
     if not results:
-        raise UserError("nothing to validate: " + " ".join(f"{what}: {reason}" for what, reason in not_run.items()))
+        reasons_shown = " ".join(f"{what}: {reason}" for what, reason in not_run.items())
+        raise UserError(f"nothing to validate: {reasons_shown or 'only the triton backend has row ops'}")
     passed = all(result.passed for result in results)
     if args.json:
         cases = [dataclasses.asdict(result) | {"passed": result.passed} for result in results]
@@ -114,19 +144,35 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def _ops_of(backend: str, chosen: list[str] | None) -> tuple[str, ...]:
+    """The ops to validate on `backend`: those chosen that it has."""
+    names = OPS + ROW_OPS if backend == "triton" else OPS
+    return tuple(name for name in names if chosen is None or name in chosen)
+
+
 def _compile(args: argparse.Namespace) -> int:
     """Print what the kernels take of GPUs that need not be there; exit status 1 if one does not fit."""
     for option in ("backend", "inject_fault"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} is about running kernels: it has no meaning with --compile")
+    if args.op is not None and "plan_rows" in args.op:
+        raise UserError("plan_rows is compiled with the C++ extension: it has no meaning with --compile")
     try:
         import triton  # noqa: F401  # what is missing is said before processes are started
     except ImportError as error:
         raise UserError(f"Triton cannot be imported ({error}). Install it: pip install 'triton>=3.6'") from error
     from dynskip.cli.compiled import print_json, print_table
-    from dynskip.offline_compile import compile_offline, plan_jobs
+    from dynskip.offline_compile import TRITON_OP_NAMES, compile_offline, plan_jobs
 
-    jobs = plan_jobs(tuple(args.dtype or DTYPES), tuple(args.capability or DEFAULT_CAPABILITIES), tuple(args.op or OPS))
+    jobs = plan_jobs(
+        tuple(args.dtype or DTYPES),
+        tuple(args.capability or DEFAULT_CAPABILITIES),
+        tuple(args.op or TRITON_OP_NAMES),
+        tuple(map(Path, args.config)) if args.config else None,
+        everywhere=not args.fewer,
+    )
+    if not jobs:
+        raise UserError("nothing to compile: no table is for a capability that was asked for")
     kernels = compile_offline(jobs, progress=show_progress(args.quiet or args.json))
     (print_json if args.json else print_table)(kernels)
     return 0 if all(kernel.complaint is None for kernel in kernels) else 1
