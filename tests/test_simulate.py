@@ -17,7 +17,7 @@ from dynskip.cost import Curve, LayerCosts, MachineSpeed, PathMix
 from dynskip.engine.comparison import compare
 from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
-from dynskip.engine.ideal import Ideal
+from dynskip.engine.ideal import Ideal, least_decode_ms
 from dynskip.engine.outcome import Outcome, Tally, percentiles
 from dynskip.engine.policy import POLICIES
 from dynskip.engine.simulation import EngineOptions, SimulatedEngine, simulate
@@ -151,6 +151,20 @@ def test_cohorts_reach_most_of_the_ideal(
     assert cohort.outcome.longest_wait <= 16
 
 
+@pytest.mark.parametrize("num_requests", [1, 5, 200])
+def test_no_schedule_beats_the_bound(num_requests: int) -> None:
+    for seed in range(5):
+        requests = paper(num_requests, 16).draw(seed)
+        for costs in (linear_costs(step_ms=0.5), StepCosts.h200()):
+            least = least_decode_ms(costs, requests, batch=8)
+            for policy in POLICIES:
+                assert simulate(costs, requests, EngineOptions(policy, 8)).decode_s * 1e3 >= least * (1 - 1e-9)
+    # One sequence alone is the bound.
+    costs, request = linear_costs(step_ms=0.5), Request(0.0, LayerPath.uniform(L, 6), 8, 9)
+    alone = simulate(costs, [request], EngineOptions("cohort", 8))
+    assert alone.decode_s * 1e3 == pytest.approx(least_decode_ms(costs, [request], 8))
+
+
 def test_a_closed_batch_is_never_slower_than_in_lockstep() -> None:
     for seed in range(20):
         options = [EngineOptions(policy, 16) for policy in ("lockstep", "cohort")]
@@ -185,6 +199,7 @@ def test_workloads_are_drawn_as_asked_and_repeat() -> None:
 
 def test_mixes_are_parsed() -> None:
     assert parse_mix("layers:0,5=2,full", L) == ((LayerPath.of(L, [0, 5]), 2.0), (FULL, 1.0))
+    assert parse_mix("uniform:6,full", L) == ((LayerPath.uniform(L, 6), 1.0), (FULL, 1.0))
     for text in ("full=0", "full=-1", "full=x", "full=inf"):
         with pytest.raises(ValueError, match="share must be a positive number"):
             parse_mix(text, L)

@@ -11,8 +11,8 @@ from dynskip.engine.policy import Part, check_limits
 
 # The default of max_wait: so many steps, or passes of batches through the pool if that is longer. It is the smallest
 # that costs under 3 % of throughput, for a few nested paths and for a dozen unrelated ones (see bench/LOG.md).
-_MIN_WAIT = 16
-_WAIT_PASSES = 4
+_MIN_WAIT = 12
+_WAIT_PASSES = 3
 # Batches that may be admitted before the oldest request of the queue.
 _MAX_BATCHES = 64
 # Steps that the head of a path's queue waits for others to prefill with, while a full batch runs.

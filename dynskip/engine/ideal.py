@@ -44,3 +44,26 @@ class Ideal:
         full = Ideal.of(costs, at_full_depth(requests), batch, prefill_tokens)
         decode = full.decode_ms / ours.decode_ms if ours.decode_ms else 1.0
         return decode, (full.decode_ms + full.prefill_ms) / (ours.decode_ms + ours.prefill_ms)
+
+
+def least_decode_ms(costs: StepCosts, requests: Sequence[Request], batch: int) -> float:
+    """Milliseconds below which no schedule can bring the decode steps of ``requests``, whatever it knows beforehand.
+
+    A layer is read at least as often as the longest sequence that runs it steps; and a row never costs less of a layer
+    than in the best step of at most ``batch`` rows. The ideal knows only the second.
+    """
+    layer, head = costs.decode.layer, costs.decode.head
+    layer_row_ms = min(layer.at(rows) / rows for rows in range(1, batch + 1))
+    head_row_ms = min((head.at(rows) + costs.step_ms) / rows for rows in range(1, batch + 1))
+    num_rows, longest = [0] * costs.num_layers, [0] * costs.num_layers
+    num_read = 0
+    for request in requests:
+        num_steps = request.num_output - 1
+        num_read += request.path.budget * (num_steps * request.num_prompt + num_steps * (num_steps + 1) // 2)
+        for index in request.path.layers:
+            num_rows[index] += num_steps
+            longest[index] = max(longest[index], num_steps)
+    least = sum(max(most * layer.at(1), rows * layer_row_ms) for most, rows in zip(longest, num_rows, strict=True))
+    steps = [request.num_output - 1 for request in requests]
+    least += max(max(steps, default=0) * (head.at(1) + costs.step_ms), sum(steps) * head_row_ms)
+    return least + num_read * costs.decode.kv_ms_per_entry

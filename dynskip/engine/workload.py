@@ -64,13 +64,13 @@ class Workload:
 
 
 def parse_mix(text: str, num_layers: int) -> tuple[tuple[LayerPath, float], ...]:
-    """The paths of ``PATH=SHARE,PATH=SHARE,...``; shares need not add up to anything.
+    """The paths of ``PATH=SHARE,PATH=SHARE,...``; a share is 1 if left out, and they need not add up to anything.
 
-    A comma inside of a path, as in ``layers:0,5``, is told from one between two paths by the ``=`` that follows those.
+    A number after a comma goes on with the path before it, as in ``layers:0,5=1``.
     """
     parts: list[str] = []
     for piece in text.split(","):
-        if parts and "=" not in parts[-1]:
+        if parts and "=" not in parts[-1] and piece.partition("=")[0].strip().isdigit():
             parts[-1] += f",{piece}"
         else:
             parts.append(piece)
