@@ -17,7 +17,7 @@ from typing import NoReturn
 from dynskip.cli.errors import user_message
 from dynskip.version import __version__
 
-COMMANDS = ("bench", "calibrate", "demo", "eval", "generate", "info", "report", "simulate", "train", "validate")
+COMMANDS = ("bench", "calibrate", "demo", "eval", "generate", "info", "report", "simulate", "train", "tune", "validate")
 
 USER_MISTAKE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

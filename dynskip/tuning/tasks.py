@@ -1,0 +1,90 @@
+"""What is tuned: an op, on one matrix if it multiplies by one, with so many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dynskip.tuning.dimensions import Dimensions
+
+MATRIX_OPS = {
+    "fc1": "linear_rows",
+    "fc2": "linear_add_rows",
+    "qkv": "qkv_rows",
+    "out_proj": "linear_add_rows",
+    "head": "linear_rows",
+}
+_OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows")
+TUNED_OPS = (*dict.fromkeys(MATRIX_OPS.values()), *_OTHER_OPS)
+# What matters most comes first, since time may run out.
+ROW_BUCKETS = (1, 16, 64, 256, 8, 4, 32, 128, 2)
+
+_MAX_COPIES = 24
+_MAX_COPY_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """An op, and what it is launched with. part: the matrix, or the op again. context_len: of each row's sequence."""
+
+    op: str
+    part: str
+    max_rows: int
+    dtype_name: str
+    dimensions: Dimensions
+    context_len: int = 1024
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.part}, {self.max_rows} rows" if self.matrix else f"{self.op}, {self.max_rows} rows"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        dtype = getattr(torch, self.dtype_name)
+        assert isinstance(dtype, torch.dtype), "dtype_name is the name of a torch dtype"
+        return dtype
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """N and K, where the op multiplies by a matrix."""
+        return self.dimensions.matrices.get(self.part)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a launch reads that differs from layer to layer: weights, or keys and values; else its rows."""
+        size = self.dimensions.hidden_size
+        if self.matrix is not None:
+            num_items = self.matrix[0] * self.matrix[1]
+        elif self.op == "attend_rows":
+            num_items = 2 * self.max_rows * self.context_len * size
+        else:
+            num_items = 2 * self.max_rows * size
+        return num_items * self.dtype.itemsize
+
+    @property
+    def num_copies(self) -> int:
+        """How many layers' worth of it are run in turn, so that no cache holds what the next launch reads."""
+        return max(1, min(_MAX_COPIES, self.dimensions.num_layers, _MAX_COPY_BYTES // self.num_bytes))
+
+
+def plan_tasks(
+    dimensions: Dimensions, rows: Sequence[int] = ROW_BUCKETS, ops: Sequence[str] = TUNED_OPS, dtype: str = "bfloat16"
+) -> list[Task]:
+    """The tasks of a model, those that matter most first.
+
+    rows: the row counts, in order of importance. Raises: ValueError for an op that is not tuned, or rows < 1.
+    """
+    for op in ops:
+        if op not in TUNED_OPS:
+            raise ValueError(f"plan_tasks: ops must be among {', '.join(TUNED_OPS)}, got {op!r}. Choose one of these.")
+    if not rows or min(rows) < 1:
+        raise ValueError(f"plan_tasks: rows must be at least 1, got {list(rows)}. Name row counts of a step.")
+    parts = [*MATRIX_OPS.items(), *((op, op) for op in _OTHER_OPS)]
+    return [
+        Task(op, part, max_rows, dtype, dimensions)
+        for max_rows in dict.fromkeys(rows)
+        for part, op in parts
+        if op in ops
+    ]
