@@ -39,7 +39,8 @@ class CompiledKernel:
 
     op: what it was launched for; case: the first of the launches that need it. products: dtypes of the matrices that it
     multiplies. num_waits, num_signals: instructions that wait for the kernel before, and that let the next one begin.
-    error: why it does not compile; then the figures are 0.
+    acts_before_wait: what it does without having waited, if it should wait: see `ptx`. error: why it does not compile;
+    then the figures are 0.
     """
 
     op: str
@@ -57,6 +58,7 @@ class CompiledKernel:
     num_waits: int = 0
     num_signals: int = 0
     overlaps_the_kernel_before: bool = False
+    acts_before_wait: tuple[str, ...] = ()
     error: str | None = None
 
     @property
@@ -81,6 +83,8 @@ class CompiledKernel:
             return f"waits for the kernel before it, which sm_{self.capability} cannot"
         if self.overlaps_the_kernel_before and not self.num_waits:
             return "overlaps with the kernel before it and never waits for that"
+        if self.acts_before_wait:
+            return f"{' and '.join(self.acts_before_wait)} on a way that has not waited for the kernel before it"
         if self.num_waits and not self.overlaps_the_kernel_before:
             return "waits for the kernel before it, but is launched after its end"
         return None
@@ -150,5 +154,6 @@ def _run(job: CompileJob) -> list[CompiledKernel]:
 
 
 def _kernel_of(job: CompileJob, described: dict[str, Any]) -> CompiledKernel:
-    described["products"] = tuple(described.get("products", ()))
+    for name in ("products", "acts_before_wait"):
+        described[name] = tuple(described.get(name, ()))
     return CompiledKernel(config=job.config_path.stem, capability=job.capability, **described)

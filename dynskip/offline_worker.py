@@ -28,6 +28,7 @@ from dynskip.kernels.configs import KEYS, get_entries, use_configs
 from dynskip.kernels.launches import compile_only
 from dynskip.kernels.row_list import RowList, RowNorm
 from dynskip.offline_compile import MISALIGNED
+from dynskip.ptx import acts_before_wait
 from dynskip.row_ops import get_row_ops
 
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
@@ -120,6 +121,7 @@ def describe(kernel: Any) -> dict[str, Any]:
         "tensor_core_instructions": resources.tensor_core_instructions,
         "products": products,
         "num_waits": ptx.count("griddepcontrol.wait"),
+        "acts_before_wait": acts_before_wait(ptx) if kernel.metadata.launch_pdl else [],
         "num_signals": ptx.count("griddepcontrol.launch_dependents"),
         "overlaps_the_kernel_before": kernel.metadata.launch_pdl,
     }

@@ -11,7 +11,8 @@ from torch import Tensor
 from dynskip import ops, reference
 from dynskip.backends import available_backends, get_backend
 from dynskip.kernels.launches import LAUNCHES
-from dynskip.row_ops import ROW_OP_NAMES, why_not_triton
+from dynskip.kernels.row_list import RowList
+from dynskip.row_ops import ROW_OP_NAMES, get_row_ops, why_not_triton
 from dynskip.validation import validate
 from dynskip.validation_cases import make_cases
 from dynskip.validation_draws import copy_with_storage
@@ -128,6 +129,24 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     query = torch.ones(1, 1, 16, dtype=torch.float16, device=DEVICE)
     attended = triton.prefill_attention(query, keys, keys, index(0, 1), index(0, 3), index(3), 1.0)
     assert torch.equal(attended[0, 0].cpu(), torch.arange(1, 17).half())
+
+
+@runs
+def test_slots_beyond_two_to_the_31_elements() -> None:
+    """As above: a row is stored behind them, and attended to there."""
+    num_heads, head_size = 4, 16
+    size = num_heads * head_size
+    slot = 2**31 // size + 3
+    cache = torch.empty(slot + 1, num_heads, head_size, dtype=torch.float16, device=DEVICE)
+    row_ops, rows = get_row_ops("triton"), RowList(index(0), index(1), 1)
+    x, q, out, normed = (torch.randn(1, size, device=DEVICE).half() for _ in range(4))
+    weight = torch.eye(size, device=DEVICE).half().repeat(3, 1)
+    row_ops.qkv_rows(x, rows, index(1), None, weight, None, q, cache, cache, index(slot), normed)
+    assert torch.equal(cache[slot].flatten(), x[0]) and torch.equal(q, x)
+    sizes: dict[str, Any] = {"max_rows": 1, "num_heads": num_heads, "head_size": head_size, "sizes": [(16, 16)]}
+    workspace = row_ops.workspace(**sizes, max_context_len=1, device=DEVICE)
+    row_ops.attend_rows(q, rows, cache, cache, index(slot)[None], index(0), index(1), 1.0, out, workspace)
+    assert torch.equal(out, x)
 
 
 @runs
