@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def _dry_run(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadlin
                 complaints.append((constants, complaint))
         num_fit = len(compiled) - len(complaints) - num_untried
         all_fit &= num_fit > 0 or num_untried > 0
-        reasons = ", ".join(sorted({complaint.split(":")[0].split(" bytes")[0] for _, complaint in complaints}))
+        reasons = ", ".join(sorted({re.split(r":| \d", complaint)[0] for _, complaint in complaints}))
         print(f"{task!s:<36}{len(first):>7}{len(others):>8}{num_fit:>6}{num_untried:>9}  {reasons}", flush=True)
         if not args.quiet:
             for constants, complaint in complaints:
