@@ -113,7 +113,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         else:
             statements.append(f"With {DESCRIPTIONS[name]}, the oracle leaves a router nothing to capture.")
     notes = [
-        f"On {setup.train_prompts or setup.prompts} prompts of the training split, judged on {setup.prompts} "
+        f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
         f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
         "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
         "knapsack on the test scores at the router's own mean cost; captured_share is the place between them.",

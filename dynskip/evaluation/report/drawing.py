@@ -61,13 +61,14 @@ def svg(name: str, draw: Callable[[Any], None], width: float = 9.0, height: floa
     return re.sub(r'(id="|="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :].rstrip("\n"))
 
 
-def series(axes: Any, rows: Sequence[Row], along: str, label: str, style: int, **options: Any) -> None:
-    """Draw ``rows`` as one line with interval bars, at the places that their label ``along`` gives."""
+def series(axes: Any, rows: Sequence[Row], along: str, label: str, style: int, shift: float = 0.0) -> None:
+    """Draw ``rows`` as one line with interval bars, at the places that their label ``along`` gives.
+
+    shift: moves the line sideways a little, so that bars of several lines do not cover each other.
+    """
     rows = sorted(rows, key=lambda row: row[along])
-    if not rows:
-        return
-    places = [row[along] for row in rows]
-    points(axes, places, rows, label, style, **options)
+    if rows:
+        points(axes, [row[along] + shift for row in rows], rows, label, style)
 
 
 def points(axes: Any, places: Sequence[float], rows: Sequence[Row], label: str, style: int, **options: Any) -> None:

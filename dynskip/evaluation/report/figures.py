@@ -85,7 +85,7 @@ def static_budgets(section: Row, num_layers: int) -> str:
         absolute, relative = figure.subplots(1, 2)
         for style, (family, label) in enumerate(FAMILIES.items()):
             rows = select(section, metric="rouge_l", family=family)
-            series(absolute, rows, "budget", label, style)
+            series(absolute, rows, "budget", label, style, shift=0.25 * (style - 1))
             full = find(section, metric="rouge_l", family=family, budget=num_layers)
             if full is not None and full["value"]:
                 shares = [{"share": row["budget"] / num_layers, "value": row["value"] / full["value"]} for row in rows]
@@ -109,31 +109,30 @@ def static_budgets(section: Row, num_layers: int) -> str:
 
 def wall_clock(section: Row) -> str:
     """Milliseconds per generated token against layers, in a batch and alone, and ROUGE-L against milliseconds."""
+    batch, single = "ms_per_token", "ms_per_token_single"
 
     def draw(figure: Any) -> None:
-        against_layers, against_score = figure.subplots(1, 2)
-        for family in distinct(select(section, metric="ms_per_token"), "family")[:1]:
-            series(against_layers, select(section, metric="ms_per_token", family=family), "budget", "in a batch", 0)
-            series(against_layers, select(section, metric="ms_per_token_single", family=family), "budget", "alone", 1)
+        in_batch, alone, against_score = figure.subplots(1, 3)
         for style, (family, label) in enumerate(FAMILIES.items()):
-            times = {row["budget"]: row["value"] for row in select(section, metric="ms_per_token", family=family)}
+            for axes, metric in ((in_batch, batch), (alone, single)):
+                rows = select(section, metric=metric, family=family)
+                series(axes, rows, "budget", label, style, shift=0.25 * (style - 1))
+            times = {row["budget"]: row["value"] for row in select(section, metric=batch, family=family)}
             scores = [row for row in select(section, metric="rouge_l", family=family) if row["budget"] in times]
             scores.sort(key=lambda row: times[row["budget"]])
             if scores:
                 points(against_score, [times[row["budget"]] for row in scores], scores, label, style)
-        against_layers.set_title("time of a generated token")
-        against_layers.set_xlabel("layers executed")
-        against_layers.set_ylabel("ms per token")
-        against_layers.set_ylim(bottom=0)
-        against_layers.set_xticks(sorted(distinct(select(section, metric="ms_per_token"), "budget")))
-        against_score.set_title("ROUGE-L against time, in a batch")
-        against_score.set_xlabel("ms per token")
-        against_score.set_ylabel("ROUGE-L")
-        for axes in (against_layers, against_score):
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        for axes, title in ((in_batch, "ms per token, in a batch"), (alone, "ms per token, alone")):
+            axes.set_title(title)
+            axes.set_xlabel("layers executed")
+            axes.set_ylim(bottom=0)
+            axes.set_xticks(sorted(distinct(select(section, metric=batch), "budget")))
+        against_score.set_title("ROUGE-L")
+        against_score.set_xlabel("ms per token, in a batch")
+        handles, labels = in_batch.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
-    return svg("wall-clock", draw, 9.0, 4.4)
+    return svg("wall-clock", draw, 10.0, 3.7)
 
 
 def controllers(section: Row) -> str:

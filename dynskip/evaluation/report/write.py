@@ -13,6 +13,7 @@ from dynskip.evaluation.report.rows import MISSING, number, select
 from dynskip.evaluation.report.sections import QUESTIONS, SECTIONS
 
 SUMMARY = "summary.json"
+_NUM_TOLD = 6  # statements of a section that stand at the top of the report; all stand in their section
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
@@ -77,7 +78,7 @@ def _answers(summary: Mapping[str, Any]) -> list[Block]:
     for key, question in QUESTIONS.items():
         statements = (summary.get(key) or {}).get("statements") or []
         if statements:
-            blocks += [Heading(question, 3), Items(statements[:3])]
+            blocks += [Heading(question, 3), Items(statements[:_NUM_TOLD])]
     return blocks if len(blocks) > 1 else []
 
 
