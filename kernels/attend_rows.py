@@ -72,10 +72,14 @@ def attend_rows_kernel(
     if split >= num_splits:
         return
 
-    heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
-    dims = tl.arange(0, BLOCK_D)
-    columns = heads[:, None] * HEAD_SIZE + dims[None, :]
-    inside = (heads < NUM_HEADS)[:, None] & (dims < HEAD_SIZE)[None, :]
+    # A head after the other, as they lie in a slot; [BLOCK_H, BLOCK_D] where heads matter.
+    columns = tl.arange(0, BLOCK_H * BLOCK_D)
+    heads = group * BLOCK_H + columns // BLOCK_D
+    dims = columns % BLOCK_D
+    inside = (heads < NUM_HEADS) & (dims < HEAD_SIZE)
+    places = group * (BLOCK_H * BLOCK_D) + columns
+    if HEAD_SIZE != BLOCK_D:
+        places = heads * HEAD_SIZE + dims
     row = row.to(tl.int64)
     start = split * split_tokens
     maximum, total, attended = attend_tokens(
@@ -85,7 +89,7 @@ def attend_rows_kernel(
         slot_table_ptr + sequence.to(tl.int64) * stride_table_row,
         start,
         tl.minimum(start + split_tokens, limit),
-        columns,
+        places,
         inside,
         scale,
         NUM_HEADS,
@@ -96,11 +100,11 @@ def attend_rows_kernel(
         LANES,
     )
 
-    out_ptrs = out_ptr + row * stride_out_row + columns
+    out_ptrs = out_ptr + row * stride_out_row + places
     if num_splits == 1:
         # Without tokens the total is zero and so is the result.
         out = attended / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptrs, tl.reshape(out, [BLOCK_H * BLOCK_D]).to(out_ptr.dtype.element_ty), mask=inside)
         return
 
     # Partials: [items, groups, BLOCK_H, BLOCK_D] sums, then [items, groups, BLOCK_H] maxima, and as many totals.
@@ -109,26 +113,27 @@ def attend_rows_kernel(
     maxima_ptr = partials_ptr + num_parts * (BLOCK_H * BLOCK_D)
     totals_ptr = maxima_ptr + num_parts * BLOCK_H
     part = item * num_groups + group
-    in_stats = tl.arange(0, BLOCK_H)
-    in_sums = in_stats[:, None] * BLOCK_D + dims[None, :]
-    tl.store(partials_ptr + part * (BLOCK_H * BLOCK_D) + in_sums, attended)
-    tl.store(maxima_ptr + part * BLOCK_H + in_stats, maximum)
-    tl.store(totals_ptr + part * BLOCK_H + in_stats, total)
+    in_part = tl.arange(0, BLOCK_H)
+    sums_ptrs = partials_ptr + part * (BLOCK_H * BLOCK_D) + columns
+    tl.store(sums_ptrs, tl.reshape(attended, [BLOCK_H * BLOCK_D]))
+    tl.store(maxima_ptr + part * BLOCK_H + in_part, maximum)
+    tl.store(totals_ptr + part * BLOCK_H + in_part, total)
     tl.debug_barrier()
     counter_ptr = counters_ptr + index * num_groups + group
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
         first_part = part - split * num_groups
         total, attended = join_parts(
-            partials_ptr + first_part * (BLOCK_H * BLOCK_D) + in_sums,
-            maxima_ptr + first_part * BLOCK_H + in_stats,
-            totals_ptr + first_part * BLOCK_H + in_stats,
+            partials_ptr + first_part * (BLOCK_H * BLOCK_D) + columns,
+            maxima_ptr + first_part * BLOCK_H + in_part,
+            totals_ptr + first_part * BLOCK_H + in_part,
             num_groups,
             num_splits,
             BLOCK_P,
             BLOCK_H,
             BLOCK_D,
         )
-        tl.store(out_ptrs, (attended / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        out = tl.reshape(attended / total[:, None], [BLOCK_H * BLOCK_D])
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(counter_ptr, 0)
 
 
@@ -140,7 +145,7 @@ def attend_tokens(
     table_row_ptr,
     start,
     end,
-    columns,
+    places,
     inside,
     scale,
     NUM_HEADS: tl.constexpr,
@@ -156,9 +161,12 @@ def attend_tokens(
     the parts of a score.
     """
     # Each lane reads the query for itself, and so finds it laid out like the keys.
-    lane_columns = tl.broadcast_to(columns[None, None, :, :], [1, LANES, BLOCK_H, BLOCK_D])
-    q = tl.load(q_row_ptr + lane_columns, mask=inside[None, None, :, :], other=0.0).to(tl.float32) * (scale * LOG2_E)
-    in_block = tl.arange(0, BLOCK_S // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    q = tl.load(
+        q_row_ptr + tl.broadcast_to(places[None, :], [LANES, BLOCK_H * BLOCK_D]), mask=inside[None, :], other=0.0
+    )
+    q = tl.reshape(q, [1, LANES, BLOCK_H, BLOCK_D]).to(tl.float32) * (scale * LOG2_E)
+    in_block = tl.arange(0, BLOCK_S)
+    in_lanes = tl.arange(0, BLOCK_S // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     maxima = tl.full([LANES, BLOCK_H], NO_SCORE, tl.float32)
     totals = tl.zeros([LANES, BLOCK_H], tl.float32)
     sums = tl.zeros([LANES, BLOCK_H, BLOCK_D], tl.float32)
@@ -166,17 +174,19 @@ def attend_tokens(
     positions = tl.minimum(start + in_block, end - 1)
     slots = tl.load(table_row_ptr + positions, mask=positions >= 0, other=0)
     for first in range(start, end, BLOCK_S):
-        offsets = slots.to(tl.int64)[:, :, None, None] * (NUM_HEADS * HEAD_SIZE) + columns[None, None, :, :]
+        offsets = slots.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_SIZE) + places[None, :]
         if NUM_HEADS % BLOCK_H == 0 and HEAD_SIZE == BLOCK_D:
             k = tl.load(k_cache_ptr + offsets)
             v = tl.load(v_cache_ptr + offsets)
         else:
-            k = tl.load(k_cache_ptr + offsets, mask=inside[None, None, :, :], other=0.0)
-            v = tl.load(v_cache_ptr + offsets, mask=inside[None, None, :, :], other=0.0)
+            k = tl.load(k_cache_ptr + offsets, mask=inside[None, :], other=0.0)
+            v = tl.load(v_cache_ptr + offsets, mask=inside[None, :], other=0.0)
         slots = tl.load(table_row_ptr + tl.minimum(first + BLOCK_S + in_block, end - 1))
+        k = tl.reshape(k, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
+        v = tl.reshape(v, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
         # One query a head: a matrix product would waste 15 of its 16 rows, so multiply and sum.
         scores = tl.sum(q * k.to(tl.float32), axis=3)
-        scores = tl.where((first + in_block < end)[:, :, None], scores, NO_SCORE)
+        scores = tl.where((first + in_lanes < end)[:, :, None], scores, NO_SCORE)
         new_maxima = tl.maximum(maxima, tl.max(scores, axis=0))
         rescale = tl.exp2(maxima - new_maxima)
         weights = tl.exp2(scores - new_maxima[None, :, :])
@@ -207,7 +217,8 @@ def join_parts(
         is_part = (parts < num_parts)[:, None]
         maxima = tl.load(maxima_ptrs[None, :] + in_stats, mask=is_part, other=NO_SCORE)
         totals = tl.load(totals_ptrs[None, :] + in_stats, mask=is_part, other=0.0)
-        sums = tl.load(sums_ptrs[None, :, :] + (in_stats * BLOCK_D)[:, :, None], mask=is_part[:, :, None], other=0.0)
+        sums = tl.load(sums_ptrs[None, :] + in_stats * BLOCK_D, mask=is_part, other=0.0)
+        sums = tl.reshape(sums, [BLOCK_P, BLOCK_H, BLOCK_D])
         new_maximum, new_total, new_attended = join_softmaxes(maxima, totals, sums)
         joined = tl.maximum(maximum, new_maximum)
         rescale = tl.exp2(maximum - joined)
@@ -303,8 +314,10 @@ def launch_attention(
         BLOCK_S=config["BLOCK_S"],
         BLOCK_H=splits.block_h,
         BLOCK_D=splits.block_d,
-        BLOCK_P=max(8192 // (splits.block_h * splits.block_d), 1),
+        BLOCK_P=config["BLOCK_P"],
         LANES=min(max(num_lanes, 1), config["BLOCK_S"]),
         num_warps=config["num_warps"],
+        # Left to itself ptxas may spill to make room for one program more than these registers do.
+        maxnreg=config["maxnreg"],
         **pdl_options(config, q.device),
     )

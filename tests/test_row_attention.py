@@ -32,8 +32,8 @@ BLOCK_S = 16
 @contextmanager
 def constants(**changes: int) -> Iterator[None]:
     """Small constants for attention inside the block, so that short contexts have several splits."""
-    entry = {"BLOCK_S": BLOCK_S, "BLOCK_C": 128, "TARGET_PROGRAMS": 8, "SPLIT_TOKENS": 32, "PDL": True, "num_warps": 2}
-    entry |= changes
+    entry = {"BLOCK_S": BLOCK_S, "BLOCK_C": 128, "BLOCK_P": 16, "TARGET_PROGRAMS": 8, "SPLIT_TOKENS": 32}
+    entry |= {"PDL": True, "num_warps": 2, "maxnreg": 128, **changes}
     groups = {size: [{"max_rows": None, **entry}] for size in ("2", "4")}
     ops = {"attend_rows": {**groups, "deterministic": {"2": entry, "4": entry}}}
     with use_configs({"device": None, "capability": None, "measured": None, "ops": ops}):
