@@ -369,10 +369,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_fine_tune
+from dynskip.training.fine_tune import end_processes
 out, checkpoint, data = sys.argv[1:]
 menu = ("uniform:2", "uniform:1")
 config = test_fine_tune.small_config(Path(checkpoint), micro_batch_size=2, menu=menu, save_every_s=600.0)
 test_fine_tune.FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
+end_processes()
 """
 
 

@@ -97,10 +97,11 @@ def is_first_process() -> bool:
 
 def run_fine_tune(args: argparse.Namespace, config: FineTuneConfig, data: Path) -> int:
     """Exit status 0 after a finished fine-tune."""
-    from dynskip.training.fine_tune import FineTuneRun
+    from dynskip.training.fine_tune import FineTuneRun, end_processes
 
     models = FineTuneRun(config, data, args.out, progress=not args.quiet).train()
     if is_first_process():
         for stage, folder in models.items():
             print(f"{stage}: {folder}")
+    end_processes()
     return 0

@@ -236,3 +236,13 @@ class FineTuneRun:
         export_model(model, tokenizer, self.config.template, directory / "model", result)
         write_curves(directory, history)
         write_json(directory / "done.json", result)
+
+
+def end_processes() -> None:
+    """Wait for all processes of a distributed run, and take down what connects them; nothing where one runs alone.
+
+    A process that ends with its connections still up may be aborted by them, after its work is done.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
