@@ -11,6 +11,7 @@ from models import NUM_LAYERS, VOCAB_SIZE, cpu_backend, random_prompts, tiny_mod
 
 from dynskip import LLM, LayerPath, OPTForCausalLM, SamplingParams
 from dynskip.controllers import HiddenStateGate
+from dynskip.decode_work import row_bucket
 from dynskip.generate import Generation
 
 PROMPTS = random_prompts([5, 1, 7])
@@ -237,7 +238,7 @@ def test_triton_kernels_generate_what_torch_does(dtype: torch.dtype) -> None:
     # scatter; then come the fused steps; the last token is chosen, not run.
     num_layers = len({layer for path in PATHS for layer in path.layers})
     assert num_layers == NUM_LAYERS
-    LAUNCHES.pop("norm_rows", None)  # a norm has a kernel of its own where the table of constants says so
+    assert LAUNCHES.pop("norm_rows", 0) == num_separate_norms(dtype) * (max_tokens - 1)
     assert dict(LAUNCHES) == {
         "gather_layer_norm": 2 * num_layers,
         "scatter_add": 2 * num_layers,
@@ -245,6 +246,16 @@ def test_triton_kernels_generate_what_torch_does(dtype: torch.dtype) -> None:
         "prefill_attention": num_layers,
         **fused_launches(num_layers, num_steps=max_tokens - 1),
     }
+
+
+def num_separate_norms(dtype: torch.dtype) -> int:
+    """How many norms of a step along PATHS have a kernel of their own, as the table of constants says."""
+    from dynskip.kernels.configs import get_config
+
+    num_rows = [sum(layer in path.layers for path in PATHS) for layer in range(NUM_LAYERS)]
+    norms = [(op, count) for count in num_rows for op in ("qkv_rows", "linear_rows")] + [("linear_rows", len(PATHS))]
+    configs = [get_config(op, torch.device("cpu"), dtype, row_bucket(count)) for op, count in norms]
+    return sum(not config["FUSE_NORM"] for config in configs)
 
 
 def fused_launches(num_layers: int, num_steps: int) -> dict[str, int]:
