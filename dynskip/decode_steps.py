@@ -65,7 +65,7 @@ class DecodeSteps:
         if plan.active is None:
             self.decoder.cache.reserve(plan.num_layers * plan.rows.num_rows)
         else:
-            self.decoder.cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer))
+            self.decoder.cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer), exact=True)
 
     def _count(self, plan: Plan) -> None:
         counts = self.row_counts

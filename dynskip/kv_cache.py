@@ -10,10 +10,9 @@ from torch import Tensor
 
 from dynskip.flat_rows import FlatRows
 from dynskip.plan import KVPolicy, LayerPlan, Plan
+from dynskip.slot_pool import BYTES_PER_SLOT, KVCacheMemoryError, SlotPool
 
-
-class KVCacheMemoryError(MemoryError):
-    """The key-value cache does not fit in memory."""
+__all__ = ["CacheMark", "EntryIndex", "KVCache", "KVCacheMemoryError", "available_bytes"]
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,27 @@ class EntryIndex:
         return EntryIndex(table_ids, flat.ranks, table_ids, run_cache_ids.int(), flat.key_ranks, indptr, indptr)
 
 
+@dataclass(frozen=True)
+class CacheMark:
+    """How many entries some sequences held at one time: see `KVCache.mark`. context_lens: [L, B], int32, of all."""
+
+    cache_ids: tuple[int, ...]
+    context_lens: Tensor
+
+
 class KVCache:
     """Keys and values of a batch of sequences, stored only where a sequence runs a layer.
 
     All layers draw entries (one key and one value of all heads) from one pool, so a skipped layer holds no memory and
     two layers may share an entry. ``slot_tables[l, b, i]`` is the pool slot of the i-th entry of sequence b in layer l.
+    Sequences may share entries, too: a slot is free again when the last of its owners is released.
 
     k_cache, v_cache: [num_slots, H, D], the pool.
-    slot_tables: [L, B, S_max], int32, -1 where unused.
+    slot_tables: [L, B, S_max], int32, undefined behind a sequence's entries; -1 where nothing was ever stored.
     context_lens: [L, B], int32, the number of entries.
-    slot_cursor: [1], int32, the next free slot where the device itself takes slots: see `reserve`.
+    free_slots: [num_slots], int32, a permutation of all slots: the first ``num_slots_used`` are taken, the next free.
+    slot_cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
+    num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
     """
 
     def __init__(
@@ -91,7 +101,7 @@ class KVCache:
     ) -> None:
         shape = (num_slots, num_heads, head_size)
         table_bytes = num_layers * num_seqs * max_context_len * 4
-        needed_bytes = 2 * num_slots * num_heads * head_size * dtype.itemsize + table_bytes
+        needed_bytes = num_slots * (2 * num_heads * head_size * dtype.itemsize + BYTES_PER_SLOT) + table_bytes
         free_bytes = available_bytes(device)
         if needed_bytes > free_bytes:
             slot_bytes = needed_bytes / max(num_slots, 1)
@@ -105,17 +115,23 @@ class KVCache:
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
         self.slot_tables = torch.full((num_layers, num_seqs, max_context_len), -1, dtype=torch.int32, device=device)
         self.context_lens = torch.zeros((num_layers, num_seqs), dtype=torch.int32, device=device)
-        self.slot_cursor = torch.zeros(1, dtype=torch.int32, device=device)
         self.num_slots = num_slots
-        self.num_slots_used = 0
-        self._device_slots_used = 0  # what the host says of the slots used when the cursor was last right
+        self.pool = SlotPool(num_slots, device)
+        self.free_slots, self.slot_cursor = self.pool.free_slots, self.pool.cursor
+        self.num_extra_owners = self.pool.num_extra_owners
+        self._places = torch.arange(max_context_len, dtype=torch.int32, device=device)
         self._index: tuple[Plan, Tensor, EntryIndex] | None = None
 
     @property
+    def num_slots_used(self) -> int:
+        """How many slots are taken; after `reserve` the device may have taken fewer, which `settle` finds out."""
+        return self.pool.num_used
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes held by the pool and the tables."""
-        tensors = (self.k_cache, self.v_cache, self.slot_tables, self.context_lens, self.slot_cursor)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Bytes held by entries, tables and the list of slots."""
+        tensors = (self.k_cache, self.v_cache, self.slot_tables, self.context_lens, self._places)
+        return self.pool.num_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def holds(self, num_seqs: int, max_context_len: int, num_slots: int) -> bool:
         """Whether the whole cache would do for a batch of that size."""
@@ -125,35 +141,39 @@ class KVCache:
     def clear(self) -> None:
         """Forget all entries."""
         self.context_lens.zero_()
-        self.slot_cursor.zero_()
-        self.num_slots_used = self._device_slots_used = 0
+        self.pool.clear()
         self._index = None
 
     def allocate(self, num_slots: int) -> Tensor:
-        """[num_slots], int32: fresh pool slots."""
-        first = self.num_slots_used
-        self._use(num_slots, "allocate")
-        return torch.arange(first, first + num_slots, dtype=torch.int32, device=self.k_cache.device)
+        """[num_slots], int32: free slots, the next of `free_slots`; settles first.
 
-    def reserve(self, num_slots: int) -> None:
-        """Let the device take up to ``num_slots`` fresh slots from `slot_cursor` on, in order.
-
-        The host counts them all as used. Slots that the device left are given to its next steps, until the host
-        allocates again.
+        Raises KVCacheMemoryError where fewer are free.
         """
-        if self._device_slots_used != self.num_slots_used:
-            self.slot_cursor.fill_(self.num_slots_used)
-        self._use(num_slots, "reserve")
-        self._device_slots_used = self.num_slots_used
+        return self.pool.take(num_slots, "KVCache.allocate")
 
-    def _use(self, num_slots: int, function: str) -> None:
-        num_left = self.num_slots - self.num_slots_used
-        if num_slots > num_left:
-            raise KVCacheMemoryError(
-                f"KVCache.{function}: num_slots must be at most {num_left}, the slots left of {self.num_slots}, got "
-                f"{num_slots}. Create the cache with more slots."
-            )
-        self.num_slots_used += num_slots
+    def reserve(self, num_slots: int, exact: bool = False) -> None:
+        """Let the device take up to ``num_slots`` slots of `free_slots` from `slot_cursor` on, with ``exact`` all.
+
+        The host counts them all as used, until it settles. Slots that the device left are given to its next steps.
+        Raises KVCacheMemoryError where fewer are free.
+        """
+        self.pool.reserve(num_slots, "KVCache.reserve", exact)
+
+    def settle(self) -> None:
+        """Set `num_slots_used` to what the device took; one int is read back, and none where the count is exact."""
+        self.pool.settle()
+
+    def release(self, cache_ids: Sequence[int]) -> int:
+        """Forget all entries of these sequences; how many slots became free. Those that others own stay taken.
+
+        Settles first. Cost: linear in the entries, whatever the size of the pool; waits for the device.
+        """
+        self.settle()
+        num_freed = 0
+        for cache_id in cache_ids:
+            num_freed += self.pool.drop_owner(self._slots_of(cache_id))
+            self.context_lens[:, cache_id] = 0
+        return num_freed
 
     def index(self, plan: Plan, cache_ids: Tensor) -> EntryIndex | None:
         """The entries of all layers of a step at once; None where the plan knows them only layer by layer.
@@ -192,15 +212,58 @@ class KVCache:
         context_lens = self.context_lens[layer, cache_ids]
         cu_seqlens = torch.zeros(len(cache_ids) + 1, dtype=torch.int32, device=context_lens.device)
         torch.cumsum(context_lens, 0, dtype=torch.int32, out=cu_seqlens[1:])
-        places = torch.arange(self.slot_tables.shape[2], device=context_lens.device)
-        slots = self.slot_tables[layer, cache_ids][places < context_lens[:, None]].long()
+        slots = self.slot_tables[layer, cache_ids][self._places < context_lens[:, None]].long()
         return self.k_cache[slots], self.v_cache[slots], cu_seqlens
 
     def fork(self, source: int, target: int) -> None:
         """Make the empty sequence ``target`` begin with all entries of ``source``: shared, not copied."""
+        self._begin(source, target, self.context_lens[:, source])
+
+    def share(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the empty sequence ``target`` begin with the first ``num_tokens`` tokens of ``source``: shared.
+
+        For sequences with a fixed path, whose layers hold entries of all their tokens, or none.
+        """
+        context_lens = self.context_lens[:, source]
+        held = context_lens > 0
+        # An absent path holds nothing of any token.
+        assert bool(((context_lens == context_lens.max()) | ~held).all()), "layers of the source hold different tokens"
+        assert bool((context_lens[held] >= num_tokens).all()), "the source holds fewer tokens"
+        self._begin(source, target, held * num_tokens)
+
+    def mark(self, cache_ids: Sequence[int]) -> CacheMark:
+        """What `rewind` needs to take back the entries that these sequences get from now on."""
+        return CacheMark(tuple(cache_ids), self.context_lens.clone())
+
+    def rewind(self, mark: CacheMark | None) -> None:
+        """Forget what the sequences of ``mark`` got since then, and `sweep`. They were not released meanwhile."""
+        if mark is not None:
+            self.context_lens[:, mark.cache_ids] = mark.context_lens[:, mark.cache_ids]
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Find out from all tables which slots are taken: those that a failed step took for nobody are free again.
+
+        Cost: linear in the entries of all sequences and in the pool.
+        """
+        num_owners = torch.zeros_like(self.num_extra_owners)
+        for cache_id in self.context_lens.any(0).nonzero().squeeze(1).tolist():
+            slots = self._slots_of(cache_id)
+            num_owners.index_add_(0, slots, torch.ones_like(slots))
+        self.pool.rebuild(num_owners)
+
+    def _begin(self, source: int, target: int, context_lens: Tensor) -> None:
         assert not self.context_lens[:, target].any(), "the target of a fork holds entries"
         self.slot_tables[:, target] = self.slot_tables[:, source]
-        self.context_lens[:, target] = self.context_lens[:, source]
+        self.context_lens[:, target] = context_lens
+        self.pool.add_owner(self._slots_of(target))
+
+    def _slots_of(self, cache_id: int) -> Tensor:
+        """[N], int32: the slots that a sequence owns, each once: with SHARE a slot stands in tables of many layers."""
+        context_lens = self.context_lens[:, cache_id]
+        longest = int(context_lens.max())
+        table = self.slot_tables[:, cache_id, :longest]
+        return self.pool.distinct(table.masked_select(self._places[:longest] < context_lens[:, None]))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,12 +36,61 @@ class ReferenceCache:
         self.entries[layer, seq] = key, value
         return key, value
 
+    @property
+    def num_slots_used(self) -> int:
+        """How many entries all sequences hold; one that several hold counts once for each."""
+        return sum(key.shape[0] for key, _ in self.entries.values())
+
+    def settle(self) -> None:
+        """Nothing: what is held is always known."""
+
+    def release(self, cache_ids: Sequence[int]) -> int:
+        """Forget all entries of these sequences; how many they held."""
+        before = self.num_slots_used
+        self.entries = {place: entry for place, entry in self.entries.items() if place[1] not in cache_ids}
+        return before - self.num_slots_used
+
     def fork(self, source: int, target: int) -> None:
         """Make the empty sequence ``target`` begin with all entries of ``source``."""
-        for (layer, seq), entry in list(self.entries.items()):
-            assert seq != target, "the target of a fork holds entries"
+        self._begin(source, target, None)
+
+    def share(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the empty sequence ``target`` begin with the first ``num_tokens`` tokens of ``source``.
+
+        For sequences with a fixed path, whose layers hold entries of all their tokens, or none.
+        """
+        lengths = {key.shape[0] for (_, seq), (key, _) in self.entries.items() if seq == source}
+        assert len(lengths) <= 1, "layers of the source hold different tokens"
+        assert all(length >= num_tokens for length in lengths), "the source holds fewer tokens"
+        self._begin(source, target, num_tokens)
+
+    def mark(self, cache_ids: Sequence[int]) -> ReferenceMark:
+        """What `rewind` needs to take back the entries that these sequences get from now on."""
+        entries = {place: entry for place, entry in self.entries.items() if place[1] in cache_ids}
+        return ReferenceMark(tuple(cache_ids), entries)
+
+    def rewind(self, mark: ReferenceMark | None) -> None:
+        """Forget what the sequences of ``mark`` got since then."""
+        if mark is not None:
+            self.release(mark.cache_ids)
+            self.entries.update(mark.entries)
+
+    def sweep(self) -> None:
+        """Nothing: there are no entries but those of a sequence."""
+
+    def _begin(self, source: int, target: int, num_tokens: int | None) -> None:
+        assert all(seq != target for _, seq in self.entries), "the target of a fork holds entries"
+        for (layer, seq), (key, value) in list(self.entries.items()):
             if seq == source:
-                self.entries[layer, target] = entry
+                self.entries[layer, target] = key[:num_tokens], value[:num_tokens]
+
+
+@dataclass(frozen=True)
+class ReferenceMark:
+    """The keys and values of some sequences at one time: see `ReferenceCache.mark`."""
+
+    cache_ids: tuple[int, ...]
+    entries: dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 class ReferenceExecutor:

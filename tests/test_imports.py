@@ -33,6 +33,7 @@ ORDER = [
     # the model and its state
     "linear",
     "memory",
+    "slot_pool",
     "kv_cache",
     "controllers",
     "routing",

@@ -1,0 +1,145 @@
+"""The slots of a key-value cache: which are free, and by how many sequences each of the others is owned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BYTES_PER_SLOT = 16
+"""What the pool's own tensors take for each slot."""
+
+
+class KVCacheMemoryError(MemoryError):
+    """The key-value cache does not fit in memory, or has no slot left."""
+
+
+class SlotPool:
+    """Slots 0..num_slots-1, given out and taken back. Its tensors are changed in place: graphs hold their addresses.
+
+    free_slots: [num_slots], int32, a permutation of all slots. The first ``num_used`` are taken; those behind them are
+    free and are given out in this order.
+    places: [num_slots], int32, where each slot stands in ``free_slots``.
+    num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
+    cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
+    num_used: how many slots are taken; after `reserve` the device may have taken fewer, which `settle` finds out.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.free_slots = torch.arange(num_slots, dtype=torch.int32, device=device)
+        self.places = self.free_slots.clone()
+        self.num_extra_owners = torch.zeros_like(self.free_slots)
+        self.cursor = torch.zeros(1, dtype=torch.int32, device=device)
+        self.num_used = 0
+        self._seen_at = torch.zeros_like(self.free_slots)
+        # The cursor is wrong once the host itself gives out slots or takes some back.
+        self._is_cursor_right = True
+        self._is_num_used_exact = True
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by the tensors."""
+        tensors = (self.free_slots, self.places, self.num_extra_owners, self._seen_at, self.cursor)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def clear(self) -> None:
+        """Take all slots back; they are given out as at the beginning."""
+        torch.arange(self.num_slots, out=self.free_slots)
+        self.places.copy_(self.free_slots)
+        self.num_extra_owners.zero_()
+        self.cursor.zero_()
+        self.num_used = 0
+        self._is_cursor_right = self._is_num_used_exact = True
+
+    def take(self, num_slots: int, function: str) -> Tensor:
+        """[num_slots], int32: free slots, each of which has one owner now. ``function`` asks, should there be too few.
+
+        Those that the device was promised and left are among them.
+        """
+        self.settle()
+        first = self.num_used
+        self._use(num_slots, function)
+        self._is_cursor_right = False
+        return self.free_slots[first : self.num_used].clone()
+
+    def reserve(self, num_slots: int, function: str, exact: bool) -> None:
+        """Let the device take up to ``num_slots`` free slots from the cursor on, with ``exact`` all of them.
+
+        What the device leaves is given to its next steps, or to whoever takes next.
+        """
+        if not self._is_cursor_right:
+            self.cursor.fill_(self.num_used)
+        self._use(num_slots, function)
+        self._is_cursor_right = True
+        self._is_num_used_exact = self._is_num_used_exact and (exact or num_slots == 0)
+
+    def settle(self) -> None:
+        """Count the slots that the device took, not those that it was promised: waits for it, if they can differ."""
+        if not self._is_num_used_exact:
+            self.num_used = int(self.cursor)
+            self._is_num_used_exact = True
+
+    def distinct(self, slots: Tensor) -> Tensor:
+        """``slots`` ([N], int32), each once."""
+        order = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device)
+        # Of those that write to one slot's place one wins: whoever finds itself there. No sort, and no table to clear.
+        self._seen_at.scatter_(0, slots.long(), order)
+        has_won = self._seen_at.index_select(0, slots) == order
+        return slots if bool(has_won.all()) else slots.masked_select(has_won)
+
+    def add_owner(self, slots: Tensor) -> None:
+        """Count one more owner of each of the distinct, taken ``slots`` ([N], int32)."""
+        self.num_extra_owners.index_add_(0, slots, torch.ones_like(slots))
+
+    def drop_owner(self, slots: Tensor) -> int:
+        """Count one owner less of each of the distinct, taken ``slots`` ([N], int32); how many became free by it."""
+        num_extra = self.num_extra_owners.index_select(0, slots)
+        if bool(num_extra.any()):
+            self.num_extra_owners.index_copy_(0, slots.long(), (num_extra - 1).clamp_(min=0))
+            slots = slots.masked_select(num_extra == 0)
+        self._free(slots)
+        return slots.numel()
+
+    def rebuild(self, num_owners: Tensor) -> None:
+        """Make the slots with owners the taken ones, and all others free. ``num_owners``: [num_slots], int32."""
+        is_free = num_owners == 0
+        taken = num_owners.nonzero().squeeze(1)
+        self.free_slots.copy_(torch.cat([taken, is_free.nonzero().squeeze(1)]))
+        self._place(self.free_slots, 0)
+        torch.clamp(num_owners - 1, min=0, out=self.num_extra_owners)
+        self.num_used = taken.numel()
+        self._is_cursor_right, self._is_num_used_exact = False, True
+
+    def _use(self, num_slots: int, function: str) -> None:
+        if num_slots > self.num_slots - self.num_used:
+            self.settle()
+        num_left = self.num_slots - self.num_used
+        if num_slots > num_left:
+            raise KVCacheMemoryError(
+                f"{function}: num_slots must be at most {num_left}, the slots left of {self.num_slots}, got "
+                f"{num_slots}. Create the cache with more slots."
+            )
+        self.num_used += num_slots
+
+    def _free(self, slots: Tensor) -> None:
+        """Move ``slots`` to the end of the taken part of ``free_slots``, and let it end before them."""
+        assert self._is_num_used_exact, "slots come back once it is known which were taken"
+        end = self.num_used
+        first = end - slots.numel()
+        # What stood there and stays taken goes to the places that they leave.
+        tail = self.free_slots[first:end].clone()
+        left = self.places.index_select(0, slots)
+        self.places.index_fill_(0, slots.long(), -1)
+        staying = tail.masked_select(self.places.index_select(0, tail) >= 0)
+        holes = left.masked_select(left < first)
+        self.free_slots.index_copy_(0, holes.long(), staying)
+        self.places.index_copy_(0, staying.long(), holes)
+        self.free_slots[first:end] = slots
+        self._place(slots, first)
+        self.num_used = first
+        self._is_cursor_right = False
+
+    def _place(self, slots: Tensor, first: int) -> None:
+        """Say that ``slots`` stand in ``free_slots`` from ``first`` on."""
+        places = torch.arange(first, first + slots.numel(), dtype=torch.int32, device=slots.device)
+        self.places.index_copy_(0, slots.long(), places)
