@@ -150,7 +150,7 @@ def _oracle() -> dict[str, Any]:
 def _router() -> dict[str, Any]:
     rows = []
     for family in ("siblings", "paths"):
-        for shift, predictor in enumerate(("logistic", "boosting", "ridge")):
+        for shift, predictor in enumerate(("logistic", "boosting", "ridge", "transformer")):
             for at in (6.0, 8.0):
                 labels = {"family": family, "predictor": predictor, "at": at}
                 rows += [

@@ -97,6 +97,14 @@ def test_every_section_is_filled(run: tuple[Path, list[str]], name: str) -> None
     assert all(row["low"] <= row["high"] for row in with_interval)
 
 
+def test_every_router_is_judged_and_timed(run: tuple[Path, list[str]]) -> None:
+    rows = summary_of(run[0])["router"]["rows"]
+    for family in ("paths", "siblings"):
+        for metric in ("rouge_l", "ms_per_token", "speedup", "overhead_ms_single", "overhead_ms_batched"):
+            found = {row["predictor"] for row in rows if row["metric"] == metric and row["family"] == family}
+            assert found - {"full"} == {"logistic", "boosting", "ridge", "transformer"}, (family, metric)
+
+
 def test_the_same_command_again_adds_nothing(run: tuple[Path, list[str]]) -> None:
     folder, arguments = run
     before, summary = (folder / "items.jsonl").read_bytes(), summary_of(folder)

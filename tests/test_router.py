@@ -11,13 +11,19 @@ import torch
 from dynskip import LayerPath
 from dynskip.controllers import SequenceController
 from dynskip.evaluation.captured import Captured, captured_share
-from dynskip.evaluation.path_router import PathRouter, RouterController, choose_at_price, price_for_budget
+from dynskip.evaluation.path_router import (
+    PathRouter,
+    RouterController,
+    choose_at_price,
+    price_for_budget,
+    router_inputs,
+)
 from dynskip.evaluation.prompt_features import common_prefix, head_length, prompt_features
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
 
 COSTS = np.array([4.0, 8.0, 12.0, 24.0])
-PREDICTORS = ["logistic", "boosting", "ridge"]
+PREDICTORS = ["logistic", "boosting", "ridge", "transformer"]
 
 
 def prompts_of_kinds(num_rows: int, seed: int, told: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -38,8 +44,18 @@ def oracle_of(scores: np.ndarray, budget: float) -> np.ndarray:
     return choose_at_price(scores, COSTS, price_for_budget(scores, COSTS, budget))
 
 
+def as_embeddings(features: np.ndarray) -> np.ndarray:
+    """[N], object: for each row of features [N, F] one to three tokens whose embeddings they are."""
+    inputs = np.empty(len(features), dtype=np.object_)
+    for row, values in enumerate(features):
+        inputs[row] = torch.from_numpy(values).float().expand(1 + row % 3, -1)
+    return inputs
+
+
 def capture(predictor: str, told: bool, seed: int = 0, budget: float = 14.0) -> tuple[Captured, np.ndarray]:
     features, scores = prompts_of_kinds(600, seed, told)
+    if predictor == "transformer":
+        features = as_embeddings(features)
     train, test = slice(0, 300), slice(300, 600)
     router = PathRouter(predictor, COSTS, seed=seed)
     router.fit(features[train], scores[train], oracle_of(scores[train], budget), budget)
@@ -127,6 +143,7 @@ def test_of_equal_paths_the_cheapest_is_chosen() -> None:
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_an_oracle_that_chose_one_path_is_followed(predictor: str) -> None:
     features = np.random.default_rng(0).normal(size=(40, 6))
+    features = as_embeddings(features) if predictor == "transformer" else features
     scores = np.tile([0.9, 0.1, 0.1, 0.1], (40, 1))
     router = PathRouter(predictor, COSTS).fit(features, scores, np.zeros(40, dtype=np.int64), 6.0)
     assert router.choose(features).tolist() == [0] * 40
@@ -149,6 +166,16 @@ def test_features_of_a_prompt() -> None:
     assert prompt_features([1, 2], torch.eye(2), num_prefix=9).tolist()[2:4] == [0.0, 1.0]
 
 
+def test_the_transformer_reads_what_stands_behind_the_template() -> None:
+    table = torch.eye(6)
+    prompts = [[1, 2, 4, 5], [1, 2], [3]]
+    inputs = router_inputs("transformer", prompts, [table[ids] for ids in prompts], heads=[[1, 2]])
+    # A prompt that is all template is told by its last token.
+    assert [rows.argmax(1).tolist() for rows in inputs] == [[4, 5], [2], [3]]
+    features = router_inputs("logistic", prompts, [table[ids] for ids in prompts], heads=[[1, 2]])
+    assert np.array_equal(features[0], prompt_features(prompts[0], table[prompts[0]], 2))
+
+
 def test_the_common_prefix_is_the_template() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 4, 5]]) == 2
     assert common_prefix([[1, 2], [1, 2, 4]]) == 1
@@ -160,14 +187,15 @@ def test_a_prompt_is_known_by_the_head_of_its_template() -> None:
     assert [head_length(prompt, heads) for prompt in ([1, 2, 3, 9], [1, 2, 9], [1, 9], [2])] == [3, 2, 0, 0]
 
 
-def test_the_controller_gives_each_prompt_the_path_of_its_router() -> None:
+@pytest.mark.parametrize("predictor", ["ridge", "transformer"])
+def test_the_controller_gives_each_prompt_the_path_of_its_router(predictor: str) -> None:
     paths = [LayerPath.uniform(6, budget=2), LayerPath.full(6)]
     generator = np.random.default_rng(0)
     prompts = [torch.tensor([1, 2, 10 + 40 * (row % 2) + int(generator.integers(20))]) for row in range(60)]
     table = torch.eye(80)
-    features = np.stack([prompt_features(ids.tolist(), table[ids], 2) for ids in prompts])
+    features = router_inputs(predictor, [ids.tolist() for ids in prompts], [table[ids] for ids in prompts], [[1, 2]])
     scores = np.array([[0.5, 0.4 + 0.4 * (row % 2)] for row in range(60)])
-    router = PathRouter("ridge", [2.0, 6.0]).fit(features, scores, scores.argmax(1), 4.0)
+    router = PathRouter(predictor, [2.0, 6.0]).fit(features, scores, scores.argmax(1), 4.0)
     controller = RouterController(router, paths, heads=[[1, 2]])
     assert isinstance(controller, SequenceController)
     chosen = controller.choose_paths(prompts, [table[ids] for ids in prompts])
@@ -178,7 +206,10 @@ def test_the_controller_gives_each_prompt_the_path_of_its_router() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: PathRouter("tree", COSTS), "predictor must be one of logistic, boosting, ridge, got 'tree'"),
+        (
+            lambda: PathRouter("tree", COSTS),
+            "predictor must be one of logistic, boosting, ridge, transformer, got 'tree'",
+        ),
         (
             lambda: PathRouter("ridge", COSTS).fit(np.ones((9, 2)), np.ones((9, 4)), np.zeros(9, int), 8.0),
             "features must hold at least 10 prompts, got 9",

@@ -13,7 +13,7 @@ from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.knapsack import Knapsack
 from dynskip.evaluation.operating_points import operating_points
 from dynskip.evaluation.path_router import Integers
-from dynskip.evaluation.router import reader_of, routed_families
+from dynskip.evaluation.routes import reader_of, routed_families
 from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.statistics import Floats, Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.store import ItemStore

@@ -1,4 +1,4 @@
-"""A prompt-only stand-in for the oracle: a classical predictor that chooses the path of each prompt."""
+"""A prompt-only stand-in for the oracle: a predictor that chooses the path of each prompt before anything has run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from dynskip.evaluation.prompt_features import head_length, prompt_features
+from dynskip.evaluation.prompt_transformer import PromptTransformer
 from dynskip.evaluation.statistics import Floats
 from dynskip.paths import LayerPath
 
 Integers = npt.NDArray[np.int64]
-PredictorName = Literal["logistic", "boosting", "ridge"]
+PredictorName = Literal["logistic", "boosting", "ridge", "transformer"]
+Inputs = Floats | npt.NDArray[np.object_]
 
 NUM_FOLDS = 5
 MAX_COMPONENTS = 32  # of the features: a few hundred prompts cannot tell apart what hundreds of dimensions mean
@@ -23,8 +25,8 @@ MAX_COMPONENTS = 32  # of the features: a few hundred prompts cannot tell apart 
 class PathRouter:
     """Chooses one of K paths for each prompt from the prompt alone.
 
-    predictor: "logistic" and "boosting" (gradient boosting) learn which path the oracle chose; "ridge" learns the
-        score of each path by linear regression.
+    predictor: "logistic", "boosting" (gradient boosting) and "transformer" learn which path the oracle chose; "ridge"
+        learns the score of each path by linear regression.
     costs: [K], what each path costs, in layers or in any other unit.
 
     Each predictor gives a prompt one worth per path. The path with the largest ``worth - price * cost`` is chosen; the
@@ -43,9 +45,10 @@ class PathRouter:
         self.price = 0.0
         self._model: Any = None
 
-    def fit(self, features: Floats, scores: Floats, labels: Integers, budget: float) -> PathRouter:
-        """Itself, trained on ``features`` [N, F], ``scores`` [N, K] and the oracle's choices ``labels`` [N].
+    def fit(self, features: Inputs, scores: Floats, labels: Integers, budget: float) -> PathRouter:
+        """Itself, trained on ``features``, ``scores`` [N, K] and the oracle's choices ``labels`` [N].
 
+        features: what ``router_inputs`` makes of the prompts for this predictor.
         budget: mean cost that choices on prompts of this kind may have; at least that of the cheapest path.
         """
         num_rows, num_paths = len(features), len(self.costs)
@@ -74,13 +77,13 @@ class PathRouter:
         self._model = self._train(features, scores, labels)
         return self
 
-    def choose(self, features: Floats) -> Integers:
-        """[N], int64: the column of the path of each prompt."""
+    def choose(self, features: Inputs) -> Integers:
+        """[N], int64: the column of the path of each prompt, of which ``features`` tell what ``fit`` was told."""
         if self._model is None:
             raise ValueError("PathRouter.choose: the router must be fitted first, got none of fit's results. Call fit.")
         return choose_at_price(self._worths(self._model, features), self.costs, self.price)
 
-    def _train(self, features: Floats, scores: Floats, labels: Integers) -> Any:
+    def _train(self, features: Inputs, scores: Floats, labels: Integers) -> Any:
         from sklearn.decomposition import PCA
         from sklearn.ensemble import HistGradientBoostingClassifier
         from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -89,6 +92,8 @@ class PathRouter:
 
         if self.predictor != "ridge" and len(np.unique(labels)) == 1:
             return int(labels[0])  # the oracle chose one path for all: there is nothing to tell apart
+        if self.predictor == "transformer":
+            return PromptTransformer.fit(list(features), labels, len(self.costs), self.seed)
         if self.predictor == "boosting":
             # As the features stand: trees ask one feature at a time, and a rotation would hide what one of them tells.
             trees = HistGradientBoostingClassifier(
@@ -102,10 +107,12 @@ class PathRouter:
             )
         return make_pipeline(StandardScaler(), components, RidgeCV(alphas=np.logspace(-1, 5, 13))).fit(features, scores)
 
-    def _worths(self, model: Any, features: Floats) -> Floats:
+    def _worths(self, model: Any, features: Inputs) -> Floats:
         worths = np.zeros((len(features), len(self.costs)))
         if isinstance(model, int):
             worths[:, model] = 1.0
+        elif isinstance(model, PromptTransformer):
+            worths[:] = model.probabilities(list(features))
         elif self.predictor == "ridge":
             worths[:] = model.predict(features).reshape(worths.shape)
         else:
@@ -131,13 +138,28 @@ class RouterController:
     def choose_paths(self, prompt_ids: Sequence[Tensor], prompt_embeddings: Sequence[Tensor]) -> list[LayerPath]:
         """One path per prompt."""
         prompts = [ids.tolist() for ids in prompt_ids]
-        features = np.stack(
-            [
-                prompt_features(prompt, embeddings, head_length(prompt, self.heads))
-                for prompt, embeddings in zip(prompts, prompt_embeddings, strict=True)
-            ]
-        )
+        features = router_inputs(self.router.predictor, prompts, prompt_embeddings, self.heads)
         return [self.paths[column] for column in self.router.choose(features)]
+
+
+def router_inputs(
+    predictor: PredictorName,
+    prompts: Sequence[Sequence[int]],
+    embeddings: Sequence[Tensor],
+    heads: Sequence[Sequence[int]] = (),
+) -> Inputs:
+    """What ``predictor`` reads of each prompt: features [N, F]; or [N], object, embeddings [T, E] for the transformer.
+
+    prompts: their token ids. embeddings: [T, E] each, those of the tokens. heads: what the template opens with, which
+    the transformer does not read.
+    """
+    starts = [head_length(prompt, heads) for prompt in prompts]
+    if predictor != "transformer":
+        return np.stack([prompt_features(*row) for row in zip(prompts, embeddings, starts, strict=True)])
+    inputs = np.empty(len(prompts), dtype=np.object_)
+    for place, (rows, start) in enumerate(zip(embeddings, starts, strict=True)):
+        inputs[place] = rows[min(start, len(rows) - 1) :]
+    return inputs
 
 
 def choose_at_price(worths: Floats, costs: Floats, price: float) -> Integers:

@@ -6,65 +6,39 @@ Trained on the oracle's choices on prompts of the training split; the third of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dynskip.evaluation.captured import Captured, captured_share
-from dynskip.evaluation.checkpoints import Checkpoint
-from dynskip.evaluation.facts import facts_items, read_features
-from dynskip.evaluation.families import DESCRIPTIONS, Member, candidates, families, greedy, greedy_items
-from dynskip.evaluation.generations import generate_items, read_generations
+from dynskip.evaluation.facts import facts_items
+from dynskip.evaluation.families import DESCRIPTIONS, Member
 from dynskip.evaluation.items import WorkItem
-from dynskip.evaluation.knapsack import Knapsack
-from dynskip.evaluation.operating_points import operating_points
-from dynskip.evaluation.path_router import Integers, PathRouter, PredictorName
+from dynskip.evaluation.path_router import Integers
 from dynskip.evaluation.router_cost import overhead_items
+from dynskip.evaluation.routes import (
+    FITTED,
+    TRAINED,
+    FamilyRoutes,
+    Routed,
+    reader_of,
+    routed_families,
+    routes,
+    split_items,
+    trained_items,
+)
 from dynskip.evaluation.setup import Setup
-from dynskip.evaluation.statistics import Floats, Interval, bootstrap, bootstrap_mean
+from dynskip.evaluation.statistics import Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.store import ItemStore
 from dynskip.evaluation.timing import Part, read_speedups, read_times, time_item
+from dynskip.evaluation.trained_routes import TRAIN
 
-TRAIN = "train"
 _FULL = "full"
 
 
-@dataclass(frozen=True, eq=False)
-class Routed:
-    """What one kind of router chose on the test prompts at one budget.
-
-    chosen: [S, N], int64, the column of each prompt's path, for S seeds. oracle: [N], the oracle's at the same cost.
-    """
-
-    predictor: str
-    at: float
-    chosen: Integers
-    oracle: Integers
-
-    @property
-    def label(self) -> str:
-        """A name that is unique within a family."""
-        return f"{self.predictor} at {self.at:g}"
-
-
-@dataclass(frozen=True, eq=False)
-class FamilyRoutes:
-    """Scores [N, K] of the test prompts along K paths of given layers, and all routers' choices among them."""
-
-    members: tuple[Member, ...]
-    scores: Floats
-    routed: tuple[Routed, ...]
-
-    @property
-    def costs(self) -> list[int]:
-        """[K]: the layers of each path."""
-        return [member.budget for member in self.members]
-
-
 def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
-    """The items: generations and facts of training and test prompts, then the times of what the routers chose."""
+    """The items: generations and facts of training and test prompts, then what routers choose that take long to train,
+    and the times of what was chosen."""
     items = overhead_items(setup)
     for name, members in routed_families(setup).items():
         reader = reader_of(setup, name)
@@ -72,7 +46,12 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
             items += [*split_items(setup, members, split), *facts_items(setup, reader, split)]
     if store.missing(items):
         return items
-    return items + [time_item(setup, _batches(setup, routes(setup, store, name))) for name in routed_families(setup)]
+    for name in routed_families(setup):
+        trained = [item for alike in trained_items(setup, store, name).values() for item in alike]
+        items += [*trained, _time_item(setup, routes(setup, store, name, FITTED))]
+        if not store.missing(trained):
+            items.append(_time_item(setup, routes(setup, store, name, TRAINED)))
+    return items
 
 
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
@@ -81,9 +60,9 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     statements: list[str] = []
     overhead = {item.path: store.result(item) for item in overhead_items(setup)}
     for name in routed_families(setup):
-        found = routes(setup, store, name)
-        timed = time_item(setup, _batches(setup, found))
-        times, speedups = read_times(store, timed), read_speedups(store, timed, _FULL)
+        fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
+        timed = {**_timed(setup, store, fitted), **_timed(setup, store, trained)}
+        found = FamilyRoutes(fitted.members, fitted.scores, (*fitted.routed, *trained.routed))
         shares: dict[Routed, Captured] = {}
         for routed in found.routed:
             labels = {"family": name, "predictor": routed.predictor, "at": routed.at}
@@ -98,23 +77,25 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                 captured.gain.row(metric="gain", **labels),
                 over_mix.row(metric="over_static", **labels),
                 layers.row(metric="layers", **labels),
-                times[routed.label].row(metric="ms_per_token", **labels),
-                speedups[routed.label].row(metric="speedup", **labels),
+                timed[routed].own.row(metric="ms_per_token", **labels),
+                timed[routed].speedup.row(metric="speedup", **labels),
                 single.row(metric="overhead_ms_single", **labels),
                 batched.row(metric="overhead_ms_batched", **labels),
             ]
             if captured.share is not None:
                 rows.append(captured.share.row(metric="captured_share", **labels))
                 shares[routed] = captured
-        full = times[_FULL]
+        full = read_times(store, _time_item(setup, fitted))[_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
         if shares:
-            statements += _sentences(name, found, shares, times, overhead)
+            statements += _sentences(name, found, shares, timed, overhead)
         else:
             statements.append(f"With {DESCRIPTIONS[name]}, the oracle leaves a router nothing to capture.")
     notes = [
         f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
         f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
+        "transformer is one encoder layer over the prompt's token embeddings, trained until prompts held out gain "
+        "nothing; the others read means of the embeddings, and counts.",
         "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
         "knapsack on the test scores at the router's own mean cost; captured_share is the place between them.",
         "over_static is the router's score minus that of the best mix of fixed budgets of the same mean cost.",
@@ -122,58 +103,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "paths have the router's histogram, without the overhead.",
     ]
     return {"n": setup.prompts, "seeds": setup.seeds, "rows": rows, "notes": notes, "statements": statements}
-
-
-def routed_families(setup: Setup) -> dict[str, list[Member]]:
-    """The candidates of the families that an oracle is computed for, by name."""
-    found = families(setup)
-    return {name: candidates(setup, found[name]) for name in ("siblings", "paths") if name in found}
-
-
-def reader_of(setup: Setup, family: str) -> Checkpoint:
-    """The weights whose embeddings describe the prompts of a family, and whose loss is the full model's."""
-    return setup.full_checkpoint if family == "siblings" else setup.checkpoint
-
-
-def split_items(setup: Setup, members: Sequence[Member], split: str) -> list[WorkItem]:
-    """The greedy generations of ``members`` on ``split``: those paths and no others, by weights in one batch."""
-    if split == setup.split:
-        return greedy_items(setup, list(members))
-    return [item for items in _by_weights(setup, members, split).values() for item in items]
-
-
-def split_scores(setup: Setup, store: ItemStore, members: Sequence[Member], split: str) -> Floats:
-    """[N, K]: ROUGE-L of the prompts of ``split`` along each of ``members``."""
-    if split == setup.split:
-        return greedy(setup, store, list(members)).rouge_l
-    read = {key: read_generations(store, items) for key, items in _by_weights(setup, members, split).items()}
-    return np.concatenate([read[member.checkpoint.hash].along([member.path]).rouge_l for member in members], axis=1)
-
-
-@lru_cache(maxsize=8)
-def routes(setup: Setup, store: ItemStore, family: str) -> FamilyRoutes:
-    """The choices of all routers of a family; all items that they are trained on must be done."""
-    members = routed_families(setup)[family]
-    costs = [member.budget for member in members]
-    reader = reader_of(setup, family)
-    features, test_features = (
-        read_features(store, facts_items(setup, reader, split)) for split in (TRAIN, setup.split)
-    )
-    scores, test_scores = (split_scores(setup, store, members, split) for split in (TRAIN, setup.split))
-    knapsack, test_knapsack = Knapsack(scores, costs), Knapsack(test_scores, costs)
-    routed = []
-    for at in operating_points(scores, costs):
-        labels = knapsack.choose(at)
-        for predictor in get_args(PredictorName):
-            chosen = np.stack(
-                [
-                    PathRouter(predictor, costs, seed).fit(features, scores, labels, at).choose(test_features)
-                    for seed in range(setup.seeds)
-                ]
-            )
-            cost = float(np.array(costs)[chosen].mean())
-            routed.append(Routed(predictor, at, chosen, test_knapsack.choose(cost)))
-    return FamilyRoutes(tuple(members), test_scores, tuple(routed))
 
 
 def histogram_parts(members: Sequence[Member], chosen: Integers, batch: int) -> list[Part]:
@@ -189,20 +118,27 @@ def histogram_parts(members: Sequence[Member], chosen: Integers, batch: int) -> 
     ]
 
 
-def _batches(setup: Setup, found: FamilyRoutes) -> dict[str, list[Part]]:
+class Timed(NamedTuple):
+    """Milliseconds per token of a router's paths, those of full passes timed in turns with them, and their ratio."""
+
+    own: Interval
+    full: Interval
+    speedup: Interval
+
+
+def _timed(setup: Setup, store: ItemStore, found: FamilyRoutes) -> dict[Routed, Timed]:
+    item = _time_item(setup, found)
+    times, speedups = read_times(store, item), read_speedups(store, item, _FULL)
+    return {routed: Timed(times[routed.label], times[_FULL], speedups[routed.label]) for routed in found.routed}
+
+
+def _time_item(setup: Setup, found: FamilyRoutes) -> WorkItem:
+    """The item that times batches with the histogram of each router's paths, in turns with full passes."""
     full = found.members[-1]
     batches = {_FULL: [Part(full.checkpoint.hash, full.path, setup.timed_batch)]}
     for routed in found.routed:
         batches[routed.label] = histogram_parts(found.members, routed.chosen, setup.timed_batch)
-    return batches
-
-
-def _by_weights(setup: Setup, members: Sequence[Member], split: str) -> dict[str, list[WorkItem]]:
-    found: dict[str, list[WorkItem]] = {}
-    for member in members:
-        together = [other.path for other in members if other.checkpoint == member.checkpoint]
-        found.setdefault(member.checkpoint.hash, generate_items(setup, member.checkpoint, together, split))
-    return found
+    return time_item(setup, batches)
 
 
 def _over_static_mix(found: FamilyRoutes, routed: Routed, cost: float) -> Interval:
@@ -229,7 +165,7 @@ def _sentences(
     family: str,
     found: FamilyRoutes,
     shares: dict[Routed, Captured],
-    times: dict[str, Interval],
+    timed: dict[Routed, Timed],
     overhead: dict[str, dict[str, Any]],
 ) -> list[str]:
     clear = [captured for captured in shares.values() if captured.gain.low > 0]
@@ -244,7 +180,7 @@ def _sentences(
         f"[{share.low:.0%}, {share.high:.0%}] of the oracle's gain.",
         f"That router scores ROUGE-L {captured.score.value:.4f}, random assignment of its depths "
         f"{captured.random.value:.4f}, the oracle at the same {layers:.1f} layers {captured.oracle.value:.4f}, all "
-        f"layers {found.scores[:, -1].mean():.4f}; a token takes {times[best.label].value:.3f} ms instead of "
-        f"{times[_FULL].value:.3f}, and choosing a path {_median(overhead[best.predictor]['single_ms']).value:.2f} ms "
-        "a prompt.",
+        f"layers {found.scores[:, -1].mean():.4f}; a token takes {timed[best].own.value:.3f} ms instead of "
+        f"{timed[best].full.value:.3f}, and choosing a path "
+        f"{_median(overhead[best.predictor]['single_ms']).value:.2f} ms a prompt.",
     ]

@@ -11,8 +11,7 @@ import torch
 from dynskip.evaluation.context import Context, num_rows
 from dynskip.evaluation.facts import embed, template_heads
 from dynskip.evaluation.items import WorkItem
-from dynskip.evaluation.path_router import PathRouter, PredictorName, RouterController
-from dynskip.evaluation.prompt_features import head_length, prompt_features
+from dynskip.evaluation.path_router import PathRouter, PredictorName, RouterController, router_inputs
 from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.timing import machine_name
 from dynskip.paths import LayerPath
@@ -45,17 +44,14 @@ def run_overhead(item: WorkItem, context: Context) -> dict[str, Any]:
     llm = context.llm(item.checkpoint)
     heads = template_heads(llm.tokenizer, setup.template)
     rows = context.prompts(item.checkpoint, "train").rows
-    features = np.stack(
-        [
-            prompt_features(row.prompt_ids, embed(llm, row.prompt_ids), head_length(row.prompt_ids, heads))
-            for row in rows
-        ]
-    )
+    predictor: PredictorName = item.path  # type: ignore[assignment]  # one of them: PathRouter looks
+    prompt_ids = [row.prompt_ids for row in rows]
+    features = router_inputs(predictor, prompt_ids, [embed(llm, ids) for ids in prompt_ids], heads)
     budgets = sorted({*setup.candidates, setup.num_layers})
     paths = [LayerPath.uniform(setup.num_layers, budget=budget) for budget in budgets]
     generator = np.random.default_rng(item.seed)
     scores = generator.random((len(rows), len(paths)))
-    router = PathRouter(item.path, budgets)  # type: ignore[arg-type]  # a predictor, checked there
+    router = PathRouter(predictor, budgets)
     router.fit(features, scores, scores.argmax(1), float(np.mean(budgets)))
     controller = RouterController(router, paths, heads)
     prompts = [torch.tensor(row.prompt_ids) for row in context.prompts(item.checkpoint, item.split).rows]
@@ -74,4 +70,4 @@ def run_overhead(item: WorkItem, context: Context) -> dict[str, Any]:
 
 def probe_overhead(item: WorkItem, context: Context) -> float:
     """The seconds that the item should take: mostly the fit, which grows with the training prompts."""
-    return 2.0 + 0.01 * num_rows(context.setup, "train")
+    return 2.0 + (0.04 if item.path == "transformer" else 0.01) * num_rows(context.setup, "train")

@@ -14,6 +14,7 @@ from dynskip.evaluation.hidden_states import probe_states, run_states
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.router_cost import probe_overhead, run_overhead
 from dynskip.evaluation.timing import probe_time, run_time
+from dynskip.evaluation.trained_routes import probe_route, run_route
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ TASKS = {
     "states": Task(run_states, probe_states),
     "facts": Task(run_facts, probe_facts),
     "controlled": Task(run_controlled, probe_controlled),
+    "route": Task(run_route, probe_route),
     "time-controlled": Task(run_timed, probe_timed, alone=True),
     "overhead": Task(run_overhead, probe_overhead, alone=True),
     "time": Task(run_time, probe_time, alone=True),

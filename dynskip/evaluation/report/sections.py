@@ -223,10 +223,11 @@ def router(section: Row, summary: Summary) -> list[Block]:
     shared = ["weights", "predictor", "budget", "mean layers"]
     return [
         Paragraph(
-            "A stand-in for the oracle that sees the prompt only: mean token embeddings of the prompt and of its "
-            "opening words, its length and simple counts; trained on the oracle's choices on prompts of the training "
-            "split. `logistic` and `boosting` learn which path the oracle chose, `ridge` learns the score of each "
-            "path. The captured share is (router − random) / (oracle − random): random assignment has the router's "
+            "A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
+            "training split. `logistic` and `boosting` learn which path the oracle chose and `ridge` the score of each "
+            "path, all from mean token embeddings of the prompt and of its opening words, its length and simple "
+            "counts; `transformer` learns the oracle's choice with one encoder layer over the token embeddings in "
+            "order. The captured share is (router − random) / (oracle − random): random assignment has the router's "
             "own depths, the oracle the router's own mean cost."
         ),
         Figure(figures.router(section), "Captured share of the oracle's gain with 95 % intervals over sequences."),
