@@ -268,6 +268,9 @@ def test_the_sections_of_all_families(folder: Path, tmp_path: Path, capsys: pyte
     assert means == {key: static[key] for key in means} and len(means) == 4
     assert all(len(curve["budgets"]) == len(curve["values"]) == 401 for curve in oracle["curves"])
     assert {row["weights"] for row in summary["hidden_states"]["rows"]} == {"paths", "full-tuned"}
+    of_weights = summary["hidden_states"]["notes"][-2:]
+    assert "full-tuned: the sibling of 6 layers, tuned at full depth only" in of_weights[0]
+    assert of_weights[1].startswith("The siblings of 2 layers are not compared")
     conditions = summary["conditions"]
     assert conditions["num_layers"] == 6 and conditions["left_out"] == {"empty response": 0, "too long": 0}
     assert conditions["versions"]["torch"] and conditions["split_sizes"]["test"] == 12

@@ -188,6 +188,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "exit repeats the state that it left with.",
         "rls draws a path for each sequence and seed; rls-first keeps layer 0 in it. kl is that of the full model's "
         "next-token distribution to the skipping model's, in nats.",
+        *_notes_on_weights(setup),
     ]
     return {
         "n": num_prompts(setup),
@@ -209,6 +210,22 @@ def _checkpoints(setup: Setup) -> dict[str, Checkpoint]:
     if setup.full_checkpoint != setup.checkpoint:
         found["full-tuned"] = setup.full_checkpoint
     return found
+
+
+def _notes_on_weights(setup: Setup) -> list[str]:
+    if not setup.siblings:
+        return []
+    paths = "paths: the weights that all paths share, those of the model."
+    smaller = [budget for budget, _ in setup.siblings if budget != setup.num_layers]
+    notes = [paths]
+    if setup.full_checkpoint != setup.checkpoint:
+        notes = [f"{paths} full-tuned: the sibling of {setup.num_layers} layers, tuned at full depth only."]
+    if smaller:
+        notes.append(
+            f"The siblings of {_listed(smaller)} layers are not compared: a model tuned for one shallower path has no "
+            "full pass to be close to."
+        )
+    return notes
 
 
 def _read(store: ItemStore, items: Sequence[WorkItem]) -> tuple[dict[tuple[str, int, str], Floats], Floats]:

@@ -26,8 +26,8 @@ def hidden_states(section: Row, summary: Summary) -> list[Block]:
     ]
     for weights in distinct(select(section), "weights"):
         named = {
-            "paths": "one set of weights, trained along several paths",
-            "full-tuned": "weights tuned at full depth",
+            "paths": "the weights shared by all paths",
+            "full-tuned": "weights tuned at full depth only",
         }
         blocks += [
             Figure(
