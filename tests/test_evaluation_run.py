@@ -277,7 +277,9 @@ def test_the_sections_of_all_families(folder: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds its processes the way Linux names them")
-def test_workers_end_with_a_killed_parent_and_give_what_one_process_gives(folder: Path, tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_parent_and_give_what_one_process_gives(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     command = arguments(folder, tmp_path / "run", "--workers", "2", experiment="oracle")
     parent = subprocess.Popen([sys.executable, "-m", "dynskip", *command], stderr=subprocess.DEVNULL)
     process = psutil.Process(parent.pid)
@@ -291,7 +293,9 @@ def test_workers_end_with_a_killed_parent_and_give_what_one_process_gives(folder
     parent.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
+    capfd.readouterr()
     assert main(command) == 0
+    assert capfd.readouterr().err == "", "--quiet holds for workers, too"
     assert main(arguments(folder, tmp_path / "one", experiment="oracle")) == 0
     shared, one = lines(tmp_path / "run"), lines(tmp_path / "one")
     assert len({line["key"] for line in shared}) == len(shared) == len(one) == 31

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynskip.cli import controller
 from dynskip.cli.fine_tune import OPTIONS as FINE_TUNE_OPTIONS
-from dynskip.cli.fine_tune import add_options, fine_tune_config, run_fine_tune
+from dynskip.cli.fine_tune import add_options, fine_tune_config, is_first_process, run_fine_tune
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.quiet:
+    if args.quiet or not is_first_process():
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -50,10 +50,12 @@ def run_in_processes(items: Sequence[WorkItem], setup: Setup, num_workers: int) 
 
 def _start(setup: Setup, parent: int) -> None:
     import torch
+    from transformers.utils import logging
 
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # the parent has a bar for all of them, or none
     _context = Context(setup)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
