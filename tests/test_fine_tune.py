@@ -369,24 +369,47 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_fine_tune
+from dynskip.cli.fine_tune import is_first_process
 from dynskip.training.fine_tune import end_processes
 out, checkpoint, data = sys.argv[1:]
 menu = ("uniform:2", "uniform:1")
 config = test_fine_tune.small_config(Path(checkpoint), micro_batch_size=2, menu=menu, save_every_s=600.0)
 test_fine_tune.FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
+if is_first_process():
+    print(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
 end_processes()
 """
 
 
+# accelerate calls any two processes of a machine multi_gpu; without a GPU in it they talk by gloo.
+LAUNCHERS = {
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    "accelerate": (
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def by_one_process(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a single process that those of several are held against."""
+    out = tmp_path_factory.mktemp("processes") / "one"
+    alone = run_script(IN_PROCESSES, out, checkpoint, data)
+    assert alone.returncode == 0, alone.stderr
+    return out
+
+
 @IGNORE_LIBRARIES
-def test_two_processes_train_what_one_does(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two = run_script(IN_PROCESSES, tmp_path / "two", checkpoint, data, launcher=launcher)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_what_one_does(
+    launcher: str, checkpoint: Path, data: Path, by_one_process: Path, tmp_path: Path
+) -> None:
+    two = run_script(IN_PROCESSES, tmp_path / "two", checkpoint, data, launcher=LAUNCHERS[launcher])
     assert two.returncode == 0, two.stderr
-    one = run_script(IN_PROCESSES, tmp_path / "one", checkpoint, data)
-    assert one.returncode == 0, one.stderr
+    assert two.stdout.split() == ["2"], "one process speaks, of two"
     for stage in ("full", "uniform-2", "menu"):
-        curves = [json.loads((tmp_path / out / stage / "curves.json").read_text()) for out in ("one", "two")]
+        curves = [json.loads((out / stage / "curves.json").read_text()) for out in (by_one_process, tmp_path / "two")]
         assert len(curves[0]) == len(curves[1])
         for single, shared in zip(*curves, strict=True):
             assert single.keys() == shared.keys()
