@@ -166,11 +166,13 @@ def plan_rows(num_listed: int) -> Work:
 
     active = torch.rand(NUM_LAYERS, num_rows, device=DEVICE) < 0.5
     cache_ids = integers(torch.randperm(num_rows))
-    cache = (empty(NUM_LAYERS, num_rows), empty(NUM_LAYERS, num_rows, max_context_len), empty(1), empty(num_rows))
+    tables = empty(NUM_LAYERS, num_rows, max_context_len)
+    free_slots = integers(torch.arange(tables.numel()))
+    cache = (empty(NUM_LAYERS, num_rows), tables, free_slots, empty(1), empty(num_rows))
     plan = [(empty(NUM_LAYERS, num_rows), empty(NUM_LAYERS)) for _ in range(2)]
     ends = (empty(NUM_LAYERS, num_rows), empty(NUM_LAYERS, num_rows))
     call = (active, 0, EVICT, cache_ids, *cache, *plan[0], *plan[1], *ends)
-    return Work([call], 21 * NUM_LAYERS * num_rows)
+    return Work([call], 25 * NUM_LAYERS * num_rows)
 
 
 MAKERS: dict[str, tuple[str, Callable[[int], Work]]] = {

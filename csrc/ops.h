@@ -67,6 +67,7 @@ void plan_rows(
     const torch::stable::Tensor& cache_ids,
     const torch::stable::Tensor& context_lens,
     const torch::stable::Tensor& slot_tables,
+    const torch::stable::Tensor& free_slots,
     const torch::stable::Tensor& slot_cursor,
     const torch::stable::Tensor& row_slots,
     const torch::stable::Tensor& run_ids,

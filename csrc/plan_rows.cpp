@@ -50,6 +50,7 @@ void plan_rows(
     const Tensor& cache_ids,
     const Tensor& context_lens,
     const Tensor& slot_tables,
+    const Tensor& free_slots,
     const Tensor& slot_cursor,
     const Tensor& row_slots,
     const Tensor& run_ids,
@@ -82,6 +83,10 @@ void plan_rows(
       num_threads >= 0 && num_threads <= 1024,
       "plan_rows: num_threads must be 1..1024, or 0 for the device's own choice, got ", num_threads, ". Leave it out.");
   check_vector("cache_ids", cache_ids, num_rows, device);
+  check_vector("free_slots", free_slots, free_slots.numel(), device);
+  DYNSKIP_CHECK(
+      free_slots.numel() <= INT32_MAX, "plan_rows: free_slots must have at most ", INT32_MAX, " slots, got ",
+      free_slots.numel(), ". Create a smaller cache.");
   check_vector("slot_cursor", slot_cursor, 1, device);
   check_vector("row_slots", row_slots, num_rows, device);
   check_vector("num_run", num_run, all_layers, device);
@@ -104,12 +109,14 @@ void plan_rows(
       static_cast<int32_t>(num_rows),
       static_cast<int32_t>(slot_tables.size(1)),
       static_cast<int32_t>(slot_tables.size(2)),
+      static_cast<int32_t>(free_slots.numel()),
       static_cast<KVPolicy>(kv_policy),
       first_layer == 0,
       rows_of_layers<uint8_t>(active, 0),
       rows_of_layers(cache_ids, 0),
       rows_of_layers(context_lens, first_layer),
       rows_of_layers(slot_tables, first_layer),
+      rows_of_layers(free_slots, 0),
       rows_of_layers(slot_cursor, 0),
       rows_of_layers(row_slots, 0),
       rows_of_layers(run_ids, first_layer),
@@ -140,6 +147,10 @@ void plan_rows(
   DYNSKIP_CHECK(
       failure != PlanFailure::kNoSuchSequence,
       "plan_rows: cache_ids must be -1 or below ", plan.num_seqs, ", got more. Name sequences of the cache.");
+  DYNSKIP_CHECK(
+      failure != PlanFailure::kNoFreeSlot,
+      "plan_rows: free_slots must have a slot for each new key from slot_cursor on, got too few of ", plan.num_slots,
+      ". Create the cache with more slots.");
 }
 
 } // namespace dynskip

@@ -19,7 +19,7 @@ namespace dynskip {
 // The values of dynskip.row_reference's policies.
 enum class KVPolicy : int32_t { kAbsent, kEvict, kPropagate, kShare };
 
-enum class PlanFailure : int32_t { kNone, kTableFull, kNoSuchSequence };
+enum class PlanFailure : int32_t { kNone, kTableFull, kNoSuchSequence, kNoFreeSlot };
 
 // The arguments of the op. Pointers of layers begin at the first layer planned; a stride counts elements.
 struct RowPlan {
@@ -27,6 +27,7 @@ struct RowPlan {
   int32_t num_rows;
   int32_t num_seqs;
   int32_t max_context_len;
+  int32_t num_slots;
   KVPolicy kv_policy;
   bool starts_step; // No row has run a layer of the step before.
 
@@ -34,6 +35,7 @@ struct RowPlan {
   const int32_t* cache_ids;
   int32_t* context_lens;
   int32_t* slot_tables;
+  const int32_t* free_slots;
   int32_t* slot_cursor;
   int32_t* row_slots;
   int32_t* run_ids;
@@ -59,8 +61,8 @@ struct PlanScratch {
   uint64_t* kv; // [num_layers, num_words]: the rows that compute a key and a value there.
   uint64_t* takes_part; // [num_words]: the rows with a sequence.
   uint64_t* has_slot; // [num_words]: the rows that have run an earlier layer of the step.
-  int32_t* first_slots; // [num_layers + 1]: the slot of the first new key of a layer; the last one is the next cursor.
-  int32_t* cursor; // [1]: the next free slot, as the call found it.
+  int32_t* first_places; // [num_layers + 1]: where the first new key of a layer finds its slot; last, the next cursor.
+  int32_t* cursor; // [1]: the place of the next free slot, as the call found it.
   int32_t num_words;
 
   DYNSKIP_HOST_DEVICE static int32_t words_for(int32_t num_rows) {
@@ -78,8 +80,8 @@ struct PlanScratch {
     kv = run + layer_words;
     takes_part = kv + layer_words;
     has_slot = takes_part + num_words;
-    first_slots = reinterpret_cast<int32_t*>(has_slot + num_words);
-    cursor = first_slots + num_layers + 1;
+    first_places = reinterpret_cast<int32_t*>(has_slot + num_words);
+    cursor = first_places + num_layers + 1;
   }
 };
 
@@ -166,16 +168,16 @@ DYNSKIP_HOST_DEVICE inline void decide(
   }
 }
 
-// Counts the rows of each layer, and from the keys of all layers before finds the slot of its first.
+// Counts the rows of each layer, and from the keys of all layers before finds the place of its first slot.
 DYNSKIP_HOST_DEVICE inline void count(
     const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   const int32_t num_words = scratch.num_words;
   for (int32_t layer = thread; layer <= plan.num_layers; layer += num_threads) {
-    int32_t first_slot = *scratch.cursor;
+    int32_t first_place = *scratch.cursor;
     for (int32_t word = 0; word < layer * num_words; ++word) {
-      first_slot += num_bits(scratch.kv[word]);
+      first_place += num_bits(scratch.kv[word]);
     }
-    scratch.first_slots[layer] = first_slot;
+    scratch.first_places[layer] = first_place;
     if (layer < plan.num_layers) {
       int32_t num_run = 0;
       int32_t num_kv = 0;
@@ -189,8 +191,11 @@ DYNSKIP_HOST_DEVICE inline void count(
   }
 }
 
-DYNSKIP_HOST_DEVICE inline int32_t new_slot(const PlanScratch& scratch, int32_t layer, int32_t row) {
-  return scratch.first_slots[layer] + rank(scratch.kv + layer * scratch.num_words, row);
+// The slot of the key with this rank among the new keys of a layer, or -1 where no slot is free for it.
+DYNSKIP_HOST_DEVICE inline int32_t new_slot(
+    const RowPlan& plan, const PlanScratch& scratch, int32_t layer, int32_t key_rank) {
+  const int32_t place = scratch.first_places[layer] + key_rank;
+  return static_cast<uint32_t>(place) < static_cast<uint32_t>(plan.num_slots) ? plan.free_slots[place] : -1;
 }
 
 // The slot of the last layer before this one that the row ran in this step, or -1.
@@ -198,7 +203,7 @@ DYNSKIP_HOST_DEVICE inline int32_t last_slot(
     const RowPlan& plan, const PlanScratch& scratch, int32_t layer, int32_t row) {
   for (int32_t earlier = layer - 1; earlier >= 0; --earlier) {
     if (has_bit(scratch.run + earlier * scratch.num_words, row)) {
-      return new_slot(scratch, earlier, row);
+      return new_slot(plan, scratch, earlier, rank(scratch.kv + earlier * scratch.num_words, row));
     }
   }
   return plan.starts_step ? -1 : plan.row_slots[row];
@@ -221,18 +226,20 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
     if (has_bit(kv, row)) {
       const int32_t place = rank(kv, row);
       plan.kv_ids[layer * plan.kv_ids_stride + place] = row;
-      slot = scratch.first_slots[layer] + place;
+      slot = new_slot(plan, scratch, layer, place);
+      // Such a key is neither stored nor appended, and reported: a wrong bound never reads or writes other memory.
+      failure = slot < 0 ? PlanFailure::kNoFreeSlot : failure;
     }
     if (has_bit(scratch.takes_part, row)) {
       const int32_t seq = plan.cache_ids[row];
-      const bool shares = slot < 0 && plan.kv_policy == KVPolicy::kShare;
+      const bool shares = !has_bit(kv, row) && plan.kv_policy == KVPolicy::kShare;
       const int32_t entry = shares ? last_slot(plan, scratch, layer, row) : slot;
       if (seq >= plan.num_seqs) {
         failure = PlanFailure::kNoSuchSequence;
       } else {
         int32_t* context_len = plan.context_lens + layer * plan.context_lens_stride + seq;
         key_limit = *context_len;
-        // Entries that do not fit are dropped and reported, so that a wrong bound never writes to other memory.
+        // Nor is an entry that does not fit.
         if (entry >= 0 && static_cast<uint32_t>(key_limit) >= static_cast<uint32_t>(plan.max_context_len)) {
           failure = PlanFailure::kTableFull;
         } else if (entry >= 0) {
@@ -256,7 +263,8 @@ DYNSKIP_HOST_DEVICE inline void hand_over(
     plan.row_slots[row] = last_slot(plan, scratch, plan.num_layers, row);
   }
   if (thread == 0) {
-    *plan.slot_cursor = scratch.first_slots[plan.num_layers];
+    const int32_t next_place = scratch.first_places[plan.num_layers];
+    *plan.slot_cursor = next_place < plan.num_slots ? next_place : plan.num_slots;
   }
 }
 

@@ -310,6 +310,7 @@ class FusedDecode:
             buffers.cache_ids,
             cache.context_lens,
             cache.slot_tables,
+            cache.free_slots,
             cache.slot_cursor,
             buffers.row_slots,
             buffers.run_ids,

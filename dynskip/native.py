@@ -126,6 +126,7 @@ def plan_rows(
     cache_ids: Tensor,
     context_lens: Tensor,
     slot_tables: Tensor,
+    free_slots: Tensor,
     slot_cursor: Tensor,
     row_slots: Tensor,
     run_ids: Tensor,
@@ -138,10 +139,10 @@ def plan_rows(
     """See `row_reference.plan_rows`. Tensors may have any stride between layers; what a layer holds is contiguous.
 
     On a GPU one launch of one block on the current stream, without a question to the host, so that it can be captured.
-    `slot_cursor` is not compared with the size of the pool: the caller keeps one slot free for each row of each layer.
-    A table without room for a new entry is an error: on a CPU a RuntimeError, on a GPU an assertion on the device.
+    A table without room for a new entry is an error, and a new key without a free slot: on a CPU a RuntimeError, on a
+    GPU an assertion on the device. Then neither is written, and `slot_cursor` stops at the end of `free_slots`.
 
-    Cost: reads and writes 21 bytes a row and layer.
+    Cost: reads and writes 25 bytes a row and layer.
     """
     if active.is_cuda:
         _check_cuda("plan_rows")
@@ -152,6 +153,7 @@ def plan_rows(
         cache_ids,
         context_lens,
         slot_tables,
+        free_slots,
         slot_cursor,
         row_slots,
         run_ids,

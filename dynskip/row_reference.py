@@ -171,6 +171,7 @@ def plan_rows(
     cache_ids: Tensor,
     context_lens: Tensor,
     slot_tables: Tensor,
+    free_slots: Tensor,
     slot_cursor: Tensor,
     row_slots: Tensor,
     run_ids: Tensor,
@@ -187,9 +188,10 @@ def plan_rows(
     says. Rows have different sequences.
 
     The cache, mutated: context_lens `[L, B], int32`, slot_tables `[L, B, S_max], int32`: each row that gets an entry in
-    a layer appends one slot to its table there. slot_cursor `[1], int32`: the next free slot; new keys take slots in
-    the order of layers and, in a layer, of rows. row_slots `[M], int32`: the slot of the last layer that the row ran in
-    this step, -1 before; reset where first_layer is 0.
+    a layer appends one slot to its table there. slot_cursor `[1], int32`: new keys take the slots that stand in
+    free_slots `[num_slots], int32`, itself unchanged, from this place on, in the order of layers and, in a layer, of
+    rows. row_slots `[M], int32`: the slot of the last layer that the row ran in this step, -1 before; reset where
+    first_layer is 0.
 
     The plan, mutated: run_ids, kv_ids `[L, M], int32`: the rows, increasing, undefined behind their number. num_run,
     num_kv `[L], int32`. slots `[L, M], int32`: where the row's new key and value go, -1 for none. key_limits `[L, M],
@@ -215,7 +217,7 @@ def plan_rows(
                 run.append(row)
             if computes_kv:
                 kv.append(row)
-                slots[layer, row] = slot_cursor[0]
+                slots[layer, row] = free_slots[slot_cursor[0]]
                 slot_cursor += 1
             seq = int(cache_ids[row])
             if computes_kv or kv_policy == SHARE:

@@ -321,7 +321,7 @@ def _plan_rows(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     def arguments(
         kv_policy: int, num_rows: int, layers: tuple[int, int] = (0, 4), share: float = 0.5, absent: bool = True
     ) -> Arguments:
-        num_layers, num_seqs, max_context_len = 4, num_rows + 3, 9
+        num_layers, num_seqs, max_context_len, cursor = 4, num_rows + 3, 9, 1000
         first_layer, num_planned = layers
 
         def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -344,7 +344,8 @@ def _plan_rows(draw: Draw) -> Iterator[tuple[str, Arguments]]:
             "cache_ids": cache_ids,
             "context_lens": draw.guarded(integers(0, max_context_len - 1, num_layers, num_seqs), _POISON),
             "slot_tables": unwritten(num_layers, num_seqs, max_context_len),
-            "slot_cursor": draw.guarded(draw.index(1000), _POISON),
+            "free_slots": draw.guarded(draw.index(*draw.permutation(cursor + num_planned * num_rows)), _POISON),
+            "slot_cursor": draw.guarded(draw.index(cursor), _POISON),
             "row_slots": draw.guarded(row_slots, _POISON),
             "run_ids": unwritten(num_layers, num_rows),
             "num_run": unwritten(num_layers),

@@ -3,10 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -146,7 +148,7 @@ struct Case {
   int32_t num_layers;
   int32_t num_rows;
   std::vector<uint8_t> active;
-  std::vector<int32_t> cache_ids, context_lens, slot_tables, slot_cursor, row_slots;
+  std::vector<int32_t> cache_ids, context_lens, slot_tables, free_slots, slot_cursor, row_slots;
   std::vector<int32_t> run_ids, num_run, kv_ids, num_kv, slots, key_limits;
   static constexpr int32_t kMaxContextLen = 3;
 
@@ -166,6 +168,9 @@ struct Case {
     }
     slot_tables.assign(pairs * kMaxContextLen, -7);
     slot_cursor.assign(1, 17);
+    free_slots.resize(slot_cursor[0] + pairs);
+    std::iota(free_slots.begin(), free_slots.end(), 0);
+    std::shuffle(free_slots.begin(), free_slots.end(), random);
     row_slots.assign(num_rows, 5);
     num_run.assign(num_layers, -7);
     num_kv = num_run;
@@ -175,10 +180,11 @@ struct Case {
 
   RowPlan plan(KVPolicy policy, bool starts_step) {
     const int64_t rows = num_rows;
-    return {num_layers, num_rows, num_rows, kMaxContextLen, policy, starts_step, active.data(), cache_ids.data(),
-        context_lens.data(), slot_tables.data(), slot_cursor.data(), row_slots.data(), run_ids.data(), num_run.data(),
-        kv_ids.data(), num_kv.data(), slots.data(), key_limits.data(), rows, rows, rows * kMaxContextLen,
-        kMaxContextLen, rows, rows, rows, rows};
+    const int32_t num_slots = static_cast<int32_t>(free_slots.size());
+    return {num_layers, num_rows, num_rows, kMaxContextLen, num_slots, policy, starts_step, active.data(),
+        cache_ids.data(), context_lens.data(), slot_tables.data(), free_slots.data(), slot_cursor.data(),
+        row_slots.data(), run_ids.data(), num_run.data(), kv_ids.data(), num_kv.data(), slots.data(),
+        key_limits.data(), rows, rows, rows * kMaxContextLen, kMaxContextLen, rows, rows, rows, rows};
   }
 
   bool operator==(const Case& other) const {

@@ -17,6 +17,7 @@ from dynskip.decode_work import ROW_BUCKETS, StepWork, row_bucket
 from dynskip.executor import CompactExecutor
 from dynskip.fused_decode import FusedDecode
 from dynskip.generate import Generation
+from dynskip.kv_cache import KVCache
 from dynskip.plan import KVPolicy, Plan
 from dynskip.row_ops import get_row_ops
 
@@ -137,6 +138,53 @@ def test_a_retired_cache_and_its_graphs_serve_the_next_batch(monkeypatch: pytest
     larger = Generation(model, [[5] * 40], [SamplingParams(max_tokens=20)], PATHS[0])
     larger.run()
     assert executor._retired is not cache
+
+
+@pytest.mark.parametrize(("paths", "kv_policy"), routes())
+def test_slots_in_any_order_change_no_text(paths: Any, kv_policy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused = (tiny_model(dtype=torch.float64) for _ in range(2))
+    executor = fuse(fused, monkeypatch)
+    make = executor.new_cache
+
+    def with_a_past(num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
+        """A cache whose sequences have come and gone before, one of which stays."""
+        cache = make(num_seqs + 2, max_context_len, num_slots + 3 * NUM_LAYERS)
+        for seq in range(num_seqs + 1):
+            count = max(cache.num_slots // (num_seqs + 1) // NUM_LAYERS, 1)
+            cache.slot_tables[:, seq, :count] = cache.allocate(NUM_LAYERS * count).view(count, NUM_LAYERS).t()
+            cache.context_lens[:, seq] = count
+        cache.share(num_seqs, num_seqs + 1, 3)
+        cache.release(range(num_seqs + 1))
+        assert cache.num_slots_used == 3 * NUM_LAYERS and not cache.free_slots.diff().ge(0).all()
+        return cache
+
+    monkeypatch.setattr(executor, "new_cache", with_a_past)
+    assert texts(fused, paths, kv_policy) == texts(plain, paths, kv_policy)
+
+
+def test_sequences_come_and_go_under_fused_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots of one that left serve the next, whose text is as if it had been alone; in the end none is taken."""
+    model = tiny_model(dtype=torch.float64)
+    fuse(model, monkeypatch)
+    alone = texts(model, GATE, "share")
+    generation = Generation(model, PROMPTS, PARAMS, GATE, "share")
+    generation.prefill()
+    cache = generation.cache
+    gone: set[int] = set()
+    freed = 0
+    while generation.running:
+        for seq in set(range(len(PROMPTS))) - set(generation.running) - gone:
+            gone.add(seq)
+            freed += cache.release([seq])
+        generation.step()
+        used = cache.slot_tables[:, generation.running]
+        lens = cache.context_lens[:, generation.running]
+        held = used[torch.arange(used.shape[2]) < lens[..., None]]
+        cache.settle()
+        assert held.unique().numel() <= cache.num_slots_used
+    freed += cache.release(sorted(set(range(len(PROMPTS))) - gone))
+    assert [sequence.token_ids for sequence in generation.sequences] == alone
+    assert freed > 0 and cache.num_slots_used == 0
 
 
 def test_the_cache_holds_what_was_stored_and_nothing_for_skipped_layers(monkeypatch: pytest.MonkeyPatch) -> None:

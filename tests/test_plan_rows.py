@@ -33,6 +33,7 @@ class State:
 
     context_lens: Tensor
     slot_tables: Tensor
+    free_slots: Tensor
     slot_cursor: Tensor
     row_slots: Tensor
     run_ids: Tensor
@@ -44,7 +45,7 @@ class State:
 
     @staticmethod
     def of(num_layers: int, num_rows: int, max_context_len: int, generator: torch.Generator) -> State:
-        """A cache with entries in it, of three sequences more than rows."""
+        """A cache with entries in it, of three sequences more than rows; its slots for 4 full steps in any order."""
         num_seqs = num_rows + 3
 
         def poison(*shape: int) -> Tensor:
@@ -52,13 +53,13 @@ class State:
 
         context_lens = torch.randint(0, 4, (num_layers, num_seqs), dtype=torch.int32, generator=generator)
         cursor = torch.tensor([int(context_lens.sum())], dtype=torch.int32)
+        free_slots = torch.randperm(int(cursor) + 4 * num_layers * num_rows, generator=generator).int()
         tables = poison(num_layers, num_seqs, max_context_len)
         by_layer = [poison(num_layers, num_rows) for _ in range(4)]
         run_ids, kv_ids, slots, key_limits = by_layer
         num_run, num_kv = poison(num_layers), poison(num_layers)
-        return State(
-            context_lens, tables, cursor, poison(num_rows), run_ids, num_run, kv_ids, num_kv, slots, key_limits
-        )
+        cache = (context_lens, tables, free_slots, cursor, poison(num_rows))
+        return State(*cache, run_ids, num_run, kv_ids, num_kv, slots, key_limits)
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -220,23 +221,76 @@ def test_a_full_table_is_refused_and_nothing_is_written_beyond_it(policy: int, n
     assert state.context_lens[:, 4].tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("op", [row_reference.plan_rows, native.plan_rows], ids=["specification", "native"])
+def test_slots_are_those_of_a_full_list_in_order_put_through_the_list(op: object, policy: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(policy)
+    in_order = State.of(4, 70, 8, generator).clone(device)
+    in_order.context_lens.zero_()
+    permuted = in_order.clone(device)
+    in_order.free_slots = torch.arange(len(in_order.free_slots), dtype=torch.int32, device=device)
+    for _ in range(3):
+        active = (torch.rand(4, 70, generator=generator) < 0.5).to(device)
+        cache_ids = cache_ids_of(70, 0.1, generator).to(device)
+        for state in (in_order, permuted):
+            op(active, 0, policy, cache_ids, *state.tensors())  # type: ignore[operator]
+        assert torch.equal(permuted.slot_cursor, in_order.slot_cursor)
+        assert torch.equal(permuted.context_lens, in_order.context_lens)
+        for name in ("slots", "row_slots", "slot_tables"):
+            got, numbers = getattr(permuted, name), getattr(in_order, name)
+            wanted = torch.where(numbers >= 0, permuted.free_slots[numbers.clamp(min=0).long()], numbers)
+            assert torch.equal(got, wanted), name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num_threads", [1, 64])
+def test_too_few_free_slots_are_refused_and_none_is_invented(policy: int, num_threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = State.of(3, 20, 7, generator)
+    state.context_lens.zero_()
+    # A list of 5 places inside a longer one: a slot read too far would be one of the longer list.
+    first = int(state.slot_cursor)
+    before, state.free_slots = state.free_slots.clone(), state.free_slots[: first + 5]
+    cache_ids, active = torch.arange(20, dtype=torch.int32), torch.ones(3, 20, dtype=torch.bool)
+    message = rf"plan_rows: free_slots must have a slot for each new key .* got too few of {first + 5}\. Create the"
+    with pytest.raises(RuntimeError, match=message):
+        run_native(state, active, policy, cache_ids, num_threads=num_threads)
+    assert torch.equal(state.free_slots, before[: first + 5]) and int(state.slot_cursor) == first + 5
+    assert state.slots[0].tolist() == before[first : first + 5].tolist() + [-1] * 15
+    assert (state.slots[1:] == -1).all()
+    assert state.context_lens[:, :20].tolist() == [[1] * 5 + [0] * 15, [0] * 20, [0] * 20]
+    assert (state.slot_tables[0, :5, 0] == before[first : first + 5]).all()
+    assert (state.slot_tables[0, 5:] == POISON).all() and (state.slot_tables[1:] == POISON).all()
+    with pytest.raises(RuntimeError, match=message):
+        run_native(state, active, policy, cache_ids, num_threads=num_threads)
+    assert int(state.slot_cursor) == first + 5
+
+
 @needs_gpu
-def test_on_a_gpu_a_full_table_is_an_assertion() -> None:
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("state.context_lens.fill_(7)", "slot_tables must have room for one more entry of each row"),
+        ("state.slot_cursor.fill_(len(state.free_slots) - 9)", "free_slots must have a slot for each new key"),
+    ],
+)
+def test_on_a_gpu_what_finds_no_room_is_an_assertion(spoil: str, message: str) -> None:
     # In a process of its own: a device that has asserted serves its process no more.
-    script = """
+    script = f"""
 import sys
 sys.path.insert(0, "tests")
 import torch
 from test_plan_rows import EVICT, State, run_native
 state = State.of(3, 20, 7, torch.Generator().manual_seed(0)).clone("cuda")
-state.context_lens.fill_(7)
+{spoil}
 run_native(state, torch.ones(3, 20, dtype=torch.bool), EVICT, torch.arange(20, dtype=torch.int32))
 torch.cuda.synchronize()
 """
     root = Path(__file__).resolve().parents[1]
     ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=300)
     assert ended.returncode != 0
-    assert "plan_rows: slot_tables must have room for one more entry of each row" in ended.stderr + ended.stdout
+    assert f"plan_rows: {message}" in ended.stderr + ended.stdout
 
 
 def test_a_sequence_that_the_cache_lacks_is_refused() -> None:
@@ -256,6 +310,9 @@ def test_a_sequence_that_the_cache_lacks_is_refused() -> None:
         ("num_kv", lambda t: t[:1], r"num_kv must be contiguous \[2\] int32"),
         ("row_slots", lambda t: t[:3], r"row_slots must be contiguous \[4\] int32"),
         ("slot_cursor", lambda t: t.long(), r"slot_cursor must be contiguous \[1\] int32"),
+        ("free_slots", lambda t: t.long(), r"free_slots must be contiguous \[\d+\] int32"),
+        ("free_slots", lambda t: t[::2], r"free_slots must be contiguous \[\d+\] int32"),
+        ("free_slots", lambda t: t[None], r"free_slots must be contiguous \[(\d+)\] int32 .* got \[1, \1\]"),
         ("context_lens", lambda t: t[:, :2], r"context_lens must be \[2, 7\] int32"),
         ("slot_tables", lambda t: t[:, :, 0], r"slot_tables must be \[2, B, S_max\] int32"),
         ("active", lambda t: t.int(), r"active must be \[n, M\] bool"),

@@ -70,7 +70,8 @@ def test_planning_is_captured_and_follows_masks_that_change() -> None:
     cache = (torch.zeros(num_layers, num_rows, **i32), torch.zeros(num_layers, num_rows, 9, **i32))
     single, by_row, by_layer = torch.zeros(1, **i32), torch.zeros(num_rows, **i32), torch.zeros(2, num_layers, **i32)
     run_ids, kv_ids, slots, key_limits = torch.zeros(4, num_layers, num_rows, **i32)
-    state = (*cache, single, by_row, run_ids, by_layer[0], kv_ids, by_layer[1], slots, key_limits)
+    free_slots = torch.randperm(4 * num_layers * num_rows).int().cuda()
+    state = (*cache, free_slots, single, by_row, run_ids, by_layer[0], kv_ids, by_layer[1], slots, key_limits)
     expected = [tensor.cpu() for tensor in state]
 
     def plan() -> None:
@@ -82,9 +83,9 @@ def test_planning_is_captured_and_follows_masks_that_change() -> None:
         row_reference.plan_rows(mask, 0, row_reference.SHARE, cache_ids.cpu(), *expected)
         active.copy_(mask)
         native.replay([graph.raw_cuda_graph_exec()], active.device)
-        num_run, num_kv = expected[5].tolist(), expected[7].tolist()
+        num_run, num_kv = expected[6].tolist(), expected[8].tolist()
         for index, (result, wanted) in enumerate(zip(state, expected, strict=True)):
-            counts = {4: num_run, 6: num_kv}.get(index)
+            counts = {5: num_run, 7: num_kv}.get(index)
             for layer, num in enumerate(counts or ()):
                 assert torch.equal(result[layer, :num].cpu(), wanted[layer, :num])
             assert counts is not None or torch.equal(result.cpu(), wanted)

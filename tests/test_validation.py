@@ -207,6 +207,18 @@ def test_a_wrong_plan_is_noticed(name: str) -> None:
     assert len(failures(results)) > (len(results) // 2 if name != "kv_ids" else 5)
 
 
+def test_a_plan_that_counts_slots_instead_of_reading_the_list_is_noticed() -> None:
+    names = list(make_cases("plan_rows", torch.float32, "cpu")[0].arguments)
+
+    def counting(*arguments: Any) -> None:
+        place = names.index("free_slots")
+        in_order = torch.arange(len(arguments[place]), dtype=torch.int32)
+        get_row_ops("reference").plan_rows(*arguments[:place], in_order, *arguments[place + 1 :])
+
+    results = validate_row_op("plan_rows", torch.float32, plan_rows=counting)
+    assert len(failures(results)) > len(results) // 2
+
+
 def test_lost_precision_of_a_row_op_is_noticed() -> None:
     def in_working_dtype(
         x: Tensor, rows: RowList, weight: Tensor, bias: Tensor | None, residual: Tensor, *others: Any

@@ -32,6 +32,9 @@ __global__ void __launch_bounds__(kMaxThreads) plan_rows_kernel(const __grid_con
   }
   assert(failure != PlanFailure::kTableFull && "plan_rows: slot_tables must have room for one more entry of each row");
   assert(failure != PlanFailure::kNoSuchSequence && "plan_rows: cache_ids must be -1 or a sequence of the cache");
+  assert(
+      failure != PlanFailure::kNoFreeSlot &&
+      "plan_rows: free_slots must have a slot for each new key from slot_cursor on");
 }
 
 // One thread for each 8 rows that are read at a time, and for each row of each layer that is written.
