@@ -8,12 +8,21 @@ import numpy as np
 
 from dynskip.evaluation.correlation import correlations, explained_by_groups, permutation_p, spearman
 from dynskip.evaluation.facts import NUMBERS, facts_items, read_numbers, read_task_types
-from dynskip.evaluation.families import DESCRIPTIONS, Member, greedy, greedy_items, sampled, sampled_items
+from dynskip.evaluation.families import (
+    DESCRIPTIONS,
+    Member,
+    choices,
+    greedy,
+    greedy_items,
+    notes_on_choices,
+    sampled,
+    sampled_items,
+)
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.knapsack import Knapsack
 from dynskip.evaluation.operating_points import operating_points
 from dynskip.evaluation.path_router import Integers
-from dynskip.evaluation.routes import reader_of, routed_families
+from dynskip.evaluation.routes import reader_of
 from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.statistics import Floats, Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.store import ItemStore
@@ -31,7 +40,7 @@ FEATURE_NAMES = {
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     """The items: greedy generations along the oracle's candidates, and the facts of the prompts."""
     items: list[WorkItem] = []
-    for name, members in routed_families(setup).items():
+    for name, members in choices(setup).items():
         items += [*greedy_items(setup, members), *facts_items(setup, reader_of(setup, name), setup.split)]
     return items
 
@@ -47,8 +56,9 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "reason to give layers to. Its correlation is a yardstick, not a finding.",
         "Types of tasks are named by the verb of the instruction; explained_by_task is the share of the variance of "
         "depth between types, with the probability that shuffled types explain as much.",
+        *notes_on_choices(setup),
     ]
-    for family, members in routed_families(setup).items():
+    for family, members in choices(setup).items():
         generations = greedy(setup, store, members)
         costs = [member.budget for member in members]
         facts = facts_items(setup, reader_of(setup, family), setup.split)

@@ -67,6 +67,19 @@ def candidates(setup: Setup, members: list[Member]) -> list[Member]:
     return [member for member in members if member.budget in (*setup.candidates, setup.num_layers)]
 
 
+def choices(setup: Setup) -> dict[str, list[Member]]:
+    """By name the candidates of each family whose members were tuned for what they run, where there are several."""
+    found = families(setup)
+    tuned = {name: candidates(setup, found[name]) for name in ("siblings", "paths") if name in found}
+    return {name: members for name, members in tuned.items() if len(members) > 1}
+
+
+def notes_on_choices(setup: Setup) -> list[str]:
+    """A note on each family that has weights but no choice of depth, for sections that need one."""
+    missing = [name for name in ("siblings", "paths") if name in families(setup) and name not in choices(setup)]
+    return [f"{name}: left out, only one of its budgets is among the candidates." for name in missing]
+
+
 def _items_of(setup: Setup, member: Member, seed: int, split: str | None = None) -> list[WorkItem]:
     return generate_items(setup, member.checkpoint, _paths_of(setup, member, seed), split, seed)
 

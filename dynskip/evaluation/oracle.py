@@ -9,10 +9,10 @@ import numpy as np
 from dynskip.evaluation.families import (
     DESCRIPTIONS,
     Member,
-    candidates,
-    families,
+    choices,
     greedy,
     greedy_items,
+    notes_on_choices,
     sampled,
     sampled_items,
 )
@@ -37,7 +37,16 @@ REFERENCES = {
 
 
 def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
-    """The items: greedy and sampled generations along each candidate, then the time of the mix that was chosen."""
+    """The items: greedy and sampled generations along each candidate, then the time of the mix that was chosen.
+
+    Raises ValueError where there are fewer draws than candidates.
+    """
+    most = max(map(len, _families(setup).values()))
+    if most > setup.num_samples:
+        raise ValueError(
+            f"eval: candidates must be at most the {setup.num_samples} draws of each prompt, got {most} with the full "
+            "depth. Give fewer --candidates or more --seeds."
+        )
     items: list[WorkItem] = []
     for members in _families(setup).values():
         needed = greedy_items(setup, members)
@@ -59,7 +68,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "curves": [],
         "null_model": [],
         "histogram": [],
-        "notes": _notes(setup),
+        "notes": [*_notes(setup), *notes_on_choices(setup)],
         "statements": [],
     }
     for family, members in _families(setup).items():
@@ -78,8 +87,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
 
 
 def _families(setup: Setup) -> dict[str, list[Member]]:
-    found = families(setup)
-    return {name: candidates(setup, found[name]) for name in FAMILIES if name in found}
+    found = choices(setup)
+    return {name: found[name] for name in FAMILIES if name in found}
 
 
 def _seeds(setup: Setup) -> range:
@@ -165,7 +174,10 @@ def _add_matching(section: dict[str, Any], family: str, scores: OracleScores) ->
 
 
 def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> None:
-    """Gain over random assignment at the matching budget and at thirds, halves and all of the depth; what survives."""
+    """Gain over random assignment at the matching budget and at shares of the depth, and what survives.
+
+    Budgets that leave no choice, those of the cheapest path, are left out.
+    """
     num_layers = scores.costs[-1]
     places = {
         "matching": scores.matching_budget.value,
@@ -174,6 +186,8 @@ def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> No
     controls = scores.controls()
     for name, budget in places.items():
         column = scores.at(budget)
+        if column == 0:
+            continue
         labels = {"family": family, "place": name, "at": round(float(scores.grid[column]), 3)}
         for control, choice in controls.items():
             parts = {"score": choice.score, "random": choice.random, "gain": choice.gain}
@@ -236,9 +250,9 @@ def _statements(section: dict[str, Any], family: str, setup: Setup) -> list[str]
         (found,) = (r for r in section["rows"] if all(r.get(name) == value for name, value in wanted.items()))
         return dict(found)
 
-    def text(entry: dict[str, Any], form: str = ".4f") -> str:
+    def text(entry: dict[str, Any], form: str = ".4f", unknown: str = "no mean depth") -> str:
         if entry["value"] is None:
-            return "no mean depth"
+            return unknown
         return f"{entry['value']:{form}} [{entry['low']:{form}}, {entry['high']:{form}}]"
 
     num_layers = setup.num_layers
@@ -259,15 +273,21 @@ def _statements(section: dict[str, Any], family: str, setup: Setup) -> list[str]
             f"Here {shallow['budget']} layers alone already score {shallow['value']:.4f}, so that matching full depth "
             "says nothing about the choice of depth; the gains over random assignment do."
         )
-    place = "third"
-    survivors = {control: row("surviving_share", control=control, place=place) for control in REFERENCES}
+    # The cheapest path of a family may be too dear for a third of the depth; all of it always leaves a choice.
+    told = {r["place"] for r in section["rows"] if r["metric"] == "gain" and r["family"] == family}
+    place = next(place for place in ("third", "half", "full") if place in told)
+    survivors = {
+        control: text(row("surviving_share", control=control, place=place), ".0%", "a share that is not defined")
+        for control in REFERENCES
+    }
+    gain = row("gain", control="oracle", place=place)
+    bound = "Where layers cost nothing" if place == "full" else f"At {gain['at']:g} layers on average"
     lines.append(
-        f"At {row('gain', control='oracle', place=place)['at']:g} layers on average the oracle gains "
-        f"{text(row('gain', control='oracle', place=place))} ROUGE-L over random assignment of the same histogram. Of "
-        f"such a gain on one draw, {text(survivors['cross-fitted'], '.0%')} survives when another draw judges, and "
-        f"{text(survivors['equal depth'], '.0%')} is there without any difference in depth. Chosen on the mean of "
-        f"{setup.num_samples} draws and judged on the greedy texts, {text(survivors['cross-fitted greedy'], '.0%')} "
-        "of the oracle's gain remains."
+        f"{bound}, the oracle gains {text(gain)} ROUGE-L over random assignment of the same histogram. Of "
+        f"such a gain on one draw, {survivors['cross-fitted']} survives when another draw judges, and "
+        f"{survivors['equal depth']} is there without any difference in depth. Chosen on the mean of "
+        f"{setup.num_samples} draws and judged on the greedy texts, {survivors['cross-fitted greedy']} of the oracle's "
+        "gain remains."
     )
     draws, depths = row("best_of_draws - mean_sampled", budget=num_layers), row("best_of_depths - mean_sampled")
     lines.append(

@@ -12,7 +12,7 @@ import numpy as np
 
 from dynskip.evaluation.captured import Captured, captured_share
 from dynskip.evaluation.facts import facts_items
-from dynskip.evaluation.families import DESCRIPTIONS, Member
+from dynskip.evaluation.families import DESCRIPTIONS, Member, choices, notes_on_choices
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.path_router import Integers
 from dynskip.evaluation.router_cost import overhead_items
@@ -22,7 +22,6 @@ from dynskip.evaluation.routes import (
     FamilyRoutes,
     Routed,
     reader_of,
-    routed_families,
     routes,
     split_items,
     trained_items,
@@ -40,13 +39,13 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
     """The items: generations and facts of training and test prompts, then what routers choose that take long to train,
     and the times of what was chosen."""
     items = overhead_items(setup)
-    for name, members in routed_families(setup).items():
+    for name, members in choices(setup).items():
         reader = reader_of(setup, name)
         for split in (TRAIN, setup.split):
             items += [*split_items(setup, members, split), *facts_items(setup, reader, split)]
     if store.missing(items):
         return items
-    for name in routed_families(setup):
+    for name in choices(setup):
         trained = [item for alike in trained_items(setup, store, name).values() for item in alike]
         items += [*trained, _time_item(setup, routes(setup, store, name, FITTED))]
         if not store.missing(trained):
@@ -59,7 +58,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     statements: list[str] = []
     overhead = {item.path: store.result(item) for item in overhead_items(setup)}
-    for name in routed_families(setup):
+    for name in choices(setup):
         fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
         timed = {**_timed(setup, store, fitted), **_timed(setup, store, trained)}
         found = FamilyRoutes(fitted.members, fitted.scores, (*fitted.routed, *trained.routed))
@@ -101,6 +100,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "over_static is the router's score minus that of the best mix of fixed budgets of the same mean cost.",
         "overhead_ms is the time from token ids to a path; ms_per_token is that of a decode step of a batch whose "
         "paths have the router's histogram, without the overhead.",
+        *notes_on_choices(setup),
     ]
     return {"n": setup.prompts, "seeds": setup.seeds, "rows": rows, "notes": notes, "statements": statements}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dynskip.evaluation.checkpoints import Checkpoint
 from dynskip.evaluation.facts import facts_items, read_features
-from dynskip.evaluation.families import Member, candidates, families, greedy, greedy_items
+from dynskip.evaluation.families import Member, choices, greedy, greedy_items
 from dynskip.evaluation.generations import generate_items, read_generations
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.knapsack import Knapsack
@@ -61,12 +61,6 @@ class FamilyRoutes:
         return [member.budget for member in self.members]
 
 
-def routed_families(setup: Setup) -> dict[str, list[Member]]:
-    """The candidates of the families that an oracle is computed for, by name."""
-    found = families(setup)
-    return {name: candidates(setup, found[name]) for name in ("siblings", "paths") if name in found}
-
-
 def reader_of(setup: Setup, family: str) -> Checkpoint:
     """The weights whose embeddings describe the prompts of a family, and whose loss is the full model's."""
     return setup.full_checkpoint if family == "siblings" else setup.checkpoint
@@ -110,7 +104,7 @@ class Problem:
 @lru_cache(maxsize=8)
 def problem(setup: Setup, store: ItemStore, family: str) -> Problem:
     """The problem of a family; its generations must be done."""
-    members = routed_families(setup)[family]
+    members = choices(setup)[family]
     costs = [member.budget for member in members]
     scores, test_scores = (split_scores(setup, store, members, split) for split in (TRAIN, setup.split))
     knapsack = Knapsack(scores, costs)
@@ -140,7 +134,7 @@ def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[Predic
     test_knapsack = Knapsack(task.test_scores, task.costs)
     trained = trained_items(setup, store, family)
 
-    def choices(predictor: PredictorName, at: float, labels: Integers) -> Integers:
+    def choose(predictor: PredictorName, at: float, labels: Integers) -> Integers:
         if predictor in TRAINED:
             return read_chosen(store, trained[predictor, at])
         routers = (PathRouter(predictor, task.costs, seed) for seed in range(setup.seeds))
@@ -149,7 +143,7 @@ def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[Predic
     routed = []
     for at, labels in task.labels.items():
         for predictor in predictors:
-            chosen = choices(predictor, at, labels)
+            chosen = choose(predictor, at, labels)
             cost = float(np.array(task.costs)[chosen].mean())
             routed.append(Routed(predictor, at, chosen, test_knapsack.choose(cost)))
     return FamilyRoutes(task.members, task.test_scores, tuple(routed))

@@ -92,6 +92,11 @@ class Setup:
                     raise ValueError(
                         f"eval: {name} must lie in 1..{self.num_layers}, the layers of the model, got {budget}."
                     )
+            if not any(budget < self.num_layers for budget in getattr(self, name)):
+                raise ValueError(
+                    f"eval: {name} must hold a budget below the {self.num_layers} layers of the model, "
+                    f"got {', '.join(map(str, getattr(self, name))) or 'none'}."
+                )
         for budget, sibling in self.siblings:
             if not 1 <= budget <= self.num_layers:
                 raise ValueError(f"eval: sibling must have a budget in 1..{self.num_layers}, got {budget}.")

@@ -1,0 +1,73 @@
+"""Sections of setups whose siblings are not those of the paper: no sentence may lean on a budget that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_results import made_up_setup, summary_of
+
+from dynskip.evaluation.experiments import EXPERIMENTS
+from dynskip.evaluation.store import ItemStore
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
+
+WITHOUT_CONTROLLERS = [name for name in EXPERIMENTS if name != "controllers"]
+OWN_WEIGHTS = "With each budget its own weights"
+
+
+def rows_of(section: dict[str, Any], **labels: Any) -> list[dict[str, Any]]:
+    return [row for row in section["rows"] if all(row.get(name) == value for name, value in labels.items())]
+
+
+@pytest.mark.parametrize(
+    ("siblings", "bound", "place"),
+    [
+        ((4, 8, 12, 24), "At 8 layers on average", "third"),
+        ((8, 24), "At 12 layers on average", "half"),
+        ((12, 24), "Where layers cost nothing", "full"),
+    ],
+)
+def test_the_oracles_sentences_name_budgets_that_the_family_has(
+    siblings: tuple[int, ...], bound: str, place: str, tmp_path: Path
+) -> None:
+    section = summary_of(made_up_setup(siblings), "oracle", tmp_path)
+    (start,) = (at for at, text in enumerate(section["statements"]) if text.startswith(OWN_WEIGHTS))
+    first, *rest = section["statements"][start:]
+    assert "no mean depth, " not in first
+    (told,) = (text for text in rest if "over random assignment of the same histogram" in text)
+    (gain,) = rows_of(section, family="siblings", metric="gain", control="oracle", place=place)
+    assert told.startswith(f"{bound}, the oracle gains {gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]")
+    (share,) = rows_of(section, family="siblings", metric="surviving_share", control="cross-fitted", place=place)
+    assert f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}] survives" in told
+    # Budgets that leave nothing to choose are no rows: what survives of nothing is not a number.
+    assert all(row["at"] > min(siblings) for row in rows_of(section, family="siblings", metric="gain"))
+    assert all(row["value"] is not None for row in rows_of(section, metric="surviving_share"))
+    assert any(f"The best of {len(siblings)} draws at full depth" in text for text in rest)
+
+
+@pytest.mark.parametrize("name", WITHOUT_CONTROLLERS)
+@pytest.mark.parametrize("siblings", [(24,), (16, 24), (4, 8)])
+def test_any_siblings_make_every_section(name: str, siblings: tuple[int, ...], tmp_path: Path) -> None:
+    section = summary_of(made_up_setup(siblings, budgets=(4, 16)), name, tmp_path)
+    assert section["rows"] and section["statements"]
+    families = {row["family"] for row in section["rows"] if "family" in row}
+    alone = siblings == (16, 24)  # full depth is all that the oracle may choose: no choice
+    if name in ("oracle", "router", "depth"):
+        assert families == ({"paths", "siblings"} if siblings == (4, 8) else {"paths"})
+        assert ("siblings: left out, only one of its budgets is among the candidates." in section["notes"]) == alone
+
+
+def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with ItemStore(tmp_path / "items.jsonl") as store:
+        setup = made_up_setup(candidates=(4, 8, 12, 16))
+        with pytest.raises(ValueError, match="candidates must be at most the 4 draws of each prompt, got 5 with the"):
+            EXPERIMENTS["oracle"].plan(setup, store)
+        assert EXPERIMENTS["oracle"].plan(made_up_setup(candidates=(4, 8, 12, 16), seeds=2), store)
+
+
+@pytest.mark.parametrize("name", ["budgets", "candidates"])
+def test_budgets_that_leave_nothing_out_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"eval: {name} must hold a budget below the 24 layers of the model, got 24"):
+        made_up_setup(**{name: (24,)})
