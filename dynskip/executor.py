@@ -199,7 +199,6 @@ class _Entries:
         self.backend = executor.backend
         self.step = step
         self.cache = cache
-        self.first_step = not step.decode and cache.num_slots_used == 0
         self.index = cache.index(step.plan, step.cache_ids)
         if self.index is not None:
             self.slots = cache.allocate(self.index.entry_indptr[-1])
@@ -227,7 +226,7 @@ class _Entries:
         self, layer: int, plan: LayerPlan, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Keys, values and their cu_seqlens that the run rows of ``layer`` attend to in a prefill step."""
-        if self.first_step and plan.entries is plan.kv:
+        if self.step.fresh and plan.entries is plan.kv:
             return key, value, plan.kv.cu_seqlens
         return self.cache.gather(layer, self.step.cache_ids)
 

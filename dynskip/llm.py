@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynskip.generate import Generation, OutputSequence
-from dynskip.model import ExecutorName, OPTForCausalLM
+from dynskip.engine.request import OutputSequence
+from dynskip.generate import Generation
+from dynskip.model import ExecutorName, OPTForCausalLM, is_token_ids
 from dynskip.paths import LayerPath
 from dynskip.routing import Paths
 from dynskip.sampling import SamplingParams
@@ -119,7 +120,7 @@ class LLM:
         prompt_ids = self._encode(prompts)
         all_params = self._params(params, len(prompt_ids))
         generation = Generation(
-            self.model, prompt_ids, all_params, paths, kv_policy, prompt_depth, executor, self._stops_early
+            self.model, prompt_ids, all_params, paths, kv_policy, prompt_depth, executor, self.tokenizer
         )
         sequences = _run_with_bar(generation) if progress else generation.run()
         outputs, first = [], 0
@@ -160,7 +161,7 @@ class LLM:
                 if not prompt:
                     raise ValueError(f"generate: prompt {index} must hold at least one token, got empty text.")
                 encoded.append(list(self.tokenizer(prompt)["input_ids"]))
-            elif isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+            elif is_token_ids(prompt):
                 encoded.append(list(prompt))
             else:
                 raise TypeError(
@@ -185,10 +186,6 @@ class LLM:
         if self.tokenizer is None and any(param.stop for param in all_params):
             raise ValueError("generate: stop must be left out without a tokenizer. Use stop_token_ids.")
         return all_params
-
-    def _stops_early(self, sequence: OutputSequence) -> bool:
-        text = self._decode(sequence.token_ids)
-        return text is not None and any(stop in text for stop in sequence.params.stop)
 
     def _decode(self, token_ids: list[int]) -> str | None:
         if self.tokenizer is None:

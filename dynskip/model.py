@@ -104,6 +104,11 @@ class OPTForCausalLM(nn.Module):
         return self.model.decoder.embed_tokens.weight.device
 
     @property
+    def kv_entry_bytes(self) -> int:
+        """Bytes of one key-value entry: the key and the value of one token in one layer, all heads."""
+        return 2 * self.config.hidden_size * self.dtype.itemsize
+
+    @property
     def backend(self) -> Backend:
         """The backend that the compact executor uses; resolved once, on first use."""
         if self._backend is None:
@@ -159,16 +164,6 @@ class OPTForCausalLM(nn.Module):
         finished = self.model.decoder.finish(hidden_states, self.deterministic)
         return self.lm_head(finished, deterministic=self.deterministic)
 
-    def next_logits(self, step: Step, cache: KVCache | ReferenceCache, executor: ExecutorName = "compact") -> Tensor:
-        """[N, V]: runs a decode step and returns the logits of its tokens; the next step may overwrite them."""
-        runner = self.executor(executor)
-        if isinstance(runner, CompactExecutor):
-            assert isinstance(cache, KVCache), "each executor makes its own cache"
-            logits = runner.logits(step, cache)
-            if logits is not None:
-                return logits
-        return self.head(runner.run(step, cache), executor)  # type: ignore[arg-type]  # each executor makes its own cache
-
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """[T, E]: token embeddings without positions, as controllers that decide per sequence see them."""
         return self.model.decoder.embed_tokens(token_ids)
@@ -204,14 +199,18 @@ class OPTForCausalLM(nn.Module):
         prompts = [ids[mask] for ids, mask in zip(input_ids, keep, strict=True)]
         if isinstance(paths, Tensor) and paths.dim() == 3:
             paths = _pack_mask(paths, keep.cpu(), self.num_layers)
-        routing = resolve(paths, self.num_layers, prompts, self.embed_tokens, kv_policy, function="forward")
+        routes = resolve(paths, self.num_layers, prompts, self.embed_tokens, kv_policy, function="forward")
         num_seqs = len(counts)
-        plan = routing.plan(StepTokens(tuple(range(num_seqs)), (0,) * num_seqs, tuple(counts), is_prompt=False))
+        plan = routes[0].plan(routes, StepTokens((0,) * num_seqs, tuple(counts), is_prompt=False))
         device = self.device
         step = Step(
-            torch.cat(prompts).to(device), packed_positions(counts, device), torch.arange(num_seqs, device=device), plan
+            torch.cat(prompts).to(device),
+            packed_positions(counts, device),
+            torch.arange(num_seqs, device=device),
+            plan,
+            fresh=True,
         )
-        num_entries = sum(routing.num_entries(seq, count) for seq, count in enumerate(counts))
+        num_entries = sum(route.num_entries(count) for route, count in zip(routes, counts, strict=True))
         runner = self.executor(executor)
         # Only sharing needs a cache here: nothing is decoded from it afterwards.
         cache = runner.new_cache(num_seqs, max(counts), num_entries) if kv_policy == "share" else None
@@ -247,6 +246,11 @@ class OPTForCausalLM(nn.Module):
             check_tokens(input_ids[seq][keep[seq]].tolist(), 0, self.config, f"forward: sequence {seq}")
             assert count, "check_tokens refuses an empty sequence"
         return keep
+
+
+def is_token_ids(prompt: object) -> bool:
+    """Whether ``prompt`` is a sequence of integers."""
+    return isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
 
 
 def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: OPTConfig, what: str) -> None:

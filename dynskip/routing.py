@@ -1,10 +1,10 @@
-"""What the ``paths`` argument stands for: a rule that gives every step of a batch its plan."""
+"""What the ``paths`` argument stands for: for each sequence a route, which gives every step its plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,107 +18,117 @@ Paths = LayerPath | Sequence[LayerPath] | Tensor | SequenceController | TokenCon
 
 @dataclass(frozen=True)
 class StepTokens:
-    """The tokens of a step: ``num_new_tokens[i]`` of sequence ``seqs[i]``, the first at ``first_positions[i]``."""
+    """The tokens of a step: ``num_new_tokens[b]`` of its sequence b, the first at ``first_positions[b]``."""
 
-    seqs: tuple[int, ...]
     first_positions: tuple[int, ...]
     num_new_tokens: tuple[int, ...]
     is_prompt: bool
 
 
-class Routing(Protocol):
-    """Gives each step its plan, and says what the plans may store."""
+class Route(Protocol):
+    """How the tokens of one sequence find their layers.
 
-    def plan(self, tokens: StepTokens) -> Plan:
-        """The plan of a step that brings ``tokens``."""
+    key: sequences whose routes have the same key may share a step.
+    path: the layers that all its tokens run; None where they have none in common.
+    layers: the layers that its tokens may run, as a path.
+    """
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def path(self) -> LayerPath | None: ...
+
+    @property
+    def layers(self) -> LayerPath: ...
+
+    def num_entries(self, num_tokens: int) -> int:
+        """How many key-value entries its first ``num_tokens`` tokens take at most, over all layers."""
         ...
 
-    def num_entries(self, seq: int, num_tokens: int) -> int:
-        """How many key-value entries the first ``num_tokens`` tokens of ``seq`` take at most, over all layers."""
+    def check_covers(self, num_tokens: int, what: str) -> None:
+        """Raise ValueError, about ``what``, where it cannot tell the layers of its first ``num_tokens`` tokens."""
         ...
 
-    def path(self, seq: int) -> LayerPath | None:
-        """The path of ``seq``, or None where its tokens have no path in common."""
-        ...
-
-    def check_covers(self, seq: int, num_tokens: int) -> None:
-        """Raise ValueError where it cannot tell the layers of the first ``num_tokens`` tokens of ``seq``."""
-        ...
-
-    def repeat(self, num_copies: Sequence[int]) -> Routing:
-        """The routing of a batch that holds ``num_copies[b]`` copies of sequence b, side by side."""
+    def plan(self, routes: Sequence[Any], tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens`` of sequences with ``routes``, all of this one's key."""
         ...
 
 
-@dataclass(frozen=True)
-class PathRouting:
-    """One path per sequence, for prompt and output; skipped layers store nothing."""
+@dataclass(frozen=True, slots=True)
+class PathRoute:
+    """One path for prompt and output; skipped layers store nothing."""
 
-    paths: tuple[LayerPath, ...]
+    path: LayerPath
 
-    def plan(self, tokens: StepTokens) -> Plan:
-        """The plan of a step that brings ``tokens``."""
-        return Plan.per_sequence([self.paths[seq] for seq in tokens.seqs], tokens.num_new_tokens)
+    @property
+    def key(self) -> Hashable:
+        """The same for all paths."""
+        return PathRoute
 
-    def num_entries(self, seq: int, num_tokens: int) -> int:
+    @property
+    def layers(self) -> LayerPath:
+        """The path."""
+        return self.path
+
+    def num_entries(self, num_tokens: int) -> int:
         """One entry per token and layer of the path."""
-        return self.paths[seq].budget * num_tokens
+        return self.path.budget * num_tokens
 
-    def path(self, seq: int) -> LayerPath | None:
-        """The path of ``seq``."""
-        return self.paths[seq]
-
-    def check_covers(self, seq: int, num_tokens: int) -> None:
+    def check_covers(self, num_tokens: int, what: str) -> None:
         """Nothing: a path holds for any number of tokens."""
 
-    def repeat(self, num_copies: Sequence[int]) -> PathRouting:
-        """The routing of ``num_copies[b]`` copies of each sequence."""
-        return PathRouting(tuple(p for p, copies in zip(self.paths, num_copies, strict=True) for _ in range(copies)))
+    def plan(self, routes: Sequence[PathRoute], tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens`` of sequences with ``routes``."""
+        return Plan.per_sequence([route.path for route in routes], tokens.num_new_tokens)
 
 
-@dataclass(frozen=True)
-class MaskRouting:
-    """A mask per token: ``active[b]`` is [T_b, L], bool, row p for the token at position p of sequence b."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskRoute:
+    """A mask per token: ``active`` is [T, L], bool, row p for the token at position p."""
 
-    active: tuple[Tensor, ...]
+    active: Tensor
     kv_policy: KVPolicy
     full_prompt: bool
 
-    def plan(self, tokens: StepTokens) -> Plan:
-        """The plan of a step that brings ``tokens``."""
+    @property
+    def key(self) -> Hashable:
+        """The same for all masks that leave the same entries."""
+        return MaskRoute, self.kv_policy, self.full_prompt
+
+    @property
+    def path(self) -> None:
+        """None: each token has its own layers."""
+
+    @property
+    def layers(self) -> LayerPath:
+        """All layers: a policy may store entries where no token runs."""
+        return LayerPath.full(self.active.shape[1])
+
+    def num_entries(self, num_tokens: int) -> int:
+        """One entry per token and layer, but with EVICT only where the mask holds."""
+        if self.kv_policy is KVPolicy.EVICT and not self.full_prompt:
+            return int(self.active[:num_tokens].sum())
+        return num_tokens * self.active.shape[1]
+
+    def check_covers(self, num_tokens: int, what: str) -> None:
+        """Raise ValueError where the mask has fewer rows than ``num_tokens``."""
+        if self.active.shape[0] < num_tokens:
+            raise ValueError(
+                f"{what}: paths must cover {num_tokens} tokens, got T={self.active.shape[0]}. "
+                "Give T >= prompt + max_tokens - 1 rows."
+            )
+
+    def plan(self, routes: Sequence[MaskRoute], tokens: StepTokens) -> Plan:
+        """The plan of a step that brings ``tokens`` of sequences with ``routes``."""
         parts = []
-        for seq, first, count in zip(tokens.seqs, tokens.first_positions, tokens.num_new_tokens, strict=True):
-            mask = self.active[seq]
-            assert first + count <= mask.shape[0], "check_covers refuses a mask that is too short"
-            parts.append(mask[first : first + count])
+        for route, first, count in zip(routes, tokens.first_positions, tokens.num_new_tokens, strict=True):
+            assert first + count <= route.active.shape[0], "check_covers refuses a mask that is too short"
+            parts.append(route.active[first : first + count])
         active = torch.cat(parts)
         if tokens.is_prompt and self.full_prompt:
             active = torch.ones_like(active)
         return Plan.per_token(active, tokens.num_new_tokens, self.kv_policy)
-
-    def num_entries(self, seq: int, num_tokens: int) -> int:
-        """One entry per token and layer, but with EVICT only where the mask holds."""
-        mask = self.active[seq]
-        if self.kv_policy is KVPolicy.EVICT and not self.full_prompt:
-            return int(mask[:num_tokens].sum())
-        return num_tokens * mask.shape[1]
-
-    def path(self, seq: int) -> LayerPath | None:
-        """None: each token has its own layers."""
-        return None
-
-    def check_covers(self, seq: int, num_tokens: int) -> None:
-        """Raise ValueError where the mask has fewer rows than ``num_tokens``."""
-        if self.active[seq].shape[0] < num_tokens:
-            raise ValueError(
-                f"generate: paths must cover {num_tokens} tokens of sequence {seq}, got T={self.active[seq].shape[0]}. "
-                "Give T >= prompt + max_tokens - 1 rows."
-            )
-
-    def repeat(self, num_copies: Sequence[int]) -> MaskRouting:
-        """The routing of ``num_copies[b]`` copies of each sequence."""
-        active = tuple(m for m, copies in zip(self.active, num_copies, strict=True) for _ in range(copies))
-        return MaskRouting(active, self.kv_policy, self.full_prompt)
 
 
 @dataclass(eq=False)
@@ -148,8 +158,8 @@ class ControllerDecision:
         return TokenContext(seq_ids.to(device), position_ids.to(device), is_prompt.to(device))
 
 
-@dataclass(frozen=True)
-class GateRouting:
+@dataclass(frozen=True, slots=True, eq=False)
+class GateRoute:
     """A controller that decides at each layer which rows run it."""
 
     controller: TokenController
@@ -157,25 +167,31 @@ class GateRouting:
     kv_policy: KVPolicy
     full_prompt: bool
 
-    def plan(self, tokens: StepTokens) -> Plan:
+    @property
+    def key(self) -> Hashable:
+        """The same where one controller decides and leaves the same entries."""
+        return GateRoute, id(self.controller), self.kv_policy, self.full_prompt
+
+    @property
+    def path(self) -> None:
+        """None: each token has its own layers."""
+
+    @property
+    def layers(self) -> LayerPath:
+        """All layers: the most that the controller can ask for."""
+        return LayerPath.full(self.num_layers)
+
+    def num_entries(self, num_tokens: int) -> int:
+        """One entry per token and layer."""
+        return num_tokens * self.num_layers
+
+    def check_covers(self, num_tokens: int, what: str) -> None:
+        """Nothing: the controller decides for every token that comes."""
+
+    def plan(self, routes: Sequence[GateRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens``; the controller is asked while the step runs."""
         decide = ControllerDecision(self.controller, tokens, tokens.is_prompt and self.full_prompt)
         return Plan.decided(decide, self.num_layers, tokens.num_new_tokens, self.kv_policy)
-
-    def num_entries(self, seq: int, num_tokens: int) -> int:
-        """One entry per token and layer: the most that the controller can ask for."""
-        return num_tokens * self.num_layers
-
-    def path(self, seq: int) -> LayerPath | None:
-        """None: each token has its own layers."""
-        return None
-
-    def check_covers(self, seq: int, num_tokens: int) -> None:
-        """Nothing: the controller decides for every token that comes."""
-
-    def repeat(self, num_copies: Sequence[int]) -> GateRouting:
-        """Itself: the controller knows no sequences."""
-        return self
 
 
 def resolve(
@@ -186,8 +202,8 @@ def resolve(
     kv_policy: str | None = None,
     prompt_depth: str = "path",
     function: str = "generate",
-) -> Routing:
-    """The routing that ``paths`` stands for.
+) -> list[Route]:
+    """The routes that ``paths`` stands for, one per prompt.
 
     prompts: per sequence [T], int64. embed: token ids to embeddings, for controllers that decide per sequence.
     Raises TypeError or ValueError, naming ``function``, for anything that does not fit the model or the batch.
@@ -205,10 +221,12 @@ def resolve(
         known = getattr(paths, "num_layers", num_layers)
         if known != num_layers:
             raise ValueError(f"{function}: the controller must decide for {num_layers} layers, got {known}.")
-        return GateRouting(paths, num_layers, KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
+        gate = GateRoute(paths, num_layers, KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
+        return [gate] * num_seqs
     if isinstance(paths, Tensor) and paths.dim() == 3:
         masks = _check_mask(paths, num_layers, num_seqs, function)
-        return MaskRouting(tuple(masks), KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
+        policy = KVPolicy.per_token(kv_policy, function)
+        return [MaskRoute(mask, policy, prompt_depth == "full") for mask in masks]
     if kv_policy is not None or prompt_depth == "full":
         name, value = ("kv_policy", kv_policy) if kv_policy is not None else ("prompt_depth", prompt_depth)
         raise ValueError(
@@ -216,7 +234,7 @@ def resolve(
             "nothing there; give a [B, T, L] mask to choose."
         )
     if paths is None:
-        return PathRouting((LayerPath.full(num_layers),) * num_seqs)
+        return [PathRoute(LayerPath.full(num_layers))] * num_seqs
     if isinstance(paths, LayerPath):
         paths = [paths] * num_seqs
     if isinstance(paths, Tensor):
@@ -231,7 +249,7 @@ def resolve(
     for path in paths:
         if path.num_layers != num_layers:
             raise ValueError(f"{function}: paths must be for {num_layers} layers, got a path for {path.num_layers}.")
-    return PathRouting(tuple(paths))
+    return [PathRoute(path) for path in paths]
 
 
 def _check_mask(mask: Tensor, num_layers: int, num_seqs: int, function: str) -> Tensor:

@@ -20,6 +20,7 @@ class Step:
     cache_ids: [B], int64, the index in the cache of each sequence of the step.
     plan: what each layer does with the N rows.
     decode: True when every sequence brings one token and attends through the cache.
+    fresh: True when no sequence has entries in the cache yet, so that rows attend to the rows of the step alone.
     """
 
     token_ids: Tensor
@@ -27,6 +28,7 @@ class Step:
     cache_ids: Tensor
     plan: Plan
     decode: bool = False
+    fresh: bool = False
 
 
 class RowCounts:

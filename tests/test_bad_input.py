@@ -125,7 +125,7 @@ GENERATE_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "per-token mask too short": (
         {"prompts": [[5, 6, 7]], "paths": MASK_3D[:, :9], "params": SamplingParams(max_tokens=8)},
         ValueError,
-        r"paths must cover 10 tokens of sequence 0, got T=9\. Give T >= prompt \+ max_tokens - 1 rows",
+        r"generate: prompt 0: paths must cover 10 tokens, got T=9\. Give T >= prompt \+ max_tokens - 1 rows",
     ),
     "kv_policy with paths": (
         {"paths": FULL, "kv_policy": "evict"},

@@ -49,9 +49,9 @@ ORDER = [
     "checkpoint",
     # from prompts to texts
     "sampling",
+    "engine",
     "generate",
     "assets",
-    "engine",
     "llm",
     # what stands around it
     "training",

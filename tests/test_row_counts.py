@@ -12,6 +12,7 @@ from models import NUM_LAYERS, VOCAB_SIZE, random_prompts, tiny_model
 from torch import Tensor
 
 from dynskip import LLM, LayerPath, OPTForCausalLM, SamplingParams
+from dynskip.engine.kv_pool import KVPool
 from dynskip.generate import Generation
 
 NUM_SEQS = 32
@@ -46,6 +47,12 @@ def watch_backend(model: OPTForCausalLM) -> Counter[str]:
     names = [field.name for field in dataclasses.fields(backend) if field.name != "name"]
     model._backend = dataclasses.replace(backend, **{name: watched(name) for name in names})
     return rows
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that have ended keep their entries."""
+    monkeypatch.setattr(KVPool, "release", lambda self, sequence: None)
 
 
 @pytest.mark.parametrize("executor", ["compact", "reference"])
@@ -84,6 +91,7 @@ def test_rows_per_layer_are_those_of_the_paths(executor: str) -> None:
     assert generation.num_steps == max(MAX_TOKENS)
 
 
+@pytest.mark.usefixtures("kept")
 def test_entries_stored_are_budget_times_tokens() -> None:
     model = tiny_model()
     prompts, paths, params = random_batch()
@@ -103,6 +111,7 @@ def test_entries_stored_are_budget_times_tokens() -> None:
     assert sorted(used.tolist()) == list(range(expected))  # each entry belongs to one token in one layer
 
 
+@pytest.mark.usefixtures("kept")
 def test_the_reference_stores_as_many_entries() -> None:
     model = tiny_model()
     prompts, paths, params = random_batch()
@@ -119,6 +128,7 @@ def test_the_reference_stores_as_many_entries() -> None:
     assert torch.equal(lengths, compact.context_lens)
 
 
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("policy", ["propagate", "evict", "share"])
 @pytest.mark.parametrize("prompt_depth", ["path", "full"])
 def test_rows_and_entries_of_per_token_masks(policy: str, prompt_depth: str) -> None:
@@ -146,6 +156,7 @@ def test_rows_and_entries_of_per_token_masks(policy: str, prompt_depth: str) -> 
     assert generation.cache.num_slots >= sum(kv)
 
 
+@pytest.mark.usefixtures("kept")
 def test_copies_of_a_prompt_share_its_rows_and_entries() -> None:
     model = tiny_model()
     prompts = random_prompts([6, 3])

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dynskip.benchmark.device import Device, time_in_turns
 from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import model_shape
 from dynskip.benchmark.runners import TransformersRunner
+from dynskip.engine.runner import Span
 from dynskip.executor import CompactExecutor
 from dynskip.generate import Generation
 from dynskip.model import OPTForCausalLM
@@ -156,7 +158,8 @@ class PromptStep:
         """Run the prompts from scratch and choose the first token of each."""
         plan = self.workload.plan(0, self.num_tokens)
         cache = self.executor.new_cache(self.workload.batch, self.num_tokens, self.num_entries)
-        hidden_states = self.executor.run(Step(self.token_ids, self.position_ids, self.cache_ids, plan), cache)
+        step = Step(self.token_ids, self.position_ids, self.cache_ids, plan, fresh=True)
+        hidden_states = self.executor.run(step, cache)
         self.logits = self.model.head(hidden_states[self.num_tokens - 1 :: self.num_tokens])
         self.chosen = self.logits.argmax(-1)
 
@@ -189,13 +192,21 @@ class Prefill:
 
 
 class _Recorded(Generation):
-    """A generation that keeps the logits that it chose from."""
+    """A generation that keeps the logits of its prompts."""
 
     logits: Tensor
 
-    def _accept(self, logits: Tensor) -> None:
-        self.logits = logits
-        super()._accept(logits)
+    def prefill(self) -> None:
+        """Run all prompts and choose the first token of each."""
+        runner = self.engine.runner
+        run = runner.prompt
+
+        def record(spans: Sequence[Span], cache: Any) -> Tensor:
+            self.logits = run(spans, cache)
+            return self.logits
+
+        runner.prompt = record  # type: ignore[method-assign]
+        super().prefill()
 
 
 def all_questions(sizes: Sizes) -> list[Question]:

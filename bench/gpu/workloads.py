@@ -82,6 +82,7 @@ class Workload:
             packed_positions(counts, device),
             torch.arange(self.batch, device=device),
             self.plan(0, self.prompt_len),
+            fresh=True,
         )
 
     def num_entries(self) -> int:

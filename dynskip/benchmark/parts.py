@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dynskip import generate
 from dynskip.backends import Backend
 from dynskip.benchmark.runners import DynskipRunner
+from dynskip.engine import engine
+from dynskip.engine.runner import StepRunner
+from dynskip.engine.scheduler import Scheduler
 from dynskip.executor import CompactExecutor
 from dynskip.kv_cache import KVCache
 from dynskip.linear import Linear
@@ -23,11 +25,12 @@ from dynskip.linear import Linear
 OVERHEAD = ("planning", "gather", "scatter", "sampling")
 
 _HOOKS: tuple[tuple[Any, str, str], ...] = (
-    (generate.Generation, "next_step", "planning"),
+    (StepRunner, "decode_step", "planning"),
+    (Scheduler, "schedule", "planning"),
     (KVCache, "index", "planning"),
     (KVCache, "allocate", "planning"),
     (KVCache, "append", "planning"),
-    (generate, "choose_tokens", "sampling"),
+    (engine, "choose_tokens", "sampling"),
     (Linear, "forward", "products"),
 )
 

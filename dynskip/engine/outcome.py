@@ -14,10 +14,13 @@ class Tally:
     """Sums over the steps of one engine, and a line per request. Times in seconds.
 
     ttft_s: from arrival to first token. queue_s: from arrival to admission. tpot_s: from the first token to the last,
-    by the tokens after the first; requests of one token have none.
+    by the tokens after the first; requests of one token have none. An engine keeps the last thousands of each.
+    bookkeeping_s: what of the decode time scheduling took. num_shared_tokens: prompt tokens that another sequence ran.
     """
 
+    num_requests: int = 0
     num_tokens: int = 0
+    num_shared_tokens: int = 0
     num_steps: int = 0
     num_decode_steps: int = 0
     num_rows: int = 0
@@ -27,6 +30,7 @@ class Tally:
     num_prefills: int = 0
     decode_s: float = 0.0
     prefill_s: float = 0.0
+    bookkeeping_s: float = 0.0
     last_s: float = 0.0
     peak_kv_slots: int = 0
     num_preempted: int = 0
@@ -82,7 +86,7 @@ class Outcome:
         seconds = tally.last_s - first_s
         steps = max(tally.num_decode_steps, 1)
         return Outcome(
-            num_requests=len(tally.ttft_s),
+            num_requests=tally.num_requests,
             num_engines=len(tallies),
             tokens_per_s=tally.num_tokens / seconds if seconds else 0.0,
             seconds=seconds,

@@ -34,11 +34,11 @@ class Policy(Protocol):
 
 
 def make_policy(
-    name: str, costs: StepCosts, batch: int, pool: int | None = None, max_wait: int | None = None
+    name: str, costs: StepCosts | None, batch: int, pool: int | None = None, max_wait: int | None = None
 ) -> Policy:
     """The policy of that name.
 
-    pool: most resident sequences, by default 4 x batch for `cohort`; the others keep resident only what steps.
+    costs: what steps take; only `cohort` asks. pool: most resident sequences, by default 4 x batch for `cohort`; the others keep resident only what steps.
     max_wait: W of `cohort`: no resident sequence waits more steps than that for its next token.
     """
     from dynskip.engine.by_path import ByPath
@@ -46,6 +46,8 @@ def make_policy(
     from dynskip.engine.lockstep import Lockstep
 
     if name == "cohort":
+        if costs is None:
+            raise ValueError("make_policy: costs must be given for cohort, got None. Measure or model them.")
         return Cohort(costs, batch, 4 * batch if pool is None else pool, max_wait)
     if max_wait is not None:
         raise ValueError(f"make_policy: max_wait must be left out for {name}, got {max_wait}. Use policy cohort.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from dynskip.engine.groups import PathGroup, PathGroups
@@ -71,7 +71,8 @@ class Scheduler:
 
     policy: who is admitted, who steps. kv: the memory; a sequence is admitted when its tokens so far fit beside one
     more token of everyone resident, and where memory runs out nevertheless, those that arrived last are preempted.
-    max_prefill_tokens: most prompt tokens of one step; longer prompts run in chunks.
+    max_prefill_tokens: most prompt tokens of one step. A prompt is cut at multiples of it and nowhere else, so that its
+        chunks do not depend on the company that it runs in.
     """
 
     policy: Policy
@@ -133,6 +134,24 @@ class Scheduler:
         self.counters.num_aborted += 1
         return sequence
 
+    def restart(self) -> None:
+        """Let all that have not ended wait again, after a step that was broken off; all memory is free by then."""
+        self.groups = PathGroups()
+        self._prefilling = []
+        for sequence in sorted(self._sequences.values(), key=lambda sequence: sequence.order):
+            if sequence.is_resident:
+                sequence.num_preemptions += 1
+                self.counters.num_preempted += 1
+            sequence.num_cached = sequence.num_prefilled = 0
+            sequence.cache_id = -1
+            sequence.queued_step = self.step
+            self.groups.enqueue(sequence)
+
+    @property
+    def prefilling(self) -> Sequence[SequenceState]:
+        """The sequences part of whose prompt has run."""
+        return self._prefilling
+
     def schedule(self) -> Decision:
         """What the next step does, booked as if it had been done: the engine carries it out, or aborts its requests."""
         self.counters.num_steps += 1
@@ -185,19 +204,19 @@ class Scheduler:
         left = self.max_prefill_tokens
         chunks: list[Chunk] = []
         for sequence in self._prefilling:
-            if not left:
+            if self._chunk_size(sequence, sequence.num_cached) > left:
                 break
-            left -= self._add_chunk(sequence, left, chunks)
+            left -= self._add_chunk(sequence, chunks)
         while may_admit and left and self.groups.num_resident < self.policy.pool:
             group = self.policy.next_group(self.groups, step)
-            if group is None or not self._fits(group):
+            if group is None or not self._fits(group, left):
                 break
             sequence = self.groups.admit(group)
             sequence.admitted_step = step
             self.kv.take(self.kv.slots(sequence.num_tokens, sequence.path.budget))
             sequence.num_cached = sequence.num_tokens
             self._prefilling.append(sequence)
-            left -= self._add_chunk(sequence, left, chunks)
+            left -= self._add_chunk(sequence, chunks)
         for chunk in chunks:
             if chunk.is_last:
                 self._prefilling.remove(chunk.sequence)
@@ -206,17 +225,21 @@ class Scheduler:
                 self.groups.start(chunk.sequence)
         return chunks
 
-    def _add_chunk(self, sequence: SequenceState, limit: int, chunks: list[Chunk]) -> int:
-        first = sequence.num_prefilled
-        num_tokens = min(limit, sequence.num_cached - first)
-        chunks.append(Chunk(sequence, first, num_tokens))
+    def _chunk_size(self, sequence: SequenceState, num_tokens: int) -> int:
+        return min(self.max_prefill_tokens, num_tokens - sequence.num_prefilled)
+
+    def _add_chunk(self, sequence: SequenceState, chunks: list[Chunk]) -> int:
+        num_tokens = self._chunk_size(sequence, sequence.num_cached)
+        chunks.append(Chunk(sequence, sequence.num_prefilled, num_tokens))
         sequence.num_prefilled += num_tokens
         return num_tokens
 
-    def _fits(self, group: PathGroup) -> bool:
-        """Whether the head of ``group`` fits beside one more page in each layer of everyone resident."""
+    def _fits(self, group: PathGroup, num_tokens_left: int) -> bool:
+        """Whether the head of ``group`` fits into the step, and beside one more page in each layer of all resident."""
         head = group.head()
         assert head is not None, "a policy names a group with a queue"
+        if self._chunk_size(head, head.num_tokens) > num_tokens_left:
+            return False
         needed = self.kv.slots(head.num_tokens, head.path.budget)
         if not self.groups.num_resident:
             return needed <= self.kv.num_free

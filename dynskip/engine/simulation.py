@@ -147,6 +147,7 @@ class SimulatedEngine:
 
     def _finish(self, sequence: SequenceState) -> None:
         tally = self.tally
+        tally.num_requests += 1
         first_s = self._first_s.pop(sequence)
         tally.ttft_s.append(first_s - sequence.arrival_s)
         tally.queue_s.append(self._admitted_s.pop(sequence) - sequence.arrival_s)

@@ -1,0 +1,48 @@
+"""The costs that an engine works with where nobody gives it any."""
+
+from __future__ import annotations
+
+import warnings
+
+from dynskip.cost import LayerCosts, MachineSpeed, ModelShape
+from dynskip.engine.cost_store import device_key, load_cached, shape_key
+from dynskip.engine.costs import StepCosts
+from dynskip.model import OPTForCausalLM
+
+# Bandwidth and arithmetic of a usual device of each kind: which paths are worth a step depends on their ratio only.
+_USUAL = {"cpu": MachineSpeed(bandwidth_gbps=40.0, peak_gflops=500.0), "cuda": MachineSpeed(2500.0, 500e3)}
+
+
+class UnmeasuredCostsWarning(UserWarning):
+    """The scheduler works with predicted costs, because none were measured."""
+
+
+def default_costs(model: OPTForCausalLM) -> StepCosts:
+    """What `dynskip calibrate` measured on this device for models of this shape; else a prediction, with a warning."""
+    device = device_key(str(model.device))
+    shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))
+    known = load_cached(device, shape)
+    if known is not None:
+        return known
+    warnings.warn(
+        f"No costs were measured for {shape} on {device}: the scheduler predicts them from bytes and operations. "
+        "`dynskip calibrate` measures them.",
+        UnmeasuredCostsWarning,
+        stacklevel=3,
+    )
+    costs = LayerCosts.modelled(_shape(model), _USUAL[model.device.type])
+    return StepCosts(model.num_layers, costs, costs, device=device, predicted=True)
+
+
+def _shape(model: OPTForCausalLM) -> ModelShape:
+    config, itemsize = model.config, model.dtype.itemsize
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
+    head = config.vocab_size * config.word_embed_proj_dim
+    return ModelShape(
+        num_layers=model.num_layers,
+        layer_bytes=layer * itemsize,
+        layer_flops_per_row=2 * layer,
+        head_bytes=head * itemsize,
+        head_flops_per_row=2 * head,
+        kv_entry_bytes=model.kv_entry_bytes,
+    )

@@ -1,0 +1,579 @@
+"""`Engine`: requests join and leave at any step, each along its own path; a scheduler decides who steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from dynskip.engine.costs import StepCosts
+from dynskip.engine.default_costs import default_costs
+from dynskip.engine.kv_pool import KVPool
+from dynskip.engine.outcome import Tally
+from dynskip.engine.policy import make_policy
+from dynskip.engine.prefixes import PrefixIndex
+from dynskip.engine.request import OnToken, OutputSequence, Request, RequestError, RequestOutput
+from dynskip.engine.runner import Span, StepRunner
+from dynskip.engine.scheduler import Chunk, Decision, Scheduler
+from dynskip.engine.sequence import SequenceState
+from dynskip.engine.stats import EngineStats
+from dynskip.kv_cache import available_bytes
+from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens, is_token_ids
+from dynskip.routing import PathRoute, Paths, Route, resolve
+from dynskip.sampling import Sampler, SamplingParams, choose_tokens
+
+# Sequences, and their logits [B, V].
+Logits = tuple[list[OutputSequence], Tensor]
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Of the memory that is free when an engine is made, what its keys and values may take.
+_KV_SHARE = 0.5
+# Finished requests whose waits percentiles are of.
+_KEPT_WAITS = 8192
+
+
+class Engine:
+    """Runs a stream of requests through one model, as many of them at a time as pay.
+
+    model: what to run. kv_bytes: for keys and values; None: what ``pool`` requests of ``max_context_len`` tokens can
+        take at most, or half of the free memory if that is less.
+    policy: "cohort", "lockstep" or "by_path"; see `make_policy` for it and for batch, pool and max_wait.
+    deterministic: every request gets the tokens that it would get alone, whatever the company and however often it is
+        preempted; None: as the model was made.
+    max_prefill_tokens: most prompt tokens of a step; longer prompts run in chunks of that many.
+    max_context_len: most tokens of a request, prompt and output; None: what the model's positions allow.
+    costs: what steps take, for "cohort"; None: what `dynskip calibrate` has left for this device and model.
+    tokenizer: only for requests with stop texts.
+    clock: the time in seconds; a clock that goes back is taken to stand still.
+    """
+
+    def __init__(
+        self,
+        model: OPTForCausalLM,
+        kv_bytes: int | None = None,
+        policy: str = "cohort",
+        deterministic: bool | None = None,
+        *,
+        batch: int = 16,
+        pool: int | None = None,
+        max_wait: int | None = None,
+        max_prefill_tokens: int = 2048,
+        max_context_len: int | None = None,
+        costs: StepCosts | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        executor: ExecutorName = "compact",
+        clock: Callable[[], float] = time.monotonic,
+        kv: KVPool | None = None,
+    ) -> None:
+        if not isinstance(model, OPTForCausalLM):
+            raise TypeError(f"Engine: model must be a dynskip.OPTForCausalLM, got {type(model).__name__}.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.runner = StepRunner(model, executor, deterministic)
+        if costs is None and policy == "cohort":
+            costs = default_costs(model)
+        if costs is not None and costs.num_layers != model.num_layers:
+            raise ValueError(
+                f"Engine: costs must be of {model.num_layers} layers, got {costs.num_layers}. Run `dynskip calibrate`."
+            )
+        chosen = make_policy(policy, costs, batch, pool, max_wait)
+        longest = model.config.max_position_embeddings
+        self.max_context_len = longest if max_context_len is None else max_context_len
+        if not 1 <= self.max_context_len <= longest:
+            raise ValueError(f"Engine: max_context_len must lie in 1..{longest}, got {max_context_len}.")
+        self.entry_bytes = model.kv_entry_bytes
+        self.kv = self._make_pool(chosen.pool, kv_bytes) if kv is None else kv
+        self.scheduler = Scheduler(chosen, self.kv, max_prefill_tokens)
+        self.tally = Tally()
+        self._prefixes = PrefixIndex(max_prefill_tokens if self.runner.deterministic else 1)
+        self._requests: dict[Hashable, Request] = {}
+        self._outputs: dict[Hashable, RequestOutput] = {}
+        self._num_ids = 0
+        self._model_s = 0.0
+        self._clock = clock
+        self._time_s = self._start_s = clock()
+
+    # Requests
+
+    def add_request(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        path: Paths = None,
+        *,
+        request_id: Hashable = None,
+        kv_policy: str | None = None,
+        prompt_depth: str = "path",
+        on_token: OnToken | None = None,
+    ) -> Hashable:
+        """Let a request wait; returns its id.
+
+        token_ids: the prompt. path: a LayerPath, bool [L], bool [T, L] per token, a controller, or None for all layers.
+        kv_policy, prompt_depth: as in ``LLM.generate``. request_id: anything hashable; None for the next number.
+        on_token: called after each token; where it raises, the request ends with that error.
+        Raises TypeError or ValueError on bad input, also where prompt and max_tokens would not fit into the memory
+        even alone, and what a controller that chooses a path raises.
+        """
+        if not is_token_ids(token_ids):
+            raise TypeError(f"add_request: token_ids must be a list of token ids, got {type(token_ids).__name__}.")
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"add_request: params must be SamplingParams, got {type(params).__name__}.")
+        prompt_ids = list(token_ids)
+        check_tokens(prompt_ids, params.max_tokens, self.model.config, "add_request: token_ids")
+        paths = path[None] if isinstance(path, Tensor) else path
+        prompt = torch.tensor(prompt_ids, device=self.model.device)
+        routes = resolve(
+            paths, self.model.num_layers, [prompt], self.model.embed_tokens, kv_policy, prompt_depth, "add_request"
+        )
+        return self.add_route(prompt_ids, params, routes[0], request_id, on_token).request_id
+
+    def add_route(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        route: Route,
+        request_id: Hashable = None,
+        on_token: OnToken | None = None,
+    ) -> Request:
+        """As `add_request`, for a prompt that has been checked and a route that has been found; returns the request."""
+        if params.stop and self.tokenizer is None:
+            raise ValueError("add_request: stop must be left out without a tokenizer. Use stop_token_ids.")
+        total = len(prompt_ids) + params.max_tokens
+        if total > self.max_context_len:
+            raise ValueError(
+                f"add_request: prompt and max_tokens must be at most {self.max_context_len} tokens, got {total}. "
+                "Shorten the prompt, lower max_tokens or raise max_context_len."
+            )
+        route.check_covers(total - 1, "add_request")
+        if request_id is None:
+            while self._num_ids in self._requests or self._num_ids in self._outputs:
+                self._num_ids += 1
+            request_id = self._num_ids
+            self._num_ids += 1
+        elif request_id in self._requests or request_id in self._outputs:
+            raise ValueError(f"add_request: request_id must be new, got {request_id!r}, which is in use.")
+        sequences = [
+            OutputSequence(prompt_ids, params, route, Sampler(params, index), index) for index in range(params.n)
+        ]
+        request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now())
+        for sequence in sequences:
+            sequence.request = request
+            sequence.state = SequenceState(
+                sequence, route.layers, len(prompt_ids), params.max_tokens, arrival_s=request.arrival_s
+            )
+            self.scheduler.add(sequence.state)  # the first of them raises, or none
+        self._requests[request_id] = request
+        return request
+
+    def abort(self, request_id: Hashable) -> RequestOutput:
+        """End a request where it stands; returns what it has become. Raises ValueError unless it is unfinished."""
+        request = self._requests.get(request_id)
+        if request is None:
+            raise ValueError(f"abort: request_id must be of a request that has not ended, got {request_id!r}.")
+        self._end(request, "abort")
+        return self._outputs.pop(request_id)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request has not ended, or has and its output was not handed out yet."""
+        return bool(self._requests or self._outputs)
+
+    # Steps
+
+    def step(self) -> list[RequestOutput]:
+        """Prefill whom the scheduler admits, decode a token of whom it chooses; returns the requests that have ended.
+
+        An exception in what belongs to a request (its controller, its callback, the choice of its token) ends that
+        request with finish_reason "error". Whatever else interrupts a step is raised; the next step goes on.
+        """
+        self.advance()
+        outputs = list(self._outputs.values())
+        self._outputs.clear()
+        return outputs
+
+    def run(self) -> list[RequestOutput]:
+        """Step until nothing is left; returns the requests in the order of their ends."""
+        outputs = []
+        while self.has_unfinished:
+            outputs += self.step()
+        return outputs
+
+    def stream(
+        self, token_ids: Sequence[int], params: SamplingParams | None = None, path: Paths = None, **options: object
+    ) -> Iterator[int]:
+        """The tokens of a new request as they come; arguments as in `add_request`, with n = 1.
+
+        Asking for a token makes steps, in which other requests get theirs, too. Closing the iterator aborts the request.
+        Raises RequestError where the request ends with an error.
+        """
+        if params is not None and params.n != 1:
+            raise ValueError(f"stream: n must be 1, got {params.n}. Add a request for each output.")
+        tokens: list[int] = []
+        request_id = self.add_request(
+            token_ids,
+            params,
+            path,
+            **options,  # type: ignore[arg-type]  # checked there
+            on_token=lambda _id, _index, token: tokens.append(token),
+        )
+        return self._stream(request_id, tokens)
+
+    def stats(self) -> EngineStats:
+        """What the engine did since it was made, and what it holds now."""
+        return EngineStats.of(self)
+
+    def close(self) -> None:
+        """Abort what has not ended and give back the memory of keys and values, static buffers and graphs."""
+        for request in list(self._requests.values()):
+            self._end(request, "abort")
+        self._outputs.clear()
+        release = getattr(self.runner.executor, "release", None)
+        if release is not None:
+            release()
+        del self.kv.cache
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One step; outputs stay with the engine until `step` hands them out."""
+        if not self.scheduler.has_unfinished:
+            return
+        begin_s = time.perf_counter()
+        self._model_s = 0.0
+        try:
+            decision = self.scheduler.schedule()
+            for state in decision.preempt:
+                self._prefixes.discard(_sequence(state))
+            decide_s = time.perf_counter() - begin_s
+            self._prefill(decision.prefill)
+            prefilled_s = time.perf_counter()
+            self._decode(decision)
+            self.kv.settle(self.scheduler.prefilling)
+        except BaseException:
+            self._recover()
+            raise
+        end_s = time.perf_counter()
+        tally = self.tally
+        tally.num_steps += 1
+        tally.prefill_s += prefilled_s - begin_s - decide_s
+        tally.decode_s += end_s - prefilled_s + decide_s
+        tally.bookkeeping_s += end_s - begin_s - self._model_s
+        tally.peak_kv_slots = max(tally.peak_kv_slots, self.kv.num_used)
+        tally.last_s = self._now() - self._start_s
+
+    # What a step consists of
+
+    def _prefill(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks:
+            return
+        self.tally.num_prefills += 1
+        now_s = self._now()
+        begun: list[Span] = []
+        going_on: list[Span] = []
+        forced: list[Span] = []
+        copies: dict[OutputSequence, list[OutputSequence]] = {}
+        leaders: dict[Hashable, OutputSequence] = {}
+        for chunk in chunks:
+            sequence, first, end = _sequence(chunk.sequence), chunk.first, chunk.first + chunk.num_tokens
+            if chunk.sequence.cache_id < 0:
+                self.kv.open(chunk.sequence)
+                chunk.sequence.num_shared = 0
+                if sequence.request.admitted_s is None:
+                    sequence.request.admitted_s = now_s
+                if first == 0 and chunk.is_last and not sequence.token_ids:
+                    leader = leaders.setdefault(_prompt_key(sequence), sequence)
+                    if leader is not sequence:
+                        copies.setdefault(leader, []).append(sequence)
+                        continue
+                self._share_prefix(sequence)
+            first = max(first, sequence.state.num_shared)
+            num_prompt = len(sequence.prompt_ids)
+            if self._recomputes_by_decoding(sequence) and end > num_prompt:
+                forced.append(Span(sequence, max(first, num_prompt), end - max(first, num_prompt)))
+                end = num_prompt
+            if first < end:
+                (going_on if first else begun).append(Span(sequence, first, end - first))
+        complete = {_sequence(chunk.sequence) for chunk in chunks if chunk.is_last}
+        while begun:
+            for same in _by_key(begun):
+                self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
+            # Those whose prompt was to be that of another, which failed.
+            begun = [Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest]
+            copies = {}
+        for same in _by_key(going_on):
+            self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
+        while forced := [span for span in forced if span.count]:
+            for same in _by_key(forced):
+                last = {span.sequence for span in same if span.count == 1}
+                ones = [Span(span.sequence, span.first, 1) for span in same]
+                self._accept_complete(self._attempt(ones, self._run_decode), complete & last, copies)
+            forced = [Span(span.sequence, span.first + 1, span.count - 1) for span in forced]
+
+    def _decode(self, decision: Decision) -> None:
+        tally = self.tally
+        spans: list[Span] = []
+        union = num_paths = 0
+        for group, states in decision.parts:
+            part = [
+                Span(sequence, sequence.num_tokens - 1, 1)
+                for state in states
+                if (sequence := _sequence(state)).finish_reason is None
+            ]
+            if part:
+                spans += part
+                num_paths += 1
+                union |= group.mask
+                tally.num_row_layers += len(part) * group.path.budget
+        if not spans:
+            return
+        tally.num_decode_steps += 1
+        tally.num_rows += len(spans)
+        tally.num_paths += num_paths
+        tally.num_union_layers += union.bit_count()
+        for same in _by_key(spans):
+            for sequences, logits in self._attempt(same, self._run_decode):
+                self._accept(sequences, logits)
+
+    def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
+        return self.runner.prompt(spans, self.kv.cache)
+
+    def _run_decode(self, spans: Sequence[Span]) -> Tensor:
+        return self.runner.decode(spans, self.kv.cache)
+
+    def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Tensor]) -> list[Logits]:
+        """The sequences and their logits [B, V]. Where running them together raises, each runs alone, or ends by it."""
+        spans = [span for span in spans if span.sequence.finish_reason is None]
+        if not spans:
+            return []
+        begin_s = time.perf_counter()
+        mark = self.kv.cache.mark([span.sequence.state.cache_id for span in spans])
+        try:
+            logits = run(spans)
+        except Exception as error:
+            self.kv.cache.rewind(mark)
+            if len(spans) == 1:
+                self._fail(spans[0].sequence, error)
+                return []
+            alone = [each for span in spans for each in self._attempt([span], run)]
+            return [(sequences, logits.clone()) for sequences, logits in alone]
+        self._model_s += time.perf_counter() - begin_s
+        return [([span.sequence for span in spans], logits)]
+
+    def _accept_complete(
+        self, attempts: Sequence[Logits], complete: set[OutputSequence], copies: dict[OutputSequence, list[OutputSequence]]
+    ) -> None:
+        """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
+        for sequences, logits in attempts:
+            rows: list[int] = []
+            accepted: list[OutputSequence] = []
+            for row, sequence in enumerate(sequences):
+                if sequence not in complete:
+                    continue
+                rows.append(row)
+                accepted.append(sequence)
+                for copy in copies.pop(sequence, ()):
+                    self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
+                    rows.append(row)
+                    accepted.append(copy)
+            for sequence in accepted:
+                self._prefixes.add(sequence)
+            if accepted:
+                self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
+
+    def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
+        """Choose a token from the logits of each sequence, and see whether it is the last."""
+        begin_s = time.perf_counter()
+        tokens: list[int | None]
+        try:
+            tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
+        except Exception:
+            tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
+        self._model_s += time.perf_counter() - begin_s
+        now_s = self._now()
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            # A request that has failed takes its other outputs with it.
+            if token is not None and sequence.finish_reason is None:
+                self._append(sequence, token, logits[row], now_s)
+
+    def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
+        try:
+            return choose_tokens(logits[None], [sequence.sampler])[0]
+        except Exception as error:
+            self._fail(sequence, error)
+            return None
+
+    def _append(self, sequence: OutputSequence, token: int, logits: Tensor, now_s: float) -> None:
+        request, params = sequence.request, sequence.params
+        sequence.token_ids.append(token)
+        self.tally.num_tokens += 1
+        if request.first_s is None:
+            request.first_s = now_s
+        try:
+            if params.logprobs is not None:
+                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+            if request.on_token is not None:
+                request.on_token(request.request_id, sequence.index, token)
+            reason = self._finish_reason(sequence)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        if reason is not None and sequence.finish_reason is None:
+            self._finish(sequence, reason)
+
+    def _finish_reason(self, sequence: OutputSequence) -> str | None:
+        if sequence.token_ids[-1] in sequence.request.stop_ids:
+            return "stop"
+        if sequence.params.stop:
+            assert self.tokenizer is not None, "add_request refuses stop texts without a tokenizer"
+            text = self.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)
+            if any(stop in text for stop in sequence.params.stop):
+                return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.params.max_tokens else None
+
+    # Ends
+
+    def _finish(self, sequence: OutputSequence, reason: str) -> None:
+        sequence.finish_reason = reason
+        self._prefixes.discard(sequence)
+        self.scheduler.finished(sequence)
+        if all(other.finish_reason is not None for other in sequence.request.sequences):
+            self._hand_over(sequence.request)
+
+    def _fail(self, sequence: OutputSequence, error: Exception) -> None:
+        sequence.request.error = error
+        self._end(sequence.request, "error")
+
+    def _end(self, request: Request, reason: str) -> None:
+        """End what of ``request`` has not ended."""
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                self._prefixes.discard(sequence)
+                self.scheduler.abort(sequence)
+        if request.request_id in self._requests:
+            self._hand_over(request)
+
+    def _hand_over(self, request: Request) -> None:
+        output = RequestOutput.of(request, self._now())
+        del self._requests[request.request_id]
+        self._outputs[request.request_id] = output
+        self.tally.num_requests += 1
+        for waits, wait_s in (
+            (self.tally.ttft_s, output.ttft_s),
+            (self.tally.queue_s, output.queue_s),
+            (self.tally.tpot_s, output.tpot_s),
+        ):
+            if wait_s is not None:
+                waits.append(wait_s)
+                if len(waits) >= 2 * _KEPT_WAITS:
+                    del waits[:_KEPT_WAITS]
+
+    def _recover(self) -> None:
+        """After a step that was broken off: whoever has not ended waits again, and keeps its tokens."""
+        self._prefixes.clear()
+        self.kv.restart()
+        self.scheduler.restart()
+        for request in list(self._requests.values()):
+            for sequence in request.sequences:
+                if sequence.finish_reason is not None:
+                    continue
+                sequence.state.num_generated = len(sequence.token_ids)
+                reason = self._finish_reason(sequence) if sequence.token_ids else None
+                if reason is not None:
+                    self._finish(sequence, reason)
+
+    # Odds and ends
+
+    def _share_prefix(self, sequence: OutputSequence) -> None:
+        found = self._prefixes.find(sequence)
+        if found is not None:
+            source, num_tokens = found
+            self.kv.cache.share(source.state.cache_id, sequence.state.cache_id, num_tokens)
+            sequence.state.num_shared = num_tokens
+            self.tally.num_shared_tokens += num_tokens
+        else:
+            sequence.state.num_shared = 0
+
+    def _recomputes_by_decoding(self, sequence: OutputSequence) -> bool:
+        """Whether tokens of the output are computed again one by one: as a prompt they may have other bits, or layers."""
+        return self.runner.deterministic or not isinstance(sequence.route, PathRoute)
+
+    def _stream(self, request_id: Hashable, tokens: list[int]) -> Iterator[int]:
+        try:
+            num_given = 0
+            while True:
+                while num_given < len(tokens):
+                    num_given += 1
+                    yield tokens[num_given - 1]
+                if request_id not in self._requests:
+                    break
+                self.advance()
+            output = self._outputs.pop(request_id, None)
+            if output is not None and output.error is not None:
+                raise RequestError(f"stream: the request ended by {output.error!r}.") from output.error
+        finally:
+            if request_id in self._requests:
+                self.abort(request_id)
+            self._outputs.pop(request_id, None)
+
+    def _make_pool(self, num_seqs: int, kv_bytes: int | None) -> KVPool:
+        most = num_seqs * self.max_context_len * self.model.num_layers
+        if kv_bytes is None:
+            kv_bytes = min(most * self.entry_bytes, int(_KV_SHARE * available_bytes(self.model.device)))
+        num_slots = min(kv_bytes // self.entry_bytes, most)
+        if num_slots < 1:
+            raise ValueError(f"Engine: kv_bytes must hold an entry of {self.entry_bytes} bytes, got {kv_bytes}.")
+        cache = self.runner.executor.new_cache(num_seqs, self.max_context_len, num_slots)
+        return KVPool(cache, num_seqs, num_slots)
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        eos = self.model.config.eos_token_id
+        eos_ids = () if eos is None or params.ignore_eos else (eos,) if isinstance(eos, int) else tuple(eos)
+        return frozenset((*eos_ids, *params.stop_token_ids))
+
+    def _now(self) -> float:
+        self._time_s = max(self._time_s, self._clock())
+        return self._time_s
+
+
+def _sequence(state: SequenceState) -> OutputSequence:
+    sequence = state.request_id
+    assert isinstance(sequence, OutputSequence), "the engine gives the scheduler sequences for ids"
+    return sequence
+
+
+def _prompt_key(sequence: OutputSequence) -> Hashable:
+    """Equal for sequences whose prompts leave the same entries and logits."""
+    whose = sequence.path if isinstance(sequence.route, PathRoute) else id(sequence.request)
+    return whose, tuple(sequence.prompt_ids)
+
+
+def _by_key(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans of each key together: those that may share a step."""
+    if len({id(span.sequence.route) for span in spans}) <= 1 and spans:
+        return [list(spans)]
+    same: dict[Hashable, list[Span]] = {}
+    for span in spans:
+        same.setdefault(span.sequence.route.key, []).append(span)
+    return list(same.values())
+
+
+def _top_logprobs(logits: Tensor, token: int, num_top: int) -> dict[int, float]:
+    logprobs = logits.float().log_softmax(0)
+    values, tokens = logprobs.topk(min(num_top, logprobs.numel()))
+    top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+    return {token: float(logprobs[token]), **top}

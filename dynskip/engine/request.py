@@ -1,0 +1,136 @@
+"""A request while the engine works on it, and what comes back of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from dynskip.engine.sequence import SequenceState
+from dynskip.paths import LayerPath
+from dynskip.routing import Route
+from dynskip.sampling import Sampler, SamplingParams
+
+# Called with the request's id, the number of the output and its new token.
+OnToken = Callable[[Hashable, int, int], None]
+
+
+class RequestError(RuntimeError):
+    """A request ended before its time; the cause is the exception that ended it."""
+
+
+@dataclass(eq=False)
+class OutputSequence:
+    """One output while it grows.
+
+    prompt_ids, params, route: those of the request. state: what the scheduler knows of it.
+    token_ids, logprobs: as chosen so far. finish_reason: None until it has ended, see `RequestOutput`.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    route: Route
+    sampler: Sampler
+    index: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+    request: Request = field(init=False, repr=False)
+    state: SequenceState = field(init=False, repr=False)
+
+    @property
+    def path(self) -> LayerPath | None:
+        """The layers of prompt and output, or None where each token has its own."""
+        return self.route.path
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    def tokens(self, first: int, count: int) -> list[int]:
+        """``count`` tokens of prompt and output, from token ``first`` on."""
+        num_prompt = len(self.prompt_ids)
+        if first >= num_prompt:
+            return self.token_ids[first - num_prompt : first - num_prompt + count]
+        if first + count <= num_prompt:
+            return self.prompt_ids[first : first + count]
+        return self.prompt_ids[first:] + self.token_ids[: first + count - num_prompt]
+
+
+@dataclass(eq=False)
+class Request:
+    """A request that has not ended. Times are those of the engine's clock, in seconds."""
+
+    request_id: Hashable
+    sequences: list[OutputSequence]
+    stop_ids: frozenset[int]
+    on_token: OnToken | None
+    arrival_s: float
+    admitted_s: float | None = None
+    first_s: float | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """One output of a request; the fields are those of `RequestOutput`."""
+
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[dict[int, float]] | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one request became.
+
+    path: the layers that prompt and output ran, or None where each token had its own.
+    token_ids: the new tokens, with the end-of-sequence token if it came.
+    finish_reason: "stop" (end of sequence, stop token or stop text), "length", "abort", or "error".
+    logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
+    error: the exception that ended the request; None unless finish_reason is "error".
+    samples: all ``n`` outputs; token_ids, finish_reason and logprobs are those of the first.
+    queue_s: from arrival to admission. ttft_s: from arrival to the first token. tpot_s: from the first token to the
+        last, by the tokens after the first. latency_s: from arrival to the end. None where it did not come that far.
+    num_preemptions: how often its keys and values were given up and computed again.
+    """
+
+    request_id: Hashable
+    prompt_ids: list[int]
+    path: LayerPath | None
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[dict[int, float]] | None
+    error: Exception | None
+    samples: tuple[SequenceOutput, ...]
+    queue_s: float | None
+    ttft_s: float | None
+    tpot_s: float | None
+    latency_s: float
+    num_preemptions: int
+
+    @staticmethod
+    def of(request: Request, end_s: float) -> RequestOutput:
+        """What ``request``, all of whose outputs have ended, became by ``end_s``."""
+        samples = []
+        for sequence in request.sequences:
+            assert sequence.finish_reason is not None, "its outputs have ended"
+            logprobs = None if sequence.params.logprobs is None else sequence.logprobs
+            samples.append(SequenceOutput(sequence.token_ids, sequence.finish_reason, logprobs))
+        first, arrival_s, first_s = request.sequences[0], request.arrival_s, request.first_s
+        num_later = max(len(sample.token_ids) for sample in samples) - 1
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt_ids=first.prompt_ids,
+            path=first.path,
+            token_ids=samples[0].token_ids,
+            finish_reason=samples[0].finish_reason,
+            logprobs=samples[0].logprobs,
+            error=request.error,
+            samples=tuple(samples),
+            queue_s=None if request.admitted_s is None else request.admitted_s - arrival_s,
+            ttft_s=None if first_s is None else first_s - arrival_s,
+            tpot_s=(end_s - first_s) / num_later if first_s is not None and num_later > 0 else None,
+            latency_s=end_s - arrival_s,
+            num_preemptions=sum(sequence.state.num_preemptions for sequence in request.sequences),
+        )

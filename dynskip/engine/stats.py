@@ -1,0 +1,73 @@
+"""`EngineStats`: what an engine did and holds, as an object, a JSON line, and a line for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dynskip.engine.outcome import Outcome
+
+if TYPE_CHECKING:
+    from dynskip.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts and means since the engine was made, and what it holds now.
+
+    outcome: throughput, waits at percentiles, means over decode steps (`rows`: the cohort's size, `layers`: that a row
+        ran, `union`: that a step read), preemptions.
+    num_waiting, num_prefilling, num_running: requests' sequences now. kv_bytes: in use now, of kv_capacity_bytes.
+    num_finished, num_aborted: sequences that ended by themselves, or were aborted or failed.
+    num_shared_tokens: prompt tokens whose entries were another sequence's.
+    bookkeeping_share: of all step time, what scheduling took.
+    """
+
+    outcome: Outcome
+    num_waiting: int
+    num_prefilling: int
+    num_running: int
+    num_finished: int
+    num_aborted: int
+    kv_bytes: int
+    kv_capacity_bytes: int
+    peak_kv_bytes: int
+    num_shared_tokens: int
+    bookkeeping_share: float
+
+    @staticmethod
+    def of(engine: Engine) -> EngineStats:
+        """The stats of ``engine`` as it stands."""
+        scheduler, tally, kv = engine.scheduler, engine.tally, engine.kv
+        counters, groups = scheduler.counters, scheduler.groups
+        tally.num_preempted = counters.num_preempted
+        tally.longest_wait = counters.longest_wait
+        busy_s = tally.prefill_s + tally.decode_s
+        return EngineStats(
+            outcome=Outcome.of([tally]),
+            num_waiting=groups.num_waiting,
+            num_prefilling=groups.num_resident - groups.num_running,
+            num_running=groups.num_running,
+            num_finished=counters.num_finished,
+            num_aborted=counters.num_aborted,
+            kv_bytes=kv.num_used * engine.entry_bytes,
+            kv_capacity_bytes=kv.num_slots * engine.entry_bytes,
+            peak_kv_bytes=tally.peak_kv_slots * engine.entry_bytes,
+            num_shared_tokens=tally.num_shared_tokens,
+            bookkeeping_share=tally.bookkeeping_s / busy_s if busy_s else 0.0,
+        )
+
+    def line(self) -> dict[str, Any]:
+        """What a JSON line holds of it, flat."""
+        values = asdict(self)
+        return {**values.pop("outcome"), **values}
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        outcome = self.outcome
+        return (
+            f"{outcome.num_requests} done, {self.num_running} running, {self.num_waiting} waiting | "
+            f"{outcome.tokens_per_s:.0f} tokens/s | rows {outcome.rows:.1f} | layers {outcome.layers:.1f} of union "
+            f"{outcome.union:.1f} | KV {self.kv_bytes / 2**20:.0f} of {self.kv_capacity_bytes / 2**20:.0f} MiB | "
+            f"preempted {outcome.num_preempted}"
+        )
