@@ -13,11 +13,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from dynskip.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.executor import CompactExecutor
-from dynskip.kv_cache import KVCache
 from dynskip.linear import Linear
 from dynskip.memory import MemoryReport
 from dynskip.opt import OPTModel, check_config, embedding_size
-from dynskip.reference_executor import ReferenceCache, ReferenceExecutor
+from dynskip.reference_executor import ReferenceExecutor
 from dynskip.routing import Paths, StepTokens, resolve
 from dynskip.step import Step, packed_positions
 

@@ -41,6 +41,10 @@ class ReferenceCache:
         """How many entries all sequences hold; one that several hold counts once for each."""
         return sum(key.shape[0] for key, _ in self.entries.values())
 
+    def clear(self) -> None:
+        """Forget all entries."""
+        self.entries.clear()
+
     def settle(self) -> None:
         """Nothing: what is held is always known."""
 

@@ -8,6 +8,7 @@ from dynskip.cost import LayerCosts, MachineSpeed, ModelShape
 from dynskip.engine.cost_store import device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
 from dynskip.model import OPTForCausalLM
+from dynskip.opt import embedding_size
 
 # Bandwidth and arithmetic of a usual device of each kind: which paths are worth a step depends on their ratio only.
 _USUAL = {"cpu": MachineSpeed(bandwidth_gbps=40.0, peak_gflops=500.0), "cuda": MachineSpeed(2500.0, 500e3)}
@@ -37,7 +38,7 @@ def default_costs(model: OPTForCausalLM) -> StepCosts:
 def _shape(model: OPTForCausalLM) -> ModelShape:
     config, itemsize = model.config, model.dtype.itemsize
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
-    head = config.vocab_size * config.word_embed_proj_dim
+    head = config.vocab_size * embedding_size(config)
     return ModelShape(
         num_layers=model.num_layers,
         layer_bytes=layer * itemsize,

@@ -12,22 +12,20 @@ from torch import Tensor
 
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.default_costs import default_costs
+from dynskip.engine.execution import Execution, sequence_of
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.outcome import Tally
 from dynskip.engine.policy import make_policy
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import OnToken, OutputSequence, Request, RequestError, RequestOutput
-from dynskip.engine.runner import Span, StepRunner
-from dynskip.engine.scheduler import Chunk, Decision, Scheduler
+from dynskip.engine.runner import StepRunner
+from dynskip.engine.scheduler import Scheduler
 from dynskip.engine.sequence import SequenceState
 from dynskip.engine.stats import EngineStats
 from dynskip.kv_cache import available_bytes
 from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens, is_token_ids
-from dynskip.routing import PathRoute, Paths, Route, resolve
-from dynskip.sampling import Sampler, SamplingParams, choose_tokens
-
-# Sequences, and their logits [B, V].
-Logits = tuple[list[OutputSequence], Tensor]
+from dynskip.routing import Paths, Route, resolve
+from dynskip.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +72,6 @@ class Engine:
         if not isinstance(model, OPTForCausalLM):
             raise TypeError(f"Engine: model must be a dynskip.OPTForCausalLM, got {type(model).__name__}.")
         self.model = model
-        self.tokenizer = tokenizer
         self.runner = StepRunner(model, executor, deterministic)
         if costs is None and policy == "cohort":
             costs = default_costs(model)
@@ -91,11 +88,19 @@ class Engine:
         self.kv = self._make_pool(chosen.pool, kv_bytes) if kv is None else kv
         self.scheduler = Scheduler(chosen, self.kv, max_prefill_tokens)
         self.tally = Tally()
-        self._prefixes = PrefixIndex(max_prefill_tokens if self.runner.deterministic else 1)
+        self.execution = Execution(
+            self.runner,
+            self.kv,
+            self.scheduler,
+            PrefixIndex(max_prefill_tokens if self.runner.deterministic else 1),
+            self.tally,
+            tokenizer,
+            self._now,
+            self._hand_over,
+        )
         self._requests: dict[Hashable, Request] = {}
         self._outputs: dict[Hashable, RequestOutput] = {}
         self._num_ids = 0
-        self._model_s = 0.0
         self._clock = clock
         self._time_s = self._start_s = clock()
 
@@ -143,7 +148,7 @@ class Engine:
         on_token: OnToken | None = None,
     ) -> Request:
         """As `add_request`, for a prompt that has been checked and a route that has been found; returns the request."""
-        if params.stop and self.tokenizer is None:
+        if params.stop and self.execution.tokenizer is None:
             raise ValueError("add_request: stop must be left out without a tokenizer. Use stop_token_ids.")
         total = len(prompt_ids) + params.max_tokens
         if total > self.max_context_len:
@@ -177,7 +182,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             raise ValueError(f"abort: request_id must be of a request that has not ended, got {request_id!r}.")
-        self._end(request, "abort")
+        self.execution.end(request, "abort")
         return self._outputs.pop(request_id)
 
     @property
@@ -210,7 +215,8 @@ class Engine:
     ) -> Iterator[int]:
         """The tokens of a new request as they come; arguments as in `add_request`, with n = 1.
 
-        Asking for a token makes steps, in which other requests get theirs, too. Closing the iterator aborts the request.
+        Asking for a token makes steps, in which other requests get theirs, too. Closing the iterator aborts the
+        request.
         Raises RequestError where the request ends with an error.
         """
         if params is not None and params.n != 1:
@@ -232,7 +238,7 @@ class Engine:
     def close(self) -> None:
         """Abort what has not ended and give back the memory of keys and values, static buffers and graphs."""
         for request in list(self._requests.values()):
-            self._end(request, "abort")
+            self.execution.end(request, "abort")
         self._outputs.clear()
         release = getattr(self.runner.executor, "release", None)
         if release is not None:
@@ -253,219 +259,26 @@ class Engine:
         if not self.scheduler.has_unfinished:
             return
         begin_s = time.perf_counter()
-        self._model_s = 0.0
+        execution, tally = self.execution, self.tally
+        execution.model_s = 0.0
         try:
             decision = self.scheduler.schedule()
             for state in decision.preempt:
-                self._prefixes.discard(_sequence(state))
+                execution.prefixes.discard(sequence_of(state))
             decide_s = time.perf_counter() - begin_s
-            self._prefill(decision.prefill)
+            execution.prefill(decision.prefill)
             prefilled_s = time.perf_counter()
-            self._decode(decision)
+            execution.decode(decision)
             self.kv.settle(self.scheduler.prefilling)
         except BaseException:
             self._recover()
             raise
         end_s = time.perf_counter()
-        tally = self.tally
         tally.num_steps += 1
         tally.prefill_s += prefilled_s - begin_s - decide_s
         tally.decode_s += end_s - prefilled_s + decide_s
-        tally.bookkeeping_s += end_s - begin_s - self._model_s
-        tally.peak_kv_slots = max(tally.peak_kv_slots, self.kv.num_used)
+        tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
-
-    # What a step consists of
-
-    def _prefill(self, chunks: Sequence[Chunk]) -> None:
-        if not chunks:
-            return
-        self.tally.num_prefills += 1
-        now_s = self._now()
-        begun: list[Span] = []
-        going_on: list[Span] = []
-        forced: list[Span] = []
-        copies: dict[OutputSequence, list[OutputSequence]] = {}
-        leaders: dict[Hashable, OutputSequence] = {}
-        for chunk in chunks:
-            sequence, first, end = _sequence(chunk.sequence), chunk.first, chunk.first + chunk.num_tokens
-            if chunk.sequence.cache_id < 0:
-                self.kv.open(chunk.sequence)
-                chunk.sequence.num_shared = 0
-                if sequence.request.admitted_s is None:
-                    sequence.request.admitted_s = now_s
-                if first == 0 and chunk.is_last and not sequence.token_ids:
-                    leader = leaders.setdefault(_prompt_key(sequence), sequence)
-                    if leader is not sequence:
-                        copies.setdefault(leader, []).append(sequence)
-                        continue
-                self._share_prefix(sequence)
-            first = max(first, sequence.state.num_shared)
-            num_prompt = len(sequence.prompt_ids)
-            if self._recomputes_by_decoding(sequence) and end > num_prompt:
-                forced.append(Span(sequence, max(first, num_prompt), end - max(first, num_prompt)))
-                end = num_prompt
-            if first < end:
-                (going_on if first else begun).append(Span(sequence, first, end - first))
-        complete = {_sequence(chunk.sequence) for chunk in chunks if chunk.is_last}
-        while begun:
-            for same in _by_key(begun):
-                self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
-            # Those whose prompt was to be that of another, which failed.
-            begun = [Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest]
-            copies = {}
-        for same in _by_key(going_on):
-            self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
-        while forced := [span for span in forced if span.count]:
-            for same in _by_key(forced):
-                last = {span.sequence for span in same if span.count == 1}
-                ones = [Span(span.sequence, span.first, 1) for span in same]
-                self._accept_complete(self._attempt(ones, self._run_decode), complete & last, copies)
-            forced = [Span(span.sequence, span.first + 1, span.count - 1) for span in forced]
-
-    def _decode(self, decision: Decision) -> None:
-        tally = self.tally
-        spans: list[Span] = []
-        union = num_paths = 0
-        for group, states in decision.parts:
-            part = [
-                Span(sequence, sequence.num_tokens - 1, 1)
-                for state in states
-                if (sequence := _sequence(state)).finish_reason is None
-            ]
-            if part:
-                spans += part
-                num_paths += 1
-                union |= group.mask
-                tally.num_row_layers += len(part) * group.path.budget
-        if not spans:
-            return
-        tally.num_decode_steps += 1
-        tally.num_rows += len(spans)
-        tally.num_paths += num_paths
-        tally.num_union_layers += union.bit_count()
-        for same in _by_key(spans):
-            for sequences, logits in self._attempt(same, self._run_decode):
-                self._accept(sequences, logits)
-
-    def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
-        return self.runner.prompt(spans, self.kv.cache)
-
-    def _run_decode(self, spans: Sequence[Span]) -> Tensor:
-        return self.runner.decode(spans, self.kv.cache)
-
-    def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Tensor]) -> list[Logits]:
-        """The sequences and their logits [B, V]. Where running them together raises, each runs alone, or ends by it."""
-        spans = [span for span in spans if span.sequence.finish_reason is None]
-        if not spans:
-            return []
-        begin_s = time.perf_counter()
-        mark = self.kv.cache.mark([span.sequence.state.cache_id for span in spans])
-        try:
-            logits = run(spans)
-        except Exception as error:
-            self.kv.cache.rewind(mark)
-            if len(spans) == 1:
-                self._fail(spans[0].sequence, error)
-                return []
-            alone = [each for span in spans for each in self._attempt([span], run)]
-            return [(sequences, logits.clone()) for sequences, logits in alone]
-        self._model_s += time.perf_counter() - begin_s
-        return [([span.sequence for span in spans], logits)]
-
-    def _accept_complete(
-        self, attempts: Sequence[Logits], complete: set[OutputSequence], copies: dict[OutputSequence, list[OutputSequence]]
-    ) -> None:
-        """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
-        for sequences, logits in attempts:
-            rows: list[int] = []
-            accepted: list[OutputSequence] = []
-            for row, sequence in enumerate(sequences):
-                if sequence not in complete:
-                    continue
-                rows.append(row)
-                accepted.append(sequence)
-                for copy in copies.pop(sequence, ()):
-                    self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
-                    rows.append(row)
-                    accepted.append(copy)
-            for sequence in accepted:
-                self._prefixes.add(sequence)
-            if accepted:
-                self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
-
-    def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
-        """Choose a token from the logits of each sequence, and see whether it is the last."""
-        begin_s = time.perf_counter()
-        tokens: list[int | None]
-        try:
-            tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
-        except Exception:
-            tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
-        self._model_s += time.perf_counter() - begin_s
-        now_s = self._now()
-        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            # A request that has failed takes its other outputs with it.
-            if token is not None and sequence.finish_reason is None:
-                self._append(sequence, token, logits[row], now_s)
-
-    def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
-        try:
-            return choose_tokens(logits[None], [sequence.sampler])[0]
-        except Exception as error:
-            self._fail(sequence, error)
-            return None
-
-    def _append(self, sequence: OutputSequence, token: int, logits: Tensor, now_s: float) -> None:
-        request, params = sequence.request, sequence.params
-        sequence.token_ids.append(token)
-        self.tally.num_tokens += 1
-        if request.first_s is None:
-            request.first_s = now_s
-        try:
-            if params.logprobs is not None:
-                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
-            if request.on_token is not None:
-                request.on_token(request.request_id, sequence.index, token)
-            reason = self._finish_reason(sequence)
-        except Exception as error:
-            self._fail(sequence, error)
-            return
-        if reason is not None and sequence.finish_reason is None:
-            self._finish(sequence, reason)
-
-    def _finish_reason(self, sequence: OutputSequence) -> str | None:
-        if sequence.token_ids[-1] in sequence.request.stop_ids:
-            return "stop"
-        if sequence.params.stop:
-            assert self.tokenizer is not None, "add_request refuses stop texts without a tokenizer"
-            text = self.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)
-            if any(stop in text for stop in sequence.params.stop):
-                return "stop"
-        return "length" if len(sequence.token_ids) >= sequence.params.max_tokens else None
-
-    # Ends
-
-    def _finish(self, sequence: OutputSequence, reason: str) -> None:
-        sequence.finish_reason = reason
-        self._prefixes.discard(sequence)
-        self.scheduler.finished(sequence)
-        if all(other.finish_reason is not None for other in sequence.request.sequences):
-            self._hand_over(sequence.request)
-
-    def _fail(self, sequence: OutputSequence, error: Exception) -> None:
-        sequence.request.error = error
-        self._end(sequence.request, "error")
-
-    def _end(self, request: Request, reason: str) -> None:
-        """End what of ``request`` has not ended."""
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = reason
-                self._prefixes.discard(sequence)
-                self.scheduler.abort(sequence)
-        if request.request_id in self._requests:
-            self._hand_over(request)
 
     def _hand_over(self, request: Request) -> None:
         output = RequestOutput.of(request, self._now())
@@ -484,33 +297,21 @@ class Engine:
 
     def _recover(self) -> None:
         """After a step that was broken off: whoever has not ended waits again, and keeps its tokens."""
-        self._prefixes.clear()
+        self.execution.prefixes.clear()
         self.kv.restart()
         self.scheduler.restart()
         for request in list(self._requests.values()):
             for sequence in request.sequences:
-                if sequence.finish_reason is not None:
-                    continue
-                sequence.state.num_generated = len(sequence.token_ids)
-                reason = self._finish_reason(sequence) if sequence.token_ids else None
-                if reason is not None:
-                    self._finish(sequence, reason)
-
-    # Odds and ends
-
-    def _share_prefix(self, sequence: OutputSequence) -> None:
-        found = self._prefixes.find(sequence)
-        if found is not None:
-            source, num_tokens = found
-            self.kv.cache.share(source.state.cache_id, sequence.state.cache_id, num_tokens)
-            sequence.state.num_shared = num_tokens
-            self.tally.num_shared_tokens += num_tokens
-        else:
-            sequence.state.num_shared = 0
-
-    def _recomputes_by_decoding(self, sequence: OutputSequence) -> bool:
-        """Whether tokens of the output are computed again one by one: as a prompt they may have other bits, or layers."""
-        return self.runner.deterministic or not isinstance(sequence.route, PathRoute)
+                reason = sequence.finish_reason
+                if reason is None and sequence.token_ids:
+                    reason = self.execution.finish_reason(sequence)
+                if reason is None:
+                    sequence.state.num_generated = len(sequence.token_ids)
+                elif self.scheduler.knows(sequence):
+                    sequence.finish_reason = reason
+                    self.scheduler.finished(sequence)
+            if request.has_ended:
+                self._hand_over(request)
 
     def _stream(self, request_id: Hashable, tokens: list[int]) -> Iterator[int]:
         try:
@@ -548,32 +349,3 @@ class Engine:
     def _now(self) -> float:
         self._time_s = max(self._time_s, self._clock())
         return self._time_s
-
-
-def _sequence(state: SequenceState) -> OutputSequence:
-    sequence = state.request_id
-    assert isinstance(sequence, OutputSequence), "the engine gives the scheduler sequences for ids"
-    return sequence
-
-
-def _prompt_key(sequence: OutputSequence) -> Hashable:
-    """Equal for sequences whose prompts leave the same entries and logits."""
-    whose = sequence.path if isinstance(sequence.route, PathRoute) else id(sequence.request)
-    return whose, tuple(sequence.prompt_ids)
-
-
-def _by_key(spans: Sequence[Span]) -> list[list[Span]]:
-    """The spans of each key together: those that may share a step."""
-    if len({id(span.sequence.route) for span in spans}) <= 1 and spans:
-        return [list(spans)]
-    same: dict[Hashable, list[Span]] = {}
-    for span in spans:
-        same.setdefault(span.sequence.route.key, []).append(span)
-    return list(same.values())
-
-
-def _top_logprobs(logits: Tensor, token: int, num_top: int) -> dict[int, float]:
-    logprobs = logits.float().log_softmax(0)
-    values, tokens = logprobs.topk(min(num_top, logprobs.numel()))
-    top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
-    return {token: float(logprobs[token]), **top}

@@ -38,7 +38,8 @@ def make_policy(
 ) -> Policy:
     """The policy of that name.
 
-    costs: what steps take; only `cohort` asks. pool: most resident sequences, by default 4 x batch for `cohort`; the others keep resident only what steps.
+    costs: what steps take; only `cohort` asks.
+    pool: most resident sequences, by default 4 x batch for `cohort`; the others keep resident only what steps.
     max_wait: W of `cohort`: no resident sequence waits more steps than that for its next token.
     """
     from dynskip.engine.by_path import ByPath

@@ -70,6 +70,11 @@ class Request:
     first_s: float | None = None
     error: Exception | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all its outputs have ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
 
 @dataclass(frozen=True)
 class SequenceOutput:

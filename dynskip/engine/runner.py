@@ -18,11 +18,11 @@ from dynskip.step import Step, packed_positions
 
 
 class Span(NamedTuple):
-    """``count`` tokens of a sequence from its token ``first`` on, whose predecessors are in the cache."""
+    """``num_tokens`` tokens of a sequence from its token ``first`` on, whose predecessors are in the cache."""
 
     sequence: OutputSequence
     first: int
-    count: int
+    num_tokens: int
 
 
 class StepRunner:
@@ -41,10 +41,10 @@ class StepRunner:
 
     def prompt(self, spans: Sequence[Span], cache: KVCache | ReferenceCache) -> Tensor:
         """[B, V]: the logits of the last token of each span: all begin their sequences, or none does."""
-        counts = tuple(span.count for span in spans)
+        counts = tuple(span.num_tokens for span in spans)
         firsts = tuple(span.first for span in spans)
         device = self.model.device
-        tokens = [token for span in spans for token in span.sequence.tokens(span.first, span.count)]
+        tokens = [token for span in spans for token in span.sequence.tokens(span.first, span.num_tokens)]
         positions = packed_positions(counts, torch.device("cpu"))
         if any(firsts):
             positions += torch.tensor(firsts).repeat_interleave(torch.tensor(counts))

@@ -115,6 +115,10 @@ class Scheduler:
         self.groups.enqueue(sequence)
         self.counters.num_added += 1
 
+    def knows(self, request_id: Hashable) -> bool:
+        """Whether a request of that id has not ended."""
+        return request_id in self._sequences
+
     def sequence(self, request_id: Hashable) -> SequenceState:
         """The state of a request that has not ended; raises ValueError for any other."""
         sequence = self._sequences.get(request_id)

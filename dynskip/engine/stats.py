@@ -42,6 +42,7 @@ class EngineStats:
         counters, groups = scheduler.counters, scheduler.groups
         tally.num_preempted = counters.num_preempted
         tally.longest_wait = counters.longest_wait
+        tally.peak_kv_slots = kv.peak_used
         busy_s = tally.prefill_s + tally.decode_s
         return EngineStats(
             outcome=Outcome.of([tally]),

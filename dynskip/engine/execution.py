@@ -1,0 +1,285 @@
+"""Carries out what the scheduler has decided: prefills and decode rows, tokens chosen, sequences ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dynskip.engine.kv_pool import KVPool
+from dynskip.engine.outcome import Tally
+from dynskip.engine.prefixes import PrefixIndex
+from dynskip.engine.request import OutputSequence, Request
+from dynskip.engine.runner import Span, StepRunner
+from dynskip.engine.scheduler import Chunk, Decision, Scheduler
+from dynskip.engine.sequence import SequenceState
+from dynskip.routing import PathRoute
+from dynskip.sampling import choose_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Sequences, and their logits [B, V].
+Logits = tuple[list[OutputSequence], Tensor]
+
+
+@dataclass
+class Execution:
+    """Runs the sequences of a decision, and books what becomes of them.
+
+    An exception in what belongs to a request ends that request; nobody else notices.
+    now: the engine's clock. on_end: called with a request all of whose outputs have ended.
+    model_s: how long the model and the choice of tokens took since it was set to zero.
+    """
+
+    runner: StepRunner
+    kv: KVPool
+    scheduler: Scheduler
+    prefixes: PrefixIndex
+    tally: Tally
+    tokenizer: PreTrainedTokenizerBase | None
+    now: Callable[[], float]
+    on_end: Callable[[Request], None]
+    model_s: float = 0.0
+
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Run chunks of prompts, and choose the next token of those that are complete."""
+        if not chunks:
+            return
+        self.tally.num_prefills += 1
+        now_s = self.now()
+        begun: list[Span] = []
+        going_on: list[Span] = []
+        forced: list[Span] = []
+        copies: dict[OutputSequence, list[OutputSequence]] = {}
+        leaders: dict[Hashable, OutputSequence] = {}
+        for chunk in chunks:
+            sequence, first, end = sequence_of(chunk.sequence), chunk.first, chunk.first + chunk.num_tokens
+            if chunk.sequence.cache_id < 0:
+                self.kv.open(chunk.sequence)
+                chunk.sequence.num_shared = 0
+                if sequence.request.admitted_s is None:
+                    sequence.request.admitted_s = now_s
+                if first == 0 and chunk.is_last and not sequence.token_ids:
+                    leader = leaders.setdefault(_prompt_key(sequence), sequence)
+                    if leader is not sequence:
+                        copies.setdefault(leader, []).append(sequence)
+                        continue
+                self._share_prefix(sequence)
+            first = max(first, sequence.state.num_shared)
+            num_prompt = len(sequence.prompt_ids)
+            if self._recomputes_by_decoding(sequence) and end > num_prompt:
+                forced.append(Span(sequence, max(first, num_prompt), end - max(first, num_prompt)))
+                end = num_prompt
+            if first < end:
+                (going_on if first else begun).append(Span(sequence, first, end - first))
+        complete = {sequence_of(chunk.sequence) for chunk in chunks if chunk.is_last}
+        while begun:
+            for same in _by_key(begun):
+                self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
+            # Those whose prompt was to be that of another, which failed.
+            begun = [Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest]
+            copies = {}
+        for same in _by_key(going_on):
+            self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
+        while forced := [span for span in forced if span.num_tokens]:
+            for same in _by_key(forced):
+                last = {span.sequence for span in same if span.num_tokens == 1}
+                ones = [Span(span.sequence, span.first, 1) for span in same]
+                self._accept_complete(self._attempt(ones, self._run_decode), complete & last, copies)
+            forced = [Span(span.sequence, span.first + 1, span.num_tokens - 1) for span in forced]
+
+    def decode(self, decision: Decision) -> None:
+        """Run the last token of each decode row, and choose its next."""
+        tally = self.tally
+        spans: list[Span] = []
+        union = num_paths = 0
+        for group, states in decision.parts:
+            part = [
+                Span(sequence, sequence.num_tokens - 1, 1)
+                for state in states
+                if (sequence := sequence_of(state)).finish_reason is None
+            ]
+            if part:
+                spans += part
+                num_paths += 1
+                union |= group.mask
+                tally.num_row_layers += len(part) * group.path.budget
+        if not spans:
+            return
+        tally.num_decode_steps += 1
+        tally.num_rows += len(spans)
+        tally.num_paths += num_paths
+        tally.num_union_layers += union.bit_count()
+        for same in _by_key(spans):
+            for sequences, logits in self._attempt(same, self._run_decode):
+                self._accept(sequences, logits)
+
+    def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
+        return self.runner.prompt(spans, self.kv.cache)
+
+    def _run_decode(self, spans: Sequence[Span]) -> Tensor:
+        return self.runner.decode(spans, self.kv.cache)
+
+    def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Tensor]) -> list[Logits]:
+        """The sequences and their logits. Where running them together raises, each runs alone, or ends by it."""
+        spans = [span for span in spans if span.sequence.finish_reason is None]
+        if not spans:
+            return []
+        begin_s = time.perf_counter()
+        mark = self.kv.cache.mark([span.sequence.state.cache_id for span in spans])
+        try:
+            logits = run(spans)
+        except Exception as error:
+            self.kv.cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
+            if len(spans) == 1:
+                self._fail(spans[0].sequence, error)
+                return []
+            alone = [each for span in spans for each in self._attempt([span], run)]
+            return [(sequences, logits.clone()) for sequences, logits in alone]
+        self.model_s += time.perf_counter() - begin_s
+        return [([span.sequence for span in spans], logits)]
+
+    def _accept_complete(
+        self,
+        attempts: Sequence[Logits],
+        complete: set[OutputSequence],
+        copies: dict[OutputSequence, list[OutputSequence]],
+    ) -> None:
+        """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
+        for sequences, logits in attempts:
+            rows: list[int] = []
+            accepted: list[OutputSequence] = []
+            for row, sequence in enumerate(sequences):
+                if sequence not in complete:
+                    continue
+                rows.append(row)
+                accepted.append(sequence)
+                for copy in copies.pop(sequence, ()):
+                    self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
+                    rows.append(row)
+                    accepted.append(copy)
+            for sequence in accepted:
+                self.prefixes.add(sequence)
+            if accepted:
+                self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
+
+    def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
+        """Choose a token from the logits of each sequence, and see whether it is the last."""
+        begin_s = time.perf_counter()
+        tokens: list[int | None]
+        try:
+            tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
+        except Exception:
+            tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
+        self.model_s += time.perf_counter() - begin_s
+        now_s = self.now()
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            # A request that has failed takes its other outputs with it.
+            if token is not None and sequence.finish_reason is None:
+                self._append(sequence, token, logits[row], now_s)
+
+    def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
+        try:
+            return choose_tokens(logits[None], [sequence.sampler])[0]
+        except Exception as error:
+            self._fail(sequence, error)
+            return None
+
+    def _append(self, sequence: OutputSequence, token: int, logits: Tensor, now_s: float) -> None:
+        request, params = sequence.request, sequence.params
+        sequence.token_ids.append(token)
+        self.tally.num_tokens += 1
+        if request.first_s is None:
+            request.first_s = now_s
+        try:
+            if params.logprobs is not None:
+                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+            if request.on_token is not None:
+                request.on_token(request.request_id, sequence.index, token)
+            reason = self.finish_reason(sequence)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        if reason is not None and sequence.finish_reason is None:
+            self.finish(sequence, reason)
+
+    def finish_reason(self, sequence: OutputSequence) -> str | None:
+        """Why ``sequence`` ends with the token that it has last; None where it goes on."""
+        if sequence.token_ids[-1] in sequence.request.stop_ids:
+            return "stop"
+        if sequence.params.stop:
+            assert self.tokenizer is not None, "add_request refuses stop texts without a tokenizer"
+            text = self.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)
+            if any(stop in text for stop in sequence.params.stop):
+                return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.params.max_tokens else None
+
+    def finish(self, sequence: OutputSequence, reason: str) -> None:
+        """End ``sequence``, whose last token was its last."""
+        sequence.finish_reason = reason
+        self.prefixes.discard(sequence)
+        self.scheduler.finished(sequence)
+        if sequence.request.has_ended:
+            self.on_end(sequence.request)
+
+    def end(self, request: Request, reason: str) -> None:
+        """End what of ``request`` has not ended."""
+        if request.has_ended:
+            return
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                self.prefixes.discard(sequence)
+                self.scheduler.abort(sequence)
+        self.on_end(request)
+
+    def _fail(self, sequence: OutputSequence, error: Exception) -> None:
+        sequence.request.error = error
+        self.end(sequence.request, "error")
+
+    def _share_prefix(self, sequence: OutputSequence) -> None:
+        found = self.prefixes.find(sequence)
+        if found is not None:
+            source, num_tokens = found
+            self.kv.cache.share(source.state.cache_id, sequence.state.cache_id, num_tokens)
+            sequence.state.num_shared = num_tokens
+            self.tally.num_shared_tokens += num_tokens
+        else:
+            sequence.state.num_shared = 0
+
+    def _recomputes_by_decoding(self, sequence: OutputSequence) -> bool:
+        """Whether its output is computed again token by token: as a prompt it may have other bits, or other layers."""
+        return self.runner.deterministic or not isinstance(sequence.route, PathRoute)
+
+
+def sequence_of(state: SequenceState) -> OutputSequence:
+    sequence = state.request_id
+    assert isinstance(sequence, OutputSequence), "the engine gives the scheduler sequences for ids"
+    return sequence
+
+
+def _prompt_key(sequence: OutputSequence) -> Hashable:
+    """Equal for sequences whose prompts leave the same entries and logits."""
+    whose = sequence.path if isinstance(sequence.route, PathRoute) else id(sequence.request)
+    return whose, tuple(sequence.prompt_ids)
+
+
+def _by_key(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans of each key together: those that may share a step."""
+    if len({id(span.sequence.route) for span in spans}) <= 1 and spans:
+        return [list(spans)]
+    same: dict[Hashable, list[Span]] = {}
+    for span in spans:
+        same.setdefault(span.sequence.route.key, []).append(span)
+    return list(same.values())
+
+
+def _top_logprobs(logits: Tensor, token: int, num_top: int) -> dict[int, float]:
+    logprobs = logits.float().log_softmax(0)
+    values, tokens = logprobs.topk(min(num_top, logprobs.numel()))
+    top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+    return {token: float(logprobs[token]), **top}
