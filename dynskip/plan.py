@@ -7,6 +7,7 @@ entry in the layer's key-value table (*entry*). Both executors consume the same 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,8 +20,6 @@ from torch import Tensor
 from dynskip.flat_rows import FlatRows
 from dynskip.paths import LayerPath
 
-# Where the layers' rows are found by the device itself, all at once. A CPU finds them layer by layer as fast.
-_FLAT_DEVICES = {"cuda"}
 
 
 class KVPolicy(Enum):
@@ -200,6 +199,7 @@ class Plan:
     decide: Decide | None = None
     _layers: dict[torch.device, list[LayerPlan]] = field(default_factory=dict, repr=False)
     _flat: dict[torch.device, FlatRows] = field(default_factory=dict, repr=False)
+    _cut: dict[torch.device, dict[int, LayerPlan]] = field(default_factory=dict, repr=False)
     _has_entry: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class Plan:
     def per_sequence(paths: Sequence[LayerPath], num_new_tokens: Sequence[int]) -> Plan:
         """The plan of a step in which sequence b brings ``num_new_tokens[b]`` rows along ``paths[b]``."""
         rows = Rows(tuple(num_new_tokens))
-        masks = torch.stack([path.mask for path in paths], dim=1)
+        masks = torch.stack([_mask(path) for path in paths], dim=1)
         return Plan(rows, paths[0].num_layers, KVPolicy.ABSENT, active=masks[:, rows.seq_ids.long()])
 
     @staticmethod
@@ -231,10 +231,13 @@ class Plan:
         device = hidden_states.device
         if self.active is not None:
             flat = self.flat(device)
+            if flat is None:
+                return self.all_layers(device)[layer]
             # A layer's plan is cut out when it is asked for: the device works on the layers before meanwhile.
-            return (
-                self.all_layers(device)[layer] if flat is None else LayerPlan.of_flat(flat, layer, self.rows.num_rows)
-            )
+            cut = self._cut.setdefault(device, {})
+            if layer not in cut:
+                cut[layer] = LayerPlan.of_flat(flat, layer, self.rows.num_rows)
+            return cut[layer]
         active = self._decide(layer, hidden_states)
         if layer == 0:
             self._has_entry = torch.zeros_like(active)
@@ -257,10 +260,10 @@ class Plan:
     def flat(self, device: torch.device) -> FlatRows | None:
         """The rows of all layers laid end to end, for a plan whose mask is known, worked out by ``device`` once.
 
-        None where other rows than those that run leave entries, and where the device does not do that.
+        None where other rows than those that run leave entries.
         """
         entries_are_run = self.kv_policy in (KVPolicy.ABSENT, KVPolicy.EVICT)
-        if self.active is None or not entries_are_run or device.type not in _FLAT_DEVICES:
+        if self.active is None or not entries_are_run:
             return None
         if device not in self._flat:
             self._flat[device] = FlatRows.of(self.active, self.rows.seq_ids, self.rows.cu_seqlens, device)
@@ -286,3 +289,8 @@ class Plan:
             got = f"{active.dtype} {list(active.shape)}" if isinstance(active, Tensor) else type(active).__name__
             raise TypeError(f"controller: active must return bool [{self.rows.num_rows}], got {got}.")
         return active.cpu()
+
+
+@functools.lru_cache(maxsize=1024)
+def _mask(path: LayerPath) -> Tensor:
+    return path.mask

@@ -67,7 +67,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(flat.indptr[-1])
         return flat
 
-    monkeypatch.setattr(plan, "_FLAT_DEVICES", {"cpu"})
     monkeypatch.setattr(FlatRows, "of", staticmethod(record))
     return found
 
@@ -81,7 +80,7 @@ def test_logits_are_the_same_bit_for_bit(
     mask = torch.rand(3, 12, NUM_LAYERS, generator=torch.Generator().manual_seed(3)) < 0.5
     logits = model(*batch, mask, kv_policy=kv_policy).logits
     assert bool(asked) == used
-    monkeypatch.setattr(plan, "_FLAT_DEVICES", set())
+    monkeypatch.setattr(plan.Plan, "flat", lambda self, device: None)
     assert torch.equal(logits, model(*batch, mask, kv_policy=kv_policy).logits)
 
 
@@ -98,7 +97,7 @@ def test_texts_are_the_same_and_the_rows_of_a_step_are_found_once(
 
     ours = texts()
     assert asked == [NUM_LAYERS * 4 + 3 * 1, NUM_LAYERS + 3], "the prompts, and the decode steps, which are all alike"
-    monkeypatch.setattr(plan, "_FLAT_DEVICES", set())
+    monkeypatch.setattr(plan.Plan, "flat", lambda self, device: None)
     assert texts() == ours
 
 
