@@ -21,7 +21,6 @@ from dynskip.flat_rows import FlatRows
 from dynskip.paths import LayerPath
 
 
-
 class KVPolicy(Enum):
     """What a token leaves in the key-value table of a layer that it skips.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynskip.backends import Backend
 from dynskip.benchmark.runners import DynskipRunner
-from dynskip.engine import engine
+from dynskip.engine import execution
 from dynskip.engine.runner import StepRunner
 from dynskip.engine.scheduler import Scheduler
 from dynskip.executor import CompactExecutor
@@ -30,7 +30,7 @@ _HOOKS: tuple[tuple[Any, str, str], ...] = (
     (KVCache, "index", "planning"),
     (KVCache, "allocate", "planning"),
     (KVCache, "append", "planning"),
-    (engine, "choose_tokens", "sampling"),
+    (execution, "choose_tokens", "sampling"),
     (Linear, "forward", "products"),
 )
 
