@@ -234,9 +234,11 @@ class Plan:
                 return self.all_layers(device)[layer]
             # A layer's plan is cut out when it is asked for: the device works on the layers before meanwhile.
             cut = self._cut.setdefault(device, {})
-            if layer not in cut:
-                cut[layer] = LayerPlan.of_flat(flat, layer, self.rows.num_rows)
-            return cut[layer]
+            # Layers that nobody runs are all alike.
+            key = layer if flat.indptr[layer] < flat.indptr[layer + 1] else -1
+            if key not in cut:
+                cut[key] = LayerPlan.of_flat(flat, layer, self.rows.num_rows)
+            return cut[key]
         active = self._decide(layer, hidden_states)
         if layer == 0:
             self._has_entry = torch.zeros_like(active)

@@ -1,0 +1,587 @@
+"""What scheduling by path gains, measured: streams of requests of mixed depths through the engine, in turns.
+
+python bench/serving.py                        OPT-1.3B's shapes, random weights: a quarter of an hour on two cores
+python bench/serving.py --model runs/base --data alpaca_data.json.xz     prompts as they come
+python bench/serving.py --only overhead --requests 300                   a part of it
+
+`dynskip calibrate` comes first: the schedule, the ideal and the prediction stand on what it has measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dynskip.benchmark.machine import describe
+from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
+from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
+from dynskip.engine.costs import StepCosts
+from dynskip.engine.engine import Engine
+from dynskip.engine.ideal import Ideal
+from dynskip.engine.kv_budget import KVBudget
+from dynskip.engine.outcome import Outcome
+from dynskip.engine.policy import make_policy
+from dynskip.engine.scheduler import Scheduler
+from dynskip.engine.sequence import SequenceState
+from dynskip.engine.simulation import EngineOptions, simulate
+from dynskip.engine.workload import PAPER_MIX, Request, Workload, at_full_depth, parse_mix
+from dynskip.generate import Generation
+from dynskip.llm import LLM
+from dynskip.model import OPTForCausalLM
+from dynskip.paths import LayerPath
+from dynskip.sampling import SamplingParams
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("stream", "closed", "static", "overhead")
+# One turn of a competitor.
+_TURN_S = 0.25
+
+
+class Competitor(Protocol):
+    """Somebody who serves the requests, a little at a time."""
+
+    name: str
+
+    @property
+    def progress(self) -> float:
+        """Which share of the tokens is there."""
+        ...
+
+    def advance(self) -> None:
+        """Go on for a little while."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with its prompt; ``request.num_output`` tokens are generated, whatever they are."""
+
+    prompt_ids: list[int]
+    request: Request
+
+    @property
+    def params(self) -> SamplingParams:
+        """Greedy, and no end before the last token."""
+        return SamplingParams(max_tokens=self.request.num_output, ignore_eos=True)
+
+
+class Served:
+    """The engine under one policy, with all requests there at the beginning."""
+
+    def __init__(self, name: str, model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, **options: Any) -> None:
+        self.name = name
+        longest = max(len(job.prompt_ids) + job.request.num_output for job in jobs)
+        self._own_s = 0.0
+        self._begin_s: float | None = None
+        self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
+        self.num_tokens = sum(job.request.num_output for job in jobs)
+        for job in jobs:
+            self.engine.add_request(job.prompt_ids, job.params, job.request.path)
+
+    @property
+    def progress(self) -> float:
+        """Which share of the tokens is there."""
+        return self.engine.tally.num_tokens / self.num_tokens
+
+    def advance(self) -> None:
+        """A turn's steps."""
+        self._begin_s = time.perf_counter()
+        while self.engine.has_unfinished and time.perf_counter() < self._begin_s + _TURN_S:
+            for output in self.engine.step():
+                assert output.finish_reason == "length", output
+        self._own_s += time.perf_counter() - self._begin_s
+        self._begin_s = None
+
+    def _clock(self) -> float:
+        """Seconds of its own turns: it stands while others have theirs."""
+        return self._own_s + (0.0 if self._begin_s is None else time.perf_counter() - self._begin_s)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it came to."""
+        return self.engine.stats().outcome
+
+
+class Batches:
+    """Batches of requests as they come, each until its longest output is there."""
+
+    def __init__(self, name: str, jobs: Sequence[Job], batch: int, run: Callable[[Sequence[Job]], None]) -> None:
+        self.name = name
+        self.batches = [jobs[first : first + batch] for first in range(0, len(jobs), batch)]
+        self.run = run
+        self.num_done = 0
+        self.seconds = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Which share of the batches is done."""
+        return self.num_done / len(self.batches)
+
+    def advance(self) -> None:
+        """A batch."""
+        begin_s = time.perf_counter()
+        self.run(self.batches[self.num_done])
+        self.seconds += time.perf_counter() - begin_s
+        self.num_done += 1
+
+
+def take_turns(competitors: Sequence[Competitor]) -> None:
+    """Let whoever is furthest behind go on, until all are done: what disturbs one disturbs all."""
+    while True:
+        left = [competitor for competitor in competitors if competitor.progress < 1]
+        if not left:
+            return
+        last = min(left, key=lambda competitor: competitor.progress)
+        last.advance()
+        state = ", ".join(f"{each.name} {each.progress:.0%}" for each in competitors)
+        print(f"\r{state}   ", end="", file=sys.stderr, flush=True)
+
+
+def draw_jobs(workload: Workload, prompts: Sequence[list[int]], seed: int = 0) -> list[Job]:
+    """The requests of ``workload``, the i-th with the i-th of ``prompts``."""
+    requests = workload.draw(seed)
+    return [
+        Job(prompt, replace(request, num_prompt=len(prompt))) for prompt, request in zip(prompts, requests, strict=True)
+    ]
+
+
+def full_depth(jobs: Sequence[Job]) -> list[Job]:
+    """The same, each through all layers."""
+    deep = at_full_depth([job.request for job in jobs])
+    return [Job(job.prompt_ids, request) for job, request in zip(jobs, deep, strict=True)]
+
+
+def check(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts) -> str:
+    """That a stream through the engine gets the tokens that each request gets alone, in the deterministic mode."""
+    jobs = [Job(job.prompt_ids, replace(job.request, num_output=min(job.request.num_output, 6))) for job in jobs]
+    engine = Engine(model, costs=costs, batch=4, deterministic=True)
+    ids = [engine.add_request(job.prompt_ids, job.params, job.request.path) for job in jobs]
+    outputs = {output.request_id: output.token_ids for output in engine.run()}
+    engine.close()
+    for request_id, job in zip(ids, jobs, strict=True):
+        alone = Engine(model, costs=costs, batch=1, pool=1, deterministic=True)
+        alone.add_request(job.prompt_ids, job.params, job.request.path)
+        (output,) = alone.run()
+        alone.close()
+        if output.token_ids != outputs[request_id]:
+            raise RuntimeError(
+                f"bench: request {request_id} must get the tokens that it gets alone, got {outputs[request_id]}, alone "
+                f"{output.token_ids}. Nothing was timed."
+            )
+    return f"{len(jobs)} requests of all depths, served together, got the tokens that each gets alone"
+
+
+def measure_stream(
+    model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, batch: int, prefill_tokens: int
+) -> list[dict[str, Any]]:
+    """Full depth, lock-step, one path at a time and the cohort, in turns; each beside the simulation's prediction."""
+    deep = full_depth(jobs)
+    entries = {
+        "full depth": ("cohort", deep),
+        "lockstep": ("lockstep", jobs),
+        "by_path": ("by_path", jobs),
+        "cohort": ("cohort", jobs),
+    }
+    competitors = [
+        Served(name, model, own, costs, policy=policy, batch=batch, max_prefill_tokens=prefill_tokens)
+        for name, (policy, own) in entries.items()
+    ]
+    take_turns(competitors)
+    print(file=sys.stderr)
+    requests = [job.request for job in jobs]
+    ideal_decode, ideal_all = Ideal.speedups(costs, requests, batch, prefill_tokens)
+    full = competitors[0].outcome
+    lines = []
+    for competitor in competitors:
+        outcome = competitor.outcome
+        policy, own = entries[competitor.name]
+        options = EngineOptions(policy=policy, batch=batch, max_prefill_tokens=prefill_tokens)
+        predicted = simulate(costs, [job.request for job in own], options)
+        stats = competitor.engine.stats()
+        gain = (full.decode_s + full.prefill_s) / (outcome.decode_s + outcome.prefill_s)
+        lines.append(
+            {
+                "part": "stream",
+                "batch": batch,
+                "name": competitor.name,
+                "max_wait": getattr(competitor.engine.scheduler.policy, "max_wait", None),
+                "decode_gain": full.decode_s / outcome.decode_s,
+                "gain": gain,
+                "ideal_decode": ideal_decode,
+                "ideal_all": ideal_all,
+                "bookkeeping_share": stats.bookkeeping_share,
+                "peak_kv_bytes": stats.peak_kv_bytes,
+                "predicted_decode_s": predicted.decode_s,
+                "predicted_prefill_s": predicted.prefill_s,
+                "predicted_tokens_per_s": predicted.tokens_per_s,
+                "predicted_mean_tpot_ms": predicted.mean_tpot_ms,
+                **outcome.line(),
+            }
+        )
+        competitor.engine.close()
+    return lines
+
+
+def measure_closed(
+    model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, num_rounds: int = 5
+) -> list[dict[str, Any]]:
+    """A closed batch of 16: nobody comes after them."""
+    lines = []
+    jobs = jobs[:16]
+    seconds: dict[str, list[float]] = {"lockstep": [], "cohort": []}
+    unions: dict[str, float] = {}
+    for _ in range(num_rounds):
+        for policy, times in seconds.items():
+            served = Served(policy, model, jobs, costs, policy=policy, batch=16)
+            while served.progress < 1:
+                served.advance()
+            outcome = served.outcome
+            times.append(outcome.decode_s)
+            unions[policy] = outcome.union
+            served.engine.close()
+    for policy, times in seconds.items():
+        ratios = sorted(lockstep / own for lockstep, own in zip(seconds["lockstep"], times, strict=True))
+        lines.append(
+            {
+                "part": "closed",
+                "batch": 16,
+                "name": policy,
+                "decode_s": sorted(times)[len(times) // 2],
+                "over_lockstep": ratios[len(ratios) // 2],
+                "lowest": ratios[0],
+                "union": unions[policy],
+            }
+        )
+    return lines
+
+
+def measure_static(
+    model: OPTForCausalLM, hf_model: Any, jobs: Sequence[Job], costs: StepCosts, batch: int = 16
+) -> list[dict[str, Any]]:
+    """Full depth: the engine, static batches of the same requests, and transformers' generate in such batches."""
+    jobs = full_depth(jobs)
+
+    def static(own: Sequence[Job]) -> None:
+        Generation(model, [job.prompt_ids for job in own], [job.params for job in own]).run()
+
+    def transformers(own: Sequence[Job]) -> None:
+        longest = max(len(job.prompt_ids) for job in own)
+        tokens = torch.zeros((len(own), longest), dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, job in enumerate(own):
+            tokens[row, longest - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
+            mask[row, longest - len(job.prompt_ids) :] = 1
+        most = max(job.request.num_output for job in own)
+        hf_model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=most,
+            min_new_tokens=most,
+            do_sample=False,
+            pad_token_id=1,
+        )
+
+    served = [
+        Served(f"engine, {policy}", model, jobs, costs, policy=policy, batch=batch) for policy in ("lockstep", "cohort")
+    ]
+    batches = [
+        Batches("static batches", jobs, batch, static),
+        Batches("transformers generate", jobs, batch, transformers),
+    ]
+    take_turns([*served, *batches])
+    print(file=sys.stderr)
+    seconds = {each.name: each.outcome.decode_s + each.outcome.prefill_s for each in served}
+    seconds |= {each.name: each.seconds for each in batches}
+    for each in served:
+        each.engine.close()
+    num_tokens = sum(job.request.num_output for job in jobs)
+    return [
+        {
+            "part": "static",
+            "batch": batch,
+            "name": name,
+            "requests": len(jobs),
+            "seconds": own_s,
+            "tokens_per_s": num_tokens / own_s,
+            "over_static": seconds["static batches"] / own_s,
+            "over_transformers": seconds["transformers generate"] / own_s,
+        }
+        for name, own_s in seconds.items()
+    ]
+
+
+def measure_overhead(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts) -> list[dict[str, Any]]:
+    """What a step takes besides the model, with 256 resident sequences; and the scheduler alone, by how many wait."""
+    lines = []
+    served = Served("cohort", model, jobs, costs, policy="cohort", batch=64, pool=256)
+    engine = served.engine
+    # The pool fills first; then steps count while it is full.
+    while engine.scheduler.groups.num_resident < min(256, len(jobs)):
+        engine.step()
+    before = (engine.tally.bookkeeping_s, engine.tally.decode_s + engine.tally.prefill_s, engine.tally.num_steps)
+    residents = []
+    while engine.has_unfinished and (groups := engine.scheduler.groups).num_resident >= 240:
+        residents.append(groups.num_resident)
+        engine.step()
+    num_steps = engine.tally.num_steps - before[2]
+    own_s = engine.tally.bookkeeping_s - before[0]
+    step_s = engine.tally.decode_s + engine.tally.prefill_s - before[1]
+    lines.append(
+        {
+            "part": "overhead",
+            "name": "engine",
+            "batch": 64,
+            "resident": sum(residents) / len(residents),
+            "steps": num_steps,
+            "us_per_step": 1e6 * own_s / num_steps,
+            "share": own_s / step_s,
+        }
+    )
+    engine.close()
+    for pool in (64, 128, 256):
+        for waiting in (1_000, 10_000, 100_000):
+            us = _scheduler_us(costs, pool, waiting)
+            lines.append(
+                {"part": "overhead", "name": "scheduler", "resident": pool, "waiting": waiting, "us_per_step": us}
+            )
+    return lines
+
+
+def _scheduler_us(costs: StepCosts, pool: int, waiting: int, num_steps: int = 400) -> float:
+    """Microseconds of a decision with ``pool`` resident and about ``waiting`` waiting requests of the paper's mix."""
+    draw = random.Random(0)
+    scheduler = Scheduler(make_policy("cohort", costs, 16, pool), KVBudget(2**62))
+    mix = parse_mix(PAPER_MIX, costs.num_layers)
+    paths = draw.choices([path for path, _ in mix], [share for _, share in mix], k=pool + waiting)
+    for index, path in enumerate(paths):
+        scheduler.add(SequenceState(index, path, 32, 1 + int(draw.expovariate(1 / 16))))
+
+    def step() -> float:
+        begin_s = time.perf_counter()
+        decision = scheduler.schedule()
+        elapsed_s = time.perf_counter() - begin_s
+        for sequence in [*(chunk.sequence for chunk in decision.prefill if chunk.is_last), *decision.decode]:
+            if sequence.num_generated >= sequence.max_tokens:
+                scheduler.finished(sequence.request_id)
+        return elapsed_s
+
+    while scheduler.groups.num_resident < pool:
+        step()
+    times = sorted(step() for _ in range(num_steps))
+    return 1e6 * sum(times) / len(times)
+
+
+def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+    """The result as Markdown."""
+    text = [
+        "# Serving mixed depths: measured",
+        "",
+        "Written by `python bench/serving.py`. "
+        f"{conditions['model']}, {conditions['dtype']}, {conditions['cpu']}, {conditions['num_cores']} cores, "
+        f"{conditions['num_threads']} threads, backend {conditions['backend']}, commit {conditions['commit']}, "
+        f"{conditions['date']}, versions {conditions['versions']}.",
+        f"{conditions['requests']} requests, all there at the beginning, {conditions['prompts']}, output lengths "
+        f"geometric with mean {conditions['mean_output']:g}, greedy. Depths: {conditions['mix']} (mean "
+        f"{conditions['mean_layers']:.2f} of {conditions['num_layers']} layers).",
+        f"Checked before anything was timed: {conditions['gate']}. Competitors take turns of a quarter of a second, whoever is "
+        "furthest behind first.",
+        "",
+    ]
+    stream = [line for line in lines if line["part"] == "stream"]
+    for batch in sorted({line["batch"] for line in stream}):
+        own = [line for line in stream if line["batch"] == batch]
+        lockstep = next(line for line in own if line["name"] == "lockstep")
+        text += [
+            f"## A stream of requests, batch {batch}, pool {4 * batch} for cohort",
+            "",
+            "Gains are over full depth under the same engine and policy `cohort`. "
+            f"Ideal: {own[0]['ideal_decode']:.2f}x for decode steps, {own[0]['ideal_all']:.2f}x with prefill.",
+            "",
+            "| policy | decode s | gain | of ideal | over lockstep | prefill s | decode + prefill gain | of ideal | "
+            "tokens/s | rows | paths | layers | union | longest wait, steps (W) | TTFT s p50/90/99 | KV peak MiB | "
+            "bookkeeping |",
+            "|" + "---|" * 17,
+        ]
+        for line in own:
+            ttft = "/".join(f"{value:.1f}" for value in line["ttft_s"])
+            wait = f"{line['longest_wait']}" + (f" ({line['max_wait']})" if line["max_wait"] else "")
+            is_full = line["name"] == "full depth"
+            text.append(
+                f"| {line['name']} | {line['decode_s']:.1f} | {line['decode_gain']:.2f}x | "
+                + ("" if is_full else f"{line['decode_gain'] / line['ideal_decode']:.0%}")
+                + f" | {lockstep['decode_s'] / line['decode_s']:.2f}x | {line['prefill_s']:.1f}"
+                + f" | {line['gain']:.2f}x | "
+                + ("" if is_full else f"{line['gain'] / line['ideal_all']:.0%}")
+                + f" | {line['tokens_per_s']:.0f} | {line['rows']:.1f} | {line['paths']:.2f} | "
+                f"{line['layers']:.2f} | {line['union']:.1f} | {wait} | {ttft} | {line['peak_kv_bytes'] / 2**20:.0f} | "
+                f"{line['bookkeeping_share']:.1%} |"
+            )
+        text += [
+            "",
+            "Waits count own turns only. The simulation, with costs that an earlier run calibrated, beside it:",
+            "",
+            "| policy | tokens/s | predicted | off by | mean ms per token | predicted | off by |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for line in own:
+            tokens, tpot = line["tokens_per_s"], line["mean_tpot_ms"]
+            text.append(
+                f"| {line['name']} | {tokens:.0f} | {line['predicted_tokens_per_s']:.0f} | "
+                f"{line['predicted_tokens_per_s'] / tokens - 1:+.0%} | {tpot:.0f} | "
+                f"{line['predicted_mean_tpot_ms']:.0f} | {line['predicted_mean_tpot_ms'] / tpot - 1:+.0%} |"
+            )
+        text.append("")
+    if closed := [line for line in lines if line["part"] == "closed"]:
+        text += [
+            "## A closed batch of 16",
+            "",
+            "Nobody comes after them, so each layer is read least often if all step together: `cohort` does what "
+            "`lockstep` does. The union of the paths bounds both, and towards the end the longest outputs alone.",
+            "",
+            "| policy | decode s | over lockstep, median (lowest) | union |",
+            "|---|---|---|---|",
+            *(
+                f"| {line['name']} | {line['decode_s']:.2f} | {line['over_lockstep']:.2f}x ({line['lowest']:.2f}x) | "
+                f"{line['union']:.1f} |"
+                for line in closed
+            ),
+            "",
+        ]
+    if static := [line for line in lines if line["part"] == "static"]:
+        text += [
+            f"## Full depth: {static[0]['requests']} requests in batches of {static[0]['batch']}",
+            "",
+            "| who | seconds | tokens/s | over static batches | over transformers |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {line['name']} | {line['seconds']:.1f} | {line['tokens_per_s']:.1f} | {line['over_static']:.2f}x | "
+                f"{line['over_transformers']:.2f}x |"
+                for line in static
+            ),
+            "",
+        ]
+    if overhead := [line for line in lines if line["part"] == "overhead"]:
+        engine = next(line for line in overhead if line["name"] == "engine")
+        text += [
+            "## Scheduler and bookkeeping",
+            "",
+            f"With {engine['resident']:.0f} resident sequences and batches of {engine['batch']}: "
+            f"{engine['us_per_step']:.0f} us of a step, {engine['share']:.2%}, over {engine['steps']} steps. "
+            "The scheduler alone, batches of 16:",
+            "",
+            "| resident | waiting | us per step |",
+            "|---|---|---|",
+            *(
+                f"| {line['resident']} | {line['waiting']} | {line['us_per_step']:.0f} |"
+                for line in overhead
+                if line["name"] == "scheduler"
+            ),
+            "",
+        ]
+    return "\n".join(text)
+
+
+def _alpaca(path: Path, llm: LLM, count: int, max_tokens: int) -> list[list[int]]:
+    from dynskip.training.corpus import read_instructions
+    from dynskip.training.templates import prompt_text
+
+    assert llm.tokenizer is not None, "a checkpoint with a tokenizer"
+    prompts = []
+    for row in read_instructions(path):
+        ids = list(llm.tokenizer(prompt_text(row.instruction, row.input))["input_ids"])
+        if len(ids) <= max_tokens:
+            prompts.append(ids)
+        if len(prompts) == count:
+            return prompts
+    raise ValueError(f"bench: data must hold {count} prompts, got {len(prompts)}.")
+
+
+def main() -> int:
+    """Measure, and write JSON lines and the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-1.3b", help="random weights of that shape")
+    parser.add_argument("--model", help="a checkpoint instead; 'opt-mini' for the one shipped with dynskip")
+    parser.add_argument("--data", type=Path, help="Alpaca, whose prompts are served as they come")
+    parser.add_argument("--requests", type=int, default=1024)
+    parser.add_argument("--batch", type=int, action="append", help="repeatable (default: 16 and 32)")
+    parser.add_argument("--prompt-len", type=int, default=32)
+    parser.add_argument("--mean-output", type=float, default=16.0)
+    parser.add_argument("--prefill", type=int, default=512, help="most prompt tokens of a step")
+    parser.add_argument("--static-requests", type=int, default=96)
+    parser.add_argument("--only", action="append", choices=PARTS, help="repeatable (default: all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
+    parser.add_argument("--name", default="serving", help="of the files (default: serving)")
+    args = parser.parse_args()
+    parts = args.only or PARTS
+
+    hf_model: Any = None
+    if args.model is not None:
+        llm = LLM(None if args.model == "opt-mini" else args.model)
+        model = llm.model
+    else:
+        hf_model = random_hf_model(opt_config(args.shape))
+        model = OPTForCausalLM.from_hf(hf_model)
+        llm = LLM(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    device, shape = device_key(str(model.device)), shape_key(model.config, dtype)
+    costs = load_cached(device, shape)
+    if costs is None:
+        raise SystemExit(f"bench: {cached_path(device, shape)} must hold costs, got nothing. Run dynskip calibrate.")
+    mix = parse_mix(PAPER_MIX, model.num_layers)
+    workload = Workload(args.requests, mix, args.prompt_len, args.mean_output)
+    if args.data is not None:
+        prompts = _alpaca(args.data, llm, args.requests, 256)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(
+            3, model.config.vocab_size, (args.requests, args.prompt_len), generator=generator
+        ).tolist()
+    jobs = draw_jobs(workload, prompts)
+    by_depth: dict[LayerPath, Job] = {}
+    for job in jobs:
+        by_depth.setdefault(job.request.path, job)
+    conditions = {
+        **describe(),
+        "model": args.model or f"{args.shape} shapes with random weights",
+        "dtype": dtype,
+        "backend": model.backend.name,
+        "requests": args.requests,
+        "prompts": "Alpaca prompts as they come" if args.data else f"prompts of {args.prompt_len} tokens",
+        "mean_output": args.mean_output,
+        "mix": PAPER_MIX,
+        "mean_layers": sum(job.request.path.budget for job in jobs) / len(jobs),
+        "num_layers": model.num_layers,
+        "calibrated": costs.conditions,
+        "gate": check(model, [*by_depth.values(), *jobs[:4]], costs),
+    }
+    lines: list[dict[str, Any]] = []
+    if "closed" in parts:
+        lines += measure_closed(model, jobs, costs)
+    if "static" in parts and hf_model is not None:
+        lines += measure_static(model, hf_model, jobs[: args.static_requests], costs)
+    if "overhead" in parts:
+        lines += measure_overhead(model, jobs[:400], costs)
+    if "stream" in parts:
+        for batch in args.batch or (16, 32):
+            lines += measure_stream(model, jobs, costs, batch, args.prefill)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = page(conditions, lines)
+    (args.out / f"{args.name}.md").write_text(text, encoding="utf-8")
+    with (args.out / f"{args.name}.jsonl").open("w", encoding="utf-8") as file:
+        for line in [{"part": "conditions", **conditions}, *lines]:
+            file.write(json.dumps(line) + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
