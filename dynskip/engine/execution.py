@@ -77,14 +77,14 @@ class Execution:
             if first < end:
                 (going_on if first else begun).append(Span(sequence, first, end - first))
         complete = {sequence_of(chunk.sequence) for chunk in chunks if chunk.is_last}
-        while begun:
-            for same in _by_key(begun):
-                self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
+        whole = complete - {span.sequence for span in forced}
+        runs = [*_by_key(begun), *_by_key(going_on)]
+        while runs:
+            for same in runs:
+                self._accept_complete(self._attempt(same, self._run_prompt), whole, copies)
             # Those whose prompt was to be that of another, which failed.
-            begun = [Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest]
+            runs = _by_key([Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest])
             copies = {}
-        for same in _by_key(going_on):
-            self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
         while forced := [span for span in forced if span.num_tokens]:
             for same in _by_key(forced):
                 last = {span.sequence for span in same if span.num_tokens == 1}

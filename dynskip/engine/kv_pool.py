@@ -25,6 +25,11 @@ class KVPool(KVBudget):
         self._num_seqs = num_seqs
         self._free_ids = list(range(num_seqs))[::-1]
 
+    @property
+    def num_free_seqs(self) -> int:
+        """How many more sequences the tables of the cache have a place for."""
+        return len(self._free_ids)
+
     def restart(self) -> None:
         """Forget all entries."""
         self.cache.clear()
