@@ -87,6 +87,10 @@ class StepRunner:
         self._decode = (places, step)
         return step
 
+    def forget(self) -> None:
+        """Plan the next step anew, whoever takes part in it."""
+        self._decode = None
+
     def _head(self, hidden_states: Tensor) -> Tensor:
         if not isinstance(self.executor, CompactExecutor):
             return self.model.head(hidden_states, "reference")
