@@ -69,6 +69,8 @@ def _static() -> dict[str, Any]:
             if family == "paths":
                 rows.append(row(0.1 + 0.02 * budget, 0.004, metric="ms_per_token", **labels))
                 rows.append(row(0.5 + 0.2 * budget, 0.03, metric="ms_per_token_single", **labels))
+                rows.append(row(0.48 - 0.02 * budget, 0.004, metric="ms_saved", **labels))
+                rows.append(row(4.8 - 0.2 * budget, 0.03, metric="ms_saved_single", **labels))
     return section(rows)
 
 
@@ -81,6 +83,7 @@ def _controllers() -> dict[str, Any]:
         rows.append(row(layers, 0.1, metric="layers", **labels))
         rows.append(row(0.1 + 0.03 * layers, 0.01, metric="ms_per_token", **labels))
         rows.append(row(0.5 + 0.22 * layers, 0.01, metric="ms_per_token_single", **labels))
+        rows.append(row(0.48 - 0.03 * layers, 0.01, metric="ms_saved", **labels))
         if labels["kind"] != "static":
             rows.append(row(score - 0.27, 0.012, metric="over_static", **labels))
             rows.append(row(score - 0.28, 0.012, metric="over_fixed", **labels))
@@ -139,6 +142,7 @@ def _oracle() -> dict[str, Any]:
         for mix, ms in (("4", 0.2), ("24", 0.58), ("oracle at its matching budget", 0.22)):
             rows.append(row(ms, 0.01, metric="ms_per_token", mix=mix, **labels))
             rows.append(row(0.58 / ms, 0.05, metric="speedup", mix=mix, **labels))
+            rows.append(row(0.58 - ms, 0.02, metric="ms_saved", mix=mix, **labels))
         for name, lift in lifts.items():
             values = [0.3 - 0.4 / budget + lift * min(1, (budget - 4) / 2) for budget in budgets]
             bounds = {"low": [value - 0.006 for value in values], "high": [value + 0.006 for value in values]}
@@ -159,8 +163,10 @@ def _router() -> dict[str, Any]:
                     row(0.31, 0.007, metric="oracle", **labels),
                     row(0.03 * shift, 0.05, metric="captured_share", **labels),
                     row(at - 0.1, None, metric="layers", **labels),
+                    row(0.001 + 0.002 * shift, 0.004, metric="gain", **labels),
                     row(0.03 * at, None, metric="ms_per_token", **labels),
-                    row(0.3 + 0.1 * shift, None, metric="overhead_ms_single", **labels),
+                    row(0.58 - 0.03 * at, 0.01, metric="ms_saved", **labels),
+                    row(0.3 + 0.1 * shift, 0.02, metric="overhead_ms_single", **labels),
                     row(0.02, None, metric="overhead_ms_batched", **labels),
                 ]
     return section(rows)

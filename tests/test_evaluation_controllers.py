@@ -89,8 +89,12 @@ def test_the_smallest_controller_that_helps_is_named() -> None:
     times = {name: Interval(1.0, 0.9, 1.1) for name in ("full", "small", "large")}
     (told, _) = _statements(static, learned, {"small": tells_nothing, "large": helps}, times)
     assert "1 of 2 controllers" in told and "the smallest of them is large with 1,000 parameters" in told
+    assert "+0.1000 [+0.0500, +0.1500] ROUGE-L; luck alone would lift 0.1 of as many" in told
     (told, _) = _statements(static, learned, {"small": tells_nothing, "large": tells_nothing}, times)
     assert "0 of 2 controllers" in told and "from no size tried" in told
+    assert "nearest to it comes small with 10 parameters, +0.0000 [-0.1000, +0.1000] ROUGE-L" in told
+    (told, _) = _statements(static, learned, {}, times)
+    assert "is open: there is no fixed-input controller at as many layers" in told
 
 
 @pytest.fixture

@@ -119,4 +119,5 @@ def test_the_section_is_a_mean_over_tokens(tmp_path: Path) -> None:
     assert values["uls", 2, "kl"] == pytest.approx(mean + 1)
     assert values["rls", 4, "kl"] == pytest.approx(mean + 1.5)  # seeds 1 and 2
     assert values["uls - exit", 2, "cosine_final"] == pytest.approx(1.0)
-    assert "closer than early exit at 2 layers; not told apart at 4" in section["statements"][0]
+    told = section["statements"][0]
+    assert "is closer to the full model than early exit at 2 layers; not told apart from early exit at 4 layers" in told

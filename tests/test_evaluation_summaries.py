@@ -24,23 +24,25 @@ def rows_of(section: dict[str, Any], **labels: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("siblings", "bound", "place"),
     [
-        ((4, 8, 12, 24), "At 8 layers on average", "third"),
-        ((8, 24), "At 12 layers on average", "half"),
-        ((12, 24), "Where layers cost nothing", "full"),
+        ((4, 8, 12, 24), "at 8 layers on average", "third"),
+        ((8, 24), "at 12 layers on average", "half"),
+        ((12, 24), "where layers cost nothing", "full"),
     ],
 )
 def test_the_oracles_sentences_name_budgets_that_the_family_has(
     siblings: tuple[int, ...], bound: str, place: str, tmp_path: Path
 ) -> None:
     section = summary_of(made_up_setup(siblings), "oracle", tmp_path)
-    (start,) = (at for at, text in enumerate(section["statements"]) if text.startswith(OWN_WEIGHTS))
+    start = next(at for at, text in enumerate(section["statements"]) if text.startswith(OWN_WEIGHTS))
     first, *rest = section["statements"][start:]
     assert "no mean depth, " not in first
     (told,) = (text for text in rest if "over random assignment of the same histogram" in text)
     (gain,) = rows_of(section, family="siblings", metric="gain", control="oracle", place=place)
-    assert told.startswith(f"{bound}, the oracle gains {gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]")
+    assert told in section["answers"] and len(section["answers"]) == 2
+    interval = f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
+    assert told.startswith(f"{OWN_WEIGHTS}, fine-tuned for it, {bound}, the oracle gains {interval} ROUGE-L")
     (share,) = rows_of(section, family="siblings", metric="surviving_share", control="cross-fitted", place=place)
-    assert f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}] survives" in told
+    assert f"{share['value']:z.0%} [{share['low']:z.0%}, {share['high']:z.0%}] survives" in told
     # Budgets that leave nothing to choose are no rows: what survives of nothing is not a number.
     assert all(row["at"] > min(siblings) for row in rows_of(section, family="siblings", metric="gain"))
     assert all(row["value"] is not None for row in rows_of(section, metric="surviving_share"))
@@ -57,6 +59,31 @@ def test_any_siblings_make_every_section(name: str, siblings: tuple[int, ...], t
     if name in ("oracle", "router", "depth"):
         assert families == ({"paths", "siblings"} if siblings == (4, 8) else {"paths"})
         assert ("siblings: left out, only one of its budgets is among the candidates." in section["notes"]) == alone
+
+
+@pytest.mark.parametrize(("name", "label"), [("static", "budget"), ("oracle", "mix"), ("router", "predictor")])
+def test_what_is_timed_says_what_it_saves(name: str, label: str, tmp_path: Path) -> None:
+    section = summary_of(made_up_setup((4, 24)), name, tmp_path)
+    savings = rows_of(section, metric="ms_saved")
+    assert savings and all(row["low"] <= row["value"] <= row["high"] for row in savings)
+    for row in savings:
+        labels = {name: row[name] for name in ("family", label, "at") if name in row}
+        (own,) = rows_of(section, metric="ms_per_token", **labels)
+        # A full pass takes 2.01 ms in the made-up rounds, and every round grows by as much.
+        assert row["value"] == pytest.approx(2.01 - own["value"], abs=1e-6)
+
+
+def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None:
+    section = summary_of(made_up_setup((4, 24)), "router", tmp_path)
+    assert len(section["answers"]) == 2
+    for family, answer in zip(("siblings", "paths"), section["answers"], strict=True):
+        shares = {
+            (row["predictor"], row["at"]): row for row in rows_of(section, metric="captured_share", family=family)
+        }
+        # One path for all is its own random assignment: it has no share, and is not the best even where others lose.
+        gains = {key: rows_of(section, metric="gain", family=family, predictor=key[0], at=key[1])[0] for key in shares}
+        share = shares[max(gains, key=lambda key: gains[key]["value"])]
+        assert f"{share['value']:z.0%} [{share['low']:z.0%}, {share['high']:z.0%}] of the oracle's gain" in answer
 
 
 def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:

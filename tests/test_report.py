@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -15,7 +16,8 @@ from summaries import example_summary
 from dynskip.cli import main
 from dynskip.evaluation.report.document import Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.rows import find, interval, number, select
-from dynskip.evaluation.report.sections import SECTIONS
+from dynskip.evaluation.report.savings import ORACLE_MIX, savings
+from dynskip.evaluation.report.sections import QUESTIONS, SECTIONS
 from dynskip.evaluation.report.write import read_summary, report_blocks, write_report
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install dynskip[eval]")
@@ -103,6 +105,71 @@ def test_the_numbers_are_those_of_the_summary(pages: tuple[str, str]) -> None:
     assert "0.123 [" in to_markdown(*report_blocks(changed))
 
 
+def answers_of(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """By question the sentences that stand at the top of the report, before anything else is told."""
+    _, _, blocks = report_blocks(summary)
+    assert blocks[0] == Heading("In short")
+    found: dict[str, list[str]] = {}
+    for heading, items in itertools.pairwise(blocks[1:]):
+        if isinstance(heading, Heading) and heading.level == 2:
+            break
+        if isinstance(heading, Heading) and isinstance(items, Items):
+            found[heading.text] = list(items.texts)
+    return found
+
+
+def test_answers_stand_at_the_top_in_the_order_of_the_questions() -> None:
+    summary = example_summary()
+    summary["oracle"]["answers"] = ["That much survives."]
+    found = answers_of(summary)
+    assert list(found) == list(QUESTIONS.values())
+    assert found["Which share of the oracle's gain survives the controls?"] == ["That much survives."]
+    assert found["What decides how deep a sequence has to go?"] == ["A computed sentence."]
+
+
+def test_what_each_way_saves_is_told_in_milliseconds_with_intervals() -> None:
+    told = answers_of(example_summary())["How many milliseconds does each save?"]
+    assert told[0].startswith(
+        "Uniform paths: of the 0.580 [0.576, 0.584] ms that a token takes along all 24 layers in a batch of 32, "
+        "4 layers save 0.400 [0.396, 0.404] ms, 8 layers save 0.320"
+    )
+    assert "24 layers save" not in told[0]
+    assert told[1].endswith(
+        "match full depth, 5.9 layers on average, would save 0.360 [0.340, 0.380] ms a token; nobody can make that "
+        "choice beforehand."
+    )
+    # The largest gain in the example is the last predictor's, and of its budgets alike the first.
+    assert "(transformer at a budget of 6 layers) saves 0.400 [0.390, 0.410] ms a token, and takes" in told[3]
+    assert "takes 0.600 [0.580, 0.620] ms to choose the path of a prompt" in told[3]
+    assert told[-1] == (
+        "The fastest of 12 learned controllers (fixed  alpha=10) saves 0.300 [0.290, 0.310] ms a token at "
+        "6.0 [5.9, 6.1] layers, its own decisions included."
+    )
+    assert len(told) == 6
+
+
+def test_a_small_model_says_what_it_cannot_say_and_a_large_one_need_not() -> None:
+    summary = example_summary()
+    title = "What this model can say about OPT-1.3B, and what not"
+    page = to_markdown(*report_blocks(summary))
+    limits = page[page.index(f"## {title}") : page.index("## Hidden states")]
+    assert "11,053,440 parameters, OPT-1.3B about 119 times as many" in limits
+    assert "From 4 layers to all 24 ROUGE-L moves from 0.200 to 0.283 here" in limits
+    assert "It **can** say" in limits and "It **cannot** say" in limits
+    summary["conditions"]["num_parameters"] = 1_316_000_000
+    assert title not in to_markdown(*report_blocks(summary))
+
+
+def test_what_saves_nothing_costs() -> None:
+    summary = only("controllers")
+    for row in summary["controllers"]["rows"]:
+        if row["metric"] == "ms_saved":
+            row.update(value=row["value"] - 1, low=row["low"] - 1, high=row["high"] - 1)
+    (told,) = savings(summary)
+    assert " costs 0.700 [0.690, 0.710] ms more a token" in told
+    assert savings({"conditions": {}}) == savings(only("depth")) == []
+
+
 def test_the_papers_numbers_stand_beside(pages: tuple[str, str]) -> None:
     for known in ("0.2493", "0.3085", "0.3208", "0.3418", "0.3341", "0.3688", "0.3964", "0.233", "7.8", "0.320"):
         assert known in pages[1], known
@@ -149,6 +216,12 @@ def test_rows_that_are_not_finite_are_left_out(name: str) -> None:
     assert any(isinstance(block, Figure) for block in blocks)
 
 
+def test_the_report_and_the_run_name_the_oracles_mix_alike() -> None:
+    from dynskip.evaluation.oracle import MIX
+
+    assert ORACLE_MIX == MIX
+
+
 def test_figures_tell_series_apart_without_colour() -> None:
     from dynskip.evaluation.report.drawing import STYLES
 
@@ -176,11 +249,13 @@ def test_blocks_in_both_forms() -> None:
         Paragraph("**bold** `x < 1`"),
         Items(["one", "two"]),
         Table("T", ["name", "value"], [["a|b", "1.0 [0.5, 2.0]"]], folded=True),
+        Paragraph("-2% [-10%, 6%] of 2024-11-22, opt-1.3b"),
     ]
     html, markdown = to_html("title", "subtitle", blocks), to_markdown("title", "subtitle", blocks)
     Page(html)
     assert '<h2 id="a-b">A &amp; B</h2>' in html
     assert "<strong>bold</strong> <code>x &lt; 1</code>" in html
+    assert "<p>−2% [−10%, 6%] of 2024-11-22, opt-1.3b</p>" in html
     assert '<td class="text">a|b</td><td>1.0 [0.5, 2.0]</td>' in html
     assert markdown.startswith("# title\n\nsubtitle\n\n## A & B\n\n**bold** `x < 1`\n\n- one\n- two\n\n**T**\n\n")
     assert r"| a\|b | 1.0 [0.5, 2.0] |" in markdown

@@ -20,7 +20,7 @@ from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.setup import Setup, path_text
 from dynskip.evaluation.statistics import Floats, Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.store import ItemStore
-from dynskip.evaluation.timing import read_speedups, read_times
+from dynskip.evaluation.timing import read_savings, read_speedups, read_times
 
 FIXED, STATIC = "fixed", "static"
 _FULL = "full"
@@ -92,6 +92,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "ms_per_token_single": read_times(store, timed[1]),
         "speedup": read_speedups(store, timed[setup.timed_batch], _FULL),
         "speedup_single": read_speedups(store, timed[1], _FULL),
+        "ms_saved": read_savings(store, timed[setup.timed_batch], _FULL),
+        "ms_saved_single": read_savings(store, timed[1], _FULL),
     }
     rows: list[dict[str, Any]] = []
     over_fixed: dict[str, Interval] = {}
@@ -117,12 +119,14 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                 rows.append(interval.row(metric=metric, **labels))
                 if metric == "over_fixed":
                     over_fixed[point.name] = interval
+    statements = _statements(static, learned, over_fixed, times["ms_per_token"])
     return {
         "n": setup.prompts,
         "seeds": setup.controller_seeds,
         "rows": rows,
         "notes": notes,
-        "statements": _statements(static, learned, over_fixed, times["ms_per_token"]),
+        "statements": statements,
+        "answers": statements[:1],
     }
 
 
@@ -190,25 +194,8 @@ def _over(point: Point, frontier: Sequence[Point]) -> Floats | None:
 def _statements(
     static: list[Point], learned: list[Point], over_fixed: dict[str, Interval], times: dict[str, Interval]
 ) -> list[str]:
-    better = [name for name, interval in over_fixed.items() if interval.low > 0]
-    worse = [name for name, interval in over_fixed.items() if interval.high < 0]
-    statements = []
-    if over_fixed:
-        smallest = min(
-            (point for point in learned if point.name in better),
-            key=lambda point: point.labels["parameters"],
-            default=None,
-        )
-        helped = (
-            f"the smallest of them is {smallest.name} with {smallest.labels['parameters']:,} parameters"
-            if smallest is not None
-            else "from no size tried does the hidden state help"
-        )
-        statements.append(
-            f"Against fixed-input controllers at as many layers, {len(better)} of {len(over_fixed)} controllers that "
-            f"read hidden states or the prompt (likelier and sampled decisions counted apart) score more and "
-            f"{len(worse)} less, with 95 % intervals that leave out zero; {helped}."
-        )
+    by_name = {point.name: point for point in learned}
+    statements = [_answer(by_name, over_fixed)]
     full = static[-1]
     argmax = [point for point in learned if point.name in times]
     if argmax:
@@ -219,3 +206,33 @@ def _statements(
             f"ROUGE-L is {cheapest.rouge_l.mean():.4f} and {full.rouge_l.mean():.4f}."
         )
     return statements
+
+
+def _answer(learned: dict[str, Point], over_fixed: dict[str, Interval]) -> str:
+    """Whether hidden states help, and from which size on; ``over_fixed`` by name of those that could be compared."""
+    if not over_fixed:
+        return (
+            "Whether hidden states help to choose layers is open: there is no fixed-input controller at as many layers "
+            "as one that reads them."
+        )
+    better = [name for name, interval in over_fixed.items() if interval.low > 0]
+    worse = [name for name, interval in over_fixed.items() if interval.high < 0]
+
+    def told(name: str) -> str:
+        value, low, high = over_fixed[name]
+        return (
+            f"{name} with {learned[name].labels['parameters']:,} parameters, {value:+z.4f} [{low:+z.4f}, {high:+z.4f}]"
+        )
+
+    if better:
+        smallest = min(better, key=lambda name: learned[name].labels["parameters"])
+        luck = 0.025 * len(over_fixed)
+        helped = f"the smallest of them is {told(smallest)} ROUGE-L; luck alone would lift {luck:.1f} of as many"
+    else:
+        most = max(over_fixed, key=lambda name: over_fixed[name].value)
+        helped = f"from no size tried does the hidden state help; nearest to it comes {told(most)} ROUGE-L"
+    return (
+        f"Against fixed-input controllers at as many layers, {len(better)} of {len(over_fixed)} controllers that "
+        f"read hidden states or the prompt (likelier and sampled decisions counted apart) score more and {len(worse)} "
+        f"less, with 95 % intervals that leave out zero; {helped}."
+    )

@@ -148,7 +148,7 @@ def _sentence(family: str, at: float, found: dict[str, dict[str, Interval]], rel
     clear = {name: interval for name, interval in names.items() if not interval.low <= 0 <= interval.high}
     if clear:
         parts = [
-            f"{FEATURE_NAMES[name]} ({interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}])"
+            f"{FEATURE_NAMES[name]} ({interval.value:+z.2f} [{interval.low:+z.2f}, {interval.high:+z.2f}])"
             for name, interval in sorted(clear.items(), key=lambda pair: -abs(pair[1].value))
         ]
         told = f"the oracle's depth correlates (Spearman) with {', '.join(parts)}"
@@ -157,7 +157,7 @@ def _sentence(family: str, at: float, found: dict[str, dict[str, Interval]], rel
         interval = names[largest]
         told = (
             "the oracle's depth correlates with none of the lengths and losses; the largest is "
-            f"{FEATURE_NAMES[largest]} ({interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}])"
+            f"{FEATURE_NAMES[largest]} ({interval.value:+z.2f} [{interval.low:+z.2f}, {interval.high:+z.2f}])"
         )
     trust = (
         f"; depths chosen on two independent generations correlate by {reliability.value:.2f} "

@@ -255,15 +255,15 @@ def _closer(weights: str, wins: Sequence[tuple[int, Interval]]) -> str:
     open_ = [budget for budget, _ in wins if budget not in closer + farther]
     parts = []
     if closer:
-        parts.append(f"closer than early exit at {_listed(closer)} layers")
+        parts.append(f"closer to the full model than early exit at {_listed(closer)} layers")
     if farther:
-        parts.append(f"farther away at {_listed(farther)}")
+        parts.append(f"farther away than early exit at {_listed(farther)} layers")
     if open_:
-        parts.append(f"not told apart at {_listed(open_)}")
+        parts.append(f"not told apart from early exit at {_listed(open_)} layers")
     gains = ", ".join(
-        f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] at {budget}" for budget, interval in wins
+        f"{interval.value:+z.3f} [{interval.low:+z.3f}, {interval.high:+z.3f}] at {budget}" for budget, interval in wins
     )
-    return f"With {of}, uniform skipping ends {'; '.join(parts)} (cosine of final states, uniform minus exit: {gains})."
+    return f"With {of}, uniform skipping is {'; '.join(parts)} (cosine of final states, uniform minus exit: {gains})."
 
 
 def _listed(budgets: Sequence[int]) -> str:

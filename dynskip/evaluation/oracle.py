@@ -21,12 +21,13 @@ from dynskip.evaluation.oracle_controls import OracleScores, dealt
 from dynskip.evaluation.setup import PAPER_LAYERS, Setup
 from dynskip.evaluation.statistics import Floats, Interval, bootstrap_mean, point
 from dynskip.evaluation.store import ItemStore
-from dynskip.evaluation.timing import Part, read_speedups, read_times, time_item
+from dynskip.evaluation.timing import Part, read_savings, read_speedups, read_times, time_item
 
 FAMILIES = ("paths", "siblings")
 MIX = "oracle at its matching budget"
 # Mean depths, as shares of the layers, at which gains are compared.
 _PLACES = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2, "full": 1.0}
+_SURVIVES = "survives when another draw judges"
 # What a control is compared with: the same procedure judged on the texts that it chose on.
 REFERENCES = {
     "cross-fitted": "in-sample",
@@ -70,6 +71,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "histogram": [],
         "notes": [*_notes(setup), *notes_on_choices(setup)],
         "statements": [],
+        "answers": [],
     }
     for family, members in _families(setup).items():
         scores = _scores(setup, store, members)
@@ -78,11 +80,17 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         _add_matching(section, family, scores)
         _add_gains(section, family, scores)
         _add_curves(section, family, scores)
-        for label, interval in read_times(store, item).items():
-            section["rows"].append(interval.row(metric="ms_per_token", family=family, mix=label))
-        for label, interval in read_speedups(store, item, str(setup.num_layers)).items():
-            section["rows"].append(interval.row(metric="speedup", family=family, mix=label))
-        section["statements"] += _statements(section, family, setup)
+        full = str(setup.num_layers)
+        measured = {
+            "ms_per_token": read_times(store, item),
+            "speedup": read_speedups(store, item, full),
+            "ms_saved": read_savings(store, item, full),
+        }
+        for metric, by_mix in measured.items():
+            section["rows"] += [interval.row(metric=metric, family=family, mix=mix) for mix, interval in by_mix.items()]
+        told = _statements(section, family, setup)
+        section["statements"] += told
+        section["answers"].append(next(text for text in told if _SURVIVES in text))
     return section
 
 
@@ -253,7 +261,7 @@ def _statements(section: dict[str, Any], family: str, setup: Setup) -> list[str]
     def text(entry: dict[str, Any], form: str = ".4f", unknown: str = "no mean depth") -> str:
         if entry["value"] is None:
             return unknown
-        return f"{entry['value']:{form}} [{entry['low']:{form}}, {entry['high']:{form}}]"
+        return f"{entry['value']:z{form}} [{entry['low']:z{form}}, {entry['high']:z{form}}]"
 
     num_layers = setup.num_layers
     full = row("mean", budget=num_layers)
@@ -281,10 +289,10 @@ def _statements(section: dict[str, Any], family: str, setup: Setup) -> list[str]
         for control in REFERENCES
     }
     gain = row("gain", control="oracle", place=place)
-    bound = "Where layers cost nothing" if place == "full" else f"At {gain['at']:g} layers on average"
+    bound = "where layers cost nothing" if place == "full" else f"at {gain['at']:g} layers on average"
     lines.append(
-        f"{bound}, the oracle gains {text(gain)} ROUGE-L over random assignment of the same histogram. Of "
-        f"such a gain on one draw, {survivors['cross-fitted']} survives when another draw judges, and "
+        f"With {DESCRIPTIONS[family]}, {bound}, the oracle gains {text(gain)} ROUGE-L over random assignment of the "
+        f"same histogram. Of such a gain on one draw, {survivors['cross-fitted']} {_SURVIVES}, and "
         f"{survivors['equal depth']} is there without any difference in depth. Chosen on the mean of "
         f"{setup.num_samples} draws and judged on the greedy texts, {survivors['cross-fitted greedy']} of the oracle's "
         "gain remains."

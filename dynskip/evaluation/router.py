@@ -29,7 +29,7 @@ from dynskip.evaluation.routes import (
 from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.statistics import Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.store import ItemStore
-from dynskip.evaluation.timing import Part, read_speedups, read_times, time_item
+from dynskip.evaluation.timing import Part, read_savings, read_speedups, read_times, time_item
 from dynskip.evaluation.trained_routes import TRAIN
 
 _FULL = "full"
@@ -57,11 +57,13 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section: by family, predictor and budget what the router scores, captures, costs and saves."""
     rows: list[dict[str, Any]] = []
     statements: list[str] = []
+    answers: list[str] = []
     overhead = {item.path: store.result(item) for item in overhead_items(setup)}
     for name in choices(setup):
         fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
         timed = {**_timed(setup, store, fitted), **_timed(setup, store, trained)}
-        found = FamilyRoutes(fitted.members, fitted.scores, (*fitted.routed, *trained.routed))
+        by_budget = sorted((*fitted.routed, *trained.routed), key=lambda routed: routed.at)
+        found = FamilyRoutes(fitted.members, fitted.scores, tuple(by_budget))
         shares: dict[Routed, Captured] = {}
         for routed in found.routed:
             labels = {"family": name, "predictor": routed.predictor, "at": routed.at}
@@ -78,6 +80,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                 layers.row(metric="layers", **labels),
                 timed[routed].own.row(metric="ms_per_token", **labels),
                 timed[routed].speedup.row(metric="speedup", **labels),
+                timed[routed].saved.row(metric="ms_saved", **labels),
                 single.row(metric="overhead_ms_single", **labels),
                 batched.row(metric="overhead_ms_batched", **labels),
             ]
@@ -87,9 +90,12 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         full = read_times(store, _time_item(setup, fitted))[_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
         if shares:
-            statements += _sentences(name, found, shares, timed, overhead)
+            told = _sentences(name, found, shares, timed, overhead)
+            statements += told
+            answers.append(told[0])
         else:
             statements.append(f"With {DESCRIPTIONS[name]}, the oracle leaves a router nothing to capture.")
+            answers.append(statements[-1])
     notes = [
         f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
         f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
@@ -102,7 +108,14 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "paths have the router's histogram, without the overhead.",
         *notes_on_choices(setup),
     ]
-    return {"n": setup.prompts, "seeds": setup.seeds, "rows": rows, "notes": notes, "statements": statements}
+    return {
+        "n": setup.prompts,
+        "seeds": setup.seeds,
+        "rows": rows,
+        "notes": notes,
+        "statements": statements,
+        "answers": answers,
+    }
 
 
 def histogram_parts(members: Sequence[Member], chosen: Integers, batch: int) -> list[Part]:
@@ -119,17 +132,22 @@ def histogram_parts(members: Sequence[Member], chosen: Integers, batch: int) -> 
 
 
 class Timed(NamedTuple):
-    """Milliseconds per token of a router's paths, those of full passes timed in turns with them, and their ratio."""
+    """Milliseconds per token of a router's paths and of full passes timed in turns, their ratio and difference."""
 
     own: Interval
     full: Interval
     speedup: Interval
+    saved: Interval
 
 
 def _timed(setup: Setup, store: ItemStore, found: FamilyRoutes) -> dict[Routed, Timed]:
     item = _time_item(setup, found)
-    times, speedups = read_times(store, item), read_speedups(store, item, _FULL)
-    return {routed: Timed(times[routed.label], times[_FULL], speedups[routed.label]) for routed in found.routed}
+    times = read_times(store, item)
+    speedups, savings = read_speedups(store, item, _FULL), read_savings(store, item, _FULL)
+    return {
+        routed: Timed(times[routed.label], times[_FULL], speedups[routed.label], savings[routed.label])
+        for routed in found.routed
+    }
 
 
 def _time_item(setup: Setup, found: FamilyRoutes) -> WorkItem:
@@ -176,8 +194,8 @@ def _sentences(
     return [
         f"With {DESCRIPTIONS[family]}, {len(clear)} of {len(found.routed)} prompt-only routers gain more than random "
         "assignment of the same depths with an interval above zero. The one that gains most (picked as such, so its "
-        f"share flatters it) is {best.predictor} at a budget of {best.at:g}: it captures {share.value:.0%} "
-        f"[{share.low:.0%}, {share.high:.0%}] of the oracle's gain.",
+        f"share flatters it) is {best.predictor} at a budget of {best.at:g}: it captures {share.value:z.0%} "
+        f"[{share.low:z.0%}, {share.high:z.0%}] of the oracle's gain.",
         f"That router scores ROUGE-L {captured.score.value:.4f}, random assignment of its depths "
         f"{captured.random.value:.4f}, the oracle at the same {layers:.1f} layers {captured.oracle.value:.4f}, all "
         f"layers {found.scores[:, -1].mean():.4f}; a token takes {timed[best].own.value:.3f} ms instead of "

@@ -7,9 +7,9 @@ from typing import Any
 from dynskip.evaluation.families import DESCRIPTIONS, Member, families, greedy, greedy_items
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.setup import Setup
-from dynskip.evaluation.statistics import bootstrap_mean
+from dynskip.evaluation.statistics import Interval, bootstrap_mean
 from dynskip.evaluation.store import ItemStore
-from dynskip.evaluation.timing import Part, read_speedups, read_times, time_item
+from dynskip.evaluation.timing import Part, read_savings, read_speedups, read_times, time_item
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
@@ -36,11 +36,13 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     for family, members in families(setup).items():
         generations = greedy(setup, store, members)
         scores, lengths = generations.rouge_l, generations.num_tokens
-        times = [
-            (name, batch, read_times(store, item), read_speedups(store, item, str(setup.num_layers)))
-            for name, batch in (("ms_per_token", setup.timed_batch), ("ms_per_token_single", 1))
-            for item in [time_item_of(setup, members, batch)]
-        ]
+        full = str(setup.num_layers)
+        measured: dict[str, tuple[int, dict[str, Interval]]] = {}
+        for suffix, batch in (("", setup.timed_batch), ("_single", 1)):
+            item = time_item_of(setup, members, batch)
+            measured["ms_per_token" + suffix] = (batch, read_times(store, item))
+            measured["speedup" + suffix] = (batch, read_speedups(store, item, full))
+            measured["ms_saved" + suffix] = (batch, read_savings(store, item, full))
         mean = bootstrap_mean(scores, resamples=setup.resamples)
         loss = bootstrap_mean(scores - scores[:, -1:], resamples=setup.resamples)
         length = bootstrap_mean(lengths, resamples=setup.resamples)
@@ -49,27 +51,24 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             rows.append(mean.at(column).row(metric="rouge_l", **labels))
             rows.append(loss.at(column).row(metric="rouge_l - full", **labels))
             rows.append(length.at(column).row(metric="num_tokens", **labels))
-            for name, batch, milliseconds, speedup in times:
-                rows.append(milliseconds[str(member.budget)].row(metric=name, batch=batch, **labels))
-                suffix = name.removeprefix("ms_per_token")
-                rows.append(speedup[str(member.budget)].row(metric=f"speedup{suffix}", batch=batch, **labels))
+            for name, (batch, by_budget) in measured.items():
+                rows.append(by_budget[str(member.budget)].row(metric=name, batch=batch, **labels))
         not_worse = [member.budget for column, member in enumerate(members[:-1]) if loss.at(column).high >= 0]
         found = (
             f"from {min(not_worse)} layers on"
             if not_worse == [m.budget for m in members[:-1]]
             else (f"at {', '.join(map(str, not_worse))} layers" if not_worse else "at no smaller budget")
         )
-        cheapest = members[0]
-        speed = times[0][3][str(cheapest.budget)]
+        cheapest = str(members[0].budget)
+        milliseconds, speed = measured["ms_per_token"][1], measured["speedup"][1][cheapest]
         statements.append(
             f"With {DESCRIPTIONS[family]}, ROUGE-L is {mean.at(-1).value:.4f} [{mean.at(-1).low:.4f}, "
             f"{mean.at(-1).high:.4f}] at full depth and {mean.at(0).value:.4f} [{mean.at(0).low:.4f}, "
-            f"{mean.at(0).high:.4f}] at {cheapest.budget} layers; no loss against full depth is seen {found} "
-            f"(95 % intervals of the paired difference). A token at {cheapest.budget} layers takes "
-            f"{times[0][2][str(cheapest.budget)].value:.3f} ms instead of "
-            f"{times[0][2][str(setup.num_layers)].value:.3f} in a batch of {setup.timed_batch}, "
-            f"{speed.value:.2f} times faster [{speed.low:.2f}, {speed.high:.2f}]; layers alone would promise "
-            f"{setup.num_layers / cheapest.budget:.1f}."
+            f"{mean.at(0).high:.4f}] at {cheapest} layers; no loss against full depth is seen {found} "
+            f"(95 % intervals of the paired difference). A token at {cheapest} layers takes "
+            f"{milliseconds[cheapest].value:.3f} ms instead of {milliseconds[full].value:.3f} in a batch of "
+            f"{setup.timed_batch}, {speed.value:.2f} times faster [{speed.low:.2f}, {speed.high:.2f}]; layers alone "
+            f"would promise {setup.num_layers / members[0].budget:.1f}."
         )
     notes = [
         "Greedy, ROUGE-L F by rouge_score without stemmer, intervals by bootstrap over sequences.",

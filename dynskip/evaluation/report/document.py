@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+_MINUS = re.compile(r"(?<![\w.,-])-(?=\d)")  # a hyphen in front of a number that stands by itself
 _INLINE = re.compile(r"\*\*(?P<strong>[^*]+)\*\*|`(?P<code>[^`]+)`")
 
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
+  max-width: 68rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; }
 h2 { font-size: 1.3rem; margin-top: 2.6rem; padding-top: .8rem; border-top: 2px solid #1a1a1a; }
 h3 { font-size: 1.05rem; margin-top: 1.6rem; }
@@ -152,7 +153,8 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """``text`` escaped for HTML, with strong and code marked."""
+    """``text`` escaped for HTML, with strong and code marked, and a minus where a number is negative."""
+    text = _MINUS.sub("−", text)
     return _INLINE.sub(
         lambda found: (
             f"<strong>{found['strong']}</strong>" if found["strong"] is not None else f"<code>{found['code']}</code>"

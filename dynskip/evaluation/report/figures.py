@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -263,9 +264,7 @@ def depth(section: Row, family: str) -> str:
                 chosen = [row for row in bins if row["at"] == at]
                 middles = [(row["bin_low"] + row["bin_high"]) / 2 for row in chosen]
                 points(axes, middles, chosen, f"mean budget {at:g}", style)
-            axes.set_xlabel(
-                FEATURES.get(feature, feature).replace("length of the full model's", "length of the full\nmodel's")
-            )
+            axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
         panels[0].set_ylabel("mean chosen depth")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)

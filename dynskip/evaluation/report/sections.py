@@ -11,6 +11,7 @@ from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Pa
 from dynskip.evaluation.report.rows import MISSING, Row, distinct, find, interval, number, select
 
 Summary = Mapping[str, Any]
+SAVINGS = "savings"  # no section: told from all of them
 
 
 def hidden_states(section: Row, summary: Summary) -> list[Block]:
@@ -64,14 +65,14 @@ def static(section: Row, summary: Summary) -> list[Block]:
     num_layers = summary["conditions"]["num_layers"]
     families = distinct(select(section, metric="rouge_l"), "family")
     budgets = sorted({row["budget"] for row in select(section, metric="rouge_l")})
-    rows = []
+    scores, times = [], []
     for budget in budgets:
         cells = [interval(find(section, metric="rouge_l", family=family, budget=budget)) for family in families]
-        times = [
-            interval(_first(section, families, metric=metric, budget=budget))
-            for metric in ("ms_per_token", "ms_per_token_single")
-        ]
-        rows.append([str(budget), *cells, number(_at_paper(paper.STATIC_ROUGE_L, budget, num_layers), 4), *times])
+        scores.append([str(budget), *cells, number(_at_paper(paper.STATIC_ROUGE_L, budget, num_layers), 4)])
+        measured = ("ms_per_token", "ms_saved", "ms_per_token_single", "ms_saved_single")
+        times.append(
+            [str(budget), *(interval(_first(section, families, metric=metric, budget=budget)) for metric in measured)]
+        )
     header = ["layers", *(figures.FAMILIES.get(family, family) for family in families), "the paper (OPT-1.3B)"]
     return [
         Paragraph(
@@ -90,7 +91,12 @@ def static(section: Row, summary: Summary) -> list[Block]:
             f"{summary['conditions'].get('timed_batch', MISSING)} and alone. A quarter of the layers is not a quarter "
             "of the time: embedding, head and what a step costs besides its layers stay.",
         ),
-        Table("ROUGE-L and time by budget", [*header, "ms per token, batch", "ms per token, alone"], rows),
+        Table("ROUGE-L by budget", header, scores),
+        Table(
+            "Time by budget",
+            ["layers", "ms per token, batch", "ms saved", "ms per token, alone", "ms saved"],
+            times,
+        ),
     ]
 
 
@@ -131,8 +137,7 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
             Figure(
                 figures.oracle(section, family),
                 "Mean ROUGE-L at every mean budget. Bands and bars are 95 % intervals over sequences; the dashed line "
-                "is full depth. Left all is scored on greedy outputs, right on sampled ones, which score lower as a "
-                "whole.",
+                "is full depth. Left all is scored on greedy outputs, right on sampled ones.",
             ),
             *_oracle_tables(section, family, summary["conditions"]["num_layers"]),
         ]
@@ -155,7 +160,15 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         ]
         for budget in sorted(distinct(select(section, metric="mean", family=family), "budget"))
     ]
-    header = ["layers", "mean", "the paper", "best of all up to it", "the paper", "mean, sampled", "best of 4 samples"]
+    header = [
+        "layers",
+        "mean",
+        "the paper",
+        "best of all up to it",
+        "the paper",
+        "mean, sampled",
+        f"best of {len(candidates)} samples",
+    ]
     null = f"{number(paper.NULL_MATCHING_SHARE, 2)} (our computation, sd {paper.NULL_SD})"
     papers = {"oracle": f"{paper.MATCHING_BUDGET}, {paper.MATCHING_SHARE}", "null": null}
     matching = [
@@ -181,7 +194,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         for row in select(section, metric="gain", family=family)
     ]
     times = [
-        [_mix(row), interval(row), cell("speedup", 2, mix=row.get("mix"))]
+        [_mix(row), interval(row), cell("ms_saved", mix=row.get("mix")), cell("speedup", 2, mix=row.get("mix"))]
         for row in select(section, metric="ms_per_token", family=family)
     ]
     return [
@@ -196,7 +209,11 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
             gains,
             folded=True,
         ),
-        Table("What it costs in time, in a batch", ["paths of the batch", "ms per token", "times faster"], times),
+        Table(
+            "What it costs in time, in a batch",
+            ["paths of the batch", "ms per token", "ms saved", "times faster"],
+            times,
+        ),
     ]
 
 
@@ -214,13 +231,16 @@ def router(section: Row, summary: Summary) -> list[Block]:
         def cell(metric: str, digits: int = 3, labels: Mapping[str, Any] = at) -> str:
             return interval(find(section, metric=metric, **labels), digits)
 
-        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", cell("layers", 2)]
-        bounds = [number((find(section, metric=metric, **at) or {}).get("value")) for metric in ("random", "oracle")]
-        scores = [interval(row), *bounds, cell("captured_share", 2), cell("over_static", 4)]
-        times = [cell("ms_per_token"), cell("speedup", 2), cell("overhead_ms_single"), cell("overhead_ms_batched")]
+        def value(metric: str, digits: int = 3, labels: Mapping[str, Any] = at) -> str:
+            return number((find(section, metric=metric, **labels) or {}).get("value"), digits)
+
+        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", value("layers", 2)]
+        scores = [interval(row), value("random"), value("oracle"), cell("captured_share", 2), cell("over_static", 4)]
+        times = [cell("ms_per_token"), cell("ms_saved"), value("speedup", 2)]
+        times += [cell("overhead_ms_single"), cell("overhead_ms_batched")]
         quality.append([*name, *scores])
         cost.append([*name, *times])
-    shared = ["weights", "predictor", "budget", "mean layers"]
+    shared = ["weights", "predictor", "budget", "layers"]
     return [
         Paragraph(
             "A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
@@ -238,7 +258,7 @@ def router(section: Row, summary: Summary) -> list[Block]:
         ),
         Table(
             "What routers cost",
-            [*shared, "ms per token", "times faster", "routing, ms", "in a batch, ms"],
+            [*shared, "ms per token", "ms saved", "times faster", "routing a prompt, ms", "in a batch, ms"],
             cost,
         ),
     ]
@@ -264,9 +284,10 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
                 str(row["controller"]),
                 f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING,
                 str(row.get("kv_policy") or MISSING),
-                layers,
-                interval(find(section, metric="ms_per_token", **name)),
-                interval(find(section, metric="ms_per_token_single", **name)),
+                *(
+                    interval(find(section, metric=metric, **name))
+                    for metric in ("ms_per_token", "ms_saved", "ms_per_token_single", "ms_saved_single")
+                ),
             ]
         )
     paper_rows = [
@@ -289,7 +310,10 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
         ),
         Table(
             "What controllers cost",
-            ["controller", "parameters", "skipped layers store", "mean layers", "ms per token, batch", "alone"],
+            [
+                *("controller", "parameters", "skipped layers store"),
+                *("ms per token, batch", "ms saved", "ms per token, alone", "ms saved"),
+            ],
             cost,
         ),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),
@@ -371,9 +395,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Row, Summary], list[Block]]]] = {
 # What a reader came to ask, by the section that answers it.
 QUESTIONS = {
     "hidden_states": "Is skipping closer to the full model than exiting?",
-    "static": "What do fixed budgets cost, and what do they save?",
     "controllers": "Do hidden states help to choose layers, and from which capacity on?",
     "oracle": "Which share of the oracle's gain survives the controls?",
     "router": "Which share does a router capture that sees the prompt only?",
+    SAVINGS: "How many milliseconds does each save?",
+    "static": "What do fixed budgets cost?",
     "depth": "What decides how deep a sequence has to go?",
 }

@@ -10,10 +10,11 @@ from typing import Any
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.rows import MISSING, number, select
-from dynskip.evaluation.report.sections import QUESTIONS, SECTIONS
+from dynskip.evaluation.report.savings import savings
+from dynskip.evaluation.report.sections import QUESTIONS, SAVINGS, SECTIONS
 
 SUMMARY = "summary.json"
-_NUM_TOLD = 6  # statements of a section that stand at the top of the report; all stand in their section
+_NUM_TOLD = 3  # statements at the top of a section that marks no answers among them; all stand in their section
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
@@ -73,12 +74,15 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
 
 
 def _answers(summary: Mapping[str, Any]) -> list[Block]:
-    """The questions, each with the first statements of the section that answers it."""
+    """The questions, each with the sentences that answer it: a section's answers, else its first statements."""
     blocks: list[Block] = [Heading("In short")]
     for key, question in QUESTIONS.items():
-        statements = (summary.get(key) or {}).get("statements") or []
-        if statements:
-            blocks += [Heading(question, 3), Items(statements[:_NUM_TOLD])]
+        section = summary.get(key) or {}
+        told = section.get("answers") or (section.get("statements") or [])[:_NUM_TOLD]
+        if key == SAVINGS:
+            told = savings(summary)
+        if told:
+            blocks += [Heading(question, 3), Items(told)]
     return blocks if len(blocks) > 1 else []
 
 
@@ -102,14 +106,15 @@ def _limits(summary: Mapping[str, Any]) -> list[Block]:
         Heading("What this model can say about OPT-1.3B, and what not"),
         Items(
             [
-                f"It has {num_parameters:,} parameters, OPT-1.3B about {times:,} times as many.{spread} An oracle "
-                "over depths that score nearly alike has little but luck to choose by: what survives the controls "
-                "here is no estimate of what would survive there.",
+                f"It has {num_parameters:,} parameters, OPT-1.3B about {times:,} times as many.{spread} The "
+                "nearer the depths' scores lie together, the less an oracle has but luck to choose by: what survives "
+                "the controls here is no estimate of what would survive there.",
                 "It **can** say that an oracle's gain means nothing before it is held against the controls, that each "
                 "control, router and controller runs and what it costs, and how far the paper's own reasoning carries "
                 "where its numbers are repeated on another model by the same protocol.",
                 "It **cannot** say how large an effect is on OPT-1.3B, which budget is enough there, or from which "
-                "capacity on a hidden state would help: a model trained along paths is made to be skipped.",
+                "capacity on a hidden state would help: a larger model has more to lose with a layer, and weights "
+                "trained along paths, as those of opt-mini are, are made to be skipped.",
                 "Milliseconds are those of this machine. Matrices as small as these leave more of a step to what is no "
                 "matrix product; the larger the model, the nearer time comes to layers.",
             ]
