@@ -18,7 +18,7 @@ EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.c
 
 # make gpu needs no virtual environment and no network: it takes the torch that is there, and this checkout.
 GPU_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),python3)
-ONLY ?= tests,validate,sanitizer,kernels,decode,prefill
+ONLY ?= tests,validate,sanitizer,kernels,decode,prefill,serving
 OUT ?= gpu-results
 COMMIT ?=
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import profile_layer, recorder, run, sanitize, time_decode, time_kernels, time_prefill
+from bench.gpu import profile_layer, recorder, run, sanitize, time_decode, time_kernels, time_prefill, time_serving
 from bench.gpu.floors import WorkDone, floor_ms
 from bench.gpu.workloads import Truth, Workload
 from dynskip import LayerPath, OPTForCausalLM, native
@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[Sequence[str]], int]] = {
     "kernels": time_kernels.main,
     "decode": time_decode.main,
     "prefill": time_prefill.main,
+    "serving": time_serving.main,
 }
 
 
@@ -56,6 +57,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
         ("kernels", ["--ops", "reference"]),
         ("decode", ["--ops", "reference"]),
         ("prefill", ["--backend", "torch"]),
+        ("serving", ["--backend", "torch"]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # from torch.compile

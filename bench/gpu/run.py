@@ -32,7 +32,7 @@ MAX_SHARDS = 8
 SKIPPED = 77
 # After its limit a part has so long to write what it has.
 GRACE_S = 15
-DEFAULT = ("tests", "validate", "sanitizer", "kernels", "decode", "prefill")
+DEFAULT = ("tests", "validate", "sanitizer", "kernels", "decode", "prefill", "serving")
 # Tests of what no card changes, minutes of one CPU core each; `make test` runs them all.
 LEFT_OUT = {
     "test_bench.py": "the benchmark of a CPU",
@@ -133,6 +133,7 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
         measuring("kernels", "single kernels against bandwidth and cuBLAS"),
         measuring("decode", "decode steps against their roofline and against others"),
         measuring("prefill", "prompts against the ideal speed-up and the matrix peak"),
+        measuring("serving", "a stream of mixed depths against the ideal speed-up"),
         Part(
             "profile",
             "ncu over the decode kernels of one layer",

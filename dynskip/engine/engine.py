@@ -72,7 +72,7 @@ class Engine:
         if not isinstance(model, OPTForCausalLM):
             raise TypeError(f"Engine: model must be a dynskip.OPTForCausalLM, got {type(model).__name__}.")
         self.model = model
-        self.runner = StepRunner(model, executor, deterministic)
+        self.runner = StepRunner(model, executor, deterministic, alone=kv is None)
         if costs is None and policy == "cohort":
             costs = default_costs(model)
         if costs is not None and costs.num_layers != model.num_layers:

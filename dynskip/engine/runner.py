@@ -29,13 +29,16 @@ class StepRunner:
     """Runs spans of sequences, whose routes have one key, and returns logits.
 
     deterministic: a row's bits do not depend on its neighbours; None: as the model was made.
+    alone: with an executor of its own, whose buffers and graphs no other user of the model takes away.
     """
 
-    def __init__(self, model: OPTForCausalLM, executor: ExecutorName, deterministic: bool | None = None) -> None:
+    def __init__(
+        self, model: OPTForCausalLM, executor: ExecutorName, deterministic: bool | None = None, alone: bool = False
+    ) -> None:
         self.model = model
         self.deterministic = model.deterministic if deterministic is None else deterministic
         self.executor: Any = model.executor(executor)  # with caches of its own kind
-        if executor == "compact" and self.deterministic != model.deterministic:
+        if executor == "compact" and (alone or self.deterministic != model.deterministic):
             self.executor = CompactExecutor(model.model.decoder, model.lm_head, model.backend, self.deterministic)
         self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
 

@@ -1,0 +1,150 @@
+"""A stream of requests of mixed depths: which share of the ideal speed-up the engine reaches, by policy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.gpu.recorder import Question, Recorder, run_part
+from bench.serving import check, draw_jobs, measure_stream
+from dynskip.benchmark.calibration import measure_step_costs
+from dynskip.benchmark.device import Device
+from dynskip.benchmark.models import opt_config, random_hf_model
+from dynskip.benchmark.timing import Samples
+from dynskip.engine.workload import PAPER_MIX, Workload, parse_mix
+from dynskip.model import OPTForCausalLM
+
+_FULL, _LOCKSTEP, _COHORT = "full depth", "lockstep", "cohort"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    shape: str = "opt-1.3b"
+    vocab_size: int = 50272
+    num_requests: int = 8192
+    batch: int = 128
+    prompt_len: int = 32
+    mean_output: float = 16.0
+    prefill_tokens: int = 4096
+    mix: str = PAPER_MIX
+    context_len: int = 512
+    num_rounds: int = 5
+
+
+TINY = Sizes("tiny", 128, 12, 3, 4, 3.0, 16, "uniform:1=3,uniform:2,full", 8, 2)
+
+
+class ServingBenchmark:
+    """All questions about a stream, on one model."""
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, backend: str) -> None:
+        self.recorder = recorder
+        self.sizes = sizes
+        config = opt_config(sizes.shape, sizes.vocab_size)
+        hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
+        self.model = OPTForCausalLM.from_hf(hf_model, backend=backend, pack=False)
+        recorder.note(f"backend {self.model.backend.name}")
+
+    def run(self) -> None:
+        """Answer all questions."""
+        self.recorder.attempt(all_questions(self.sizes), self._measure)
+
+    def _measure(self) -> None:
+        sizes, model = self.sizes, self.model
+        costs = measure_step_costs(
+            model,
+            "this device",
+            num_rows=sizes.batch,
+            prompt_len=sizes.prompt_len,
+            context_len=sizes.context_len,
+            prefill_tokens=sizes.prefill_tokens,
+            num_rounds=sizes.num_rounds,
+        )
+        workload = Workload(
+            sizes.num_requests, parse_mix(sizes.mix, model.num_layers), sizes.prompt_len, sizes.mean_output
+        )
+        generator = torch.Generator().manual_seed(0)
+        shape = (sizes.num_requests, sizes.prompt_len)
+        prompts: list[list[int]] = torch.randint(3, sizes.vocab_size, shape, generator=generator).tolist()
+        jobs = draw_jobs(workload, prompts)
+        self.recorder.note(check(model, jobs[:8], costs))
+        lines = {line["name"]: line for line in measure_stream(model, jobs, costs, sizes.batch, sizes.prefill_tokens)}
+        decode = {name: Samples([[1e3 * line["decode_s"]]]) for name, line in lines.items()}
+        busy = {name: Samples([[1e3 * (line["decode_s"] + line["prefill_s"])]]) for name, line in lines.items()}
+        answer, batch = self.recorder.answer, sizes.batch
+        for name in (_LOCKSTEP, _COHORT):
+            line = lines[name]
+            answer(batch, f"{name}, decode, speed-up over full depth", line["decode_gain"], decode[name], decode[_FULL])
+            answer(batch, f"{name}, with prefill, speed-up over full depth", line["gain"], busy[name], busy[_FULL])
+        line = lines[_COHORT]
+        ideal = line["decode_gain"] / line["ideal_decode"]
+        answer(batch, _share("decode"), ideal, decode[_COHORT], decode[_FULL].ms / line["ideal_decode"])
+        ideal = line["gain"] / line["ideal_all"]
+        answer(batch, _share("with prefill"), ideal, busy[_COHORT], busy[_FULL].ms / line["ideal_all"])
+        self.recorder.speedup(batch, f"{_COHORT}, decode, speed-up over lockstep", decode[_COHORT], decode[_LOCKSTEP])
+        predicted = line["predicted_tokens_per_s"] / line["tokens_per_s"]
+        predicted_ms = busy[_COHORT].ms / predicted
+        answer(batch, f"{_COHORT}, predicted over measured tokens/s", predicted, busy[_COHORT], predicted_ms)
+
+
+def _share(what: str) -> str:
+    return f"{_COHORT}, {what}, share of the ideal speed-up"
+
+
+def all_questions(sizes: Sizes) -> list[Question]:
+    """Every question, in the order in which they are answered."""
+    found = []
+    for name in (_LOCKSTEP, _COHORT):
+        found.append(Question(sizes.batch, f"{name}, decode, speed-up over full depth"))
+        found.append(Question(sizes.batch, f"{name}, with prefill, speed-up over full depth"))
+    return [
+        *found,
+        Question(sizes.batch, _share("decode"), 0.88),
+        Question(sizes.batch, _share("with prefill"), 0.85),
+        Question(sizes.batch, f"{_COHORT}, decode, speed-up over lockstep"),
+        Question(sizes.batch, f"{_COHORT}, predicted over measured tokens/s"),
+    ]
+
+
+def questions(args: argparse.Namespace) -> list[Question]:
+    """Every question that the part answers."""
+    return all_questions(TINY if args.tiny else Sizes())
+
+
+def measure(args: argparse.Namespace, device: Device) -> int:
+    """Answer them."""
+    sizes = TINY if args.tiny else Sizes()
+    described = {
+        "shape": sizes.shape,
+        "prompt_len": sizes.prompt_len,
+        "backend": args.backend,
+        "notes": [
+            f"{sizes.num_requests} requests of {sizes.prompt_len} tokens, outputs geometric with mean "
+            f"{sizes.mean_output:g}, depths {sizes.mix}, pool {4 * sizes.batch} for cohort."
+        ],
+    }
+    recorder = Recorder("serving", device, args, described)
+    try:
+        ServingBenchmark(recorder, device, sizes, args.backend).run()
+    finally:
+        status = recorder.close()
+    return status
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=("triton", "torch"), default="triton", help="(default: triton)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The part ``serving`` of `make gpu`."""
+    return run_part("serving", __doc__ or "", questions, measure, argv, _add_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
