@@ -29,7 +29,7 @@ from dynskip.engine.engine import Engine
 from dynskip.engine.ideal import Ideal
 from dynskip.engine.kv_budget import KVBudget
 from dynskip.engine.outcome import Outcome
-from dynskip.engine.policy import make_policy
+from dynskip.engine.policy import POLICIES, make_policy
 from dynskip.engine.scheduler import Scheduler
 from dynskip.engine.sequence import SequenceState
 from dynskip.engine.simulation import EngineOptions, simulate
@@ -181,16 +181,16 @@ def check(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts) -> str:
 
 
 def measure_stream(
-    model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, batch: int, prefill_tokens: int
+    model: OPTForCausalLM,
+    jobs: Sequence[Job],
+    costs: StepCosts,
+    batch: int,
+    prefill_tokens: int,
+    policies: Sequence[str] = ("lockstep", "cohort"),
 ) -> list[dict[str, Any]]:
-    """Full depth, lock-step, one path at a time and the cohort, in turns; each beside the simulation's prediction."""
+    """Full depth under `cohort`, and the mix under each policy, in turns; each beside the simulation's prediction."""
     deep = full_depth(jobs)
-    entries = {
-        "full depth": ("cohort", deep),
-        "lockstep": ("lockstep", jobs),
-        "by_path": ("by_path", jobs),
-        "cohort": ("cohort", jobs),
-    }
+    entries = {"full depth": ("cohort", deep), **{policy: (policy, jobs) for policy in policies}}
     competitors = [
         Served(name, model, own, costs, policy=policy, batch=batch, max_prefill_tokens=prefill_tokens)
         for name, (policy, own) in entries.items()
@@ -324,14 +324,16 @@ def measure_overhead(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCost
     lines = []
     served = Served("cohort", model, jobs, costs, policy="cohort", batch=64, pool=256)
     engine = served.engine
-    # The pool fills first; then steps count while it is full.
-    while engine.scheduler.groups.num_resident < min(256, len(jobs)):
+    # The pool fills first; then steps count while it is as good as full: places are filled several at a time.
+    while engine.has_unfinished and engine.scheduler.groups.num_resident < 225:
         engine.step()
     before = (engine.tally.bookkeeping_s, engine.tally.decode_s + engine.tally.prefill_s, engine.tally.num_steps)
     residents = []
-    while engine.has_unfinished and (groups := engine.scheduler.groups).num_resident >= 240:
+    while engine.has_unfinished and (groups := engine.scheduler.groups).num_resident >= 225:
         residents.append(groups.num_resident)
         engine.step()
+    if not residents:
+        raise RuntimeError(f"bench: the pool of 256 must fill, got {len(jobs)} requests in all. Use --requests 1024.")
     num_steps = engine.tally.num_steps - before[2]
     own_s = engine.tally.bookkeeping_s - before[0]
     step_s = engine.tally.decode_s + engine.tally.prefill_s - before[1]
@@ -374,7 +376,7 @@ def _scheduler_us(costs: StepCosts, pool: int, waiting: int, num_steps: int = 40
                 scheduler.finished(sequence.request_id)
         return elapsed_s
 
-    while scheduler.groups.num_resident < pool:
+    for _ in range(100):
         step()
     times = sorted(step() for _ in range(num_steps))
     return 1e6 * sum(times) / len(times)
@@ -392,8 +394,8 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         f"{conditions['requests']} requests, all there at the beginning, {conditions['prompts']}, output lengths "
         f"geometric with mean {conditions['mean_output']:g}, greedy. Depths: {conditions['mix']} (mean "
         f"{conditions['mean_layers']:.2f} of {conditions['num_layers']} layers).",
-        f"Checked before anything was timed: {conditions['gate']}. Competitors take turns of a quarter of a second, whoever is "
-        "furthest behind first.",
+        f"Checked before anything was timed: {conditions['gate']}. Competitors take turns of a quarter of a "
+        "second, whoever is furthest behind first.",
         "",
     ]
     stream = [line for line in lines if line["part"] == "stream"]
@@ -516,7 +518,8 @@ def main() -> int:
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--mean-output", type=float, default=16.0)
     parser.add_argument("--prefill", type=int, default=512, help="most prompt tokens of a step")
-    parser.add_argument("--static-requests", type=int, default=96)
+    parser.add_argument("--static-requests", type=int, default=64)
+    parser.add_argument("--policy", action="append", choices=POLICIES, help="repeatable (default: lockstep and cohort)")
     parser.add_argument("--only", action="append", choices=PARTS, help="repeatable (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
     parser.add_argument("--name", default="serving", help="of the files (default: serving)")
@@ -564,22 +567,26 @@ def main() -> int:
         "gate": check(model, [*by_depth.values(), *jobs[:4]], costs),
     }
     lines: list[dict[str, Any]] = []
-    if "closed" in parts:
-        lines += measure_closed(model, jobs, costs)
-    if "static" in parts and hf_model is not None:
-        lines += measure_static(model, hf_model, jobs[: args.static_requests], costs)
-    if "overhead" in parts:
-        lines += measure_overhead(model, jobs[:400], costs)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        """Write what there is: whoever stops the rest keeps it."""
+        lines.extend(more)
+        (args.out / f"{args.name}.md").write_text(page(conditions, lines), encoding="utf-8")
+        with (args.out / f"{args.name}.jsonl").open("w", encoding="utf-8") as file:
+            for line in [{"part": "conditions", **conditions}, *lines]:
+                file.write(json.dumps(line) + "\n")
+
     if "stream" in parts:
         for batch in args.batch or (16, 32):
-            lines += measure_stream(model, jobs, costs, batch, args.prefill)
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = page(conditions, lines)
-    (args.out / f"{args.name}.md").write_text(text, encoding="utf-8")
-    with (args.out / f"{args.name}.jsonl").open("w", encoding="utf-8") as file:
-        for line in [{"part": "conditions", **conditions}, *lines]:
-            file.write(json.dumps(line) + "\n")
-    print(text)
+            keep(measure_stream(model, jobs, costs, batch, args.prefill, args.policy or ("lockstep", "cohort")))
+    if "closed" in parts:
+        keep(measure_closed(model, jobs, costs))
+    if "overhead" in parts:
+        keep(measure_overhead(model, jobs[:768], costs))
+    if "static" in parts and hf_model is not None:
+        keep(measure_static(model, hf_model, jobs[: args.static_requests], costs))
+    print(page(conditions, lines))
     return 0
 
 
