@@ -9,19 +9,39 @@ from dynskip.version import __version__
 
 if TYPE_CHECKING:
     from dynskip import ops, reference
+    from dynskip.async_llm import AsyncLLM
+    from dynskip.engine.engine import Engine
+    from dynskip.engine.request import RequestError, RequestOutput
     from dynskip.llm import LLM, Output
     from dynskip.model import OPTForCausalLM
     from dynskip.paths import LayerPath
     from dynskip.sampling import SamplingParams
 
-__all__ = ["LLM", "LayerPath", "OPTForCausalLM", "Output", "SamplingParams", "__version__", "ops", "reference"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Engine",
+    "LayerPath",
+    "OPTForCausalLM",
+    "Output",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "ops",
+    "reference",
+]
 
 # Resolved on first use: `import dynskip` stays quick, and needs neither transformers nor a compiler nor Triton.
 _HOME = {
+    "AsyncLLM": "dynskip.async_llm",
+    "Engine": "dynskip.engine.engine",
     "LLM": "dynskip.llm",
     "LayerPath": "dynskip.paths",
     "OPTForCausalLM": "dynskip.model",
     "Output": "dynskip.llm",
+    "RequestError": "dynskip.engine.request",
+    "RequestOutput": "dynskip.engine.request",
     "SamplingParams": "dynskip.sampling",
 }
 

@@ -142,6 +142,27 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def encode(self, prompt: str | Sequence[int], what: str = "encode: prompt") -> list[int]:
+        """The token ids of a prompt that is a text or token ids; errors begin with ``what``."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{what} must be token ids, got text and no tokenizer. Pass tokenizer= to LLM.")
+            if not prompt:
+                raise ValueError(f"{what} must hold at least one token, got empty text.")
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not is_token_ids(prompt):
+            raise TypeError(f"{what} must be text or a list of token ids, got {type(prompt).__name__}.")
+        return list(prompt)
+
+    def text(self, token_ids: list[int], stop: Sequence[str] = ()) -> str | None:
+        """The text of an output without special tokens, cut before the first of ``stop``; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str), "one sequence decodes to one text"
+        ends = [text.find(each) for each in stop if each in text]
+        return text[: min(ends)] if ends else text
+
     def _encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(
@@ -150,24 +171,8 @@ class LLM:
             )
         if not prompts:
             raise ValueError("generate: prompts must hold at least one prompt, got none.")
-        encoded = []
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise ValueError(
-                        f"generate: prompt {index} must be token ids, got text and no tokenizer. "
-                        "Pass tokenizer= to LLM."
-                    )
-                if not prompt:
-                    raise ValueError(f"generate: prompt {index} must hold at least one token, got empty text.")
-                encoded.append(list(self.tokenizer(prompt)["input_ids"]))
-            elif is_token_ids(prompt):
-                encoded.append(list(prompt))
-            else:
-                raise TypeError(
-                    f"generate: prompt {index} must be text or a list of token ids, got {type(prompt).__name__}."
-                )
-        return encoded
+        every: Sequence[str | Sequence[int]] = prompts
+        return [self.encode(prompt, f"generate: prompt {index}") for index, prompt in enumerate(every)]
 
     def _params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
@@ -187,20 +192,10 @@ class LLM:
             raise ValueError("generate: stop must be left out without a tokenizer. Use stop_token_ids.")
         return all_params
 
-    def _decode(self, token_ids: list[int]) -> str | None:
-        if self.tokenizer is None:
-            return None
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        assert isinstance(text, str), "one sequence decodes to one text"
-        return text
-
     def _output(self, prompt_ids: list[int], sequences: Sequence[OutputSequence]) -> Output:
         samples = []
         for sequence in sequences:
-            text = self._decode(sequence.token_ids)
-            if text is not None:
-                ends = [text.find(stop) for stop in sequence.params.stop if stop in text]
-                text = text[: min(ends)] if ends else text
+            text = self.text(sequence.token_ids, sequence.params.stop)
             assert sequence.finish_reason is not None, "generation runs every sequence to its end"
             logprobs = None if sequence.params.logprobs is None else sequence.logprobs
             samples.append(Sample(sequence.token_ids, text, sequence.finish_reason, logprobs))

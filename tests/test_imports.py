@@ -53,6 +53,7 @@ ORDER = [
     "generate",
     "assets",
     "llm",
+    "async_llm",
     # what stands around it
     "training",
     "validation_draws",

@@ -1,0 +1,188 @@
+"""`AsyncLLM`: many consumers in an event loop, one engine whose steps run in a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dynskip.engine.engine import Engine
+from dynskip.engine.request import OnToken, RequestError, RequestOutput
+from dynskip.engine.stats import EngineStats
+from dynskip.engine.text_stream import TextStream
+from dynskip.engine.worker import Add, EngineWorker
+from dynskip.llm import LLM
+from dynskip.model import OPTForCausalLM
+from dynskip.routing import Paths
+from dynskip.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came of a request since its last piece.
+
+    token_ids: new tokens, at least one but in the last piece; several where the consumer is slower than the engine.
+    text: new text; None without a tokenizer. It may be empty: a character that is not whole yet, and what could be the
+        beginning of a stop text, come with a later piece.
+    finish_reason: of the last piece, see `RequestOutput`; else None.
+    """
+
+    request_id: Hashable
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class TextOutput(RequestOutput):
+    """What one request became, with its text.
+
+    text: the new text without special tokens and without the stop text; None without a tokenizer.
+    texts: those of all ``n`` outputs.
+    """
+
+    text: str | None
+    texts: tuple[str | None, ...]
+
+
+class AsyncLLM:
+    """Serves any number of consumers at once from one model.
+
+    model: an LLM, or what LLM takes for one. Nobody else may run the model while requests are served.
+    policy, engine_options: as in `Engine`.
+
+    Use it in ``async with``, or `close` it. A consumer that stops iterating, or is cancelled, aborts its request.
+    An exception in what belongs to a request, such as its controller, ends that request: its consumer gets a
+    RequestError. Should the engine itself fail, all consumers get one, and so do all later calls.
+    """
+
+    def __init__(
+        self, model: LLM | OPTForCausalLM | str | Path | None = None, policy: str = "cohort", **engine_options: Any
+    ) -> None:
+        self.llm = model if isinstance(model, LLM) else LLM(model)
+        engine = Engine(self.llm.model, policy=policy, tokenizer=self.llm.tokenizer, **engine_options)
+        self._worker = EngineWorker(engine)
+        weakref.finalize(self, self._worker.close)
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        path: Paths = None,
+        *,
+        request_id: Hashable = None,
+        kv_policy: str | None = None,
+        prompt_depth: str = "path",
+    ) -> AsyncGenerator[Piece]:
+        """The output of ``prompt`` piece by piece; arguments as in ``Engine.add_request``, with n = 1.
+
+        Raises TypeError, ValueError, or what a controller raises, before the first piece where the request is bad;
+        RequestError where it ends by an error later. Tokens that nobody asks for wait, at most max_tokens of them.
+        """
+        params = SamplingParams() if params is None else params
+        if isinstance(params, SamplingParams) and params.n != 1:
+            raise ValueError(f"stream: n must be 1, got {params.n}. Use generate, or a stream for each output.")
+        add = self._adding("stream", prompt, params, path, request_id, kv_policy, prompt_depth)
+        ticket = self._worker.submit(add, streams=True)
+        try:
+            known_id = await asyncio.wrap_future(ticket.added)
+            tokenizer = self.llm.tokenizer
+            text = None if tokenizer is None else TextStream(tokenizer, params.stop)
+            output = None
+            while output is None:
+                tokens, output = await ticket.next()
+                has_failed = output is not None and output.error is not None
+                if tokens or not has_failed:
+                    new_text = None if text is None else text.add(tokens)
+                    if text is not None and new_text is not None and output is not None:
+                        new_text += text.finish()
+                    reason = None if output is None or has_failed else output.finish_reason
+                    yield Piece(known_id, tokens, new_text, reason)
+            _raise_error("stream", output)
+        finally:
+            self._worker.abandon(ticket)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        path: Paths = None,
+        *,
+        request_id: Hashable = None,
+        kv_policy: str | None = None,
+        prompt_depth: str = "path",
+    ) -> TextOutput:
+        """What ``prompt`` becomes; arguments as in ``Engine.add_request``, errors as in `stream`."""
+        params = SamplingParams() if params is None else params
+        add = self._adding("generate", prompt, params, path, request_id, kv_policy, prompt_depth)
+        ticket = self._worker.submit(add, streams=False)
+        try:
+            await asyncio.wrap_future(ticket.added)
+            output = await ticket.end()
+        finally:
+            self._worker.abandon(ticket)
+        _raise_error("generate", output)
+        return self._with_text(output, params)
+
+    async def abort(self, request_id: Hashable) -> RequestOutput:
+        """End a request where it stands; returns what it has become, which its consumer gets, too.
+
+        Raises ValueError unless it is unfinished.
+        """
+        return await asyncio.wrap_future(self._worker.abort(request_id))
+
+    async def stats(self) -> EngineStats:
+        """What the engine did since it was made, and what it holds now."""
+        return await asyncio.wrap_future(self._worker.call(Engine.stats))
+
+    async def close(self) -> None:
+        """Abort what has not ended, and give back the memory of the engine. Nothing works after it."""
+        await asyncio.to_thread(self._worker.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _adding(
+        self,
+        function: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        path: Paths,
+        request_id: Hashable,
+        kv_policy: str | None,
+        prompt_depth: str,
+    ) -> Add:
+        """What adds the request; raises TypeError or ValueError where the prompt is none."""
+        prompt_ids = self.llm.encode(prompt, f"{function}: prompt")
+
+        def add(engine: Engine, on_token: OnToken | None) -> Hashable:
+            return engine.add_request(
+                prompt_ids,
+                params,
+                path,
+                request_id=request_id,
+                kv_policy=kv_policy,
+                prompt_depth=prompt_depth,
+                on_token=on_token,
+            )
+
+        return add
+
+    def _with_text(self, output: RequestOutput, params: SamplingParams) -> TextOutput:
+        texts = tuple(self.llm.text(sample.token_ids, params.stop) for sample in output.samples)
+        return TextOutput(**vars(output), text=texts[0], texts=texts)
+
+
+def _raise_error(function: str, output: RequestOutput) -> None:
+    """Raise RequestError where the request has ended by an error."""
+    if output.error is not None:
+        raise RequestError(f"{function}: the request ended by {output.error!r}.") from output.error

@@ -1,0 +1,90 @@
+"""The text of a stream: whole characters, nothing of a stop text, and together what the tokens decode to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import word_tokenizer
+
+from dynskip.assets import opt_mini_directory
+from dynskip.engine.text_stream import TextStream
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens may be parts of a character."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(opt_mini_directory()))
+
+
+def pieces_of(stream: TextStream, tokens: list[int], sizes: list[int]) -> list[str]:
+    """The pieces that come of ``tokens``, handed over as many at a time as ``sizes`` say, again and again."""
+    pieces = []
+    first = turn = 0
+    while first < len(tokens):
+        size = sizes[turn % len(sizes)]
+        pieces.append(stream.add(tokens[first : first + size]))
+        first, turn = first + size, turn + 1
+    return [*pieces, stream.finish()]
+
+
+def test_a_piece_ends_with_a_whole_character(byte_tokenizer: Any) -> None:
+    text = "naïve 🙂 日本語, 🏳️‍🌈 and a plain end" * 8  # more tokens than are decoded together
+    tokens = byte_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(tokens) > 200
+    pieces = pieces_of(TextStream(byte_tokenizer), tokens, [1])
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "" in pieces, "a part of a character was to be held back"
+
+
+# Half of the tokens are bytes beyond ASCII, which seldom make a character.
+@given(
+    st.lists(st.one_of(st.integers(0, 4095), st.integers(100, 260)), max_size=150),
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+)
+def test_pieces_together_are_the_text_of_all_tokens(byte_tokenizer: Any, tokens: list[int], sizes: list[int]) -> None:
+    expected = byte_tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join(pieces_of(TextStream(byte_tokenizer), tokens, sizes)) == expected
+
+
+@given(
+    st.lists(st.sampled_from("ab "), max_size=120).map("".join),
+    st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(1, 4),
+)
+def test_nothing_of_a_stop_text_is_given_out(byte_tokenizer: Any, text: str, stop: list[str], size: int) -> None:
+    """Text ends where a stop text begins, and no piece had held what turned out to be the beginning of one."""
+    tokens = [token for letter in text for token in byte_tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    assert byte_tokenizer.decode(tokens) == text
+    stream = TextStream(byte_tokenizer, stop)
+    given_out = ""
+    # The engine ends a request with the token that completes a stop text.
+    for first in range(0, len(tokens), size):
+        end = next((i for i in range(first, first + size) if any(s in text[: i + 1] for s in stop)), None)
+        given_out += stream.add(tokens[first : first + size if end is None else end + 1])
+        if end is not None:
+            text = text[: end + 1]
+            break
+    given_out += stream.finish()
+    assert given_out == text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def test_text_that_could_begin_a_stop_text_waits() -> None:
+    tokenizer = word_tokenizer()
+    stream = TextStream(tokenizer, ["w008 w009"])
+    assert stream.add([7]) == "w007"
+    assert stream.add([8]) == " "
+    assert stream.add([10]) == "w008 w010"
+    assert stream.add([8]) == " "
+    assert stream.add([9]) == ""
+    assert stream.finish() == ""
+
+
+def test_special_tokens_have_no_text() -> None:
+    stream = TextStream(word_tokenizer())
+    assert [stream.add([7]), stream.add([2]), stream.finish()] == ["w007", "", ""]
