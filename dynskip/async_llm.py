@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dynskip.engine.engine import Engine
+from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import OnToken, RequestError, RequestOutput
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.text_stream import TextStream
@@ -54,6 +55,7 @@ class AsyncLLM:
 
     model: an LLM, or what LLM takes for one. Nobody else may run the model while requests are served.
     policy, engine_options: as in `Engine`.
+    metrics_path, metrics_every_s, live: `path`, `every_s` and `live` of a `MetricsLog`.
 
     Use it in ``async with``, or `close` it. A consumer that stops iterating, or is cancelled, aborts its request.
     An exception in what belongs to a request, such as its controller, ends that request: its consumer gets a
@@ -61,11 +63,19 @@ class AsyncLLM:
     """
 
     def __init__(
-        self, model: LLM | OPTForCausalLM | str | Path | None = None, policy: str = "cohort", **engine_options: Any
+        self,
+        model: LLM | OPTForCausalLM | str | Path | None = None,
+        policy: str = "cohort",
+        *,
+        metrics_path: Path | str | None = None,
+        metrics_every_s: float = 1.0,
+        live: bool = False,
+        **engine_options: Any,
     ) -> None:
         self.llm = model if isinstance(model, LLM) else LLM(model)
         engine = Engine(self.llm.model, policy=policy, tokenizer=self.llm.tokenizer, **engine_options)
-        self._worker = EngineWorker(engine)
+        log = MetricsLog(engine, metrics_path, metrics_every_s, live) if live or metrics_path is not None else None
+        self._worker = EngineWorker(engine, log)
         weakref.finalize(self, self._worker.close)
 
     async def stream(

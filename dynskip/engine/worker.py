@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from dynskip.engine.engine import Engine
+from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import OnToken, RequestError, RequestOutput
 
 T = TypeVar("T")
 # Adds a request to the engine, perhaps with a callback for its tokens; returns its id.
 Add = Callable[[Engine, OnToken | None], Hashable]
+
+
+class MetricsWarning(UserWarning):
+    """Metrics are no longer written."""
 
 
 class Ticket:
@@ -84,12 +90,13 @@ class EngineWorker:
     """Owns an engine: nobody else touches it. Steps while there are requests, sleeps while there are none.
 
     An exception that no request is to blame for ends the worker: all that wait get a RequestError with its cause, and
-    so do all later calls. on_step: called in the worker's thread after each step.
+    so do all later calls. log: told of each step, and closed at the end. A log that cannot be written ends with a
+    warning and costs no request.
     """
 
-    def __init__(self, engine: Engine, on_step: Callable[[], None] | None = None) -> None:
+    def __init__(self, engine: Engine, log: MetricsLog | None = None) -> None:
         self._engine = engine
-        self._on_step = on_step
+        self._log = log
         self._changed = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._is_closing = False
@@ -166,15 +173,15 @@ class EngineWorker:
             while self._obey():
                 for output in self._engine.step():
                     self._end(output)
-                if self._on_step is not None:
-                    self._on_step()
                 self._send()
+                self._write_log(MetricsLog.update)
             for request_id in list(self._tickets):
                 self._end(self._engine.abort(request_id))
             self._send()
         except BaseException as error:
             self._fail(error)
         finally:
+            self._write_log(MetricsLog.close)
             self._engine.close()
 
     def _obey(self) -> bool:
@@ -220,6 +227,17 @@ class EngineWorker:
                     raise
                 for ticket, _, _ in own:
                     self._drop(ticket)
+
+    def _write_log(self, write: Callable[[MetricsLog], None]) -> None:
+        if self._log is None:
+            return
+        try:
+            write(self._log)
+        except OSError as error:
+            self._log = None
+            warnings.warn(
+                f"AsyncLLM: metrics end here, the log cannot be written: {error}", MetricsWarning, stacklevel=2
+            )
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
