@@ -15,100 +15,32 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from dynskip.benchmark.machine import describe
 from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
+from dynskip.benchmark.serving import Competitor, Job, Served, take_turns
 from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.engine.ideal import Ideal
 from dynskip.engine.kv_budget import KVBudget
-from dynskip.engine.outcome import Outcome
 from dynskip.engine.policy import POLICIES, make_policy
 from dynskip.engine.scheduler import Scheduler
 from dynskip.engine.sequence import SequenceState
 from dynskip.engine.simulation import EngineOptions, simulate
-from dynskip.engine.workload import PAPER_MIX, Request, Workload, at_full_depth, parse_mix
+from dynskip.engine.workload import PAPER_MIX, Workload, at_full_depth, parse_mix
 from dynskip.generate import Generation
 from dynskip.llm import LLM
 from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
-from dynskip.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("stream", "closed", "static", "overhead")
-# One turn of a competitor.
-_TURN_S = 0.25
-
-
-class Competitor(Protocol):
-    """Somebody who serves the requests, a little at a time."""
-
-    name: str
-
-    @property
-    def progress(self) -> float:
-        """Which share of the tokens is there."""
-        ...
-
-    def advance(self) -> None:
-        """Go on for a little while."""
-        ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request with its prompt; ``request.num_output`` tokens are generated, whatever they are."""
-
-    prompt_ids: list[int]
-    request: Request
-
-    @property
-    def params(self) -> SamplingParams:
-        """Greedy, and no end before the last token."""
-        return SamplingParams(max_tokens=self.request.num_output, ignore_eos=True)
-
-
-class Served:
-    """The engine under one policy, with all requests there at the beginning."""
-
-    def __init__(self, name: str, model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, **options: Any) -> None:
-        self.name = name
-        longest = max(len(job.prompt_ids) + job.request.num_output for job in jobs)
-        self._own_s = 0.0
-        self._begin_s: float | None = None
-        self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
-        self.num_tokens = sum(job.request.num_output for job in jobs)
-        for job in jobs:
-            self.engine.add_request(job.prompt_ids, job.params, job.request.path)
-
-    @property
-    def progress(self) -> float:
-        """Which share of the tokens is there."""
-        return self.engine.tally.num_tokens / self.num_tokens
-
-    def advance(self) -> None:
-        """A turn's steps."""
-        self._begin_s = time.perf_counter()
-        while self.engine.has_unfinished and time.perf_counter() < self._begin_s + _TURN_S:
-            for output in self.engine.step():
-                assert output.finish_reason == "length", output
-        self._own_s += time.perf_counter() - self._begin_s
-        self._begin_s = None
-
-    def _clock(self) -> float:
-        """Seconds of its own turns: it stands while others have theirs."""
-        return self._own_s + (0.0 if self._begin_s is None else time.perf_counter() - self._begin_s)
-
-    @property
-    def outcome(self) -> Outcome:
-        """What it came to."""
-        return self.engine.stats().outcome
 
 
 class Batches:
@@ -134,16 +66,15 @@ class Batches:
         self.num_done += 1
 
 
-def take_turns(competitors: Sequence[Competitor]) -> None:
-    """Let whoever is furthest behind go on, until all are done: what disturbs one disturbs all."""
-    while True:
-        left = [competitor for competitor in competitors if competitor.progress < 1]
-        if not left:
-            return
-        last = min(left, key=lambda competitor: competitor.progress)
-        last.advance()
+def race(competitors: Sequence[Competitor]) -> None:
+    """Let them take turns, and show on stderr how far each is."""
+
+    def show() -> None:
         state = ", ".join(f"{each.name} {each.progress:.0%}" for each in competitors)
         print(f"\r{state}   ", end="", file=sys.stderr, flush=True)
+
+    take_turns(competitors, show)
+    print(file=sys.stderr)
 
 
 def draw_jobs(workload: Workload, prompts: Sequence[list[int]], seed: int = 0) -> list[Job]:
@@ -195,8 +126,7 @@ def measure_stream(
         Served(name, model, own, costs, policy=policy, batch=batch, max_prefill_tokens=prefill_tokens)
         for name, (policy, own) in entries.items()
     ]
-    take_turns(competitors)
-    print(file=sys.stderr)
+    race(competitors)
     requests = [job.request for job in jobs]
     ideal_decode, ideal_all = Ideal.speedups(costs, requests, batch, prefill_tokens)
     full = competitors[0].outcome
@@ -297,8 +227,7 @@ def measure_static(
         Batches("static batches", jobs, batch, static),
         Batches("transformers generate", jobs, batch, transformers),
     ]
-    take_turns([*served, *batches])
-    print(file=sys.stderr)
+    race([*served, *batches])
     seconds = {each.name: each.outcome.decode_s + each.outcome.prefill_s for each in served}
     seconds |= {each.name: each.seconds for each in batches}
     for each in served:
