@@ -81,6 +81,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, index: int = 0) -> None:
         self.params = params
         self.generator: torch.Generator | None = None
+        self._num_drawn = 0
+        self._before: Tensor | None = None  # the random state before the last draw
         if not params.greedy:
             self.generator = torch.Generator()
             if params.seed is None:
@@ -92,7 +94,17 @@ class Sampler:
         """The next token, drawn from ``logits`` [V] on the CPU."""
         assert self.generator is not None, "greedy tokens are chosen for the whole batch at once"
         probabilities = filtered_probabilities(logits, self.params)
+        self._before = self.generator.get_state()
+        self._num_drawn += 1
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def take_back(self, num_kept: int) -> None:
+        """Forget the last draw if it came to nothing: of all tokens drawn, ``num_kept`` were kept."""
+        if self._num_drawn > num_kept:
+            assert self.generator is not None and self._before is not None, "a greedy sampler draws nothing"
+            assert self._num_drawn == num_kept + 1, "at most one draw comes to nothing"
+            self.generator.set_state(self._before)
+            self._num_drawn = num_kept
 
 
 def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Hashable, Sequence
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -17,11 +18,12 @@ from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.outcome import Tally
 from dynskip.engine.policy import make_policy
 from dynskip.engine.prefixes import PrefixIndex
-from dynskip.engine.request import OnToken, OutputSequence, Request, RequestError, RequestOutput
+from dynskip.engine.request import OnToken, OutputSequence, Request, RequestOutput
 from dynskip.engine.runner import StepRunner
 from dynskip.engine.scheduler import Scheduler
 from dynskip.engine.sequence import SequenceState
 from dynskip.engine.stats import EngineStats
+from dynskip.engine.token_stream import TokenStream
 from dynskip.kv_cache import available_bytes
 from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens, is_token_ids
 from dynskip.routing import Paths, Route, resolve
@@ -71,6 +73,14 @@ class Engine:
     ) -> None:
         if not isinstance(model, OPTForCausalLM):
             raise TypeError(f"Engine: model must be a dynskip.OPTForCausalLM, got {type(model).__name__}.")
+        _check_integers(
+            kv_bytes=kv_bytes,
+            batch=batch,
+            pool=pool,
+            max_wait=max_wait,
+            max_prefill_tokens=max_prefill_tokens,
+            max_context_len=max_context_len,
+        )
         self.model = model
         self.runner = StepRunner(model, executor, deterministic, alone=kv is None)
         if costs is None and policy == "cohort":
@@ -101,6 +111,8 @@ class Engine:
         self._requests: dict[Hashable, Request] = {}
         self._outputs: dict[Hashable, RequestOutput] = {}
         self._num_ids = 0
+        self._is_open = True
+        self._is_broken = False  # the last recovery was broken off itself
         self._clock = clock
         self._time_s = self._start_s = clock()
 
@@ -125,11 +137,17 @@ class Engine:
         Raises TypeError or ValueError on bad input, also where prompt and max_tokens would not fit into the memory
         even alone, and what a controller that chooses a path raises.
         """
+        if not self._is_open:
+            raise RuntimeError("add_request: the engine must be open, got one that was closed. Make another.")
+        if not isinstance(request_id, Hashable):
+            raise TypeError(f"add_request: request_id must be hashable, got {type(request_id).__name__}.")
         if not is_token_ids(token_ids):
             raise TypeError(f"add_request: token_ids must be a list of token ids, got {type(token_ids).__name__}.")
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"add_request: params must be SamplingParams, got {type(params).__name__}.")
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"add_request: on_token must be callable or None, got {type(on_token).__name__}.")
         prompt_ids = list(token_ids)
         check_tokens(prompt_ids, params.max_tokens, self.model.config, "add_request: token_ids")
         paths = path[None] if isinstance(path, Tensor) else path
@@ -168,13 +186,19 @@ class Engine:
             OutputSequence(prompt_ids, params, route, Sampler(params, index), index) for index in range(params.n)
         ]
         request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now())
-        for sequence in sequences:
-            sequence.request = request
-            sequence.state = SequenceState(
-                sequence, route.layers, len(prompt_ids), params.max_tokens, arrival_s=request.arrival_s
-            )
-            self.scheduler.add(sequence.state)  # the first of them raises, or none
-        self._requests[request_id] = request
+        try:
+            for sequence in sequences:
+                sequence.request = request
+                sequence.state = SequenceState(
+                    sequence, route.layers, len(prompt_ids), params.max_tokens, arrival_s=request.arrival_s
+                )
+                self.scheduler.add(sequence.state)  # the first of them raises, or none
+            self._requests[request_id] = request
+        except Exception:
+            raise
+        except BaseException:
+            self._recover()
+            raise
         return request
 
     def abort(self, request_id: Hashable) -> RequestOutput:
@@ -182,8 +206,22 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             raise ValueError(f"abort: request_id must be of a request that has not ended, got {request_id!r}.")
-        self.execution.end(request, "abort")
+        if self._is_broken:
+            self._recover()
+        try:
+            self.execution.end(request, "abort")
+        except BaseException:
+            self._recover()
+            raise
         return self._outputs.pop(request_id)
+
+    def discard(self, request: Request) -> None:
+        """Abort ``request`` unless it has ended, and hand its output to nobody."""
+        request_id = request.request_id
+        if self._requests.get(request_id) is request:
+            self.abort(request_id)
+        elif request.output is not None and self._outputs.get(request_id) is request.output:
+            del self._outputs[request_id]
 
     @property
     def has_unfinished(self) -> bool:
@@ -204,45 +242,44 @@ class Engine:
         return outputs
 
     def run(self) -> list[RequestOutput]:
-        """Step until nothing is left; returns the requests in the order of their ends."""
-        outputs = []
-        while self.has_unfinished:
-            outputs += self.step()
-        return outputs
+        """Step until nothing is left; returns the requests in the order of their ends.
+
+        Where something interrupts it, what has ended is still there for the next call.
+        """
+        while self._requests:
+            self.advance()
+        return self.step()
 
     def stream(
         self, token_ids: Sequence[int], params: SamplingParams | None = None, path: Paths = None, **options: object
-    ) -> Iterator[int]:
-        """The tokens of a new request as they come; arguments as in `add_request`, with n = 1.
-
-        Asking for a token makes steps, in which other requests get theirs, too. Closing the iterator aborts the
-        request.
-        Raises RequestError where the request ends with an error.
-        """
+    ) -> TokenStream:
+        """The tokens of a new request as they come; arguments as in `add_request`, with n = 1."""
         if params is not None and params.n != 1:
             raise ValueError(f"stream: n must be 1, got {params.n}. Add a request for each output.")
-        tokens: list[int] = []
-        request_id = self.add_request(
-            token_ids,
-            params,
-            path,
-            **options,  # type: ignore[arg-type]  # checked there
-            on_token=lambda _id, _index, token: tokens.append(token),
-        )
-        return self._stream(request_id, tokens)
+        request_id = self.add_request(token_ids, params, path, **options)  # type: ignore[arg-type]  # checked there
+        return TokenStream(self, self._requests[request_id])
 
     def stats(self) -> EngineStats:
         """What the engine did since it was made, and what it holds now."""
         return EngineStats.of(self)
 
     def close(self) -> None:
-        """Abort what has not ended and give back the memory of keys and values, static buffers and graphs."""
+        """Abort what has not ended and give back the memory of keys and values, static buffers and graphs.
+
+        An engine that was closed takes no requests any more.
+        """
+        self._check_outside_step("close")
+        if not self._is_open:
+            return
+        if self._is_broken:
+            self._recover()
         for request in list(self._requests.values()):
             self.execution.end(request, "abort")
         self._outputs.clear()
         release = getattr(self.runner.executor, "release", None)
         if release is not None:
             release()
+        self._is_open = False
         del self.kv.cache
 
     def __enter__(self) -> Self:
@@ -256,8 +293,13 @@ class Engine:
     @torch.no_grad()
     def advance(self) -> None:
         """One step; outputs stay with the engine until `step` hands them out."""
-        if not self.scheduler.has_unfinished:
-            return
+        self._check_outside_step("step")
+        if self._is_broken:
+            self._recover()
+        if self.scheduler.has_unfinished:
+            self._advance()
+
+    def _advance(self) -> None:
         begin_s = time.perf_counter()
         execution, tally = self.execution, self.tally
         execution.model_s = 0.0
@@ -280,10 +322,21 @@ class Engine:
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
 
+    def _check_outside_step(self, function: str) -> None:
+        """Raise RuntimeError where a callback of this engine's own step calls ``function``."""
+        # The stack cannot be out of date, as a flag would be once Ctrl-C has kept somebody from taking it down.
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is Engine._advance.__code__ and frame.f_locals["self"] is self:
+                raise RuntimeError(
+                    f"{function}: the engine must not be in a step, got a call from within one. Call it later."
+                )
+            frame = frame.f_back
+
     def _hand_over(self, request: Request) -> None:
         output = RequestOutput.of(request, self._now())
+        request.output = self._outputs[request.request_id] = output
         del self._requests[request.request_id]
-        self._outputs[request.request_id] = output
         self.tally.num_requests += 1
         for waits, wait_s in (
             (self.tally.ttft_s, output.ttft_s),
@@ -296,40 +349,34 @@ class Engine:
                     del waits[:_KEPT_WAITS]
 
     def _recover(self) -> None:
-        """After a step that was broken off: whoever has not ended waits again, and keeps its tokens."""
+        """After something was broken off: whoever has not ended waits again, and keeps its tokens."""
+        self._is_broken = True
         self.execution.prefixes.clear()
         self.kv.restart()
-        self.scheduler.restart()
+        self.scheduler.restart({sequence for request in self._requests.values() for sequence in request.sequences})
         for request in list(self._requests.values()):
             for sequence in request.sequences:
-                reason = sequence.finish_reason
-                if reason is None and sequence.token_ids:
-                    reason = self.execution.finish_reason(sequence)
-                if reason is None:
-                    sequence.state.num_generated = len(sequence.token_ids)
-                elif self.scheduler.knows(sequence):
-                    sequence.finish_reason = reason
-                    self.scheduler.finished(sequence)
+                self._recover_sequence(sequence)
             if request.has_ended:
                 self._hand_over(request)
+        self._is_broken = False
 
-    def _stream(self, request_id: Hashable, tokens: list[int]) -> Iterator[int]:
-        try:
-            num_given = 0
-            while True:
-                while num_given < len(tokens):
-                    num_given += 1
-                    yield tokens[num_given - 1]
-                if request_id not in self._requests:
-                    break
-                self.advance()
-            output = self._outputs.pop(request_id, None)
-            if output is not None and output.error is not None:
-                raise RequestError(f"stream: the request ended by {output.error!r}.") from output.error
-        finally:
-            if request_id in self._requests:
-                self.abort(request_id)
-            self._outputs.pop(request_id, None)
+    def _recover_sequence(self, sequence: OutputSequence) -> None:
+        request = sequence.request
+        if sequence.finish_reason is None:
+            del sequence.logprobs[len(sequence.token_ids) :]
+            sequence.sampler.take_back(len(sequence.token_ids))
+            sequence.state.num_generated = len(sequence.token_ids)
+            if request.error is None and sequence.token_ids:
+                try:
+                    sequence.finish_reason = self.execution.finish_reason(sequence)
+                except Exception as error:
+                    request.error = error
+            if request.error is not None:
+                sequence.finish_reason = "error"
+        if sequence.finish_reason is not None and self.scheduler.knows(sequence):
+            has_finished = sequence.finish_reason in ("stop", "length")
+            (self.scheduler.finished if has_finished else self.scheduler.abort)(sequence)
 
     def _make_pool(self, num_seqs: int, kv_bytes: int | None) -> KVPool:
         most = num_seqs * self.max_context_len * self.model.num_layers
@@ -349,3 +396,9 @@ class Engine:
     def _now(self) -> float:
         self._time_s = max(self._time_s, self._clock())
         return self._time_s
+
+
+def _check_integers(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"Engine: {name} must be an integer, got {value!r}.")

@@ -160,6 +160,7 @@ class Execution:
                 accepted.append(sequence)
                 for copy in copies.pop(sequence, ()):
                     self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
+                    self.tally.num_shared_tokens += len(copy.prompt_ids)
                     rows.append(row)
                     accepted.append(copy)
             for sequence in accepted:
@@ -174,6 +175,8 @@ class Execution:
         try:
             tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
         except Exception:
+            for sequence in sequences:
+                sequence.sampler.take_back(len(sequence.token_ids))
             tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
@@ -191,13 +194,13 @@ class Execution:
 
     def _append(self, sequence: OutputSequence, token: int, logits: Tensor, now_s: float) -> None:
         request, params = sequence.request, sequence.params
-        sequence.token_ids.append(token)
-        self.tally.num_tokens += 1
-        if request.first_s is None:
-            request.first_s = now_s
         try:
             if params.logprobs is not None:
                 sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+            sequence.token_ids.append(token)
+            self.tally.num_tokens += 1
+            if request.first_s is None:
+                request.first_s = now_s
             if request.on_token is not None:
                 request.on_token(request.request_id, sequence.index, token)
             reason = self.finish_reason(sequence)

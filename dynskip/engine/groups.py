@@ -53,14 +53,17 @@ class PathGroup:
 
 
 class PathGroups:
-    """All requests of a scheduler that have not ended. No operation takes longer for a longer queue, but for a log."""
+    """All requests of a scheduler that have not ended. No operation takes longer for a longer queue, but for a log.
 
-    def __init__(self) -> None:
+    num_groups: how many groups the scheduler has had before, whose numbers are not given out again.
+    """
+
+    def __init__(self, num_groups: int = 0) -> None:
         self._groups: dict[LayerPath, PathGroup] = {}
         self._resident: dict[PathGroup, None] = {}
         self._heads: list[tuple[int, int, PathGroup]] = []  # heap of (order of the head, tie, group), some outdated
         self._num_pushed = 0
-        self._num_groups = 0
+        self._num_groups = num_groups
         self.num_waiting = 0
         self.num_resident = 0
         self.num_running = 0
@@ -69,6 +72,11 @@ class PathGroups:
     def resident(self) -> Iterator[PathGroup]:
         """The groups with resident sequences."""
         return iter(self._resident)
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups there have been."""
+        return self._num_groups
 
     @property
     def num_resident_groups(self) -> int:

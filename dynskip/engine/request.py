@@ -59,7 +59,7 @@ class OutputSequence:
 
 @dataclass(eq=False)
 class Request:
-    """A request that has not ended. Times are those of the engine's clock, in seconds."""
+    """A request while it runs; output: what it has become. Times are those of the engine's clock, in seconds."""
 
     request_id: Hashable
     sequences: list[OutputSequence]
@@ -69,6 +69,7 @@ class Request:
     admitted_s: float | None = None
     first_s: float | None = None
     error: Exception | None = None
+    output: RequestOutput | None = None
 
     @property
     def has_ended(self) -> bool:

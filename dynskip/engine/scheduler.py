@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from dynskip.engine.groups import PathGroup, PathGroups
@@ -138,9 +138,13 @@ class Scheduler:
         self.counters.num_aborted += 1
         return sequence
 
-    def restart(self) -> None:
-        """Let all that have not ended wait again, after a step that was broken off; all memory is free by then."""
-        self.groups = PathGroups()
+    def restart(self, known: Collection[Hashable]) -> None:
+        """Let all that have not ended wait again, after something was broken off; all memory is free by then.
+
+        known: their ids; others are forgotten, whose arrival was broken off.
+        """
+        self._sequences = {request_id: state for request_id, state in self._sequences.items() if request_id in known}
+        self.groups = PathGroups(self.groups.num_groups)
         self._prefilling = []
         for sequence in sorted(self._sequences.values(), key=lambda sequence: sequence.order):
             if sequence.is_resident:
