@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 from models import tiny_hf, word_tokenizer
 
-from dynskip import OPTForCausalLM
+from dynskip import OPTForCausalLM, RequestOutput
 from dynskip.benchmark import depths, machine, models
 from dynskip.benchmark.depths import Comparison, Depth, compare_depths
 from dynskip.benchmark.layer_costs import measure_layer_costs, row_counts_up_to
 from dynskip.cli import demo, main
+from dynskip.cli.demo_serving import Serving, serving_page
+from dynskip.engine.cost_store import cached_path, device_key, shape_key
+from dynskip.engine.costs import StepCosts
+from dynskip.engine.outcome import Outcome, Tally
 
 CONDITIONS = {
     "cpu": "Test",
@@ -93,10 +98,10 @@ def test_another_text_alone_fails_the_demo(
 def test_prompts_are_chat_requests_where_the_tokenizer_knows_them() -> None:
     tokenizer = word_tokenizer()
     llm = SimpleNamespace(tokenizer=tokenizer)
-    plain = demo._prompt_ids(llm, "w013 w014")  # type: ignore[arg-type]
+    plain = demo.prompt_ids(llm, "w013 w014")  # type: ignore[arg-type]
     assert plain == list(tokenizer("w013 w014")["input_ids"])
     tokenizer.chat_template = "{% for message in messages %}w007 {{ message['content'] }}{% endfor %}"
-    assert demo._prompt_ids(llm, "w013 w014") == list(tokenizer("w007 w013 w014")["input_ids"])  # type: ignore[arg-type]
+    assert demo.prompt_ids(llm, "w013 w014") == list(tokenizer("w007 w013 w014")["input_ids"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +192,7 @@ def test_the_table_has_a_line_per_depth() -> None:
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--requests", "0"], "--requests must be at least 1, got 0"),
         (["--shape", "opt-7b"], "invalid choice: 'opt-7b'"),
         (["--only", "text", "--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
         (["--only", "text", "--model", "./nowhere"], "must be a directory, got no such directory"),
@@ -201,3 +207,80 @@ def test_mistakes_end_with_one_line(arguments: list[str], message: str, capsys: 
 
 def test_the_command_line_knows_the_same_shapes() -> None:
     assert tuple(models.SHAPES) == demo.SHAPES
+
+
+# Serving
+
+
+@pytest.fixture
+def served_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tiny model with a tokenizer, and costs that are none of this machine's."""
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path / "cache"))
+    model = OPTForCausalLM.from_hf(tiny_hf(dtype=torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    shape = shape_key(model.config, "bfloat16")
+    replace(StepCosts.h200(), num_layers=6).write(cached_path(device_key(), shape))
+    return str(tmp_path)
+
+
+def test_both_policies_serve_the_same_stream(served_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--only", "serving", "--model", served_model, "--requests", "40", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["serving"]
+    assert (found["num_requests"], found["num_same"]) == (40, 40)
+    assert list(found["paths"]) == ["uniform:1", "uniform:2", "uniform:3", "full"]
+    assert sum(found["paths"].values()) == 40
+    budgets = {"uniform:1": 1, "uniform:2": 2, "uniform:3": 3, "full": 6}
+    assert found["mean_layers"] == sum(budgets[name] * count for name, count in found["paths"].items()) / 40
+    outcomes = found["outcomes"]
+    assert list(outcomes) == ["lockstep", "cohort"]
+    for outcome in outcomes.values():
+        assert outcome["num_requests"] == 40
+        assert outcome["tokens_per_s"] > 0
+        assert outcome["layers"] <= outcome["union"] <= 6
+        # Turns of the other do not count.
+        assert outcome["seconds"] == pytest.approx(outcome["decode_s"] + outcome["prefill_s"], rel=0.2)
+    assert outcomes["lockstep"]["rows"] <= 16
+    assert outcomes["cohort"]["longest_wait"] > 1, "more were resident than stepped"
+
+
+def test_other_tokens_fail_the_demo_and_nothing_is_timed(
+    served_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dynskip.engine.engine import Engine
+
+    step = Engine.step
+
+    def careless(self: Engine) -> list[RequestOutput]:
+        outputs = step(self)
+        if self.scheduler.policy.name == "cohort":
+            outputs = [replace(o, token_ids=[5, *o.token_ids[1:]]) if o.request_id == 3 else o for o in outputs]
+        return outputs
+
+    monkeypatch.setattr(Engine, "step", careless)
+    assert main(["demo", "--only", "serving", "--model", served_model, "--requests", "20"]) == 1
+    page = " ".join(capsys.readouterr().out.split())
+    assert "19 of 20 requests get the same tokens from both policies: DIFFERENT TOKENS, so nothing was timed." in page
+    assert "speed-up" not in page
+
+
+def test_the_serving_page_has_a_line_per_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lockstep = Tally(num_tokens=1000, num_decode_steps=100, num_rows=1500, num_row_layers=8400, num_union_layers=1380)
+    lockstep.last_s, lockstep.decode_s, lockstep.prefill_s, lockstep.ttft_s = 2.0, 1.5, 0.5, [0.5, 0.7, 0.9]
+    cohort = replace(lockstep, num_union_layers=680, last_s=1.25, decode_s=0.75)
+    serving = Serving(
+        256, 24, {"uniform:4": 191, "full": 65}, 5.6, 16, 256,
+        {"lockstep": Outcome.of([lockstep]), "cohort": Outcome.of([cohort])},
+    )  # fmt: skip
+    page = serving_page(serving)
+    assert max(map(len, page.splitlines())) <= 80
+    assert "256 requests, 191 uniform:4, 65 full" in page.replace("\n", " ")
+    rows = [line.split() for line in page.splitlines() if line.startswith(("lockstep", "cohort"))]
+    assert rows == [
+        ["lockstep", "500", "1.50", "0.50", "15.0", "5.6", "13.8", "0.70", "1.00x"],
+        ["cohort", "800", "0.75", "0.50", "15.0", "5.6", "6.8", "0.70", "1.60x"],
+    ]
+    # 15 ms for 13.8 layers and 7.5 ms for 6.8 are 15/14 ms a layer and 3/14 ms besides.
+    for number in ("13.8 layers", "run 5.6", "6.8 layers", "15.0 rows", "a layer takes 1.07 ms", "0.21 ms of a step"):
+        assert number in page.replace("\n", " ")

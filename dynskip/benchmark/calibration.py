@@ -11,6 +11,7 @@ from dynskip.benchmark.layer_costs import row_counts_up_to
 from dynskip.benchmark.runners import DynskipRunner
 from dynskip.benchmark.timing import Samples, Task, interleave
 from dynskip.cost import Curve, LayerCosts
+from dynskip.engine.cost_store import device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
 from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
@@ -90,6 +91,16 @@ def measure_step_costs(
             "num_rounds": num_rounds,
         },
     )
+
+
+def known_step_costs(model: OPTForCausalLM, num_rows: int, prompt_len: int) -> StepCosts:
+    """What `dynskip calibrate` has left for this device and shape; else measured now: coarsely, and not kept."""
+    device = device_key(str(model.device))
+    known = load_cached(device, shape_key(model.config, str(model.dtype).removeprefix("torch.")))
+    if known is not None:
+        return known
+    prefill_tokens = num_rows * prompt_len
+    return measure_step_costs(model, device, num_rows, prompt_len, prompt_len, prefill_tokens, num_rounds=3)
 
 
 def _runner(model: OPTForCausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:

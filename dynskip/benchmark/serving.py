@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,7 +47,10 @@ class Job:
 
 
 class Served:
-    """The engine under one policy, with all requests there at the beginning."""
+    """The engine under one policy, with all requests there at the beginning.
+
+    token_ids: the outputs of those that have ended, by their numbers.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Served:
         self._begin_s: float | None = None
         self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
         self.num_tokens = sum(job.request.num_output for job in jobs)
+        self.token_ids: dict[Hashable, list[int]] = {}
         for job in jobs:
             self.engine.add_request(job.prompt_ids, job.params, job.request.path)
 
@@ -79,6 +83,7 @@ class Served:
         while self.engine.has_unfinished and time.perf_counter() < self._begin_s + self._turn_s:
             for output in self.engine.step():
                 assert output.finish_reason == "length", output
+                self.token_ids[output.request_id] = output.token_ids
         self._own_s += time.perf_counter() - self._begin_s
         self._begin_s = None
 

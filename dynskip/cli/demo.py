@@ -1,4 +1,4 @@
-"""``dynskip demo``: texts along different paths in one batch, and the seconds saved beside those that should be."""
+"""``dynskip demo``: texts along different paths in one batch, a stream of mixed depths, and the seconds saved."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import json
 import shutil
 import textwrap
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynskip.cli.demo_parts import aligned, demo_path, prompt_ids
+from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import BACKENDS, set_threads, show_progress
 
 if TYPE_CHECKING:
     from dynskip.benchmark.depths import Comparison
-    from dynskip.llm import LLM
-    from dynskip.paths import LayerPath
 
 # As in dynskip.benchmark.models, which a test compares: importing that here would import torch for `dynskip --help`.
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
@@ -38,8 +37,9 @@ PROMPTS = (
 NUM_TOKENS = 64
 
 _EXAMPLES = """examples:
-  dynskip demo                       both parts: under three minutes on two free cores
+  dynskip demo                       all parts: under three minutes on two free cores
   dynskip demo --only text           texts only: seconds
+  dynskip demo --only serving        a stream of requests only: seconds
   dynskip demo --only time --batch 8 another batch
   dynskip demo --shape opt-0.2b-24   time a smaller model
   dynskip demo --json > demo.json    for programs
@@ -47,6 +47,8 @@ _EXAMPLES = """examples:
 parts:
   text   prompts through opt-mini, the model shipped with dynskip, in one batch, each along its own path; every text is
          compared with the one that its prompt gets alone
+  serving  a stream of requests of mixed depths through opt-mini, by two policies in turns: lock-step, and cohorts of
+         paths that go together; first it is checked that both give each request the same tokens
   time   random weights of a real size: decode steps at full depth, by transformers, along shared paths and along
          independent ones; for each the layers, their union, and the speed-up by layers, by cost model and measured
 """
@@ -68,20 +70,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """The parser of ``demo``, added to ``subparsers``."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="texts along different paths, and the seconds that paths save",
-        description="Show prompts generated along different paths in one batch, and what the paths save.",
+        help="texts along different paths, a stream of mixed depths, and the seconds that paths save",
+        description="Show prompts generated along different paths in one batch, a stream served, and what paths save.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--only", choices=("text", "time"), help="one part (default: both)")
-    parser.add_argument("--model", metavar="NAME", help="text: folder or hub id (default: opt-mini)")
+    parser.add_argument("--only", choices=("text", "serving", "time"), help="one part (default: all)")
+    parser.add_argument("--model", metavar="NAME", help="text, serving: folder or hub id (default: opt-mini)")
     parser.add_argument(
         "--max-tokens", type=int, default=48, metavar="N", help="text: new tokens at most (default: 48)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.5, metavar="T", help="text: 0 is greedy (default: 0.5, with fixed seeds)"
     )
+    parser.add_argument("--requests", type=int, default=256, metavar="N", help="serving: how many (default: 256)")
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"time: model shapes (default: {SHAPES[0]})")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="time: sequences (default: 32)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who gathers, scatters and attends")
@@ -92,14 +95,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show both parts; exit status 1 where a text differs from the one generated alone."""
-    if args.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {args.batch}")
+    """Show all parts; exit status 1 where a text differs from the one generated alone, or policies in their tokens."""
+    for name in ("batch", "requests"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     set_threads(args.threads)
     progress = show_progress(args.quiet)
     found: dict[str, Any] = {}
     status = 0
-    if args.only != "time":
+    if args.only in (None, "text"):
         results, seconds = run_texts(args.model, args.max_tokens, args.temperature, args.backend, progress)
         found["text"] = {"seconds": seconds, "outputs": [dataclasses.asdict(result) for result in results]}
         status = int(not all(result.same_alone for result in results))
@@ -107,7 +111,13 @@ def run(args: argparse.Namespace) -> int:
             print(text_page(results, seconds))
             if args.model is None:
                 print("opt-mini learned to speak at full depth and along uniform:12, :8 and :4, along no other path.\n")
-    if args.only != "text":
+    if args.only in (None, "serving"):
+        serving = run_serving(args.model, args.requests, args.backend, progress)
+        found["serving"] = dataclasses.asdict(serving)
+        status = max(status, int(not serving.same_tokens))
+        if not args.json:
+            print(serving_page(serving))
+    if args.only in (None, "time"):
         from dynskip.benchmark.depths import compare_depths
 
         comparison = compare_depths(args.shape, args.batch, backend=args.backend, progress=progress)
@@ -132,7 +142,7 @@ def run_texts(
         raise UserError("--model must come with a tokenizer for texts")
     num_layers = llm.model.num_layers
     paths = [demo_path(num_layers, kind, share, seed) for seed, (_, kind, share) in enumerate(PROMPTS)]
-    prompts = [_prompt_ids(llm, prompt) for prompt, _, _ in PROMPTS]
+    prompts = [prompt_ids(llm, prompt) for prompt, _, _ in PROMPTS]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.9, seed=0)
     start = time.perf_counter()
     together = llm.generate(prompts, params, paths=[path for _, path in paths], progress=progress)
@@ -149,24 +159,6 @@ def run_texts(
         for (prompt, _, _), (name, path), output, own in zip(PROMPTS, paths, together, alone, strict=True)
     ]
     return results, {"together": round(batch_s, 2), "one_by_one": round(alone_s, 2)}
-
-
-def demo_path(num_layers: int, kind: str, share: float, seed: int) -> tuple[str, LayerPath]:
-    """A path of a kind that runs ``share`` of the layers, and the name that `--path` takes for it."""
-    from dynskip.paths import LayerPath
-
-    budget = max(1, round(num_layers * share))
-    name = {"full": "full", "random": f"random:{budget}:{seed}"}.get(kind, f"{kind}:{budget}")
-    return name, LayerPath.parse(name, num_layers)
-
-
-def _prompt_ids(llm: LLM, prompt: str) -> list[int]:
-    """The prompt in the form that the model was fine-tuned on, where its tokenizer knows one."""
-    tokenizer: Any = llm.tokenizer
-    if tokenizer.chat_template is None:
-        return list(tokenizer(prompt)["input_ids"])
-    message = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
 
 
 def text_page(results: list[TextResult], seconds: dict[str, float]) -> str:
@@ -219,21 +211,11 @@ def time_page(comparison: Comparison) -> str:
     ]
     rows = [above, names, *rows]
     width = min(shutil.get_terminal_size().columns, 120)
-    return "\n".join([*lines, "", *_aligned(rows), "", *textwrap.wrap(comparison.explanation(), width)]) + "\n"
+    return "\n".join([*lines, "", *aligned(rows), "", *textwrap.wrap(comparison.explanation(), width)]) + "\n"
 
 
 def _optional(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.2f}{unit}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The rows as lines, names to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers in rows:
-        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return lines
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
