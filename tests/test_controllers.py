@@ -238,5 +238,5 @@ def test_controllers_that_answer_wrongly() -> None:
         def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
             return torch.ones(1, dtype=torch.bool)
 
-    with pytest.raises(TypeError, match=r"controller: active must return bool \[13\], got torch.bool \[1\]"):
+    with pytest.raises(TypeError, match=r"controller: active must return bool \[5\], got torch.bool \[1\]"):
         llm.generate(PROMPTS, PARAMS, Counts())
