@@ -1,6 +1,6 @@
-"""Writes the table of results into the README: no number there is typed by hand.
+"""Writes the tables of results into the README: no number there is typed by hand.
 
-python bench/table.py          writes it
+python bench/table.py          writes them
 python bench/table.py --check  exit status 1 where the README shows something else than bench/results holds
 """
 
@@ -11,14 +11,19 @@ import sys
 from pathlib import Path
 
 from dynskip.benchmark.device_report import read_report
+from dynskip.benchmark.serving_table import serving_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end -->"
+SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-- serving end -->"
+# What `bench/serving.py` leaves beside the reports of machines.
+SERVING_FILES = "serving*.jsonl"
 
 
 def render(results: Path) -> str:
     """The summaries of all reports in the folder ``results``, of CPUs and cards, by machine."""
-    reports = [read_report(path) for path in sorted(results.glob("*.jsonl"))]
+    streams = set(results.glob(SERVING_FILES))
+    reports = [read_report(path) for path in sorted(results.glob("*.jsonl")) if path not in streams]
     if not reports:
         raise ValueError(
             f"render: {results} must hold a report, got none. Run `dynskip bench --out {results}`, or where there is a "
@@ -27,12 +32,18 @@ def render(results: Path) -> str:
     return "\n".join(report.summary() for report in reports)
 
 
-def insert(readme: str, table: str) -> str:
+def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """``readme`` with ``table`` between its two marks."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"insert: readme must hold {BEGIN!r} and then {END!r} once each.")
-    head, tail = readme.split(BEGIN)[0], readme.split(END)[1]
-    return f"{head}{BEGIN}\n\n{table}\n{END}{tail}"
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise ValueError(f"insert: readme must hold {begin!r} and then {end!r} once each.")
+    head, tail = readme.split(begin)[0], readme.split(end)[1]
+    return f"{head}{begin}\n\n{table}\n{end}{tail}"
+
+
+def fill(readme: str, results: Path) -> str:
+    """``readme`` with its tables as the folder ``results`` has them."""
+    readme = insert(readme, render(results))
+    return insert(readme, serving_tables(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     path = ROOT / "README.md"
     old = path.read_text(encoding="utf-8")
-    new = insert(old, render(ROOT / "bench" / "results"))
+    new = fill(old, ROOT / "bench" / "results")
     if args.check:
         return int(new != old)
     path.write_text(new, encoding="utf-8")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
+from bench import serving
 from dynskip import LayerPath, OPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner, machine, models, parts, suite, timing
 from dynskip.benchmark.device_report import read_report
@@ -21,6 +22,7 @@ from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import Products, model_shape
 from dynskip.benchmark.report import Report, Row, markdown_table
 from dynskip.benchmark.runners import DynskipRunner, TransformersRunner
+from dynskip.benchmark.serving_table import serving_tables
 from dynskip.benchmark.timing import Samples, interleave
 from dynskip.cli import bench as cli_bench
 from dynskip.cli import main
@@ -362,14 +364,51 @@ def table_script() -> ModuleType:
 def test_the_readme_shows_the_committed_results() -> None:
     table = table_script()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.insert(readme, table.render(ROOT / "bench" / "results")) == readme
+    assert table.fill(readme, ROOT / "bench" / "results") == readme
 
 
 def test_the_pages_show_the_committed_results() -> None:
     results = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
     assert results
     for path in results:
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == read_report(path).page()
+        if path in results[0].parent.glob(table_script().SERVING_FILES):
+            conditions, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            del conditions["part"]
+            # A title may say which part a file holds.
+            shown = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n")[2]
+            assert shown == serving.page(conditions, lines).partition("\n")[2]
+        else:
+            assert path.with_suffix(".md").read_text(encoding="utf-8") == read_report(path).page()
+
+
+def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="paths must name a file, got none"):
+        serving_tables([])
+    conditions = {
+        **CONDITIONS, "part": "conditions", "model": "tiny", "dtype": "bfloat16", "backend": "torch", "requests": 1024,
+        "prompts": "prompts of 32 tokens", "mean_output": 16.0, "mean_layers": 5.5, "num_layers": 24,
+        "versions": {"dynskip": "0.1", "torch": "2.13"}, "date": "today",
+    }  # fmt: skip
+    stream = {"part": "stream", "batch": 16, "union": 8.0, "longest_wait": 9, "max_wait": 12, "ideal_all": 4.0}
+    lines = [
+        conditions,
+        {**stream, "name": "lockstep", "decode_s": 8.8, "tokens_per_s": 100},
+        {**stream, "name": "cohort", "decode_s": 5.0, "tokens_per_s": 170, "decode_gain": 3.0, "ideal_decode": 3.2,
+         "gain": 3.6},
+    ]  # fmt: skip
+    closed = {"part": "closed", "batch": 16, "name": "cohort", "over_lockstep": 1.01}
+    paths = [tmp_path / "serving-a.jsonl", tmp_path / "serving-b.jsonl"]
+    paths[0].write_text(f"{json.dumps(conditions)}\n{json.dumps(closed)}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold a stream, got other parts only"):
+        serving_tables(paths[:1])
+    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    found = serving_tables(paths)
+    rows = dict(re.findall(r"^\| (\S.*?) +\| +(\S.*?) \| +(?:.*?)\|$", found, re.MULTILINE))
+    assert rows["decode, cohort over lockstep"] == "1.76x (missed)"
+    assert rows["decode, share of the ideal"] == "94%"
+    assert rows["a closed batch, cohort over lockstep"] == "1.01x"
+    assert "tokens/s, full depth" not in rows
+    assert ">= 1.80x" in found and "1,024 requests" in found and "[serving-b.md](bench/results/serving-b.md)" in found
 
 
 def test_an_old_table_is_noticed(tmp_path: Path) -> None:
