@@ -3,6 +3,7 @@
 #   make test    all tests                          ARGS="-k paths" is handed to pytest
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
+#   make soak    twenty minutes of random requests: is memory flat, does throughput drift?  ARGS="--minutes 1"
 #   make gpu     all that needs a card              ONLY=decode,prefill OUT=folder COMMIT=id; ARGS=--dry-run anywhere
 #   make paper   the paper's experiments on opt-mini in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N
 #   make compat  all tests with the oldest supported triton and an older transformers
@@ -32,7 +33,7 @@ PAPER_TRAIN = --model $(PAPER_MODEL) --template short --data '$(DATA)' --steps c
 PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(PROMPTS) --seeds 1 --max-tokens 64 \
 	--timed-batch 32 --timed-rounds 4 --controller '$(RUN)/controllers/fixed' --controller '$(RUN)/controllers/hidden'
 
-.PHONY: demo test lint format bench compat gpu paper setup clean
+.PHONY: demo test lint format bench soak compat gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -51,6 +52,9 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/dynskip bench $(ARGS)
+
+soak: $(VENV)/.installed
+	$(VENV)/bin/python bench/soak.py $(ARGS)
 
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.3 deprecates and 2.4 refuses.
 compat: $(COMPAT)/.installed

@@ -316,7 +316,8 @@ def test_an_interrupt_ends_everything(llm: LLM) -> None:
             other = asyncio.create_task(collect(served, [5, 6, 7], LONG))
             async for _ in served.stream([5, 6, 7], LONG):
                 signal.raise_signal(signal.SIGINT)
-                await asyncio.sleep(60)  # where the cancellation arrives; another turn would send another signal
+                # The cancellation arrives here; another turn would send another signal.
+                await asyncio.gather(other, asyncio.sleep(60))
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
