@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Nobody has calibrated the machine that tests run on.
+pytestmark = pytest.mark.filterwarnings("ignore::dynskip.engine.default_costs.UnmeasuredCostsWarning")
+
 BLOCKS = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.DOTALL
 )
@@ -22,6 +25,21 @@ def test_the_first_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -
         "4/24 layers {0,6,12,18}",
     ]
     assert all(line.endswith(("(stop)", "(length)")) for line in lines)
+
+
+def test_the_serving_examples_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    engine, front = (block for block in BLOCKS if "Engine(" in block or "AsyncLLM(" in block)
+    assert len([line for line in engine.splitlines() if line]) <= 10
+    exec(compile(engine, "README.md", "exec"), names)
+    *lines, stats = capsys.readouterr().out.splitlines()
+    assert sorted(line.split(" layers ")[0] for line in lines) == [
+        "0, 4/24", "1, 4/24", "2, 8/24", "3, 4/24", "4, 24/24", "5, 4/24",
+    ]  # fmt: skip
+    assert all(line.endswith(("(stop)", "(length)")) for line in lines)
+    assert stats.startswith("6 done, 0 running, 0 waiting | ")
+    exec(compile(front, "README.md", "exec"), names)
+    assert len(capsys.readouterr().out) > 20
 
 
 def test_the_other_examples_run_and_their_controllers_are_controllers() -> None:
