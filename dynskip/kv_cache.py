@@ -169,10 +169,14 @@ class KVCache:
         Settles first. Cost: linear in the entries, whatever the size of the pool; waits for the device.
         """
         self.settle()
-        num_freed = 0
-        for cache_id in cache_ids:
-            num_freed += self.pool.drop_owner(self._slots_of(cache_id))
-            self.context_lens[:, cache_id] = 0
+        ids = torch.tensor(list(dict.fromkeys(cache_ids)), dtype=torch.int64, device=self.context_lens.device)
+        slots = self._entries_of(ids)
+        distinct = self.pool.distinct(slots)
+        if distinct is slots:
+            num_freed = self.pool.drop_owner(slots)
+        else:  # each sequence that owns a slot is one owner, however often the slot stands in its tables
+            num_freed = sum(self.pool.drop_owner(self._slots_of(ids[i : i + 1])) for i in range(len(ids)))
+        self.context_lens.index_fill_(1, ids, 0)
         return num_freed
 
     def index(self, plan: Plan, cache_ids: Tensor) -> EntryIndex | None:
@@ -247,23 +251,28 @@ class KVCache:
         Cost: linear in the entries of all sequences and in the pool.
         """
         num_owners = torch.zeros_like(self.num_extra_owners)
-        for cache_id in self.context_lens.any(0).nonzero().squeeze(1).tolist():
+        for cache_id in self.context_lens.any(0).nonzero():
             slots = self._slots_of(cache_id)
             num_owners.index_add_(0, slots, torch.ones_like(slots))
         self.pool.rebuild(num_owners)
 
     def _begin(self, source: int, target: int, context_lens: Tensor) -> None:
+        assert source >= 0 and target >= 0, "both have a place in the tables"
         assert not self.context_lens[:, target].any(), "the target of a fork holds entries"
         self.slot_tables[:, target] = self.slot_tables[:, source]
         self.context_lens[:, target] = context_lens
-        self.pool.add_owner(self._slots_of(target))
+        self.pool.add_owner(self._slots_of(torch.tensor([target], device=self.context_lens.device)))
 
-    def _slots_of(self, cache_id: int) -> Tensor:
+    def _slots_of(self, cache_id: Tensor) -> Tensor:
         """[N], int32: the slots that a sequence owns, each once: with SHARE a slot stands in tables of many layers."""
-        context_lens = self.context_lens[:, cache_id]
-        longest = int(context_lens.max())
-        table = self.slot_tables[:, cache_id, :longest]
-        return self.pool.distinct(table.masked_select(self._places[:longest] < context_lens[:, None]))
+        return self.pool.distinct(self._entries_of(cache_id))
+
+    def _entries_of(self, cache_ids: Tensor) -> Tensor:
+        """[N], int32: the slots of all entries of some sequences ([B], int64)."""
+        context_lens = self.context_lens.index_select(1, cache_ids)
+        longest = int(context_lens.max()) if context_lens.numel() else 0
+        tables = self.slot_tables[:, :, :longest].index_select(1, cache_ids)
+        return tables.masked_select(self._places[:longest] < context_lens[:, :, None])
 
 
 def available_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -80,7 +81,16 @@ class PathRoute:
 
     def plan(self, routes: Sequence[PathRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens`` of sequences with ``routes``."""
-        return Plan.per_sequence([route.path for route in routes], tokens.num_new_tokens)
+        paths = tuple(route.path for route in routes)
+        if max(tokens.num_new_tokens) > 1:
+            return Plan.per_sequence(paths, tokens.num_new_tokens)
+        return _one_token_plan(paths)
+
+
+@functools.lru_cache(maxsize=128)
+def _one_token_plan(paths: tuple[LayerPath, ...]) -> Plan:
+    """The plan of a decode step. Sequences come and go, but few mixes of paths fill most of the steps."""
+    return Plan.per_sequence(paths, (1,) * len(paths))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

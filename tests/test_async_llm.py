@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import io
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor
 from dynskip import LLM, AsyncLLM, Engine, LayerPath, RequestError, SamplingParams
 from dynskip.async_llm import Piece
 from dynskip.engine.costs import StepCosts
-from dynskip.engine.worker import EngineWorker
+from dynskip.engine.worker import EngineWorker, MetricsWarning
 
 COSTS = dataclasses.replace(StepCosts.h200(), num_layers=NUM_LAYERS)
 FULL = LayerPath.full(NUM_LAYERS)
@@ -501,3 +504,23 @@ def test_text_needs_a_tokenizer() -> None:
 def test_options_nobody_knows_are_refused(llm: LLM) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
         serve(llm, batchsize=4)
+
+
+def test_a_live_line_that_cannot_be_shown_costs_no_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    async def main() -> None:
+        served = serve(llm, live=True, metrics_every_s=1e-9)
+        terminal.close()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output = await served.generate([5, 6], LONG)
+            await until_released(served)
+        assert len(output.token_ids) == 40
+        assert [warning.category for warning in caught] == [MetricsWarning]
+        engine = served._worker._engine
+        await served.close()
+        assert not engine._is_open
+
+    run(main())

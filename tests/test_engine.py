@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import random
 from typing import Any
 
 import pytest
 import torch
-from models import NUM_LAYERS, random_prompts, tiny_model
+from models import NUM_LAYERS, random_prompts, tiny_model, word_tokenizer
 from streams import (
     PATHS,
     Ask,
@@ -23,12 +24,14 @@ from streams import (
     same,
     serve,
 )
+from torch import Tensor
 
 from dynskip import LayerPath, SamplingParams
-from dynskip.controllers import HiddenStateGate, StaticController
+from dynskip.controllers import HiddenStateGate, StaticController, TokenContext
 from dynskip.engine.default_costs import UnmeasuredCostsWarning
 from dynskip.engine.engine import Engine
 from dynskip.engine.policy import POLICIES
+from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import RequestOutput
 
 KV_POLICIES = ("propagate", "evict", "share")
@@ -608,3 +611,95 @@ def test_costs_that_nobody_measured_are_predicted_with_a_warning(
     assert len(served.run()) == 1
     Engine(model(), policy="lockstep")  # asks for none
     Engine(model(), costs=costs())
+
+
+def test_a_preempted_request_comes_back_a_row_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = engine(batch=4, num_slots=60 * NUM_LAYERS)
+    runs: list[str] = []
+    for name in ("prompt", "decode"):
+        run = getattr(served.runner, name)
+        monkeypatch.setattr(served.runner, name, lambda *args, run=run, name=name: runs.append(name) or run(*args))
+    asks = [Ask(prompt, greedy(40)) for prompt in random_prompts([10, 8])]
+    ids = [ask.add(served) for ask in asks]
+    outputs = {}
+    while served.has_unfinished:
+        runs.clear()
+        outputs |= {output.request_id: output for output in served.step()}
+        assert runs.count("prompt") <= 1 and runs.count("decode") <= 1
+    assert outputs[ids[1]].num_preemptions > 0
+    for request_id, ask in zip(ids, asks, strict=True):
+        assert same(outputs[request_id], ask.alone())
+    assert served.tally.num_tokens == 80, "a token is counted when it is chosen, not when it is run again"
+
+
+def test_layers_of_a_controller_are_those_that_ran() -> None:
+    class First:
+        def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
+            return torch.full((hidden_states.shape[0],), layer == 0)
+
+    served = engine(batch=4)
+    (prompt,) = random_prompts([5])
+    served.add_request(prompt, greedy(8), First(), kv_policy="evict")
+    served.run()
+    outcome = served.stats().outcome
+    assert (outcome.rows, outcome.layers, outcome.union) == (1, 1, 1)
+    served.add_request(prompt, greedy(8), First(), kv_policy="evict")
+    served.add_request(prompt, greedy(8), PATHS[1])
+    served.run()
+    outcome = served.stats().outcome
+    assert outcome.layers == (7 + 7 + 7 * 2) / 21 and outcome.union == (7 + 7 * 3) / 14
+
+
+def test_the_peak_is_what_was_held() -> None:
+    served = engine(batch=4)
+    (prompt,) = random_prompts([20])
+    served.add_request(prompt, drawn(1, 1, n=4))
+    served.run()
+    assert served.stats().peak_kv_bytes == 20 * NUM_LAYERS * model().kv_entry_bytes
+
+
+def test_throughput_counts_from_the_first_arrival() -> None:
+    clock = Clock()
+    served = engine(clock=clock)
+    clock.time_s += 1000
+    served.add_request([5, 6], greedy(4))
+    while served.has_unfinished:
+        clock.time_s += 1
+        served.step()
+    outcome = served.stats().outcome
+    assert (outcome.seconds, outcome.tokens_per_s) == (4, 1)
+
+
+def test_a_stop_text_is_looked_for_among_the_last_tokens() -> None:
+    served = engine(tokenizer=word_tokenizer())
+    decoded: list[int] = []
+    decode = served.execution.tokenizer.decode
+
+    def watched(token_ids: list[int], **options: Any) -> Any:
+        decoded.append(len(token_ids))
+        return decode(token_ids, **options)
+
+    served.execution.tokenizer.decode = watched
+    served.add_request([5, 6], greedy(50, stop="no"))
+    (output,) = served.run()
+    assert output.finish_reason == "length" and len(decoded) == 50 and max(decoded) == 16
+
+
+def test_a_common_prefix_is_found_whoever_has_it() -> None:
+    draw = random.Random(4)
+    prefix = [draw.randrange(9) for _ in range(40)]
+    index = PrefixIndex()
+    held = []
+    for _ in range(60):
+        count = draw.randrange(16, 41)
+        ask = Ask([*prefix[:count], *(draw.randrange(9) for _ in range(draw.randrange(12)))], greedy(4), PATHS[1])
+        served = engine()
+        held.append(served._requests[ask.add(served)].sequences[0])
+        shared = [
+            sum(itertools.accumulate(map(operator.eq, ask.prompt[:-1], other.prompt_ids), operator.mul))
+            for other in held[:-1]
+        ]
+        expected = max(shared, default=0)
+        found = index.find(held[-1])
+        assert (found[1] if found else 0) == (expected if expected >= 16 else 0)
+        index.add(held[-1])

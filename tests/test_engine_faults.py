@@ -571,3 +571,54 @@ def test_params_that_nobody_checked_are_checked() -> None:
     with pytest.raises(ValueError, match="SamplingParams: max_tokens must be an integer of at least 1, got 0"):
         served.add_request([5], SamplingParams(max_tokens=0))
     assert not served.has_unfinished
+
+
+def test_a_request_aborted_between_its_prompt_and_its_token_leaves_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, other = random_prompts([20, 5], seed=3)
+    last = Ask([*prefix, 9, 8, 7], greedy(8))
+    served = engine(batch=4, deterministic=False)
+    prompt = served.runner.prompt
+
+    def only_alone(spans: list[Span], cache: Any) -> Tensor:
+        if len(spans) > 1:
+            raise MemoryError("too many at once")
+        return prompt(spans, cache)
+
+    def abort(_id: Any, _index: int, _token: int) -> None:
+        if "aborted" in served._requests:
+            served.abort("aborted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.runner, "prompt", only_alone)
+        served.add_request(other, greedy(8), on_token=abort)
+        served.add_request([*prefix, 5, 6], greedy(8), request_id="aborted")
+        served.add_request([*prefix, 5, 6], greedy(8), request_id="copy")
+        served.step()
+    request_id = last.add(served)
+    outputs = {output.request_id: output for output in served.run()}
+    assert outputs[request_id].token_ids == last.alone(deterministic=False).token_ids
+    assert outputs["copy"].token_ids == Ask([*prefix, 5, 6], greedy(8)).alone(deterministic=False).token_ids
+    assert_empty(served)
+
+
+def test_a_stream_may_be_collected_within_a_step() -> None:
+    served = engine(batch=4)
+    (prompt,) = random_prompts([5])
+    stream = served.stream(prompt, greedy(20))
+    next(stream)
+    choose = served.scheduler.policy.choose
+    streams = [stream]
+    del stream
+
+    def forget(*args: Any) -> Any:
+        chosen = choose(*args)
+        streams.clear()
+        return chosen
+
+    served.scheduler.policy.choose = forget  # type: ignore[method-assign]
+    kept = Ask(prompt, greedy(9))
+    request_id = kept.add(served)
+    (output,) = served.run()
+    assert output.request_id == request_id and same(output, kept.alone())
+    assert served.stats().num_aborted == 1
+    assert_empty(served)

@@ -188,11 +188,11 @@ class EngineMachine(RuleBasedStateMachine):
         for state in self.served.scheduler.groups.resident_sequences():
             sequence: Any = state.request_id
             num_tokens, last_step = before.get(sequence, (-1, step))
-            if len(sequence.token_ids) != num_tokens:
+            if state.num_generated != num_tokens:
                 last_step = step
             assert step - last_step < self.max_wait, f"a sequence has waited for {step - last_step} steps"
             self.totals.num_waits += step > last_step
-            self.last_steps[sequence] = len(sequence.token_ids), last_step
+            self.last_steps[sequence] = state.num_generated, last_step
 
     def check_counts(self) -> None:
         """What scheduler, pool and cache count is what is there."""
@@ -215,7 +215,7 @@ class EngineMachine(RuleBasedStateMachine):
             sequence: Any = state.request_id
             if sequence.path is not None:
                 begun = max(state.num_prefilled, state.num_shared)
-                held = begun if state.status is Status.PREFILLING else sequence.num_tokens - 1
+                held = begun if state.status is Status.PREFILLING else state.num_tokens - 1
                 expected = [held if layer in sequence.path.layers else 0 for layer in range(NUM_LAYERS)]
                 assert lens[:, state.cache_id].tolist() == expected
         counters = scheduler.counters

@@ -52,7 +52,7 @@ def watch_backend(model: OPTForCausalLM) -> Counter[str]:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that have ended keep their entries."""
-    monkeypatch.setattr(KVPool, "release", lambda self, sequence: None)
+    monkeypatch.setattr(KVPool, "leave", lambda self, sequence: None)
 
 
 @pytest.mark.parametrize("executor", ["compact", "reference"])

@@ -439,3 +439,39 @@ def test_bad_input_is_refused() -> None:
 def test_limits_that_no_policy_can_keep_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(costs=costs(), **arguments)
+
+
+def test_preemption_beside_a_queue_leaves_nothing_behind() -> None:
+    draw = random.Random(1)
+    scheduler = Scheduler(Lockstep(8), KVBudget(120))
+    num_added = 0
+    while scheduler.counters.num_preempted < 200:
+        while scheduler.groups.num_waiting < 20:
+            scheduler.add(SequenceState(num_added, LayerPath.full(2), 2, draw.choice([2, 30])))
+            num_added += 1
+        decision = scheduler.schedule()
+        for sequence in [*(chunk.sequence for chunk in decision.prefill if chunk.is_last), *decision.decode]:
+            if sequence.num_generated >= sequence.max_tokens:
+                scheduler.finished(sequence.request_id)
+        # One entry for the head of the only path, and outdated ones of heads that have left since.
+        assert len(scheduler.groups._heads) <= 8
+
+
+def test_a_sequence_that_replays_runs_its_output_again_row_by_row() -> None:
+    scheduler = Scheduler(Lockstep(2), KVBudget(20))
+    old, young = (SequenceState(name, LayerPath.full(1), 4, 12, replays=name == "young") for name in ("old", "young"))
+    scheduler.add(old)
+    scheduler.add(young)
+    while not (decision := scheduler.schedule()).preempt:
+        assert scheduler.step < 20
+    assert decision.preempt == [young] and young.num_generated == 0
+    num_known = young.num_replayed
+    assert num_known == old.num_generated - 1 > 3 and young.num_known_tokens == 4 + num_known
+    while old.num_generated < old.max_tokens:
+        scheduler.schedule()
+        assert young.status is Status.WAITING, "admitted with room for its prompt only, it would have to go again"
+    scheduler.finished("old")
+    (chunk,) = scheduler.schedule().prefill
+    assert (chunk.sequence, chunk.first, chunk.num_tokens) == (young, 0, 4)
+    for num_generated in range(2, 13):
+        assert scheduler.schedule().decode == [young] and young.num_generated == num_generated

@@ -297,7 +297,7 @@ def test_a_device_that_was_not_calibrated_says_how(
 ) -> None:
     monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path))
     assert main(["simulate", "--device", "this", "--shape", "opt-125m"]) == 2
-    assert "Run `dynskip calibrate --shape opt-125m`" in capsys.readouterr().err
+    assert "Run `dynskip calibrate --shape opt-125m --device cpu`" in capsys.readouterr().err
 
 
 def test_a_model_or_context_that_cannot_be_measured_is_refused() -> None:

@@ -55,9 +55,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     engine.add_argument("--kv-slots", type=int, metavar="N", help="key-value entries in memory (default: no limit)")
     engine.add_argument("--engines", type=int, default=1, metavar="N", help="how many share the load (default: 1)")
     parser.add_argument(
-        "--device", default="h200", metavar="D", help="h200 (predicted), this, or a file of `dynskip calibrate`"
+        "--device",
+        default="h200",
+        metavar="D",
+        help="h200 (predicted); this, cpu or cuda, measured by `dynskip calibrate` (this: the GPU, if there is one); "
+        "or a file of it",
     )
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="the model, with --device this")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="the model, with --device this, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a policy, in place of a table")
     return parser
 
@@ -114,16 +118,22 @@ def _costs(device: str, shape: str) -> StepCosts:
 
     if device == "h200":
         return StepCosts.h200()
-    if device != "this":
+    if device not in ("this", "cpu", "cuda"):
         return StepCosts.read(Path(device))
-    from dynskip.benchmark.models import opt_config
-    from dynskip.engine.cost_store import device_key, load_cached, shape_key
+    import torch
 
-    found = load_cached(device_key(), shape_key(opt_config(shape), "bfloat16"))
+    from dynskip.benchmark.models import opt_config
+    from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
+
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "this" else device
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch must see a GPU, got none. Use cpu, h200 or a file.")
+    key = shape_key(opt_config(shape), "bfloat16")
+    found = load_cached(device_key(kind), key)
     if found is None:
         raise UserError(
-            f"--device this: {shape} must have been calibrated here, got no table. "
-            f"Run `dynskip calibrate --shape {shape}`."
+            f"--device {device}: {shape} must have been calibrated here, got no {cached_path(device_key(kind), key)}. "
+            f"Run `dynskip calibrate --shape {shape} --device {kind}`."
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
@@ -46,7 +47,8 @@ class Engine:
     policy: "cohort", "lockstep" or "by_path"; see `make_policy` for it and for batch, pool and max_wait.
     deterministic: every request gets the tokens that it would get alone, whatever the company and however often it is
         preempted; None: as the model was made.
-    max_prefill_tokens: most prompt tokens of a step; longer prompts run in chunks of that many.
+    max_prefill_tokens: most prompt tokens of a step; longer prompts run in chunks of that many. If ``deterministic``,
+        requests share prefixes of whole chunks only: make it 128, say, where they have a system prompt in common.
     max_context_len: most tokens of a request, prompt and output; None: what the model's positions allow.
     costs: what steps take, for "cohort"; None: what `dynskip calibrate` has left for this device and model.
     tokenizer: only for requests with stop texts.
@@ -109,6 +111,7 @@ class Engine:
             self._hand_over,
         )
         self._requests: dict[Hashable, Request] = {}
+        self._forsaken: deque[Request] = deque()
         self._outputs: dict[Hashable, RequestOutput] = {}
         self._num_ids = 0
         self._is_open = True
@@ -166,6 +169,7 @@ class Engine:
         on_token: OnToken | None = None,
     ) -> Request:
         """As `add_request`, for a prompt that has been checked and a route that has been found; returns the request."""
+        self._drop_forsaken()
         if params.stop and self.execution.tokenizer is None:
             raise ValueError("add_request: stop must be left out without a tokenizer. Use stop_token_ids.")
         total = len(prompt_ids) + params.max_tokens
@@ -186,11 +190,18 @@ class Engine:
             OutputSequence(prompt_ids, params, route, Sampler(params, index), index) for index in range(params.n)
         ]
         request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now())
+        if self.tally.first_s is None:
+            self.tally.first_s = request.arrival_s - self._start_s
         try:
             for sequence in sequences:
                 sequence.request = request
                 sequence.state = SequenceState(
-                    sequence, route.layers, len(prompt_ids), params.max_tokens, arrival_s=request.arrival_s
+                    sequence,
+                    route.layers,
+                    len(prompt_ids),
+                    params.max_tokens,
+                    request.arrival_s,
+                    replays=self.runner.deterministic or route.path is None,
                 )
                 self.scheduler.add(sequence.state)  # the first of them raises, or none
             self._requests[request_id] = request
@@ -223,9 +234,14 @@ class Engine:
         elif request.output is not None and self._outputs.get(request_id) is request.output:
             del self._outputs[request_id]
 
+    def forsake(self, request: Request) -> None:
+        """As `discard`, but later: from wherever nobody knows what the engine is doing, such as a destructor."""
+        self._forsaken.append(request)
+
     @property
     def has_unfinished(self) -> bool:
         """Whether a request has not ended, or has and its output was not handed out yet."""
+        self._drop_forsaken()
         return bool(self._requests or self._outputs)
 
     # Steps
@@ -254,6 +270,8 @@ class Engine:
         self, token_ids: Sequence[int], params: SamplingParams | None = None, path: Paths = None, **options: object
     ) -> TokenStream:
         """The tokens of a new request as they come; arguments as in `add_request`, with n = 1."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise TypeError(f"stream: params must be SamplingParams, got {type(params).__name__}.")
         if params is not None and params.n != 1:
             raise ValueError(f"stream: n must be 1, got {params.n}. Add a request for each output.")
         request_id = self.add_request(token_ids, params, path, **options)  # type: ignore[arg-type]  # checked there
@@ -261,6 +279,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine did since it was made, and what it holds now."""
+        self._drop_forsaken()
         return EngineStats.of(self)
 
     def close(self) -> None:
@@ -296,6 +315,7 @@ class Engine:
         self._check_outside_step("step")
         if self._is_broken:
             self._recover()
+        self._drop_forsaken()
         if self.scheduler.has_unfinished:
             self._advance()
 
@@ -321,6 +341,10 @@ class Engine:
         tally.decode_s += end_s - prefilled_s + decide_s
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
+
+    def _drop_forsaken(self) -> None:
+        while self._forsaken:
+            self.discard(self._forsaken.popleft())
 
     def _check_outside_step(self, function: str) -> None:
         """Raise RuntimeError where a callback of this engine's own step calls ``function``."""
@@ -366,7 +390,7 @@ class Engine:
         if sequence.finish_reason is None:
             del sequence.logprobs[len(sequence.token_ids) :]
             sequence.sampler.take_back(len(sequence.token_ids))
-            sequence.state.num_generated = len(sequence.token_ids)
+            sequence.state.begin_again(len(sequence.token_ids), self.scheduler.step)
             if request.error is None and sequence.token_ids:
                 try:
                     sequence.finish_reason = self.execution.finish_reason(sequence)

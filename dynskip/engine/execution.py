@@ -22,6 +22,8 @@ from dynskip.sampling import choose_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Tokens that are decoded with those that a stop text may have.
+_NUM_CONTEXT = 8
 # Sequences, and their logits [B, V].
 Logits = tuple[list[OutputSequence], Tensor]
 
@@ -44,6 +46,7 @@ class Execution:
     now: Callable[[], float]
     on_end: Callable[[Request], None]
     model_s: float = 0.0
+    _union: int = 0  # the layers that rows of the step have run, as bits
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Run chunks of prompts, and choose the next token of those that are complete."""
@@ -53,7 +56,6 @@ class Execution:
         now_s = self.now()
         begun: list[Span] = []
         going_on: list[Span] = []
-        forced: list[Span] = []
         copies: dict[OutputSequence, list[OutputSequence]] = {}
         leaders: dict[Hashable, OutputSequence] = {}
         for chunk in chunks:
@@ -63,66 +65,67 @@ class Execution:
                 chunk.sequence.num_shared = 0
                 if sequence.request.admitted_s is None:
                     sequence.request.admitted_s = now_s
-                if first == 0 and chunk.is_last and not sequence.token_ids:
+                if first == 0 and chunk.is_last and chunk.sequence.num_generated == 1:
                     leader = leaders.setdefault(_prompt_key(sequence), sequence)
                     if leader is not sequence:
                         copies.setdefault(leader, []).append(sequence)
                         continue
                 self._share_prefix(sequence)
             first = max(first, sequence.state.num_shared)
-            num_prompt = len(sequence.prompt_ids)
-            if self._recomputes_by_decoding(sequence) and end > num_prompt:
-                forced.append(Span(sequence, max(first, num_prompt), end - max(first, num_prompt)))
-                end = num_prompt
             if first < end:
                 (going_on if first else begun).append(Span(sequence, first, end - first))
         complete = {sequence_of(chunk.sequence) for chunk in chunks if chunk.is_last}
-        whole = complete - {span.sequence for span in forced}
         runs = [*_by_key(begun), *_by_key(going_on)]
         while runs:
             for same in runs:
-                self._accept_complete(self._attempt(same, self._run_prompt), whole, copies)
+                self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
             # Those whose prompt was to be that of another, which failed.
             runs = _by_key([Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest])
             copies = {}
-        while forced := [span for span in forced if span.num_tokens]:
-            for same in _by_key(forced):
-                last = {span.sequence for span in same if span.num_tokens == 1}
-                ones = [Span(span.sequence, span.first, 1) for span in same]
-                self._accept_complete(self._attempt(ones, self._run_decode), complete & last, copies)
-            forced = [Span(span.sequence, span.first + 1, span.num_tokens - 1) for span in forced]
 
     def decode(self, decision: Decision) -> None:
         """Run the last token of each decode row, and choose its next."""
         tally = self.tally
         spans: list[Span] = []
-        union = num_paths = 0
+        num_paths = 0
+        self._union = 0
         for group, states in decision.parts:
+            # The step is booked: the last of a sequence's tokens is the one that this row gives it.
             part = [
-                Span(sequence, sequence.num_tokens - 1, 1)
+                Span(sequence, state.num_tokens - 2, 1)
                 for state in states
                 if (sequence := sequence_of(state)).finish_reason is None
             ]
             if part:
                 spans += part
                 num_paths += 1
-                union |= group.mask
-                tally.num_row_layers += len(part) * group.path.budget
+                if num_fixed := sum(span.sequence.path is not None for span in part):
+                    self._union |= group.mask
+                    tally.num_row_layers += num_fixed * group.path.budget
         if not spans:
             return
         tally.num_decode_steps += 1
         tally.num_rows += len(spans)
         tally.num_paths += num_paths
-        tally.num_union_layers += union.bit_count()
         for same in _by_key(spans):
             for sequences, logits in self._attempt(same, self._run_decode):
                 self._accept(sequences, logits)
+        tally.num_union_layers += self._union.bit_count()
 
     def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
         return self.runner.prompt(spans, self.kv.cache)
 
     def _run_decode(self, spans: Sequence[Span]) -> Tensor:
-        return self.runner.decode(spans, self.kv.cache)
+        if spans[0].sequence.path is not None:
+            return self.runner.decode(spans, self.kv.cache)
+        # Only the executor knows how many rows ran each layer.
+        counts = self.runner.executor.row_counts
+        before = [*counts.run]
+        logits = self.runner.decode(spans, self.kv.cache)
+        num_run = [after - earlier for after, earlier in zip(counts.run, before, strict=True)]
+        self.tally.num_row_layers += sum(num_run)
+        self._union |= sum(1 << layer for layer, count in enumerate(num_run) if count)
+        return logits
 
     def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Tensor]) -> list[Logits]:
         """The sequences and their logits. Where running them together raises, each runs alone, or ends by it."""
@@ -154,11 +157,14 @@ class Execution:
             rows: list[int] = []
             accepted: list[OutputSequence] = []
             for row, sequence in enumerate(sequences):
-                if sequence not in complete:
+                # The callback of another may have ended it; its copies run on their own then.
+                if sequence not in complete or sequence.finish_reason is not None:
                     continue
                 rows.append(row)
                 accepted.append(sequence)
                 for copy in copies.pop(sequence, ()):
+                    if copy.finish_reason is not None:
+                        continue
                     self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
                     self.tally.num_shared_tokens += len(copy.prompt_ids)
                     rows.append(row)
@@ -169,7 +175,12 @@ class Execution:
                 self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
 
     def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
-        """Choose a token from the logits of each sequence, and see whether it is the last."""
+        """Choose a token from the logits of each sequence, unless it has one, and see whether it is the last."""
+        rows = [row for row, sequence in enumerate(sequences) if not sequence.is_replayed]
+        if len(rows) < len(sequences):
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
+        if not rows:
+            return
         begin_s = time.perf_counter()
         tokens: list[int | None]
         try:
@@ -183,7 +194,7 @@ class Execution:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             # A request that has failed takes its other outputs with it.
             if token is not None and sequence.finish_reason is None:
-                self._append(sequence, token, logits[row], now_s)
+                self._append(sequence, token, logits, row, now_s)
 
     def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
         try:
@@ -192,11 +203,11 @@ class Execution:
             self._fail(sequence, error)
             return None
 
-    def _append(self, sequence: OutputSequence, token: int, logits: Tensor, now_s: float) -> None:
+    def _append(self, sequence: OutputSequence, token: int, logits: Tensor, row: int, now_s: float) -> None:
         request, params = sequence.request, sequence.params
         try:
             if params.logprobs is not None:
-                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+                sequence.logprobs.append(_top_logprobs(logits[row], token, params.logprobs))
             sequence.token_ids.append(token)
             self.tally.num_tokens += 1
             if request.first_s is None:
@@ -216,7 +227,9 @@ class Execution:
             return "stop"
         if sequence.params.stop:
             assert self.tokenizer is not None, "add_request refuses stop texts without a tokenizer"
-            text = self.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)
+            # The new token ends what it completes: a text of n characters has at most 4 n bytes, and as many tokens.
+            num_last = 4 * max(map(len, sequence.params.stop)) + _NUM_CONTEXT
+            text = self.tokenizer.decode(sequence.token_ids[-num_last:], skip_special_tokens=True)
             if any(stop in text for stop in sequence.params.stop):
                 return "stop"
         return "length" if len(sequence.token_ids) >= sequence.params.max_tokens else None
@@ -253,10 +266,6 @@ class Execution:
             self.tally.num_shared_tokens += num_tokens
         else:
             sequence.state.num_shared = 0
-
-    def _recomputes_by_decoding(self, sequence: OutputSequence) -> bool:
-        """Whether its output is computed again token by token: as a prompt it may have other bits, or other layers."""
-        return self.runner.deterministic or not isinstance(sequence.route, PathRoute)
 
 
 def sequence_of(state: SequenceState) -> OutputSequence:

@@ -61,8 +61,8 @@ class PathGroups:
     def __init__(self, num_groups: int = 0) -> None:
         self._groups: dict[LayerPath, PathGroup] = {}
         self._resident: dict[PathGroup, None] = {}
-        self._heads: list[tuple[int, int, PathGroup]] = []  # heap of (order of the head, tie, group), some outdated
-        self._num_pushed = 0
+        self._heads: list[tuple[int, int, PathGroup]] = []  # heap of (order of the head, number, group), some outdated
+        self._known: set[tuple[int, int]] = set()  # what of each the heap holds: nothing is pushed twice
         self._num_groups = num_groups
         self.num_waiting = 0
         self.num_resident = 0
@@ -118,6 +118,7 @@ class PathGroups:
             head = entry[2].head()
             if head is None or head.order != entry[0]:
                 heapq.heappop(self._heads)
+                self._known.discard(entry[:2])
                 if head is not None and head.order > entry[0]:
                     self._push(head.order, entry[2])
                 continue
@@ -167,5 +168,6 @@ class PathGroups:
             del self._groups[group.path]
 
     def _push(self, order: int, group: PathGroup) -> None:
-        self._num_pushed += 1
-        heapq.heappush(self._heads, (order, self._num_pushed, group))
+        if (order, group.number) not in self._known:
+            self._known.add((order, group.number))
+            heapq.heappush(self._heads, (order, group.number, group))

@@ -45,6 +45,10 @@ class KVBudget:
         assert self.num_used >= 0, "a sequence returns what it took"
         sequence.num_cached = 0
 
+    def leave(self, sequence: SequenceState) -> None:
+        """``sequence`` has ended in this step: what it holds is free from the next on, if not at once."""
+        self.release(sequence)
+
     def check_fits(self, sequence: SequenceState) -> None:
         """Raise ValueError where ``sequence`` could not end even with all the memory to itself."""
         needed = self.slots(sequence.max_cached, sequence.path.budget)

@@ -16,6 +16,8 @@ class KVPool(KVBudget):
     What the scheduler takes is counted at once; `settle` brings the count back to what the cache holds after a step,
     which is less where sequences share entries, or where a controller left some out.
 
+    peak_used counts what the cache held.
+
     cache: holds the entries. num_seqs: most sequences that it holds at a time. num_slots: most entries.
     """
 
@@ -24,6 +26,7 @@ class KVPool(KVBudget):
         self.cache = cache
         self._num_seqs = num_seqs
         self._free_ids = list(range(num_seqs))[::-1]
+        self._left_ids: list[int] = []
 
     @property
     def num_free_seqs(self) -> int:
@@ -33,8 +36,14 @@ class KVPool(KVBudget):
     def restart(self) -> None:
         """Forget all entries."""
         self.cache.clear()
+        self._left_ids = []
         self.num_used = 0
         self._free_ids = list(range(self._num_seqs))[::-1]
+
+    def take(self, num_slots: int) -> None:
+        """Count ``num_slots`` more as held."""
+        assert num_slots <= self.num_free, "whoever takes has looked at what is free"
+        self.num_used += num_slots
 
     def open(self, sequence: SequenceState) -> None:
         """Give ``sequence`` its place in the tables of the cache."""
@@ -51,9 +60,21 @@ class KVPool(KVBudget):
             sequence.cache_id = -1
         sequence.num_cached = 0
 
+    def leave(self, sequence: SequenceState) -> None:
+        """Forget the entries of ``sequence`` at the next `settle`, with those of all others that have left."""
+        assert sequence.cache_id >= 0 and sequence.status is Status.RUNNING, "whoever has ended was running"
+        self._left_ids.append(sequence.cache_id)
+        sequence.cache_id = -1
+        sequence.num_cached = 0
+
     def settle(self, prefilling: Iterable[SequenceState]) -> None:
         """Count what the cache holds, and what is kept free for the prompts of ``prefilling``."""
         self.cache.settle()
+        self.peak_used = max(self.peak_used, self.cache.num_slots_used)
+        if self._left_ids:
+            self.cache.release(self._left_ids)
+            self._free_ids += self._left_ids
+            self._left_ids = []
         self.num_used = self.cache.num_slots_used + sum(map(_num_reserved, prefilling))
 
 

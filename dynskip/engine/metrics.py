@@ -68,7 +68,7 @@ class MetricsLog:
     clock: the time in seconds; a clock that goes back is taken to stand still.
 
     A context manager: leaving it writes what has come up since the last line.
-    Raises OSError where the file cannot be written, and then writes to it no more.
+    Raises what writing raises, OSError as a rule, and writes no more after that.
     """
 
     def __init__(
@@ -99,20 +99,19 @@ class MetricsLog:
     def write(self) -> Metrics:
         """The metrics of now, which are written, too."""
         metrics = self._measure()
-        if self._file is not None:
-            try:
+        try:
+            if self._file is not None:
                 self._file.write(json.dumps({"time_s": time.time(), **metrics.line()}).encode() + b"\n")
-            except OSError:
-                self._file.close()
-                self._file = None
-                raise
-        if self._stream is not None:
-            if self._stream.isatty():
-                width = shutil.get_terminal_size().columns - 1
-                self._stream.write(f"\r{str(metrics)[:width]}\x1b[K")
-            else:
-                self._stream.write(f"{metrics}\n")
-            self._stream.flush()
+            if self._stream is not None:
+                if self._stream.isatty():
+                    width = shutil.get_terminal_size().columns - 1
+                    self._stream.write(f"\r{str(metrics)[:width]}\x1b[K")
+                else:
+                    self._stream.write(f"{metrics}\n")
+                self._stream.flush()
+        except Exception:
+            self._end()
+            raise
         return metrics
 
     def close(self) -> None:
@@ -125,10 +124,7 @@ class MetricsLog:
             if self._stream is not None and self._stream.isatty():
                 self._stream.write("\n")
         finally:
-            self._stream = None
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +133,12 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _end(self) -> None:
+        self._stream = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _measure(self) -> Metrics:
         stats = self._engine.stats()

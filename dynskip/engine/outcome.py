@@ -15,6 +15,7 @@ class Tally:
 
     ttft_s: from arrival to first token. queue_s: from arrival to admission. tpot_s: from the first token to the last,
     by the tokens after the first; requests of one token have none. An engine keeps the last thousands of each.
+    first_s, last_s: when the first request arrived, and the last step ended.
     bookkeeping_s: what of the decode time scheduling took. num_shared_tokens: prompt tokens that another sequence ran.
     """
 
@@ -31,6 +32,7 @@ class Tally:
     decode_s: float = 0.0
     prefill_s: float = 0.0
     bookkeeping_s: float = 0.0
+    first_s: float | None = None
     last_s: float = 0.0
     peak_kv_slots: int = 0
     num_preempted: int = 0
@@ -41,10 +43,12 @@ class Tally:
 
     @staticmethod
     def merge(tallies: Sequence[Tally]) -> Tally:
-        """The sums over several engines; times of the last token and longest waits are the latest and longest."""
-        merged = Tally()
+        """The sums over several engines; of times the first and the last, of waits the longest."""
+        merged = Tally(first_s=min((tally.first_s for tally in tallies if tally.first_s is not None), default=None))
         for tally in tallies:
             for name, value in vars(tally).items():
+                if name == "first_s":
+                    continue
                 ours = getattr(merged, name)
                 at_most = name in ("last_s", "longest_wait", "peak_kv_slots")
                 setattr(merged, name, max(ours, value) if at_most else ours + value)
@@ -80,10 +84,10 @@ class Outcome:
     peak_kv_slots: int
 
     @staticmethod
-    def of(tallies: Sequence[Tally], first_s: float = 0.0) -> Outcome:
-        """What one or several engines came to; ``first_s``: the time of the first arrival."""
+    def of(tallies: Sequence[Tally]) -> Outcome:
+        """What one or several engines came to."""
         tally = Tally.merge(tallies)
-        seconds = tally.last_s - first_s
+        seconds = max(tally.last_s - (tally.first_s or 0.0), 0.0)
         steps = max(tally.num_decode_steps, 1)
         return Outcome(
             num_requests=tally.num_requests,

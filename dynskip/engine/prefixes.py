@@ -42,12 +42,15 @@ class PrefixIndex:
 
         The last token has to run, because its logits are wanted.
         """
-        key = _key(sequence)
+        key, ours = _key(sequence), sequence.prompt_ids[:-1]
         best: OutputSequence | None = None
         most = 0
         for other in self._sequences.get(key, ()) if key is not None else ():
-            count = _num_common(sequence.prompt_ids[:-1], other.prompt_ids)
-            if count > most:
+            if most == len(ours):
+                break
+            theirs = other.prompt_ids
+            # Whoever shares more than the best so far has its next token in common, too: one look tells most apart.
+            if most < len(theirs) and theirs[most] == ours[most] and (count := _num_common(ours, theirs)) > most:
                 best, most = other, count
         most -= most % self.multiple
         return None if best is None or most < _MIN_TOKENS else (best, most)
@@ -61,6 +64,11 @@ def _key(sequence: OutputSequence) -> tuple[LayerPath, tuple[int, ...]] | None:
 
 
 def _num_common(ours: list[int], theirs: list[int]) -> int:
-    if ours == theirs[: len(ours)]:
-        return len(ours)
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+    least, most = 0, min(len(ours), len(theirs))
+    while least < most:  # slices are compared much faster than tokens one by one
+        middle = (least + most + 1) // 2
+        if ours[least:middle] == theirs[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least

@@ -47,6 +47,11 @@ class OutputSequence:
         """Tokens of prompt and output."""
         return len(self.prompt_ids) + len(self.token_ids)
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the token that the current step gives it is known: see `SequenceState.num_replayed`."""
+        return len(self.token_ids) >= self.state.num_generated
+
     def tokens(self, first: int, count: int) -> list[int]:
         """``count`` tokens of prompt and output, from token ``first`` on."""
         num_prompt = len(self.prompt_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from dynskip.engine.groups import PathGroup, PathGroups
@@ -127,14 +127,14 @@ class Scheduler:
         return sequence
 
     def finished(self, request_id: Hashable) -> SequenceState:
-        """The sequence, whose last token was its last: its memory is free."""
-        sequence = self._end(request_id, Status.FINISHED)
+        """The sequence, whose last token was its last: its memory is free from the next step on."""
+        sequence = self._end(request_id, Status.FINISHED, self.kv.leave)
         self.counters.num_finished += 1
         return sequence
 
     def abort(self, request_id: Hashable) -> SequenceState:
         """The sequence, which is over wherever it stood: its memory is free."""
-        sequence = self._end(request_id, Status.ABORTED)
+        sequence = self._end(request_id, Status.ABORTED, self.kv.release)
         self.counters.num_aborted += 1
         return sequence
 
@@ -150,9 +150,7 @@ class Scheduler:
             if sequence.is_resident:
                 sequence.num_preemptions += 1
                 self.counters.num_preempted += 1
-            sequence.num_cached = sequence.num_prefilled = 0
-            sequence.cache_id = -1
-            sequence.queued_step = self.step
+            sequence.begin_again(max(sequence.num_generated, sequence.num_replayed), self.step)
             self.groups.enqueue(sequence)
 
     @property
@@ -202,8 +200,7 @@ class Scheduler:
             self._prefilling.remove(sequence)
         self.groups.leave(sequence, Status.WAITING)
         self.groups.enqueue(sequence)
-        sequence.queued_step = self.step
-        sequence.num_prefilled = 0
+        sequence.begin_again(max(sequence.num_generated, sequence.num_replayed), self.step)
         sequence.num_preemptions += 1
         self.counters.num_preempted += 1
 
@@ -248,7 +245,7 @@ class Scheduler:
         assert head is not None, "a policy names a group with a queue"
         if self._chunk_size(head, head.num_tokens) > num_tokens_left:
             return False
-        needed = self.kv.slots(head.num_tokens, head.path.budget)
+        needed = self.kv.slots(head.num_known_tokens, head.path.budget)
         if not self.groups.num_resident:
             return needed <= self.kv.num_free
         return needed + self._reserve(head) <= self.kv.num_free
@@ -258,12 +255,12 @@ class Scheduler:
         num_layers = head.path.budget + sum(group.path.budget * group.num_resident for group in self.groups.resident)
         return num_layers * self.kv.page_size
 
-    def _end(self, request_id: Hashable, status: Status) -> SequenceState:
+    def _end(self, request_id: Hashable, status: Status, free: Callable[[SequenceState], None]) -> SequenceState:
         sequence = self.sequence(request_id)
         del self._sequences[request_id]
         if sequence.status is Status.PREFILLING:
             self._prefilling.remove(sequence)
         if sequence.is_resident:
-            self.kv.release(sequence)
+            free(sequence)
         self.groups.leave(sequence, status)
         return sequence

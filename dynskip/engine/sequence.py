@@ -27,7 +27,10 @@ class SequenceState:
         decides for each token may run any: such a request has the full path.
     arrival_s: the caller's clock when the request came; for reports only.
     order: its number among all requests of the scheduler.
-    num_generated: tokens chosen so far; a preempted sequence keeps them.
+    replays: whether, once it was preempted, its output runs again token by token as it did before. As a part of the
+        prompt, which is what runs otherwise, it may come to other bits, or run other layers.
+    num_generated: tokens chosen so far. A preempted sequence keeps them, but one that replays begins at 0 again.
+    num_replayed: the tokens of its output that were known when it was preempted, if it replays.
     num_cached: tokens whose keys and values are stored in each layer of the path, those reserved for its prompt
         included. The last generated token has none yet.
     num_prefilled: how many tokens the chunks of its current prefill have run.
@@ -42,9 +45,11 @@ class SequenceState:
     num_prompt_tokens: int
     max_tokens: int
     arrival_s: float = 0.0
+    replays: bool = False
     order: int = -1
     status: Status = Status.WAITING
     num_generated: int = 0
+    num_replayed: int = 0
     num_cached: int = 0
     num_prefilled: int = 0
     cache_id: int = -1
@@ -70,9 +75,21 @@ class SequenceState:
         return self.num_prompt_tokens + self.max_tokens - 1
 
     @property
+    def num_known_tokens(self) -> int:
+        """Tokens of prompt and output, those that will be replayed included."""
+        return self.num_prompt_tokens + max(self.num_generated, self.num_replayed)
+
+    @property
     def is_resident(self) -> bool:
         """Whether it holds keys and values."""
         return self.status in (Status.PREFILLING, Status.RUNNING)
+
+    def begin_again(self, num_generated: int, step: int) -> None:
+        """Wait after step ``step``, holding nothing but the ``num_generated`` tokens chosen so far."""
+        self.num_cached = self.num_prefilled = 0
+        self.cache_id = -1
+        self.queued_step = step
+        self.num_generated, self.num_replayed = (0, num_generated) if self.replays else (num_generated, 0)
 
     def kv_entries(self) -> dict[int, int]:
         """How many key-value entries it holds in each layer that it runs."""

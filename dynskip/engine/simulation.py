@@ -64,6 +64,8 @@ class SimulatedEngine:
             self._num_added, request.path, request.num_prompt, request.num_output, request.arrival_s
         )
         self.scheduler.add(sequence)
+        if self.tally.first_s is None:
+            self.tally.first_s = request.arrival_s
         self._num_added += 1
         self.num_of_path[request.path] = self.num_of_path.get(request.path, 0) + 1
         self.work_ms += self.row_ms(request.path)
@@ -182,7 +184,7 @@ def simulate(
             on_request()
     for engine in engines:
         engine.run_until(float("inf"))
-    return Outcome.of([engine.close() for engine in engines], requests[0].arrival_s if requests else 0.0)
+    return Outcome.of([engine.close() for engine in engines])
 
 
 def _choose(engines: Sequence[SimulatedEngine], path: LayerPath) -> SimulatedEngine:

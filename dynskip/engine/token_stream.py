@@ -46,5 +46,6 @@ class TokenStream(Iterator[int]):
         self._engine.discard(self.request)
 
     def __del__(self) -> None:
-        """Close it."""
-        self.close()
+        """Let the engine abort the request when it is next asked for something: this may happen within a step."""
+        if not self._is_closed:
+            self._engine.forsake(self.request)

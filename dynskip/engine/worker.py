@@ -181,8 +181,10 @@ class EngineWorker:
         except BaseException as error:
             self._fail(error)
         finally:
-            self._write_log(MetricsLog.close)
-            self._engine.close()
+            try:
+                self._write_log(MetricsLog.close)
+            finally:
+                self._engine.close()
 
     def _obey(self) -> bool:
         """Run commands, and wait for some while there is nothing to step; returns False once it was told to close."""
@@ -233,7 +235,7 @@ class EngineWorker:
             return
         try:
             write(self._log)
-        except OSError as error:
+        except Exception as error:
             self._log = None
             warnings.warn(
                 f"AsyncLLM: metrics end here, the log cannot be written: {error}", MetricsWarning, stacklevel=2
