@@ -40,6 +40,8 @@ _WARM_UP = 0.15
 _RSS_SHARE = 0.02
 # Blocks of neighbouring samples that throughput is averaged over: each is a draw, nearly independent of the next.
 _NUM_BLOCKS = 12
+# Tokens that prompts have in common, and of a chunk: in the deterministic mode whole chunks are shared.
+_PREFIX = 64
 # Of so many requests one is run again alone when the time is up.
 _CHECK_EVERY = 97
 _MAX_CHECKED = 64
@@ -65,13 +67,18 @@ class TokenGate:
 
 @dataclass(frozen=True)
 class Sample:
-    """What is seen at one time; counts are those since the beginning, tokens_per_s that since the last sample."""
+    """What is seen at one time; counts are those since the beginning, tokens_per_s and tokens_per_cpu_s since the last.
+
+    cpu_s: processor time of this process, which other work on the machine takes no part of.
+    """
 
     seconds: float
+    cpu_s: float
     rss_bytes: int
     kv_bytes: int
     num_tokens: int
     tokens_per_s: float
+    tokens_per_cpu_s: float
     num_waiting: int
     num_running: int
     num_finished: int
@@ -95,7 +102,7 @@ class Requests:
         self.paths = [LayerPath.uniform(num_layers, max(1, num_layers * share // 24)) for share in (4, 8, 12, 24)]
         self.weights = [74, 18, 6, 2]
         self.gates = [TokenGate() for _ in range(2)]
-        self.prefixes = [self._tokens(32) for _ in range(8)]
+        self.prefixes = [self._tokens(_PREFIX) for _ in range(8)]
 
     def next(self) -> Ask:
         """Another request."""
@@ -125,7 +132,8 @@ class Soak:
     """An engine under a stream that never dries up: requests come in bursts, some are aborted at some time."""
 
     def __init__(self, model: OPTForCausalLM, options: dict[str, Any], max_context_len: int, seed: int) -> None:
-        self.options = {**options, "max_context_len": max_context_len, "deterministic": True}
+        fixed = {"max_context_len": max_context_len, "max_prefill_tokens": _PREFIX, "deterministic": True}
+        self.options = {**options, **fixed}
         self.engine = Engine(model, **self.options)
         self.requests = Requests(model, seed, max_context_len)
         self.draw = random.Random(seed + 1)
@@ -143,7 +151,7 @@ class Soak:
                 self._turn()
                 last = self.samples[-1] if self.samples else None
                 if now_s - (last.seconds if last else 0.0) >= interval_s:
-                    self.samples.append(self._sample(now_s, last, process.memory_info().rss))
+                    self.samples.append(self._sample(now_s, last, process))
                     lines.write(json.dumps(asdict(self.samples[-1])) + "\n")
                     lines.flush()
                     _show(f"{now_s:.0f} s of {seconds:.0f}: {self.engine.stats()}")
@@ -184,16 +192,20 @@ class Soak:
         if self.num_outputs % _CHECK_EVERY == 1 and len(self.checked) < _MAX_CHECKED:
             self.checked.append((ask, output))
 
-    def _sample(self, now_s: float, last: Sample | None, rss_bytes: int) -> Sample:
+    def _sample(self, now_s: float, last: Sample | None, process: psutil.Process) -> Sample:
         stats = self.engine.stats()
         num_tokens = self.engine.tally.num_tokens
-        passed_s, num_new = (now_s - last.seconds, num_tokens - last.num_tokens) if last else (now_s, num_tokens)
+        times = process.cpu_times()
+        cpu_s = times.user + times.system
+        num_new = num_tokens - (last.num_tokens if last else 0)
         return Sample(
             seconds=now_s,
-            rss_bytes=rss_bytes,
+            cpu_s=cpu_s,
+            rss_bytes=process.memory_info().rss,
             kv_bytes=stats.kv_bytes,
             num_tokens=num_tokens,
-            tokens_per_s=num_new / passed_s,
+            tokens_per_s=num_new / (now_s - (last.seconds if last else 0.0)),
+            tokens_per_cpu_s=num_new / (cpu_s - (last.cpu_s if last else 0.0)),
             num_waiting=stats.num_waiting,
             num_running=stats.num_running,
             num_finished=stats.num_finished,
@@ -238,13 +250,13 @@ def verdict(samples: Sequence[Sample], left_bytes: int, mismatches: Sequence[Has
     """What is wrong, in words; nothing where memory is flat, throughput does not drift, and all outputs are right."""
     wrong = []
     warm = warmed_up(samples)
-    rss, speed = rss_growth(warm), Drift.of([sample.tokens_per_s for sample in warm])
+    rss, speed = rss_growth(warm), Drift.of([sample.tokens_per_cpu_s for sample in warm])
     if rss > _RSS_SHARE:
         wrong.append(f"resident memory grew by {rss:.1%}")
     if left_bytes:
         wrong.append(f"{left_bytes} bytes of keys and values are held by nobody")
     if speed.change < 0 and not speed.is_noise:
-        wrong.append(f"throughput fell by {-speed.change:.1%}, beyond the noise of {speed.noise:.1%}")
+        wrong.append(f"tokens per processor second fell by {-speed.change:.1%}, beyond the noise of {speed.noise:.1%}")
     if not samples or not samples[-1].num_preempted or not samples[-1].num_aborted:
         wrong.append("nobody was preempted, or nobody aborted: the run says little")
     if mismatches:
@@ -268,12 +280,15 @@ def rss_growth(samples: Sequence[Sample]) -> float:
 def page(samples: Sequence[Sample], conditions: dict[str, Any], wrong: Sequence[str], num_checked: int) -> str:
     """The results as Markdown."""
     warm = warmed_up(samples)
-    speed, last = Drift.of([sample.tokens_per_s for sample in warm]), samples[-1]
+    speeds, last = [(s.tokens_per_s, s.tokens_per_cpu_s) for s in warm], samples[-1]
+    wall, cpu = (Drift.of(values) for values in zip(*speeds, strict=True))
     rss = [sample.rss_bytes / 2**20 for sample in warm]
     kv = [sample.kv_bytes / 2**20 for sample in warm]
     quarters = [warm[len(warm) * i // 4 : len(warm) * (i + 1) // 4] for i in range(4)]
     rows = [
         ["tokens/s", *(f"{mean(s.tokens_per_s for s in part):.0f}" for part in quarters)],
+        ["tokens per processor second", *(f"{mean(s.tokens_per_cpu_s for s in part):.0f}" for part in quarters)],
+        ["preemptions", *(f"{part[-1].num_preempted - part[0].num_preempted:,}" for part in quarters)],
         ["resident memory, MiB", *(f"{mean(s.rss_bytes for s in part) / 2**20:.1f}" for part in quarters)],
         ["keys and values in use, MiB", *(f"{mean(s.kv_bytes for s in part) / 2**20:.2f}" for part in quarters)],
         ["running", *(f"{mean(s.num_running for s in part):.1f}" for part in quarters)],
@@ -285,17 +300,18 @@ def page(samples: Sequence[Sample], conditions: dict[str, Any], wrong: Sequence[
 
 Written by `make soak`. {conditions["machine"]}; {conditions["model"]}, policy {conditions["policy"]}, batch \
 {conditions["batch"]}, {conditions["kv_mib"]:.2f} MiB for keys and values, deterministic, seed {conditions["seed"]}. \
-Requests come in bursts: 1 to 80 prompt tokens, a third of them with a prefix in common, outputs of 25 tokens in the \
+Requests come in bursts: 1 to 112 prompt tokens, a third of them with a prefix in common, outputs of 25 tokens in the \
 mean, one to three for a prompt, 74/18/6/2 % along paths of a sixth, a third, half and all of the layers, a tenth with \
 a controller for each token, half of them with a seed. {len(samples)} samples.
 
 {table}
 
 - {last.num_finished:,} sequences ended by themselves and {last.num_aborted:,} were aborted, with {last.num_tokens:,} \
-tokens; {last.num_preempted:,} preemptions; {last.num_shared_tokens:,} prompt tokens were another sequence's.
+tokens; {last.num_preempted:,} were preempted; {last.num_shared_tokens:,} prompt tokens were another sequence's.
 - Resident memory: {min(rss):.1f} to {max(rss):.1f} MiB, {rss_growth(warm):+.2%} from the first quarter to the last \
 (allowed: {_RSS_SHARE:.0%}). Keys and values: {min(kv):.2f} to {max(kv):.2f} MiB in use, and none once all had ended.
-- Throughput: {speed.change:+.1%} from the first third to the last, noise {speed.noise:.1%}.
+- Tokens per processor second: {cpu.change:+.1%} from the first third to the last, noise {cpu.noise:.1%}; per second \
+of the clock, part of which goes to other work on the machine: {wall.change:+.1%}, noise {wall.noise:.1%}.
 - {num_checked} of the requests were run again alone: the same tokens.
 - Verdict: {"; ".join(wrong) if wrong else "flat memory, no drift beyond noise"}.
 """
@@ -315,9 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=None, help="a directory or hub id (default: opt-mini)")
     parser.add_argument("--policy", choices=POLICIES, default="cohort")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument(
-        "--kv-tokens", type=int, default=1500, help="tokens at full depth that keys and values may take"
-    )
+    parser.add_argument("--kv-tokens", type=int, default=700, help="tokens at full depth that keys and values may take")
     parser.add_argument("--max-context-len", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="soak", help="of the results (default: soak)")
@@ -357,7 +371,7 @@ def machine_line() -> str:
     """The machine in a few words."""
     facts = describe()
     return (
-        f"{facts['cpu']}, {facts['num_cores']} cores, {facts['num_threads']} threads, torch "
+        f"{facts['cpu']}, {facts['num_cores']} cores, threads: {facts['num_threads']}, torch "
         f"{facts['versions']['torch']}, commit {facts['commit']}, {facts['date']}"
     )
 
