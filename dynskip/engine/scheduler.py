@@ -29,7 +29,7 @@ class Chunk:
 class Decision:
     """What one step does, in this order.
 
-    preempt: their keys and values are freed; they wait again, and will prefill prompt and output so far.
+    preempt: their keys and values are freed; they wait again, and will prefill prompt and output so far, or replay it.
     prefill: tokens of prompts to run. The last chunk of a sequence gives it a token.
     parts: the decode rows by path. Each row runs the last token of its sequence and gives it the next one.
     """
