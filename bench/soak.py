@@ -313,7 +313,7 @@ tokens; {last.num_preempted:,} were preempted; {last.num_shared_tokens:,} prompt
 - Tokens per processor second: {cpu.change:+.1%} from the first third to the last, noise {cpu.noise:.1%}; per second \
 of the clock, part of which goes to other work on the machine: {wall.change:+.1%}, noise {wall.noise:.1%}.
 - {num_checked} of the requests were run again alone: the same tokens.
-- Verdict: {"; ".join(wrong) if wrong else "flat memory, no drift beyond noise"}.
+- Verdict: {"; ".join(wrong) if wrong else "flat memory, throughput does not fall beyond noise"}.
 """
 
 
