@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -309,6 +309,15 @@ def test_a_front_that_nobody_holds_ends_its_thread(llm: LLM) -> None:
     assert num_engine_threads() == 0
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, as in a foreground process: shells let what they start in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_everything(llm: LLM) -> None:
     """Ctrl-C, as asyncio takes it: the main task is cancelled, and KeyboardInterrupt leaves asyncio.run."""
     fronts = []
