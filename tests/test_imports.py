@@ -31,6 +31,7 @@ ORDER = [
     "row_reference",
     "row_ops",
     # the model and its state
+    "assets",
     "linear",
     "memory",
     "slot_pool",
@@ -51,7 +52,6 @@ ORDER = [
     "sampling",
     "engine",
     "generate",
-    "assets",
     "llm",
     "async_llm",
     # what stands around it
