@@ -440,7 +440,7 @@ def main() -> int:
     """Measure, and write JSON lines and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-1.3b", help="random weights of that shape")
-    parser.add_argument("--model", help="a checkpoint instead; 'opt-mini' for the one shipped with dynskip")
+    parser.add_argument("--model", help="a checkpoint instead: folder, hub id, or opt-mini, shipped with dynskip")
     parser.add_argument("--data", type=Path, help="Alpaca, whose prompts are served as they come")
     parser.add_argument("--requests", type=int, default=1024)
     parser.add_argument("--batch", type=int, action="append", help="repeatable (default: 16 and 32)")
@@ -457,7 +457,7 @@ def main() -> int:
 
     hf_model: Any = None
     if args.model is not None:
-        llm = LLM(None if args.model == "opt-mini" else args.model)
+        llm = LLM(args.model)
         model = llm.model
     else:
         hf_model = random_hf_model(opt_config(args.shape))

@@ -1,7 +1,7 @@
-"""Writes the tables of results into the README: no number there is typed by hand.
+"""Writes the tables of results into README.md and docs/serving.md: no number there is typed by hand.
 
 python bench/table.py          writes them
-python bench/table.py --check  exit status 1 where the README shows something else than bench/results holds
+python bench/table.py --check  exit status 1 where a page shows something else than bench/results holds
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dynskip.benchmark.device_report import read_report
-from dynskip.benchmark.serving_table import serving_tables
+from dynskip.benchmark.serving_table import serving_sentence, serving_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end -->"
@@ -41,23 +41,35 @@ def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def fill(readme: str, results: Path) -> str:
-    """``readme`` with its tables as the folder ``results`` has them."""
+    """``readme`` with its table, and its sentences on streams, as the folder ``results`` has them."""
     readme = insert(readme, render(results))
-    return insert(readme, serving_tables(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
+    return insert(readme, serving_sentence(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
+
+
+def fill_serving(page: str, results: Path) -> str:
+    """``page``, the one on serving, with its tables as the folder ``results`` has them."""
+    tables = serving_tables(sorted(results.glob(SERVING_FILES)), "../bench/results")
+    return insert(page, tables, SERVING_BEGIN, SERVING_END)
+
+
+# The pages that show results, and how each is filled.
+PAGES = {ROOT / "README.md": fill, ROOT / "docs" / "serving.md": fill_serving}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write, or with ``--check`` compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the README is behind")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page is behind")
     args = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = fill(old, ROOT / "bench" / "results")
-    if args.check:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    status = 0
+    for path, fill_page in PAGES.items():
+        old = path.read_text(encoding="utf-8")
+        new = fill_page(old, ROOT / "bench" / "results")
+        if args.check:
+            status = max(status, int(new != old))
+        else:
+            path.write_text(new, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

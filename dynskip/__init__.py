@@ -9,24 +9,36 @@ from dynskip.version import __version__
 
 if TYPE_CHECKING:
     from dynskip import ops, reference
-    from dynskip.async_llm import AsyncLLM
+    from dynskip.async_llm import AsyncLLM, Piece, TextOutput
+    from dynskip.engine.default_costs import UnmeasuredCostsWarning
     from dynskip.engine.engine import Engine
+    from dynskip.engine.metrics import MetricsLog
     from dynskip.engine.request import RequestError, RequestOutput
+    from dynskip.engine.stats import EngineStats
+    from dynskip.engine.token_stream import TokenStream
     from dynskip.llm import LLM, Output
     from dynskip.model import OPTForCausalLM
     from dynskip.paths import LayerPath
     from dynskip.sampling import SamplingParams
+    from dynskip.slot_pool import KVCacheMemoryError
 
 __all__ = [
     "LLM",
     "AsyncLLM",
     "Engine",
+    "EngineStats",
+    "KVCacheMemoryError",
     "LayerPath",
+    "MetricsLog",
     "OPTForCausalLM",
     "Output",
+    "Piece",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "TextOutput",
+    "TokenStream",
+    "UnmeasuredCostsWarning",
     "__version__",
     "ops",
     "reference",
@@ -36,13 +48,20 @@ __all__ = [
 _HOME = {
     "AsyncLLM": "dynskip.async_llm",
     "Engine": "dynskip.engine.engine",
+    "EngineStats": "dynskip.engine.stats",
+    "KVCacheMemoryError": "dynskip.slot_pool",
     "LLM": "dynskip.llm",
     "LayerPath": "dynskip.paths",
+    "MetricsLog": "dynskip.engine.metrics",
     "OPTForCausalLM": "dynskip.model",
     "Output": "dynskip.llm",
+    "Piece": "dynskip.async_llm",
     "RequestError": "dynskip.engine.request",
     "RequestOutput": "dynskip.engine.request",
     "SamplingParams": "dynskip.sampling",
+    "TextOutput": "dynskip.async_llm",
+    "TokenStream": "dynskip.engine.token_stream",
+    "UnmeasuredCostsWarning": "dynskip.engine.default_costs",
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, OPTConfig
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
+from dynskip.assets import find_model
 from dynskip.backends import resolve_backend
 from dynskip.linear import Linear
 from dynskip.opt import check_config
@@ -25,7 +26,7 @@ def load(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"from_pretrained: dtype must be float32, bfloat16 or float16, got {dtype}.")
     found = _find_device(device)
-    name = _check_source(source)
+    name = _check_source(find_model(source))
     check_config(_read_config(name))
     hf_model = _read_weights(name, dtype)
     return _convert(hf_model, found, backend, deterministic, pack, consume=True)

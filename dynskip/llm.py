@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynskip.assets import find_model, opt_mini_directory
 from dynskip.engine.request import OutputSequence
 from dynskip.generate import Generation
 from dynskip.model import ExecutorName, OPTForCausalLM, is_token_ids
@@ -55,7 +56,7 @@ class Output:
 class LLM:
     """A model and its tokenizer.
 
-    model: an OPTForCausalLM, a directory, a hub id, or None for the small model shipped with the package.
+    model: an OPTForCausalLM, a directory, a hub id, or None: "opt-mini", the small model shipped with the package.
     tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object, or a
         directory without tokenizer files, takes token ids only then; ``.tokenizer`` is None.
     dtype, device, backend, deterministic: as in OPTForCausalLM.from_pretrained; not with a model object.
@@ -77,15 +78,13 @@ class LLM:
                 raise ValueError(f"LLM: {next(iter(given))} must be left out with a model object, got both.")
             self.model = model
         else:
-            if model is None:
-                from dynskip.assets import opt_mini_directory
-
-                model = opt_mini_directory()
+            model = opt_mini_directory() if model is None else model
             if not isinstance(model, str | Path):
                 raise TypeError(
                     f"LLM: model must be a dynskip.OPTForCausalLM, a directory, a hub id or None, got {type(model)}. "
                     "OPTForCausalLM.from_hf converts a transformers model."
                 )
+            model = find_model(model)
             self.model = OPTForCausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
             if tokenizer is None and _may_have_tokenizer(Path(model)):
                 tokenizer = model
@@ -221,7 +220,7 @@ def _load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(source))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(find_model(source)))
     except Exception as error:  # transformers and tokenizers raise types of their own: all say why in their text
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -62,7 +62,7 @@ class OPTForCausalLM(nn.Module):
         deterministic: bool = False,
         pack: bool = True,
     ) -> OPTForCausalLM:
-        """The model of a checkpoint, ready for inference.
+        """The model of a checkpoint, ready for inference; ``"opt-mini"`` is the one shipped with the package.
 
         pack: on a CPU, keep one oneDNN-packed copy of each matrix instead of the dense one; such a model is not
             trainable until :meth:`unpack_`.

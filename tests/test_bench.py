@@ -22,7 +22,7 @@ from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import Products, model_shape
 from dynskip.benchmark.report import Report, Row, markdown_table
 from dynskip.benchmark.runners import DynskipRunner, TransformersRunner
-from dynskip.benchmark.serving_table import serving_tables
+from dynskip.benchmark.serving_table import serving_sentence, serving_tables
 from dynskip.benchmark.timing import Samples, interleave
 from dynskip.cli import bench as cli_bench
 from dynskip.cli import main
@@ -361,10 +361,25 @@ def table_script() -> ModuleType:
     return module
 
 
-def test_the_readme_shows_the_committed_results() -> None:
+def test_readme_and_serving_page_show_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     table = table_script()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.fill(readme, ROOT / "bench" / "results") == readme
+    assert sorted(path.name for path in table.PAGES) == ["README.md", "serving.md"]
+    for path, fill in table.PAGES.items():
+        text = path.read_text(encoding="utf-8")
+        assert fill(text, ROOT / "bench" / "results") == text, f"{path.name}: run `python bench/table.py`"
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+    assert table.main(["--check"]) == 0
+
+
+def test_a_page_that_is_behind_is_noticed_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_script()
+    page = tmp_path / "page.md"
+    page.write_text(f"{table.SERVING_BEGIN}\nold\n{table.SERVING_END}\n", encoding="utf-8")
+    monkeypatch.setattr(table, "PAGES", {page: table.fill_serving})
+    assert table.main(["--check"]) == 1 and "old" in page.read_text(encoding="utf-8")
+    assert table.main([]) == 0 and "old" not in page.read_text(encoding="utf-8")
+    assert table.main(["--check"]) == 0
 
 
 def test_the_pages_show_the_committed_results() -> None:
@@ -385,11 +400,20 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="paths must name a file, got none"):
         serving_tables([])
     conditions = {
-        **CONDITIONS, "part": "conditions", "model": "tiny", "dtype": "bfloat16", "backend": "torch", "requests": 1024,
+        **CONDITIONS, "part": "conditions", "commit": "streams", "model": "tiny",
+        "dtype": "bfloat16", "backend": "torch", "requests": 1024,
         "prompts": "prompts of 32 tokens", "mean_output": 16.0, "mean_layers": 5.5, "num_layers": 24,
         "versions": {"dynskip": "0.1", "torch": "2.13"}, "date": "today",
     }  # fmt: skip
-    stream = {"part": "stream", "batch": 16, "union": 8.0, "longest_wait": 9, "max_wait": 12, "ideal_all": 4.0}
+    stream = {
+        "part": "stream",
+        "batch": 16,
+        "layers": 5.58,
+        "union": 8.0,
+        "longest_wait": 9,
+        "max_wait": 12,
+        "ideal_all": 4.0,
+    }
     lines = [
         conditions,
         {**stream, "name": "lockstep", "decode_s": 8.8, "tokens_per_s": 100},
@@ -397,18 +421,36 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
          "gain": 3.6},
     ]  # fmt: skip
     closed = {"part": "closed", "batch": 16, "name": "cohort", "over_lockstep": 1.01}
+    static = {"part": "static", "batch": 16, "requests": 48, "name": "engine, cohort", "over_static": 1.2,
+              "over_transformers": 8.0}  # fmt: skip
+    overhead = {"part": "overhead", "name": "engine", "batch": 64, "resident": 250.0, "share": 0.012}
+    others = {**conditions, "commit": "others"}
     paths = [tmp_path / "serving-a.jsonl", tmp_path / "serving-b.jsonl"]
-    paths[0].write_text(f"{json.dumps(conditions)}\n{json.dumps(closed)}\n", encoding="utf-8")
+    paths[0].write_text("".join(f"{json.dumps(line)}\n" for line in (others, closed, static)), encoding="utf-8")
     with pytest.raises(ValueError, match="must hold a stream, got other parts only"):
         serving_tables(paths[:1])
-    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, overhead]), encoding="utf-8")
     found = serving_tables(paths)
     rows = dict(re.findall(r"^\| (\S.*?) +\| +(\S.*?) \| +(?:.*?)\|$", found, re.MULTILINE))
     assert rows["decode, cohort over lockstep"] == "1.76x (missed)"
     assert rows["decode, share of the ideal"] == "94%"
     assert rows["a closed batch, cohort over lockstep"] == "1.01x"
     assert "tokens/s, full depth" not in rows
-    assert ">= 1.80x" in found and "1,024 requests" in found and "[serving-b.md](bench/results/serving-b.md)" in found
+    assert ">= 1.80x" in found and "[serving-b.md](bench/results/serving-b.md)" in found
+    note = " ".join(found.split())
+    assert "Streams: 1,024 requests" in note and "5.50 per request, 5.58 per decoded row; commit streams" in note
+    assert "the first 16 of these requests, and nobody after them; commit others" in note
+    assert "the first 48 of these requests at full depth, in batches of 16; transformers' generate pads" in note
+    assert "its longest output; commit others" in note and "at most 3%); commit streams" in note
+    assert "More than 100%" not in note
+    sentence = " ".join(serving_sentence(paths).split())
+    assert "decode 3.00x as fast as at full depth, 94% (target: >= 85%) of the ideal, and 1.76x (missed)" in sentence
+    lines[-1] |= {"decode_gain": 3.3}
+    lines[0]["calibrated"] = {"date": "the day before"}
+    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    assert "More than 100% of the ideal is possible" in (note := " ".join(serving_tables(paths).split()))
+    assert "calibrated before (the day before)" in note
+    assert serving_sentence(paths).endswith("an earlier calibration, and runs differ by noise.\n")
 
 
 def test_an_old_table_is_noticed(tmp_path: Path) -> None:

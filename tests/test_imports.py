@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import dynskip
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +35,7 @@ ORDER = [
     "row_reference",
     "row_ops",
     # the model and its state
+    "assets",
     "linear",
     "memory",
     "slot_pool",
@@ -51,7 +56,6 @@ ORDER = [
     "sampling",
     "engine",
     "generate",
-    "assets",
     "llm",
     "async_llm",
     # what stands around it
@@ -150,6 +154,15 @@ def test_imports_run_one_way() -> None:
     assert {"", "paths", "cli.generate", "kernels.scatter_add"} <= set(modules), "the walk has lost part of the tree"
     found = [complaint for name, source in modules.items() for complaint in complaints(name, source)]
     assert not found, "\n".join(found)
+
+
+def test_the_facade_has_what_it_names_and_loads_it_late() -> None:
+    code = "import sys, dynskip; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'triton')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert set(dynskip.__all__) == {*dynskip._HOME, "__version__", "ops", "reference"}
+    assert dir(dynskip) == sorted(dynskip.__all__)
+    for name, home in dynskip._HOME.items():
+        assert getattr(dynskip, name) is vars(importlib.import_module(home))[name]
 
 
 def test_every_exception_is_needed() -> None:

@@ -266,6 +266,7 @@ def test_mistakes_end_in_one_line(arguments: list[str], part: str, capsys: pytes
 def test_the_commands_offer_what_there_is() -> None:
     assert simulate_command.POLICIES == POLICIES
     assert simulate_command.SHAPES == calibrate_command.SHAPES == tuple(SHAPES)
+    assert simulate_command.PATHS == PAPER_MIX
 
 
 def test_calibrate_measures_keeps_and_simulates(

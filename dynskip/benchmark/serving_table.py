@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from dynskip.benchmark.report import markdown_table
 
 # The lines of one batch, by part and name.
 Lines = Mapping[tuple[str, str], Mapping[str, Any]]
+# What one model left on one machine: the lines of each file, the first of them its conditions.
+Files = Mapping[Path, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ QUESTIONS = (
         least={None: 1.0},
     ),
     Question(
-        "full depth, over transformers' generate",
+        "full depth, over transformers' generate, left-padded, each batch to its longest output",
         "static",
         "engine, cohort",
         lambda line, _: line["over_transformers"],
@@ -108,50 +110,123 @@ QUESTIONS = (
 )
 
 
-def serving_tables(paths: Sequence[Path]) -> str:
-    """A table per model and machine, each from all of its files among ``paths``."""
+def serving_tables(paths: Sequence[Path], results: str = "bench/results") -> str:
+    """A table per model and machine, each from all of its files among ``paths``; results: their folder, in links."""
+    return "\n".join(_table(files, results) for files in _by_model(paths))
+
+
+def serving_sentence(paths: Sequence[Path]) -> str:
+    """What the streams among ``paths`` came to, in a sentence per model and machine."""
+    return textwrap.fill(" ".join(map(_sentence, _by_model(paths))), 120, break_on_hyphens=False) + "\n"
+
+
+def _by_model(paths: Sequence[Path]) -> list[Files]:
     if not paths:
         raise ValueError("serving_tables: paths must name a file, got none. Run `python bench/serving.py`.")
     by_model: dict[tuple[str, str], dict[Path, list[dict[str, Any]]]] = {}
     for path in sorted(paths):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         by_model.setdefault((lines[0]["model"], lines[0]["machine"]), {})[path] = lines
-    return "\n".join(_table(files) for files in by_model.values())
+    for files in by_model.values():
+        if not any(line["part"] == "stream" for own in files.values() for line in own):
+            raise ValueError(
+                f"serving_tables: {', '.join(map(str, files))} must hold a stream, got other parts only. "
+                "Run `python bench/serving.py --only stream`."
+            )
+    return list(by_model.values())
 
 
-def _table(files: Mapping[Path, Sequence[Mapping[str, Any]]]) -> str:
+def _batches(files: Files) -> dict[int, dict[tuple[str, str], Mapping[str, Any]]]:
+    """The lines of each batch, by part and name."""
     batches: dict[int, dict[tuple[str, str], Mapping[str, Any]]] = {}
-    lines = [line for own in files.values() for line in own]
-    for line in lines:
-        if line["part"] in ("stream", "closed", "static"):
-            batches.setdefault(line["batch"], {})[line["part"], line["name"]] = line
-    batches = dict(sorted(batches.items()))
-    streams = [own for own in files.values() if any(line["part"] == "stream" for line in own)]
-    if not streams:
-        raise ValueError(
-            f"serving_tables: {', '.join(map(str, files))} must hold a stream, got other parts only. "
-            "Run `python bench/serving.py --only stream`."
-        )
+    for own in files.values():
+        for line in own:
+            if line["part"] in ("stream", "closed", "static"):
+                batches.setdefault(line["batch"], {})[line["part"], line["name"]] = line
+    return dict(sorted(batches.items()))
+
+
+def _conditions(files: Files, part: str) -> Mapping[str, Any] | None:
+    """The conditions of the file that holds ``part``; None where no file does."""
+    return next((own[0] for own in files.values() if any(line["part"] == part for line in own)), None)
+
+
+def _table(files: Files, results: str) -> str:
+    batches = _batches(files)
     rows = [row for question in QUESTIONS if (row := question.row(batches)) is not None]
     header = ("", *(f"batch {batch}" for batch in batches), "target")
     table = markdown_table(header, rows, right=set(range(1, len(batches) + 1)))
-    notes = [
-        f"Scheduler and bookkeeping took {line['share']:.1%} of a step with {line['resident']:.0f} resident sequences "
-        "(target: at most 3%)."
-        for line in lines
-        if line["part"] == "overhead" and line["name"] == "engine"
-    ]
-    pages = ", ".join(f"[{path.stem}.md](bench/results/{path.stem}.md)" for path in files)
-    text = " ".join([*notes, _conditions(streams[0][0]), f"All that was measured: {pages}."])
+    pages = ", ".join(f"[{path.stem}.md]({results}/{path.stem}.md)" for path in files)
+    text = " ".join([*_notes(files, batches), f"All that was measured: {pages}."])
     return f"{table}\n{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n"
 
 
-def _conditions(found: Mapping[str, Any]) -> str:
+def _notes(files: Files, batches: Mapping[int, Lines]) -> Iterator[str]:
+    """The conditions of each part, and what its figures need to be understood."""
+    found = _conditions(files, "stream")
+    assert found is not None, "checked when the files were read"
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("dynskip", "torch"))
+    rows = {f"{line['layers']:.2f}" for lines in batches.values() if (line := lines.get(("stream", "cohort")))}
+    yield (
+        f"{found['model']}, {found['dtype']}; {found['num_threads']} threads on {found['cpu']} ({found['num_cores']} "
+        f"cores), backend {found['backend']}; {versions}; competitors take turns in one run. Streams: "
+        f"{found['requests']:,} requests that are all there at the beginning, {found['prompts']}, outputs geometric "
+        f"with a mean of {found['mean_output']:g} tokens; of {found['num_layers']} layers {found['mean_layers']:.2f} "
+        f"per request, {' and '.join(sorted(rows))} per decoded row; {_origin(found)}."
+    )
+    if _exceeds_ideal(batches):
+        yield (
+            "More than 100% of the ideal is possible: the ideal comes from costs that were calibrated before "
+            f"({found['calibrated']['date']}), runs differ by noise, and full depth falls short of its own ideal, too."
+        )
+    texts = {
+        "closed": "Closed batch: the first {batch} of these requests, and nobody after them",
+        "static": "Static batches and transformers: the first {requests} of these requests at full depth, in batches "
+        "of {batch}; transformers' generate pads prompts on the left and decodes each batch to its longest output",
+    }
+    for part, text in texts.items():
+        if (origin := _conditions(files, part)) is not None:
+            line = next(line for lines in batches.values() for (kind, _), line in lines.items() if kind == part)
+            yield f"{text.format(**line)}; {_origin(origin)}."
+    origin = _conditions(files, "overhead")
+    for line in (line for own in files.values() for line in own):
+        if line["part"] == "overhead" and line["name"] == "engine" and origin is not None:
+            yield (
+                f"Scheduler and bookkeeping took {line['share']:.1%} of a step with {line['resident']:.0f} resident "
+                f"sequences and at most {line['batch']} rows (target: at most 3%); {_origin(origin)}."
+            )
+
+
+def _exceeds_ideal(batches: Mapping[int, Lines]) -> bool:
+    cohorts = (lines.get(("stream", "cohort")) for lines in batches.values())
+    return any(line["decode_gain"] > line["ideal_decode"] for line in cohorts if line is not None)
+
+
+def _origin(found: Mapping[str, Any]) -> str:
+    return f"commit {found['commit']}, {found['date']}"
+
+
+def _sentence(files: Files) -> str:
+    batches = {batch: lines for batch, lines in _batches(files).items() if ("stream", "cohort") in lines}
+    found = _conditions(files, "stream")
+    assert found is not None, "checked when the files were read"
+    by_name = {question.what: question for question in QUESTIONS}
+
+    def figures(what: str) -> str:
+        row = by_name[what].row(batches)
+        assert row is not None, "every batch has a line of cohort"
+        _, *cells, target = row
+        return " and ".join(cells) + (f" (target: {target})" if target else "")
+
     return (
-        f"{found['model']}, {found['dtype']}, {found['requests']:,} requests that are all there at the beginning, "
-        f"{found['prompts']}, outputs geometric with a mean of {found['mean_output']:g} tokens, a mean of "
-        f"{found['mean_layers']:.2f} of {found['num_layers']} layers; {found['num_threads']} threads on "
-        f"{found['cpu']} ({found['num_cores']} cores), backend {found['backend']}; the policies in turns in one run. "
-        f"{versions}; commit {found['commit']}, {found['date']}."
+        f"On {found['model']}, in batches of {' and '.join(map(str, batches))}, requests with a mean of "
+        f"{found['mean_layers']:.2f} of {found['num_layers']} layers decode "
+        f"{figures('decode, cohort over full depth')} as fast as at full depth, {figures('decode, share of the ideal')} of the ideal, and "
+        f"{figures('decode, cohort over lockstep')} as fast as in lock-step, on {found['num_threads']} threads of "
+        f"{found['cpu']}."
+        + (
+            " More than 100% is possible: the ideal stands on an earlier calibration, and runs differ by noise."
+            if _exceeds_ideal(batches)
+            else ""
+        )
     )

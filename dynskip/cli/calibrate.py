@@ -12,7 +12,8 @@ from dynskip.cli.options import add_model_options, set_threads, show_progress, t
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
 _EXAMPLES = """examples:
-  dynskip calibrate                                     the shapes of OPT-1.3B on this CPU: minutes, and 5 GiB
+  dynskip calibrate                                     OPT-1.3B's shapes, random weights: minutes, and 5 GiB
+  dynskip calibrate --model opt-mini                    the model shipped with dynskip: seconds
   dynskip calibrate --shape opt-0.2b-24 --out costs.json
   dynskip calibrate --model runs/base --rows 32 --context 64
   dynskip simulate --device this                        what the result is for
@@ -29,15 +30,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--shape", choices=SHAPES, help=f"random weights of that shape (default: {SHAPES[0]})")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help=f"random weights of that shape (default: {SHAPES[0]}, unless --model is given)"
+    )
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="most rows of a decode step (default: 64)")
     parser.add_argument("--prompt-len", type=int, default=32, metavar="T", help="tokens of a prompt (default: 32)")
-    parser.add_argument("--context", type=int, default=512, metavar="S", help="tokens cached, to time reads of them")
+    parser.add_argument(
+        "--context", type=int, default=512, metavar="S", help="tokens cached, to time reads of them (default: 512)"
+    )
     parser.add_argument("--prefill", type=int, default=512, metavar="T", help="most tokens of a prefill (default: 512)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each time (default: 5)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_model_options(parser)
+    add_model_options(parser, model_default="random weights of --shape")
     return parser
 
 

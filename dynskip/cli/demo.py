@@ -77,7 +77,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--only", choices=("text", "serving", "time"), help="one part (default: all)")
-    parser.add_argument("--model", metavar="NAME", help="text, serving: folder or hub id (default: opt-mini)")
+    parser.add_argument("--model", metavar="NAME", help="text, serving: folder, hub id or opt-mini (the default)")
     parser.add_argument(
         "--max-tokens", type=int, default=48, metavar="N", help="text: new tokens at most (default: 48)"
     )
@@ -101,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     set_threads(args.threads)
     progress = show_progress(args.quiet)
+
+    from dynskip.assets import find_model, opt_mini_directory
+
     found: dict[str, Any] = {}
     status = 0
     if args.only in (None, "text"):
@@ -109,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         status = int(not all(result.same_alone for result in results))
         if not args.json:
             print(text_page(results, seconds))
-            if args.model is None:
+            if args.model is None or find_model(args.model) == opt_mini_directory():
                 print("opt-mini learned to speak at full depth and along uniform:12, :8 and :4, along no other path.\n")
     if args.only in (None, "serving"):
         serving = run_serving(args.model, args.requests, args.backend, progress)

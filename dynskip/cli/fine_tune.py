@@ -37,7 +37,9 @@ OPTIONS = frozenset(_FIELDS) - {"seed", "save_every"}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the presets ``paper`` and ``released-code``."""
     group = parser.add_argument_group("presets paper and released-code")
-    group.add_argument("--model", metavar="NAME", help="OPT checkpoint, folder or hub id (default: the preset's)")
+    group.add_argument(
+        "--model", metavar="NAME", help="OPT checkpoint: folder, hub id or opt-mini (default: the preset's)"
+    )
     group.add_argument("--lr", type=float, metavar="X", help="learning rate of AdamW")
     group.add_argument("--epochs", type=float, metavar="N", help="passes over the training rows, each stage")
     group.add_argument("--batch-size", type=int, metavar="N", help="rows of a step, over all processes (64)")

@@ -33,7 +33,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", metavar="NAME", help="also load this folder or hub id and tell what memory it takes")
+    parser.add_argument(
+        "--model", metavar="NAME", help="also load this folder, hub id or opt-mini and tell what memory it takes"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of its weights (default: bfloat16)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser

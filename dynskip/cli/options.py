@@ -15,10 +15,15 @@ DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("auto", "torch", "triton", "native")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what chooses a model and how it runs: --model, --dtype, --device, --backend, --deterministic, --threads."""
+def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt-mini") -> None:
+    """Add what chooses a model and how it runs: --model, --dtype, --device, --backend, --deterministic, --threads.
+
+    model_default: what runs without --model, for its help.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="folder or hub id (default: opt-mini, shipped with dynskip)")
+    group.add_argument(
+        "--model", metavar="NAME", help=f"folder, hub id, or opt-mini, shipped with dynskip (default: {model_default})"
+    )
     group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
     group.add_argument("--backend", choices=BACKENDS, help="who gathers, scatters and attends (default: auto)")

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from dynskip.engine.comparison import Comparison
     from dynskip.engine.costs import StepCosts
 
-# As in dynskip.engine.policy and dynskip.benchmark.models, which a test compares.
+# As in dynskip.engine.policy, .workload and dynskip.benchmark.models, which a test compares.
 POLICIES = ("cohort", "lockstep", "by_path")
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
+PATHS = "uniform:4=74,uniform:8=18,uniform:12=6,full=2"
 
 _EXAMPLES = """examples:
   dynskip simulate                              the mix of arXiv 2410.20022 in batches of 16, on an H200 (predicted)
@@ -42,16 +43,28 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     load = parser.add_argument_group("load")
     load.add_argument("--requests", type=int, default=1024, metavar="N", help="how many (default: 1024)")
-    load.add_argument("--paths", metavar="SPEC", help="PATH=SHARE,PATH=SHARE,... (default: ULS-4/8/12/full, 74/18/6/2)")
-    load.add_argument("--arrival", default="closed", metavar="A", help="closed, or poisson:RATE in requests a second")
+    load.add_argument("--paths", metavar="SPEC", help=f"PATH=SHARE,PATH=SHARE,... (default: {PATHS})")
+    load.add_argument(
+        "--arrival", default="closed", metavar="A", help="closed (default), or poisson:RATE in requests a second"
+    )
     load.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
-    load.add_argument("--output", default="geometric:16", metavar="O", help="geometric:MEAN or fixed:N, in tokens")
+    load.add_argument(
+        "--output",
+        default="geometric:16",
+        metavar="O",
+        help="geometric:MEAN or fixed:N, in tokens (default: geometric:16)",
+    )
     load.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--policy", choices=POLICIES, action="append", help="repeatable (default: all)")
     engine.add_argument("--batch", type=int, default=16, metavar="N", help="most rows of a decode step (default: 16)")
     engine.add_argument("--pool", type=int, metavar="N", help="most resident sequences of cohort (default: 4 x batch)")
-    engine.add_argument("--max-wait", type=int, metavar="W", help="most steps between two tokens under cohort")
+    engine.add_argument(
+        "--max-wait",
+        type=int,
+        metavar="W",
+        help="most steps between two tokens under cohort (default: 3 x pool / batch, at least 12)",
+    )
     engine.add_argument("--kv-slots", type=int, metavar="N", help="key-value entries in memory (default: no limit)")
     engine.add_argument("--engines", type=int, default=1, metavar="N", help="how many share the load (default: 1)")
     parser.add_argument(

@@ -41,7 +41,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", default="opt-1.3b", metavar="NAME", help="OPT size, or folder (default: opt-1.3b)")
+    parser.add_argument(
+        "--model", default="opt-1.3b", metavar="NAME", help="OPT size, folder or opt-mini (default: opt-1.3b)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"(default: {DTYPES[0]})")
     parser.add_argument(
         "--rows", metavar="A,B,...", help="row counts, those that matter most first (default: 1 to 256)"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 
+import torch
+
+from dynskip.assets import OPT_MINI, opt_mini_directory
 from dynskip.cost import LayerCosts, MachineSpeed, ModelShape
 from dynskip.engine.cost_store import device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
@@ -27,12 +31,38 @@ def default_costs(model: OPTForCausalLM) -> StepCosts:
         return known
     warnings.warn(
         f"No costs were measured for {shape} on {device}: the scheduler predicts them from bytes and operations. "
-        "`dynskip calibrate` measures them.",
+        f"{_advice(model)} measures them.",
         UnmeasuredCostsWarning,
         stacklevel=3,
     )
     costs = LayerCosts.modelled(_shape(model), _USUAL[model.device.type])
     return StepCosts(model.num_layers, costs, costs, device=device, predicted=True)
+
+
+def calibrate_command(model: OPTForCausalLM, name: str | None = None) -> str:
+    """The command that measures costs for models of this shape and dtype on this device, with as many threads.
+
+    name: of a folder or hub id that holds such a model; None: where this one came from.
+    Raises ValueError for a model that came from none, and no name.
+    """
+    source = model.config.name_or_path if name is None else name
+    if not source:
+        raise ValueError("calibrate_command: name must be given for a model that was not loaded, got None. Save it.")
+    words = ["dynskip", "calibrate", "--model", OPT_MINI if source == str(opt_mini_directory()) else source]
+    if model.dtype != torch.bfloat16:
+        words += ["--dtype", str(model.dtype).removeprefix("torch.")]
+    if model.device.type == "cpu":
+        words += ["--threads", str(torch.get_num_threads())]
+    else:
+        words += ["--device", str(model.device)]
+    return shlex.join(words)
+
+
+def _advice(model: OPTForCausalLM) -> str:
+    """What to run; a model made in memory is to be saved first."""
+    if model.config.name_or_path:
+        return f"`{calibrate_command(model)}`"
+    return f'`model.save_pretrained("FOLDER")` and then `{calibrate_command(model, "FOLDER")}`'
 
 
 def _shape(model: OPTForCausalLM) -> ModelShape:

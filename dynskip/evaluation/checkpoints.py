@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynskip.assets import find_model, opt_mini_directory
 from dynskip.training.provenance import file_hash
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -24,7 +25,7 @@ class Checkpoint:
 
     @staticmethod
     def of(source: str | Path | None) -> Checkpoint:
-        """The checkpoint in a directory, of a hub id, or the model shipped with the package for None.
+        """The checkpoint in a directory, of a hub id, or the model shipped with the package for "opt-mini" or None.
 
         Raises ValueError or OSError where it is no OPT checkpoint with a tokenizer.
         """
@@ -72,11 +73,7 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str | Path) -> None:
 
 
 def _directory(source: str | Path | None) -> Path:
-    if source is None:
-        from dynskip.assets import opt_mini_directory
-
-        return opt_mini_directory()
-    path = Path(source)
+    path = opt_mini_directory() if source is None else Path(find_model(source))
     if path.is_dir():
         return path
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynskip.assets import find_model
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -65,7 +67,7 @@ def get_dimensions(model: str) -> Dimensions:
     """
     if model in KNOWN:
         return KNOWN[model]
-    path = Path(model) / "config.json"
+    path = Path(find_model(model)) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"get_dimensions: model must be one of {', '.join(KNOWN)}, or a folder with a config.json, got {model!r}."
