@@ -101,7 +101,8 @@ class SimulatedEngine:
                 self._admitted_s.setdefault(sequence, begin_s)
             if chunk.is_last:
                 tally.num_tokens += 1
-                self._first_s.setdefault(sequence, self.clock_s)
+                # Prompts run before decode rows: as in the engine, their tokens are there before the step ends.
+                self._first_s.setdefault(sequence, begin_s + prefill_ms / 1e3)
                 if sequence.num_generated >= sequence.max_tokens:
                     self._finish(sequence)
         for _, sequences in decision.parts:
