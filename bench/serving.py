@@ -316,13 +316,14 @@ def _scheduler_us(costs: StepCosts, pool: int, waiting: int, num_steps: int = 40
 
 def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
     """The result as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if version)
     text = [
         "# Serving mixed depths: measured",
         "",
         "Written by `python bench/serving.py`. "
         f"{conditions['model']}, {conditions['dtype']}, {conditions['cpu']}, {conditions['num_cores']} cores, "
         f"{conditions['num_threads']} threads, backend {conditions['backend']}, commit {conditions['commit']}, "
-        f"{conditions['date']}, versions {conditions['versions']}.",
+        f"{conditions['date']}, {versions}.",
         f"{conditions['requests']} requests, all there at the beginning, {conditions['prompts']}, output lengths "
         f"geometric with mean {conditions['mean_output']:g}, greedy. Depths: {conditions['mix']} (mean "
         f"{conditions['mean_layers']:.2f} of {conditions['num_layers']} layers).",

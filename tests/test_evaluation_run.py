@@ -14,13 +14,16 @@ from typing import Any
 import psutil
 import pytest
 from evaluation_models import save_checkpoint, tiny_setup
+from models import tiny_hf, tiny_model
 
+from dynskip.assets import opt_mini_directory
 from dynskip.cli import main
 from dynskip.evaluation.context import Context
 from dynskip.evaluation.generations import generate_items, read_generations
-from dynskip.evaluation.run import EvalRun, duration
+from dynskip.evaluation.run import EvalRun, duration, num_parameters
 from dynskip.evaluation.store import ItemStore
 from dynskip.evaluation.tasks import run_item
+from dynskip.model import OPTForCausalLM
 
 pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed")
@@ -274,6 +277,21 @@ def test_the_sections_of_all_families(folder: Path, tmp_path: Path, capsys: pyte
     conditions = summary["conditions"]
     assert conditions["num_layers"] == 6 and conditions["left_out"] == {"empty response": 0, "too long": 0}
     assert conditions["versions"]["torch"] and conditions["split_sizes"]["test"] == 12
+
+
+@pytest.mark.parametrize("variant", ["pre-norm", "post-norm-projected", "untied"])
+def test_a_tied_head_counts_once(variant: str) -> None:
+    parameters = tiny_hf(variant).parameters()  # yields a tied head once
+    assert num_parameters(tiny_model(variant)) == sum(parameter.numel() for parameter in parameters)
+
+
+def test_opt_mini_has_as_many_parameters_as_its_pages_say() -> None:
+    count = num_parameters(OPTForCausalLM.from_pretrained("opt-mini"))
+    assert count == 11_562_240
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"opt-mini ({count / 1e6:.1f} M parameters" in readme
+    assert f"opt-mini has {count / 1e6:.1f} M parameters" in readme
+    assert f"{count / 1e6:.1f} million parameters" in (opt_mini_directory() / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds its processes the way Linux names them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from models import NUM_LAYERS, random_prompts, tiny_model
@@ -86,6 +87,15 @@ def test_steps_take_their_medians() -> None:
     runs[1].steps[0] = dataclasses.replace(runs[1].steps[0], decoded=(1,))
     with pytest.raises(RuntimeError, match="runs must decide alike, got others in step 0"):
         median_run(runs)
+
+
+def test_the_readme_says_of_the_picture_what_it_says_itself() -> None:
+    root = Path(__file__).parents[1]
+    picture = (root / "docs" / "serving-timeline.svg").read_text(encoding="utf-8")
+    found = re.search(r"medians of (\d+) runs; [^<]*, (\d+ threads?)<", picture)
+    assert found is not None
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"its median over {found[1]} runs with {found[2]}." in readme
 
 
 def test_the_picture_shows_both_policies(recorded: list[Timeline]) -> None:

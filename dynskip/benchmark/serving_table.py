@@ -221,7 +221,8 @@ def _sentence(files: Files) -> str:
     return (
         f"On {found['model']}, in batches of {' and '.join(map(str, batches))}, requests with a mean of "
         f"{found['mean_layers']:.2f} of {found['num_layers']} layers decode "
-        f"{figures('decode, cohort over full depth')} as fast as at full depth, {figures('decode, share of the ideal')} of the ideal, and "
+        f"{figures('decode, cohort over full depth')} as fast as at full depth, "
+        f"{figures('decode, share of the ideal')} of the ideal, and "
         f"{figures('decode, cohort over lockstep')} as fast as in lock-step, on {found['num_threads']} threads of "
         f"{found['cpu']}."
         + (

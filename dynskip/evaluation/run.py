@@ -22,6 +22,7 @@ from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.store import ItemStore
 from dynskip.evaluation.tasks import TASKS
 from dynskip.evaluation.workers import run_here, run_in_processes
+from dynskip.model import OPTForCausalLM
 from dynskip.training.provenance import write_json
 
 SCHEMA = 1
@@ -90,7 +91,7 @@ class EvalRun:
             "num_layers": setup.num_layers,
             "hidden_size": llm.model.config.hidden_size,
             "max_positions": llm.model.config.max_position_embeddings,
-            "num_parameters": sum(value.numel() for value in llm.model.state_dict().values()),
+            "num_parameters": num_parameters(llm.model),
             "backend": llm.model.backend.name,
             "data_file": setup.data.name,
             "split_sizes": {name: len(rows) for name, rows in splits.items()},
@@ -183,6 +184,14 @@ class EvalRun:
         path = self.folder / "summary.json"
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {"schema": SCHEMA, **summary}
+
+
+def num_parameters(model: OPTForCausalLM) -> int:
+    """How many numbers the weights of ``model`` hold; a head that is the embedding counts once."""
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    return sum(weight.numel() for weight in weights.values())
 
 
 def duration(seconds: float) -> str:
