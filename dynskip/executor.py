@@ -105,7 +105,9 @@ class CompactExecutor:
         cache: takes the new entries; None where nothing will be decoded from them.
         on_layer: called with each layer's index and input, [N, C], which the layer then changes in place.
         """
-        assert cache is not None or step.plan.kv_policy is not KVPolicy.SHARE, "sharing entries needs a cache"
+        if step.plan.kv_policy is KVPolicy.SHARE:
+            assert cache is not None, "sharing entries needs a cache"
+            cache.may_repeat = True
         steps = self._decode_steps(step, cache)
         if steps is not None:
             return steps.run(step, head=False, on_layer=on_layer)

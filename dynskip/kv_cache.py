@@ -83,9 +83,10 @@ class KVCache:
     k_cache, v_cache: [num_slots, H, D], the pool.
     slot_tables: [L, B, S_max], int32, undefined behind a sequence's entries; -1 where nothing was ever stored.
     context_lens: [L, B], int32, the number of entries.
-    free_slots: [num_slots], int32, a permutation of all slots: the first ``num_slots_used`` are taken, the next free.
+    free_slots: [num_slots], int32: from place ``num_slots_used`` on the free slots.
     slot_cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
     num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
+    may_repeat: whether one sequence may have a slot in tables of several layers: whoever writes such tables says so.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class KVCache:
         self.pool = SlotPool(num_slots, device)
         self.free_slots, self.slot_cursor = self.pool.free_slots, self.pool.cursor
         self.num_extra_owners = self.pool.num_extra_owners
+        self.may_repeat = False
         self._places = torch.arange(max_context_len, dtype=torch.int32, device=device)
         self._index: tuple[Plan, Tensor, EntryIndex] | None = None
 
@@ -142,6 +144,7 @@ class KVCache:
         """Forget all entries."""
         self.context_lens.zero_()
         self.pool.clear()
+        self.may_repeat = False
         self._index = None
 
     def allocate(self, num_slots: int) -> Tensor:
@@ -171,8 +174,8 @@ class KVCache:
         self.settle()
         ids = torch.tensor(list(dict.fromkeys(cache_ids)), dtype=torch.int64, device=self.context_lens.device)
         slots = self._entries_of(ids)
-        distinct = self.pool.distinct(slots)
-        if distinct is slots:
+        is_distinct = not (self.may_repeat or self.pool.may_share) or self.pool.distinct(slots) is slots
+        if is_distinct:
             num_freed = self.pool.drop_owner(slots)
         else:  # each sequence that owns a slot is one owner, however often the slot stands in its tables
             num_freed = sum(self.pool.drop_owner(self._slots_of(ids[i : i + 1])) for i in range(len(ids)))
@@ -265,13 +268,14 @@ class KVCache:
 
     def _slots_of(self, cache_id: Tensor) -> Tensor:
         """[N], int32: the slots that a sequence owns, each once: with SHARE a slot stands in tables of many layers."""
-        return self.pool.distinct(self._entries_of(cache_id))
+        slots = self._entries_of(cache_id)
+        return self.pool.distinct(slots) if self.may_repeat else slots
 
     def _entries_of(self, cache_ids: Tensor) -> Tensor:
         """[N], int32: the slots of all entries of some sequences ([B], int64)."""
         context_lens = self.context_lens.index_select(1, cache_ids)
         longest = int(context_lens.max()) if context_lens.numel() else 0
-        tables = self.slot_tables[:, :, :longest].index_select(1, cache_ids)
+        tables = self.slot_tables[:, cache_ids, :longest]
         return tables.masked_select(self._places[:longest] < context_lens[:, :, None])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BYTES_PER_SLOT = 16
+BYTES_PER_SLOT = 12
 """What the pool's own tensors take for each slot."""
 
 
@@ -16,21 +16,21 @@ class KVCacheMemoryError(MemoryError):
 class SlotPool:
     """Slots 0..num_slots-1, given out and taken back. Its tensors are changed in place: graphs hold their addresses.
 
-    free_slots: [num_slots], int32, a permutation of all slots. The first ``num_used`` are taken; those behind them are
-    free and are given out in this order.
-    places: [num_slots], int32, where each slot stands in ``free_slots``.
+    free_slots: [num_slots], int32, a stack: from place ``num_used`` on the free slots, each once, which are given out in
+    this order. What stands before is out of date.
     num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
     cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
     num_used: how many slots are taken; after `reserve` the device may have taken fewer, which `settle` finds out.
+    may_share: whether a slot may have more than one owner.
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.num_slots = num_slots
         self.free_slots = torch.arange(num_slots, dtype=torch.int32, device=device)
-        self.places = self.free_slots.clone()
         self.num_extra_owners = torch.zeros_like(self.free_slots)
         self.cursor = torch.zeros(1, dtype=torch.int32, device=device)
         self.num_used = 0
+        self.may_share = False
         self._seen_at = torch.zeros_like(self.free_slots)
         # The cursor is wrong once the host itself gives out slots or takes some back.
         self._is_cursor_right = True
@@ -39,16 +39,16 @@ class SlotPool:
     @property
     def num_bytes(self) -> int:
         """Bytes held by the tensors."""
-        tensors = (self.free_slots, self.places, self.num_extra_owners, self._seen_at, self.cursor)
+        tensors = (self.free_slots, self.num_extra_owners, self._seen_at, self.cursor)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def clear(self) -> None:
         """Take all slots back; they are given out as at the beginning."""
         torch.arange(self.num_slots, out=self.free_slots)
-        self.places.copy_(self.free_slots)
         self.num_extra_owners.zero_()
         self.cursor.zero_()
         self.num_used = 0
+        self.may_share = False
         self._is_cursor_right = self._is_num_used_exact = True
 
     def take(self, num_slots: int, function: str) -> Tensor:
@@ -89,12 +89,12 @@ class SlotPool:
 
     def add_owner(self, slots: Tensor) -> None:
         """Count one more owner of each of the distinct, taken ``slots`` ([N], int32)."""
+        self.may_share = True
         self.num_extra_owners.index_add_(0, slots, torch.ones_like(slots))
 
     def drop_owner(self, slots: Tensor) -> int:
         """Count one owner less of each of the distinct, taken ``slots`` ([N], int32); how many became free by it."""
-        num_extra = self.num_extra_owners.index_select(0, slots)
-        if bool(num_extra.any()):
+        if self.may_share and bool((num_extra := self.num_extra_owners.index_select(0, slots)).any()):
             self.num_extra_owners.index_copy_(0, slots.long(), (num_extra - 1).clamp_(min=0))
             slots = slots.masked_select(num_extra == 0)
         self._free(slots)
@@ -102,12 +102,11 @@ class SlotPool:
 
     def rebuild(self, num_owners: Tensor) -> None:
         """Make the slots with owners the taken ones, and all others free. ``num_owners``: [num_slots], int32."""
-        is_free = num_owners == 0
-        taken = num_owners.nonzero().squeeze(1)
-        self.free_slots.copy_(torch.cat([taken, is_free.nonzero().squeeze(1)]))
-        self._place(self.free_slots, 0)
+        free = (num_owners == 0).nonzero().squeeze(1)
+        self.num_used = self.num_slots - free.numel()
+        self.free_slots[self.num_used :] = free
         torch.clamp(num_owners - 1, min=0, out=self.num_extra_owners)
-        self.num_used = taken.numel()
+        self.may_share = bool(self.num_extra_owners.any())
         self._is_cursor_right, self._is_num_used_exact = False, True
 
     def _use(self, num_slots: int, function: str) -> None:
@@ -122,24 +121,9 @@ class SlotPool:
         self.num_used += num_slots
 
     def _free(self, slots: Tensor) -> None:
-        """Move ``slots`` to the end of the taken part of ``free_slots``, and let it end before them."""
+        """Put ``slots`` back, to be given out before all others."""
         assert self._is_num_used_exact, "slots come back once it is known which were taken"
         end = self.num_used
-        first = end - slots.numel()
-        # What stood there and stays taken goes to the places that they leave.
-        tail = self.free_slots[first:end].clone()
-        left = self.places.index_select(0, slots)
-        self.places.index_fill_(0, slots.long(), -1)
-        staying = tail.masked_select(self.places.index_select(0, tail) >= 0)
-        holes = left.masked_select(left < first)
-        self.free_slots.index_copy_(0, holes.long(), staying)
-        self.places.index_copy_(0, staying.long(), holes)
-        self.free_slots[first:end] = slots
-        self._place(slots, first)
-        self.num_used = first
+        self.num_used -= slots.numel()
+        self.free_slots[self.num_used : end] = slots
         self._is_cursor_right = False
-
-    def _place(self, slots: Tensor, first: int) -> None:
-        """Say that ``slots`` stand in ``free_slots`` from ``first`` on."""
-        places = torch.arange(first, first + slots.numel(), dtype=torch.int32, device=slots.device)
-        self.places.index_copy_(0, slots.long(), places)
