@@ -16,8 +16,8 @@ class KVCacheMemoryError(MemoryError):
 class SlotPool:
     """Slots 0..num_slots-1, given out and taken back. Its tensors are changed in place: graphs hold their addresses.
 
-    free_slots: [num_slots], int32, a stack: from place ``num_used`` on the free slots, each once, which are given out in
-    this order. What stands before is out of date.
+    free_slots: [num_slots], int32, a stack: from place ``num_used`` on the free slots, each once, in the order in which
+    they are given out. What stands before is out of date.
     num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
     cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
     num_used: how many slots are taken; after `reserve` the device may have taken fewer, which `settle` finds out.

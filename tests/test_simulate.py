@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dynskip.benchmark import calibration
 from dynskip.benchmark.models import SHAPES
+from dynskip.benchmark.serving import Job
 from dynskip.cli import calibrate as calibrate_command
 from dynskip.cli import main
 from dynskip.cli import simulate as simulate_command
@@ -40,12 +44,13 @@ def paper(num_requests: int, mean_output: float, **changes: Any) -> Workload:
 
 
 def test_a_step_costs_what_its_layers_rows_entries_and_head_cost() -> None:
-    costs = linear_costs(step_ms=0.5, prefill_step_ms=0.25)
+    costs = linear_costs(step_ms=0.5, step_row_ms=0.125, prefill_step_ms=0.25)
     four, eight = LayerPath.early_exit(L, 4), LayerPath.early_exit(L, 8)
     # Layers 0..3 have 8 rows and take 2 ms each, layers 4..7 have 2 and take 1.
-    assert costs.decode_ms([(four, 6), (eight, 2)], num_kv_entries=100) == pytest.approx(4 * 2 + 4 + 2 + 0.5 + 0.1)
+    assert costs.decode_ms([(four, 6), (eight, 2)], num_kv_entries=100) == pytest.approx(4 * 2 + 4 + 2 + 0.5 + 1 + 0.1)
     assert costs.prefill_ms([(four, 12)], num_heads=3) == pytest.approx(4 * 3 + 3 * 2 + 0.25)
     assert costs.decode_ms([]) == costs.prefill_ms([], 0) == 0
+    assert costs.of_model() == linear_costs()
 
 
 def test_a_step_costs_what_the_cost_model_says() -> None:
@@ -288,6 +293,7 @@ def test_calibrate_measures_keeps_and_simulates(
     assert costs.decode.layer.num_rows == (1, 2, 3, 4) and costs.prefill.layer.num_rows == (4, 8, 16)
     assert 0 < costs.decode.layer.ms[0] <= costs.decode.layer.ms[-1]
     assert costs.conditions["backend"] == "torch"
+    assert f"besides, and each row {costs.step_row_ms:.4f} ms" in out and costs.step_ms + costs.step_row_ms > 0
     paths = ["--paths", "full=1,uniform:2=3"]
     assert main(["simulate", "--device", str(tmp_path / "out.json"), "--requests", "40", "--batch", "4", *paths]) == 0
     assert "simulated from measured costs" in capsys.readouterr().out
@@ -309,3 +315,45 @@ def test_a_model_or_context_that_cannot_be_measured_is_refused() -> None:
     assert tiny_config().max_position_embeddings == 64
     with pytest.raises(ValueError, match="context_len must leave room in 64 positions, got 60"):
         measure_step_costs(tiny_model(), "cpu", prompt_len=4, context_len=60)
+
+
+@pytest.mark.parametrize(
+    ("points", "line"),
+    [
+        ([(15.0, 0.5), (29.0, 0.78)], (0.2, 0.02)),
+        ([(15.0, 0.5), (29.0, 0.3)], (0.4, 0.0)),  # less with more rows: noise
+        ([(10.0, 0.1), (20.0, 0.4)], (0.0, 0.018)),
+        ([(15.0, -0.2), (29.0, -0.1)], (0.0, 0.0)),
+        ([(4.0, 0.3)], (0.3, 0.0)),
+    ],
+)
+def test_what_streams_take_besides_never_falls_with_the_rows(
+    points: list[tuple[float, float]], line: tuple[float, float]
+) -> None:
+    assert calibration._rising_line(points) == pytest.approx(line)
+
+
+def test_what_streams_take_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that takes a known time besides what the model was found to take, on a clock that is made up."""
+    from models import tiny_model
+
+    model = tiny_model()
+    curve = Curve((1, 8), (1.0, 2.0))
+    costs = StepCosts(model.num_layers, LayerCosts(curve, curve, 1e-3), LayerCosts(curve, curve), step_ms=9.0)
+
+    def served(name: str, model: object, jobs: list[Job], costs: StepCosts, **options: Any) -> SimpleNamespace:
+        assert costs.step_ms == 0 and all(len(job.prompt_ids) == 4 for job in jobs)
+        outcome = simulate(costs, [job.request for job in jobs], EngineOptions(**options))
+        assert outcome.longest_wait > 1
+        decode_ms = outcome.num_decode_steps * (0.5 + 0.25 * outcome.rows)
+        slower = replace(
+            outcome,
+            decode_s=outcome.decode_s + decode_ms / 1e3,
+            prefill_s=outcome.prefill_s + outcome.num_prefills * 0.125 / 1e3,
+        )
+        return SimpleNamespace(progress=1, outcome=slower, engine=SimpleNamespace(close=lambda: None))
+
+    monkeypatch.setattr(calibration, "Served", served)
+    found = calibration.add_stream_costs(model, costs, [2, 6], prompt_len=4, prefill_tokens=16)
+    assert found.decode == costs.decode and found.prefill_step_ms == pytest.approx(0.125)
+    assert (found.step_ms, found.step_row_ms) == pytest.approx((0.5, 0.25))

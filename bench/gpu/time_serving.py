@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.recorder import Question, Recorder, run_part
 from bench.serving import check, draw_jobs, measure_stream
-from dynskip.benchmark.calibration import measure_step_costs
+from dynskip.benchmark.calibration import add_stream_costs, measure_step_costs
 from dynskip.benchmark.device import Device
 from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.timing import Samples
@@ -66,6 +66,8 @@ class ServingBenchmark:
             prefill_tokens=sizes.prefill_tokens,
             num_rounds=sizes.num_rounds,
         )
+        batches = (sizes.batch // 2, sizes.batch)
+        costs = add_stream_costs(model, costs, batches, sizes.prompt_len, sizes.prefill_tokens)
         workload = Workload(
             sizes.num_requests, parse_mix(sizes.mix, model.num_layers), sizes.prompt_len, sizes.mean_output
         )

@@ -1,22 +1,33 @@
-"""The costs that the scheduler and its simulation work with, measured: whole steps of generation, in turns."""
+"""The costs that the scheduler and its simulation work with, measured: whole steps in turns, then whole streams."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
 
 from dynskip.benchmark.layer_costs import row_counts_up_to
 from dynskip.benchmark.runners import DynskipRunner
+from dynskip.benchmark.serving import Job, Served
 from dynskip.benchmark.timing import Samples, Task, interleave
 from dynskip.cost import Curve, LayerCosts
 from dynskip.engine.cost_store import device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
+from dynskip.engine.outcome import Outcome
+from dynskip.engine.simulation import EngineOptions, simulate
+from dynskip.engine.workload import Workload
 from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
 
 _LEAST_MS = 1e-6  # noise may make a difference negative; time is not
+# Streams: so many requests for each row of a batch, so many rounds, but none that begins after so many seconds.
+_REQUESTS_PER_ROW = 8
+_STREAM_ROUNDS = 3
+_STREAM_S = 20.0
 
 
 def measure_step_costs(
@@ -93,6 +104,36 @@ def measure_step_costs(
     )
 
 
+def add_stream_costs(
+    model: OPTForCausalLM,
+    costs: StepCosts,
+    batches: Sequence[int],
+    prompt_len: int = 32,
+    prefill_tokens: int = 512,
+    on_call: Callable[[str], None] | None = None,
+) -> StepCosts:
+    """``costs``, which `measure_step_costs` found, with what streams of requests take longer than they predict.
+
+    Sequences that begin and end, sets of rows that change with each step, entries that lie wherever room was, a cache
+    that holds several batches: none of it is in a step that repeats. batches: most rows of a step, for each stream.
+    """
+    costs = costs.of_model()
+    decode: list[tuple[float, float]] = []
+    prefill_ms: list[float] = []
+    for batch in batches:
+        excess: list[float] = []
+        begin_s = time.perf_counter()
+        while len(excess) < _STREAM_ROUNDS and (not excess or time.perf_counter() < begin_s + _STREAM_S):
+            measured, predicted = _stream(model, costs, batch, prompt_len, prefill_tokens)
+            excess.append(1e3 * (measured.decode_s - predicted.decode_s) / measured.num_decode_steps)
+            prefill_ms.append(1e3 * (measured.prefill_s - predicted.prefill_s) / measured.num_prefills)
+            if on_call is not None:
+                on_call(f"stream {batch}")
+        decode.append((measured.rows, median(excess)))
+    step_ms, row_ms = _rising_line(decode)
+    return replace(costs, step_ms=step_ms, step_row_ms=row_ms, prefill_step_ms=max(median(prefill_ms), 0.0))
+
+
 def known_step_costs(model: OPTForCausalLM, num_rows: int, prompt_len: int) -> StepCosts:
     """What `dynskip calibrate` has left for this device and shape; else measured now: coarsely, and not kept."""
     device = device_key(str(model.device))
@@ -118,6 +159,43 @@ def _planned(runner: DynskipRunner) -> Task:
         runner.step()
 
     return step
+
+
+def _stream(
+    model: OPTForCausalLM, costs: StepCosts, batch: int, prompt_len: int, prefill_tokens: int
+) -> tuple[Outcome, Outcome]:
+    """What a stream of shallow requests and a few deep ones came to in batches of ``batch``, and what was predicted."""
+    num_layers = model.num_layers
+    mix = ((LayerPath.uniform(num_layers, -(-num_layers // 4)), 7.0), (LayerPath.full(num_layers), 1.0))
+    num_requests = _REQUESTS_PER_ROW * batch
+    most = model.config.max_position_embeddings - prompt_len
+    requests = [
+        replace(request, num_output=min(request.num_output, most))
+        for request in Workload(num_requests, mix, prompt_len).draw()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    prompts: list[list[int]] = torch.randint(
+        0, model.config.vocab_size, (num_requests, prompt_len), generator=generator
+    ).tolist()
+    jobs = [Job(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+    served = Served("stream", model, jobs, costs, policy="cohort", batch=batch, max_prefill_tokens=prefill_tokens)
+    while served.progress < 1:
+        served.advance()
+    measured = served.outcome
+    served.engine.close()
+    return measured, simulate(costs, requests, EngineOptions(batch=batch, max_prefill_tokens=prefill_tokens))
+
+
+def _rising_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b), neither negative: a + b x comes nearest to the values y at x, by least squares."""
+    xs, ys = zip(*points, strict=True)
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    through_zero = sum(x * y for x, y in points) / sum(x * x for x in xs)
+    lines = [(mean_y - slope * mean_x, slope), (mean_y, 0.0), (0.0, through_zero), (0.0, 0.0)]
+    allowed = [line for line in lines if min(line) >= 0]
+    return min(allowed, key=lambda line: sum((line[0] + line[1] * x - y) ** 2 for x, y in points))
 
 
 def _split(

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dynskip.benchmark import machine
-    from dynskip.benchmark.calibration import measure_step_costs
+    from dynskip.benchmark.calibration import add_stream_costs, measure_step_costs
     from dynskip.engine.cost_store import cached_path, device_key, shape_key
 
     model = _model(args)
@@ -78,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
             conditions=conditions,
             on_call=lambda _: bar.update() and None,
         )
+        bar.set_description("streams")
+        batches = sorted({max(args.rows // 2, 1), args.rows})
+        costs = add_stream_costs(
+            model, costs, batches, args.prompt_len, args.prefill, on_call=lambda _: bar.update() and None
+        )
     print(f"{device}, {shape}")
     print(f"{'rows':>6}{'layer ms':>12}{'rest ms':>12}{'full depth ms':>16}")
     for rows, layer_ms, rest_ms in zip(
@@ -88,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
     for tokens, layer_ms in zip(costs.prefill.layer.num_rows, costs.prefill.layer.ms, strict=True):
         print(f"{tokens:>15}{layer_ms:>12.4f}")
     print(f"a key-value entry read: {costs.decode.kv_ms_per_entry * 1e6:.1f} ns")
+    print(
+        f"in a stream a step takes {costs.step_ms:.4f} ms besides, and each row {costs.step_row_ms:.4f} ms; a prefill "
+        f"{costs.prefill_step_ms:.4f} ms"
+    )
     written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
     for path in written:
         costs.write(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class StepCosts:
 
     num_layers: L of the model. decode: a layer and the head by the rows of a decode step, and a key-value entry read.
     prefill: a layer and the head by the packed tokens of prompts, attention included.
-    step_ms: what every decode step takes besides, prefill_step_ms every prefill: launches, sampling, bookkeeping.
+    step_ms, step_row_ms: what a decode step of a stream takes besides, and what each of its rows does; prefill_step_ms:
+        what a prefill takes besides. Requests that come and go, and caches that hold more of them than step at once.
     device: where the figures are from. predicted: True where they are arithmetic and nothing was measured.
     conditions: what else a reader needs to judge the figures.
     """
@@ -42,6 +43,7 @@ class StepCosts:
     decode: LayerCosts
     prefill: LayerCosts
     step_ms: float = 0.0
+    step_row_ms: float = 0.0
     prefill_step_ms: float = 0.0
     device: str = "unknown"
     predicted: bool = False
@@ -66,7 +68,8 @@ class StepCosts:
         if not num_rows:
             return 0.0
         layers = self._layers_ms(cohort, self.decode.layer, self._layer_table)
-        return layers + num_kv_entries * self.decode.kv_ms_per_entry + self.decode.head.at(num_rows) + self.step_ms
+        model_ms = layers + num_kv_entries * self.decode.kv_ms_per_entry + self.decode.head.at(num_rows)
+        return model_ms + self.step_ms + num_rows * self.step_row_ms
 
     def prefill_ms(self, prompts: Sequence[tuple[LayerPath, int]], num_heads: int) -> float:
         """A prefill of ``count`` packed tokens along each path of ``prompts``, of which ``num_heads`` see the head."""
@@ -74,6 +77,10 @@ class StepCosts:
             return 0.0
         layers = self._layers_ms(prompts, self.prefill.layer, None)
         return layers + self.prefill.head.at(num_heads) + self.prefill_step_ms
+
+    def of_model(self) -> StepCosts:
+        """The same without what streams take besides: layers, embedding, head and key-value reads."""
+        return replace(self, step_ms=0.0, step_row_ms=0.0, prefill_step_ms=0.0)
 
     def path_ms(self, path: LayerPath, num_rows: int) -> float:
         """A decode step of ``num_rows`` rows along one path, without key-value reads."""

@@ -39,7 +39,11 @@ class Ideal:
 
     @staticmethod
     def speedups(costs: StepCosts, requests: Sequence[Request], batch: int, prefill_tokens: int) -> tuple[float, float]:
-        """How much faster than at full depth the stream can be: its decode steps, and decode steps with prefills."""
+        """How much faster than at full depth the stream can be: its decode steps, and decode steps with prefills.
+
+        By what the model takes: whatever a stream takes besides counts against the schedule.
+        """
+        costs = costs.of_model()
         ours = Ideal.of(costs, requests, batch, prefill_tokens)
         full = Ideal.of(costs, at_full_depth(requests), batch, prefill_tokens)
         decode = full.decode_ms / ours.decode_ms if ours.decode_ms else 1.0
@@ -54,7 +58,8 @@ def least_decode_ms(costs: StepCosts, requests: Sequence[Request], batch: int) -
     """
     layer, head = costs.decode.layer, costs.decode.head
     layer_row_ms = min(layer.at(rows) / rows for rows in range(1, batch + 1))
-    head_row_ms = min((head.at(rows) + costs.step_ms) / rows for rows in range(1, batch + 1))
+    rest = [head.at(rows) + costs.step_ms + rows * costs.step_row_ms for rows in range(1, batch + 1)]
+    rest_row_ms = min(ms / rows for rows, ms in enumerate(rest, start=1))
     num_rows, longest = [0] * costs.num_layers, [0] * costs.num_layers
     num_read = 0
     for request in requests:
@@ -65,5 +70,5 @@ def least_decode_ms(costs: StepCosts, requests: Sequence[Request], batch: int) -
             longest[index] = max(longest[index], num_steps)
     least = sum(max(most * layer.at(1), rows * layer_row_ms) for most, rows in zip(longest, num_rows, strict=True))
     steps = [request.num_output - 1 for request in requests]
-    least += max(max(steps, default=0) * (head.at(1) + costs.step_ms), sum(steps) * head_row_ms)
+    least += max(max(steps, default=0) * rest[0], sum(steps) * rest_row_ms)
     return least + num_read * costs.decode.kv_ms_per_entry
