@@ -26,7 +26,7 @@ from dynskip.paths import LayerPath
 _LEAST_MS = 1e-6  # noise may make a difference negative; time is not
 # Streams: so many requests for each row of a batch, so many rounds, but none that begins after so many seconds.
 _REQUESTS_PER_ROW = 8
-_STREAM_ROUNDS = 3
+_STREAM_ROUNDS = 5
 _STREAM_S = 20.0
 
 
