@@ -293,7 +293,8 @@ def test_calibrate_measures_keeps_and_simulates(
     assert costs.decode.layer.num_rows == (1, 2, 3, 4) and costs.prefill.layer.num_rows == (4, 8, 16)
     assert 0 < costs.decode.layer.ms[0] <= costs.decode.layer.ms[-1]
     assert costs.conditions["backend"] == "torch"
-    assert f"besides, and each row {costs.step_row_ms:.4f} ms" in out and costs.step_ms + costs.step_row_ms > 0
+    besides = f"takes {costs.step_ms:.4f} ms besides, and each row {costs.step_row_ms:.4f} ms; a prefill "
+    assert besides + f"{costs.prefill_step_ms:.4f} ms" in out
     paths = ["--paths", "full=1,uniform:2=3"]
     assert main(["simulate", "--device", str(tmp_path / "out.json"), "--requests", "40", "--batch", "4", *paths]) == 0
     assert "simulated from measured costs" in capsys.readouterr().out
@@ -357,3 +358,5 @@ def test_what_streams_take_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     found = calibration.add_stream_costs(model, costs, [2, 6], prompt_len=4, prefill_tokens=16)
     assert found.decode == costs.decode and found.prefill_step_ms == pytest.approx(0.125)
     assert (found.step_ms, found.step_row_ms) == pytest.approx((0.5, 0.25))
+    with pytest.raises(ValueError, match="batches must hold at least one size, got none"):
+        calibration.add_stream_costs(model, costs, [])

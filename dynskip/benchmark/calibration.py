@@ -117,6 +117,8 @@ def add_stream_costs(
     Sequences that begin and end, sets of rows that change with each step, entries that lie wherever room was, a cache
     that holds several batches: none of it is in a step that repeats. batches: most rows of a step, for each stream.
     """
+    if not batches:
+        raise ValueError("add_stream_costs: batches must hold at least one size, got none.")
     costs = costs.of_model()
     decode: list[tuple[float, float]] = []
     prefill_ms: list[float] = []
