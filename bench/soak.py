@@ -20,6 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
 
 from dynskip.assets import opt_mini_directory
@@ -334,9 +335,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-tokens", type=int, default=700, help="tokens at full depth that keys and values may take")
     parser.add_argument("--max-context-len", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch (default: 1; others spin while they wait, which takes time, too)"
+    )
     parser.add_argument("--name", default="soak", help="of the results (default: soak)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "soak")
     options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    torch.set_num_threads(options.threads)
     if options.minutes <= 0 or options.interval <= 0:
         parser.error(f"minutes and interval must be positive, got {options.minutes:g} and {options.interval:g}")
 
