@@ -335,9 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-tokens", type=int, default=700, help="tokens at full depth that keys and values may take")
     parser.add_argument("--max-context-len", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of torch (default: 1; others spin while they wait, which takes time, too)"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; others spin while they wait)")
     parser.add_argument("--name", default="soak", help="of the results (default: soak)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "soak")
     options = parser.parse_args(arguments)
