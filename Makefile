@@ -4,6 +4,8 @@
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
 #   make soak    twenty minutes of random requests: is memory flat, does throughput drift?  ARGS="--minutes 1"
+#   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
+#   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
 #   make gpu     all that needs a card              ONLY=decode,prefill OUT=folder COMMIT=id; ARGS=--dry-run anywhere
 #   make paper   the paper's experiments on opt-mini in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N
 #   make compat  all tests with the oldest supported triton and an older transformers
@@ -33,7 +35,11 @@ PAPER_TRAIN = --model $(PAPER_MODEL) --template short --data '$(DATA)' --steps c
 PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(PROMPTS) --seeds 1 --max-tokens 64 \
 	--timed-batch 32 --timed-rounds 4 --controller '$(RUN)/controllers/fixed' --controller '$(RUN)/controllers/hidden'
 
-.PHONY: demo test lint format bench soak compat gpu paper setup clean
+# The state that make golden and golden-speed compare with, and the one compared; without it the working tree.
+OLD ?= HEAD
+NEW ?=
+
+.PHONY: demo test lint format bench soak golden golden-speed compat gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -55,6 +61,12 @@ bench: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python bench/soak.py $(ARGS)
+
+golden: $(VENV)/.installed
+	$(VENV)/bin/python -m bench.golden.golden --old '$(OLD)' $(if $(NEW),--new '$(NEW)') $(ARGS)
+
+golden-speed: $(VENV)/.installed
+	$(VENV)/bin/python -m bench.golden.speed --old '$(OLD)' $(if $(NEW),--new '$(NEW)') $(ARGS)
 
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.3 deprecates and 2.4 refuses.
 compat: $(COMPAT)/.installed

@@ -1,0 +1,159 @@
+"""Compares what two states of the project compute: `make golden OLD=commit [NEW=commit]`, by default the working tree.
+
+One probe runs in each state: tokens, logits and their bits, scheduler decisions, the commands' JSON, and what the new
+state makes of the old one's checkpoints, controllers, cost caches and sweeps. Exit status 1 where anything differs that
+`expected.json` does not name: {pattern of names: why}. An entry counts until the old state has it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Imported beside this file where it runs as a script, and as a part of bench in tests.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from sides import FOLDER, Side, make_side
+
+EXPECTED = Path("bench/golden/expected.json")
+# How far logits that are not deterministic may be apart, in units in the last place of the largest.
+_ULPS = 32
+
+# The values and the tensors of a record, by the names of its cases.
+State = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def compare(
+    old: tuple[Any, Mapping[str, Tensor]], new: tuple[Any, Mapping[str, Tensor]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Differences and remarks, each by its name.
+
+    Values must be equal and free of errors; tensors may differ by rounding, which is a remark.
+    """
+    found = dict(_differences("", old[0], new[0]))
+    for name, value in new[0].items():
+        if isinstance(value, dict) and "error" in value and value == old[0].get(name):
+            found[name] = f"fails in both: {value['error']}"
+    remarks = {}
+    for name in sorted({*old[1], *new[1]}):
+        ours, theirs = new[1].get(name), old[1].get(name)
+        if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            found[name] = f"old {_form(theirs)}, new {_form(ours)}"
+        elif not torch.equal(ours, theirs):
+            largest = theirs.double().abs().max()
+            ulps = float((ours.double() - theirs.double()).abs().max() / largest / torch.finfo(ours.dtype).eps)
+            (remarks if ulps <= _ULPS else found)[name] = f"{ulps:.1f} units in the last place apart"
+    return found, remarks
+
+
+def _form(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, str]]:
+    """The innermost values that differ, by their place."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            place = f"{name} > {key}" if name else str(key)
+            if key in old and key in new:
+                yield from _differences(place, old[key], new[key])
+            else:
+                yield place, f"only in the {'old' if key in old else 'new'} state"
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (theirs, ours) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(f"{name} > {index}", theirs, ours)
+    elif old != new:
+        yield name, f"old {_short(old)}, new {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:160]}..."
+
+
+def split_expected(found: Mapping[str, str], patterns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Those that no pattern names, and those that one does, with its reason."""
+    reasons = {name: next((patterns[each] for each in patterns if fnmatchcase(name, each)), None) for name in found}
+    unnamed = {name: text for name, text in found.items() if reasons[name] is None}
+    return unnamed, {name: f"{text} ({reasons[name]})" for name, text in found.items() if reasons[name] is not None}
+
+
+def known(side: Side, old: Side) -> dict[str, str]:
+    """The expectations of a state that are not in ``old``: these are behind both."""
+    path = side.root / EXPECTED
+    patterns = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = old.root / EXPECTED
+    behind = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    return {pattern: why for pattern, why in patterns.items() if behind.get(pattern) != why}
+
+
+def record(sides: list[Side], options: list[str]) -> list[State]:
+    """What each state computes, all at a time, a thread each; the first one's artefacts are read by all."""
+    folder = FOLDER / "records"
+    shutil.rmtree(folder, ignore_errors=True)
+    artefacts = folder / "artefacts"
+    artefacts.mkdir(parents=True)
+    environment = {"DYNSKIP_CACHE": str(artefacts / "cache"), "OMP_NUM_THREADS": "1"}
+    common = ("--artefacts", artefacts, *options)
+    _wait(sides[0].start("probe.py", "--root", sides[0].root, *common, **environment), sides[0])
+    outs = [folder / side.name for side in sides]
+    for out in outs:
+        out.mkdir()
+    processes = [
+        side.start("probe.py", "--root", side.root, "--out", out, *common, **environment)
+        for side, out in zip(sides, outs, strict=True)
+    ]
+    for process, side in zip(processes, sides, strict=True):
+        _wait(process, side)
+    return [read(out) for out in outs]
+
+
+def read(out: Path) -> State:
+    """What a probe has left in ``out``."""
+    return json.loads((out / "record.json").read_text("utf-8")), load_file(out / "record.safetensors")
+
+
+def _wait(process: subprocess.Popen[str], side: Side) -> None:
+    process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"golden: the probe of {side.name}, {side.root}, must end well; see above.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", required=True, metavar="COMMIT")
+    parser.add_argument("--new", metavar="COMMIT", help="default: the working tree")
+    parser.add_argument("--quick", action="store_true", help="less of everything, in a minute")
+    parser.add_argument("--only", metavar="SECTION", help="forward, generation, engine, commands or artefacts")
+    parser.add_argument("--allow", action="append", default=[], metavar="PATTERN", help="of names that may differ")
+    args = parser.parse_args(argv)
+    sides = [make_side("old", args.old), make_side("new", args.new)]
+    options = ["--quick"] * args.quick + (["--only", args.only] if args.only else [])
+    old, new = record(sides, options)
+    found, remarks = compare(old, new)
+    patterns = {**known(sides[1], sides[0]), **dict.fromkeys(args.allow, "--allow")}
+    unnamed, named = split_expected(found, patterns)
+    for title, differences in (("rounding", remarks), ("expected", named), ("DIFFERENT", unnamed)):
+        for name, text in differences.items():
+            print(f"{title}: {name}: {text}")
+    counts = f"{len(unnamed)} differences, {len(named)} expected, {len(remarks)} of rounding"
+    print(f"old {sides[0].commit}, new {sides[1].commit}: {len(new[0])} values and {len(new[1])} tensors; {counts}")
+    return 1 if unnamed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError) as error:
+        sys.exit(str(error))
