@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 from dynskip.benchmark.device_report import read_report
 from dynskip.benchmark.serving_table import serving_sentence, serving_tables
+from dynskip.evaluation.report.short import in_short
+from dynskip.evaluation.report.write import read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end -->"
 SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-- serving end -->"
+PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
+PAPER_RUN = "paper-opt-mini"  # the folder of results whose report the README tells in short
 # What `bench/serving.py` leaves beside the reports of machines.
 SERVING_FILES = "serving*.jsonl"
 
@@ -41,9 +46,17 @@ def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def fill(readme: str, results: Path) -> str:
-    """``readme`` with its table, and its sentences on streams, as the folder ``results`` has them."""
+    """``readme`` with its table, and its sentences on streams and the paper, as the folder ``results`` has them."""
     readme = insert(readme, render(results))
+    readme = insert(readme, paper_sentences(results / PAPER_RUN), PAPER_BEGIN, PAPER_END)
     return insert(readme, serving_sentence(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
+
+
+def paper_sentences(run: Path) -> str:
+    """The list that opens the report of ``run``, made anew from its summary."""
+    sentences = in_short(read_summary(run))
+    lines = [textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ") for text in sentences]
+    return "\n".join(lines) + "\n"
 
 
 def fill_serving(page: str, results: Path) -> str:

@@ -15,7 +15,7 @@ def row(value: float, spread: float | None = None, **labels: Any) -> dict[str, A
 
 def section(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """A section of 500 sequences and 3 seeds."""
-    return {"n": 500, "seeds": 3, "rows": rows, "notes": ["A note."], "statements": ["A computed sentence."], **more}
+    return {"n": 500, "seeds": 3, "rows": rows, "notes": ["A note."], **more}
 
 
 def example_summary() -> dict[str, Any]:
@@ -57,6 +57,11 @@ def _hidden_states() -> dict[str, Any]:
                     row(1 - away / 2, 0.01, metric="cosine_layers", **labels),
                     row(3 * away, 0.03, metric="kl", **labels),
                 ]
+        for budget in BUDGETS[:-1]:
+            nearer = (worth["exit"] - worth["uls"]) * (1 - budget / 24)
+            labels = {"weights": weights, "strategy": "uls - exit", "budget": budget}
+            rows.append(row(nearer, 0.005, metric="cosine_final", **labels))
+            rows.append(row(nearer / 2 if budget < 20 else -0.002, 0.001, metric="cosine_layers", **labels))
     return section(rows, num_tokens=40_000)
 
 
@@ -66,6 +71,8 @@ def _static() -> dict[str, Any]:
         for budget in BUDGETS:
             labels = {"family": family, "budget": budget, "path": "full" if budget == 24 else f"uniform:{budget}"}
             rows.append(row(0.3 - 0.02 * shift - 0.4 / budget / (1 + shift), 0.008, metric="rouge_l", **labels))
+            loss = 0.4 / (1 + shift) * (1 / 24 - 1 / budget)
+            rows.append(row(loss, 0.0 if budget == 24 else 0.009, metric="rouge_l - full", **labels))
             if family == "paths":
                 rows.append(row(0.1 + 0.02 * budget, 0.004, metric="ms_per_token", **labels))
                 rows.append(row(0.5 + 0.2 * budget, 0.03, metric="ms_per_token_single", **labels))
@@ -148,7 +155,10 @@ def _oracle() -> dict[str, Any]:
             bounds = {"low": [value - 0.006 for value in values], "high": [value + 0.006 for value in values]}
             curves.append({"family": family, "name": name, "budgets": budgets, "values": values, **bounds})
         nulls.append({"family": family, "sd": 0.08, "matching_budget": 6.4})
-    return section(rows, curves=curves, null_model=nulls, draws=12)
+    histogram = [
+        {"family": f, "at": 5.9, "counts": {"4": 300, "8": 150, "12": 40, "24": 10}} for f in ("siblings", "paths")
+    ]
+    return section(rows, curves=curves, null_model=nulls, histogram=histogram, draws=12)
 
 
 def _router() -> dict[str, Any]:

@@ -17,8 +17,7 @@ from dynskip import SamplingParams
 from dynskip.controllers import ModelSizes, TokenContext, make_controller, save_controller
 from dynskip.evaluation.controlled import SequenceCounter
 from dynskip.evaluation.controller_folder import ControllerFolder
-from dynskip.evaluation.controllers import Point, _over, _statements
-from dynskip.evaluation.statistics import Interval
+from dynskip.evaluation.controllers import Point, _over
 from dynskip.generate import Generation
 
 
@@ -80,21 +79,6 @@ def test_controllers_are_compared_at_as_many_layers() -> None:
     assert at_one is not None and at_one.tolist() == pytest.approx([0.1, -0.1])
     assert _over(point("x", 3, [0.5, 0.5]), frontier) is None
     assert _over(point("x", 25, [0.5, 0.5]), frontier) is None
-
-
-def test_the_smallest_controller_that_helps_is_named() -> None:
-    static = [point("full", 24, [0.3, 0.3], kind="static")]
-    learned = [point("small", 8, [0.3, 0.3], parameters=10), point("large", 8, [0.4, 0.4], parameters=1000)]
-    helps, tells_nothing = Interval(0.1, 0.05, 0.15), Interval(0.0, -0.1, 0.1)
-    times = {name: Interval(1.0, 0.9, 1.1) for name in ("full", "small", "large")}
-    (told, _) = _statements(static, learned, {"small": tells_nothing, "large": helps}, times)
-    assert "1 of 2 controllers" in told and "the smallest of them is large with 1,000 parameters" in told
-    assert "+0.1000 [+0.0500, +0.1500] ROUGE-L; luck alone would lift 0.1 of as many" in told
-    (told, _) = _statements(static, learned, {"small": tells_nothing, "large": tells_nothing}, times)
-    assert "0 of 2 controllers" in told and "from no size tried" in told
-    assert "nearest to it comes small with 10 parameters, +0.0000 [-0.1000, +0.1000] ROUGE-L" in told
-    (told, _) = _statements(static, learned, {}, times)
-    assert "is open: there is no fixed-input controller at as many layers" in told
 
 
 @pytest.fixture

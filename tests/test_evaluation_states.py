@@ -13,6 +13,7 @@ from dynskip import LLM, LayerPath
 from dynskip.evaluation import hidden_states
 from dynskip.evaluation.dataset import Row
 from dynskip.evaluation.hidden_states import compare_states, strategy_path
+from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.store import ItemStore
 from dynskip.training.corpus import Instruction
 
@@ -119,5 +120,5 @@ def test_the_section_is_a_mean_over_tokens(tmp_path: Path) -> None:
     assert values["uls", 2, "kl"] == pytest.approx(mean + 1)
     assert values["rls", 4, "kl"] == pytest.approx(mean + 1.5)  # seeds 1 and 2
     assert values["uls - exit", 2, "cosine_final"] == pytest.approx(1.0)
-    told = section["statements"][0]
-    assert "is closer to the full model than early exit at 2 layers; not told apart from early exit at 4 layers" in told
+    (ends, *_) = section_sentences({"conditions": {}, "hidden_states": section}, "hidden_states")
+    assert "is closer to the full model than early exit at 2 layers; not told apart from early exit at 4 layers" in ends

@@ -9,51 +9,48 @@ import pytest
 from made_up_results import made_up_setup, summary_of
 
 from dynskip.evaluation.experiments import EXPERIMENTS
+from dynskip.evaluation.report.evidence import ceiling
+from dynskip.evaluation.report.rows import percent
+from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.store import ItemStore
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
 
 WITHOUT_CONTROLLERS = [name for name in EXPERIMENTS if name != "controllers"]
-OWN_WEIGHTS = "With each budget its own weights"
+OWN_WEIGHTS = "With weights of their own per budget, "
 
 
 def rows_of(section: dict[str, Any], **labels: Any) -> list[dict[str, Any]]:
     return [row for row in section["rows"] if all(row.get(name) == value for name, value in labels.items())]
 
 
+def told_of(section: dict[str, Any], name: str) -> list[str]:
+    name = EXPERIMENTS[name].section
+    return section_sentences({"conditions": {"num_layers": 24}, name: section}, name)
+
+
 @pytest.mark.parametrize(
-    ("siblings", "bound", "place"),
-    [
-        ((4, 8, 12, 24), "at 8 layers on average", "third"),
-        ((8, 24), "at 12 layers on average", "half"),
-        ((12, 24), "where layers cost nothing", "full"),
-    ],
+    ("siblings", "at", "place"), [((4, 8, 12, 24), 8, "third"), ((8, 24), 12, "half"), ((12, 24), 24, "full")]
 )
 def test_the_oracles_sentences_name_budgets_that_the_family_has(
-    siblings: tuple[int, ...], bound: str, place: str, tmp_path: Path
+    siblings: tuple[int, ...], at: int, place: str, tmp_path: Path
 ) -> None:
     section = summary_of(made_up_setup(siblings), "oracle", tmp_path)
-    start = next(at for at, text in enumerate(section["statements"]) if text.startswith(OWN_WEIGHTS))
-    first, *rest = section["statements"][start:]
-    assert "no mean depth, " not in first
-    (told,) = (text for text in rest if "over random assignment of the same histogram" in text)
-    (gain,) = rows_of(section, family="siblings", metric="gain", control="oracle", place=place)
-    assert told in section["answers"] and len(section["answers"]) == 2
-    interval = f"{gain['value']:.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
-    assert told.startswith(f"{OWN_WEIGHTS}, fine-tuned for it, {bound}, the oracle gains {interval} ROUGE-L")
+    told = [text for text in told_of(section, "oracle") if text.startswith(OWN_WEIGHTS)]
     (share,) = rows_of(section, family="siblings", metric="surviving_share", control="cross-fitted", place=place)
-    assert f"{share['value']:z.0%} [{share['low']:z.0%}, {share['high']:z.0%}] survives" in told
+    survives = f"{percent(share, 1)} of the oracle's gain on one draw survives at a mean of {at} layers"
+    kept = f"a choice by expected scores would then keep {percent(ceiling(share))} of it"
+    assert all(any(part in text for text in told) for part in (survives, kept))
     # Budgets that leave nothing to choose are no rows: what survives of nothing is not a number.
     assert all(row["at"] > min(siblings) for row in rows_of(section, family="siblings", metric="gain"))
     assert all(row["value"] is not None for row in rows_of(section, metric="surviving_share"))
-    assert any(f"The best of {len(siblings)} draws at full depth" in text for text in rest)
 
 
 @pytest.mark.parametrize("name", WITHOUT_CONTROLLERS)
 @pytest.mark.parametrize("siblings", [(24,), (16, 24), (4, 8)])
 def test_any_siblings_make_every_section(name: str, siblings: tuple[int, ...], tmp_path: Path) -> None:
     section = summary_of(made_up_setup(siblings, budgets=(4, 16)), name, tmp_path)
-    assert section["rows"] and section["statements"]
+    assert section["rows"] and told_of(section, name)
     families = {row["family"] for row in section["rows"] if "family" in row}
     alone = siblings == (16, 24)  # full depth is all that the oracle may choose: no choice
     if name in ("oracle", "router", "depth"):
@@ -75,15 +72,15 @@ def test_what_is_timed_says_what_it_saves(name: str, label: str, tmp_path: Path)
 
 def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None:
     section = summary_of(made_up_setup((4, 24)), "router", tmp_path)
-    assert len(section["answers"]) == 2
-    for family, answer in zip(("siblings", "paths"), section["answers"], strict=True):
+    told = "\n".join(told_of(section, "router"))
+    for family in ("siblings", "paths"):
         shares = {
             (row["predictor"], row["at"]): row for row in rows_of(section, metric="captured_share", family=family)
         }
         # One path for all is its own random assignment: it has no share, and is not the best even where others lose.
         gains = {key: rows_of(section, metric="gain", family=family, predictor=key[0], at=key[1])[0] for key in shares}
-        share = shares[max(gains, key=lambda key: gains[key]["value"])]
-        assert f"{share['value']:z.0%} [{share['low']:z.0%}, {share['high']:z.0%}] of the oracle's gain" in answer
+        best = max(gains, key=lambda key: gains[key]["value"])
+        assert f"{best[0]} at a budget of {best[1]:g}, captures {percent(shares[best])} of the oracle's gain." in told
 
 
 def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from dynskip.evaluation.experiments import EXPERIMENTS
+    from dynskip.evaluation.report.sentences import section_sentences
     from dynskip.evaluation.run import EvalRun
     from dynskip.evaluation.setup import Setup
 
@@ -117,8 +118,8 @@ def run(args: argparse.Namespace) -> int:
     with EvalRun(setup, args.out, args.workers, progress=not args.quiet) as evaluation:
         summary = evaluation.run(names)
     for name in names:
-        for statement in summary[EXPERIMENTS[name].section]["statements"]:
-            print(f"{name}: {statement}")
+        for sentence in section_sentences(summary, EXPERIMENTS[name].section):
+            print(f"{name}: {sentence}")
     print(f"{args.out / 'summary.json'}: every number with its interval")
     return 0
 

@@ -78,7 +78,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             "seeds": 0,
             "rows": [],
             "notes": ["No controller was given: name folders with --controller."],
-            "statements": [],
         }
     static = _static_points(setup, store)
     learned = [
@@ -96,7 +95,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "ms_saved_single": read_savings(store, timed[1], _FULL),
     }
     rows: list[dict[str, Any]] = []
-    over_fixed: dict[str, Interval] = {}
     for point in (*static, *learned):
         labels = {"controller": point.name, **point.labels}
         rows += [
@@ -115,18 +113,12 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                 continue
             difference = _over(point, frontier)
             if difference is not None:
-                interval = bootstrap_mean(difference, resamples=setup.resamples)
-                rows.append(interval.row(metric=metric, **labels))
-                if metric == "over_fixed":
-                    over_fixed[point.name] = interval
-    statements = _statements(static, learned, over_fixed, times["ms_per_token"])
+                rows.append(bootstrap_mean(difference, resamples=setup.resamples).row(metric=metric, **labels))
     return {
         "n": setup.prompts,
         "seeds": setup.controller_seeds,
         "rows": rows,
         "notes": notes,
-        "statements": statements,
-        "answers": statements[:1],
     }
 
 
@@ -189,50 +181,3 @@ def _over(point: Point, frontier: Sequence[Point]) -> Floats | None:
     gap = high.layers - low.layers
     share = (point.layers - low.layers) / gap if gap > 0 else 0.0
     return point.rouge_l - ((1 - share) * low.rouge_l + share * high.rouge_l)
-
-
-def _statements(
-    static: list[Point], learned: list[Point], over_fixed: dict[str, Interval], times: dict[str, Interval]
-) -> list[str]:
-    by_name = {point.name: point for point in learned}
-    statements = [_answer(by_name, over_fixed)]
-    full = static[-1]
-    argmax = [point for point in learned if point.name in times]
-    if argmax:
-        cheapest = min(argmax, key=lambda point: times[point.name].value)
-        statements.append(
-            f"The fastest controller, {cheapest.name}, runs {cheapest.layers:.1f} layers and takes "
-            f"{times[cheapest.name].value:.3f} ms per token in a batch, a full pass {times[_FULL].value:.3f} ms; "
-            f"ROUGE-L is {cheapest.rouge_l.mean():.4f} and {full.rouge_l.mean():.4f}."
-        )
-    return statements
-
-
-def _answer(learned: dict[str, Point], over_fixed: dict[str, Interval]) -> str:
-    """Whether hidden states help, and from which size on; ``over_fixed`` by name of those that could be compared."""
-    if not over_fixed:
-        return (
-            "Whether hidden states help to choose layers is open: there is no fixed-input controller at as many layers "
-            "as one that reads them."
-        )
-    better = [name for name, interval in over_fixed.items() if interval.low > 0]
-    worse = [name for name, interval in over_fixed.items() if interval.high < 0]
-
-    def told(name: str) -> str:
-        value, low, high = over_fixed[name]
-        return (
-            f"{name} with {learned[name].labels['parameters']:,} parameters, {value:+z.4f} [{low:+z.4f}, {high:+z.4f}]"
-        )
-
-    if better:
-        smallest = min(better, key=lambda name: learned[name].labels["parameters"])
-        luck = 0.025 * len(over_fixed)
-        helped = f"the smallest of them is {told(smallest)} ROUGE-L; luck alone would lift {luck:.1f} of as many"
-    else:
-        most = max(over_fixed, key=lambda name: over_fixed[name].value)
-        helped = f"from no size tried does the hidden state help; nearest to it comes {told(most)} ROUGE-L"
-    return (
-        f"Against fixed-input controllers at as many layers, {len(better)} of {len(over_fixed)} controllers that "
-        f"read hidden states or the prompt (likelier and sampled decisions counted apart) score more and {len(worse)} "
-        f"less, with 95 % intervals that leave out zero; {helped}."
-    )

@@ -9,7 +9,6 @@ import numpy as np
 from dynskip.evaluation.correlation import correlations, explained_by_groups, permutation_p, spearman
 from dynskip.evaluation.facts import NUMBERS, facts_items, read_numbers, read_task_types
 from dynskip.evaluation.families import (
-    DESCRIPTIONS,
     Member,
     choices,
     greedy,
@@ -28,13 +27,6 @@ from dynskip.evaluation.statistics import Floats, Interval, bootstrap, bootstrap
 from dynskip.evaluation.store import ItemStore
 
 NUM_BINS = 5
-FEATURE_NAMES = {
-    "prompt_length": "prompt length",
-    "response_length": "length of the reference",
-    "full_loss": "loss of the full model on the reference",
-    "generated_length": "length of the full model's output",
-    "full_rouge_l": "ROUGE-L of the full model's output",
-}
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
@@ -48,7 +40,6 @@ def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section: by family, budget and feature how the chosen depth follows the feature, with intervals."""
     rows: list[dict[str, Any]] = []
-    statements: list[str] = []
     notes = [
         "Depths are those that the exact knapsack chooses on greedy ROUGE-L at the mean budgets named. A sequence that "
         "scores alike on every path, nothing for one, is given the cheapest.",
@@ -72,7 +63,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         reliable = _reliability(setup, store, members, list(depths))
         if not reliable:
             notes.append(f"{family}: the reliability of depths needs the sampled generations of `dynskip eval oracle`.")
-        told: dict[float, str] = {}
         for at, depth in depths.items():
             labels = {"family": family, "at": at}
             found = {name: correlations(feature, depth) for name, feature in features.items()}
@@ -83,12 +73,9 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             rows += _by_task(tasks, depth, labels)
             if at in reliable:
                 rows.append(reliable[at].row(metric="reliability", **labels))
-            told[at] = _sentence(family, at, found, reliable.get(at))
-        if told:  # one budget is told in words, the one in the middle; the others are in the rows
-            statements.append(told[sorted(told)[len(told) // 2]])
-        else:
-            statements.append(f"With {DESCRIPTIONS[family]}, the cheapest path is as good as any: no depth is chosen.")
-    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes, "statements": statements}
+        if not depths:
+            notes.append(f"{family}: the cheapest path is as good as any, so that no depth is chosen.")
+    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes}
 
 
 def _depths(costs: list[int], chosen: Integers) -> Floats:
@@ -141,28 +128,3 @@ def _by_task(tasks: list[str], depth: Floats, labels: dict[str, Any]) -> list[di
     explained = bootstrap(explained_by_groups, depth, groups.astype(np.float64))
     rows.append(explained.row(metric="explained_by_task", p=round(p, 6), **labels))
     return rows
-
-
-def _sentence(family: str, at: float, found: dict[str, dict[str, Interval]], reliability: Interval | None) -> str:
-    names = {name: both["spearman"] for name, both in found.items() if name != "full_rouge_l"}
-    clear = {name: interval for name, interval in names.items() if not interval.low <= 0 <= interval.high}
-    if clear:
-        parts = [
-            f"{FEATURE_NAMES[name]} ({interval.value:+z.2f} [{interval.low:+z.2f}, {interval.high:+z.2f}])"
-            for name, interval in sorted(clear.items(), key=lambda pair: -abs(pair[1].value))
-        ]
-        told = f"the oracle's depth correlates (Spearman) with {', '.join(parts)}"
-    else:
-        largest = max(names, key=lambda name: abs(names[name].value))
-        interval = names[largest]
-        told = (
-            "the oracle's depth correlates with none of the lengths and losses; the largest is "
-            f"{FEATURE_NAMES[largest]} ({interval.value:+z.2f} [{interval.low:+z.2f}, {interval.high:+z.2f}])"
-        )
-    trust = (
-        f"; depths chosen on two independent generations correlate by {reliability.value:.2f} "
-        f"[{reliability.low:.2f}, {reliability.high:.2f}]"
-        if reliability is not None
-        else ""
-    )
-    return f"With {DESCRIPTIONS[family]}, at a mean of {at:g} layers, {told}{trust}."

@@ -163,12 +163,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section: each metric by weights, strategy and budget, and uniform skipping minus early exit."""
     items = plan(setup, store)
     rows: list[dict[str, Any]] = []
-    statements: list[str] = []
     num_tokens = 0
     for weights, checkpoint in _checkpoints(setup).items():
         values, tokens = _read(store, [item for item in items if item.checkpoint == checkpoint.hash])
         num_tokens = int(tokens.sum())
-        wins = []
         for budget in setup.budgets:
             for metric in METRICS:
                 labels = {"metric": metric, "weights": weights, "budget": budget}
@@ -176,11 +174,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                     interval = _mean(setup, values[strategy, budget, metric], tokens)
                     rows.append(interval.row(strategy=strategy, **labels))
                 difference = values["uls", budget, metric] - values["exit", budget, metric]
-                interval = _mean(setup, difference, tokens)
-                rows.append(interval.row(strategy="uls - exit", **labels))
-                if metric == "cosine_final":
-                    wins.append((budget, interval))
-        statements.append(_closer(weights, wins))
+                rows.append(_mean(setup, difference, tokens).row(strategy="uls - exit", **labels))
     notes = [
         "Teacher-forced on the first prompts of the split; float32; the final LayerNorm before every comparison, also "
         "between the states of inner layers; means over response tokens, intervals by bootstrap over sequences.",
@@ -196,7 +190,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "rows": rows,
         "notes": notes,
-        "statements": statements,
     }
 
 
@@ -246,24 +239,6 @@ def _read(store: ItemStore, items: Sequence[WorkItem]) -> tuple[dict[tuple[str, 
 
 def _mean(setup: Setup, values: Floats, tokens: Floats) -> Interval:
     return bootstrap_mean(values, tokens, resamples=setup.resamples)
-
-
-def _closer(weights: str, wins: Sequence[tuple[int, Interval]]) -> str:
-    of = {"paths": "the weights shared by all paths", "full-tuned": "the weights tuned at full depth only"}[weights]
-    closer = [budget for budget, interval in wins if interval.low > 0]
-    farther = [budget for budget, interval in wins if interval.high < 0]
-    open_ = [budget for budget, _ in wins if budget not in closer + farther]
-    parts = []
-    if closer:
-        parts.append(f"closer to the full model than early exit at {_listed(closer)} layers")
-    if farther:
-        parts.append(f"farther away than early exit at {_listed(farther)} layers")
-    if open_:
-        parts.append(f"not told apart from early exit at {_listed(open_)} layers")
-    gains = ", ".join(
-        f"{interval.value:+z.3f} [{interval.low:+z.3f}, {interval.high:+z.3f}] at {budget}" for budget, interval in wins
-    )
-    return f"With {of}, uniform skipping is {'; '.join(parts)} (cosine of final states, uniform minus exit: {gains})."
 
 
 def _listed(budgets: Sequence[int]) -> str:

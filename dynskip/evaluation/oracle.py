@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.families import (
-    DESCRIPTIONS,
     Member,
     choices,
     greedy,
@@ -18,7 +17,7 @@ from dynskip.evaluation.families import (
 )
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.oracle_controls import OracleScores, dealt
-from dynskip.evaluation.setup import PAPER_LAYERS, Setup
+from dynskip.evaluation.setup import Setup
 from dynskip.evaluation.statistics import Floats, Interval, bootstrap_mean, point
 from dynskip.evaluation.store import ItemStore
 from dynskip.evaluation.timing import Part, read_savings, read_speedups, read_times, time_item
@@ -27,7 +26,6 @@ FAMILIES = ("paths", "siblings")
 MIX = "oracle at its matching budget"
 # Mean depths, as shares of the layers, at which gains are compared.
 _PLACES = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2, "full": 1.0}
-_SURVIVES = "survives when another draw judges"
 # What a control is compared with: the same procedure judged on the texts that it chose on.
 REFERENCES = {
     "cross-fitted": "in-sample",
@@ -70,8 +68,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "null_model": [],
         "histogram": [],
         "notes": [*_notes(setup), *notes_on_choices(setup)],
-        "statements": [],
-        "answers": [],
     }
     for family, members in _families(setup).items():
         scores = _scores(setup, store, members)
@@ -88,9 +84,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         }
         for metric, by_mix in measured.items():
             section["rows"] += [interval.row(metric=metric, family=family, mix=mix) for mix, interval in by_mix.items()]
-        told = _statements(section, family, setup)
-        section["statements"] += told
-        section["answers"].append(next(text for text in told if _SURVIVES in text))
     return section
 
 
@@ -250,63 +243,3 @@ def _notes(setup: Setup) -> list[str]:
         "means plus independent normal noise, fitted to the mean of the best of all candidates. Neither knows depth.",
         "best_of_draws: the best of as many draws at one depth as there are candidates.",
     ]
-
-
-def _statements(section: dict[str, Any], family: str, setup: Setup) -> list[str]:
-    def row(metric: str, **labels: Any) -> dict[str, Any]:
-        wanted = {"metric": metric, "family": family, **labels}
-        (found,) = (r for r in section["rows"] if all(r.get(name) == value for name, value in wanted.items()))
-        return dict(found)
-
-    def text(entry: dict[str, Any], form: str = ".4f", unknown: str = "no mean depth") -> str:
-        if entry["value"] is None:
-            return unknown
-        return f"{entry['value']:z{form}} [{entry['low']:z{form}}, {entry['high']:z{form}}]"
-
-    num_layers = setup.num_layers
-    full = row("mean", budget=num_layers)
-    matching = row("matching_budget", control="oracle")
-    members = [r for r in section["rows"] if r["metric"] == "mean" and r["family"] == family]
-    shallow = members[0]
-    lines = [
-        f"With {DESCRIPTIONS[family]}, the oracle reaches the {full['value']:.4f} of {num_layers} layers at "
-        f"{text(matching, '.2f')} layers, {row('matching_share', control='oracle')['value']:.1%} of the depth "
-        f"(paper, {PAPER_LAYERS} layers: 23.3 %); noise that knows nothing of the sequence, fitted to the same means, "
-        f"at {text(row('matching_budget', control='null'), '.2f')}; draws of equal depth with the same means at "
-        f"{text(row('matching_budget', control='equal depth'), '.2f')}; chosen on one draw and judged on another at "
-        f"{text(row('matching_budget', control='cross-fitted'), '.2f')}."
-    ]
-    if shallow["value"] >= full["value"]:
-        lines.append(
-            f"Here {shallow['budget']} layers alone already score {shallow['value']:.4f}, so that matching full depth "
-            "says nothing about the choice of depth; the gains over random assignment do."
-        )
-    # The cheapest path of a family may be too dear for a third of the depth; all of it always leaves a choice.
-    told = {r["place"] for r in section["rows"] if r["metric"] == "gain" and r["family"] == family}
-    place = next(place for place in ("third", "half", "full") if place in told)
-    survivors = {
-        control: text(row("surviving_share", control=control, place=place), ".0%", "a share that is not defined")
-        for control in REFERENCES
-    }
-    gain = row("gain", control="oracle", place=place)
-    bound = "where layers cost nothing" if place == "full" else f"at {gain['at']:g} layers on average"
-    lines.append(
-        f"With {DESCRIPTIONS[family]}, {bound}, the oracle gains {text(gain)} ROUGE-L over random assignment of the "
-        f"same histogram. Of such a gain on one draw, {survivors['cross-fitted']} {_SURVIVES}, and "
-        f"{survivors['equal depth']} is there without any difference in depth. Chosen on the mean of "
-        f"{setup.num_samples} draws and judged on the greedy texts, {survivors['cross-fitted greedy']} of the oracle's "
-        "gain remains."
-    )
-    draws, depths = row("best_of_draws - mean_sampled", budget=num_layers), row("best_of_depths - mean_sampled")
-    lines.append(
-        f"The best of {len(members)} draws at full depth gains {text(draws)} over one draw; the best of "
-        f"{len(members)} depths, one draw each, {text(depths)}."
-    )
-    mixed, whole = row("ms_per_token", mix=MIX), row("ms_per_token", mix=str(num_layers))
-    lines.append(
-        f"In a batch of {setup.timed_batch} the mix of depths that the oracle chose at its matching budget takes "
-        f"{text(mixed, '.3f')} ms per token, all {num_layers} layers {text(whole, '.3f')}: "
-        f"{text(row('speedup', mix=MIX), '.2f')} times faster, where layers alone would promise "
-        f"{num_layers / matching['value']:.1f}. What it would take to make that choice is not in it."
-    )
-    return lines

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynskip.evaluation.captured import Captured, captured_share
+from dynskip.evaluation.captured import captured_share
 from dynskip.evaluation.facts import facts_items
-from dynskip.evaluation.families import DESCRIPTIONS, Member, choices, notes_on_choices
+from dynskip.evaluation.families import Member, choices, notes_on_choices
 from dynskip.evaluation.items import WorkItem
 from dynskip.evaluation.path_router import Integers
 from dynskip.evaluation.router_cost import overhead_items
@@ -56,15 +56,12 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section: by family, predictor and budget what the router scores, captures, costs and saves."""
     rows: list[dict[str, Any]] = []
-    statements: list[str] = []
-    answers: list[str] = []
     overhead = {item.path: store.result(item) for item in overhead_items(setup)}
     for name in choices(setup):
         fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
         timed = {**_timed(setup, store, fitted), **_timed(setup, store, trained)}
         by_budget = sorted((*fitted.routed, *trained.routed), key=lambda routed: routed.at)
         found = FamilyRoutes(fitted.members, fitted.scores, tuple(by_budget))
-        shares: dict[Routed, Captured] = {}
         for routed in found.routed:
             labels = {"family": name, "predictor": routed.predictor, "at": routed.at}
             captured = captured_share(found.scores, routed.chosen, routed.oracle)
@@ -86,16 +83,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             ]
             if captured.share is not None:
                 rows.append(captured.share.row(metric="captured_share", **labels))
-                shares[routed] = captured
         full = read_times(store, _time_item(setup, fitted))[_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
-        if shares:
-            told = _sentences(name, found, shares, timed, overhead)
-            statements += told
-            answers.append(told[0])
-        else:
-            statements.append(f"With {DESCRIPTIONS[name]}, the oracle leaves a router nothing to capture.")
-            answers.append(statements[-1])
     notes = [
         f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
         f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
@@ -113,8 +102,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "seeds": setup.seeds,
         "rows": rows,
         "notes": notes,
-        "statements": statements,
-        "answers": answers,
     }
 
 
@@ -177,28 +164,3 @@ def _over_static_mix(found: FamilyRoutes, routed: Routed, cost: float) -> Interv
 
 def _median(samples: Sequence[float]) -> Interval:
     return bootstrap(np.median, np.array(samples, dtype=np.float64))
-
-
-def _sentences(
-    family: str,
-    found: FamilyRoutes,
-    shares: dict[Routed, Captured],
-    timed: dict[Routed, Timed],
-    overhead: dict[str, dict[str, Any]],
-) -> list[str]:
-    clear = [captured for captured in shares.values() if captured.gain.low > 0]
-    best, captured = max(shares.items(), key=lambda pair: pair[1].gain.value)
-    share = captured.share
-    assert share is not None, "only shares that exist are told"
-    layers = np.array(found.costs)[best.chosen].mean()
-    return [
-        f"With {DESCRIPTIONS[family]}, {len(clear)} of {len(found.routed)} prompt-only routers gain more than random "
-        "assignment of the same depths with an interval above zero. The one that gains most (picked as such, so its "
-        f"share flatters it) is {best.predictor} at a budget of {best.at:g}: it captures {share.value:z.0%} "
-        f"[{share.low:z.0%}, {share.high:z.0%}] of the oracle's gain.",
-        f"That router scores ROUGE-L {captured.score.value:.4f}, random assignment of its depths "
-        f"{captured.random.value:.4f}, the oracle at the same {layers:.1f} layers {captured.oracle.value:.4f}, all "
-        f"layers {found.scores[:, -1].mean():.4f}; a token takes {timed[best].own.value:.3f} ms instead of "
-        f"{timed[best].full.value:.3f}, and choosing a path "
-        f"{_median(overhead[best.predictor]['single_ms']).value:.2f} ms a prompt.",
-    ]

@@ -32,7 +32,6 @@ def time_item_of(setup: Setup, members: list[Member], batch: int) -> WorkItem:
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section: ROUGE-L, length and milliseconds per token by family and budget, and the loss against full depth."""
     rows: list[dict[str, Any]] = []
-    statements: list[str] = []
     for family, members in families(setup).items():
         generations = greedy(setup, store, members)
         scores, lengths = generations.rouge_l, generations.num_tokens
@@ -53,27 +52,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             rows.append(length.at(column).row(metric="num_tokens", **labels))
             for name, (batch, by_budget) in measured.items():
                 rows.append(by_budget[str(member.budget)].row(metric=name, batch=batch, **labels))
-        not_worse = [member.budget for column, member in enumerate(members[:-1]) if loss.at(column).high >= 0]
-        found = (
-            f"from {min(not_worse)} layers on"
-            if not_worse == [m.budget for m in members[:-1]]
-            else (f"at {', '.join(map(str, not_worse))} layers" if not_worse else "at no smaller budget")
-        )
-        cheapest = str(members[0].budget)
-        milliseconds, speed = measured["ms_per_token"][1], measured["speedup"][1][cheapest]
-        statements.append(
-            f"With {DESCRIPTIONS[family]}, ROUGE-L is {mean.at(-1).value:.4f} [{mean.at(-1).low:.4f}, "
-            f"{mean.at(-1).high:.4f}] at full depth and {mean.at(0).value:.4f} [{mean.at(0).low:.4f}, "
-            f"{mean.at(0).high:.4f}] at {cheapest} layers; no loss against full depth is seen {found} "
-            f"(95 % intervals of the paired difference). A token at {cheapest} layers takes "
-            f"{milliseconds[cheapest].value:.3f} ms instead of {milliseconds[full].value:.3f} in a batch of "
-            f"{setup.timed_batch}, {speed.value:.2f} times faster [{speed.low:.2f}, {speed.high:.2f}]; layers alone "
-            f"would promise {setup.num_layers / members[0].budget:.1f}."
-        )
     notes = [
         "Greedy, ROUGE-L F by rouge_score without stemmer, intervals by bootstrap over sequences.",
         f"ms_per_token is the time of a decode step of {setup.timed_batch} sequences over {setup.timed_batch}; "
         "ms_per_token_single that of one sequence. Prompts are not in it. Paths are timed in turns.",
         *(f"{family}: {DESCRIPTIONS[family]}." for family in families(setup)),
     ]
-    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes, "statements": statements}
+    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes}

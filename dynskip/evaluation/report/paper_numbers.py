@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 MODEL = "OPT-1.3B (facebook/opt-iml-1.3b in the authors' code), 24 layers"
 DATA = "Alpaca, 36,401 training rows, 7,801 test rows"
 NUM_LAYERS = 24
@@ -14,9 +16,6 @@ STATIC_ROUGE_L = {4: 0.2493, 8: 0.3085, 12: 0.3208, 24: 0.3418}
 BEST_UP_TO = {4: 0.2493, 8: 0.3341, 12: 0.3688, 24: 0.3964}
 MATCHING_BUDGET = 5.6
 MATCHING_SHARE = 0.233
-# Our own computation from the four means: noise that knows nothing of the sequence, of this one standard deviation.
-NULL_SD = 0.08
-NULL_MATCHING_SHARE = 0.27
 DEPTH_LENGTH_PEARSON = (-0.015, 0.029)
 
 # Controllers, ROUGE-L against mean layers of a generated token: (name, alpha, layers or None, ROUGE-L).
@@ -25,3 +24,8 @@ CONTROLLERS = (
     ("hidden state", 10, 7.3, 0.293),
     ("hidden state", 4, None, 0.320),
 )
+
+
+def at_budget(numbers: Mapping[int, float], budget: int, num_layers: int) -> float | None:
+    """The paper's number at ``budget`` of as many layers; None for a model of another depth."""
+    return numbers.get(budget) if num_layers == NUM_LAYERS else None

@@ -45,3 +45,27 @@ def interval(row: Row | None, digits: int = 3) -> str:
     if row.get("low") is None or row.get("high") is None:
         return value
     return f"{value} [{number(row['low'], digits)}, {number(row['high'], digits)}]"
+
+
+def percent(row: Row | None, digits: int = 0) -> str:
+    """The same of a share, in percent."""
+    if row is None or row.get("value") is None:
+        return MISSING
+    value = f"{number(100 * row['value'], digits)} %"
+    if row.get("low") is None or row.get("high") is None:
+        return value
+    return f"{value} [{number(100 * row['low'], digits)} %, {number(100 * row['high'], digits)} %]"
+
+
+def signed(row: Row | None, digits: int = 3) -> str:
+    """The same of a difference, a plus in front of what is above zero."""
+    if row is None or row.get("value") is None:
+        return MISSING
+    if row.get("low") is None or row.get("high") is None:
+        return _signed(row["value"], digits)
+    return f"{_signed(row['value'], digits)} [{_signed(row['low'], digits)}, {_signed(row['high'], digits)}]"
+
+
+def _signed(value: float, digits: int) -> str:
+    text = number(value, digits)
+    return text if value <= 0 or not float(text) else f"+{text}"

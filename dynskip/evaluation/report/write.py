@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.rows import MISSING, number, select
 from dynskip.evaluation.report.savings import savings
-from dynskip.evaluation.report.sections import QUESTIONS, SAVINGS, SECTIONS
+from dynskip.evaluation.report.sections import SECTIONS
+from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.report.short import in_short
 
 SUMMARY = "summary.json"
-_NUM_TOLD = 3  # statements at the top of a section that marks no answers among them; all stand in their section
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
@@ -54,36 +56,27 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         "Every experiment of arXiv 2410.20022, *Dynamic layer selection in decoder-only transformers*, rerun on one "
         "checkpoint, with 95 % intervals, the controls that the paper lacked, and seconds beside layers."
     ).replace("*", "")
-    blocks: list[Block] = [*_answers(summary), *_conditions(conditions), *_limits(summary)]
+    told = in_short(summary)
+    blocks: list[Block] = [Heading("In short"), Items(told)] if told else []
+    blocks += [*_conditions(summary), *_limits(summary)]
     for key, (name, section_blocks) in SECTIONS.items():
         blocks.append(Heading(name))
         section = summary.get(key)
         if not section or not section.get("rows"):
             blocks.append(Paragraph(f"**Missing**: this run has no section `{key}`.", missing=True))
             continue
-        if section.get("statements"):
-            blocks.append(Items(section["statements"]))
+        if told := section_sentences(summary, key):
+            blocks.append(Items(told))
         blocks.append(Paragraph(f"{section['n']:,} sequences, {_plural(section['seeds'], 'seed')}."))
         blocks += section_blocks(section, summary)
         if section.get("notes"):
             blocks += [Heading("Notes", 3), Items(section["notes"])]
+    if saved := savings(summary):
+        blocks += [Heading("Milliseconds"), Items(saved)]
     cut = summary.get("cut") or []
     blocks.append(Heading("What was cut"))
     blocks.append(Items(cut) if cut else Paragraph("Nothing is noted as cut."))
     return title, subtitle, blocks
-
-
-def _answers(summary: Mapping[str, Any]) -> list[Block]:
-    """The questions, each with the sentences that answer it: a section's answers, else its first statements."""
-    blocks: list[Block] = [Heading("In short")]
-    for key, question in QUESTIONS.items():
-        section = summary.get(key) or {}
-        told = section.get("answers") or (section.get("statements") or [])[:_NUM_TOLD]
-        if key == SAVINGS:
-            told = savings(summary)
-        if told:
-            blocks += [Heading(question, 3), Items(told)]
-    return blocks if len(blocks) > 1 else []
 
 
 def _limits(summary: Mapping[str, Any]) -> list[Block]:
@@ -122,15 +115,18 @@ def _limits(summary: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _conditions(conditions: Mapping[str, Any]) -> list[Block]:
+def _conditions(summary: Mapping[str, Any]) -> list[Block]:
+    conditions = summary["conditions"]
     rows = [[name.replace("_", " "), _text(value)] for name, value in conditions.items()]
+    trainings = claims.controllers(summary.get("controllers") or {}).num_trainings
     compared = [
         ["model", str(conditions.get("model", MISSING)), paper.MODEL],
         ["parameters", _text(conditions.get("num_parameters")), f"{paper.NUM_PARAMETERS:,}"],
         ["layers", _text(conditions.get("num_layers")), "24"],
         ["test prompts", _text(conditions.get("prompts")), f"{paper.NUM_TEST:,}"],
         ["new tokens at most", _text(conditions.get("max_tokens")), f"{paper.MAX_TOKENS}"],
-        ["seeds where something is drawn", _text(conditions.get("seeds")), "1"],
+        ["seeds of sampled outputs and of routers", _text(conditions.get("seeds")), "1"],
+        ["trainings of each controller", str(trainings or MISSING), MISSING],
     ]
     return [
         Heading("What was run"),

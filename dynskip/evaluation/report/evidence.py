@@ -1,0 +1,100 @@
+"""What a row with its 95 % interval can carry: direction, error, p-value, and the effect that it could have shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+from dynskip.evaluation.report.rows import Row
+
+_NORMAL = NormalDist()
+HALF_WIDTH = _NORMAL.inv_cdf(0.975)  # standard errors from the value of a 95 % interval to its bounds
+# Standard errors that a true effect must be away from zero to be seen by such an interval in four of five runs.
+POWER = 0.8
+DETECTABLE = HALF_WIDTH + _NORMAL.inv_cdf(POWER)
+
+
+def direction(row: Row) -> int:
+    """1 where the interval of ``row`` lies above zero, -1 where it lies below, else 0; 0 without an interval."""
+    if row.get("low") is None or row.get("high") is None:
+        return 0
+    return int(row["low"] > 0) - int(row["high"] < 0)
+
+
+def apart(first: Row, second: Row) -> int:
+    """1 where the interval of ``first`` lies above that of ``second``, -1 where below, 0 where they touch."""
+    if any(row.get(end) is None for row in (first, second) for end in ("low", "high")):
+        return 0
+    return int(first["low"] > second["high"]) - int(first["high"] < second["low"])
+
+
+def negated(row: Row) -> dict[str, Any]:
+    """``row`` with its value and interval turned over."""
+    low, high = row.get("low"), row.get("high")
+    bounds = (None, None) if low is None or high is None else (-high, -low)
+    return {**row, "value": -row["value"], "low": bounds[0], "high": bounds[1]}
+
+
+def standard_error(row: Row) -> float | None:
+    """The standard error that the width of the interval stands for; None without an interval."""
+    if row.get("low") is None or row.get("high") is None:
+        return None
+    return float(row["high"] - row["low"]) / (2 * HALF_WIDTH)
+
+
+def detectable(row: Row) -> float | None:
+    """The smallest true effect that an interval as wide as that of ``row`` leaves zero out of in 80 % of runs."""
+    error = standard_error(row)
+    return None if error is None else DETECTABLE * error
+
+
+def p_value(row: Row) -> float | None:
+    """The two-sided p-value of ``row`` against zero, its error taken as normal; None without an interval."""
+    error = standard_error(row)
+    if error is None:
+        return None
+    if error == 0:
+        return 1.0 if row["value"] == 0 else 0.0
+    return 2 * _NORMAL.cdf(-abs(row["value"]) / error)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted by Holm for all of them being tested, whatever they have to do with each other."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def ceiling(share: Row) -> dict[str, float]:
+    """What a choice by expected scores would keep of a gain of which ``share`` survives on another draw.
+
+    With scores of a signal of deviation S and noise of deviation N, both normal, a choice on one draw gains in
+    proportion to sqrt(S^2 + N^2) on that draw, r = S^2 / (S^2 + N^2) of it on another; knowing the signal gains S.
+    """
+    return _mapped(share, lambda r: math.sqrt(r))
+
+
+def luck(share: Row) -> dict[str, float]:
+    """What the same choice gains on noise alone, sqrt(1 - r): the least that a control without any signal shows."""
+    return _mapped(share, lambda r: math.sqrt(1 - r))
+
+
+def kept_by_means(share: Row, num_draws: int) -> dict[str, float]:
+    """What a choice on the mean of ``num_draws`` draws keeps on others, by the same reasoning."""
+    return _mapped(share, lambda r: r / math.sqrt(r + (1 - r) / num_draws))
+
+
+def _mapped(share: Row, function: Callable[[float], float]) -> dict[str, float]:
+    """``function``, monotone, of a share and its bounds, each put into [0, 1] first."""
+    known = {
+        name: function(min(1.0, max(0.0, share[name])))
+        for name in ("value", "low", "high")
+        if share.get(name) is not None
+    }
+    if {"low", "high"} <= known.keys():
+        known["low"], known["high"] = sorted((known["low"], known["high"]))
+    return known

@@ -1,0 +1,272 @@
+"""What the report says of the oracle, of routers that stand in for it, and of the depths that it chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynskip.evaluation.report import figures, oracle_claims
+from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.claims import Summary
+from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table
+from dynskip.evaluation.report.evidence import ceiling, detectable
+from dynskip.evaluation.report.rows import MISSING, Row, distinct, find, interval, number, percent, select
+
+
+def oracle(section: Row, summary: Summary) -> list[Block]:
+    """Experiment 4 with its controls."""
+    draws = section.get("draws", MISSING)
+    blocks: list[Block] = [
+        Paragraph(
+            "The oracle knows the ROUGE-L of every candidate depth for every sequence and spends a mean budget of "
+            "layers where it pays most: a multiple-choice knapsack, solved exactly by dynamic programming. Knowing the "
+            "outcome also means profiting from its noise, so the controls stand beside it:"
+        ),
+        Items(
+            [
+                "**random assignment**: the oracle's own depths dealt to the sequences at random; a gain is what lies "
+                "above it;",
+                f"**cross-fitted oracle**: depths chosen on the ROUGE-L of one sampled output ({draws} of each "
+                "candidate were drawn), judged on another: what is left does not come from the luck of one draw; and "
+                "the same with means of many outputs to choose by;",
+                "**equal depth**: the same choice among as many sampled outputs of one and the same depth: what luck "
+                "alone is worth;",
+                "**null model**: the candidates' means plus independent noise that knows nothing of the sequence.",
+            ]
+        ),
+        Paragraph(
+            "**Ceiling**: where the score of a sequence is an expectation of its own and noise, both normal, and a "
+            "choice on one draw keeps a share r of its gain on another, a choice that knows the expectations keeps "
+            "√r of it, and noise alone shows √(1 − r). "
+            "**Seen from**: the true share that an interval as wide would leave zero out of in 80 % of runs."
+        ),
+    ]
+    for family in distinct(select(section), "family"):
+        blocks += [
+            Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
+            Figure(
+                figures.oracle(section, family),
+                "Mean ROUGE-L at every mean budget. Bands and bars are 95 % intervals over sequences; the dashed line "
+                "is full depth. Left all is scored on greedy outputs, right on sampled ones.",
+            ),
+            *_oracle_tables(section, family, summary["conditions"]["num_layers"]),
+        ]
+    return blocks
+
+
+def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
+    def cell(metric: str, digits: int = 3, **labels: Any) -> str:
+        return interval(find(section, metric=metric, family=family, **labels), digits)
+
+    candidates = [
+        [
+            str(budget),
+            cell("mean", budget=budget),
+            number(paper.at_budget(paper.STATIC_ROUGE_L, budget, num_layers), 4),
+            cell("best_up_to", budget=budget),
+            number(paper.at_budget(paper.BEST_UP_TO, budget, num_layers), 4),
+            cell("mean_sampled", budget=budget),
+            cell("best_of_draws", budget=budget),
+        ]
+        for budget in sorted(distinct(select(section, metric="mean", family=family), "budget"))
+    ]
+    header = [
+        "layers",
+        "mean",
+        "the paper",
+        "best of all up to it",
+        "the paper",
+        "mean, sampled",
+        f"best of {len(candidates)} samples",
+    ]
+    noise = oracle_claims.paper_null()
+    null = f"{number(noise.matching_share)} (our computation, sd {number(noise.sd)})"
+    papers = {"oracle": f"{paper.MATCHING_BUDGET}, {paper.MATCHING_SHARE}", "null": null}
+    matching = [
+        [
+            str(figures.CONTROLS.get(row["control"], row["control"])),
+            # A curve that never reaches the full depth's score has no budget where it does.
+            cell("matching_budget", 2, control=row["control"]) if row["value"] is not None else "nowhere",
+            cell("matching_share", control=row["control"]),
+            papers.get(row["control"], MISSING),
+        ]
+        for row in section["rows"]
+        if row["metric"] == "matching_budget" and row["family"] == family
+    ]
+    sampled = oracle_claims.matching(section, family).sampled_oracle
+    if sampled is not None:
+        found = [figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
+        matching.insert(1, found)
+    gains = [
+        [
+            str(figures.CONTROLS.get(row["control"], row["control"])),
+            f"{row['at']:g}",
+            cell("score", 4, control=row["control"], place=row.get("place")),
+            cell("random", 4, control=row["control"], place=row.get("place")),
+            interval(row, 4),
+            *_share_cells(find(section, **{**_labels(row), "metric": "surviving_share"})),
+        ]
+        for row in select(section, metric="gain", family=family)
+    ]
+    times = [
+        [_mix(row), interval(row), cell("ms_saved", mix=row.get("mix")), cell("speedup", 2, mix=row.get("mix"))]
+        for row in select(section, metric="ms_per_token", family=family)
+    ]
+    return [
+        Table("Candidates, and the best of them", header, candidates),
+        Table(
+            "Where the full depth's ROUGE-L is reached", ["", "mean layers", f"of {num_layers}", "the paper"], matching
+        ),
+        Figure(figures.surviving(section, family), "What of the oracle's gain is left under each control."),
+        Table(
+            "What of the gain survives",
+            ["", "mean layers", "ROUGE-L", "random", "gain", "share of the oracle's gain", "seen from", "ceiling"],
+            gains,
+            folded=True,
+        ),
+        Table(
+            "What it costs in time, in a batch",
+            ["paths of the batch", "ms per token", "ms saved", "times faster"],
+            times,
+        ),
+    ]
+
+
+def _labels(row: Row) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("family", "control", "place", "at")}
+
+
+def _share_cells(row: Row | None) -> list[str]:
+    """A share of the oracle's gain, the share from which on it would have been seen, and the ceiling it stands for."""
+    if row is None:
+        return [MISSING, MISSING, MISSING]
+    return [interval(row), _seen_from(row), percent(ceiling(row)) if row["control"] == "cross-fitted" else MISSING]
+
+
+def _seen_from(row: Row | None, digits: int = 3) -> str:
+    """The smallest effect that the width of a row's interval lets be seen; of shares none where it is beyond all."""
+    size = None if row is None else detectable(row)
+    if size is None:
+        return MISSING
+    return "none" if size > 1 else number(size, digits)
+
+
+def _mix(row: Row) -> str:
+    mix = str(row.get("mix"))
+    return f"all {mix} layers" if mix.isdecimal() else mix
+
+
+def router(section: Row, summary: Summary) -> list[Block]:
+    """Experiment 5."""
+    quality, cost = [], []
+    for row in select(section, metric="rouge_l"):
+        at = {"family": row.get("family"), "predictor": row["predictor"], "at": row["at"]}
+
+        def cell(metric: str, digits: int = 3, labels: Mapping[str, Any] = at) -> str:
+            return interval(find(section, metric=metric, **labels), digits)
+
+        def value(metric: str, digits: int = 3, labels: Mapping[str, Any] = at) -> str:
+            return number((find(section, metric=metric, **labels) or {}).get("value"), digits)
+
+        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", value("layers", 2)]
+        share = find(section, metric="captured_share", **at)
+        scores = [interval(row), value("random"), value("oracle"), interval(share, 2), _seen_from(share, 2)]
+        scores.append(cell("over_static", 4))
+        times = [cell("ms_per_token"), cell("ms_saved"), value("speedup", 2)]
+        times += [cell("overhead_ms_single"), cell("overhead_ms_batched")]
+        quality.append([*name, *scores])
+        cost.append([*name, *times])
+    shared = ["weights", "predictor", "budget", "layers"]
+    return [
+        Paragraph(
+            "A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
+            "training split. `logistic` and `boosting` learn which path the oracle chose and `ridge` the score of each "
+            "path, all from mean token embeddings of the prompt and of its opening words, its length and simple "
+            "counts; `transformer` learns the oracle's choice with one encoder layer over the token embeddings in "
+            "order. The captured share is (router − random) / (oracle − random): random assignment has the router's "
+            "own depths, the oracle the router's own mean cost. **Seen from**: the true share that an interval as wide "
+            "would leave zero out of in 80 % of runs; none where it is more than all of the gain."
+        ),
+        Figure(figures.router(section), "Captured share of the oracle's gain with 95 % intervals over sequences."),
+        Table(
+            "What routers score",
+            [*shared, "ROUGE-L", "random", "oracle", "captured share", "seen from", "over fixed budgets"],
+            quality,
+        ),
+        Table(
+            "What routers cost",
+            [*shared, "ms per token", "ms saved", "times faster", "routing a prompt, ms", "in a batch, ms"],
+            cost,
+        ),
+    ]
+
+
+def depth(section: Row, summary: Summary) -> list[Block]:
+    """Experiment 6."""
+    blocks: list[Block] = [
+        Paragraph(
+            "Which sequences does the oracle give more layers? The chosen depth is held against lengths, the full "
+            "model's loss on the reference and the type of the task, named by the verb of its instruction. The "
+            "**reliability** is the correlation between the depths chosen on two independent sets of sampled outputs: "
+            "what is known before anything is generated can correlate with the depths of one such set by no more than "
+            "its square root. **p (Holm)** is adjusted for all rank correlations of this section but the yardstick's, "
+            "with errors taken as normal from the intervals. **Seen from**: the true correlation that an interval as "
+            "wide would leave zero out of in 80 % of runs, uncorrected."
+        )
+    ]
+    tested = oracle_claims.correlations(section)
+    adjusted = {
+        (row["family"], row["at"], row["feature"]): number(p)
+        for row, p in zip(tested.rows, tested.adjusted, strict=True)
+    }
+    for family in distinct(select(section), "family"):
+        spearman = select(section, metric="spearman", family=family)
+        tasks = select(section, metric="mean_depth", family=family)
+        blocks += [
+            Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
+            Figure(
+                figures.depth(section, family),
+                "Mean chosen depth in bins of equally many sequences, 95 % intervals over sequences.",
+            ),
+            Figure(figures.correlations(spearman, f"correlations-{family}"), "Rank correlations with 95 % intervals."),
+            Table(
+                "Correlations with the chosen depth",
+                ["feature", "mean budget", "Pearson", "Spearman", "p (Holm)", "seen from"],
+                [
+                    [
+                        str(figures.FEATURES.get(row["feature"], row["feature"])),
+                        f"{row['at']:g}",
+                        interval(find(section, metric="pearson", family=family, at=row["at"], feature=row["feature"])),
+                        interval(row),
+                        adjusted.get((family, row["at"], row["feature"]), MISSING),
+                        _seen_from(row, 2),
+                    ]
+                    for row in spearman
+                ],
+            ),
+            Table(
+                "Mean chosen depth by type of task",
+                ["type", "mean budget", "sequences", "mean depth"],
+                [[str(row["task_type"]), f"{row['at']:g}", str(row["num"]), interval(row, 2)] for row in tasks],
+            ),
+            Table(
+                "Reliability, and what the type of task explains",
+                ["what", "mean budget", "value", "p (permutation)"],
+                [
+                    [label, f"{row['at']:g}", interval(row), number(row.get("p"))]
+                    for metric, label in (
+                        ("reliability", "reliability of the chosen depth"),
+                        ("explained_by_task", "share of its variance between task types"),
+                    )
+                    for row in select(section, metric=metric, family=family)
+                ],
+            ),
+        ]
+    low, high = paper.DEPTH_LENGTH_PEARSON
+    blocks.append(
+        Paragraph(
+            f"Beside the paper: Pearson's r of chosen depth and response length, 95 % interval [{number(low)}, "
+            f"{number(high)}] over {paper.NUM_TEST:,} sequences."
+        )
+    )
+    return blocks
