@@ -280,9 +280,10 @@ class KVCache:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``."""
+    """Bytes that can still be allocated on ``device``: on a GPU also those that torch keeps there, unused."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused_bytes
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -448,6 +448,14 @@ def test_too_little_memory_says_what_is_needed_and_what_fits(monkeypatch: pytest
     assert KVCache(1, 1, 1, 5080, 4, 64, torch.float32, CPU).num_slots == 5080
 
 
+def test_what_torch_keeps_unused_on_a_gpu_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 1)
+    known = {"mem_get_info": (300, 1000), "memory_reserved": 500, "memory_allocated": 200}
+    for name, answer in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: {gpu: answer}[device])
+    assert kv_cache.available_bytes(gpu) == 600
+
+
 def test_available_bytes_is_below_all_memory() -> None:
     import psutil
 
