@@ -21,6 +21,18 @@ MAX_STEP_GRAPHS = 32
 WHOLE_STEP_AFTER = 4
 
 
+# Of so many steps for each graph it is known how often they came.
+_SEEN_PER_GRAPH = 4
+
+
+@dataclass
+class _Seen:
+    """How often a step has to come until it is captured: from now on, and from when its graph was last dropped."""
+
+    num_left: int
+    num_needed: int
+
+
 class Graphs(Protocol):
     """Makes and launches graphs."""
 
@@ -51,8 +63,14 @@ class CudaGraphs:
         """See `Graphs.capture`."""
         graph = torch.cuda.CUDAGraph()
         free_before = self._free_bytes()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            launch()
+        # Not torch.cuda.graph, which waits for the device and gives torch's unused memory back to it: that takes longer
+        # than the capture, and hides what the graph takes.
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
         self.num_bytes += max(free_before - self._free_bytes(), 0)
         return graph
 
@@ -61,7 +79,6 @@ class CudaGraphs:
         native.replay([graph.raw_cuda_graph_exec() for graph in graphs], self.device)
 
     def _free_bytes(self) -> int:
-        torch.cuda.synchronize(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0])
 
 
@@ -78,13 +95,23 @@ class GraphMemory:
         return f"{self.num_graphs} graphs {graphs:.1f} MiB, static buffers {buffers:.1f} MiB"
 
 
+def sum_memory(parts: Sequence[GraphMemory]) -> GraphMemory:
+    """What all of ``parts`` take."""
+    return GraphMemory(
+        sum(part.num_graphs for part in parts),
+        sum(part.graph_bytes for part in parts),
+        sum(part.buffer_bytes for part in parts),
+    )
+
+
 class GraphedDecode:
     """Runs the steps of a `FusedDecode` from graphs.
 
     Paths known to the host: a step is the graphs of its layers, each for the bucket of its rows, launched in a chain;
-    a step that comes again and again is captured whole, and the least recently used of these are dropped. A layer
-    without rows is not launched. Masks that the device alone knows, and hidden-state gates: one graph of the whole
-    step, whose kernels read their rows and return at once where there are none.
+    a step that comes again and again is captured whole, and the least recently used of these are dropped. One that was
+    dropped has to come again twice as often as before, so that more mixes than graphs do not drive each other out with
+    every step. A layer without rows is not launched. Masks that the device alone knows, and hidden-state gates: one
+    graph of the whole step, whose kernels read their rows and return at once where there are none.
     Other controllers run their own code, which may wait for the device: their steps are launched without graphs.
     """
 
@@ -96,7 +123,7 @@ class GraphedDecode:
         self.max_step_graphs = max_step_graphs
         self._parts: dict[Hashable, Any] = {}
         self._steps: OrderedDict[tuple[StepWork, bool], Any] = OrderedDict()
-        self._seen: OrderedDict[tuple[StepWork, bool], int] = OrderedDict()
+        self._seen: OrderedDict[tuple[StepWork, bool], _Seen] = OrderedDict()
         self._chain: tuple[tuple[StepWork, bool], list[Any]] | None = None
 
     def run(self, work: StepWork, head: bool = True) -> None:
@@ -108,7 +135,7 @@ class GraphedDecode:
             self.graphs.replay([graph])
         elif work.controller is not None:
             self._run_controlled(work, head)
-        elif self._count(key) >= WHOLE_STEP_AFTER:
+        elif self._comes_often(key):
             self.graphs.replay([self._capture_step(work, head)])
         else:
             self.run_chain(work, head)
@@ -140,12 +167,18 @@ class GraphedDecode:
         if head:
             self.decoder.head(work.max_rows)
 
-    def _count(self, key: tuple[StepWork, bool]) -> int:
-        """How often the step came, this time included; only the last steps are remembered."""
-        self._seen[key] = self._seen.pop(key, 0) + 1
-        while len(self._seen) > 4 * self.max_step_graphs:
+    def _comes_often(self, key: tuple[StepWork, bool]) -> bool:
+        """Whether the step, this time included, came often enough to be captured; only the last are remembered."""
+        seen = self._remember(key)
+        seen.num_left -= 1
+        return seen.num_left <= 0
+
+    def _remember(self, key: tuple[StepWork, bool]) -> _Seen:
+        seen = self._seen.setdefault(key, _Seen(WHOLE_STEP_AFTER, WHOLE_STEP_AFTER))
+        self._seen.move_to_end(key)
+        while len(self._seen) > _SEEN_PER_GRAPH * self.max_step_graphs:
             self._seen.popitem(last=False)
-        return self._seen[key]
+        return seen
 
     def _capture_step(self, work: StepWork, head: bool) -> Any:
         decoder = self.decoder
@@ -159,7 +192,10 @@ class GraphedDecode:
         graph = self.graphs.capture(launch)
         self._steps[(work, head)] = graph
         while len(self._steps) > self.max_step_graphs:
-            self._steps.popitem(last=False)
+            dropped, _ = self._steps.popitem(last=False)
+            seen = self._remember(dropped)
+            seen.num_needed *= 2
+            seen.num_left = seen.num_needed
         return graph
 
     def _parts_of(self, work: StepWork, head: bool) -> list[Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from dynskip import native, row_reference
+from dynskip.decode_graphs import CudaGraphs
 
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and native.has_cuda()), reason="needs a GPU and the extension's CUDA part"
@@ -89,3 +93,56 @@ def test_planning_is_captured_and_follows_masks_that_change() -> None:
             for layer, num in enumerate(counts or ()):
                 assert torch.equal(result[layer, :num].cpu(), wanted[layer, :num])
             assert counts is not None or torch.equal(result.cpu(), wanted)
+
+
+class FakeGpu:
+    """Stands for what `CudaGraphs` asks of torch.cuda: it notes what it is asked, and waits for nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.free_bytes = 1000
+        fakes = {
+            "graph_pool_handle": lambda: (0, 1),
+            "Stream": lambda device: "side",
+            "stream": self.stream,
+            "CUDAGraph": lambda: self,
+            "mem_get_info": lambda device: (self.free_bytes, 2000),
+            "synchronize": lambda device=None: self.events.append("wait"),
+            "empty_cache": lambda: self.events.append("empty"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        self.events.append(f"on {stream}")
+        yield
+        self.events.append(f"off {stream}")
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert pool == (0, 1) and capture_error_mode == "thread_local"
+        self.events.append("begin")
+
+    def capture_end(self) -> None:
+        self.events.append("end")
+        self.free_bytes -= 30
+
+
+def test_a_capture_waits_for_nothing_and_counts_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    for count in (1, 2):
+        assert graphs.capture(lambda: gpu.events.append("launch")) is gpu
+        assert graphs.num_bytes == 30 * count
+    assert gpu.events == ["on side", "begin", "launch", "end", "off side"] * 2
+
+
+def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def launch() -> None:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        CudaGraphs(torch.device("cuda", 0)).capture(launch)
+    assert gpu.events[:3] == ["on side", "begin", "end"]
