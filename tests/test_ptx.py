@@ -35,6 +35,13 @@ LOOP = ("$L__BB0_1:", "add.s32 %r1, %r1, 1;", "@%p1 bra $L__BB0_1;")
         (["red.add.u32 [ %rd1 ], 1;", WAIT, RETURN], ["writes"]),
         (["st.b32 [ %rd1 ], 1;", WAIT, RETURN], ["writes"]),
         (["cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%rd1], [%r1];", WAIT, RETURN], ["writes"]),
+        # What it loads before may be out of date; a volatile load is a hint, parameters and shared memory are its own.
+        (["@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];", WAIT, RETURN], ["reads"]),
+        (["ld.global.nc.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 ];", WAIT, RETURN], ["reads"]),
+        (["ld.b32 %r1, [%rd1];", WAIT, RETURN], ["reads"]),
+        ([WAIT, "ld.global.b32 { %r1 }, [ %rd1 + 0 ];", RETURN], []),
+        (["ld.volatile.global.b32 { %r1 }, [ %rd1 ];", "ld.param.b64 %rd1, [k_param_0];", WAIT, RETURN], []),
+        (["ld.shared.b32 %r1, [%r2];", "ld.const.b32 %r1, [c];", WAIT, RETURN], []),
         (["prefetch.global.L2 [%rd1];", "cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 0x10, %r2;", WAIT, RETURN], []),
     ],
 )
