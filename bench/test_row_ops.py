@@ -59,7 +59,7 @@ def integers(values: Tensor) -> Tensor:
 def row_list(num_listed: int) -> RowList:
     num_rows = num_listed * 3 // 2
     listed = torch.randperm(num_rows)[:num_listed].sort().values
-    ids = torch.zeros(num_rows, dtype=torch.int64)
+    ids = torch.full((num_rows,), -1)
     ids[:num_listed] = listed
     return RowList(integers(ids), integers(torch.tensor([num_listed])), num_listed)
 

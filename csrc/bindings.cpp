@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
   m.def(
       "plan_rows(Tensor active, int first_layer, int kv_policy, Tensor cache_ids, Tensor(a!) context_lens, "
       "Tensor(b!) slot_tables, Tensor free_slots, Tensor(c!) slot_cursor, Tensor(d!) row_slots, Tensor(e!) run_ids, "
-      "Tensor(f!) num_run, Tensor(g!) kv_ids, Tensor(h!) num_kv, Tensor(i!) slots, Tensor(j!) key_limits, int num_threads=0) -> ()");
+      "Tensor(f!) num_run, Tensor(g!) kv_ids, Tensor(h!) num_kv, Tensor(i!) slots, Tensor(j!) key_limits, int num_threads=0, "
+      "bool overlaps=True, int carveout=-1) -> ()");
   m.def("has_packed_linear() -> bool");
   m.def("is_packed_linear_layout(Tensor weight, int packed_data, int packed_bytes) -> bool");
   m.def("packed_linear(Tensor x, int packed_data, int num_outputs, Tensor? bias, bool relu) -> Tensor");

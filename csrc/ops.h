@@ -59,7 +59,8 @@ torch::stable::Tensor packed_linear(
     const std::optional<torch::stable::Tensor>& bias,
     bool relu);
 
-// num_threads: how many threads share the work, 0 for the device's own choice; the result is the same.
+// num_threads: how many threads share the work, 0 for the device's own choice; the result is the same. On a GPU that can,
+// the kernel overlaps with the one before it; carveout: the percentage of L1 that it asks for as shared memory, or -1.
 void plan_rows(
     const torch::stable::Tensor& active,
     int64_t first_layer,
@@ -76,7 +77,9 @@ void plan_rows(
     const torch::stable::Tensor& num_kv,
     const torch::stable::Tensor& slots,
     const torch::stable::Tensor& key_limits,
-    int64_t num_threads);
+    int64_t num_threads,
+    bool overlaps,
+    int64_t carveout);
 
 // The name of the instruction set in use.
 std::string instruction_set();

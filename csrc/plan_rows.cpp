@@ -59,7 +59,9 @@ void plan_rows(
     const Tensor& num_kv,
     const Tensor& slots,
     const Tensor& key_limits,
-    int64_t num_threads) {
+    int64_t num_threads,
+    bool overlaps,
+    int64_t carveout) {
   DYNSKIP_CHECK(
       active.dim() == 2 && active.scalar_type() == ScalarType::Bool && (active.size(1) <= 1 || active.stride(1) == 1),
       "plan_rows: active must be [n, M] bool with contiguous rows, got ", shape_of(active),
@@ -82,6 +84,9 @@ void plan_rows(
   DYNSKIP_CHECK(
       num_threads >= 0 && num_threads <= 1024,
       "plan_rows: num_threads must be 1..1024, or 0 for the device's own choice, got ", num_threads, ". Leave it out.");
+  DYNSKIP_CHECK(
+      carveout >= -1 && carveout <= 100,
+      "plan_rows: carveout must be 0..100, or -1 for the driver's own choice, got ", carveout, ". Leave it out.");
   check_vector("cache_ids", cache_ids, num_rows, device);
   check_vector("free_slots", free_slots, free_slots.numel(), device);
   DYNSKIP_CHECK(
@@ -135,7 +140,7 @@ void plan_rows(
       key_limits.stride(0)};
 #ifdef DYNSKIP_WITH_CUDA
   if (active.is_cuda()) {
-    plan_rows_on_cuda(plan, static_cast<int32_t>(num_threads), device);
+    plan_rows_on_cuda(plan, static_cast<int32_t>(num_threads), device, overlaps, static_cast<int32_t>(carveout));
     return;
   }
 #endif

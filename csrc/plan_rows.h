@@ -62,6 +62,7 @@ struct PlanScratch {
   uint64_t* takes_part; // [num_words]: the rows with a sequence.
   uint64_t* has_slot; // [num_words]: the rows that have run an earlier layer of the step.
   int32_t* first_places; // [num_layers + 1]: where the first new key of a layer finds its slot; last, the next cursor.
+  int32_t* num_run; // [num_layers]: how many rows run a layer.
   int32_t* cursor; // [1]: the place of the next free slot, as the call found it.
   int32_t num_words;
 
@@ -70,7 +71,7 @@ struct PlanScratch {
   }
 
   DYNSKIP_HOST_DEVICE static int64_t num_bytes(int32_t num_layers, int32_t num_rows) {
-    return (2 * int64_t{num_layers} + 2) * words_for(num_rows) * 8 + (int64_t{num_layers} + 2) * 4;
+    return (2 * int64_t{num_layers} + 2) * words_for(num_rows) * 8 + (2 * int64_t{num_layers} + 2) * 4;
   }
 
   DYNSKIP_HOST_DEVICE PlanScratch(uint64_t* memory, int32_t num_layers, int32_t num_rows)
@@ -81,7 +82,8 @@ struct PlanScratch {
     takes_part = kv + layer_words;
     has_slot = takes_part + num_words;
     first_places = reinterpret_cast<int32_t*>(has_slot + num_words);
-    cursor = first_places + num_layers + 1;
+    num_run = first_places + num_layers + 1;
+    cursor = num_run + num_layers;
   }
 };
 
@@ -185,7 +187,7 @@ DYNSKIP_HOST_DEVICE inline void count(
         num_run += num_bits(scratch.run[word]);
         num_kv += num_bits(scratch.kv[word]);
       }
-      plan.num_run[layer] = num_run;
+      scratch.num_run[layer] = plan.num_run[layer] = num_run;
       plan.num_kv[layer] = num_kv;
     }
   }
@@ -209,7 +211,7 @@ DYNSKIP_HOST_DEVICE inline int32_t last_slot(
   return plan.starts_step ? -1 : plan.row_slots[row];
 }
 
-// Writes the lists, and appends to the tables: one row of one layer at a time.
+// Writes the lists, and appends to the tables: one row of one layer at a time, and as many places of the lists.
 DYNSKIP_HOST_DEVICE inline PlanFailure append(
     const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   PlanFailure failure = PlanFailure::kNone;
@@ -220,12 +222,21 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
     const uint64_t* kv = scratch.kv + layer * scratch.num_words;
     int32_t slot = -1;
     int32_t key_limit = 0;
+    int32_t* run_ids = plan.run_ids + layer * plan.run_ids_stride;
+    int32_t* kv_ids = plan.kv_ids + layer * plan.kv_ids_stride;
+    // No row has a place of this number or a higher one: the end of the list, which kernels look for.
+    if (row >= scratch.num_run[layer]) {
+      run_ids[row] = -1;
+    }
+    if (row >= scratch.first_places[layer + 1] - scratch.first_places[layer]) {
+      kv_ids[row] = -1;
+    }
     if (has_bit(run, row)) {
-      plan.run_ids[layer * plan.run_ids_stride + rank(run, row)] = row;
+      run_ids[rank(run, row)] = row;
     }
     if (has_bit(kv, row)) {
       const int32_t place = rank(kv, row);
-      plan.kv_ids[layer * plan.kv_ids_stride + place] = row;
+      kv_ids[place] = row;
       slot = new_slot(plan, scratch, layer, place);
       // Such a key is neither stored nor appended, and reported: a wrong bound never reads or writes other memory.
       failure = slot < 0 ? PlanFailure::kNoFreeSlot : failure;
@@ -295,7 +306,8 @@ DYNSKIP_HOST_DEVICE inline PlanFailure run_phase(
 PlanFailure plan_rows_on_cpu(const RowPlan& plan, int32_t num_threads);
 
 // Launches one block on torch's current stream; 0 threads: as many as there is work for. A PlanFailure is an assertion
-// on the device.
-void plan_rows_on_cuda(const RowPlan& plan, int32_t num_threads, int32_t device_index);
+// on the device. overlaps, carveout: see ops.h.
+void plan_rows_on_cuda(
+    const RowPlan& plan, int32_t num_threads, int32_t device_index, bool overlaps = true, int32_t carveout = -1);
 
 } // namespace dynskip

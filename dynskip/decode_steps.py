@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dynskip.controllers import HiddenStateGate
 from dynskip.decode_graphs import CudaGraphs, GraphedDecode, GraphMemory
-from dynskip.decode_work import StepWork
+from dynskip.decode_work import ROW_BUCKETS, LayerWork, StepWork, row_bucket
 from dynskip.fused_decode import FusedDecode
-from dynskip.plan import Plan
+from dynskip.kv_cache import KVCache
+from dynskip.plan import KVPolicy, Plan
 from dynskip.step import RowCounts, Step
 
 
@@ -21,16 +22,18 @@ class DecodeSteps:
     def __init__(self, decoder: FusedDecode, row_counts: RowCounts) -> None:
         self.decoder = decoder
         self.row_counts = row_counts
-        device = decoder.cache.k_cache.device
+        device = decoder.k_cache.device
         self.graphs = GraphedDecode(decoder, CudaGraphs(device)) if device.type == "cuda" else None
         self._plan: Plan | None = None
         self._work: StepWork | None = None
         self._cache_ids: Tensor | None = None
 
-    def run(self, step: Step, head: bool, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def run(
+        self, step: Step, cache: KVCache, head: bool, on_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """Run ``step``: [N, C], the last layer's output, or with ``head`` [N, V], the logits.
 
-        What comes back is overwritten by the next step.
+        cache: the one whose tensors the decoder has. What comes back is overwritten by the next step.
         """
         decoder, buffers, plan = self.decoder, self.decoder.buffers, step.plan
         num_rows = plan.rows.num_rows
@@ -45,7 +48,10 @@ class DecodeSteps:
             if isinstance(self._work.controller, HiddenStateGate):
                 decoder.prepare_gate(self._work.controller)
         work = self._work
-        self._reserve(plan)
+        if plan.active is None:
+            cache.reserve(plan.num_layers * num_rows)
+        else:
+            cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer), exact=True)
         if self.graphs is not None and on_layer is None:
             self.graphs.run(work, head)
         else:
@@ -56,16 +62,18 @@ class DecodeSteps:
         self._count(plan)
         return (buffers.logits if head else buffers.hidden_states)[:num_rows]
 
+    def warm_up(self, max_rows: int) -> None:
+        """Compile and load the kernels of steps of at most ``max_rows`` rows, for every bucket; nothing changes."""
+        largest = min(row_bucket(max_rows), self.decoder.max_rows)
+        for bucket in ROW_BUCKETS:
+            if bucket <= largest:
+                # One layer stands for all: they have the same kernels.
+                self.decoder.warm_up(StepWork(bucket, KVPolicy.EVICT, (LayerWork(0, bucket, bucket),)))
+
     @property
     def memory(self) -> GraphMemory:
         """What graphs and static buffers take."""
         return GraphMemory(0, 0, self.decoder.num_bytes) if self.graphs is None else self.graphs.memory
-
-    def _reserve(self, plan: Plan) -> None:
-        if plan.active is None:
-            self.decoder.cache.reserve(plan.num_layers * plan.rows.num_rows)
-        else:
-            self.decoder.cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer), exact=True)
 
     def _count(self, plan: Plan) -> None:
         counts = self.row_counts

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from dynskip import prompt_attention
 from dynskip.backends import Backend, BackendWarning
-from dynskip.decode_graphs import GraphMemory
+from dynskip.decode_graphs import GraphMemory, sum_memory
 from dynskip.decode_steps import DecodeSteps
 from dynskip.decode_work import ROW_BUCKETS, row_bucket
 from dynskip.fused_decode import FusedDecode
@@ -47,7 +48,8 @@ class CompactExecutor:
             self.fuses = False
             warnings.warn(f"Decode steps run op by op, not fused. {reason}", BackendWarning, stacklevel=3)
         self._retired: KVCache | None = None
-        self._steps: DecodeSteps | None = None
+        # Several batches may take turns, each with a cache of its own; what was made for one lives as long as it.
+        self._steps: WeakKeyDictionary[KVCache, DecodeSteps] = WeakKeyDictionary()
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
         """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all.
@@ -58,7 +60,7 @@ class CompactExecutor:
         if cache is not None and cache.holds(num_seqs, max_context_len, num_slots):
             cache.clear()
             return cache
-        self._steps = None
+        del cache  # the new one may need its memory
         layer = self.decoder.stack()[0]
         table = self.decoder.embed_positions.weight
         return KVCache(
@@ -74,22 +76,31 @@ class CompactExecutor:
 
     def retire(self, cache: KVCache) -> None:
         """Say that nobody needs ``cache`` any more. It is kept for the next batch where graphs were made for it."""
-        if self._steps is not None and self._steps.decoder.cache is cache:
+        if cache in self._steps:
             self._retired = cache
 
     def release(self) -> None:
         """Give back the memory of the retired cache, of static buffers and of graphs."""
-        self._retired = self._steps = None
+        self._retired = None
+        self._steps.clear()
+
+    def warm_up(self, cache: KVCache, max_rows: int) -> None:
+        """Compile and load what fused decode steps of at most ``max_rows`` rows launch: no step waits for it later.
+
+        Without a GPU kernels are interpreted, and there is nothing to compile.
+        """
+        if self.fuses and cache.k_cache.device.type == "cuda":
+            self._steps_of(cache).warm_up(min(max_rows, ROW_BUCKETS[-1]))
 
     @property
     def graph_memory(self) -> GraphMemory | None:
         """What graphs and static buffers of fused steps take on the device; None where there are none."""
-        return None if self._steps is None else self._steps.memory
+        return sum_memory([steps.memory for steps in self._steps.values()]) if self._steps else None
 
     def logits(self, step: Step, cache: KVCache) -> Tensor | None:
         """[N, V]: the logits of a decode step that runs fused, head included; None where ``run`` has to be called."""
         steps = self._decode_steps(step, cache)
-        return None if steps is None else steps.run(step, head=True)
+        return None if steps is None else steps.run(step, cache, head=True)
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""
@@ -110,7 +121,8 @@ class CompactExecutor:
             cache.may_repeat = True
         steps = self._decode_steps(step, cache)
         if steps is not None:
-            return steps.run(step, head=False, on_layer=on_layer)
+            assert cache is not None, "decoding needs a cache"
+            return steps.run(step, cache, head=False, on_layer=on_layer)
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic)
         entries = _Entries(self, step, cache) if cache is not None else None
         for index, layer in enumerate(self.decoder.stack()):
@@ -124,12 +136,16 @@ class CompactExecutor:
     def _decode_steps(self, step: Step, cache: KVCache | None) -> DecodeSteps | None:
         if not (self.fuses and step.decode and cache is not None and step.plan.rows.num_rows <= ROW_BUCKETS[-1]):
             return None
-        if self._steps is None or self._steps.decoder.cache is not cache:
+        return self._steps_of(cache)
+
+    def _steps_of(self, cache: KVCache) -> DecodeSteps:
+        steps = self._steps.get(cache)
+        if steps is None:
             max_rows = row_bucket(min(cache.context_lens.shape[1], ROW_BUCKETS[-1]))
             ops = get_row_ops("triton")
             fused = FusedDecode(self.decoder, self.lm_head, cache, max_rows, ops, self.deterministic)
-            self._steps = DecodeSteps(fused, self.row_counts)
-        return self._steps
+            steps = self._steps[cache] = DecodeSteps(fused, self.row_counts)
+        return steps
 
     def _run_layer(
         self,

@@ -14,7 +14,6 @@ from dynskip.decode_work import LayerWork, StepWork
 from dynskip.kernels.row_list import RowList
 from dynskip.kv_cache import KVCache
 from dynskip.linear import Linear
-from dynskip.plan import KVPolicy
 from dynskip.row_ops import RowOps
 from dynskip.row_reference import KV_POLICY_CODES
 
@@ -28,7 +27,8 @@ class DecodeBuffers:
 
     token_ids, position_ids: [M], int64. cache_ids: [M], int32, each row's sequence in the cache, -1 for an empty row.
     hidden_states: [M, C], the residual stream. normed, query, attention: [M, C]. inner: [M, F]. logits: [M, V].
-    active: [L, M], bool, which rows run which layer. The rest is what `plan_rows` makes of it.
+    active: [L, M], bool, which rows run which layer. all_ids: [M], int32, the rows of the step, then -1. The rest is
+        what `plan_rows` makes of it.
     """
 
     token_ids: Tensor
@@ -74,7 +74,7 @@ class DecodeBuffers:
             inner=rows(ffn_size),
             logits=rows(vocab_size),
             active=integers(num_layers, max_rows, dtype=torch.bool),
-            all_ids=torch.arange(max_rows, dtype=torch.int32, device=table.device),
+            all_ids=integers(max_rows).fill_(-1),
             num_rows=integers(1),
             row_slots=integers(max_rows),
             run_ids=integers(num_layers, max_rows),
@@ -92,6 +92,8 @@ class DecodeBuffers:
 
 class FusedDecode:
     """Runs decode steps of the sequences of one cache, one token a sequence, by the fused kernels of ``ops``.
+
+    It has the cache's tensors, and leaves to others how long the cache itself is kept.
 
     Every method only launches: nothing is allocated, copied from the host or waited for, so that all of them can be
     captured in a CUDA graph. What a step does is given by a `StepWork`; which rows do it stands on the device.
@@ -112,7 +114,9 @@ class FusedDecode:
         if reason is not None:
             raise ValueError(f"FusedDecode: the model must be one that the fused kernels know, but {reason}.")
         self.decoder = decoder
-        self.cache = cache
+        self.k_cache, self.v_cache = cache.k_cache, cache.v_cache
+        self.slot_tables, self.context_lens = cache.slot_tables, cache.context_lens
+        self.free_slots, self.slot_cursor = cache.free_slots, cache.slot_cursor
         self.max_rows = max_rows
         self.ops = ops
         self.deterministic = deterministic
@@ -140,6 +144,8 @@ class FusedDecode:
     def set_rows(self, cache_ids: Tensor) -> None:
         """Put the sequences ``cache_ids`` ([N], int) into rows 0..N-1, and nobody into the others."""
         num_rows = cache_ids.shape[0]
+        torch.arange(num_rows, out=self.buffers.all_ids[:num_rows])
+        self.buffers.all_ids[num_rows:].fill_(-1)
         self.buffers.cache_ids[:num_rows].copy_(cache_ids, non_blocking=True)
         self.buffers.cache_ids[num_rows:].fill_(-1)
         self.buffers.num_rows.fill_(num_rows)
@@ -177,21 +183,23 @@ class FusedDecode:
     def warm_up(self, work: StepWork) -> None:
         """Launch all that ``work`` launches, for no rows: kernels are compiled and loaded, and nothing changes."""
         buffers = self.buffers
-        cache_ids, num_rows = buffers.cache_ids.clone(), buffers.num_rows.clone()
+        of_rows = (buffers.cache_ids, buffers.all_ids, buffers.num_rows)
+        before = [tensor.clone() for tensor in of_rows]
         buffers.cache_ids.fill_(-1)
+        buffers.all_ids.fill_(-1)
         buffers.num_rows.zero_()
         if isinstance(work.controller, HiddenStateGate):
             self.prepare_gate(work.controller)
         self.run(work)
         self.head(work.max_rows)
-        buffers.cache_ids.copy_(cache_ids)
-        buffers.num_rows.copy_(num_rows)
+        for tensor, values in zip(of_rows, before, strict=True):
+            tensor.copy_(values)
 
     def begin(self, work: StepWork) -> None:
         """Embed the tokens, and plan all layers unless a controller is asked later."""
         buffers, ops = self.buffers, self.ops
         if work.controller is None:
-            self._plan(work.kv_policy, 0, len(self.layers))
+            self._plan(work, 0, len(self.layers))
         decoder = self.decoder
         ops.embed_rows(
             buffers.token_ids,
@@ -208,7 +216,7 @@ class FusedDecode:
         index = layer_work.layer
         if work.controller is not None:
             self._decide(work, index)
-        buffers, ops, layer, cache = self.buffers, self.ops, self.layers[index], self.cache
+        buffers, ops, layer = self.buffers, self.ops, self.layers[index]
         hidden_states, normed = buffers.hidden_states, buffers.normed
         num_run, num_kv = buffers.counts[0, index : index + 1], buffers.counts[1, index : index + 1]
         if layer_work.max_kv:
@@ -220,8 +228,8 @@ class FusedDecode:
                 layer.qkv_weight,
                 layer.qkv_bias,
                 buffers.query,
-                cache.k_cache,
-                cache.v_cache,
+                self.k_cache,
+                self.v_cache,
                 buffers.slots[index],
                 normed,
                 self.deterministic,
@@ -232,9 +240,9 @@ class FusedDecode:
         ops.attend_rows(
             buffers.query,
             run,
-            cache.k_cache,
-            cache.v_cache,
-            cache.slot_tables[index],
+            self.k_cache,
+            self.v_cache,
+            self.slot_tables[index],
             buffers.cache_ids,
             buffers.key_limits[index],
             layer.scale,
@@ -295,28 +303,29 @@ class FusedDecode:
             assert controller is not None
             # Rows behind those of the step hold old numbers; what is said of them is never looked at.
             rows = slice(0, work.max_rows)
-            context = TokenContext(
-                buffers.all_ids[rows], buffers.position_ids[rows], torch.zeros_like(buffers.active[0, rows])
-            )
+            seq_ids = buffers.all_ids[rows].clamp(min=0)
+            context = TokenContext(seq_ids, buffers.position_ids[rows], torch.zeros_like(buffers.active[0, rows]))
             active[rows].copy_(controller.active(layer, buffers.hidden_states[rows], context))
-        self._plan(work.kv_policy, layer, 1)
+        self._plan(work, layer, 1)
 
-    def _plan(self, kv_policy: KVPolicy, first_layer: int, num_layers: int) -> None:
-        buffers, cache = self.buffers, self.cache
+    def _plan(self, work: StepWork, first_layer: int, num_layers: int) -> None:
+        # Of the buffers, which have a row for each sequence of the cache, no more than the step may use: one block of
+        # threads goes over all of it.
+        buffers, rows = self.buffers, slice(0, work.max_rows)
         self.ops.plan_rows(
-            buffers.active[first_layer : first_layer + num_layers],
+            buffers.active[first_layer : first_layer + num_layers, rows],
             first_layer,
-            KV_POLICY_CODES[kv_policy],
-            buffers.cache_ids,
-            cache.context_lens,
-            cache.slot_tables,
-            cache.free_slots,
-            cache.slot_cursor,
-            buffers.row_slots,
-            buffers.run_ids,
+            KV_POLICY_CODES[work.kv_policy],
+            buffers.cache_ids[rows],
+            self.context_lens,
+            self.slot_tables,
+            self.free_slots,
+            self.slot_cursor,
+            buffers.row_slots[rows],
+            buffers.run_ids[:, rows],
             buffers.counts[0],
-            buffers.kv_ids,
+            buffers.kv_ids[:, rows],
             buffers.counts[1],
-            buffers.slots,
-            buffers.key_limits,
+            buffers.slots[:, rows],
+            buffers.key_limits[:, rows],
         )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynskip.kernels import switches
 from dynskip.torch_backend import prefill_attention
 
 __all__ = [
@@ -141,6 +142,7 @@ def plan_rows(
     On a GPU one launch of one block on the current stream, without a question to the host, so that it can be captured.
     A table without room for a new entry is an error, and a new key without a free slot: on a CPU a RuntimeError, on a
     GPU an assertion on the device. Then neither is written, and `slot_cursor` stops at the end of `free_slots`.
+    `switches` say whether the kernel may overlap with the one before it.
 
     Cost: reads and writes 25 bytes a row and layer.
     """
@@ -162,6 +164,8 @@ def plan_rows(
         num_kv,
         slots,
         key_limits,
+        overlaps=switches.pdl(),
+        carveout=-1 if (percent := switches.carveout()) is None else percent,
     )
 
 

@@ -193,8 +193,8 @@ def plan_rows(
     rows. row_slots `[M], int32`: the slot of the last layer that the row ran in this step, -1 before; reset where
     first_layer is 0.
 
-    The plan, mutated: run_ids, kv_ids `[L, M], int32`: the rows, increasing, undefined behind their number. num_run,
-    num_kv `[L], int32`. slots `[L, M], int32`: where the row's new key and value go, -1 for none. key_limits `[L, M],
+    The plan, mutated: run_ids, kv_ids `[L, M], int32`: the rows, increasing, and -1 behind them. num_run, num_kv `[L],
+    int32`. slots `[L, M], int32`: where the row's new key and value go, -1 for none. key_limits `[L, M],
     int32`: the entries of its table that the row attends to, its own included. Only the n layers are written.
 
     With ABSENT and EVICT a row that runs computes a key. With PROPAGATE every row does. With SHARE rows that run do,
@@ -228,8 +228,9 @@ def plan_rows(
             key_limits[layer, row] = context_lens[layer, seq]
             if runs:
                 row_slots[row] = slots[layer, row]
-        run_ids[layer, : len(run)] = torch.tensor(run, dtype=torch.int32, device=run_ids.device)
-        kv_ids[layer, : len(kv)] = torch.tensor(kv, dtype=torch.int32, device=kv_ids.device)
+        for ids, rows in ((run_ids, run), (kv_ids, kv)):
+            padded = rows + [-1] * (len(mask) - len(rows))
+            ids[layer] = torch.tensor(padded, dtype=torch.int32, device=ids.device)
         num_run[layer], num_kv[layer] = len(run), len(kv)
 
 

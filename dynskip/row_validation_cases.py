@@ -24,15 +24,16 @@ _POISON = -77
 def _row_list(
     draw: Draw, num_listed: int, num_rows: int = _NUM_ROWS, max_rows: int | None = None, shuffled: bool = False
 ) -> RowList:
-    """Some of `num_rows` rows, increasing unless `shuffled`; behind them in `ids` stand the others."""
+    """Some of `num_rows` rows, increasing unless `shuffled`; behind `max_rows` in `ids` stand others."""
     permutation = draw.permutation(num_rows)
     listed = permutation[:num_listed] if shuffled else sorted(permutation[:num_listed])
     bucket = 1
     while bucket < num_listed:
         bucket *= 2
-    ids = draw.guarded(draw.index(*listed, *permutation[num_listed:]), _POISON)
-    num = draw.guarded(draw.index(num_listed), _POISON)
-    return RowList(ids, num, min(bucket, num_rows) if max_rows is None else max_rows)
+    max_rows = min(bucket, num_rows) if max_rows is None else max_rows
+    ends = [-1] * (max_rows - num_listed)
+    ids = draw.guarded(draw.index(*listed, *ends, *permutation[max_rows:]), _POISON)
+    return RowList(ids, draw.guarded(draw.index(num_listed), _POISON), max_rows)
 
 
 def _misaligned(draw: Draw, rows: RowList) -> RowList:

@@ -18,13 +18,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(
-    do_not_specialize=["max_rows"],
-    do_not_specialize_on_alignment=["ids_ptr", "num_ptr", "slot_table_ptr", "seq_ids_ptr", "key_limits_ptr"],
+    do_not_specialize=["max_rows", "stride_table_row"],
+    do_not_specialize_on_alignment=["ids_ptr", "slot_table_ptr", "seq_ids_ptr", "key_limits_ptr"],
 )
 def attend_rows_kernel(
     q_ptr,
     ids_ptr,
-    num_ptr,
     k_cache_ptr,
     v_cache_ptr,
     slot_table_ptr,
@@ -54,20 +53,23 @@ def attend_rows_kernel(
     """One program for BLOCK_H heads and one item: some consecutive cached tokens of one row.
 
     A row that is one item is done with it; otherwise whichever program of the row ends last puts its items together,
-    always in their order. Items beyond those needed end at once.
+    always in their order. Items beyond those needed end at once. Heads vary fastest, so that the programs that read the
+    same slots run side by side; all on the one axis of the grid that may be longer than 65,535.
     """
-    group = tl.program_id(0)
-    item = tl.program_id(1)
+    num_groups: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    num_items = tl.num_programs(0) // num_groups
+    group = tl.program_id(0) % num_groups
+    item = tl.program_id(0) // num_groups
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if SPLIT_TOKENS:
         index, row, sequence, limit, num_splits, split_tokens, split = find_item_of_fixed_size(
-            item, ids_ptr, num_ptr, seq_ids_ptr, key_limits_ptr, max_rows, HAS_ROWS, SPLIT_TOKENS
+            item, num_items, ids_ptr, seq_ids_ptr, key_limits_ptr, max_rows, HAS_ROWS, SPLIT_TOKENS
         )
     else:
         index, row, sequence, limit, num_splits, split_tokens, split = find_item(
-            item, ids_ptr, num_ptr, seq_ids_ptr, key_limits_ptr, max_rows, TARGET_ITEMS, BLOCK_R, BLOCK_S
+            item, ids_ptr, seq_ids_ptr, key_limits_ptr, max_rows, TARGET_ITEMS, BLOCK_R, BLOCK_S
         )
     if split >= num_splits:
         return
@@ -108,8 +110,7 @@ def attend_rows_kernel(
         return
 
     # Partials: [items, groups, BLOCK_H, BLOCK_D] sums, then [items, groups, BLOCK_H] maxima, and as many totals.
-    num_groups = tl.num_programs(0)
-    num_parts = tl.num_programs(1) * num_groups
+    num_parts = num_items * num_groups
     maxima_ptr = partials_ptr + num_parts * (BLOCK_H * BLOCK_D)
     totals_ptr = maxima_ptr + num_parts * BLOCK_H
     part = item * num_groups + group
@@ -281,17 +282,16 @@ def launch_attention(
     workspace: Workspace,
 ) -> None:
     """Launches `attend_rows_kernel` for the op called `op`. rows: a list of them, or the number of all."""
-    ids, num, max_rows = (None, None, rows) if isinstance(rows, int) else rows
+    ids, max_rows = (None, rows) if isinstance(rows, int) else (rows.ids, rows.max_rows)
     num_heads, head_size = k_cache.shape[1:]
     num_lanes = config["num_warps"] * 32 * (16 // q.itemsize) // (splits.block_h * splits.block_d)
     launch(
         op,
         attend_rows_kernel,
-        (splits.num_groups, splits.num_items),
+        (splits.num_groups * splits.num_items,),
         q.device,
         q,
         ids,
-        num,
         k_cache,
         v_cache,
         slot_table,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dynskip.kernels import switches
 from dynskip.kernels.launches import compute_capability
 
 Config = Mapping[str, int]
@@ -21,7 +23,8 @@ Table = dict[str, Any]
 FOLDER = Path(__file__).with_name("configs")
 DEFAULT = "generic"
 
-_LINEAR = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "WEIGHTS_LEFT", "PREFETCH_K", "PDL", "num_warps", "num_stages")
+_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "WEIGHTS_LEFT")
+_LINEAR = (*_TILES, "PREFETCH_K", "PREFETCH_MIB", "PDL", "num_warps", "num_stages")
 KEYS: dict[str, tuple[str, ...]] = {
     "embed_rows": ("PDL", "num_warps"),
     "norm_rows": ("PDL", "num_warps"),
@@ -69,7 +72,7 @@ def get_config(
     shape: N and K of the matrix, where the op multiplies by one. deterministic: one config for every number of rows.
     Raises: ValueError for an unknown op or dtype. Cost: a look-up, after the first call.
     """
-    key = (op, device, dtype, max_rows, shape, deterministic)
+    key = (op, device, dtype, max_rows, shape, deterministic, os.environ.get(switches.CONFIGS))
     config = _found.get(key)
     if config is None:
         config = _found[key] = _choose(get_entries(op, device, dtype, deterministic), max_rows, shape)
@@ -77,7 +80,10 @@ def get_config(
 
 
 def get_entries(op: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> list[Entry]:
-    """All configs that `get_config` may choose from, by rising `max_rows`, those for one shape first."""
+    """All configs that `get_config` may choose from, by rising `max_rows`, those for one shape first.
+
+    They are those of `use_configs`, else of DYNSKIP_CONFIGS, else of the device's table.
+    """
     if op not in KEYS:
         raise ValueError(f"get_config: op must be one of {', '.join(KEYS)}, got {op!r}. Name one of these.")
     if str(dtype.itemsize) not in _ITEMSIZES:
@@ -114,7 +120,7 @@ def use_configs(table: Path | str | Table) -> Iterator[None]:
 
 def pdl_options(config: Config, device: torch.device) -> dict[str, bool]:
     """Launch options: whether a kernel may start while the one before it ends, which GPUs can since sm_90."""
-    use_pdl = bool(config["PDL"]) and compute_capability(device) >= 90
+    use_pdl = bool(config["PDL"]) and compute_capability(device) >= 90 and switches.pdl()
     return {"USE_PDL": use_pdl, "launch_pdl": use_pdl}
 
 
@@ -153,20 +159,23 @@ def _choose(entries: list[Entry], max_rows: int, shape: tuple[int, int] | None) 
 def _entries_for(device: torch.device) -> _Entries:
     if _override is not None:
         return _override
+    path = switches.configs()
+    if path is not None:
+        return _with_default(_read_once(path))
     name = DEFAULT
     if device.type == "cuda":
         slug = device_slug(torch.cuda.get_device_name(device))
         name = slug if slug in config_names() else DEFAULT
-    return _with_default(_read_shipped(name))
+    return _with_default(_read_once(FOLDER / f"{name}.json"))
 
 
 @functools.cache
-def _read_shipped(name: str) -> _Entries:
-    return read_table(FOLDER / f"{name}.json")
+def _read_once(path: Path) -> _Entries:
+    return read_table(path)
 
 
 def _with_default(entries: _Entries) -> _Entries:
-    return _read_shipped(DEFAULT) | entries
+    return _read_once(FOLDER / f"{DEFAULT}.json") | entries
 
 
 def _read_group(op: str, group: list[dict[str, Any]], source: str) -> list[Entry]:

@@ -58,8 +58,8 @@ def workspace_sizes(
 @triton.jit
 def find_item_of_fixed_size(
     item,
+    num_items,
     ids_ptr,
-    num_ptr,
     seq_ids_ptr,
     key_limits_ptr,
     max_rows,
@@ -72,13 +72,13 @@ def find_item_of_fixed_size(
     the row attends to, in how many items of how many tokens; and which of these items it is. An item that no row needs
     is one of 0 items.
     """
-    items_per_row = tl.num_programs(1) // max_rows
+    items_per_row = num_items // max_rows
     index = item // items_per_row
     row = index
     is_listed = index < max_rows
     if HAS_ROWS:
-        is_listed = index < tl.load(num_ptr)
-        row = tl.load(ids_ptr + index, mask=is_listed, other=0)
+        row = tl.load(ids_ptr + index, mask=is_listed, other=-1)
+        is_listed = row >= 0
     sequence = tl.load(seq_ids_ptr + row, mask=is_listed, other=0)
     limit = tl.load(key_limits_ptr + row, mask=is_listed, other=0)
     num_splits = tl.where(is_listed, tl.maximum(tl.cdiv(limit, SPLIT_TOKENS), 1), 0)
@@ -89,7 +89,6 @@ def find_item_of_fixed_size(
 def find_item(
     item,
     ids_ptr,
-    num_ptr,
     seq_ids_ptr,
     key_limits_ptr,
     max_rows,
@@ -103,9 +102,8 @@ def find_item(
     end in a shorter one, there are at most TARGET_ITEMS + max_rows.
     """
     indices = tl.arange(0, BLOCK_R)
-    # The list may be read as far as it goes, before its length is known; what is found there may not.
-    rows = tl.load(ids_ptr + indices, mask=indices < max_rows, other=0)
-    is_listed = indices < tl.load(num_ptr)
+    rows = tl.load(ids_ptr + indices, mask=indices < max_rows, other=-1)
+    is_listed = rows >= 0
     limits = tl.load(key_limits_ptr + rows, mask=is_listed, other=0)
     sequences = tl.load(seq_ids_ptr + rows, mask=is_listed, other=0)
     tokens_per_item = tl.cdiv(tl.sum(limits, axis=0), TARGET_ITEMS)

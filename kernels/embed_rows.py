@@ -13,13 +13,12 @@ from dynskip.kernels.row_list import RowList
 
 @triton.jit(
     do_not_specialize=["position_offset"],
-    do_not_specialize_on_alignment=["token_ids_ptr", "position_ids_ptr", "ids_ptr", "num_ptr"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "position_ids_ptr", "ids_ptr"],
 )
 def embed_rows_kernel(
     token_ids_ptr,
     position_ids_ptr,
     ids_ptr,
-    num_ptr,
     token_table_ptr,
     position_table_ptr,
     position_offset,
@@ -37,10 +36,9 @@ def embed_rows_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    index = tl.program_id(0)
-    if index >= tl.load(num_ptr):
+    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
+    if row < 0:
         return
-    row = tl.load(ids_ptr + index).to(tl.int64)
     token = tl.load(token_ids_ptr + row) * stride_token
     position = (tl.load(position_ids_ptr + row) + position_offset) * stride_position
     embedded = tl.load(token_table_ptr + token + columns, mask=inside, other=0.0).to(tl.float32)
@@ -72,7 +70,6 @@ def embed_rows(
         token_ids,
         position_ids,
         rows.ids,
-        rows.num,
         token_table,
         position_table,
         position_offset,

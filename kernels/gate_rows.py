@@ -11,11 +11,10 @@ from dynskip.kernels.launches import launch
 from dynskip.kernels.row_list import RowList
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "num_ptr", "active_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "bias_ptr", "active_ptr"])
 def gate_rows_kernel(
     x_ptr,
     ids_ptr,
-    num_ptr,
     weight_ptr,
     bias_ptr,
     active_ptr,
@@ -29,10 +28,9 @@ def gate_rows_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    index = tl.program_id(0)
-    if index >= tl.load(num_ptr):
+    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
+    if row < 0:
         return
-    row = tl.load(ids_ptr + index).to(tl.int64)
     skips = tl.zeros([BLOCK_C], tl.float32)
     runs = tl.zeros([BLOCK_C], tl.float32)
     for first in range(0, num_columns, BLOCK_C):
@@ -62,7 +60,6 @@ def gate_rows(x: Tensor, rows: RowList, weight: Tensor, bias: Tensor | None, act
         x.device,
         x,
         rows.ids,
-        rows.num,
         weight,
         bias,
         active,

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynskip.kernels.launches import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_ids_ptr"])
 def gather_layer_norm_kernel(
     x_ptr,
     row_ids_ptr,

@@ -9,7 +9,7 @@ from torch import Tensor
 from dynskip.kernels.launches import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
 def kv_store_kernel(
     k_ptr,
     v_ptr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,8 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dynskip.kernels import switches
+
 LAUNCHES: Counter[str] = Counter()
 """Launches by op name, since the process began or the last `LAUNCHES.clear()`. An op without work launches nothing."""
+
+
+# CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of cuda.h.
+_CARVEOUT = 9
 
 
 class _Offline(NamedTuple):
@@ -35,9 +42,23 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *a
     LAUNCHES[op] += 1
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, enable_fp_fusion=True, **options)
+            compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
     else:
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+        compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+    percent = switches.carveout()
+    if percent is not None and device.type == "cuda":
+        # From its second launch on: a graph captures a kernel after it was warmed up.
+        _prefer_shared_memory(compiled.function, percent)
+
+
+@functools.cache
+def _prefer_shared_memory(function: int, percent: int) -> None:
+    """Has the kernel at the handle `function` ask for `percent` of L1 as shared memory, once."""
+    error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), _CARVEOUT, percent)
+    if error:
+        raise RuntimeError(
+            f"launch: {switches.CARVEOUT} must be taken by the driver, got CUDA error {error} for {percent}. Unset it."
+        )
 
 
 def compute_capability(device: torch.device) -> int:

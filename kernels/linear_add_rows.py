@@ -54,8 +54,8 @@ def linear_add_rows_kernel(
     last_k = tl.minimum(first_k + split_k, K)
     if USE_PDL:
         wait_for_earlier_kernels(num_ptr, tile, weight_ptr, columns, in_matrix, K, first_k, last_k, PREFETCH_K)
-    rows, is_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M)
-    if tile * BLOCK_M >= num:
+    rows, is_row, has_rows = find_rows(ids_ptr, max_rows, tile, BLOCK_M)
+    if not has_rows:
         return
     if HAS_BIAS:
         # Read before the products, not after them, when there is nothing else to do meanwhile.
@@ -144,7 +144,7 @@ def linear_add_rows(
         rows.max_rows,
         HAS_BIAS=bias is not None,
         SPLIT_K=config["SPLIT_K"],
-        **tile_constants(config, weight),
+        **tile_constants(config, weight, config["SPLIT_K"]),
         **pdl_options(config, x.device),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],

@@ -75,17 +75,17 @@ def linear_rows_kernel(
     in_matrix = columns < N
     if USE_PDL:
         wait_for_earlier_kernels(num_ptr, tile, weight_ptr, columns, in_matrix, K, 0, K, PREFETCH_K)
-    rows, is_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M)
+    rows, is_row, has_rows = find_rows(ids_ptr, max_rows, tile, BLOCK_M)
     if FUSE_NORM:
         if NORM_ROWS == BLOCK_M:
             norm_rows, is_norm_row = rows, is_row
         else:
-            norm_rows, is_norm_row, num = find_rows(ids_ptr, num_ptr, max_rows, tile, NORM_ROWS)
+            norm_rows, is_norm_row, has_rows = find_rows(ids_ptr, max_rows, tile, NORM_ROWS)
     if IS_QKV:
         num_run = tl.load(num_run_ptr)
         if (num_run == 0) & (first_column + BLOCK_N <= part_size):
             return
-    if tile * BLOCK_M >= num:
+    if not has_rows:
         return
     if HAS_BIAS:
         # Read before the products, not after them, when there is nothing else to do meanwhile.

@@ -11,11 +11,10 @@ from dynskip.kernels.launches import launch
 from dynskip.kernels.row_list import RowList, RowNorm
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "num_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def norm_rows_kernel(
     x_ptr,
     ids_ptr,
-    num_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
@@ -28,14 +27,13 @@ def norm_rows_kernel(
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One program a row; those beyond the number of rows end at once."""
+    """One program a row; those behind the end of the list end at once."""
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    place = tl.program_id(0)
-    if place >= tl.load(num_ptr):
+    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
+    if row < 0:
         return
-    row = tl.load(ids_ptr + place).to(tl.int64)
     # A tile of one row, so that rows have one way to be normalised.
     normalise_rows(
         x_ptr,
@@ -143,7 +141,6 @@ def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor, deterministi
         x.device,
         x,
         rows.ids,
-        rows.num,
         norm.weight,
         norm.bias,
         out,

@@ -16,7 +16,14 @@ NO_SCORE = tl.constexpr(-3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+# The sequences that a program looks at side by side, in search of its own: whatever their number, one kernel.
+_BLOCK_B = 128
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_limits_ptr"],
+)
 def prefill_attention_kernel(
     q_ptr,
     k_ptr,
@@ -43,10 +50,13 @@ def prefill_attention_kernel(
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    sequences = tl.arange(0, BLOCK_B)
-    starts = tl.load(cu_seqlens_q_ptr + sequences, mask=sequences < num_sequences, other=0)
-    owned_from = starts // BLOCK_M + sequences
-    sequence = tl.sum(((owned_from <= tile) & (sequences < num_sequences)).to(tl.int32), axis=0) - 1
+    num_begun = tl.zeros([BLOCK_B], tl.int32)
+    for first_sequence in range(0, num_sequences, BLOCK_B):
+        sequences = first_sequence + tl.arange(0, BLOCK_B)
+        starts = tl.load(cu_seqlens_q_ptr + sequences, mask=sequences < num_sequences, other=0)
+        owned_from = starts // BLOCK_M + sequences
+        num_begun += ((owned_from <= tile) & (sequences < num_sequences)).to(tl.int32)
+    sequence = tl.sum(num_begun, axis=0) - 1
     first_row = tl.load(cu_seqlens_q_ptr + sequence)
     end_row = tl.load(cu_seqlens_q_ptr + sequence + 1)
     first_row_of_tile = first_row + (tile - first_row // BLOCK_M - sequence) * BLOCK_M
@@ -197,7 +207,7 @@ def prefill_attention(
         # BLOCK_N is for heads of at most 64: wider ones take as many keys fewer, in as many registers.
         BLOCK_N=max(config["BLOCK_N"] * 64 // max(block_d, 64), 16),
         BLOCK_D=block_d,
-        BLOCK_B=triton.next_power_of_2(max(num_sequences, 1)),
+        BLOCK_B=_BLOCK_B,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 class RowList(NamedTuple):
     """Rows of `[M, ...]` buffers that a kernel works on; their number is known on the device only.
 
-    ids: `[M], int32`, contiguous; the first `num[0]` are the rows, distinct; what stands behind them is never read.
-    num: `[1], int32`. max_rows: what the host knows: num[0] <= max_rows <= M. It sizes the grid.
+    ids: `[M], int32`, contiguous; the first `num[0]` are the rows, distinct; behind them stands -1, up to `max_rows`:
+    kernels find the end of the list there. num: `[1], int32`: kernels take it as a hint only, before it is up to date.
+    max_rows: what the host knows: num[0] <= max_rows <= M. It sizes the grid, and as much of the list is read.
     """
 
     ids: Tensor

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dynskip.kernels.configs import Config
 
+_LEAST_PREFETCH = 64  # of 16-bit weights a line of L2
+
 
 @triton.jit
 def wait_for_earlier_kernels(
@@ -17,12 +19,12 @@ def wait_for_earlier_kernels(
 ):
     """Lets the next kernel start, asks L2 for the first PREFETCH_K of the k that this program multiplies, and waits.
 
-    No kernel that still runs writes weights, so they may come before the wait; what `num_ptr` holds then is a hint: a
-    kernel that has no rows should not read weights in vain. Needs sm_90.
+    No kernel that still runs writes weights, so they may come before the wait; what `num_ptr` holds then is a hint, and
+    read for nothing else: a kernel that has no rows should not read weights in vain. Needs sm_90.
     """
     tl.extra.cuda.gdc_launch_dependents()
     if PREFETCH_K > 0:
-        # Not through L1, which would hand the same value out again after the wait.
+        # Volatile: past L1, where nothing that a kernel still writes may be kept over the wait.
         expected_num = tl.load(num_ptr, volatile=True)
         if (tile == 0) & (expected_num > 0):
             per_line: tl.constexpr = 128 * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -41,16 +43,17 @@ def wait_for_earlier_kernels(
 
 
 @triton.jit
-def find_rows(ids_ptr, num_ptr, max_rows, tile, BLOCK_M: tl.constexpr):
-    """The rows of a tile, `[BLOCK_M], int64`; which places of the tile have one; and the number of all rows.
+def find_rows(ids_ptr, max_rows, tile, BLOCK_M: tl.constexpr):
+    """The rows of a tile, `[BLOCK_M], int64`, -1 where a place has none; which places have one; whether the tile has.
 
-    Ids are read before it is known how many count, so that one of two waits for memory is saved; volatile, or the
-    compiler would put that off until the number is known.
+    Plain loads, which L1 may answer: each thread needs the ids of many rows, in the layouts of inputs and results, and
+    all of them lie in one or two lines. They are up to date because they come after the wait for earlier kernels,
+    which makes all that those wrote visible to every load behind it, as it does for the rows themselves; `ptx` looks
+    for loads in front of it. The list ends with -1, so its length is not asked for.
     """
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.load(ids_ptr + places, mask=places < max_rows, other=0, volatile=True).to(tl.int64)
-    num = tl.load(num_ptr)
-    return rows, places < num, num
+    rows = tl.load(ids_ptr + places, mask=places < max_rows, other=-1)
+    return rows.to(tl.int64), rows >= 0, tl.load(ids_ptr + tile * BLOCK_M) >= 0
 
 
 @triton.jit
@@ -123,8 +126,11 @@ def multiply_rows(
     return products
 
 
-def tile_constants(config: Config, weight: Tensor) -> dict[str, Any]:
-    """The constants of a kernel that multiplies by `weight`: tiles from `config`, and which masks it can do without."""
+def tile_constants(config: Config, weight: Tensor, num_parts: int = 1) -> dict[str, Any]:
+    """The constants of a kernel that multiplies by `weight`: tiles from `config`, and which masks it can do without.
+
+    num_parts: into how many parts K is split.
+    """
     num_columns, depth = weight.shape
     return {
         "EVEN_N": num_columns % config["BLOCK_N"] == 0,
@@ -134,5 +140,19 @@ def tile_constants(config: Config, weight: Tensor) -> dict[str, Any]:
         "BLOCK_K": config["BLOCK_K"],
         "NUM_STAGES": config["num_stages"],
         "WEIGHTS_LEFT": bool(config["WEIGHTS_LEFT"]),
-        "PREFETCH_K": config["PREFETCH_K"],
+        "PREFETCH_K": prefetch_depth(config, weight, num_parts),
     }
+
+
+def prefetch_depth(config: Config, weight: Tensor, num_parts: int) -> int:
+    """How many k each program asks L2 for: 0, or 64 * 2**n, as `wait_for_earlier_kernels` takes it.
+
+    At most PREFETCH_K; no more than cover the program's part of K; and of all programs together PREFETCH_MIB, since L2
+    is shared with the kernel that still runs.
+    """
+    num_columns, depth = weight.shape
+    part = triton.cdiv(triton.cdiv(depth, config["BLOCK_K"]), num_parts) * config["BLOCK_K"]
+    most = (config["PREFETCH_MIB"] << 20) // (num_columns * num_parts * weight.itemsize)
+    if min(config["PREFETCH_K"], most) < _LEAST_PREFETCH:
+        return 0
+    return max(min(config["PREFETCH_K"], triton.next_power_of_2(part), 1 << (most.bit_length() - 1)), _LEAST_PREFETCH)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dynskip.kernels.launches import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_ids_ptr"])
 def scatter_add_kernel(
     x_ptr, row_ids_ptr, y_ptr, stride_x_row, stride_y_row, num_columns, HAS_ROW_IDS: tl.constexpr, BLOCK_C: tl.constexpr
 ):

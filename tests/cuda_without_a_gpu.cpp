@@ -45,6 +45,8 @@ size_t failing_graph = SIZE_MAX;
 cudaError_t last_error = cudaSuccess;
 std::vector<int64_t> graphs;
 int num_kernels = 0;
+bool may_overlap = true;
+int carveout = -1; // as the kernel asked last
 
 cudaStream_t stream_of(int32_t device) {
   return reinterpret_cast<cudaStream_t>(static_cast<intptr_t>(1000 + device));
@@ -110,12 +112,18 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  CHECK(attribute == cudaFuncAttributePreferredSharedMemoryCarveout);
+  carveout = value;
+  return cudaSuccess;
+}
+
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void** arguments) {
   CHECK(config->gridDim.x == 1 && config->gridDim.y == 1 && config->gridDim.z == 1);
   CHECK(config->blockDim.x >= 1 && config->blockDim.x <= 1024 && config->blockDim.y == 1 && config->blockDim.z == 1);
   CHECK(config->dynamicSmemBytes <= 48 * 1024);
   CHECK(config->stream == stream_of(current_device));
-  CHECK(config->numAttrs == (capability >= 9 ? 1u : 0u));
+  CHECK(config->numAttrs == (may_overlap && capability >= 9 ? 1u : 0u));
   if (config->numAttrs == 1) {
     CHECK(config->attrs[0].id == cudaLaunchAttributeProgrammaticStreamSerialization);
     CHECK(config->attrs[0].val.programmaticStreamSerializationAllowed == 1);
@@ -214,6 +222,18 @@ void plan_rows_launches_one_block_and_equals_the_cpu() {
   }
 }
 
+void plan_rows_overlaps_and_asks_for_shared_memory_as_it_is_told() {
+  capability = 9;
+  carveout = -1;
+  Case any(2, 3, 0);
+  plan_rows_on_cuda(any.plan(KVPolicy::kEvict, true), 0, 0);
+  CHECK(carveout == -1);
+  may_overlap = false;
+  plan_rows_on_cuda(any.plan(KVPolicy::kEvict, false), 0, 0, false, 100);
+  CHECK(carveout == 100);
+  may_overlap = true;
+}
+
 void plan_rows_says_what_it_cannot_launch() {
   const int before = num_kernels;
   Case large(400, 1024, 0);
@@ -253,6 +273,7 @@ void replay_names_the_graph_that_fails() {
 
 int main() {
   plan_rows_launches_one_block_and_equals_the_cpu();
+  plan_rows_overlaps_and_asks_for_shared_memory_as_it_is_told();
   plan_rows_says_what_it_cannot_launch();
   replay_launches_all_graphs_in_order();
   replay_names_the_graph_that_fails();

@@ -108,6 +108,34 @@ def test_a_bad_table_is_refused(change: Callable[[dict[str, Any]], Any], message
         configs.read_table(content)
 
 
+@pytest.mark.parametrize(
+    ("shape", "num_parts", "itemsize", "most", "mib", "expected"),
+    [
+        ((8192, 2048), 1, 2, 2048, 16, 1024),  # fc1 of OPT-1.3B: 16 MiB are half of it
+        ((8192, 2048), 1, 2, 2048, 64, 2048),
+        ((6144, 2048), 1, 2, 2048, 16, 1024),  # 1365 would fit
+        ((2048, 8192), 8, 2, 2048, 16, 512),
+        ((2048, 8192), 8, 2, 2048, 64, 1024),  # a part of K
+        ((2048, 2048), 8, 2, 2048, 16, 256),
+        ((50272, 2048), 1, 2, 2048, 16, 128),
+        ((2048, 8192), 4, 4, 1024, 16, 512),
+        ((2048, 320), 1, 2, 2048, 16, 512),  # no more than covers K
+        ((100, 20), 1, 2, 2048, 16, 64),
+        ((2048, 2048), 1, 2, 0, 16, 0),
+        ((200_000, 64), 1, 4, 64, 16, 0),  # a line of each column would be more
+    ],
+)
+def test_programs_ask_for_no_more_than_their_part_and_the_share_of_l2(
+    shape: tuple[int, int], num_parts: int, itemsize: int, most: int, mib: int, expected: int
+) -> None:
+    row_tiles: Any = pytest.importorskip("dynskip.kernels.row_tiles")
+    weight = torch.empty(shape, dtype={2: torch.bfloat16, 4: torch.float32}[itemsize], device="meta")
+    config = {"BLOCK_K": 64, "PREFETCH_K": most, "PREFETCH_MIB": mib}
+    depth = row_tiles.prefetch_depth(config, weight, num_parts)
+    assert depth == expected
+    assert depth * shape[0] * num_parts * itemsize <= mib * 2**20
+
+
 def test_an_unknown_op_and_an_unknown_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"get_config: op must be one of embed_rows.*, got 'matmul'"):
         configs.get_config("matmul", CPU, torch.float32, 1)

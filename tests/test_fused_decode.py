@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from dynskip import LayerPath, SamplingParams
 from dynskip.controllers import HiddenStateGate, TokenContext
 from dynskip.decode_graphs import WHOLE_STEP_AFTER, GraphedDecode
 from dynskip.decode_work import ROW_BUCKETS, StepWork, row_bucket
+from dynskip.engine.engine import Engine
 from dynskip.executor import CompactExecutor
 from dynskip.fused_decode import FusedDecode
 from dynskip.generate import Generation
@@ -140,6 +143,104 @@ def test_a_retired_cache_and_its_graphs_serve_the_next_batch(monkeypatch: pytest
     assert executor._retired is not cache
 
 
+def test_batches_that_take_turns_keep_their_graphs_as_long_as_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs = tiny_model(), EagerGraphs()
+    executor = fuse(model, monkeypatch, graphs)
+    made: list[FusedDecode] = []
+    make = FusedDecode.__init__
+
+    def noted(decoder: FusedDecode, *arguments: Any) -> None:
+        make(decoder, *arguments)
+        made.append(decoder)
+
+    monkeypatch.setattr(FusedDecode, "__init__", noted)
+    params = [SamplingParams(max_tokens=12, ignore_eos=True)] * len(PROMPTS)
+    batches = [Generation(model, PROMPTS, params, PATHS) for _ in range(3)]
+    for batch in batches:
+        batch.prefill()
+    alone = Generation(tiny_model(), PROMPTS, params, PATHS).run()
+    captured_by_round = []
+    for _ in range(10):
+        for batch in batches:
+            batch.step()
+        captured_by_round.append(graphs.num_captured)
+    assert len(made) == 3, "one a cache, not one a step"
+    # In the first round each cache gets the graphs of its layers, in a later one that of its whole step, and no more.
+    assert len(set(captured_by_round)) == 2
+    for batch in batches:
+        assert [sequence.token_ids[:11] for sequence in batch.sequences] == [one.token_ids[:11] for one in alone]
+
+    assert executor.graph_memory is not None
+    buffers = made[0].num_bytes
+    assert executor.graph_memory.buffer_bytes == 3 * buffers
+    made.clear()
+    del batch, batches[1:]
+    gc.collect()
+    assert executor.graph_memory.buffer_bytes == buffers
+    batches.clear()
+    gc.collect()
+    assert executor.graph_memory is None
+
+
+def test_planning_looks_at_no_more_rows_than_the_step_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(dtype=torch.float64)
+    fuse(model, monkeypatch)
+    reference, seen = get_row_ops("reference"), []
+
+    def plan_rows(active: Tensor, first_layer: int, kv_policy: int, cache_ids: Tensor, *others: Tensor) -> None:
+        seen.append((active.shape[1], len(cache_ids), others[-1].shape[1]))
+        reference.plan_rows(active, first_layer, kv_policy, cache_ids, *others)
+
+    monkeypatch.setattr("dynskip.executor.get_row_ops", lambda name: replace(reference, plan_rows=plan_rows))
+    plain = tiny_model(dtype=torch.float64)
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (2, 3, 5, 9, 9)]
+    results = [Generation(one, PROMPTS, params, PATHS).run() for one in (model, plain)]
+    assert [sequence.token_ids for sequence in results[0]] == [sequence.token_ids for sequence in results[1]]
+    # Five sequences, whose cache has eight rows, then four, three and two.
+    assert [rows for rows, *_ in seen] == [8, 4, 4, 4, 2, 2, 2, 2][: len(seen)] and len(seen) == 8
+    assert all(len(set(sizes)) == 1 for sizes in seen)
+
+
+def test_steps_are_warmed_up_for_every_bucket_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(dtype=torch.float64)
+    executor = fuse(model, monkeypatch)
+    reference = get_row_ops("reference")
+    launched: dict[str, set[int]] = {"linear_rows": set(), "attend_rows": set()}
+
+    def noted(name: str) -> Any:
+        def op(x: Tensor, rows: Any, *others: Any) -> None:
+            launched[name].add(rows.max_rows)
+            getattr(reference, name)(x, rows, *others)
+
+        return op
+
+    ops = replace(reference, **{name: noted(name) for name in launched})
+    monkeypatch.setattr("dynskip.executor.get_row_ops", lambda name: ops)
+    cache = executor.new_cache(7, 16, 100)
+    tables = cache.slot_tables.clone()
+    executor._steps_of(cache).warm_up(6)
+    assert launched == {name: {1, 2, 4, 8} for name in launched}
+    assert torch.equal(cache.slot_tables, tables) and not cache.context_lens.any() and not cache.slot_cursor.any()
+    # Those that a step of the cache can have, whatever is asked for.
+    executor._steps_of(cache).warm_up(ROW_BUCKETS[-1])
+    assert launched == {name: {1, 2, 4, 8} for name in launched}
+
+
+def test_an_engine_warms_up_its_batch_and_an_interpreter_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[tuple[KVCache, int]] = []
+    warm_up = CompactExecutor.warm_up
+
+    def noted(executor: CompactExecutor, cache: KVCache, max_rows: int) -> None:
+        warmed.append((cache, max_rows))
+        executor.fuses = True
+        warm_up(executor, cache, max_rows)
+        assert executor.graph_memory is None
+
+    monkeypatch.setattr(CompactExecutor, "warm_up", noted)
+    with Engine(tiny_model(), policy="lockstep", batch=3) as engine:
+        assert warmed == [(engine.kv.cache, 3)]
+
+
 @pytest.mark.parametrize(("paths", "kv_policy"), routes())
 def test_slots_in_any_order_change_no_text(paths: Any, kv_policy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fused = (tiny_model(dtype=torch.float64) for _ in range(2))
@@ -228,6 +329,37 @@ class TestGraphs:
             graphed.run(self.work("0,5", "0"))
         assert graphs.replays == [4] * (WHOLE_STEP_AFTER - 1) + [1] * 3
 
+    def test_more_mixes_than_graphs_drive_each_other_out_less_and_less(self) -> None:
+        graphs = EagerGraphs()
+        graphed = GraphedDecode(self.decoder(), graphs, max_step_graphs=2)
+        works = [self.work(str(layer)) for layer in range(3)]
+
+        def num_captured(num_rounds: int) -> int:
+            before = graphs.num_captured
+            for _ in range(num_rounds):
+                for work in works:
+                    graphed.run(work)
+            return graphs.num_captured - before
+
+        num_captured(1)  # the graphs of the layers
+        counts = [num_captured(8 * WHOLE_STEP_AFTER) for _ in range(6)]
+        # If a step that was dropped were captured as soon as it comes again, each of its turns would be a capture.
+        assert counts[0] <= 3 * 3 + 2 and counts == sorted(counts, reverse=True) and counts[-1] <= 2
+
+    def test_a_step_that_was_dropped_has_to_come_again_twice_as_often(self) -> None:
+        graphs = EagerGraphs()
+        graphed = GraphedDecode(self.decoder(), graphs, max_step_graphs=1)
+        one, other = self.work("0"), self.work("1")
+        needed = []
+        for _ in range(3):
+            count, before = 0, len(graphs.replays)
+            while 1 not in graphs.replays[before:]:
+                graphed.run(one)
+                count += 1
+            needed.append(count)
+            graphed.run_whole(other)
+        assert needed == [WHOLE_STEP_AFTER, 2 * WHOLE_STEP_AFTER, 4 * WHOLE_STEP_AFTER]
+
     def test_whole_steps_are_bounded_and_the_oldest_goes(self) -> None:
         graphs = EagerGraphs()
         graphed = GraphedDecode(self.decoder(), graphs, max_step_graphs=2)
@@ -239,11 +371,11 @@ class TestGraphs:
 
     def test_warming_up_changes_nothing(self) -> None:
         decoder = self.decoder()
-        for tensor in (decoder.buffers.hidden_states, decoder.cache.k_cache, decoder.cache.v_cache):
+        buffers = decoder.buffers
+        for tensor in (buffers.hidden_states, decoder.k_cache, decoder.v_cache):
             tensor.normal_()
-        watched = (decoder.buffers.hidden_states, decoder.buffers.cache_ids, decoder.buffers.num_rows)
-        cache = decoder.cache
-        watched += (cache.k_cache, cache.v_cache, cache.slot_tables, cache.context_lens, cache.slot_cursor)
+        watched = (buffers.hidden_states, buffers.cache_ids, buffers.all_ids, buffers.num_rows)
+        watched += (decoder.k_cache, decoder.v_cache, decoder.slot_tables, decoder.context_lens, decoder.slot_cursor)
         before = [tensor.clone() for tensor in watched]
         decoder.warm_up(StepWork.unknown(4, NUM_LAYERS, KVPolicy.PROPAGATE))
         assert all(map(torch.equal, watched, before))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,6 +97,50 @@ def test_kernels_of_a_step_overlap_where_the_gpu_can(kernels: list[CompiledKerne
 
 def test_no_kernel_is_compiled_again_for_the_list_of_another_layer(kernels: list[CompiledKernel]) -> None:
     assert [kernel for kernel in kernels if kernel.case.endswith(MISALIGNED)] == []
+
+
+# Every op of a prompt, for any number of sequences and for lists that stand anywhere: prints the op of each kernel that
+# had to be compiled.
+OF_PROMPTS = """
+import json, sys, torch
+from triton.runtime import driver
+from dynskip.backends import get_backend
+from dynskip.kernels.launches import compile_only
+from dynskip.offline_worker import OfflineDriver
+
+driver.set_active(OfflineDriver(90))
+triton, found = get_backend("triton"), {}
+x, qkv = torch.empty(8, 768).half(), torch.empty(8, 3, 12, 64).half()
+cache = torch.empty(64, 12, 64).half()
+
+def index(size, offset):
+    return torch.empty(size + offset, dtype=torch.int32)[offset:]
+
+with compile_only(90, lambda op, kernel: found.setdefault(kernel.hash, op)):
+    for num_sequences in (1, 2, 16, 17, 300):
+        for offset in range(4):
+            ends, ids = index(num_sequences + 1, offset), index(8, offset)
+            triton.prefill_attention(*qkv.unbind(1), ends, ends, ids, 0.125)
+            triton.gather_layer_norm(x, ids, None, None, 1e-5)
+            triton.scatter_add(x, ids, x)
+            triton.kv_store(qkv[:, 1], qkv[:, 2], cache, cache, ids)
+    for context_len in (1, 16, 17, 300):
+        for offset in range(4):
+            table, ids = torch.empty(8, context_len, dtype=torch.int32), index(8, offset)
+            triton.decode_attention(qkv[:, 0], cache, cache, table, ids, ids, 0.125)
+print(json.dumps(sorted(found.values())))
+"""
+
+
+def test_no_kernel_of_a_prompt_is_compiled_again_for_other_sequences() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-c", OF_PROMPTS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == [
+        *("decode_attention", "gather_layer_norm", "kv_store", "prefill_attention", "scatter_add")
+    ]
 
 
 COMPILE = ["validate", "--compile", "--fewer", "--capability", "90", "--dtype", "bfloat16", "--op", "linear_add_rows"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynskip import row_reference
 from dynskip.backends import available_backends
-from dynskip.kernels.attend_rows import attend_rows
+from dynskip.kernels.attend_rows import attend_rows, launch_attention
 from dynskip.kernels.configs import get_config, use_configs
 from dynskip.kernels.context_splits import Splits, plan_splits, workspace_sizes
 from dynskip.kernels.decode_attention import decode_attention
@@ -280,6 +280,24 @@ def test_each_call_launches_one_kernel() -> None:
         case.attend(deterministic=True)
         case.attend(ids=[])
     assert LAUNCHES == {"attend_rows": 3}
+
+
+def test_items_beyond_65535_stand_on_the_axis_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "dynskip.kernels.attend_rows.launch", lambda op, kernel, grid, *arguments, **options: grids.append(grid)
+    )
+    num_rows, context_len = 4100, 2048
+    q = torch.empty(num_rows, 12 * 64, device="meta")
+    cache, table = torch.empty(1, 12, 64, device="meta"), torch.empty(num_rows, context_len, device="meta")
+    config = get_config("attend_rows", DEVICE, torch.float32, num_rows, deterministic=True)
+    splits = plan_splits(config, num_rows, 12, 64, context_len, deterministic=True)
+    workspace = Workspace(torch.empty(0), torch.empty(0))
+    launch_attention(
+        *("attend_rows", config, splits, q, num_rows, cache, cache, table, table, table, 1.0, q, workspace)
+    )
+    assert splits.num_items > 65535
+    assert grids == [(splits.num_groups * splits.num_items,)]
 
 
 def test_items_grow_with_the_target_and_never_beyond_it() -> None:

@@ -25,7 +25,7 @@ WHY_NOT = available_backends(DEVICE)["triton"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 matrices wrongly")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
-NO_ROW = 2**30  # an id that stands behind the listed ones: a kernel that used it would not survive
+NO_ROW = 2**30  # an id that stands behind the end of a list: a kernel that used it would not survive
 M = 21  # rows of every buffer: more than one tile of 16
 
 
@@ -43,8 +43,9 @@ def default_tiles() -> Any:
 
 def tiles(**changes: Any) -> Any:
     """A table of small tiles, with some of its constants changed."""
-    linear = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "WEIGHTS_LEFT": False, "PREFETCH_K": 64, "PDL": True}
-    linear |= {"num_warps": 4, "num_stages": 3} | {key: value for key, value in changes.items() if key in linear}
+    linear = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "WEIGHTS_LEFT": False, "PREFETCH_K": 64}
+    linear |= {"PREFETCH_MIB": 16, "PDL": True, "num_warps": 4, "num_stages": 3}
+    linear |= {key: value for key, value in changes.items() if key in linear}
     fuse, split = changes.get("FUSE_NORM", False), changes.get("SPLIT_K", 3)
     ops = {
         "linear_rows": {"FUSE_NORM": fuse, **linear},
@@ -69,7 +70,8 @@ class Draw:
         return torch.full(shape, float("nan"), dtype=self.dtype, device=DEVICE)
 
     def rows(self, num: int, max_rows: int) -> RowList:
-        ids = torch.full((M,), NO_ROW, dtype=torch.int32)
+        ids = torch.full((max(M, max_rows),), NO_ROW, dtype=torch.int32)
+        ids[:max_rows] = -1
         ids[:num] = torch.randperm(M, generator=self.generator)[:num]
         return RowList(ids.to(DEVICE), index(num), max_rows)
 
@@ -345,8 +347,8 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_the_bucket(dtype: torch.
     with default_tiles():
         expected = run(together)
         for ids, max_rows in (([order[0]], 1), ([order[17]], 16), ([3, order[20], order[5]], 4), (order[::-1], 32)):
-            behind = torch.full((M - len(ids),), NO_ROW, dtype=torch.int32, device=DEVICE)
-            rows = RowList(torch.cat([index(*ids), behind]), index(len(ids)), max_rows)
+            listed = index(*ids, *[-1] * (max_rows - len(ids)), *[NO_ROW] * (M - max_rows))
+            rows = RowList(listed, index(len(ids)), max_rows)
             for alone, among_others in zip(run(rows), expected, strict=True):
                 assert same_bits(alone[ids], among_others[ids])
 

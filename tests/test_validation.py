@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynskip import cli, ops
+from dynskip import cli, ops, row_reference
 from dynskip.backends import Backend, available_backends, get_backend
 from dynskip.cli.options import DTYPES
 from dynskip.cli.validate import OPS, ROW_OPS
@@ -138,7 +138,10 @@ def test_a_row_too_many_is_noticed() -> None:
     right = get_row_ops("reference").linear_add_rows
 
     def one_too_many(x: Tensor, rows: RowList, *others: Any) -> None:
-        right(x.nan_to_num(1.0), RowList(rows.ids, (rows.num + 1).clamp(max=len(rows.ids)), rows.max_rows), *others)
+        ids = row_reference.listed(rows).tolist()
+        ids += [row for row in range(len(rows.ids)) if row not in ids][:1]
+        longer = RowList(torch.tensor(ids, dtype=torch.int32), torch.tensor([len(ids)]), len(ids))
+        right(x.nan_to_num(1.0), longer, *others)
 
     results = validate_row_op("linear_add_rows", torch.float32, linear_add_rows=one_too_many)
     complaints = {result.complaint for result in failures(results)}

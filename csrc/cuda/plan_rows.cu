@@ -47,7 +47,8 @@ int32_t threads_for(const RowPlan& plan) {
 
 } // namespace
 
-void plan_rows_on_cuda(const RowPlan& plan, int32_t num_threads, int32_t device_index) {
+void plan_rows_on_cuda(
+    const RowPlan& plan, int32_t num_threads, int32_t device_index, bool overlaps, int32_t carveout) {
   const OnDevice guard(device_index);
   const int64_t shared_bytes = PlanScratch::num_bytes(plan.num_layers, plan.num_rows);
   STD_TORCH_CHECK(
@@ -66,7 +67,10 @@ void plan_rows_on_cuda(const RowPlan& plan, int32_t num_threads, int32_t device_
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = current_stream("plan_rows", device_index);
   config.attrs = &overlap;
-  config.numAttrs = capability >= 9 ? 1 : 0;
+  config.numAttrs = overlaps && capability >= 9 ? 1 : 0;
+  if (error == cudaSuccess && carveout >= 0) {
+    error = cudaFuncSetAttribute(plan_rows_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+  }
   if (error == cudaSuccess) {
     error = cudaLaunchKernelEx(&config, plan_rows_kernel, plan);
   }

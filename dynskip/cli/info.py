@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.cli.options import DTYPES, torch_dtype
+from dynskip.kernels import switches
 from dynskip.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         "cpu": _cpu(),
         "gpus": _gpus(),
         "backends": _backends(),
+        "switches": switches.describe(),
         "opt-mini": _shipped_model(),
     }
     if args.model is not None:
@@ -191,6 +193,7 @@ def _print_table(report: dict[str, Any]) -> None:
         (gpu["device"], f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB")
         for gpu in report["gpus"]
     ] or [("gpu", "none that torch can use")]
+    rows += list(report["switches"].items())
     for device, reasons in report["backends"].items():
         rows += [(f"{name} on {device}", "yes" if why is None else f"no: {why}") for name, why in reasons.items()]
     if "missing" in model:

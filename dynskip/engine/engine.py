@@ -25,6 +25,7 @@ from dynskip.engine.scheduler import Scheduler
 from dynskip.engine.sequence import SequenceState
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.token_stream import TokenStream
+from dynskip.executor import CompactExecutor
 from dynskip.kv_cache import available_bytes
 from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens, is_token_ids
 from dynskip.routing import Paths, Route, resolve
@@ -97,7 +98,7 @@ class Engine:
         if not 1 <= self.max_context_len <= longest:
             raise ValueError(f"Engine: max_context_len must lie in 1..{longest}, got {max_context_len}.")
         self.entry_bytes = model.kv_entry_bytes
-        self.kv = self._make_pool(chosen.pool, kv_bytes) if kv is None else kv
+        self.kv = self._make_pool(chosen.pool, batch, kv_bytes) if kv is None else kv
         self.scheduler = Scheduler(chosen, self.kv, max_prefill_tokens)
         self.tally = Tally()
         self.execution = Execution(
@@ -402,14 +403,17 @@ class Engine:
             has_finished = sequence.finish_reason in ("stop", "length")
             (self.scheduler.finished if has_finished else self.scheduler.abort)(sequence)
 
-    def _make_pool(self, num_seqs: int, kv_bytes: int | None) -> KVPool:
+    def _make_pool(self, num_seqs: int, batch: int, kv_bytes: int | None) -> KVPool:
         most = num_seqs * self.max_context_len * self.model.num_layers
         if kv_bytes is None:
             kv_bytes = min(most * self.entry_bytes, int(_KV_SHARE * available_bytes(self.model.device)))
         num_slots = min(kv_bytes // self.entry_bytes, most)
         if num_slots < 1:
             raise ValueError(f"Engine: kv_bytes must hold an entry of {self.entry_bytes} bytes, got {kv_bytes}.")
-        cache = self.runner.executor.new_cache(num_seqs, self.max_context_len, num_slots)
+        executor = self.runner.executor
+        cache = executor.new_cache(num_seqs, self.max_context_len, num_slots)
+        if isinstance(executor, CompactExecutor):
+            executor.warm_up(cache, batch)
         return KVPool(cache, num_seqs, num_slots)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
