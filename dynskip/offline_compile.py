@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dynskip.kernels import switches
 from dynskip.kernels.configs import DEFAULT, FOLDER, config_names, read_table
 from dynskip.ops import OP_NAMES
 from dynskip.row_ops import ROW_OP_NAMES
@@ -114,11 +115,16 @@ def plan_jobs(
 ) -> list[CompileJob]:
     """The generic table for each of `capabilities`, and each tuned table for the one that it was tuned on.
 
-    config_paths: other tables than those of dynskip. A tuned one for a capability that is not asked for is left out.
+    config_paths: other tables than those of dynskip and that of DYNSKIP_CONFIGS. A tuned one for a capability that is not
+    asked for is left out.
     Raises: ValueError for a capability whose limits are not known, or a table that is not well-formed.
     """
     jobs = []
-    for path in [FOLDER / f"{name}.json" for name in config_names()] if config_paths is None else config_paths:
+    if config_paths is None:
+        switched = switches.configs()
+        config_paths = tuple(FOLDER / f"{name}.json" for name in config_names())
+        config_paths += () if switched is None else (switched,)
+    for path in config_paths:
         read_table(path)
         tuned_for = json.loads(path.read_text(encoding="utf-8"))["capability"]
         for capability in capabilities:

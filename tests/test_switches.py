@@ -13,6 +13,7 @@ import torch
 
 from dynskip import native
 from dynskip.cli import main
+from dynskip.offline_compile import plan_jobs
 
 configs: Any = pytest.importorskip("dynskip.kernels.configs", reason="triton is not installed")
 launches: Any = pytest.importorskip("dynskip.kernels.launches", reason="triton is not installed")
@@ -68,6 +69,14 @@ def test_a_table_takes_the_place_of_the_devices_own(monkeypatch: pytest.MonkeyPa
     assert num_warps() == 16
     monkeypatch.delenv("DYNSKIP_CONFIGS")
     assert num_warps() == before
+
+
+def test_the_table_is_compiled_offline_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = TABLES / "tiles-32.json"
+    own = [job.config_path for job in plan_jobs(("bfloat16",), (90,))]
+    monkeypatch.setenv("DYNSKIP_CONFIGS", str(path))
+    assert [job.config_path for job in plan_jobs(("bfloat16",), (90,))] == [*own, path]
+    assert [job.config_path for job in plan_jobs(("bfloat16",), (90,), config_paths=tuple(own))] == own
 
 
 @pytest.mark.parametrize(
