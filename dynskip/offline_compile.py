@@ -115,8 +115,8 @@ def plan_jobs(
 ) -> list[CompileJob]:
     """The generic table for each of `capabilities`, and each tuned table for the one that it was tuned on.
 
-    config_paths: other tables than those of dynskip and that of DYNSKIP_CONFIGS. A tuned one for a capability that is not
-    asked for is left out.
+    config_paths: other tables than those of dynskip and that of DYNSKIP_CONFIGS. A tuned one for a capability that is
+    not asked for is left out.
     Raises: ValueError for a capability whose limits are not known, or a table that is not well-formed.
     """
     jobs = []
