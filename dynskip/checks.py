@@ -13,6 +13,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def find_dtype(function: str, dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype of weights that ``dtype`` is or names; ValueError for another. ``"torch.float32"`` is a name too."""
+    names = {dtype_name(each): each for each in FLOAT_DTYPES}
+    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in FLOAT_DTYPES:
+        raise ValueError(f"{function}: dtype must be float32, bfloat16 or float16, got {dtype}.")
+    return found
+
+
 def check_no_grad(function: str, **tensors: Tensor | None) -> None:
     """Raises RuntimeError if autograd would have to record one of `tensors`."""
     if not torch.is_grad_enabled():

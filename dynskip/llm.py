@@ -16,6 +16,7 @@ from dynskip.model import ExecutorName, OPTForCausalLM, is_token_ids
 from dynskip.paths import LayerPath
 from dynskip.routing import Paths
 from dynskip.sampling import SamplingParams
+from dynskip.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ class LLM:
         self,
         model: OPTForCausalLM | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
         deterministic: bool | None = None,
@@ -217,23 +218,7 @@ def _may_have_tokenizer(source: Path) -> bool:
 
 
 def _load_tokenizer(source: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(find_model(source)))
-    except Exception as error:  # transformers and tokenizers raise types of their own: all say why in their text
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"LLM: {source} must hold a tokenizer, got: {reason} Pass tokenizer=, or an OPTForCausalLM for token ids."
-        ) from error
-    # Without its vocabulary transformers builds a tokenizer that knows special tokens only.
-    num_words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-    if not num_words:
-        raise ValueError(
-            f"LLM: {source} must hold a tokenizer with a vocabulary, got special tokens only. "
-            "Pass tokenizer=, or an OPTForCausalLM for token ids."
-        )
-    return tokenizer
+    return read_tokenizer(source, "LLM", " Pass tokenizer=, or an OPTForCausalLM for token ids.")
 
 
 def _run_with_bar(generation: Generation) -> list[OutputSequence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -56,7 +57,7 @@ class OPTForCausalLM(nn.Module):
     @staticmethod
     def from_pretrained(
         directory_or_hub_id: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str = "cpu",
         backend: str = "auto",
         deterministic: bool = False,
@@ -64,8 +65,11 @@ class OPTForCausalLM(nn.Module):
     ) -> OPTForCausalLM:
         """The model of a checkpoint, ready for inference; ``"opt-mini"`` is the one shipped with the package.
 
+        dtype: float32, bfloat16 or float16, or its name.
         pack: on a CPU, keep one oneDNN-packed copy of each matrix instead of the dense one; such a model is not
             trainable until :meth:`unpack_`.
+        Every tensor of the checkpoint is read, or the checkpoint refused; code in its folder never runs. A head beside
+        a config that ties it is used, and ``config.tie_word_embeddings`` of the model is False then.
         Raises FileNotFoundError, ValueError or OSError for a checkpoint that is missing, foreign, damaged or has NaN.
         """
         from dynskip.checkpoint import load
@@ -76,21 +80,35 @@ class OPTForCausalLM(nn.Module):
     def from_hf(
         transformers_model: HFOPTForCausalLM, backend: str = "auto", deterministic: bool = False, pack: bool = True
     ) -> OPTForCausalLM:
-        """A model with copies of the weights of a transformers OPT model, in its dtype and on its device."""
+        """A model with copies of the weights of a transformers OPT model, in its dtype and on its device.
+
+        Raises ValueError, naming the part, for a model that computes anything else than plain OPT of its config: with
+        adapters, quantised or offloaded weights, hooks, or parameters that OPT has not.
+        """
         from dynskip.checkpoint import convert
 
         return convert(transformers_model, backend, deterministic, pack)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and safetensors that this class and transformers load."""
+        """Write both configs and safetensors that this class and transformers load; ``~`` is the home directory."""
         from dynskip.checkpoint import save
 
-        save(self, Path(directory))
+        save(self, Path(os.path.expanduser(directory)))
 
     @property
     def num_layers(self) -> int:
         """L, the number of decoder layers."""
         return len(self.model.decoder.layers)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an output unless it ignores them; ``config.eos_token_id`` holds one, several or None.
+
+        Those of the checkpoint's generation_config.json or, where that names none, of its config.json. transformers
+        does the same but for a generation_config.json without ends, after which it never ends.
+        """
+        ends = self.config.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
     @property
     def dtype(self) -> torch.dtype:

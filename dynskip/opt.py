@@ -20,6 +20,15 @@ from dynskip.backends import Backend
 from dynskip.kernels.row_list import RowNorm
 from dynskip.linear import Linear, merge
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "ffn_dim",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "word_embed_proj_dim",
+)
 POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
 # Where one large product is faster than three: query, key and value of the rows that need all of them.
 _MERGED_DEVICES = {"cuda"}
@@ -272,8 +281,10 @@ def check_config(config: OPTConfig) -> None:
             f"OPTForCausalLM: config must describe an OPT model, got model_type {config.model_type!r}. "
             "Other architectures are not supported."
         )
-    if config.num_hidden_layers < 1:
-        raise ValueError(f"OPTForCausalLM: num_hidden_layers must be at least 1, got {config.num_hidden_layers}.")
+    for size in _SIZES:
+        value = getattr(config, size)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"OPTForCausalLM: {size} must be an integer of at least 1, got {value!r}.")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"OPTForCausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "

@@ -460,7 +460,7 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path) -> None:
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"load_for_training: .* must hold an OPT model, got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"load_for_training: .* must hold an OPT model, got model_type 'gpt2'"):
         load_for_training(str(tmp_path), CPU)
 
 

@@ -51,11 +51,15 @@ ORDER = [
     "decode_steps",
     "executor",
     "model",
+    "source",
+    "source_files",
+    "source_model",
     "checkpoint",
     # from prompts to texts
     "sampling",
     "engine",
     "generate",
+    "tokenizer",
     "llm",
     "async_llm",
     # what stands around it

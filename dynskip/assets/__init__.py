@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 OPT_MINI = "opt-mini"
@@ -23,6 +24,8 @@ def opt_mini_directory() -> Path:
 def find_model(name: str | Path) -> str | Path:
     """Where the model of that name is: of ``"opt-mini"`` the folder shipped with the package, else ``name`` itself.
 
-    A folder of the caller's that is called opt-mini comes first.
+    A folder of the caller's that is called opt-mini comes first. ``~`` at the beginning is the home directory.
     """
-    return opt_mini_directory() if name == OPT_MINI and not Path(name).is_dir() else name
+    if name == OPT_MINI and not Path(name).is_dir():
+        return opt_mini_directory()
+    return type(name)(os.path.expanduser(name))

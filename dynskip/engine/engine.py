@@ -417,9 +417,7 @@ class Engine:
         return KVPool(cache, num_seqs, num_slots)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        eos = self.model.config.eos_token_id
-        eos_ids = () if eos is None or params.ignore_eos else (eos,) if isinstance(eos, int) else tuple(eos)
-        return frozenset((*eos_ids, *params.stop_token_ids))
+        return frozenset((*(() if params.ignore_eos else self.model.eos_token_ids), *params.stop_token_ids))
 
     def _now(self) -> float:
         self._time_s = max(self._time_s, self._clock())

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
-from dynskip.assets import find_model
 from dynskip.paths import LayerPath
+from dynskip.source_files import read_source
+from dynskip.tokenizer import read_tokenizer
 from dynskip.training import attention
 from dynskip.training.corpus import read_corpus
 from dynskip.training.curves import write_curves
@@ -45,11 +46,7 @@ def stages(config: FineTuneConfig) -> list[Stage]:
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; ValueError where it has none, or none with padding and an end."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(find_model(source))
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"load_tokenizer: {source} must hold a tokenizer, got: {reason}") from error
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(source, "load_tokenizer")
     for name in ("pad_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"load_tokenizer: {name} must be known to the tokenizer of {source}, got None.")
@@ -58,11 +55,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def load_for_training(source: str, device: torch.device, kind: type[OPTForCausalLM] = ResponseLossOPT) -> Any:
     """The fp32 model of a checkpoint, without LayerDrop."""
-    folder = find_model(source)
-    model_type = AutoConfig.from_pretrained(folder).model_type
-    if model_type != "opt":
-        raise ValueError(f"load_for_training: {source} must hold an OPT model, got {model_type!r}.")
-    model = kind.from_pretrained(folder, dtype=torch.float32)
+    found = read_source(source, "load_for_training")
+    model = kind.from_pretrained(None, config=found.config, state_dict=found.tensors, dtype=torch.float32)
     model.config.layerdrop = model.model.decoder.layerdrop = 0.0
     # Ours knows no dropout of attention weights, and is written for a CPU.
     if device.type == "cpu" and not model.config.attention_dropout:

@@ -1,0 +1,36 @@
+"""The tokenizer beside a model, or of a folder of its own; no code of either is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dynskip.assets import find_model
+
+
+def read_tokenizer(source: str | Path, function: str, advice: str = "") -> Any:
+    """The tokenizer in a directory or at a hub id, with a vocabulary.
+
+    Raises ValueError, from ``function`` to ``advice``, where there is none, or one that is damaged or brings code.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    name = str(find_model(source))
+    try:
+        code = get_tokenizer_config(name).get("auto_map")
+        tokenizer: Any = None if code else AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise types of their own: all say why in their text
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{function}: {source} must hold a tokenizer, got: {reason}{advice}") from error
+    if code:
+        raise ValueError(
+            f"{function}: {source} must hold a tokenizer that transformers knows, got one of its own code, auto_map "
+            f"{str(code)[:100]}. Code of a folder is never run.{advice}"
+        )
+    # Without its vocabulary transformers builds a tokenizer that knows special tokens only.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{function}: {source} must hold a tokenizer with a vocabulary, got special tokens only.{advice}"
+        )
+    return tokenizer
