@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import OnToken, RequestError, RequestOutput
@@ -54,6 +56,7 @@ class AsyncLLM:
     """Serves any number of consumers at once from one model.
 
     model: an LLM, or what LLM takes for one. Nobody else may run the model while requests are served.
+    dtype, device, backend: as in LLM; not with an LLM or a model object.
     policy, engine_options: as in `Engine`.
     metrics_path, metrics_every_s, live: `path`, `every_s` and `live` of a `MetricsLog`.
 
@@ -67,12 +70,19 @@ class AsyncLLM:
         model: LLM | OPTForCausalLM | str | Path | None = None,
         policy: str = "cohort",
         *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
         metrics_path: Path | str | None = None,
         metrics_every_s: float = 1.0,
         live: bool = False,
         **engine_options: Any,
     ) -> None:
-        self.llm = model if isinstance(model, LLM) else LLM(model)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend}
+        given = [name for name, value in options.items() if value is not None]
+        if isinstance(model, LLM) and given:
+            raise ValueError(f"AsyncLLM: {given[0]} must be left out with an LLM, got both.")
+        self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         engine = Engine(self.llm.model, policy=policy, tokenizer=self.llm.tokenizer, **engine_options)
         log = MetricsLog(engine, metrics_path, metrics_every_s, live) if live or metrics_path is not None else None
         self._worker = EngineWorker(engine, log)

@@ -80,12 +80,13 @@ def _check_module(what: str, module: nn.Module, plain: nn.Module) -> None:
             f"{what} must be a plain {_kind(plain)}, got {_kind(module)}. Merge adapters, dequantise weights, remove "
             "parametrizations."
         )
+    of_accelerate = [vars(module)["_hf_hook"]] if "_hf_hook" in vars(module) else []
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *of_accelerate):
+        if getattr(hook, "__module__", None) != _HARMLESS_HOOKS:
+            raise ValueError(f"{what} must have no forward hook, got {_origin(hook)}. Remove it.")
     forward: Any = vars(module).get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise ValueError(f"{what} must have the forward of its class, got {_origin(forward)}. Remove the wrapper.")
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        if getattr(hook, "__module__", None) != _HARMLESS_HOOKS:
-            raise ValueError(f"{what} must have no forward hook, got {_origin(hook)}. Remove it.")
     for setting in _SETTINGS:
         value, wanted = getattr(module, setting, None), getattr(plain, setting, None)
         if value != wanted:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, file_path, set_threads, show_progress
 
 if TYPE_CHECKING:
     from dynskip.benchmark.suite import Options
@@ -53,7 +52,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable (default: 1, 8 and 32)")
     parser.add_argument("--prompt-len", type=int, default=64, metavar="T", help="tokens of a prompt (default: 64)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there")
+    parser.add_argument(
+        "--out", type=file_path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of dynskip (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a row, in place of a table")

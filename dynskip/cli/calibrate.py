@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_model_options, set_threads, show_progress, torch_device, torch_dtype
+from dynskip.cli.options import add_model_options, file_path, set_threads, show_progress, torch_device, torch_dtype
 
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
@@ -40,7 +39,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--prefill", type=int, default=512, metavar="T", help="most tokens of a prefill (default: 512)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each time (default: 5)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--out", type=file_path, metavar="FILE", help="also write the table there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_model_options(parser, model_default="random weights of --shape")
     return parser

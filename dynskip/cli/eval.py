@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from dynskip.cli.options import DTYPES, set_threads
+from dynskip.cli.options import DTYPES, file_path, set_threads
 
 _EXAMPLES = """examples:
   dynskip eval static --data alpaca_data.json.xz --out runs/eval --prompts 100
@@ -32,8 +31,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("experiment", metavar="EXPERIMENT", help="one of them by name (see below), or all")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="run folder, new or to be finished")
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="Alpaca as *.json[.xz]")
+    parser.add_argument(
+        "--out", required=True, type=file_path, metavar="FOLDER", help="run folder, new or to be finished"
+    )
+    parser.add_argument("--data", required=True, type=file_path, metavar="FILE", help="Alpaca as *.json[.xz]")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="NAME", help="folder, hub id, or opt-mini, shipped with dynskip (the default)"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_model_options, set_threads, show_progress, torch_device, torch_dtype
+from dynskip.cli.options import add_model_options, file_path, set_threads, show_progress, torch_device, torch_dtype
 
 if TYPE_CHECKING:
     from dynskip.llm import LLM, Output
@@ -110,7 +109,7 @@ def read_prompts(arguments: list[str], file: str | None) -> list[str]:
     if file is None and sys.stdin.isatty():
         raise UserError("a prompt must be given: as an argument, in --file, or on stdin")
     try:
-        text = sys.stdin.read() if file in (None, "-") else Path(str(file)).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file in (None, "-") else file_path(str(file)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"prompts must be UTF-8, got byte {error.object[error.start]:#04x} in {file or 'stdin'}"

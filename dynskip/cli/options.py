@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynskip.cli.errors import UserError
@@ -29,6 +31,11 @@ def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt
     group.add_argument("--backend", choices=BACKENDS, help="who gathers, scatters and attends (default: auto)")
     group.add_argument("--deterministic", action="store_true", help="no bit of a row depends on its neighbours; slower")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def file_path(text: str) -> Path:
+    """The path that an option names; ``~`` is the home directory, which a shell leaves alone in ``--out=~/runs``."""
+    return Path(os.path.expanduser(text))
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

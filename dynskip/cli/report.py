@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from dynskip.cli.errors import UserError
+from dynskip.cli.options import file_path
 
 _EXAMPLES = """examples:
   dynskip report runs/paper      writes runs/paper/report.html and runs/paper/report.md
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that `dynskip eval --out` filled")
+    parser.add_argument("run", type=file_path, metavar="RUN", help="folder that `dynskip eval --out` filled")
     return parser
 
 

@@ -7,12 +7,12 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli import controller
 from dynskip.cli.fine_tune import OPTIONS as FINE_TUNE_OPTIONS
 from dynskip.cli.fine_tune import add_options, fine_tune_config, is_first_process, run_fine_tune
+from dynskip.cli.options import file_path
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -52,11 +52,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--data",
         action="append",
         required=True,
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="Alpaca as *.json[.xz], T0 as *.jsonl[.xz]; give it once a file",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="run folder, new or to be resumed")
+    parser.add_argument(
+        "--out", required=True, type=file_path, metavar="FOLDER", help="run folder, new or to be resumed"
+    )
     parser.add_argument(
         "--steps",
         action="append",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import DTYPES
+from dynskip.cli.options import DTYPES, file_path
 
 if TYPE_CHECKING:
     from dynskip.tuning.search import Outcome
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--op", action="append", choices=OPS, metavar="OP", help="repeatable (default: all)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop then, with the best so far (default: never)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: the device's table in the package)")
+    parser.add_argument("--out", type=file_path, metavar="FILE", help="(default: the device's table in the package)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one a CPU)")
     parser.add_argument("--dry-run", action="store_true", help="only list and compile the candidates")
     parser.add_argument(

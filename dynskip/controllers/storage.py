@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def load_controller(
 
     sample, seed: whether it samples its decisions, and from which seed; otherwise it takes the likelier ones.
     """
-    directory = Path(directory)
+    directory = Path(os.path.expanduser(directory))
     config = read_config(directory)
     controller = make_controller(config["controller"], ModelSizes(**config["sizes"]))
     tensors = load_file(directory / _WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -87,7 +88,7 @@ class MetricsLog:
         self._stream = (stream or sys.stderr) if live else None
         self._clock = clock
         # Unbuffered: each line is there as soon as it is written, and whole.
-        self._file = None if path is None else Path(path).open("ab", buffering=0)  # noqa: SIM115  # `close` is below
+        self._file = None if path is None else Path(os.path.expanduser(path)).open("ab", buffering=0)  # noqa: SIM115  # `close` is below
         self._begin_s = self._now_s = self._last_s = clock()
         self._before = self._tally()
 

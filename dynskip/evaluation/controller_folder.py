@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class ControllerFolder:
     @staticmethod
     def of(directory: str | Path) -> ControllerFolder:
         """The controller in ``directory``; raises OSError or ValueError where there is none, or not its model."""
-        directory = Path(directory)
+        directory = Path(os.path.expanduser(directory))
         config = read_config(directory)
         about: dict[str, Any] = config.get("about") or {}
         missing = {"alpha", "backbone", "model"} - set(about)
