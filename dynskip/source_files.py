@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import OPTConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dynskip.assets import find_model
 from dynskip.opt import check_config

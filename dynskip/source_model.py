@@ -35,7 +35,7 @@ def source_of(hf_model: HFOPTForCausalLM) -> Source:
     check_keys(_FUNCTION, _NAME, values)
     config = OPTConfig.from_dict(values)
     check_config(config)
-    ends = hf_model.generation_config.eos_token_id
+    ends = getattr(hf_model.generation_config, "eos_token_id", None)
     check_end_tokens(f"{_FUNCTION}: eos_token_id in generation_config", ends)
     config.eos_token_id = ends or config.eos_token_id
     _check_modules(hf_model, config)

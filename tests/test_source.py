@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import INPUT_IDS, PEFT_WARNS, check_untied, logits, other_head, same_logits
-from models import VARIANTS, tiny_config, tiny_hf
+from models import tiny_config, tiny_hf
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -232,9 +232,9 @@ def test_what_changes_no_output_is_no_obstacle() -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["pre-norm", "untied", "post-norm-projected", "no-bias-no-affine"])
 def test_each_tensor_is_needed_and_none_is_unknown(variant: str) -> None:
-    hf_model = tiny_hf(variant)
+    hf_model = tiny_hf(variant, num_hidden_layers=2)
     tensors = dict(hf_model.named_parameters(remove_duplicate=False))
     tied = hf_model.config.tie_word_embeddings
     source = Source.of("f", "it", copy.deepcopy(hf_model.config), tensors)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from checkpoints import (
@@ -93,6 +94,22 @@ def test_a_decoder_saved_without_its_head(folder: Path) -> None:
     change_json(folder / "config.json", tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"got 1 missing, such as lm_head\.weight"):
         load(folder)
+
+
+def test_a_hub_id_in_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--some--model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    change_json(repository / "snapshots" / commit / "generation_config.json", eos_token_id=[9, 7])
+    llm = LLM("some/model", dtype="float32", backend="torch")
+    same_logits(llm.model, tiny_hf())
+    assert llm.model.config.name_or_path == "some/model" and llm.model.eos_token_ids == (9, 7)
+    assert llm.tokenizer is not None
+    (repository / "snapshots" / commit / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"some/model must hold one whole model, got an adapter"):
+        LLM("some/model")
 
 
 @pytest.mark.parametrize(
