@@ -106,7 +106,7 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
 
 def test_a_sweep_refuses_such_a_checkpoint(tmp_path: Path) -> None:
     setup = tiny_setup(tmp_path)
-    config_path = tmp_path / "model" / "config.json"
+    config_path = tmp_path / "model" / "generation_config.json"
     config = json.loads(config_path.read_text())
     config_path.write_text(json.dumps({**config, "eos_token_id": 9}))
     with pytest.raises(ValueError, match="must end texts with the model's token 9, got 2"):
