@@ -31,8 +31,21 @@ def read_source(source: str | Path, function: str = "from_pretrained") -> Source
     for file in _ADAPTER:
         if _find(name, file) is not None:
             _refuse_adapter(name, file, function)
-    config.eos_token_id = _read_end_tokens(name, function) or config.eos_token_id
+    config.eos_token_id = read_end_tokens(name, function) or config.eos_token_id
     return Source.of(function, name, config, _read_tensors(name, function))
+
+
+def read_end_tokens(name: str, function: str) -> int | list[int] | None:
+    """What generation_config.json says of ``eos_token_id``; None or an empty list where it names no end."""
+    file = _find(name, "generation_config.json")
+    if file is None:
+        return None
+    try:
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{function}: {file} must be a JSON object, got: {one_line(error)}") from error
+    check_end_tokens(f"{function}: eos_token_id in {file}", ends)
+    return ends
 
 
 def one_line(error: BaseException) -> str:
@@ -89,19 +102,6 @@ def _read_config(name: str, function: str) -> OPTConfig:
     check_config(config)
     config.name_or_path = name
     return config
-
-
-def _read_end_tokens(name: str, function: str) -> int | list[int] | None:
-    """What generation_config.json says of ``eos_token_id``; None or an empty list where it names no end."""
-    file = _find(name, "generation_config.json")
-    if file is None:
-        return None
-    try:
-        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{function}: {file} must be a JSON object, got: {one_line(error)}") from error
-    check_end_tokens(f"{function}: eos_token_id in {file}", ends)
-    return ends
 
 
 def _find(name: str, file: str) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.assets import find_model, opt_mini_directory
+from dynskip.source_files import read_end_tokens
 from dynskip.training.provenance import file_hash
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -17,7 +18,7 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on the disk. hash: of config, weights and tokenizer. num_layers: L of this checkpoint."""
+    """A model on the disk. hash: of config, weights, tokenizer and end tokens. num_layers: L of this checkpoint."""
 
     directory: Path
     hash: str
@@ -46,6 +47,10 @@ class Checkpoint:
         for path in files:
             digest.update(f"{path.name} {file_hash(path)}\n".encode())
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        ends = read_end_tokens(str(directory), "Checkpoint.of")
+        if ends and ends != config.get("eos_token_id"):
+            # They decide where outputs end; where both files say the same, the first has been counted.
+            digest.update(f"ends {ends}\n".encode())
         num_layers = config.get("num_hidden_layers")
         if config.get("model_type") != "opt" or not isinstance(num_layers, int):
             raise ValueError(
