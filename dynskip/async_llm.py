@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
@@ -18,7 +19,7 @@ from dynskip.engine.request import OnToken, RequestError, RequestOutput
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.text_stream import TextStream
 from dynskip.engine.worker import Add, EngineWorker
-from dynskip.llm import LLM
+from dynskip.llm import LLM, Prompt
 from dynskip.model import OPTForCausalLM
 from dynskip.routing import Paths
 from dynskip.sampling import SamplingParams
@@ -88,9 +89,9 @@ class AsyncLLM:
         self._worker = EngineWorker(engine, log)
         weakref.finalize(self, self._worker.close)
 
-    async def stream(
+    def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         path: Paths = None,
         *,
@@ -100,53 +101,29 @@ class AsyncLLM:
     ) -> AsyncGenerator[Piece]:
         """The output of ``prompt`` piece by piece; arguments as in ``Engine.add_request``, with n = 1.
 
-        Raises TypeError, ValueError, or what a controller raises, before the first piece where the request is bad;
-        RequestError where it ends by an error later. Tokens that nobody asks for wait, at most max_tokens of them.
+        Arguments are copied by this call; the request is made when the first piece is asked for. Raises TypeError or
+        ValueError for a prompt that is none; for other bad input these, or what a controller raises, before the first
+        piece; RequestError where it ends by an error later. Tokens that nobody asks for wait, at most max_tokens.
         """
         params = SamplingParams() if params is None else params
         if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"stream: n must be 1, got {params.n}. Use generate, or a stream for each output.")
-        add = self._adding("stream", prompt, params, path, request_id, kv_policy, prompt_depth)
-        ticket = self._worker.submit(add, streams=True)
-        try:
-            known_id = await asyncio.wrap_future(ticket.added)
-            tokenizer = self.llm.tokenizer
-            text = None if tokenizer is None else TextStream(tokenizer, params.stop)
-            output = None
-            while output is None:
-                tokens, output = await ticket.next()
-                has_failed = output is not None and output.error is not None
-                if tokens or not has_failed:
-                    new_text = None if text is None else text.add(tokens)
-                    if text is not None and new_text is not None and output is not None:
-                        new_text += text.finish()
-                    reason = None if output is None or has_failed else output.finish_reason
-                    yield Piece(known_id, tokens, new_text, reason)
-            _raise_error("stream", output)
-        finally:
-            self._worker.abandon(ticket)
+        return self._stream(self._adding("stream", prompt, params, path, request_id, kv_policy, prompt_depth), params)
 
-    async def generate(
+    def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         path: Paths = None,
         *,
         request_id: Hashable = None,
         kv_policy: str | None = None,
         prompt_depth: str = "path",
-    ) -> TextOutput:
-        """What ``prompt`` becomes; arguments as in ``Engine.add_request``, errors as in `stream`."""
+    ) -> Coroutine[Any, Any, TextOutput]:
+        """What ``prompt`` becomes, to be awaited; arguments as in ``Engine.add_request``, errors as in `stream`."""
         params = SamplingParams() if params is None else params
         add = self._adding("generate", prompt, params, path, request_id, kv_policy, prompt_depth)
-        ticket = self._worker.submit(add, streams=False)
-        try:
-            await asyncio.wrap_future(ticket.added)
-            output = await ticket.end()
-        finally:
-            self._worker.abandon(ticket)
-        _raise_error("generate", output)
-        return self._with_text(output, params)
+        return self._generate(add, params)
 
     async def abort(self, request_id: Hashable) -> RequestOutput:
         """End a request where it stands; returns what it has become, which its consumer gets, too.
@@ -174,15 +151,20 @@ class AsyncLLM:
     def _adding(
         self,
         function: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         path: Paths,
         request_id: Hashable,
         kv_policy: str | None,
         prompt_depth: str,
     ) -> Add:
-        """What adds the request; raises TypeError or ValueError where the prompt is none."""
+        """What adds the request, with copies of prompt and path; raises TypeError or ValueError for no prompt."""
         prompt_ids = self.llm.encode(prompt, f"{function}: prompt")
+        # The worker's thread looks at the path later than the caller may write to it.
+        if isinstance(path, Tensor):
+            path = path.detach().clone()
+        elif isinstance(path, list):
+            path = list(path)
 
         def add(engine: Engine, on_token: OnToken | None) -> Hashable:
             return engine.add_request(
@@ -196,6 +178,36 @@ class AsyncLLM:
             )
 
         return add
+
+    async def _stream(self, add: Add, params: SamplingParams) -> AsyncGenerator[Piece]:
+        ticket = self._worker.submit(add, streams=True)
+        try:
+            known_id = await asyncio.wrap_future(ticket.added)
+            tokenizer = self.llm.tokenizer
+            text = None if tokenizer is None else TextStream(tokenizer, params.stop)
+            output = None
+            while output is None:
+                tokens, output = await ticket.next()
+                has_failed = output is not None and output.error is not None
+                if tokens or not has_failed:
+                    new_text = None if text is None else text.add(tokens)
+                    if text is not None and new_text is not None and output is not None:
+                        new_text += text.finish()
+                    reason = None if output is None or has_failed else output.finish_reason
+                    yield Piece(known_id, tokens, new_text, reason)
+            _raise_error("stream", output)
+        finally:
+            self._worker.abandon(ticket)
+
+    async def _generate(self, add: Add, params: SamplingParams) -> TextOutput:
+        ticket = self._worker.submit(add, streams=False)
+        try:
+            await asyncio.wrap_future(ticket.added)
+            output = await ticket.end()
+        finally:
+            self._worker.abandon(ticket)
+        _raise_error("generate", output)
+        return self._with_text(output, params)
 
     def _with_text(self, output: RequestOutput, params: SamplingParams) -> TextOutput:
         texts = tuple(self.llm.text(sample.token_ids, params.stop) for sample in output.samples)

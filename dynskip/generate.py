@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Generation:
     """One closed batch: an engine whose requests are all there at the beginning, and step together.
 
-    model: what to run. prompts: token ids. params: one per prompt. paths and the rest as in ``LLM.generate``.
+    model: what to run. prompts: token ids. params: one per prompt; without max_tokens, as many tokens as the model's
+    positions hold. paths and the rest as in ``LLM.generate``.
     tokenizer: only for stop texts. sequences: the outputs, copies of a prompt side by side.
     """
 
@@ -40,19 +41,21 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            check_tokens(prompt, param.max_tokens, model.config, f"generate: prompt {index}")
+            check_tokens(prompt, param.num_new_tokens(1), model.config, f"generate: prompt {index}")
+            param.check_vocabulary(model.config.vocab_size, f"generate: prompt {index}")
         packed = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
         prompt_ids = torch.split(packed, [len(prompt) for prompt in prompts])
         routes = resolve(paths, model.num_layers, prompt_ids, model.embed_tokens, kv_policy, prompt_depth)
-        num_slots = num_counted = 0
+        num_slots = num_counted = longest = 0
         for index, (prompt, param, route) in enumerate(zip(prompts, params, routes, strict=True)):
-            total = len(prompt) + param.max_tokens
+            fitting = route.most_tokens(model.config.max_position_embeddings)
+            total = len(prompt) + param.num_new_tokens(fitting - len(prompt))
+            longest = max(longest, total)
             route.check_covers(total - 1, f"generate: prompt {index}")
             # The last token of an output is never run, so it takes no entry. Copies of a prompt share its entries.
             num_slots += param.n * route.num_entries(total - 1) - (param.n - 1) * route.num_entries(len(prompt))
             num_counted += param.n * total * route.layers.budget
         num_seqs = sum(param.n for param in params)
-        longest = max(len(prompt) + param.max_tokens for prompt, param in zip(prompts, params, strict=True))
         self.executor: Any = model.executor(executor)
         self.cache: Any = self.executor.new_cache(num_seqs, longest - 1, num_slots)
         self.engine = Engine(

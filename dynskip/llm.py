@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 
+from dynskip.arguments import as_token_ids, is_array
 from dynskip.assets import find_model, opt_mini_directory
+from dynskip.engine.policy import MAX_BATCH
 from dynskip.engine.request import OutputSequence
 from dynskip.generate import Generation
-from dynskip.model import ExecutorName, OPTForCausalLM, is_token_ids
+from dynskip.model import ExecutorName, OPTForCausalLM
 from dynskip.paths import LayerPath
+from dynskip.prompts import Message, chat_ids, text_ids
 from dynskip.routing import Paths
 from dynskip.sampling import SamplingParams
 from dynskip.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+# Text, or token ids: a list, or a one-dimensional array of integers, of torch or numpy.
+Prompt: TypeAlias = "str | Sequence[int] | Tensor | NDArray[Any]"
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[Prompt] | Tensor | NDArray[Any],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         paths: Paths = None,
         *,
@@ -108,7 +116,9 @@ class LLM:
     ) -> list[Output]:
         """One Output per prompt, in order; the batch runs together, each prompt along its own path.
 
-        prompts: texts, or token ids. params: one for all, or one per prompt; None for the defaults.
+        prompts: texts, or token ids as lists or one-dimensional arrays. A two-dimensional array is a batch of prompts
+            of one length, each row one of them, without padding.
+        params: one for all, or one per prompt; None for the defaults.
         paths: a LayerPath, one per prompt, bool [B, L], bool [B, T, L] per token (T >= prompt + max_tokens - 1; row p
             is the token at position p), a controller, or None for all layers.
         kv_policy, prompt_depth: for per-token paths only: what a skipped layer stores ("propagate", "evict", "share"),
@@ -117,8 +127,9 @@ class LLM:
 
         Raises: TypeError, ValueError on bad input, KVCacheMemoryError where the cache does not fit; nothing has run.
         """
-        prompt_ids = self._encode(prompts)
-        all_params = self._params(params, len(prompt_ids))
+        every = _prompt_list(prompts)
+        all_params = self._params(params, len(every))
+        prompt_ids = [self.encode(prompt, f"generate: prompt {index}") for index, prompt in enumerate(every)]
         generation = Generation(
             self.model, prompt_ids, all_params, paths, kv_policy, prompt_depth, executor, self.tokenizer
         )
@@ -129,30 +140,37 @@ class LLM:
             first += param.n
         return outputs
 
-    def chat_prompt(self, message: str) -> list[int]:
-        """The token ids of ``message`` in the tokenizer's chat template, ready for ``generate`` to answer.
+    def chat_prompt(self, messages: str | Sequence[Message], *, special_tokens: bool = True) -> list[int]:
+        """The token ids of ``messages`` in the tokenizer's chat template, ready for ``generate`` to answer.
 
-        Raises ValueError without a tokenizer that has a chat template.
+        messages: what a user says, or a conversation, a list of {"role": R, "content": text} with "system", "user" or
+            "assistant" for R.
+        special_tokens: as in `encode`; what the template writes itself is not touched.
+        Raises ValueError without a tokenizer that has a chat template, and for a role that the template leaves out.
         """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError(
                 "chat_prompt: the model must come with a chat template, got none. Pass the prompt to generate as it is."
             )
-        messages = [{"role": "user", "content": message}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return chat_ids(self.tokenizer, messages, special_tokens)
 
-    def encode(self, prompt: str | Sequence[int], what: str = "encode: prompt") -> list[int]:
-        """The token ids of a prompt that is a text or token ids; errors begin with ``what``."""
+    def encode(self, prompt: Prompt, what: str = "encode: prompt", *, special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt that is a text or token ids; errors begin with ``what``.
+
+        special_tokens: whether names of special tokens in a text, such as ``</s>``, stand for these tokens, so that a
+            text can end a turn or a sequence; False: they are text like any other. Text from strangers wants False.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{what} must be token ids, got text and no tokenizer. Pass tokenizer= to LLM.")
-            if not prompt:
-                raise ValueError(f"{what} must hold at least one token, got empty text.")
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not is_token_ids(prompt):
-            raise TypeError(f"{what} must be text or a list of token ids, got {type(prompt).__name__}.")
-        return list(prompt)
+            return text_ids(self.tokenizer, prompt, special_tokens, what)
+        token_ids = as_token_ids(prompt)
+        if token_ids is None:
+            advice = " Decode it to text." if isinstance(prompt, bytes | bytearray) else ""
+            raise TypeError(f"{what} must be text or a list of token ids, got {type(prompt).__name__}.{advice}")
+        return token_ids
 
     def text(self, token_ids: list[int], stop: Sequence[str] = ()) -> str | None:
         """The text of an output without special tokens, cut before the first of ``stop``; None without a tokenizer."""
@@ -162,17 +180,6 @@ class LLM:
         assert isinstance(text, str), "one sequence decodes to one text"
         ends = [text.find(each) for each in stop if each in text]
         return text[: min(ends)] if ends else text
-
-    def _encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError(
-                f"generate: prompts must be a list of texts or of token ids, got {type(prompts).__name__}. "
-                "Put a single prompt into a list."
-            )
-        if not prompts:
-            raise ValueError("generate: prompts must hold at least one prompt, got none.")
-        every: Sequence[str | Sequence[int]] = prompts
-        return [self.encode(prompt, f"generate: prompt {index}") for index, prompt in enumerate(every)]
 
     def _params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
@@ -188,6 +195,12 @@ class LLM:
                     f"generate: params must be one for all or one per prompt, got {len(all_params)} for "
                     f"{num_prompts} prompts."
                 )
+        num_outputs = sum(param.n for param in all_params)
+        if num_outputs > MAX_BATCH:
+            raise ValueError(
+                f"generate: prompts must have at most {MAX_BATCH} outputs together, got {num_outputs}. Give fewer at a "
+                "time, or use an Engine."
+            )
         if self.tokenizer is None and any(param.stop for param in all_params):
             raise ValueError("generate: stop must be left out without a tokenizer. Use stop_token_ids.")
         return all_params
@@ -211,6 +224,21 @@ class LLM:
         )
 
 
+def _prompt_list(prompts: object) -> list[Any]:
+    """The prompts of a batch, one by one."""
+    is_texts = is_array(prompts, 1) and all(isinstance(prompt, str) for prompt in prompts)  # type: ignore[attr-defined]
+    if is_texts or is_array(prompts, 2):
+        prompts = list(prompts)  # type: ignore[call-overload]  # an array, of texts or of rows
+    if isinstance(prompts, str | bytes | bytearray) or not isinstance(prompts, Sequence):
+        raise TypeError(
+            f"generate: prompts must be a list of texts or of token ids, got {type(prompts).__name__}. "
+            "Put a single prompt into a list."
+        )
+    if not prompts:
+        raise ValueError("generate: prompts must hold at least one prompt, got none.")
+    return list(prompts)
+
+
 def _may_have_tokenizer(source: Path) -> bool:
     """False for a local directory without any tokenizer file; a hub id may have one."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -224,7 +252,7 @@ def _load_tokenizer(source: str | Path) -> Any:
 def _run_with_bar(generation: Generation) -> list[OutputSequence]:
     from tqdm import tqdm
 
-    total = sum(sequence.params.max_tokens for sequence in generation.sequences)
+    total = sum(sequence.state.max_tokens for sequence in generation.sequences)
     with tqdm(total=total, unit="token", desc="generate", leave=False) as bar:
 
         def update(state: Generation) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 from transformers.modeling_outputs import CausalLMOutput
 
+from dynskip.arguments import shown
 from dynskip.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.executor import CompactExecutor
 from dynskip.linear import Linear
@@ -265,21 +266,16 @@ class OPTForCausalLM(nn.Module):
         return keep
 
 
-def is_token_ids(prompt: object) -> bool:
-    """Whether ``prompt`` is a sequence of integers."""
-    return isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt)
-
-
 def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: OPTConfig, what: str) -> None:
     """Raise ValueError, beginning with ``what``, where a prompt and its new tokens do not fit the model."""
     if not len(token_ids):
         raise ValueError(f"{what} must hold at least one token, got none.")
     for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < config.vocab_size:
-            raise ValueError(f"{what} must hold token ids in 0..{config.vocab_size - 1}, got {token_id}.")
+            raise ValueError(f"{what} must hold token ids in 0..{config.vocab_size - 1}, got {shown(token_id)}.")
     total = len(token_ids) + num_new_tokens
     if total > config.max_position_embeddings:
-        new = f" prompt and {num_new_tokens} new" if num_new_tokens else ""
+        new = f" prompt and {shown(num_new_tokens)} new" if num_new_tokens else ""
         raise ValueError(
             f"{what} must fit {config.max_position_embeddings} positions, got {len(token_ids)}{new} tokens. "
             "Shorten the prompt or lower max_tokens."

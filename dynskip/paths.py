@@ -5,10 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
+
+from dynskip.arguments import as_int, shown
 
 if TYPE_CHECKING:
     import torch
+
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +28,15 @@ class LayerPath:
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_num_layers("LayerPath", self.num_layers)
+        num_layers = _num_layers("LayerPath", self.num_layers)
+        layers = _layers("LayerPath", num_layers, self.layers)
+        object.__setattr__(self, "num_layers", num_layers)
+        object.__setattr__(self, "layers", layers)
         previous = -1
-        for layer in self.layers:
-            if not _is_int(layer):
-                raise TypeError(f"LayerPath: layers must be integers, got {layer!r}.")
+        for layer in layers:
             if not 0 <= layer < self.num_layers:
                 raise ValueError(
-                    f"LayerPath: layers must lie in 0..{self.num_layers - 1}, got {layer}. "
+                    f"LayerPath: layers must lie in 0..{self.num_layers - 1}, got {shown(layer)}. "
                     f"The model has {self.num_layers} layers, counted from 0."
                 )
             if layer == previous:
@@ -42,8 +48,7 @@ class LayerPath:
     @staticmethod
     def full(num_layers: int) -> LayerPath:
         """The path that runs every layer."""
-        _check_num_layers("LayerPath.full", num_layers)
-        return LayerPath(num_layers, tuple(range(num_layers)))
+        return LayerPath(num_layers, tuple(range(_num_layers("LayerPath.full", num_layers))))
 
     @staticmethod
     def uniform(num_layers: int, budget: int) -> LayerPath:
@@ -52,7 +57,7 @@ class LayerPath:
         Layer l runs iff the number of layers run so far is at most l * budget / num_layers
         (arXiv 2410.20022, section 3.1). Paths of different budgets are not nested in general.
         """
-        _check_budget("LayerPath.uniform", num_layers, budget)
+        num_layers, budget = _budget("LayerPath.uniform", num_layers, budget)
         layers: list[int] = []
         for layer in range(num_layers):
             if len(layers) * num_layers <= layer * budget:
@@ -62,7 +67,7 @@ class LayerPath:
     @staticmethod
     def early_exit(num_layers: int, budget: int) -> LayerPath:
         """The path that runs layers 0..budget-1, then leaves through the shared final norm and head."""
-        _check_budget("LayerPath.early_exit", num_layers, budget)
+        num_layers, budget = _budget("LayerPath.early_exit", num_layers, budget)
         return LayerPath(num_layers, tuple(range(budget)))
 
     @staticmethod
@@ -71,11 +76,12 @@ class LayerPath:
 
         ``keep_first`` forces layer 0 into the path ("RLS w/ L1" of arXiv 2410.20022).
         """
-        _check_budget("LayerPath.random", num_layers, budget)
-        if not _is_int(seed):
-            raise TypeError(f"LayerPath.random: seed must be an integer, got {seed!r}.")
+        num_layers, budget = _budget("LayerPath.random", num_layers, budget)
+        number = as_int(seed)
+        if number is None:
+            raise TypeError(f"LayerPath.random: seed must be an integer, got {shown(seed)}.")
         # random.Random.sample is stable across platforms and Python versions for integer seeds.
-        generator = random.Random(seed)
+        generator = random.Random(number)
         first = 1 if keep_first else 0
         drawn = generator.sample(range(first, num_layers), budget - first)
         return LayerPath(num_layers, tuple(sorted([*range(first), *drawn])))
@@ -87,10 +93,8 @@ class LayerPath:
         Raises ValueError for a repeated, negative or too large index, and for no index at all unless
         ``allow_empty``: a sequence without layers goes from the embedding straight to the head.
         """
-        chosen = tuple(layers)
-        for layer in chosen:
-            if not _is_int(layer):
-                raise TypeError(f"LayerPath.of: layers must be integers, got {layer!r}.")
+        num_layers = _num_layers("LayerPath.of", num_layers)
+        chosen = _layers("LayerPath.of", num_layers, layers)
         if not chosen and not allow_empty:
             raise ValueError("LayerPath.of: layers must name at least one layer, got none. Pass allow_empty=True.")
         return LayerPath(num_layers, tuple(sorted(chosen)))
@@ -154,20 +158,35 @@ def _parse_int(text: str) -> int:
         raise _NotAnInteger(text) from None
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _num_layers(function: str, num_layers: object) -> int:
+    number = as_int(num_layers)
+    if number is None:
+        raise TypeError(f"{function}: num_layers must be an integer, got {shown(num_layers)}.")
+    if number < 1:
+        raise ValueError(f"{function}: num_layers must be at least 1, got {shown(number)}.")
+    if number > MAX_LAYERS:
+        raise ValueError(f"{function}: num_layers must be at most {MAX_LAYERS}, got {shown(number)}.")
+    return number
 
 
-def _check_num_layers(function: str, num_layers: int) -> None:
-    if not _is_int(num_layers):
-        raise TypeError(f"{function}: num_layers must be an integer, got {num_layers!r}.")
-    if num_layers < 1:
-        raise ValueError(f"{function}: num_layers must be at least 1, got {num_layers}.")
+def _budget(function: str, num_layers: object, budget: object) -> tuple[int, int]:
+    """Both as integers."""
+    most, number = _num_layers(function, num_layers), as_int(budget)
+    if number is None:
+        raise TypeError(f"{function}: budget must be an integer, got {shown(budget)}.")
+    if not 1 <= number <= most:
+        raise ValueError(f"{function}: budget must lie in 1..{most}, got {shown(number)}.")
+    return most, number
 
 
-def _check_budget(function: str, num_layers: int, budget: int) -> None:
-    _check_num_layers(function, num_layers)
-    if not _is_int(budget):
-        raise TypeError(f"{function}: budget must be an integer, got {budget!r}.")
-    if not 1 <= budget <= num_layers:
-        raise ValueError(f"{function}: budget must lie in 1..{num_layers}, got {budget}.")
+def _layers(function: str, num_layers: int, layers: object) -> tuple[int, ...]:
+    """The layers as integers. Of too many, one more than the model has: enough for an error to name a wrong one."""
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"{function}: layers must be integers, got {shown(layers)}.")
+    numbers = []
+    for layer in islice(layers, num_layers + 1):
+        number = as_int(layer)
+        if number is None:
+            raise TypeError(f"{function}: layers must be integers, got {shown(layer)}.")
+        numbers.append(number)
+    return tuple(numbers)

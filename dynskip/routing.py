@@ -51,6 +51,10 @@ class Route(Protocol):
         """Raise ValueError, about ``what``, where it cannot tell the layers of its first ``num_tokens`` tokens."""
         ...
 
+    def most_tokens(self, limit: int) -> int:
+        """How many tokens, prompt and output, it can tell the layers of, at most ``limit``; the last one runs none."""
+        ...
+
     def plan(self, routes: Sequence[Any], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens`` of sequences with ``routes``, all of this one's key."""
         ...
@@ -78,6 +82,10 @@ class PathRoute:
 
     def check_covers(self, num_tokens: int, what: str) -> None:
         """Nothing: a path holds for any number of tokens."""
+
+    def most_tokens(self, limit: int) -> int:
+        """``limit``."""
+        return limit
 
     def plan(self, routes: Sequence[PathRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens`` of sequences with ``routes``."""
@@ -128,6 +136,10 @@ class MaskRoute:
                 f"{what}: paths must cover {num_tokens} tokens, got T={self.active.shape[0]}. "
                 "Give T >= prompt + max_tokens - 1 rows."
             )
+
+    def most_tokens(self, limit: int) -> int:
+        """One more than the mask has rows, at most ``limit``."""
+        return min(limit, self.active.shape[0] + 1)
 
     def plan(self, routes: Sequence[MaskRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens`` of sequences with ``routes``."""
@@ -198,6 +210,10 @@ class GateRoute:
     def check_covers(self, num_tokens: int, what: str) -> None:
         """Nothing: the controller decides for every token that comes."""
 
+    def most_tokens(self, limit: int) -> int:
+        """``limit``."""
+        return limit
+
     def plan(self, routes: Sequence[GateRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens``; the controller is asked while the step runs."""
         decide = ControllerDecision(self.controller, tokens, tokens.is_prompt and self.full_prompt)
@@ -213,7 +229,7 @@ def resolve(
     prompt_depth: str = "path",
     function: str = "generate",
 ) -> list[Route]:
-    """The routes that ``paths`` stands for, one per prompt.
+    """The routes that ``paths`` stands for, one per prompt; they hold copies of masks.
 
     prompts: per sequence [T], int64. embed: token ids to embeddings, for controllers that decide per sequence.
     Raises TypeError or ValueError, naming ``function``, for anything that does not fit the model or the batch.
@@ -269,7 +285,7 @@ def _check_mask(mask: Tensor, num_layers: int, num_seqs: int, function: str) -> 
         raise TypeError(f"{function}: paths must be bool {expected}, got {mask.dtype}. Use paths.bool().")
     if mask.dim() not in (2, 3) or mask.shape[0] != num_seqs or mask.shape[-1] != num_layers:
         raise ValueError(f"{function}: paths must be bool {expected}, got shape {list(mask.shape)}.")
-    return mask.cpu()
+    return mask.detach().to("cpu", copy=True)
 
 
 def _paths_of_mask(mask: Tensor, function: str) -> list[LayerPath]:

@@ -77,6 +77,32 @@ class Breaks:
         return torch.ones(len(hidden_states), dtype=torch.bool)
 
 
+# What a caller hands over
+
+
+def test_a_caller_may_reuse_its_buffers_once_it_has_called(llm: LLM) -> None:
+    (prompt,) = random_prompts([5])
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    mask = torch.rand(12, NUM_LAYERS, generator=torch.Generator().manual_seed(1)) < 0.6
+    expected = llm.generate([prompt], params, mask[None])[0].token_ids
+    assert llm.generate([prompt], params)[0].token_ids != expected, "the layers make a difference"
+
+    async def main() -> None:
+        async with serve(llm) as served:
+            ids, buffer = list(prompt), mask.clone()
+            stream, output = served.stream(ids, params, buffer), served.generate(ids, params, buffer)
+            ids[:] = [1] * 5
+            buffer.fill_(True)
+            assert [token async for piece in stream for token in piece.token_ids] == expected
+            assert (await output).token_ids == expected
+            listed = [FULL]
+            output = served.generate(prompt, params, listed)
+            listed.append(FULL)
+            assert len((await output).token_ids) == 6
+
+    run(main())
+
+
 # Outputs
 
 

@@ -50,7 +50,53 @@ GENERATE_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "prompt 0 must be text or a list of token ids",
     ),
-    "a tensor": ({"prompts": torch.ones(1, 3).long()}, TypeError, "prompts must be a list of .* got Tensor"),
+    "one array without its list": (
+        {"prompts": torch.ones(3).long()},
+        TypeError,
+        "prompts must be a list of .* got Tensor. Put a single",
+    ),
+    "an array of three dimensions": (
+        {"prompts": torch.ones(1, 3, 2).long()},
+        TypeError,
+        "prompts must be a list of .* got Tensor",
+    ),
+    "an array of numbers that are no ids": (
+        {"prompts": torch.ones(1, 3)},
+        TypeError,
+        "prompt 0 must be text or a list of token ids, got Tensor",
+    ),
+    "bytes": ({"prompts": [b"w005"]}, TypeError, "prompt 0 must be text or .* got bytes. Decode it to text"),
+    "bytes without their list": ({"prompts": b"w005"}, TypeError, "prompts must be a list of .* got bytes"),
+    "a lone surrogate": (
+        {"prompts": ["w005", "w\ud8005"]},
+        ValueError,
+        r"prompt 1 must be text without lone surrogates, got 'w\\ud8005'",
+    ),
+    "more outputs than a batch has": (
+        {"prompts": [[5]] * 65, "params": SamplingParams(n=1024)},
+        ValueError,
+        "prompts must have at most 65536 outputs together, got 66560. .* use an Engine",
+    ),
+    "more logprobs than tokens": (
+        {"prompts": [[5], [6]], "params": [SamplingParams(), SamplingParams(logprobs=VOCAB_SIZE + 1)]},
+        ValueError,
+        f"prompt 1: logprobs must be at most {VOCAB_SIZE}, the vocabulary, got {VOCAB_SIZE + 1}",
+    ),
+    "a stop token that cannot come": (
+        {"params": SamplingParams(stop_token_ids=[3, VOCAB_SIZE])},
+        ValueError,
+        rf"prompt 0: stop_token_ids must hold token ids in 0\.\.{VOCAB_SIZE - 1}, got {VOCAB_SIZE}",
+    ),
+    "new tokens beyond all sense": (
+        {"params": SamplingParams(max_tokens=10**5000)},
+        ValueError,
+        "prompt 0 must fit 64 positions, got 1 prompt and int of very many digits new tokens",
+    ),
+    "no room for a token": (
+        {"prompts": [[5] * 64], "params": SamplingParams(max_tokens=None)},
+        ValueError,
+        "prompt 0 must fit 64 positions, got 64 prompt and 1 new tokens",
+    ),
     "prompt and new tokens over the limit": (
         {"prompts": [[5] * 40], "params": SamplingParams(max_tokens=25)},
         ValueError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import NUM_LAYERS, VOCAB_SIZE, random_prompts
@@ -30,7 +31,23 @@ class Choosing:
 
 REQUEST_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text": ({"token_ids": "w005"}, TypeError, "token_ids must be a list of token ids, got str"),
-    "a tensor": ({"token_ids": torch.ones(3).long()}, TypeError, "token_ids must be a list of token ids, got Tensor"),
+    "a batch": ({"token_ids": torch.ones(1, 3).long()}, TypeError, "token_ids must be a list of token ids, got Tensor"),
+    "bytes": ({"token_ids": b"w005"}, TypeError, "token_ids must be a list of token ids, got bytes"),
+    "more logprobs than tokens": (
+        {"params": SamplingParams(logprobs=VOCAB_SIZE + 1)},
+        ValueError,
+        f"logprobs must be at most {VOCAB_SIZE}, the vocabulary, got {VOCAB_SIZE + 1}",
+    ),
+    "a stop token that cannot come": (
+        {"params": SamplingParams(stop_token_ids=[VOCAB_SIZE])},
+        ValueError,
+        r"stop_token_ids must hold token ids in 0\.\.100, got 101",
+    ),
+    "no room for a token": (
+        {"token_ids": [5] * 30, "params": SamplingParams(max_tokens=None)},
+        ValueError,
+        "prompt and max_tokens must be at most 30 tokens, got 31",
+    ),
     "a float among the ids": ({"token_ids": [5, 2.0]}, TypeError, "token_ids must be a list of token ids, got list"),
     "a truth value among the ids": ({"token_ids": [5, True]}, TypeError, "token_ids must be a list of token ids"),
     "no token": ({"token_ids": []}, ValueError, "token_ids must hold at least one token, got none."),
@@ -216,6 +233,19 @@ ENGINE_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "memory for nothing": ({"kv_bytes": 255}, ValueError, "Engine: kv_bytes must hold an entry of 256 bytes, got 255"),
     "negative memory": ({"kv_bytes": -1}, ValueError, "Engine: kv_bytes must hold an entry of 256 bytes, got -1"),
     "memory as text": ({"kv_bytes": "2 GB"}, TypeError, "Engine: kv_bytes must be an integer, got '2 GB'"),
+    "too large a batch": ({"batch": 2**16 + 1}, ValueError, "Cohort: batch must be at most 65536, got 65537"),
+    "too large a batch in lock-step": (
+        {"policy": "lockstep", "batch": 10**9},
+        ValueError,
+        "Lockstep: batch must be at most 65536, got 1000000000",
+    ),
+    "too large a pool": ({"pool": 10**9}, ValueError, "Cohort: pool must be at most 1048576, got 1000000000"),
+    "a truth value": ({"batch": True}, TypeError, "Engine: batch must be an integer, got True"),
+    "a float of numpy": ({"pool": np.float32(8)}, TypeError, "Engine: pool must be an integer, got"),
+    "costs as text": ({"costs": "x"}, TypeError, "Engine: costs must be StepCosts or None, got str"),
+    "deterministic as text": ({"deterministic": "no"}, TypeError, "Engine: deterministic must be True, False or None"),
+    "a tokenizer by name": ({"tokenizer": "opt-mini"}, TypeError, "Engine: tokenizer must be a transformers tokenizer"),
+    "a clock that stands": ({"clock": 0.0}, TypeError, "Engine: clock must be callable, got float"),
     "costs of another model": (
         {"costs": costs(24)},
         ValueError,
@@ -241,11 +271,65 @@ def test_a_stream_has_one_output() -> None:
     assert not served.has_unfinished
 
 
-def test_prompts_are_copied() -> None:
+MASKS = {
+    "per token": torch.ones(12, NUM_LAYERS, dtype=torch.bool),
+    "per sequence": torch.ones(NUM_LAYERS, dtype=torch.bool),
+    "a row of a larger buffer": torch.ones(2, 12, NUM_LAYERS, dtype=torch.bool)[1],
+}
+
+
+@pytest.mark.parametrize("container", [list, np.array, torch.tensor])
+def test_prompts_are_copied(container: Any) -> None:
     (prompt,) = random_prompts([5])
-    given = list(prompt)
+    given = container(prompt)
     served = engine()
     served.add_request(given, greedy(4))
-    given[:] = [1]
+    given[:] = container([1] * 5)
     (output,) = served.run()
     assert output.prompt_ids == prompt and same(output, Ask(prompt, greedy(4)).alone())
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_masks_are_copied(kind: str, steps: int) -> None:
+    (prompt,) = random_prompts([5])
+    expected = Ask(prompt, greedy(8), MASKS[kind]).alone()
+    buffer = MASKS[kind].clone()
+    served = engine()
+    served.add_request(prompt, greedy(8), buffer)
+    for _ in range(steps):
+        served.step()
+    buffer[..., 1:] = False
+    (output,) = served.run()
+    assert same(output, expected)
+    assert not same(Ask(prompt, greedy(8), buffer).alone(), expected), "the layers make a difference"
+
+
+def test_parameters_and_paths_are_copied() -> None:
+    stop, tokens, layers = ["a"], [7], [0, 3]
+    params, path = SamplingParams(stop=stop, stop_token_ids=tokens), LayerPath(NUM_LAYERS, layers)  # type: ignore[arg-type]
+    stop.append("b"), tokens.append(8), layers.append(5)
+    assert params == SamplingParams(stop="a", stop_token_ids=[7]) and path == LayerPath.of(NUM_LAYERS, [0, 3])
+    chosen = [FULL]
+    controller = StaticController(chosen)
+    chosen.append(FULL)
+    controller.choose_paths([torch.tensor([5])], []).append(FULL)
+    assert controller.choose_paths([torch.tensor([5])], []) == [FULL]
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "total"),
+    [
+        ({}, FULL, 64),
+        ({"max_context_len": 30}, FULL, 30),
+        ({"num_slots": 60}, FULL, 11),
+        ({"num_slots": 60}, PATHS[2], 21),
+        ({}, MASK, 13),
+    ],
+)
+def test_without_max_tokens_a_request_gets_as_many_as_fit(options: dict[str, Any], path: Any, total: int) -> None:
+    served = engine(**options)
+    served.add_request([5, 6, 7], SamplingParams(max_tokens=None, ignore_eos=True), path)
+    (output,) = served.run()
+    assert output.finish_reason == "length" and 3 + len(output.token_ids) == total
+    assert_empty(served)

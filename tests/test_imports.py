@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     # what to run: pure data, no device
     "version",
+    "arguments",
     "paths",
     "flat_rows",
     "plan",
@@ -60,6 +61,7 @@ ORDER = [
     "engine",
     "generate",
     "tokenizer",
+    "prompts",
     "llm",
     "async_llm",
     # what stands around it

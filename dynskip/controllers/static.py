@@ -23,4 +23,4 @@ class StaticController:
             raise ValueError(
                 f"StaticController: paths must be one per prompt, got {len(self.paths)} for {len(prompt_ids)} prompts."
             )
-        return self.paths
+        return list(self.paths)

@@ -7,11 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from dynskip.arguments import as_int, as_token_ids, shown
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.default_costs import default_costs
 from dynskip.engine.execution import Execution, sequence_of
@@ -27,11 +28,12 @@ from dynskip.engine.stats import EngineStats
 from dynskip.engine.token_stream import TokenStream
 from dynskip.executor import CompactExecutor
 from dynskip.kv_cache import available_bytes
-from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens, is_token_ids
+from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens
 from dynskip.routing import Paths, Route, resolve
 from dynskip.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 # Of the memory that is free when an engine is made, what its keys and values may take.
@@ -74,16 +76,17 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         kv: KVPool | None = None,
     ) -> None:
-        if not isinstance(model, OPTForCausalLM):
-            raise TypeError(f"Engine: model must be a dynskip.OPTForCausalLM, got {type(model).__name__}.")
-        _check_integers(
-            kv_bytes=kv_bytes,
-            batch=batch,
-            pool=pool,
-            max_wait=max_wait,
-            max_prefill_tokens=max_prefill_tokens,
-            max_context_len=max_context_len,
-        )
+        _check_types(model=model, deterministic=deterministic, costs=costs, tokenizer=tokenizer, clock=clock)
+        batch, max_prefill_tokens = _integer("batch", batch), _integer("max_prefill_tokens", max_prefill_tokens)
+        kv_bytes, pool = _optional_integer("kv_bytes", kv_bytes), _optional_integer("pool", pool)
+        max_wait = _optional_integer("max_wait", max_wait)
+        longest = model.config.max_position_embeddings
+        max_context_len = _optional_integer("max_context_len", max_context_len)
+        self.max_context_len = longest if max_context_len is None else max_context_len
+        if not 1 <= self.max_context_len <= longest:
+            raise ValueError(f"Engine: max_context_len must lie in 1..{longest}, got {shown(max_context_len)}.")
+        if max_prefill_tokens < 1:
+            raise ValueError(f"Engine: max_prefill_tokens must be at least 1, got {shown(max_prefill_tokens)}.")
         self.model = model
         self.runner = StepRunner(model, executor, deterministic, alone=kv is None)
         if costs is None and policy == "cohort":
@@ -93,10 +96,6 @@ class Engine:
                 f"Engine: costs must be of {model.num_layers} layers, got {costs.num_layers}. Run `dynskip calibrate`."
             )
         chosen = make_policy(policy, costs, batch, pool, max_wait)
-        longest = model.config.max_position_embeddings
-        self.max_context_len = longest if max_context_len is None else max_context_len
-        if not 1 <= self.max_context_len <= longest:
-            raise ValueError(f"Engine: max_context_len must lie in 1..{longest}, got {max_context_len}.")
         self.entry_bytes = model.kv_entry_bytes
         self.kv = self._make_pool(chosen.pool, batch, kv_bytes) if kv is None else kv
         self.scheduler = Scheduler(chosen, self.kv, max_prefill_tokens)
@@ -124,7 +123,7 @@ class Engine:
 
     def add_request(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | Tensor | NDArray[Any],
         params: SamplingParams | None = None,
         path: Paths = None,
         *,
@@ -135,7 +134,8 @@ class Engine:
     ) -> Hashable:
         """Let a request wait; returns its id.
 
-        token_ids: the prompt. path: a LayerPath, bool [L], bool [T, L] per token, a controller, or None for all layers.
+        token_ids: the prompt, a list or a one-dimensional array. path: a LayerPath, bool [L], bool [T, L] per token, a
+            controller, or None for all layers. Prompt and masks are copied.
         kv_policy, prompt_depth: as in ``LLM.generate``. request_id: anything hashable; None for the next number.
         on_token: called after each token; where it raises, the request ends with that error.
         Raises TypeError or ValueError on bad input, also where prompt and max_tokens would not fit into the memory
@@ -145,15 +145,16 @@ class Engine:
             raise RuntimeError("add_request: the engine must be open, got one that was closed. Make another.")
         if not isinstance(request_id, Hashable):
             raise TypeError(f"add_request: request_id must be hashable, got {type(request_id).__name__}.")
-        if not is_token_ids(token_ids):
+        prompt_ids = as_token_ids(token_ids)
+        if prompt_ids is None:
             raise TypeError(f"add_request: token_ids must be a list of token ids, got {type(token_ids).__name__}.")
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"add_request: params must be SamplingParams, got {type(params).__name__}.")
         if on_token is not None and not callable(on_token):
             raise TypeError(f"add_request: on_token must be callable or None, got {type(on_token).__name__}.")
-        prompt_ids = list(token_ids)
-        check_tokens(prompt_ids, params.max_tokens, self.model.config, "add_request: token_ids")
+        check_tokens(prompt_ids, params.num_new_tokens(1), self.model.config, "add_request: token_ids")
+        params.check_vocabulary(self.model.config.vocab_size, "add_request")
         paths = path[None] if isinstance(path, Tensor) else path
         prompt = torch.tensor(prompt_ids, device=self.model.device)
         routes = resolve(
@@ -173,7 +174,9 @@ class Engine:
         self._drop_forsaken()
         if params.stop and self.execution.tokenizer is None:
             raise ValueError("add_request: stop must be left out without a tokenizer. Use stop_token_ids.")
-        total = len(prompt_ids) + params.max_tokens
+        fitting = min(self.max_context_len, self.kv.most_tokens(route.layers))
+        max_tokens = params.num_new_tokens(route.most_tokens(fitting) - len(prompt_ids))
+        total = len(prompt_ids) + max_tokens
         if total > self.max_context_len:
             raise ValueError(
                 f"add_request: prompt and max_tokens must be at most {self.max_context_len} tokens, got {total}. "
@@ -200,7 +203,7 @@ class Engine:
                     sequence,
                     route.layers,
                     len(prompt_ids),
-                    params.max_tokens,
+                    max_tokens,
                     request.arrival_s,
                     replays=self.runner.deterministic or route.path is None,
                 )
@@ -268,7 +271,11 @@ class Engine:
         return self.step()
 
     def stream(
-        self, token_ids: Sequence[int], params: SamplingParams | None = None, path: Paths = None, **options: object
+        self,
+        token_ids: Sequence[int] | Tensor | NDArray[Any],
+        params: SamplingParams | None = None,
+        path: Paths = None,
+        **options: object,
     ) -> TokenStream:
         """The tokens of a new request as they come; arguments as in `add_request`, with n = 1."""
         if params is not None and not isinstance(params, SamplingParams):
@@ -409,7 +416,7 @@ class Engine:
             kv_bytes = min(most * self.entry_bytes, int(_KV_SHARE * available_bytes(self.model.device)))
         num_slots = min(kv_bytes // self.entry_bytes, most)
         if num_slots < 1:
-            raise ValueError(f"Engine: kv_bytes must hold an entry of {self.entry_bytes} bytes, got {kv_bytes}.")
+            raise ValueError(f"Engine: kv_bytes must hold an entry of {self.entry_bytes} bytes, got {shown(kv_bytes)}.")
         executor = self.runner.executor
         cache = executor.new_cache(num_seqs, self.max_context_len, num_slots)
         if isinstance(executor, CompactExecutor):
@@ -424,7 +431,27 @@ class Engine:
         return self._time_s
 
 
-def _check_integers(**values: object) -> None:
+def _check_types(**values: object) -> None:
+    """Raise TypeError for an option of an engine that is of another type than it can use."""
+    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "model": (lambda value: isinstance(value, OPTForCausalLM), "a dynskip.OPTForCausalLM"),
+        "deterministic": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
+        "costs": (lambda value: value is None or isinstance(value, StepCosts), "StepCosts or None"),
+        "tokenizer": (lambda value: value is None or hasattr(value, "decode"), "a transformers tokenizer or None"),
+        "clock": (callable, "callable"),
+    }
     for name, value in values.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"Engine: {name} must be an integer, got {value!r}.")
+        fits, requirement = wanted[name]
+        if not fits(value):
+            raise TypeError(f"Engine: {name} must be {requirement}, got {type(value).__name__}.")
+
+
+def _integer(name: str, value: object) -> int:
+    number = as_int(value)
+    if number is None:
+        raise TypeError(f"Engine: {name} must be an integer, got {shown(value)}.")
+    return number
+
+
+def _optional_integer(name: str, value: object) -> int | None:
+    return None if value is None else _integer(name, value)

@@ -232,7 +232,7 @@ class Execution:
             text = self.tokenizer.decode(sequence.token_ids[-num_last:], skip_special_tokens=True)
             if any(stop in text for stop in sequence.params.stop):
                 return "stop"
-        return "length" if len(sequence.token_ids) >= sequence.params.max_tokens else None
+        return "length" if len(sequence.token_ids) >= sequence.state.max_tokens else None
 
     def finish(self, sequence: OutputSequence, reason: str) -> None:
         """End ``sequence``, whose last token was its last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dynskip.engine.sequence import SequenceState
+from dynskip.paths import LayerPath
 
 
 class KVBudget:
@@ -54,9 +55,14 @@ class KVBudget:
         needed = self.slots(sequence.max_cached, sequence.path.budget)
         if needed <= self.num_slots:
             return
-        num_tokens = self.num_slots // self.page_size // max(sequence.path.budget, 1) * self.page_size
         raise ValueError(
             f"Scheduler.add: prompt and max_tokens must fit into {self.num_slots} key-value slots, got "
             f"{sequence.num_prompt_tokens} + {sequence.max_tokens} tokens through {sequence.path.budget} layers, which "
-            f"take {needed}. Along this path at most {num_tokens + 1} tokens fit, prompt and output together."
+            f"take {needed}. Along this path at most {self.most_tokens(sequence.path)} tokens fit, prompt and output "
+            "together."
         )
+
+    def most_tokens(self, path: LayerPath) -> int:
+        """Tokens of prompt and output that fit along ``path`` with all the memory to themselves."""
+        # The last one is never run.
+        return self.num_slots // self.page_size // max(path.budget, 1) * self.page_size + 1

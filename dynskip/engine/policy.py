@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from dynskip.arguments import shown
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.groups import PathGroup, PathGroups
 from dynskip.engine.sequence import SequenceState
 
 POLICIES = ("cohort", "lockstep", "by_path")
+# Rows of a step, and resident sequences, that an engine keeps lists for.
+MAX_BATCH = 2**16
+MAX_POOL = 2**20
 
 # The rows of one path in a decode step.
 Part = tuple[PathGroup, list[SequenceState]]
@@ -64,6 +68,10 @@ def make_policy(
 def check_limits(name: str, batch: int, pool: int) -> None:
     """Raise ValueError where a policy of that name cannot work with ``batch`` and ``pool``."""
     if batch < 1:
-        raise ValueError(f"{name}: batch must be at least 1, got {batch}.")
+        raise ValueError(f"{name}: batch must be at least 1, got {shown(batch)}.")
+    if batch > MAX_BATCH:
+        raise ValueError(f"{name}: batch must be at most {MAX_BATCH}, got {shown(batch)}.")
     if pool < batch:
-        raise ValueError(f"{name}: pool must be at least the batch, {batch}, got {pool}.")
+        raise ValueError(f"{name}: pool must be at least the batch, {batch}, got {shown(pool)}.")
+    if pool > MAX_POOL:
+        raise ValueError(f"{name}: pool must be at most {MAX_POOL}, got {shown(pool)}.")
