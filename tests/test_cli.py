@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,8 +120,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--max-tokens", "0", "x"], ["max_tokens", "at least 1"]),
         (["generate", "--temperature", "-1", "x"], ["temperature"]),
         (["generate", "--top-p", "1.5", "x"], ["top_p"]),
-        (["generate", "--top-k", "0", "x"], ["top_k"]),
-        (["generate", "--n", "0", "x"], ["n must", "at least 1"]),
+        (["generate", "--top-k", "-2", "x"], ["top_k"]),
+        (["generate", "--n", "0", "x"], ["n must", "1..1024"]),
+        (["generate", "--n", "300000", "x"], ["n must", "1..1024", "300000"]),
+        (["generate", "--stop", "x" * 5000, "x"], ["stop", "1024 characters"]),
+        (["generate", "caf\udce9"], ["prompt 1", "lone surrogates"]),
         (["generate", "--stop", "", "x"], ["stop"]),
         (["generate", "--threads", "0", "x"], ["--threads", "at least 1"]),
         (["generate", "--device", "abacus", "x"], ["--device", "abacus", "cuda:N"]),
@@ -246,6 +251,93 @@ def test_generate_reads_a_file_and_stdin(
         monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text(encoding="utf-8")))
         assert generate(model_directory, "--json", *arguments) == 0
         assert [line["prompt"] for line in json_lines(capsys)] == ["the cat", "a mat"]
+
+
+def test_only_line_ends_separate_prompts_and_marks_are_no_text(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffthe cat\r\na\u2028mat\rsat\x0con\n\ufeffa\x1cmat\x85\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8"))
+    for arguments in (["--file", str(file)], []):
+        assert generate(model_directory, "--json", *arguments) == 0
+        lines = capsys.readouterr().out.split("\n")[:-1]
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        assert prompts == ["the cat", "a\u2028mat", "sat\x0con", "a\x1cmat\x85"]
+
+
+def test_generate_goes_on_for_as_many_tokens_as_fit(model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model_directory, "--json", "--max-tokens", "all", "the cat") == 0
+    (line,) = json_lines(capsys)
+    assert line["num_prompt_tokens"] + len(line["outputs"][0]["token_ids"]) == 32
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_output_arrives_whatever_stdout_can_write(
+    encoding: str, as_json: bool, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["the cat \u65e5", "caf\xe9 \U0001f600"]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert generate(model_directory, *(["--json"] if as_json else []), *prompts) == 0
+    text = written.getvalue().decode(encoding)
+    if as_json:
+        assert [json.loads(line)["prompt"] for line in text.split("\n")[:-1]] == prompts
+        assert ("\\u65e5" in text) == (encoding != "utf-8")
+    else:
+        escaped = [prompt.encode(encoding, "backslashreplace").decode(encoding) for prompt in prompts]
+        assert all(f"== {prompt} [" in text for prompt in escaped)
+
+
+def test_stdin_of_a_locale_that_says_nothing_is_utf8(
+    model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for content, is_text in (("the \u65e5".encode(), True), (b"the \xff", False)):
+        stdin = io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status = generate(model_directory, "--json")
+        if is_text:
+            assert json_lines(capsys)[0]["prompt"] == "the \u65e5"
+        else:
+            expect_mistake(capsys, status, "UTF-8", "0xff", "stdin")
+
+
+def test_stdin_that_is_closed_is_a_mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    for arguments in ([], ["--file", "-"]):
+        expect_mistake(capsys, main(["generate", *arguments]), "stdin must be open", "got none", "argument")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["info"], ["simulate"], ["generate", "x"], ["fly"]])
+def test_stdout_that_is_closed_is_a_mistake(command: list[str]) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m dynskip "$@" >&-', sys.executable, *command], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "dynskip: error: stdout must be open, got none. Redirect it to a file or to /dev/null\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's own")
+def test_stdout_that_is_full_or_broken_ends_a_command_in_one_line_or_none() -> None:
+    command = [sys.executable, "-m", "dynskip", "simulate", "--requests", "4"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("dynskip simulate: error: ")
+    assert ended.stderr.count("\n") == 1
+    for arguments in (command, [sys.executable, "-m", "dynskip", "--help"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        broken = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        assert (broken.returncode, broken.stderr) == (0, b"")
+
+
+def test_without_stderr_errors_do_not_go_to_stdout() -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m dynskip fly 2>&-', sys.executable], stdout=subprocess.PIPE, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
 
 
 def test_generate_without_a_prompt_is_a_mistake(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dynskip.cli import streams
 from dynskip.cli.errors import user_message
 from dynskip.version import __version__
 
@@ -57,26 +57,30 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: the command's own, 2 after a mistake of the user's (one line on stderr), 130 after Ctrl-C."""
+    name, traces = "dynskip", False
     try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:  # argparse leaves this way, after --help with 0 and after a mistake with 2
-        return int(stop.code or 0)
-    try:
-        status: int = importlib.import_module(f"dynskip.cli.{args.command}").run(args)
-        sys.stdout.flush()
+        streams.prepare()
+        try:
+            args = build_parser().parse_args(argv)
+        except SystemExit as stop:  # argparse leaves this way, after --help with 0 and after a mistake with 2
+            status = int(stop.code or 0)
+        else:
+            name, traces = f"dynskip {args.command}", args.traceback
+            status = importlib.import_module(f"dynskip.cli.{args.command}").run(args)
+        streams.flush()
         return status
     except BrokenPipeError:
-        # The reader, `head` for one, has seen enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.abandon_stdout()  # its reader, `head` for one, has seen enough
         return 0
     except KeyboardInterrupt:
-        print(f"\ndynskip {args.command}: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         message = user_message(error)
         if message is None:
             raise
-        if args.traceback:
+        if traces:
             traceback.print_exc()
-        print(f"dynskip {args.command}: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {message}", file=sys.stderr)
+        streams.settle()
         return USER_MISTAKE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dynskip.llm import LLM
@@ -21,11 +21,8 @@ def demo_path(num_layers: int, kind: str, share: float, seed: int) -> tuple[str,
 
 def prompt_ids(llm: LLM, prompt: str) -> list[int]:
     """The prompt in the form that the model was fine-tuned on, where its tokenizer knows one."""
-    tokenizer: Any = llm.tokenizer
-    if tokenizer.chat_template is None:
-        return list(tokenizer(prompt)["input_ids"])
-    message = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+    has_template = getattr(llm.tokenizer, "chat_template", None) is not None
+    return llm.chat_prompt(prompt) if has_template else llm.encode(prompt)
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

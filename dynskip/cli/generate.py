@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
+from dynskip.cli import streams
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import add_model_options, file_path, set_threads, show_progress, torch_device, torch_dtype
+from dynskip.prompts import check_unicode, lines
 
 if TYPE_CHECKING:
-    from dynskip.llm import LLM, Output
+    from dynskip.llm import Output
     from dynskip.sampling import SamplingParams
 
 _EXAMPLES = """examples:
@@ -59,7 +60,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_model_options(parser)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens at most (default: 64)")
+    group.add_argument(
+        "--max-tokens",
+        type=_max_tokens,
+        default=64,
+        metavar="N",
+        help="new tokens at most, or `all` for as many as the model has positions for (default: 64)",
+    )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest that sum to P")
@@ -93,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
     )
     num_layers = llm.model.config.num_hidden_layers
     chosen = [LayerPath.parse(text, num_layers) for text in paths]
-    inputs = _chat_ids(llm, prompts) if args.chat else prompts
+    if args.chat and getattr(llm.tokenizer, "chat_template", None) is None:
+        raise UserError("--chat must be left out: the tokenizer of this model has no chat template")
+    inputs = [llm.chat_prompt(prompt) for prompt in prompts] if args.chat else prompts
     outputs = llm.generate(inputs, params, paths=chosen[0] if len(chosen) == 1 else chosen, progress=progress)
     show = _print_json if args.json else _print_text
     show(prompts, outputs)
@@ -105,19 +114,27 @@ def read_prompts(arguments: list[str], file: str | None) -> list[str]:
     if arguments and file is not None:
         raise UserError("prompts must come from the command line or from --file, got both")
     if arguments:
+        for number, prompt in enumerate(arguments, start=1):
+            check_unicode(prompt, f"generate: prompt {number}")
         return arguments
-    if file is None and sys.stdin.isatty():
-        raise UserError("a prompt must be given: as an argument, in --file, or on stdin")
     try:
-        text = sys.stdin.read() if file in (None, "-") else file_path(str(file)).read_text(encoding="utf-8")
+        text = streams.read_stdin() if file in (None, "-") else file_path(str(file)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"prompts must be UTF-8, got byte {error.object[error.start]:#04x} in {file or 'stdin'}"
         ) from error
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in lines(text) if line.strip()]
     if not prompts:
         raise UserError(f"{'stdin' if file in (None, '-') else file} must hold at least one prompt, got none")
     return prompts
+
+
+def _max_tokens(text: str) -> int | None:
+    """The number that ``text`` is; None for ``all``."""
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {text!r}") from None
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
@@ -135,19 +152,6 @@ def _params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _chat_ids(llm: LLM, prompts: list[str]) -> list[list[int]]:
-    if getattr(llm.tokenizer, "chat_template", None) is None:
-        raise UserError("--chat must be left out: the tokenizer of this model has no chat template")
-    assert llm.tokenizer is not None, "only a tokenizer has a chat template"
-    encoded = []
-    for prompt in prompts:
-        ids: Any = llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        encoded.append(list(ids))
-    return encoded
-
-
 def _print_json(prompts: list[str], outputs: list[Output]) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.path is not None, "the command line gives every prompt one path"
@@ -162,7 +166,7 @@ def _print_json(prompts: list[str], outputs: list[Output]) -> None:
             "layers": output.path.layers,
             "outputs": samples,
         }
-        print(json.dumps(line, ensure_ascii=False))
+        print(json.dumps(line, ensure_ascii=not streams.writes_unicode()))
 
 
 def _print_text(prompts: list[str], outputs: list[Output]) -> None:

@@ -33,7 +33,8 @@ class Corpus:
 
 
 def _open_text(path: Path) -> Iterable[str]:
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+    encoding = "utf-8-sig"  # a byte order mark is no text
+    with lzma.open(path, "rt", encoding=encoding) if path.suffix == ".xz" else path.open(encoding=encoding) as file:
         yield from file
 
 
