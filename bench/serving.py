@@ -24,6 +24,7 @@ import torch
 from dynskip.benchmark.machine import describe
 from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
 from dynskip.benchmark.serving import Competitor, Job, Served, take_turns
+from dynskip.cli.options import in_range
 from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.engine import Engine
@@ -446,12 +447,12 @@ def main() -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-1.3b", help="random weights of that shape")
     parser.add_argument("--model", help="a checkpoint instead: folder, hub id, or opt-mini, shipped with dynskip")
     parser.add_argument("--data", type=Path, help="Alpaca, whose prompts are served as they come")
-    parser.add_argument("--requests", type=int, default=1024)
-    parser.add_argument("--batch", type=int, action="append", help="repeatable (default: 16 and 32)")
-    parser.add_argument("--prompt-len", type=int, default=32)
-    parser.add_argument("--mean-output", type=float, default=16.0)
-    parser.add_argument("--prefill", type=int, default=512, help="most prompt tokens of a step")
-    parser.add_argument("--static-requests", type=int, default=64)
+    parser.add_argument("--requests", type=in_range(1, 10**5), default=1024)
+    parser.add_argument("--batch", type=in_range(1, 1024), action="append", help="repeatable (default: 16 and 32)")
+    parser.add_argument("--prompt-len", type=in_range(1, 2048), default=32)
+    parser.add_argument("--mean-output", type=in_range(1.0, 2048.0), default=16.0)
+    parser.add_argument("--prefill", type=in_range(1, 2**16), default=512, help="most prompt tokens of a step")
+    parser.add_argument("--static-requests", type=in_range(1, 10**5), default=64)
     parser.add_argument("--policy", action="append", choices=POLICIES, help="repeatable (default: lockstep and cohort)")
     parser.add_argument("--only", action="append", choices=PARTS, help="repeatable (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")

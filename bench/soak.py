@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dynskip.assets import opt_mini_directory
 from dynskip.benchmark.machine import describe
+from dynskip.cli.options import in_range
 from dynskip.controllers import TokenContext
 from dynskip.engine.default_costs import default_costs
 from dynskip.engine.engine import Engine
@@ -41,6 +42,7 @@ _WARM_UP = 0.15
 _RSS_SHARE = 0.02
 # Blocks of neighbouring samples that throughput is averaged over: each is a draw, nearly independent of the next.
 _NUM_BLOCKS = 12
+_LEAST_SAMPLES = 8
 # Tokens that prompts have in common, and of a chunk: in the deterministic mode whole chunks are shared.
 _PREFIX = 64
 # Of so many requests one is run again alone when the time is up.
@@ -327,14 +329,18 @@ def _show(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, write the results, and return 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--interval", type=float, default=5.0, help="seconds between samples (default: 5)")
+    parser.add_argument("--minutes", type=in_range(0.01, 1e5), default=20.0)
+    parser.add_argument(
+        "--interval", type=in_range(0.01, 1e5), default=5.0, help="seconds between samples (default: 5)"
+    )
     parser.add_argument("--model", default=None, help="a directory or hub id (default: opt-mini)")
     parser.add_argument("--policy", choices=POLICIES, default="cohort")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--kv-tokens", type=int, default=700, help="tokens at full depth that keys and values may take")
-    parser.add_argument("--max-context-len", type=int, default=160)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=in_range(1, 2**16), default=16)
+    parser.add_argument(
+        "--kv-tokens", type=in_range(1, 10**9), default=700, help="tokens at full depth that keys and values may take"
+    )
+    parser.add_argument("--max-context-len", type=in_range(1, 10**6), default=160)
+    parser.add_argument("--seed", type=in_range(0, 2**62), default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1; others spin while they wait)")
     parser.add_argument("--name", default="soak", help="of the results (default: soak)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "soak")
@@ -342,8 +348,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    if options.minutes <= 0 or options.interval <= 0:
-        parser.error(f"minutes and interval must be positive, got {options.minutes:g} and {options.interval:g}")
+    if 60 * options.minutes < _LEAST_SAMPLES * options.interval:
+        parser.error(
+            f"minutes and interval must give at least {_LEAST_SAMPLES} samples, got {options.minutes:g} and "
+            f"{options.interval:g}"
+        )
 
     model = OPTForCausalLM.from_pretrained(options.model or opt_mini_directory())
     kv_bytes = options.kv_tokens * model.num_layers * model.kv_entry_bytes
@@ -354,8 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     soak.run(60 * options.minutes, options.interval, options.out / f"{options.name}.jsonl")
     left_bytes = soak.engine.stats().kv_bytes
-    if len(soak.samples) < 8:
-        parser.error(f"minutes and interval must give at least 8 samples, got {len(soak.samples)}")
+    if len(soak.samples) < _LEAST_SAMPLES:  # steps took longer than the interval
+        parser.error(f"minutes and interval must give at least {_LEAST_SAMPLES} samples, got {len(soak.samples)}")
     wrong = verdict(soak.samples, left_bytes, soak.mismatches())
     conditions = {
         "minutes": options.minutes,

@@ -19,6 +19,7 @@ from dynskip.benchmark import machine
 from dynskip.benchmark.calibration import known_step_costs
 from dynskip.benchmark.serving import Job
 from dynskip.cli.demo_serving import draw_jobs
+from dynskip.cli.options import in_range
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.evaluation.report.drawing import svg
@@ -260,10 +261,12 @@ def main(argv: list[str] | None = None) -> int:
     """Serve, and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "serving-timeline.svg")
-    parser.add_argument("--batch", type=int, default=16, help="most rows of a step (default: 16)")
-    parser.add_argument("--requests", type=int, default=256, help="of the stream (default: 256)")
-    parser.add_argument("--runs", type=int, default=9, help="a step shows its median time over them (default: 9)")
-    parser.add_argument("--ms", type=float, default=100.0, help="how much of it is shown (default: 100)")
+    parser.add_argument("--batch", type=in_range(1, 1024), default=16, help="most rows of a step (default: 16)")
+    parser.add_argument("--requests", type=in_range(1, 10**5), default=256, help="of the stream (default: 256)")
+    parser.add_argument(
+        "--runs", type=in_range(1, 1000), default=9, help="a step shows its median time over them (default: 9)"
+    )
+    parser.add_argument("--ms", type=in_range(1.0, 1e6), default=100.0, help="how much of it is shown (default: 100)")
     args = parser.parse_args(argv)
     llm = LLM()
     jobs, _ = draw_jobs(llm, args.requests)

@@ -341,8 +341,9 @@ def test_the_command_line_knows_the_same_names() -> None:
     ("arguments", "message"),
     [
         (["--only", "decode,nothing"], "--only must list sections of decode, .*, got 'nothing'"),
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
-        (["--prompt-len", "4096"], r"--prompt-len must lie in 1..1024, got 4096"),
+        (["--batch", "0"], "argument --batch: must be a whole number in 1..1024, got '0'"),
+        (["--batch", "100000000"], "argument --batch: must be a whole number in 1..1024, got '100000000'"),
+        (["--prompt-len", "4096"], "argument --prompt-len: must be a whole number in 1..1024, got '4096'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )

@@ -223,6 +223,15 @@ def test_a_high_price_teaches_to_skip(checkpoint: Path, data: Path, tmp_path: Pa
         ControllerRun(dataclasses.replace(config, alpha=4.0), data, tmp_path, CPU, progress=False).train()
 
 
+def test_rows_longer_than_the_positions_are_refused_before_data_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    config = controller_config(checkpoint)
+    training = dataclasses.replace(config.training, max_tokens=SHAPE.max_positions + 1)
+    with pytest.raises(ValueError, match=rf"train: --max-length must be at most {SHAPE.max_positions}, the positions"):
+        ControllerRun(
+            dataclasses.replace(config, training=training), tmp_path / "none", tmp_path / "run", CPU, progress=False
+        ).train()
+
+
 @IGNORE_LIBRARIES
 def test_a_third_partys_class_trains_from_the_command_line(
     checkpoint: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

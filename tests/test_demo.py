@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import tiny_hf, word_tokenizer
+from models import tiny_hf, tiny_model, word_tokenizer
 
-from dynskip import OPTForCausalLM, RequestOutput
+from dynskip import LLM, OPTForCausalLM, RequestOutput
 from dynskip.benchmark import depths, machine, models
 from dynskip.benchmark.depths import Comparison, Depth, compare_depths
 from dynskip.benchmark.layer_costs import measure_layer_costs, row_counts_up_to
@@ -97,11 +97,11 @@ def test_another_text_alone_fails_the_demo(
 
 def test_prompts_are_chat_requests_where_the_tokenizer_knows_them() -> None:
     tokenizer = word_tokenizer()
-    llm = SimpleNamespace(tokenizer=tokenizer)
-    plain = demo.prompt_ids(llm, "w013 w014")  # type: ignore[arg-type]
+    llm = LLM(tiny_model(), tokenizer)
+    plain = demo.prompt_ids(llm, "w013 w014")
     assert plain == list(tokenizer("w013 w014")["input_ids"])
     tokenizer.chat_template = "{% for message in messages %}w007 {{ message['content'] }}{% endfor %}"
-    assert demo.prompt_ids(llm, "w013 w014") == list(tokenizer("w007 w013 w014")["input_ids"])  # type: ignore[arg-type]
+    assert demo.prompt_ids(llm, "w013 w014") == list(tokenizer("w007 w013 w014")["input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_the_table_has_a_line_per_depth() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
-        (["--requests", "0"], "--requests must be at least 1, got 0"),
+        (["--batch", "0"], "argument --batch: must be a whole number in 1..1024, got '0'"),
+        (["--requests", "1000000000"], "argument --requests: must be a whole number in 1..100000, got"),
         (["--shape", "opt-7b"], "invalid choice: 'opt-7b'"),
         (["--only", "text", "--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
         (["--only", "text", "--model", "./nowhere"], "must be a directory, got no such directory"),

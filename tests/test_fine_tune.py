@@ -450,6 +450,14 @@ def test_other_data_in_the_same_folder_is_named(checkpoint: Path, whole_run: Pat
         FineTuneRun(small_config(checkpoint), data, whole_run, CPU, progress=False).train()
 
 
+def test_rows_longer_than_the_positions_are_refused_before_data_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    config = small_config(checkpoint, max_tokens=SHAPE.max_positions + 1)
+    message = rf"train: --max-length must be at most {SHAPE.max_positions}, the positions of .*, got \d+\. Pass"
+    with pytest.raises(ValueError, match=message):
+        FineTuneRun(config, tmp_path / "no such file", tmp_path / "run", CPU, progress=False).train()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_foreign_tokenizer_is_refused(checkpoint: Path) -> None:
     tokenizer = load_tokenizer(str(checkpoint))
     with pytest.raises(

@@ -205,7 +205,7 @@ def test_workloads_are_drawn_as_asked_and_repeat() -> None:
 def test_mixes_are_parsed() -> None:
     assert parse_mix("layers:0,5=2,full", L) == ((LayerPath.of(L, [0, 5]), 2.0), (FULL, 1.0))
     assert parse_mix("uniform:6,full", L) == ((LayerPath.uniform(L, 6), 1.0), (FULL, 1.0))
-    for text in ("full=0", "full=-1", "full=x", "full=inf"):
+    for text in ("full=0", "full=-1", "full=x", "full=inf", "full=nan", "full=1e308,uniform:6=1e308"):
         with pytest.raises(ValueError, match="share must be a positive number"):
             parse_mix(text, L)
     with pytest.raises(ValueError, match="path must be full"):
@@ -214,13 +214,35 @@ def test_mixes_are_parsed() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be positive")],
+    [
+        ({"num_requests": 0}, "num_requests must be at least 1"),
+        ({"num_requests": 10**7}, "num_requests must be at most 1000000, got 10000000"),
+        ({"num_prompt": 10**7}, "num_prompt must be at most 1000000, got 10000000"),
+        ({"mean_output": 1e300}, "mean_output must be at most 1000000, got 1e[+]300"),
+        ({"mean_output": math.nan}, "mean_output must be at most 1000000, got nan"),
+        (
+            {"num_requests": 10**5, "mean_output": 10**4},
+            "num_requests must leave at most 100000000 tokens .* 1003200000",
+        ),
+        ({"rate": 0.0}, r"rate must lie in 1e-06\.\.1e[+]09 a second, got 0.0"),
+        ({"rate": 1e-300}, r"rate must lie in"),
+        ({"rate": math.nan}, r"rate must lie in"),
+    ],
 )
 def test_workloads_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Workload(**{"num_requests": 1, "paths": ((FULL, 1.0),), **changes})
     with pytest.raises(ValueError, match="num_engines must be at least 1"):
         simulate(linear_costs(), [], EngineOptions(), 0)
+    with pytest.raises(ValueError, match="num_engines must be at most 1024, got 1025"):
+        compare(linear_costs(), paper(10, 4.0), [EngineOptions()], 1025)
+
+
+def test_what_no_engine_can_do_is_refused_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workload, "draw", lambda *_: pytest.fail("requests were drawn"))
+    for options in (EngineOptions(batch=10**9), EngineOptions(pool=10**9), EngineOptions(kv_slots=0)):
+        with pytest.raises(ValueError, match=r"must be at (most|least)"):
+            compare(linear_costs(), paper(10, 4.0), [options])
 
 
 def test_percentiles_are_values_that_were_there() -> None:
@@ -256,8 +278,19 @@ def test_the_command_prints_json_lines(capsys: pytest.CaptureFixture[str]) -> No
         (["--arrival", "poisson:-1"], "--arrival must be closed"),
         (["--output", "geometric:0.5"], "--output must be geometric:MEAN"),
         (["--output", "fixed:2.5"], "--output must be"),
-        (["--requests", "0"], "num_requests must be at least 1"),
-        (["--engines", "0"], "num_engines must be at least 1"),
+        (["--arrival", "poisson:1e-300"], "rate must lie in"),
+        (["--arrival", "poisson:nan"], "--arrival must be closed"),
+        (["--output", "geometric:1e300"], "mean_output must be at most"),
+        (["--output", "fixed:1e18"], "mean_output must be at most"),
+        (["--requests", "0"], "--requests: must be a whole number in 1..1000000, got '0'"),
+        (["--requests", "9" * 5000], "--requests: must be a whole number in 1..1000000, got '999"),
+        (["--requests", "1000000", "--output", "fixed:1000"], "num_requests must leave at most 100000000 tokens"),
+        (["--engines", "0"], "--engines: must be a whole number in 1..1024"),
+        (["--engines", "1000000000"], "--engines: must be a whole number in 1..1024"),
+        (["--batch", "1000000000"], "--batch: must be a whole number in 1..65536"),
+        (["--pool", "1000000000"], "--pool: must be a whole number in 1..1048576"),
+        (["--prompt", "1e9"], "--prompt: must be a whole number in 1..1000000, got '1e9'"),
+        (["--paths", "full=1e308,uniform:4=1e308"], "share must be a positive number"),
         (["--kv-slots", "10"], "must fit into"),
         (["--device", "nowhere.json"], "nowhere.json"),
     ],
@@ -316,6 +349,26 @@ def test_a_model_or_context_that_cannot_be_measured_is_refused() -> None:
     assert tiny_config().max_position_embeddings == 64
     with pytest.raises(ValueError, match="context_len must leave room in 64 positions, got 60"):
         measure_step_costs(tiny_model(), "cpu", prompt_len=4, context_len=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--rows", "0"], "--rows: must be a whole number in 1..1024, got '0'"),
+        (["--rows", "1000000"], "--rows: must be a whole number in 1..1024, got '1000000'"),
+        (["--rounds", "1000000000"], "--rounds: must be a whole number in 1..1000"),
+        (["--prefill", "1000000000"], "--prefill: must be a whole number in 1..65536"),
+        (["--context", "2040"], "context_len must leave room in 2048 positions, got 2040, behind prompts of 32 tokens"),
+        (["--prompt-len", "2048"], "context_len must leave room in 2048 positions, got 512, behind prompts of 2048"),
+    ],
+)
+def test_calibrate_refuses_what_cannot_be_before_it_makes_a_model(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate_command, "_model", lambda _: pytest.fail("a model was made"))
+    assert main(["calibrate", "--quiet", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and part in err, err
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,14 @@ from dynskip.evaluation.bits_per_byte import bits_per_byte
 from dynskip.training import attention
 from dynskip.training.batches import IGNORED, BatchPlan, group_by_length, group_in_order, pad_examples
 from dynskip.training.config import ModelShape, Phase, RunConfig, opt_mini
-from dynskip.training.corpus import Instruction, read_corpus, split_instructions, unique_passages
+from dynskip.training.corpus import (
+    Instruction,
+    read_corpus,
+    read_instructions,
+    read_passages,
+    split_instructions,
+    unique_passages,
+)
 from dynskip.training.examples import Example, encode_examples, encode_windows
 from dynskip.training.head_loss import head_loss
 from dynskip.training.optimizer import MuonWithAdamW
@@ -132,6 +139,20 @@ def test_corpus_reads_what_the_files_are(data: list[Path]) -> None:
     assert 0 < len(corpus.passages) <= 30
     with pytest.raises(ValueError, match=r"read_corpus: paths must name an Alpaca file, got none"):
         read_corpus(data[1:])
+
+
+@pytest.mark.parametrize("suffix", ["", ".xz"])
+def test_a_byte_order_mark_is_no_data(suffix: str, tmp_path: Path) -> None:
+    rows, passages = tmp_path / f"rows.json{suffix}", tmp_path / f"passages.jsonl{suffix}"
+    contents = {
+        rows: json.dumps([dataclasses.asdict(row) for row in made_up_rows(9)]),
+        passages: json.dumps({"prompt": made_up_passages(1)[0], "completion": ""}) + "\n",
+    }
+    for path, text in contents.items():
+        content = text.encode("utf-8-sig")
+        path.write_bytes(lzma.compress(content) if suffix else content)
+    assert read_instructions(rows) == made_up_rows(9)
+    assert read_passages(passages) == unique_passages(made_up_passages(1))
 
 
 def test_corpus_refuses_other_files(tmp_path: Path) -> None:

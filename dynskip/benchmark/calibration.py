@@ -30,6 +30,15 @@ _STREAM_ROUNDS = 5
 _STREAM_S = 20.0
 
 
+def check_context(num_positions: int, prompt_len: int, context_len: int, num_rounds: int) -> None:
+    """Raise ValueError where the longest sequence that `measure_step_costs` runs does not fit the positions."""
+    if prompt_len + context_len + num_rounds + 2 > num_positions:
+        raise ValueError(
+            f"measure_step_costs: context_len must leave room in {num_positions} positions, got {context_len}, behind "
+            f"prompts of {prompt_len} tokens and before {num_rounds + 2} new ones."
+        )
+
+
 def measure_step_costs(
     model: OPTForCausalLM,
     device: str,
@@ -53,12 +62,7 @@ def measure_step_costs(
     num_layers = model.num_layers
     if num_layers < 2:
         raise ValueError(f"measure_step_costs: model must have at least 2 layers, got {num_layers}.")
-    longest = prompt_len + context_len + num_rounds + 2
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(
-            f"measure_step_costs: context_len must leave room in {model.config.max_position_embeddings} positions, "
-            f"got {context_len}."
-        )
+    check_context(model.config.max_position_embeddings, prompt_len, context_len, num_rounds)
     full, shallow = LayerPath.full(num_layers), LayerPath.early_exit(num_layers, 1)
     counts = row_counts_up_to(num_rows)
     decode: dict[str, Task] = {}

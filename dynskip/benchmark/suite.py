@@ -98,7 +98,11 @@ class Suite:
         """Measure everything asked for."""
         options = self.options
         config = opt_config(options.shape, options.vocab_size)
-        _check_memory(weight_bytes(config), "ctranslate2" in options.sections)
+        longest = options.prompt_len + options.max_new_tokens
+        entry_bytes = 2 * config.hidden_size * torch.bfloat16.itemsize
+        # Prompts and outputs at full depth, ours and transformers', beside the weights.
+        kv_bytes = 2 * max(options.batches) * longest * config.num_hidden_layers * entry_bytes
+        _check_memory(weight_bytes(config), kv_bytes, "ctranslate2" in options.sections)
         self.conditions = machine.describe()
         with self._bar("weights and correctness", 3) as bar:
             hf_model: HFOPTForCausalLM | None = random_hf_model(config)
@@ -359,12 +363,12 @@ def _bytes_read(model: OPTForCausalLM) -> int:
     return shape.num_layers * shape.layer_bytes + shape.head_bytes
 
 
-def _check_memory(num_weight_bytes: int, with_ctranslate2: bool) -> None:
+def _check_memory(num_weight_bytes: int, num_kv_bytes: int, with_ctranslate2: bool) -> None:
     # transformers' copy, ours, caches and temporaries; CTranslate2 holds float32, but transformers' copy is gone then.
-    needed = num_weight_bytes * (4 if with_ctranslate2 else 3)
+    needed = num_weight_bytes * (4 if with_ctranslate2 else 3) + num_kv_bytes
     free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryError(
             f"bench: the machine must have {needed / 2**30:.1f} GiB of free memory, got {free / 2**30:.1f} GiB. "
-            "Choose a smaller --shape, or leave CTranslate2 out with --only."
+            "Choose a smaller --shape or --batch, or leave CTranslate2 out with --only."
         )

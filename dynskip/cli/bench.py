@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, file_path, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, file_path, in_range, set_threads, show_progress
 
 if TYPE_CHECKING:
     from dynskip.benchmark.suite import Options
@@ -49,8 +49,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", metavar="A,B,...", help=f"sections to run, of {','.join(SECTIONS)} (default: all)")
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"model shapes (default: {SHAPES[0]})")
-    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable (default: 1, 8 and 32)")
-    parser.add_argument("--prompt-len", type=int, default=64, metavar="T", help="tokens of a prompt (default: 64)")
+    parser.add_argument(
+        "--batch", type=in_range(1, 1024), action="append", metavar="N", help="repeatable (default: 1, 8 and 32)"
+    )
+    parser.add_argument(
+        "--prompt-len", type=in_range(1, 1024), default=64, metavar="T", help="tokens of a prompt (default: 64)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
     parser.add_argument(
         "--out", type=file_path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there"
@@ -90,10 +94,6 @@ def options(args: argparse.Namespace, progress: bool) -> Options:
         if name not in SECTIONS:
             raise UserError(f"--only must list sections of {', '.join(SECTIONS)}, got {name!r}")
     batches = tuple(dict.fromkeys(args.batch or (1, 8, 32)))
-    if min(batches) < 1:
-        raise UserError(f"--batch must be at least 1, got {min(batches)}")
-    if not 1 <= args.prompt_len <= 1024:
-        raise UserError(f"--prompt-len must lie in 1..1024, got {args.prompt_len}")
     chosen = Options(
         shape=args.shape,
         batches=batches,

@@ -6,7 +6,15 @@ import argparse
 from typing import Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_model_options, file_path, set_threads, show_progress, torch_device, torch_dtype
+from dynskip.cli.options import (
+    add_model_options,
+    file_path,
+    in_range,
+    set_threads,
+    show_progress,
+    torch_device,
+    torch_dtype,
+)
 
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
@@ -32,13 +40,25 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", choices=SHAPES, help=f"random weights of that shape (default: {SHAPES[0]}, unless --model is given)"
     )
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="most rows of a decode step (default: 64)")
-    parser.add_argument("--prompt-len", type=int, default=32, metavar="T", help="tokens of a prompt (default: 32)")
     parser.add_argument(
-        "--context", type=int, default=512, metavar="S", help="tokens cached, to time reads of them (default: 512)"
+        "--rows", type=in_range(1, 1024), default=64, metavar="N", help="most rows of a decode step (default: 64)"
     )
-    parser.add_argument("--prefill", type=int, default=512, metavar="T", help="most tokens of a prefill (default: 512)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each time (default: 5)")
+    parser.add_argument(
+        "--prompt-len", type=in_range(1, 2048), default=32, metavar="T", help="tokens of a prompt (default: 32)"
+    )
+    parser.add_argument(
+        "--context",
+        type=in_range(1, 2048),
+        default=512,
+        metavar="S",
+        help="tokens cached, to time reads of them (default: 512)",
+    )
+    parser.add_argument(
+        "--prefill", type=in_range(1, 2**16), default=512, metavar="T", help="most tokens of a prefill (default: 512)"
+    )
+    parser.add_argument(
+        "--rounds", type=in_range(1, 1000), default=5, metavar="N", help="samples of each time (default: 5)"
+    )
     parser.add_argument("--out", type=file_path, metavar="FILE", help="also write the table there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_model_options(parser, model_default="random weights of --shape")
@@ -48,9 +68,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Measure, keep and print."""
     set_threads(args.threads)
-    for name in ("rows", "prompt_len", "context", "prefill", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.model is not None and args.shape is not None:
         raise UserError("--model and --shape exclude each other: --shape makes a model with random weights")
     progress = show_progress(args.quiet)
@@ -58,9 +75,13 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dynskip.benchmark import machine
-    from dynskip.benchmark.calibration import add_stream_costs, measure_step_costs
+    from dynskip.benchmark.calibration import add_stream_costs, check_context, measure_step_costs
+    from dynskip.benchmark.models import opt_config
     from dynskip.engine.cost_store import cached_path, device_key, shape_key
 
+    if args.model is None:  # random weights take their time
+        positions = opt_config(args.shape or SHAPES[0]).max_position_embeddings
+        check_context(positions, args.prompt_len, args.context, args.rounds)
     model = _model(args)
     device = device_key(str(model.device))
     shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dynskip.cli.demo_parts import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, in_range, set_threads, show_progress
 
 if TYPE_CHECKING:
     from dynskip.benchmark.depths import Comparison
@@ -84,9 +84,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", type=float, default=0.5, metavar="T", help="text: 0 is greedy (default: 0.5, with fixed seeds)"
     )
-    parser.add_argument("--requests", type=int, default=256, metavar="N", help="serving: how many (default: 256)")
+    parser.add_argument(
+        "--requests", type=in_range(1, 10**5), default=256, metavar="N", help="serving: how many (default: 256)"
+    )
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"time: model shapes (default: {SHAPES[0]})")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="time: sequences (default: 32)")
+    parser.add_argument("--batch", type=in_range(1, 1024), default=32, metavar="N", help="time: rows (default: 32)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who gathers, scatters and attends")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -96,9 +98,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Show all parts; exit status 1 where a text differs from the one generated alone, or policies in their tokens."""
-    for name in ("batch", "requests"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     set_threads(args.threads)
     progress = show_progress(args.quiet)
 

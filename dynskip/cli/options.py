@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
 
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("auto", "torch", "triton", "native")
+
+
+def in_range(least: float, most: float) -> Callable[[str], Any]:
+    """The ``type`` of an option that is a number in ``least..most``, whole where ``least`` is an int."""
+    kind = int if isinstance(least, int) else float
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:  # NaN lies nowhere
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} in {least}..{most}, got {text[:40]!r}")
+        return value
+
+    return parse
 
 
 def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt-mini") -> None:

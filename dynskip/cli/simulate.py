@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
+from dynskip.cli.options import in_range
 
 if TYPE_CHECKING:
     from dynskip.engine.comparison import Comparison
@@ -42,12 +43,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--requests", type=int, default=1024, metavar="N", help="how many (default: 1024)")
+    load.add_argument("--requests", type=in_range(1, 10**6), default=1024, metavar="N", help="how many (default: 1024)")
     load.add_argument("--paths", metavar="SPEC", help=f"PATH=SHARE,PATH=SHARE,... (default: {PATHS})")
     load.add_argument(
         "--arrival", default="closed", metavar="A", help="closed (default), or poisson:RATE in requests a second"
     )
-    load.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    load.add_argument(
+        "--prompt", type=in_range(1, 10**6), default=32, metavar="N", help="tokens of a prompt (default: 32)"
+    )
     load.add_argument(
         "--output",
         default="geometric:16",
@@ -57,16 +60,24 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     load.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--policy", choices=POLICIES, action="append", help="repeatable (default: all)")
-    engine.add_argument("--batch", type=int, default=16, metavar="N", help="most rows of a decode step (default: 16)")
-    engine.add_argument("--pool", type=int, metavar="N", help="most resident sequences of cohort (default: 4 x batch)")
+    engine.add_argument(
+        "--batch", type=in_range(1, 2**16), default=16, metavar="N", help="most rows of a decode step (default: 16)"
+    )
+    engine.add_argument(
+        "--pool", type=in_range(1, 2**20), metavar="N", help="most resident sequences of cohort (default: 4 x batch)"
+    )
     engine.add_argument(
         "--max-wait",
-        type=int,
+        type=in_range(1, 10**9),
         metavar="W",
         help="most steps between two tokens under cohort (default: 3 x pool / batch, at least 12)",
     )
-    engine.add_argument("--kv-slots", type=int, metavar="N", help="key-value entries in memory (default: no limit)")
-    engine.add_argument("--engines", type=int, default=1, metavar="N", help="how many share the load (default: 1)")
+    engine.add_argument(
+        "--kv-slots", type=in_range(1, 2**62), metavar="N", help="key-value entries in memory (default: no limit)"
+    )
+    engine.add_argument(
+        "--engines", type=in_range(1, 1024), default=1, metavar="N", help="how many share the load (default: 1)"
+    )
     parser.add_argument(
         "--device",
         default="h200",

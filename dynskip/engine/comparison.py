@@ -9,7 +9,7 @@ from typing import Any
 from dynskip.engine.costs import StepCosts
 from dynskip.engine.ideal import Ideal
 from dynskip.engine.outcome import PERCENTILES, Outcome
-from dynskip.engine.simulation import EngineOptions, simulate
+from dynskip.engine.simulation import EngineOptions, check_engines, simulate
 from dynskip.engine.workload import Workload, at_full_depth
 
 _HEADINGS = (
@@ -89,6 +89,9 @@ def compare(
     costs: StepCosts, workload: Workload, options: Sequence[EngineOptions], num_engines: int = 1, seed: int = 0
 ) -> Comparison:
     """Each of ``options`` on the requests that ``workload`` draws, beside the same at full depth."""
+    check_engines(num_engines)
+    for option in options:
+        option.scheduler(costs)  # raises, before anything is drawn, where such an engine cannot be
     requests = workload.draw(seed)
     first = options[0]
     ideal_decode, ideal_all = Ideal.speedups(costs, requests, first.batch, first.max_prefill_tokens)

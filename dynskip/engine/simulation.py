@@ -16,6 +16,7 @@ from dynskip.engine.workload import Request
 from dynskip.paths import LayerPath
 
 UNLIMITED_SLOTS = 2**62
+MAX_ENGINES = 1024
 _num_cached = attrgetter("num_cached")
 
 
@@ -162,6 +163,14 @@ class SimulatedEngine:
         self.scheduler.finished(sequence.request_id)
 
 
+def check_engines(num_engines: int) -> None:
+    """Raise ValueError where so many engines cannot be simulated."""
+    if num_engines < 1:
+        raise ValueError(f"simulate: num_engines must be at least 1, got {num_engines}.")
+    if num_engines > MAX_ENGINES:
+        raise ValueError(f"simulate: num_engines must be at most {MAX_ENGINES}, got {num_engines}.")
+
+
 def simulate(
     costs: StepCosts,
     requests: Sequence[Request],
@@ -174,8 +183,7 @@ def simulate(
     A request goes to an engine when it arrives: among those with about the least work, to the one that has most
     requests of its path. on_request: called when a request arrives.
     """
-    if num_engines < 1:
-        raise ValueError(f"simulate: num_engines must be at least 1, got {num_engines}.")
+    check_engines(num_engines)
     engines = [SimulatedEngine(costs, options) for _ in range(num_engines)]
     for request in requests:
         for engine in engines:

@@ -7,10 +7,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynskip.arguments import shown
 from dynskip.paths import LayerPath
 
 # The shares of arXiv 2410.20022's budgets: a mean of 5.6 of 24 layers, its 23.3 %.
 PAPER_MIX = "uniform:4=74,uniform:8=18,uniform:12=6,full=2"
+
+
+# What a simulation can be asked for: it takes its time and memory by requests, and by their tokens.
+MAX_REQUESTS = 10**6
+MAX_REQUEST_TOKENS = 10**6
+MAX_TOKENS = 10**8
+# Requests a second: clocks and waits stay finite.
+RATES = (1e-6, 1e9)
+_MAX_SHARE = 1e12
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,17 @@ class Workload:
         for name in ("num_requests", "num_prompt", "mean_output"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Workload: {name} must be at least 1, got {getattr(self, name)}.")
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise ValueError(f"Workload: rate must be positive, got {self.rate}.")
+            most = MAX_REQUESTS if name == "num_requests" else MAX_REQUEST_TOKENS
+            if not getattr(self, name) <= most:
+                raise ValueError(f"Workload: {name} must be at most {most}, got {shown(getattr(self, name))}.")
+        num_tokens = self.num_requests * (self.num_prompt + self.mean_output)
+        if num_tokens > MAX_TOKENS:
+            raise ValueError(
+                f"Workload: num_requests must leave at most {MAX_TOKENS} tokens of prompts and outputs, got "
+                f"{num_tokens:.0f}. Ask for fewer or shorter requests."
+            )
+        if self.rate is not None and not RATES[0] <= self.rate <= RATES[1]:
+            raise ValueError(f"Workload: rate must lie in {RATES[0]:g}..{RATES[1]:g} a second, got {self.rate}.")
 
     def draw(self, seed: int = 0) -> list[Request]:
         """The requests in the order of arrival; the same seed gives the same everywhere, with and without a rate."""
@@ -81,8 +100,11 @@ def parse_mix(text: str, num_layers: int) -> tuple[tuple[LayerPath, float], ...]
             weight = float(share) if equals else 1.0
         except ValueError:
             weight = -1.0
-        if not 0 < weight < math.inf:
-            raise ValueError(f"parse_mix: share must be a positive number, got {part!r}. Write PATH=SHARE,PATH=SHARE.")
+        if not 0 < weight <= _MAX_SHARE:
+            raise ValueError(
+                f"parse_mix: share must be a positive number of at most {_MAX_SHARE:g}, got {part!r}. "
+                "Write PATH=SHARE,PATH=SHARE."
+            )
         mix.append((LayerPath.parse(path, num_layers), weight))
     return tuple(mix)
 

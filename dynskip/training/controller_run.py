@@ -18,6 +18,7 @@ from dynskip.training.controller_config import ControllerConfig
 from dynskip.training.controller_trainer import ControllerTrainer
 from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune import (
+    check_length,
     check_vocabulary,
     export_model,
     is_first_process,
@@ -53,6 +54,7 @@ class ControllerRun:
         training = self.config.training
         torch.manual_seed(training.seed)
         tokenizer = load_tokenizer(training.model)
+        check_length(training.max_tokens, training.model)
         examples, validation, counts = load_rows(training, self._data, tokenizer)
         record_start(self.directory, provenance(self.config.flat(), [self._data]), counts, self._device)
         if (self.directory / "done.json").exists():

@@ -64,6 +64,17 @@ def load_for_training(source: str, device: torch.device, kind: type[OPTForCausal
     return model
 
 
+def check_length(max_tokens: int, source: str) -> None:
+    """Raise ValueError where rows of ``max_tokens`` tokens do not fit the positions of the checkpoint."""
+    config = AutoConfig.from_pretrained(find_model(source), trust_remote_code=False)
+    positions = getattr(config, "max_position_embeddings", max_tokens)
+    if max_tokens > positions:
+        raise ValueError(
+            f"train: --max-length must be at most {positions}, the positions of {source}, got {max_tokens}. "
+            f"Pass --max-length {positions}."
+        )
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> None:
     """Raise ValueError where the tokenizer knows ids that the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
@@ -163,6 +174,7 @@ class FineTuneRun:
         """Per stage the folder of its model, all stages finished."""
         torch.manual_seed(self.config.seed)
         tokenizer = load_tokenizer(self.config.model)
+        check_length(self.config.max_tokens, self.config.model)
         examples, validation, counts = load_rows(self.config, self._data, tokenizer)
         record_start(self.directory, provenance(dataclasses.asdict(self.config), [self._data]), counts, self._device)
         models: dict[str, Path] = {}
