@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dynskip import ops, reference
     from dynskip.async_llm import AsyncLLM, Piece, TextOutput
     from dynskip.engine.default_costs import UnmeasuredCostsWarning
+    from dynskip.engine.diagnosis import NonFiniteError
     from dynskip.engine.engine import Engine
     from dynskip.engine.metrics import MetricsLog
     from dynskip.engine.request import RequestError, RequestOutput
@@ -30,6 +31,7 @@ __all__ = [
     "KVCacheMemoryError",
     "LayerPath",
     "MetricsLog",
+    "NonFiniteError",
     "OPTForCausalLM",
     "Output",
     "Piece",
@@ -53,6 +55,7 @@ _HOME = {
     "LLM": "dynskip.llm",
     "LayerPath": "dynskip.paths",
     "MetricsLog": "dynskip.engine.metrics",
+    "NonFiniteError": "dynskip.engine.diagnosis",
     "OPTForCausalLM": "dynskip.model",
     "Output": "dynskip.llm",
     "Piece": "dynskip.async_llm",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynskip.engine.diagnosis import NonFiniteError
 from dynskip.engine.engine import Engine
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.request import OutputSequence
@@ -27,6 +28,7 @@ class Generation:
     model: what to run. prompts: token ids. params: one per prompt; without max_tokens, as many tokens as the model's
     positions hold. paths and the rest as in ``LLM.generate``.
     tokenizer: only for stop texts. sequences: the outputs, copies of a prompt side by side.
+    reads_late: as in `StepRunner`, for `run` only: whoever makes steps finds the tokens of each behind it.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Generation:
             executor=executor,
             kv=KVPool(self.cache, num_seqs, max(num_counted, 1)),
         )
+        self.reads_late, self.engine.runner.reads_late = self.engine.runner.reads_late, False
         self.sequences: list[OutputSequence] = []
         for prompt, param, route in zip(prompts, params, routes, strict=True):
             self.sequences += self.engine.add_route(list(prompt), param, route).sequences
@@ -95,9 +98,15 @@ class Generation:
                 raise output.error
 
     def run(self, on_step: Callable[[Generation], None] | None = None) -> list[OutputSequence]:
-        """All sequences at their end; ``on_step`` is called after prefill and each step."""
+        """All sequences at their end; ``on_step`` is called after prefill and each step.
+
+        Raises what goes wrong, but for logits that are not finite: those end their request alone, see `Request.error`.
+        """
+        self.engine.runner.reads_late = self.reads_late
         while self.engine.has_unfinished:
-            self.step()
+            for output in self.engine.step():
+                if output.error is not None and not isinstance(output.error, NonFiniteError):
+                    raise output.error
             if on_step is not None:
                 on_step(self)
         if isinstance(self.executor, CompactExecutor):

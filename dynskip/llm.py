@@ -48,9 +48,10 @@ class Output:
     path: the layers that prompt and output ran, or None where each token had its own.
     token_ids: the new tokens, with the end-of-sequence token if it came.
     text: the new text without special tokens and without the stop text; None without a tokenizer.
-    finish_reason: "stop" (end of sequence, stop token or stop text) or "length".
+    finish_reason: "stop" (end of sequence, stop token or stop text), "length", or "error".
     logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
     samples: all ``n`` outputs; the fields above are those of the first.
+    error: why outputs ended with "error", a NonFiniteError that names the layer and the dtype; else None.
     """
 
     prompt_ids: list[int]
@@ -60,6 +61,7 @@ class Output:
     finish_reason: str
     logprobs: list[dict[int, float]] | None
     samples: tuple[Sample, ...]
+    error: Exception | None
 
 
 class LLM:
@@ -125,7 +127,9 @@ class LLM:
             and whether the prompt runs its own layers ("path") or all ("full").
         progress: show a progress bar on stderr.
 
+        A prompt whose logits are not finite ends with finish_reason "error" and its `Output.error`; the others go on.
         Raises: TypeError, ValueError on bad input, KVCacheMemoryError where the cache does not fit; nothing has run.
+        What a controller raises ends all of them.
         """
         every = _prompt_list(prompts)
         all_params = self._params(params, len(every))
@@ -221,6 +225,7 @@ class LLM:
             first.finish_reason,
             first.logprobs,
             tuple(samples),
+            sequences[0].request.error,
         )
 
 

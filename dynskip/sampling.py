@@ -15,6 +15,8 @@ from dynskip.arguments import as_float, as_int, as_token_ids, is_unicode, shown
 MAX_OUTPUTS = 1024
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+NOT_FINITE = -1
+"""In place of a token, where the logits that it would be chosen from are not finite."""
 
 
 @dataclass(frozen=True)
@@ -163,17 +165,31 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def choose_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token per row of ``logits`` [B, V]: the most likely one, or a draw of the row's sampler."""
-    best = _most_likely(logits)
-    if all(sampler.params.greedy for sampler in samplers):
-        return best
-    on_cpu = logits.cpu()
-    return [best[row] if sampler.params.greedy else sampler.choose(on_cpu[row]) for row, sampler in enumerate(samplers)]
+    """One token per row of ``logits`` [B, V]: the most likely one, or a draw of the row's sampler.
+
+    `NOT_FINITE` where the row's largest logit is NaN or infinite: nothing is drawn then. A logit of -inf beside finite
+    ones is that of a token that never comes. Waits for the device once.
+    """
+    if not all(sampler.params.greedy for sampler in samplers):
+        logits = logits.cpu()
+    tokens: list[int] = most_likely(logits)[1].tolist()
+    for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
+        if token != NOT_FINITE and not sampler.params.greedy:
+            tokens[row] = sampler.choose(logits[row])
+    return tokens
 
 
-def _most_likely(logits: Tensor) -> list[int]:
-    """The first token of the largest logit of each row."""
-    # On a CPU torch's argmax is not vectorised: 5.8 ms for 32 rows of 50k bf16 logits, against 0.2 ms for NumPy's.
-    tokens = logits.float().numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
-    chosen: list[int] = tokens.tolist()
-    return chosen
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token of the largest logit of each row of ``logits`` [B, V]; the same, but `NOT_FINITE` for none.
+
+    Both are [B], int64, on the device of ``logits``, which nothing waits for. NaN counts as the largest of all numbers:
+    a row whose largest logit is finite has none.
+    """
+    if logits.device.type == "cpu":
+        # There torch's argmax is not vectorised: 5.8 ms for 32 rows of 50k bf16 logits, against 0.2 ms for NumPy's.
+        floats = logits.float().numpy()
+        best = floats.argmax(-1)
+        tokens, largest = torch.from_numpy(best), torch.from_numpy(floats[range(len(best)), best])
+    else:
+        largest, tokens = logits.max(-1)
+    return tokens, tokens.masked_fill(~largest.isfinite(), NOT_FINITE)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,33 @@ def test_a_bad_path_is_a_mistake(
     path: str, parts: list[str], model_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expect_mistake(capsys, generate(model_directory, "--quiet", "--path", path, "the cat"), *parts)
+
+
+def test_a_prompt_whose_numbers_are_not_finite(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model_directory, broken)
+    weights = load_file(broken / "model.safetensors")
+    for name in weights:
+        if name.endswith(("layers.1.fc2.bias", "layers.2.fc2.bias")):
+            weights[name][0] = 0.9 * torch.finfo(torch.float32).max  # twice that is too much
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--quiet", "--path", "layers:0", "--path", "full", "--path", "layers:0,3", "the", "cat", "sat"]
+    assert generate(broken, "--json", *arguments) == 1
+    out, err = capsys.readouterr()
+    first, failed, last = map(json.loads, out.splitlines())
+    assert first["error"] is last["error"] is None
+    assert len(first["outputs"][0]["token_ids"]) == len(last["outputs"][0]["token_ids"]) == 4
+    assert failed["outputs"] == [{"text": "", "token_ids": [], "finish_reason": "error"}]
+    assert "output of layer 2, in torch.float32" in failed["error"]
+    assert err == f"dynskip generate: prompt 1: {failed['error']}\n"
+    assert generate(broken, *arguments) == 1
+    out, err = capsys.readouterr()
+    assert "== the [" in out and "== sat [" in out and err == f"dynskip generate: prompt 1: {failed['error']}\n"
 
 
 def test_too_many_tokens_is_a_mistake(model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

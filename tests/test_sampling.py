@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynskip import SamplingParams
-from dynskip.sampling import Sampler, choose_tokens, filtered_probabilities
+from dynskip.sampling import NOT_FINITE, Sampler, choose_tokens, filtered_probabilities, most_likely
 
 
 def slow_filtered_probabilities(
@@ -111,6 +111,38 @@ def test_a_batch_may_mix_greedy_and_sampled_rows() -> None:
     assert tokens[0] == int(logits[0].argmax()) and tokens[2] == int(logits[2].argmax())
     assert tokens[1] == Sampler(sampled).choose(logits[1])
     assert choose_tokens(logits, [Sampler(greedy)] * 4) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, [-math.inf] * 7, [math.nan, math.inf, -math.inf, 1, 2, 3, 4]])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_row_whose_largest_logit_is_not_finite_has_no_token(bad: Any, place: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    sound = logits.to(dtype).clone()
+    if isinstance(bad, list):
+        logits[[1, 2]] = torch.tensor(bad)
+    else:
+        logits[[1, 2], place] = bad
+    params = [SamplingParams(), SamplingParams(), *[SamplingParams(temperature=1.0, seed=1)] * 3]
+    samplers, alone = ([Sampler(param) for param in params] for _ in range(2))
+    tokens = choose_tokens(logits.to(dtype), samplers)
+    assert tokens[1] == tokens[2] == NOT_FINITE
+    expected = choose_tokens(sound, alone)
+    assert [tokens[row] for row in (0, 3, 4)] == [expected[row] for row in (0, 3, 4)]
+    # A row without a token has drawn none.
+    generator = samplers[2].generator
+    assert generator is not None and generator.initial_seed() == 1
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
+    run, reported = most_likely(logits.to(dtype))
+    assert reported.tolist()[1:3] == [NOT_FINITE] * 2 and all(0 <= token < 7 for token in run.tolist())
+
+
+def test_a_logit_of_minus_infinity_is_that_of_a_token_that_never_comes() -> None:
+    logits = torch.full((2, 9), -math.inf)
+    logits[:, [2, 5]] = torch.tensor([1.0, 1.5])
+    samplers = [Sampler(SamplingParams()), Sampler(SamplingParams(temperature=2.0, seed=3))]
+    drawn = [choose_tokens(logits, samplers) for _ in range(40)]
+    assert {greedy for greedy, _ in drawn} == {5} and {sampled for _, sampled in drawn} == {2, 5}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; exit status 0."""
+    """Generate and print; exit status 0, or 1 where a prompt ended by an error, which stderr tells."""
     prompts = read_prompts(args.prompts, args.file)
     paths = args.paths or ["full"]
     if len(paths) not in (1, len(prompts)):
@@ -106,7 +106,11 @@ def run(args: argparse.Namespace) -> int:
     outputs = llm.generate(inputs, params, paths=chosen[0] if len(chosen) == 1 else chosen, progress=progress)
     show = _print_json if args.json else _print_text
     show(prompts, outputs)
-    return 0
+    failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
+    sys.stdout.flush()  # texts before errors, also where both go into one file
+    for index, error in failed:
+        print(f"dynskip generate: prompt {index}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def read_prompts(arguments: list[str], file: str | None) -> list[str]:
@@ -165,6 +169,7 @@ def _print_json(prompts: list[str], outputs: list[Output]) -> None:
             "num_layers": output.path.num_layers,
             "layers": output.path.layers,
             "outputs": samples,
+            "error": None if output.error is None else str(output.error),
         }
         print(json.dumps(line, ensure_ascii=not streams.writes_unicode()))
 

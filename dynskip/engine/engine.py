@@ -254,7 +254,9 @@ class Engine:
         """Prefill whom the scheduler admits, decode a token of whom it chooses; returns the requests that have ended.
 
         An exception in what belongs to a request (its controller, its callback, the choice of its token) ends that
-        request with finish_reason "error". Whatever else interrupts a step is raised; the next step goes on.
+        request with finish_reason "error", and so do logits that are not finite, with a NonFiniteError. Whatever else
+        interrupts a step is raised; the next step goes on. On a GPU tokens that are chosen greedily, along a path and
+        without log-probabilities, are told one step late: while the next one runs.
         """
         self.advance()
         outputs = list(self._outputs.values())
@@ -302,6 +304,7 @@ class Engine:
             self._recover()
         for request in list(self._requests.values()):
             self.execution.end(request, "abort")
+        self.execution.in_flight = None
         self._outputs.clear()
         release = getattr(self.runner.executor, "release", None)
         if release is not None:
@@ -324,7 +327,7 @@ class Engine:
         if self._is_broken:
             self._recover()
         self._drop_forsaken()
-        if self.scheduler.has_unfinished:
+        if self.scheduler.has_unfinished or self.execution.in_flight is not None:
             self._advance()
 
     def _advance(self) -> None:
@@ -385,7 +388,10 @@ class Engine:
         self._is_broken = True
         self.execution.prefixes.clear()
         self.kv.restart()
-        self.scheduler.restart({sequence for request in self._requests.values() for sequence in request.sequences})
+        self.execution.in_flight = None  # as if these tokens had not been chosen
+        everyone = [sequence for request in self._requests.values() for sequence in request.sequences]
+        live = [each for each in everyone if each.finish_reason is None or self.scheduler.knows(each)]
+        self.scheduler.restart([sequence.state for sequence in live])
         for request in list(self._requests.values()):
             for sequence in request.sequences:
                 self._recover_sequence(sequence)

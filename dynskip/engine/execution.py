@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dynskip.engine.diagnosis import diagnose
+from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.outcome import Tally
 from dynskip.engine.prefixes import PrefixIndex
@@ -17,7 +19,7 @@ from dynskip.engine.runner import Span, StepRunner
 from dynskip.engine.scheduler import Chunk, Decision, Scheduler
 from dynskip.engine.sequence import SequenceState
 from dynskip.routing import PathRoute
-from dynskip.sampling import choose_tokens
+from dynskip.sampling import NOT_FINITE, choose_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,7 @@ class Execution:
     An exception in what belongs to a request ends that request; nobody else notices.
     now: the engine's clock. on_end: called with a request all of whose outputs have ended.
     model_s: how long the model and the choice of tokens took since it was set to zero.
+    in_flight: the tokens of the last decode step, where they were not read; see `StepRunner.reads_late`.
     """
 
     runner: StepRunner
@@ -46,6 +49,7 @@ class Execution:
     now: Callable[[], float]
     on_end: Callable[[Request], None]
     model_s: float = 0.0
+    in_flight: TokensInFlight | None = None
     _union: int = 0  # the layers that rows of the step have run, as bits
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
@@ -84,7 +88,22 @@ class Execution:
             copies = {}
 
     def decode(self, decision: Decision) -> None:
-        """Run the last token of each decode row, and choose its next."""
+        """Run the last token of each decode row, and choose its next.
+
+        Tokens in flight are read behind it, and then its own, too, where nobody is left for a next step.
+        """
+        before = self.in_flight
+        self._decode_rows(decision)
+        if self.in_flight is before or not self.scheduler.has_unfinished:
+            self.read()
+
+    def read(self) -> None:
+        """Give the sequences whose tokens are in flight these tokens, and see whether they are the last."""
+        if self.in_flight is not None:
+            self._land(self.in_flight)
+            self.in_flight = None
+
+    def _decode_rows(self, decision: Decision) -> None:
         tally = self.tally
         spans: list[Span] = []
         num_paths = 0
@@ -108,8 +127,12 @@ class Execution:
         tally.num_rows += len(spans)
         tally.num_paths += num_paths
         for same in _by_key(spans):
-            for sequences, logits in self._attempt(same, self._run_decode):
-                self._accept(sequences, logits)
+            attempts = self._attempt(same, self._run_decode)
+            for sequences, logits in attempts:
+                if len(attempts) == 1 and self._may_fly(sequences):
+                    self._launch(sequences, logits)
+                else:
+                    self._accept(sequences, logits)
         tally.num_union_layers += self._union.bit_count()
 
     def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
@@ -117,11 +140,11 @@ class Execution:
 
     def _run_decode(self, spans: Sequence[Span]) -> Tensor:
         if spans[0].sequence.path is not None:
-            return self.runner.decode(spans, self.kv.cache)
+            return self.runner.decode(spans, self.kv.cache, self.in_flight)
         # Only the executor knows how many rows ran each layer.
         counts = self.runner.executor.row_counts
         before = [*counts.run]
-        logits = self.runner.decode(spans, self.kv.cache)
+        logits = self.runner.decode(spans, self.kv.cache, self.in_flight)
         num_run = [after - earlier for after, earlier in zip(counts.run, before, strict=True)]
         self.tally.num_row_layers += sum(num_run)
         self._union |= sum(1 << layer for layer, count in enumerate(num_run) if count)
@@ -138,8 +161,10 @@ class Execution:
             logits = run(spans)
         except Exception as error:
             self.kv.cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
+            self.read()  # whoever fails gets what was chosen before, and may have ended by it
             if len(spans) == 1:
-                self._fail(spans[0].sequence, error)
+                if spans[0].sequence.finish_reason is None:
+                    self._fail(spans[0].sequence, error)
                 return []
             alone = [each for span in spans for each in self._attempt([span], run)]
             return [(sequences, logits.clone()) for sequences, logits in alone]
@@ -174,14 +199,50 @@ class Execution:
             if accepted:
                 self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
 
+    def _may_fly(self, sequences: Sequence[OutputSequence]) -> bool:
+        """Whether the tokens of a decode step may be read late: nothing but the most likely tokens is asked for.
+
+        Not where a controller or a mask decides for each token: it would see tokens behind the last one.
+        """
+        return self.runner.reads_late and all(
+            sequence.params.greedy
+            and sequence.params.logprobs is None
+            and sequence.path is not None
+            and not sequence.is_replayed
+            for sequence in sequences
+        )
+
+    def _launch(self, sequences: list[OutputSequence], logits: Tensor) -> None:
+        """Let the device choose the tokens of a decode step, and read those of the one before meanwhile."""
+        begin_s = time.perf_counter()
+        before, self.in_flight = self.in_flight, TokensInFlight(sequences, logits)
+        self.model_s += time.perf_counter() - begin_s
+        if before is not None:
+            self._land(before)
+        for sequence in sequences:
+            if sequence.finish_reason is None and sequence.state.num_generated >= sequence.params.max_tokens:
+                self._leave(sequence, self.scheduler.finished)
+
+    def _land(self, in_flight: TokensInFlight) -> None:
+        begin_s = time.perf_counter()
+        tokens = in_flight.read()
+        self.model_s += time.perf_counter() - begin_s
+        now_s = self.now()
+        for sequence, token in zip(in_flight.sequences, tokens, strict=True):
+            if sequence.finish_reason is None:
+                self._append(sequence, token, None, now_s)
+
     def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
         """Choose a token from the logits of each sequence, unless it has one, and see whether it is the last."""
+        self.read()
         rows = [row for row, sequence in enumerate(sequences) if not sequence.is_replayed]
         if len(rows) < len(sequences):
             sequences, logits = [sequences[row] for row in rows], logits[rows]
         if not rows:
             return
         begin_s = time.perf_counter()
+        if any(sequence.params.logprobs is not None for sequence in sequences):
+            logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
         tokens: list[int | None]
         try:
             tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
@@ -194,7 +255,7 @@ class Execution:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             # A request that has failed takes its other outputs with it.
             if token is not None and sequence.finish_reason is None:
-                self._append(sequence, token, logits, row, now_s)
+                self._append(sequence, token, None if sequence.params.logprobs is None else logits[row], now_s)
 
     def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
         try:
@@ -203,11 +264,16 @@ class Execution:
             self._fail(sequence, error)
             return None
 
-    def _append(self, sequence: OutputSequence, token: int, logits: Tensor, row: int, now_s: float) -> None:
+    def _append(self, sequence: OutputSequence, token: int, logits: Tensor | None, now_s: float) -> None:
+        """Give ``sequence`` a token. ``logits``: [V], those it was chosen from; only for log-probabilities."""
         request, params = sequence.request, sequence.params
+        if token == NOT_FINITE:
+            self._fail(sequence, diagnose(self.runner, sequence))
+            return
         try:
             if params.logprobs is not None:
-                sequence.logprobs.append(_top_logprobs(logits[row], token, params.logprobs))
+                assert logits is not None, "tokens with log-probabilities do not fly"
+                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
             sequence.token_ids.append(token)
             self.tally.num_tokens += 1
             if request.first_s is None:
@@ -237,8 +303,7 @@ class Execution:
     def finish(self, sequence: OutputSequence, reason: str) -> None:
         """End ``sequence``, whose last token was its last."""
         sequence.finish_reason = reason
-        self.prefixes.discard(sequence)
-        self.scheduler.finished(sequence)
+        self._leave(sequence, self.scheduler.finished)
         if sequence.request.has_ended:
             self.on_end(sequence.request)
 
@@ -249,9 +314,14 @@ class Execution:
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
-                self.prefixes.discard(sequence)
-                self.scheduler.abort(sequence)
+                self._leave(sequence, self.scheduler.abort)
         self.on_end(request)
+
+    def _leave(self, sequence: OutputSequence, how: Callable[[Hashable], SequenceState]) -> None:
+        """Let the scheduler forget ``sequence``, unless it has: it does so before the last token is read."""
+        self.prefixes.discard(sequence)
+        if self.scheduler.knows(sequence):
+            how(sequence)
 
     def _fail(self, sequence: OutputSequence, error: Exception) -> None:
         sequence.request.error = error

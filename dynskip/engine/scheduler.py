@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dynskip.engine.groups import PathGroup, PathGroups
@@ -138,15 +138,17 @@ class Scheduler:
         self.counters.num_aborted += 1
         return sequence
 
-    def restart(self, known: Collection[Hashable]) -> None:
-        """Let all that have not ended wait again, after something was broken off; all memory is free by then.
+    def restart(self, sequences: Iterable[SequenceState]) -> None:
+        """Let ``sequences`` wait again, after something was broken off; all memory is free by then.
 
-        known: their ids; others are forgotten, whose arrival was broken off.
+        Those that had finished are back. All others are forgotten: their arrival was broken off.
         """
-        self._sequences = {request_id: state for request_id, state in self._sequences.items() if request_id in known}
+        known = self._sequences
+        self._sequences = {state.request_id: state for state in sorted(sequences, key=lambda state: state.order)}
+        self.counters.num_finished -= sum(request_id not in known for request_id in self._sequences)
         self.groups = PathGroups(self.groups.num_groups)
         self._prefilling = []
-        for sequence in sorted(self._sequences.values(), key=lambda sequence: sequence.order):
+        for sequence in self._sequences.values():
             if sequence.is_resident:
                 sequence.num_preemptions += 1
                 self.counters.num_preempted += 1

@@ -106,6 +106,9 @@ def run_controlled(item: WorkItem, context: Context, max_tokens: int | None = No
         num_decided = [len(sequence.token_ids) - 1 for sequence in sequences]
         paths = [sequence.path for sequence in sequences]
         num_run = [path.budget * count for path, count in zip(paths, num_decided, strict=True) if path is not None]
+    for sequence in sequences:
+        if sequence.request.error is not None:
+            raise sequence.request.error  # no score stands for it
     assert llm.tokenizer is not None, "a context's models have their tokenizers"
     texts = [str(llm.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)) for sequence in sequences]
     scores = rouge_l([row.reference for row in rows], texts, num_processes=1)

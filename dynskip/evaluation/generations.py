@@ -117,7 +117,11 @@ def _generate(item: WorkItem, context: Context, rows: Sequence[Row], max_tokens:
     paths = item.path.split()
     params = [_params(item, row.index, path, context.setup, max_tokens) for row in rows for path in paths]
     parsed = [LayerPath.parse(path, llm.model.num_layers) for path in paths]
-    return llm.generate([list(row.prompt_ids) for row in rows for _ in paths], params, parsed * len(rows))
+    outputs = llm.generate([list(row.prompt_ids) for row in rows for _ in paths], params, parsed * len(rows))
+    for output in outputs:
+        if output.error is not None:
+            raise output.error  # no score stands for it
+    return outputs
 
 
 def read_generations(store: ItemStore, items: Sequence[WorkItem]) -> Generations:

@@ -1,0 +1,49 @@
+"""Where the numbers of a request stop being finite: found by running it once more, alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynskip.engine.request import OutputSequence
+from dynskip.engine.runner import StepRunner
+
+
+class NonFiniteError(ArithmeticError):
+    """The logits of a request are NaN or infinite; the message names the layer and the dtype."""
+
+
+def diagnose(runner: StepRunner, sequence: OutputSequence) -> NonFiniteError:
+    """The error of ``sequence``, the logits after whose last token are not finite.
+
+    Runs prompt and output so far, all output tokens at once, into a cache of their own. Should that fail, what it
+    raised is the cause of the error.
+    """
+    dtype = runner.model.dtype
+    found: str | None = None
+
+    def look(what: str, numbers: Tensor) -> None:
+        nonlocal found
+        if found is None and not bool(numbers.isfinite().all()):
+            found = f"{'NaN' if bool(numbers.isnan().any()) else 'inf'} first in the {what}"
+
+    cause: Exception | None = None
+    try:
+        hidden_states, logits = runner.run_alone(sequence, lambda layer, states: look(_input_of(layer), states))
+        look(_input_of(runner.model.num_layers), hidden_states)
+        look("logits of the head", logits)
+    except Exception as error:
+        cause = error
+    if found is None:
+        found = "others in a run that could not be repeated" if cause else "others in a batch, but not alone"
+    if dtype == torch.float16:
+        advice = "float16 ends at 65504. Load the model as bfloat16 or float32."
+    else:
+        advice = "Check the weights, which may be damaged."
+    error = NonFiniteError(f"generate: logits must be finite, got {found}, in {dtype}. {advice}")
+    error.__cause__ = cause
+    return error
+
+
+def _input_of(layer: int) -> str:
+    return f"output of layer {layer - 1}" if layer else "embedding"
