@@ -414,7 +414,7 @@ class Interrupt:
     """Counts the lines that run in the engine, and raises KeyboardInterrupt at one of them."""
 
     folder = str(Path(dynskip.__file__).parent)
-    files = (
+    files: tuple[str, ...] = (
         "engine/engine.py",
         "execution.py",
         "scheduler.py",

@@ -224,7 +224,7 @@ def test_those_who_fail_get_what_was_chosen_before() -> None:
             raise error
         return run(spans, *args)
 
-    served.runner.decode = failing  # type: ignore[method-assign]
+    served.runner.decode = failing  # type: ignore[method-assign,assignment]
     outputs = {output.request_id: output for output in served.run()}
     assert_empty(served)
     assert same(outputs[ids[0]], whole)
@@ -244,7 +244,7 @@ def test_who_is_left_when_a_batch_fails_runs_alone(at: int) -> None:
             raise MemoryError("too many at once")
         return run(spans, *args)
 
-    served.runner.decode = failing  # type: ignore[method-assign]
+    served.runner.decode = failing  # type: ignore[method-assign,assignment]
     assert all(map(same, serve(served, asks), [ask.alone() for ask in asks]))
 
 

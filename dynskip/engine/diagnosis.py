@@ -40,9 +40,9 @@ def diagnose(runner: StepRunner, sequence: OutputSequence) -> NonFiniteError:
         advice = "float16 ends at 65504. Load the model as bfloat16 or float32."
     else:
         advice = "Check the weights, which may be damaged."
-    error = NonFiniteError(f"generate: logits must be finite, got {found}, in {dtype}. {advice}")
-    error.__cause__ = cause
-    return error
+    diagnosis = NonFiniteError(f"generate: logits must be finite, got {found}, in {dtype}. {advice}")
+    diagnosis.__cause__ = cause
+    return diagnosis
 
 
 def _input_of(layer: int) -> str:

@@ -35,7 +35,7 @@ class TokensInFlight:
         if logits.device.type == "cuda":
             self._host = torch.empty(reported.shape, dtype=reported.dtype, pin_memory=True)
             self._host.copy_(reported, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._copied.record()
 
     def inputs(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
