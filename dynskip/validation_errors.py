@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,12 @@ class Result:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Makes torch.empty give NaN inside the block, so that an element that an op leaves unwritten is seen."""
+    """Makes torch.empty give NaN inside the block, so that an element that an op leaves unwritten is seen.
+
+    On a card it must be entered before the process's first matrix product, or CUBLAS_WORKSPACE_CONFIG be set by then:
+    torch reads it once, and deterministic algorithms refuse cuBLAS without it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switches: Any = torch.utils.deterministic
     filling = switches.fill_uninitialized_memory

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# cuBLAS reads it once, before a test can ask for deterministic algorithms, which refuse to multiply without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # OpenMP's threads wait by spinning: beside other work on the same cores, tiny models would take minutes, not seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -189,6 +189,7 @@ def test_what_is_asked_of_cuda_comes_in_order(monkeypatch: pytest.MonkeyPatch) -
     assert (described["machine"], described["capability"], described["gpu_memory_gib"]) == ("nvidia-test", "9.0", 128.0)
 
 
+@pytest.mark.gpu
 def test_a_gpu_measures_by_its_own_clock() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")

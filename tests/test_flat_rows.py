@@ -101,6 +101,7 @@ def test_texts_are_the_same_and_the_rows_of_a_step_are_found_once(
     assert texts() == ours
 
 
+@pytest.mark.gpu
 def test_a_gpu_is_not_waited_for() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")

@@ -14,7 +14,7 @@ from dynskip.kernels.row_list import RowList
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = available_backends(DEVICE)["triton"]
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NUM_ROWS = 7
 

@@ -35,7 +35,7 @@ def arguments_of(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
     return next(case for case in make_cases(op, dtype, DEVICE) if name in case.name).copy_arguments()
 
 
-@runs
+@runs  # without the mark: `make gpu` has `dynskip validate` for it
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", [*ops.OP_NAMES, *ROW_OPS])
 def test_errors_stay_within_the_budget(op: str, dtype: torch.dtype) -> None:
@@ -43,6 +43,7 @@ def test_errors_stay_within_the_budget(op: str, dtype: torch.dtype) -> None:
     assert not [result for result in results if not result.passed]
 
 
+@pytest.mark.gpu
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
@@ -58,6 +59,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
         assert torch.equal(triton.decode_attention(*alone.values())[0], together[1][row])
 
 
+@pytest.mark.gpu
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_does_not_depend_on_the_other_sequences(dtype: torch.dtype) -> None:
@@ -72,6 +74,7 @@ def test_a_sequence_does_not_depend_on_the_other_sequences(dtype: torch.dtype) -
         assert torch.equal(triton.prefill_attention(*alone.values()), together[rows])
 
 
+@pytest.mark.gpu
 @runs
 def test_a_query_does_not_depend_on_the_later_queries_of_its_tile() -> None:
     triton = get_backend("triton")
@@ -84,6 +87,7 @@ def test_a_query_does_not_depend_on_the_later_queries_of_its_tile() -> None:
     assert torch.equal(triton.prefill_attention(*part.values()), whole[:5])
 
 
+@pytest.mark.gpu
 @runs
 def test_launches_are_counted_and_no_rows_launch_nothing() -> None:
     triton = get_backend("triton")
@@ -103,6 +107,7 @@ def test_launches_are_counted_and_no_rows_launch_nothing() -> None:
     assert LAUNCHES.total() == 10
 
 
+@pytest.mark.gpu
 @runs
 def test_offsets_beyond_two_to_the_31_elements() -> None:
     """The memory is reserved, not touched: only the few rows used become resident."""
@@ -131,6 +136,7 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(attended[0, 0].cpu(), torch.arange(1, 17).half())
 
 
+@pytest.mark.gpu
 @runs
 def test_slots_beyond_two_to_the_31_elements() -> None:
     """As above: a row is stored behind them, and attended to there."""
@@ -149,6 +155,7 @@ def test_slots_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(out, x)
 
 
+@pytest.mark.gpu
 @runs
 def test_a_view_is_read_in_place() -> None:
     """The interpreter could hide a launcher's copy; the storage of a mutated view could not be."""
@@ -159,6 +166,7 @@ def test_a_view_is_read_in_place() -> None:
     assert torch.equal(x[2:], before[2:])
 
 
+@pytest.mark.gpu
 @runs
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ POISON = -77
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and native.has_cuda()), reason="needs a GPU and the extension's CUDA part"
 )
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
 @dataclass
@@ -261,6 +261,7 @@ def test_too_few_free_slots_are_refused_and_none_is_invented(policy: int, num_th
     assert int(state.slot_cursor) == first + 5
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(
     ("spoil", "message"),

@@ -147,6 +147,7 @@ def test_one_product_gives_queries_keys_and_values(variant: str, packed: bool, m
         assert projection.dense_weight().untyped_storage().nbytes() == 3 * projection.dense_weight().nbytes
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [[1], [64, 1, 33], [128, 0, 300]])
@@ -163,6 +164,7 @@ def test_pytorch_computes_what_the_reference_does(lengths: list[int], dtype: tor
     within_budget(out, eager, exact)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_prompts_on_a_gpu_run_it(dtype: torch.dtype) -> None:

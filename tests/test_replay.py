@@ -34,6 +34,7 @@ def captured(launch: object) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_graphs_run_in_order_on_the_current_stream_without_a_wait() -> None:
     x = torch.ones(8, device="cuda")
@@ -54,6 +55,7 @@ def test_graphs_run_in_order_on_the_current_stream_without_a_wait() -> None:
     assert result.tolist() == [29.0] * 8
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_graph_that_cannot_be_launched_is_named() -> None:
     x = torch.zeros(8, device="cuda")
@@ -65,6 +67,7 @@ def test_a_graph_that_cannot_be_launched_is_named() -> None:
     assert x.tolist() == [1.0] * 8
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_planning_is_captured_and_follows_masks_that_change() -> None:
     num_layers, num_rows = 6, 40

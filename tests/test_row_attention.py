@@ -22,7 +22,7 @@ from dynskip.kernels.row_list import RowList, Workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = available_backends(DEVICE)["triton"]
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")]
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter cuts float32 off to bfloat16")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 HEADS = ((3, 16), (2, 48), (4, 64), (3, 80), (5, 128))

@@ -22,7 +22,7 @@ from dynskip.kernels.row_list import RowList, RowNorm, Workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = available_backends(DEVICE)["triton"]
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")]
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 matrices wrongly")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 NO_ROW = 2**30  # an id that stands behind the end of a list: a kernel that used it would not survive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from dynskip.row_validation import validate_row_case
 from dynskip.validation import validate
 from dynskip.validation_cases import make_cases
 from dynskip.validation_draws import tensors_in
-from dynskip.validation_errors import Result
+from dynskip.validation_errors import Result, poisoned_allocations
 
 WHY_NO_INTERPRETER = "there is a GPU" if torch.cuda.is_available() else available_backends("cpu")["triton"]
 needs_interpreter = pytest.mark.skipif(WHY_NO_INTERPRETER is not None, reason=f"interpreter: {WHY_NO_INTERPRETER}")
@@ -281,6 +282,17 @@ def test_the_state_of_torch_is_restored() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert ops._backend_name.get() == "auto"
+
+
+def test_products_are_allowed_where_deterministic_algorithms_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card torch refuses cuBLAS then, unless this says how large its workspace is."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with poisoned_allocations():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with poisoned_allocations():
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "the caller's own stays"
 
 
 def test_the_command_line_knows_the_ops_and_dtypes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import time
 import traceback
@@ -14,14 +15,18 @@ from typing import Any
 
 import torch
 
+from dynskip.benchmark import device as devices
 from dynskip.benchmark.device import NUM_SPEED_SAMPLES, Device, describe_device, get_device, measure_device_speed
-from dynskip.benchmark.device_report import append_row, write_page
+from dynskip.benchmark.device_report import append_row, conditions_of_run, write_page
+from dynskip.benchmark.models import SHAPES
 from dynskip.benchmark.report import Row
 from dynskip.benchmark.timing import Samples
 from dynskip.cost import MachineSpeed
 
-# What is left of the time limit when nothing new is begun.
+# What is left of the time limit when nothing new is begun: this, or a quarter of a short limit.
 _RESERVE_S = 20
+# Environment variables that change what the kernels do: a result says which were set.
+_SWITCHES = ("DYNSKIP_PDL", "DYNSKIP_CONFIGS")
 
 
 @dataclass(frozen=True)
@@ -47,39 +52,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="(default: gpu-results)")
     parser.add_argument("--limit-s", type=float, default=540, metavar="S", help="time limit (default: 540)")
     parser.add_argument("--commit", metavar="ID", help="commit of the sources (default: git's)")
+    parser.add_argument("--run", metavar="ID", help="processes of one ID are one run: the first measures the card")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="shapes that take no time, to try it out")
     parser.add_argument("--dry-run", action="store_true", help="print the questions and end")
 
 
+def make_tiny() -> None:
+    """Add the shape "tiny", and make the memory by which a device's speed is measured small: for --tiny."""
+    SHAPES.setdefault("tiny", (32, 64, 4, 2))
+    devices._COPY_BYTES, devices._GEMM_SIZE = 2**16, 16
+
+
+def chosen_sections(text: str | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """The sections that ``text`` lists, or ``default``. Raises: ValueError for one that is not known."""
+    chosen = tuple(default) if text is None else tuple(text.split(","))
+    unknown = [section for section in chosen if section not in known]
+    if unknown:
+        raise ValueError(f"--sections must list sections of {', '.join(known)}, got {text!r}.")
+    return chosen
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The positive numbers that ``text`` lists, such as 1,8,64, for argparse. Raises: ArgumentTypeError."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must list positive numbers, such as 1,8,64, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def switches() -> dict[str, str]:
+    """The environment variables that are set and change what the kernels do."""
+    return {name: os.environ[name] for name in _SWITCHES if os.environ.get(name)}
+
+
 class Recorder:
-    """Appends rows to ``<card>.jsonl`` as they are measured, under the conditions of one run of one part."""
+    """Appends rows to ``<card>.jsonl`` as they are measured, under the conditions of one run of one part.
+
+    Its parts are called after ``part``, the section that was entered, and the switches that are set.
+    """
 
     def __init__(self, part: str, device: Device, args: argparse.Namespace, described: dict[str, Any]) -> None:
-        self.part = part
+        self.base = self.part = part
         self.device = device
         self.directory: Path = args.out
-        self.deadline = time.monotonic() + args.limit_s - _RESERVE_S
+        self.deadline = time.monotonic() + args.limit_s - min(_RESERVE_S, args.limit_s / 4)
         self.dtype: torch.dtype = getattr(torch, args.dtype)
-        self.speed: MachineSpeed = measure_device_speed(
-            device, self.dtype, num_samples=2 if args.tiny else NUM_SPEED_SAMPLES
-        )
-        self.conditions = {
-            **describe_device(device, args.commit),
-            "part": part,
+        self.conditions = describe_device(device, args.commit)
+        before = None if args.run is None else conditions_of_run(args.out, self.conditions["machine"], args.run)
+        if before is None:
+            self.speed = measure_device_speed(device, self.dtype, num_samples=2 if args.tiny else NUM_SPEED_SAMPLES)
+        else:
+            self.speed = MachineSpeed(before["bandwidth_gbps"], before["peak_gflops"])
+        self.conditions |= {
+            "date": self.conditions["date"] if before is None else before["date"],
             "dtype": args.dtype,
             "bandwidth_gbps": round(self.speed.bandwidth_gbps, 1),
             "peak_gflops": round(self.speed.peak_gflops, 1),
+            **({} if args.run is None else {"run": args.run}),
+            **({"switches": switches()} if switches() else {}),
             **described,
         }
+        self.enter("")
         self.num_failed = 0
+        self._broken = ""
         self._open: dict[tuple[int, str], Question] = {}
         self._data: Path | None = None
         print(f"{device.name}: {self.speed.bandwidth_gbps:.0f} GB/s, {self.speed.peak_gflops / 1e3:.1f} TFLOP/s")
 
-    def answer(self, batch: int, what: str, value: float, ours: Samples, other: Samples | float) -> None:
-        """Record the value of the question ``(batch, what)``; other: samples, or the milliseconds of a bound."""
+    def enter(self, section: str) -> None:
+        """What is recorded from now on belongs to ``section`` of the part."""
+        names = [f"{name}={Path(value).name}" for name, value in switches().items()]
+        self.part = ", ".join(filter(None, [f"{self.base} {section}".strip(), *names]))
+        self.conditions = {**self.conditions, "part": self.part}
+
+    def answer(
+        self, batch: int, what: str, value: float, ours: Samples, other: Samples | float, wrong: str = ""
+    ) -> None:
+        """Record the value of the question ``(batch, what)``.
+
+        other: samples, or the milliseconds of a bound. wrong: what was wrong with the results of what was timed.
+        """
         question = self._open.pop((batch, what))
         other_ms = other if isinstance(other, float) else other.ms
         row = Row(
@@ -92,16 +146,18 @@ class Recorder:
             round(ours.ms, 6),
             round(other_ms, 6),
             ours.num_samples,
+            wrong=wrong,
         )
+        self.num_failed += bool(wrong)
         self._append(row)
 
-    def share(self, batch: int, what: str, ours: Samples, floor_ms: float) -> None:
+    def share(self, batch: int, what: str, ours: Samples, floor_ms: float, wrong: str = "") -> None:
         """Record which share of the speed of a bound was reached."""
-        self.answer(batch, what, floor_ms / ours.ms, ours, floor_ms)
+        self.answer(batch, what, floor_ms / ours.ms, ours, floor_ms, wrong)
 
-    def speedup(self, batch: int, what: str, ours: Samples, other: Samples) -> None:
+    def speedup(self, batch: int, what: str, ours: Samples, other: Samples, wrong: str = "") -> None:
         """Record how many times faster than ``other`` ours is."""
-        self.answer(batch, what, other.over(ours), ours, other)
+        self.answer(batch, what, other.over(ours), ours, other, wrong)
 
     def attempt(self, questions: Sequence[Question], work: Callable[[], None]) -> None:
         """Answer ``questions`` by ``work``. Those that an error leaves open are recorded as failed, with it."""
@@ -109,31 +165,41 @@ class Recorder:
         try:
             if time.monotonic() > self.deadline:
                 raise OutOfTimeError(f"no time was left of the limit of the part {self.part}")
+            if self._broken:
+                raise RuntimeError(f"the device serves this process no more: {self._broken}")
             work()
             if self._open:
                 raise AssertionError(f"nothing answered {', '.join(map(str, self._open.values()))}")
         except Exception as error:
             if not isinstance(error, OutOfTimeError):
                 traceback.print_exc()
-            self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
-        finally:
-            if self.device.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._fail(_in_words(error))
+            self._broken = self._broken or self._why_broken()
+        if self.device.device.type == "cuda" and not self._broken:
+            torch.cuda.empty_cache()
 
     def fail_one(self, batch: int, what: str, error: Exception) -> None:
         """Record that the question ``(batch, what)`` cannot be answered, and go on."""
         question = self._open.pop((batch, what))
-        self._append_failed(question, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        self._append_failed(question, _in_words(error))
 
     def note(self, text: str) -> None:
         """Print something that belongs to no row."""
         print(f"  {text}", flush=True)
 
     def close(self) -> int:
-        """Write the page; the exit status: 1 where a question was not answered."""
+        """Write the page; the exit status: 1 where a question was not answered, or by something that computes wrong."""
         if self._data is not None:
             print(f"written: {self._data}, {write_page(self._data)}")
         return int(self.num_failed > 0)
+
+    def _why_broken(self) -> str:
+        """What a device answers after an error that no call in this process survives; "" where it still serves."""
+        try:
+            self.device.synchronize()
+        except Exception as error:
+            return _in_words(error)
+        return ""
 
     def _fail(self, reason: str) -> None:
         for question in self._open.values():
@@ -147,12 +213,16 @@ class Recorder:
     def _append(self, row: Row) -> None:
         self._data = append_row(self.directory, row, self.conditions)
         us = "" if row.failure else f"{row.ours_ms * 1e3:10.1f} us against {row.other_ms * 1e3:10.1f} us"
-        reason = f"  {row.failure}" if row.failure else ""
+        reason = f"  {row.failure or row.wrong}" if row.failure or row.wrong else ""
         print(
             f"{row.batch:>5} rows  {row.what:<75} {row.show(row.value):>8} {row.shown_target:<9} {row.verdict:<7}{us}"
             f"{reason}",
             flush=True,
         )
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def run_part(
@@ -169,6 +239,8 @@ def run_part(
     if extra is not None:
         extra(parser)
     args = parser.parse_args(argv)
+    if args.tiny:
+        make_tiny()
     if args.dry_run:
         asked = questions(args)
         print(f"{part}: {len(asked)} questions, to {args.out}/<card>.jsonl and <card>.md")

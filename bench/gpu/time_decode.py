@@ -6,7 +6,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from bench.gpu.baselines import GatherWithToList, MaskEverything
 from bench.gpu.floors import WorkDone, floor_ms
 from bench.gpu.fused_steps import FusedSteps, random_gate
-from bench.gpu.recorder import Question, Recorder, run_part
+from bench.gpu.recorder import OutOfTimeError, Question, Recorder, chosen_sections, numbers, run_part
 from bench.gpu.transformers_steps import TransformersCompiled, TransformersEager
-from bench.gpu.workloads import Truth, Workload
+from bench.gpu.workloads import Truth, Verdict, Workload, in_float64
 from dynskip.benchmark.device import Device, time_in_turns
 from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import model_shape
@@ -27,7 +27,9 @@ from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
 from dynskip.plan import KVPolicy
 
-SECTIONS = ("paths", "mixes", "skipped", "masks", "providers", "compiled")
+SECTIONS = ("full", "paths", "mixes", "skipped", "masks", "providers", "compiled")
+# The sections of a run that names none: "paths" asks what "full" does, and more.
+_DEFAULT = SECTIONS[1:]
 _POLICIES = (KVPolicy.EVICT, KVPolicy.PROPAGATE)
 _FULL = "full depth"
 _OTHERS = (TransformersEager.name, MaskEverything.name, GatherWithToList.name)
@@ -61,21 +63,28 @@ class Sizes:
     context_len: int = 512
     batches: tuple[int, ...] = (1, 8, 64)
     mix_batches: tuple[int, ...] = (8, 64, 256)
-    mask_batch: int = 64
+    mask_batches: tuple[int, ...] = (64,)
     budgets: tuple[int, ...] = (8, 12)
     shares: tuple[float, ...] = (0.25, 0.5)
     num_rounds: int = 7
-    num_repeats: int = 8
+    num_repeats: int = 6
     num_proof_steps: int = 4
     compile_options: tuple[tuple[str, Any], ...] = ()
+
+    def of(self, section: str) -> tuple[int, ...]:
+        """The batches of a section; what a skipped layer costs is asked of one sequence."""
+        others = {"mixes": self.mix_batches, "masks": self.mask_batches, "skipped": (1,)}
+        return others.get(section, self.batches)
 
     @property
     def num_steps(self) -> int:
         """Decode steps of one workload: the first, which is checked, a proof, and all that is timed and counted."""
-        return 1 + self.num_proof_steps + 2 * ((self.num_rounds + 1) * self.num_repeats + 4)
+        return 1 + self.num_proof_steps + _MOST_TIMINGS * ((self.num_rounds + 1) * self.num_repeats + 4)
 
 
-TINY = Sizes("tiny", 128, 6, (1, 3), (3, 5), 3, (2, 3), (0.25, 0.5), 2, 2, 1, (("backend", "eager"),))
+# Ours is timed in turns with one other after the other.
+_MOST_TIMINGS = 3
+TINY = Sizes("tiny", 128, 6, (1, 3), (3, 5), (3,), (2, 3), (0.25, 0.5), 2, 2, 1, (("backend", "eager"),))
 
 
 def shared(budget: int) -> str:
@@ -93,9 +102,14 @@ def masked(kv_policy: KVPolicy, source: str) -> str:
     return f"per-token 50% {kv_policy.value}, {source}"
 
 
+def full_questions(batch: int) -> list[Question]:
+    """Full depth at one batch size."""
+    return [Question(batch, f"{_FULL}, share of its roofline", 0.8)]
+
+
 def path_questions(sizes: Sizes, batch: int) -> list[Question]:
     """Full depth and shared paths at one batch size."""
-    found = [Question(batch, f"{_FULL}, share of its roofline", 0.8)]
+    found = full_questions(batch)
     for budget in sizes.budgets:
         found.append(Question(batch, f"{shared(budget)}, share of its roofline", 0.8))
         found.append(Question(batch, f"{shared(budget)}, speed-up over full depth"))
@@ -123,12 +137,10 @@ def skipped_questions(sizes: Sizes) -> list[Question]:
     ]
 
 
-def mask_questions(sizes: Sizes, kv_policy: KVPolicy) -> list[Question]:
+def mask_questions(batch: int, kv_policy: KVPolicy) -> list[Question]:
     """Masks that the device alone knows, under one policy."""
     sources = ("masks on the device", "hidden-state gate")
-    return [
-        Question(sizes.mask_batch, f"{masked(kv_policy, source)}, share of its roofline", 0.65) for source in sources
-    ]
+    return [Question(batch, f"{masked(kv_policy, source)}, share of its roofline", 0.65) for source in sources]
 
 
 def provider_questions(batch: int, names: Sequence[str]) -> list[Question]:
@@ -149,57 +161,68 @@ class DecodeBenchmark:
         self.hf_model = random_hf_model(self.config, dtype=recorder.dtype, device=device.device)
         self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
         self.shape = model_shape(self.model)
-        self.truth = Truth(self.model, in_float64(self.config, recorder.dtype, device))
+        self.truth = Truth(self.model, lambda: in_float64(self.config, recorder.dtype, device.device))
+        self._complaints: dict[str, str] = {}
 
     def run(self, sections: Sequence[str]) -> None:
         """Answer the questions of ``sections``, the most important first."""
         sizes, attempt = self.sizes, self.recorder.attempt
-        if "paths" in sections:
-            for batch in sizes.batches:
-                attempt(path_questions(sizes, batch), partial(self._paths, batch))
-        if "mixes" in sections:
-            for batch in sizes.mix_batches:
-                attempt(mix_questions(sizes, batch), partial(self._mixes, batch))
-        if "skipped" in sections:
-            attempt(skipped_questions(sizes), self._skipped_layer)
-        if "masks" in sections:
-            for kv_policy in _POLICIES:
-                attempt(mask_questions(sizes, kv_policy), partial(self._masks, kv_policy))
-        if "providers" in sections:
-            for batch in sizes.batches:
-                attempt(provider_questions(batch, _OTHERS), partial(self._providers, batch))
-        if "compiled" in sections:
-            for batch in sizes.batches:
-                attempt(provider_questions(batch, (TransformersCompiled.name,)), partial(self._compiled, batch))
+        for section in sections:
+            self.recorder.enter(section)
+            for batch in self.sizes.of(section):
+                if section == "full":
+                    attempt(full_questions(batch), partial(self._paths, batch, ()))
+                elif section == "paths":
+                    attempt(path_questions(sizes, batch), partial(self._paths, batch, sizes.budgets))
+                elif section == "mixes":
+                    attempt(mix_questions(sizes, batch), partial(self._mixes, batch))
+                elif section == "skipped":
+                    attempt(skipped_questions(sizes), self._skipped_layer)
+                elif section == "masks":
+                    for kv_policy in _POLICIES:
+                        attempt(mask_questions(batch, kv_policy), partial(self._masks, batch, kv_policy))
+                elif section == "providers":
+                    attempt(provider_questions(batch, _OTHERS), partial(self._providers, batch))
+                else:
+                    asked = provider_questions(batch, (TransformersCompiled.name,))
+                    attempt(asked, partial(self._compiled, batch))
 
-    def _paths(self, batch: int) -> None:
-        names = {_FULL: self._along([LayerPath.full(self._num_layers)] * batch)}
-        for budget in self.sizes.budgets:
-            names[shared(budget)] = self._along([LayerPath.uniform(self._num_layers, budget)] * batch)
-        steps = {name: self._fused(name, workload) for name, workload in names.items()}
+    def _paths(self, batch: int, budgets: Sequence[int]) -> None:
+        """Full depth, recorded before anything else is tried, and then shared paths of ``budgets`` beside it."""
+        paths = {_FULL: LayerPath.full(self._num_layers)}
+        paths |= {shared(budget): LayerPath.uniform(self._num_layers, budget) for budget in budgets}
+        workloads = {name: self._along([path] * batch) for name, path in paths.items()}
+        self.truth.learn(*workloads.values())
+        steps = {_FULL: self._fused(_FULL, workloads[_FULL])}
         samples, floors = self._time(steps)
-        for name in names:
-            self.recorder.share(batch, f"{name}, share of its roofline", samples[name], floors[name])
-            if name != _FULL:
-                self.recorder.speedup(batch, f"{name}, speed-up over full depth", samples[name], samples[_FULL])
+        self._share(batch, _FULL, "share of its roofline", samples, floors)
+        if not budgets:
+            return
+        steps |= {name: self._fused(name, workload) for name, workload in workloads.items() if name != _FULL}
+        samples, floors = self._time(steps)
+        for name in list(workloads)[1:]:
+            self._share(batch, name, "share of its roofline", samples, floors)
+            self._speedup(batch, name, "full depth", samples, _FULL)
 
     def _mixes(self, batch: int) -> None:
+        """One other beside ours at a time: two caches of a large batch fit beside the weights, three do not."""
         full = self._along([LayerPath.full(self._num_layers)] * batch)
+        mixes = {}
         for share in self.sizes.shares:
-            name, budget = independent(share), max(1, round(self._num_layers * share))
-            workload = self._along([LayerPath.random(self._num_layers, budget, seed) for seed in range(batch)])
+            budget = max(1, round(self._num_layers * share))
+            paths = [LayerPath.random(self._num_layers, budget, seed) for seed in range(batch)]
+            mixes[independent(share)] = self._along(paths)
+        self.truth.learn(full, *mixes.values())
+        for name, workload in mixes.items():
             ours = self._fused(name, workload)
-            steps: dict[str, Steps] = {name: ours, _FULL: self._fused(_FULL, full)}
-            steps["chained"] = self._fused(f"{name}, chained", workload, chained=True)
-            samples, floors = self._time(steps)
-            what = f"{name}, share of the roofline of the mix"
-            self.recorder.share(batch, what, samples[name], floors[name])
-            what = f"{name}, chain of layer graphs, share of the roofline of the mix"
-            self.recorder.share(batch, what, samples["chained"], floors["chained"])
-            self.recorder.speedup(batch, f"{name}, speed-up over full depth", samples[name], samples[_FULL])
-            del steps  # three padded caches of a large batch do not fit beside the others
-            makers = self._mask_and_gather()
-            self._against(batch, name, ours, makers)
+            samples, floors = self._time({name: ours, _FULL: self._fused(_FULL, full)})
+            self._share(batch, name, "share of the roofline of the mix", samples, floors)
+            self._speedup(batch, name, "full depth", samples, _FULL)
+            chained = f"{name}, chain of layer graphs"
+            samples, floors = self._time({chained: self._fused(chained, workload, chained=True)})
+            self._share(batch, chained, "share of the roofline of the mix", samples, floors)
+            self._against(batch, name, ours, self._mask_and_gather())
+            del ours
 
     def _skipped_layer(self) -> None:
         num_layers = self._num_layers
@@ -210,6 +233,7 @@ class DecodeBenchmark:
         shallow = OPTForCausalLM.from_hf(hf_model, backend=self.backend, pack=False)
         skipping = self._along([LayerPath.uniform(num_layers, half)])
         plain = self._along([LayerPath.full(half)])
+        self.truth.learn(skipping)
         for chained, what in ((False, "a skipped layer, us"), (True, "a skipped layer, chain of layer graphs, us")):
             deep = self._fused("half of the layers", skipping, chained=chained)
             shallow_steps = FusedSteps(self.device, shallow, plain, self.ops, chained=chained)
@@ -217,12 +241,13 @@ class DecodeBenchmark:
             one, other = samples["skipping"], samples["plain"]
             differences = [a[0] - b[0] for a, b in zip(one.rounds, other.rounds, strict=True)]
             cost_ms = Samples([[difference] for difference in differences]).ms / (num_layers - half)
-            self.recorder.answer(1, what, cost_ms * 1e3, one, other)
+            self.recorder.answer(1, what, cost_ms * 1e3, one, other, self._wrong("half of the layers"))
+            del deep, shallow_steps
 
-    def _masks(self, kv_policy: KVPolicy) -> None:
+    def _masks(self, batch: int, kv_policy: KVPolicy) -> None:
         sizes = self.sizes
         workload = Workload.per_token(
-            sizes.mask_batch,
+            batch,
             self._num_layers,
             0.5,
             kv_policy,
@@ -231,23 +256,23 @@ class DecodeBenchmark:
             sizes.vocab_size,
             self.device.device,
         )
+        self.truth.learn(workload)
         gate = random_gate(self.model, workload, 0.5)
-        steps: dict[str, Steps] = {
-            "masks on the device": self._fused(masked(kv_policy, "masks"), workload),
-            "hidden-state gate": self._fused(masked(kv_policy, "gate"), workload, gate=gate),
-        }
+        masks, gated = (masked(kv_policy, source) for source in ("masks on the device", "hidden-state gate"))
+        steps = {masks: self._fused(masks, workload), gated: self._fused(gated, workload, gate=gate)}
         samples, floors = self._time(steps)
-        for source in steps:
-            what = f"{masked(kv_policy, source)}, share of its roofline"
-            self.recorder.share(sizes.mask_batch, what, samples[source], floors[source])
+        for name in steps:
+            self._share(batch, name, "share of its roofline", samples, floors)
 
     def _providers(self, batch: int) -> None:
         workload = self._along([LayerPath.full(self._num_layers)] * batch)
+        self.truth.learn(workload)
         makers: dict[str, Maker] = {TransformersEager.name: lambda w: TransformersEager(self.hf_model, w)}
         self._against(batch, _FULL, self._fused(_FULL, workload), makers | self._mask_and_gather())
 
     def _compiled(self, batch: int) -> None:
         workload = self._along([LayerPath.full(self._num_layers)] * batch)
+        self.truth.learn(workload)
         options = dict(self.sizes.compile_options)
         makers: dict[str, Maker] = {
             TransformersCompiled.name: lambda w: TransformersCompiled(self.hf_model, w, **options)
@@ -261,34 +286,46 @@ class DecodeBenchmark:
         }
 
     def _against(self, batch: int, name: str, ours: FusedSteps, makers: dict[str, Maker]) -> None:
-        """Time ours in turns with others, each checked first. One that fails is recorded, and the rest goes on."""
-        steps: dict[str, Steps] = {name: ours}
+        """Time ours in turns with one other after the other. One that fails is recorded, and the rest goes on."""
         for other, make in makers.items():
             try:
                 _free_memory()
-                steps[other] = provider = make(ours.workload)
-                error = self.truth.check(other, ours.workload, provider.first_step())
-                self.recorder.note(f"{other}: {error:.0%} of the allowed error")
+                provider = make(ours.workload)
+                self._note_verdict(other, self.truth.check(other, ours.workload, provider.first_step()))
+                samples, _ = self._time({name: ours, other: provider})
+                self._speedup(batch, name, other, samples, other)
+                del provider
+            except OutOfTimeError:
+                raise
             except Exception as error:
-                steps.pop(other, None)
                 self.recorder.fail_one(batch, f"{name}, speed-up over {other}", error)
-        if len(steps) == 1:
-            return
-        samples, _ = self._time(steps)
-        for other in [other for other in steps if other != name]:
-            self.recorder.speedup(batch, f"{name}, speed-up over {other}", samples[name], samples[other])
 
     def _fused(self, name: str, workload: Workload, gate: Any = None, chained: bool = False) -> FusedSteps:
         """Checked steps of dynskip that were seen not to wait for the device."""
         _free_memory()
         steps = FusedSteps(self.device, self.model, workload, self.ops, gate, chained)
         logits, active = steps.first_step()
-        error = self.truth.check(name, workload, logits, active if gate is not None else None)
+        verdict = self.truth.check(name, workload, logits, active if gate is not None else None)
         with self.device.no_waiting():
             for _ in range(self.sizes.num_proof_steps):
                 steps.step()
-        self.recorder.note(f"{name}, batch {workload.batch}: {error:.0%} of the allowed error; {steps.memory}")
+        self._note_verdict(name, verdict, f"; batch {workload.batch}, {steps.memory}")
         return steps
+
+    def _note_verdict(self, name: str, verdict: Verdict, more: str = "") -> None:
+        """Print it, and remember what is wrong: ``name`` is timed all the same, and its rows say so."""
+        self.recorder.note(f"{name}: {verdict.share:.0%} of the allowed error{more}")
+        self._complaints[name] = verdict.complaint
+
+    def _wrong(self, *names: str) -> str:
+        return " ".join(filter(None, (self._complaints.get(name) for name in names)))
+
+    def _share(self, batch: int, name: str, of: str, samples: dict[str, Samples], floors: dict[str, float]) -> None:
+        self.recorder.share(batch, f"{name}, {of}", samples[name], floors[name], self._wrong(name))
+
+    def _speedup(self, batch: int, name: str, over: str, samples: dict[str, Samples], other: str) -> None:
+        wrong = self._wrong(name, other)
+        self.recorder.speedup(batch, f"{name}, speed-up over {over}", samples[name], samples[other], wrong)
 
     def _time(self, steps: dict[str, Any]) -> tuple[dict[str, Samples], dict[str, float]]:
         """Samples of all, and for those of dynskip the bound of the work that was seen before and after."""
@@ -315,12 +352,6 @@ class DecodeBenchmark:
         return self.model.num_layers
 
 
-def in_float64(config: Any, dtype: torch.dtype, device: Device) -> OPTForCausalLM:
-    """The model with the weights that `random_hf_model` makes in ``dtype``, in float64."""
-    hf_model = random_hf_model(config, dtype=dtype, device=device.device).double()
-    return OPTForCausalLM.from_hf(hf_model, backend="torch", pack=False)
-
-
 def _free_memory() -> None:
     """Give what nobody holds any more back to the device: caches are made as large as the device says is free."""
     gc.collect()
@@ -330,23 +361,24 @@ def _free_memory() -> None:
 
 def questions(args: argparse.Namespace) -> list[Question]:
     """Every question that the part answers."""
-    sizes = TINY if args.tiny else Sizes()
-    asked: dict[str, list[Question]] = {
-        "paths": [question for batch in sizes.batches for question in path_questions(sizes, batch)],
-        "mixes": [question for batch in sizes.mix_batches for question in mix_questions(sizes, batch)],
-        "skipped": skipped_questions(sizes),
-        "masks": [question for policy in _POLICIES for question in mask_questions(sizes, policy)],
-        "providers": [question for batch in sizes.batches for question in provider_questions(batch, _OTHERS)],
-        "compiled": [
-            question for batch in sizes.batches for question in provider_questions(batch, (TransformersCompiled.name,))
-        ],
+    sizes = _sizes(args)
+    asked: dict[str, Callable[[int], list[Question]]] = {
+        "full": full_questions,
+        "paths": partial(path_questions, sizes),
+        "mixes": partial(mix_questions, sizes),
+        "skipped": lambda batch: skipped_questions(sizes),
+        "masks": lambda batch: [question for policy in _POLICIES for question in mask_questions(batch, policy)],
+        "providers": lambda batch: provider_questions(batch, _OTHERS),
+        "compiled": lambda batch: provider_questions(batch, (TransformersCompiled.name,)),
     }
-    return [question for section in _sections(args) for question in asked[section]]
+    return [
+        question for section in _sections(args) for batch in sizes.of(section) for question in asked[section](batch)
+    ]
 
 
 def measure(args: argparse.Namespace, device: Device) -> int:
     """Answer them."""
-    sizes = TINY if args.tiny else Sizes()
+    sizes = _sizes(args)
     described = {
         "shape": sizes.shape,
         "context_len": [sizes.context_len, sizes.context_len + sizes.num_steps],
@@ -366,12 +398,20 @@ def measure(args: argparse.Namespace, device: Device) -> int:
 
 
 def _sections(args: argparse.Namespace) -> tuple[str, ...]:
-    return tuple(args.sections.split(",")) if args.sections else SECTIONS
+    return chosen_sections(args.sections, SECTIONS, _DEFAULT)
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    sizes = TINY if args.tiny else Sizes()
+    if args.batches is None:
+        return sizes
+    return replace(sizes, batches=args.batches, mix_batches=args.batches, mask_batches=args.batches)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", choices=("triton", "reference"), default="triton", help="row ops (default: triton)")
-    parser.add_argument("--sections", metavar="A,B", help=f"of {','.join(SECTIONS)} (default: all)")
+    parser.add_argument("--sections", metavar="A,B", help=f"of {','.join(SECTIONS)} (default: all but the first)")
+    parser.add_argument("--batches", type=numbers, metavar="A,B", help="(default: those that each section has)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.recorder import Question, Recorder, run_part
+from bench.gpu.recorder import Question, Recorder, chosen_sections, numbers, run_part
 from dynskip.backends import get_backend
 from dynskip.benchmark.device import Device, time_in_turns
 from dynskip.benchmark.models import SHAPES
@@ -39,6 +39,10 @@ class Sizes:
     movement_bytes: int = 2**30
     num_rounds: int = 7
     num_repeats: int = 10
+
+    def of(self, section: str) -> tuple[int, ...]:
+        """The row counts of a section."""
+        return {"matrices": self.matrix_rows, "attention": self.attention_rows, "movement": self.movement_rows}[section]
 
 
 TINY = Sizes("tiny", (1, 3), (2,), (5,), (7,), 2**14, 2, 2)
@@ -83,21 +87,22 @@ class KernelBenchmark:
     def run(self, sections: Sequence[str]) -> None:
         """Answer the questions of ``sections``."""
         sizes, attempt = self.sizes, self.recorder.attempt
-        if "matrices" in sections:
-            for num_rows in sizes.matrix_rows:
-                attempt(matrix_questions(sizes, num_rows), partial(self._matrices, num_rows))
-        if "attention" in sections:
-            for num_rows in sizes.attention_rows:
-                for context_len in sizes.context_lens:
-                    asked = attention_questions(sizes, num_rows, context_len)
-                    attempt(asked, partial(self._attention, num_rows, context_len))
-        if "movement" in sections:
-            for num_rows in sizes.movement_rows:
-                attempt(movement_questions(sizes, num_rows), partial(self._movement, num_rows))
+        for section in sections:
+            self.recorder.enter(section)
+            for num_rows in sizes.of(section):
+                if section == "matrices":
+                    attempt(matrix_questions(sizes, num_rows), partial(self._matrices, num_rows))
+                elif section == "movement":
+                    attempt(movement_questions(sizes, num_rows), partial(self._movement, num_rows))
+                else:
+                    for context_len in sizes.context_lens:
+                        asked = attention_questions(sizes, num_rows, context_len)
+                        attempt(asked, partial(self._attention, num_rows, context_len))
 
     def _matrices(self, num_rows: int) -> None:
         layers = [_Layer(self, num_rows) for _ in range(self.num_layers)]
-        layers[0].check(self.reference)
+        wrong = layers[0].check(self.reference)
+        any_wrong = " ".join(filter(None, wrong.values()))
         calls = {op: [layer.calls(self.ops)[op] for layer in layers] for op in MATRIX_OPS}
         library = {op: [layer.library_calls()[op] for layer in layers] for op in MATRIX_OPS}
         in_order = [calls[op][layer] for layer in range(self.num_layers) for op in MATRIX_OPS]
@@ -111,20 +116,22 @@ class KernelBenchmark:
         floor_ms = sum(num_bytes.values()) / self.recorder.speed.bandwidth_gbps / 1e6
         ours, cublas = samples[_ALL_FOUR], samples["cuBLAS"]
         what = f"{_ALL_FOUR}, share of what limits it"
-        self._share_of_limit(num_rows, what, ours, cublas, floor_ms)
-        self.recorder.share(num_rows, f"{_ALL_FOUR}, share of bandwidth", ours, floor_ms)
-        self.recorder.speedup(num_rows, f"{_ALL_FOUR}, share of the speed of cuBLAS", ours, cublas)
+        self._share_of_limit(num_rows, what, ours, cublas, floor_ms, any_wrong)
+        self.recorder.share(num_rows, f"{_ALL_FOUR}, share of bandwidth", ours, floor_ms, any_wrong)
+        self.recorder.speedup(num_rows, f"{_ALL_FOUR}, share of the speed of cuBLAS", ours, cublas, any_wrong)
         for op in MATRIX_OPS:
             floor_ms = num_bytes[op] / self.recorder.speed.bandwidth_gbps / 1e6
             what = f"{op}, share of what limits it"
-            self._share_of_limit(num_rows, what, samples[op], samples[f"cuBLAS {op}"], floor_ms)
+            self._share_of_limit(num_rows, what, samples[op], samples[f"cuBLAS {op}"], floor_ms, wrong[op])
 
-    def _share_of_limit(self, num_rows: int, what: str, ours: Samples, cublas: Samples, floor_ms: float) -> None:
+    def _share_of_limit(
+        self, num_rows: int, what: str, ours: Samples, cublas: Samples, floor_ms: float, wrong: str
+    ) -> None:
         """Against bandwidth, or against cuBLAS where cuBLAS itself is slower than bandwidth allows."""
         if floor_ms >= cublas.ms:
-            self.recorder.share(num_rows, what, ours, floor_ms)
+            self.recorder.share(num_rows, what, ours, floor_ms, wrong)
         else:
-            self.recorder.speedup(num_rows, what, ours, cublas)
+            self.recorder.speedup(num_rows, what, ours, cublas, wrong)
 
     def _attention(self, num_rows: int, context_len: int) -> None:
         head_size = self.hidden_size // self.num_heads
@@ -162,7 +169,7 @@ class KernelBenchmark:
         ]
         calls[0]()
         sampled = RowList(rows.ids, torch.full_like(rows.num, min(8, num_rows)), min(8, num_rows))
-        self._compare(
+        wrong = self._compare(
             "decode attention",
             [arguments["out"][: min(8, num_rows)]],
             lambda tensors: self.reference.attend_rows(
@@ -178,7 +185,7 @@ class KernelBenchmark:
         samples = self._time({"attention": _graph(self.device, calls)})["attention"]
         num_bytes = num_pools * (pool_bytes + 2 * num_rows * row_bytes)
         what = f"decode attention, context {context_len}, share of bandwidth"
-        self.recorder.share(num_rows, what, samples, num_bytes / self.recorder.speed.bandwidth_gbps / 1e6)
+        self.recorder.share(num_rows, what, samples, num_bytes / self.recorder.speed.bandwidth_gbps / 1e6, wrong)
 
     def _movement(self, num_rows: int) -> None:
         row_bytes = self.hidden_size * self.recorder.dtype.itemsize
@@ -192,7 +199,7 @@ class KernelBenchmark:
         expected = F.layer_norm(before[row_ids.long()], (self.hidden_size,), weight.double(), bias.double(), _EPS)
         eager = F.layer_norm(streams[0][row_ids.long()], (self.hidden_size,), weight, bias, _EPS)
         normed = self.backend.gather_layer_norm(streams[0], row_ids, weight, bias, _EPS)
-        _within_budget("gather + LayerNorm", normed, eager, expected)
+        gather_wrong = _why_outside_budget("gather + LayerNorm", normed, eager, expected)
         gathers = [
             lambda stream=stream: self.backend.gather_layer_norm(stream, row_ids, weight, bias, _EPS)
             for stream in streams
@@ -203,14 +210,15 @@ class KernelBenchmark:
         ]
         self.backend.scatter_add(streams[0], row_ids, deltas[0])
         expected = before.index_add(0, row_ids.long(), deltas[0].double())
-        if not torch.equal(streams[0], expected.to(streams[0].dtype)):
-            raise RuntimeError("scatter-add: every sum must be the exact one rounded once, got another.")
+        is_exact = torch.equal(streams[0], expected.to(streams[0].dtype))
+        scatter_wrong = "" if is_exact else "scatter-add: every sum must be the exact one rounded once, got another."
         samples = self._time({"gather": _graph(self.device, gathers), "scatter": _graph(self.device, scatters)})
         bandwidth = self.recorder.speed.bandwidth_gbps * 1e6
         gather_ms = num_copies * num_rows * 2 * row_bytes / bandwidth
         scatter_ms = num_copies * num_rows * 3 * row_bytes / bandwidth
-        self.recorder.share(num_rows, "gather + LayerNorm, share of bandwidth", samples["gather"], gather_ms)
-        self.recorder.share(num_rows, "scatter-add, share of bandwidth", samples["scatter"], scatter_ms)
+        what = "gather + LayerNorm, share of bandwidth"
+        self.recorder.share(num_rows, what, samples["gather"], gather_ms, gather_wrong)
+        self.recorder.share(num_rows, "scatter-add, share of bandwidth", samples["scatter"], scatter_ms, scatter_wrong)
 
     def _time(self, tasks: dict[str, Callable[[], object]]) -> dict[str, Samples]:
         return time_in_turns(self.device, tasks, self.sizes.num_rounds, self.sizes.num_repeats)
@@ -221,8 +229,8 @@ class KernelBenchmark:
         actual: list[Tensor],
         run: Callable[[Callable[[Tensor], Tensor]], None],
         results: Callable[[Callable[[Tensor], Tensor]], list[Tensor]],
-    ) -> None:
-        """Hold ``actual`` against the reference in float64, with the reference in the working dtype as the eager one.
+    ) -> str:
+        """What is wrong with ``actual`` beside the reference in float64; the eager one is in the working dtype.
 
         run: runs the reference on the tensors that its argument gives for those of the kernel; results: what it wrote.
         """
@@ -235,8 +243,8 @@ class KernelBenchmark:
 
             run(tensors)
             found.append(results(tensors))
-        for got, exact, eager in zip(actual, *found, strict=True):
-            _within_budget(what, got, eager, exact)
+        complaints = (_why_outside_budget(what, *three) for three in zip(actual, *reversed(found), strict=True))
+        return " ".join(filter(None, complaints))
 
     def _all_rows(self, num_rows: int) -> RowList:
         ids = torch.arange(num_rows, dtype=torch.int32, device=self.device.device)
@@ -312,25 +320,26 @@ class _Layer:
             "linear_add_rows, fc2": lambda: F.linear(self.inner, self.fc2, self.fc2_bias),
         }
 
-    def check(self, reference: RowOps) -> None:
-        """Raise RuntimeError where an op's error is more than allowed."""
+    def check(self, reference: RowOps) -> dict[str, str]:
+        """What is wrong with the results of each op; "" where nothing is."""
         results = {
             "qkv_rows": (self.query, self.k_cache, self.v_cache),
             "linear_add_rows, out_proj": (self.residual,),
             "linear_rows, fc1": (self.inner,),
             "linear_add_rows, fc2": (self.residual,),
         }
-        for op in MATRIX_OPS:
-            self._check(op, reference, results[op])
+        return {op: self._check(op, reference, results[op]) for op in MATRIX_OPS}
 
-    def _check(self, op: str, reference: RowOps, results: tuple[Tensor, ...]) -> None:
+    def _check(self, op: str, reference: RowOps, results: tuple[Tensor, ...]) -> str:
         before = {id(tensor): tensor.clone() for tensor in results}
 
         def run(tensors: Callable[[Tensor], Tensor]) -> None:
             self.calls(reference, lambda tensor: tensors(before.get(id(tensor), tensor)))[op]()
 
         self.calls(self._ops)[op]()
-        self._compare(op, list(results), run, lambda tensors: [tensors(before[id(tensor)]) for tensor in results])
+        return self._compare(
+            op, list(results), run, lambda tensors: [tensors(before[id(tensor)]) for tensor in results]
+        )
 
 
 def _graph(device: Device, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
@@ -342,20 +351,18 @@ def _graph(device: Device, calls: Sequence[Callable[[], object]]) -> Callable[[]
     return device.captured(launch)
 
 
-def _within_budget(what: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Raise RuntimeError where the error is more than twice that of plain PyTorch, or than one rounding."""
+def _why_outside_budget(what: str, actual: Tensor, eager: Tensor, exact: Tensor) -> str:
+    """What is wrong where the error is more than twice that of plain PyTorch, and more than one rounding."""
     error, allowed = ((tensor.double() - exact).abs().max().item() for tensor in (actual, eager))
     rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
     if not error <= max(2 * allowed, rounding):
-        raise RuntimeError(
-            f"{what}: the result must be within {max(2 * allowed, rounding):.3g} of float64, got {error:.3g}. "
-            "Nothing was timed."
-        )
+        return f"{what}: the result must be within {max(2 * allowed, rounding):.3g} of float64, got {error:.3g}."
+    return ""
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
     """Every question that the part answers."""
-    sizes = TINY if args.tiny else Sizes()
+    sizes = _sizes(args)
     asked = {
         "matrices": [question for rows in sizes.matrix_rows for question in matrix_questions(sizes, rows)],
         "attention": [
@@ -371,7 +378,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
 
 def measure(args: argparse.Namespace, device: Device) -> int:
     """Answer them."""
-    sizes = TINY if args.tiny else Sizes()
+    sizes = _sizes(args)
     described = {
         "shape": sizes.shape,
         "row_ops": args.ops,
@@ -386,12 +393,20 @@ def measure(args: argparse.Namespace, device: Device) -> int:
 
 
 def _sections(args: argparse.Namespace) -> tuple[str, ...]:
-    return tuple(args.sections.split(",")) if args.sections else SECTIONS
+    return chosen_sections(args.sections, SECTIONS, SECTIONS)
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    sizes = TINY if args.tiny else Sizes()
+    if args.rows is None:
+        return sizes
+    return replace(sizes, matrix_rows=args.rows, attention_rows=args.rows, movement_rows=args.rows)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", choices=("triton", "reference"), default="triton", help="row ops (default: triton)")
     parser.add_argument("--sections", metavar="A,B", help=f"of {','.join(SECTIONS)} (default: all)")
+    parser.add_argument("--rows", type=numbers, metavar="A,B", help="(default: those that each section has)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.recorder import Question, Recorder, run_part
-from bench.gpu.workloads import Truth, Workload
+from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.benchmark.device import Device, time_in_turns
 from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import model_shape
@@ -70,8 +70,7 @@ class PrefillBenchmark:
         config = opt_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
         self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
-        exact = random_hf_model(config, dtype=recorder.dtype, device=device.device).double()
-        self.truth = Truth(self.model, OPTForCausalLM.from_hf(exact, backend="torch", pack=False))
+        self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))
         self.shape = model_shape(self.model)
         executor = self.model.executor("compact")
         assert isinstance(executor, CompactExecutor)
@@ -92,30 +91,36 @@ class PrefillBenchmark:
             workloads[masked(kv_policy)] = Workload.per_token(
                 sizes.batch, num_layers, 0.5, kv_policy, sizes.prompt_len - 1, 1, sizes.vocab_size, self.device.device
             )
+        self.truth.learn(*workloads.values())
+        wrong: dict[str, str] = {}
         for name, workload in workloads.items():
             for kind in (PromptStep, Prefill):
                 prefill = kind(self.model, workload)
                 prefill.run()
-                error = self.truth.check(name, workload, prefill.logits)
-                self.recorder.note(f"{name}, {kind.__name__}: {error:.0%} of the allowed error")
+                verdict = self.truth.check(name, workload, prefill.logits)
+                self.recorder.note(f"{name}, {kind.__name__}: {verdict.share:.0%} of the allowed error")
+                wrong[name] = wrong.get(name) or verdict.complaint
         tasks = {name: PromptStep(self.model, workload).run for name, workload in workloads.items()}
         for name in self._generated:
             tasks[f"{name}, generate"] = Prefill(self.model, workloads[name]).run
         theirs = TransformersRunner(self.hf_model, workloads[_FULL].prompts, 1)
         theirs.prefill()
         assert theirs.logits is not None
-        self.truth.check(_TRANSFORMERS, workloads[_FULL], theirs.logits)
+        wrong[_TRANSFORMERS] = self.truth.check(_TRANSFORMERS, workloads[_FULL], theirs.logits).complaint
         tasks[_TRANSFORMERS] = theirs.prefill
         samples = time_in_turns(self.device, tasks, sizes.num_rounds, sizes.num_repeats)
 
         recorder, batch, full = self.recorder, sizes.batch, samples[_FULL]
         num_tokens = batch * sizes.prompt_len
         flops = num_tokens * num_layers * self.shape.layer_flops_per_row + batch * self.shape.head_flops_per_row
-        recorder.share(batch, f"{_FULL}, share of the matrix peak", full, flops / recorder.speed.peak_gflops / 1e6)
-        recorder.speedup(batch, f"{_FULL}, speed-up over {_TRANSFORMERS}", full, samples[_TRANSFORMERS])
+        floor_ms = flops / recorder.speed.peak_gflops / 1e6
+        recorder.share(batch, f"{_FULL}, share of the matrix peak", full, floor_ms, wrong[_FULL])
+        either = wrong[_FULL] or wrong[_TRANSFORMERS]
+        recorder.speedup(batch, f"{_FULL}, speed-up over {_TRANSFORMERS}", full, samples[_TRANSFORMERS], either)
         for name in self._generated[1:]:
             ours, whole = samples[f"{name}, generate"], samples[f"{_FULL}, generate"]
-            recorder.speedup(batch, f"{name}, LLM.generate, speed-up over full depth", ours, whole)
+            either = wrong[name] or wrong[_FULL]
+            recorder.speedup(batch, f"{name}, LLM.generate, speed-up over full depth", ours, whole, either)
         for name, workload in workloads.items():
             host_ms = PromptStep(self.model, workload).host_ms(self.device)
             recorder.note(f"{name}: the host is done after {host_ms:.2f} ms of {samples[name].ms:.2f}")
@@ -123,9 +128,10 @@ class PrefillBenchmark:
                 continue
             mean_layers = float(workload.token_mask(list(range(batch))).sum()) / num_tokens
             speedup = full.over(samples[name])
-            recorder.speedup(batch, f"{name}, speed-up over full depth", samples[name], full)
+            either = wrong[name] or wrong[_FULL]
+            recorder.speedup(batch, f"{name}, speed-up over full depth", samples[name], full, either)
             what = f"{name}, share of the ideal speed-up"
-            recorder.answer(batch, what, speedup * mean_layers / num_layers, samples[name], full)
+            recorder.answer(batch, what, speedup * mean_layers / num_layers, samples[name], full, either)
             recorder.note(f"{name}: {mean_layers:.2f} of {num_layers} layers, ideal {num_layers / mean_layers:.2f}x")
 
     @property

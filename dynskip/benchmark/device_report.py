@@ -78,9 +78,13 @@ class DeviceReport:
             ]
             table = markdown_table(header, cells, right={0, 2, 3, 4})
             text += f"\n## {run.part}\n\n{conditions_text(run.conditions)}\n\n{table}"
-            failures = [f"- {row.what}, {row.batch} rows: {row.failure}" for row in run.rows if row.failure]
-            if failures:
-                text += "\nNot measured:\n\n" + "\n".join(failures) + "\n"
+            for title, found in (
+                ("Not measured", [(row, row.failure) for row in run.rows if row.failure]),
+                ("Wrong results, timed all the same", [(row, row.wrong) for row in run.rows if row.wrong]),
+            ):
+                if found:
+                    lines = (f"- {row.what}, {row.batch} rows: {reason}\n" for row, reason in found)
+                    text += f"\n{title}:\n\n{''.join(lines)}"
         return text
 
     def summary(self) -> str:
@@ -109,6 +113,17 @@ def append_row(directory: Path, row: Row, conditions: dict[str, Any]) -> Path:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row.line(), "conditions": conditions}) + "\n")
     return path
+
+
+def conditions_of_run(directory: Path, machine: str, run: str) -> dict[str, Any] | None:
+    """The conditions under which the run called ``run`` last appended a row there; None where it has not yet."""
+    path = directory / f"{machine}.jsonl"
+    if path.exists():
+        for text in reversed(path.read_text(encoding="utf-8").splitlines()):
+            conditions: dict[str, Any] = json.loads(text)["conditions"]
+            if conditions.get("run") == run:
+                return conditions
+    return None
 
 
 def write_page(data: Path) -> Path:
@@ -149,4 +164,4 @@ def _microseconds(ms: float) -> str:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    return f"{row.show(row.value)}{' (missed)' if row.passed is False else ''}"
+    return f"{row.show(row.value)}{' (wrong)' if row.wrong else ' (missed)' if row.passed is False else ''}"

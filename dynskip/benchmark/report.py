@@ -23,6 +23,7 @@ class Row:
     at_least: True where the value must not be below the target, False where it must not be above.
     ours_ms, other_ms: the medians that it comes from. num_samples: how often each was timed.
     failure: why nothing was measured; the numbers are NaN then.
+    wrong: what was wrong with the results of what was timed; the numbers stand, and meet no target.
     """
 
     section: str
@@ -35,6 +36,7 @@ class Row:
     other_ms: float
     num_samples: int
     failure: str = ""
+    wrong: str = ""
 
     @staticmethod
     def failed(section: str, batch: int, what: str, target: float | None, at_least: bool, failure: str) -> Row:
@@ -44,8 +46,8 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the target is met; None without a target, or where nothing was measured."""
-        if self.target is None or self.failure:
+        """Whether the target is met; None without a target, or where nothing was measured or its results are wrong."""
+        if self.target is None or self.failure or self.wrong:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
@@ -75,18 +77,18 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """met, missed, failed, or a dash without a target."""
-        if self.failure:
-            return "FAILED"
+        """met, missed, failed, wrong, or a dash without a target."""
+        if self.failure or self.wrong:
+            return "FAILED" if self.failure else "WRONG"
         return {True: "met", False: "MISSED", None: "-"}[self.passed]
 
     def line(self) -> dict[str, Any]:
         """What a JSON line holds of it; numbers that were not measured are null."""
         values = {**asdict(self), "verdict": self.verdict}
-        if not self.failure:
-            del values["failure"]
-            return values
-        return values | dict.fromkeys(("value", "ours_ms", "other_ms"))
+        for name in ("failure", "wrong"):
+            if not values[name]:
+                del values[name]
+        return values | dict.fromkeys(("value", "ours_ms", "other_ms")) if self.failure else values
 
     @staticmethod
     def of_line(line: dict[str, Any]) -> Row:
