@@ -6,7 +6,7 @@
 #   make soak    twenty minutes of random requests: is memory flat, does throughput drift?  ARGS="--minutes 1"
 #   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
-#   make gpu     all that needs a card              ONLY=decode,prefill OUT=folder COMMIT=id; ARGS=--dry-run anywhere
+#   make gpu     all that needs a card              ONLY=first OUT=folder COMMIT=id; ARGS=--dry-run rehearses on a CPU
 #   make paper   the paper's experiments on opt-mini in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N
 #   make compat  all tests with the oldest supported triton and an older transformers
 #   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT, DYNSKIP_BUILD_CUDA: see setup.py
@@ -21,7 +21,7 @@ EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.c
 
 # make gpu needs no virtual environment and no network: it takes the torch that is there, and this checkout.
 GPU_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),python3)
-ONLY ?= tests,validate,sanitizer,kernels,decode,prefill,serving
+ONLY ?=
 OUT ?= gpu-results
 COMMIT ?=
 
@@ -81,7 +81,7 @@ paper: $(VENV)/.installed
 	$(VENV)/bin/dynskip report '$(RUN)'
 
 gpu:
-	$(GPU_PYTHON) bench/gpu/run.py --only '$(ONLY)' --out '$(OUT)' $(if $(COMMIT),--commit '$(COMMIT)') $(ARGS)
+	$(GPU_PYTHON) -m bench.gpu.run $(if $(ONLY),--only '$(ONLY)') --out '$(OUT)' $(if $(COMMIT),--commit '$(COMMIT)') $(ARGS)
 
 setup: $(VENV)/.installed
 

@@ -10,25 +10,44 @@ import re
 import stat
 import sys
 import textwrap
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench.gpu import profile_layer, recorder, run, sanitize, time_decode, time_kernels, time_prefill, time_serving
+from bench.gpu import (
+    extension,
+    parts,
+    profile_layer,
+    recorder,
+    run,
+    sanitize,
+    smoke,
+    smoke_cases,
+    time_decode,
+    time_kernels,
+    time_prefill,
+    time_serving,
+)
 from bench.gpu.floors import WorkDone, floor_ms
+from bench.gpu.replays import RepeatedStep
 from bench.gpu.workloads import Truth, Workload
 from dynskip import LayerPath, OPTForCausalLM, native
 from dynskip.benchmark import device, machine, models
+from dynskip.benchmark.device import get_device
 from dynskip.benchmark.device_report import DeviceReport
 from dynskip.benchmark.models import opt_config, random_hf_model
 from dynskip.benchmark.products import model_shape
 from dynskip.cost import MachineSpeed, PathMix, roofline_ms
-from dynskip.row_ops import get_row_ops
+from dynskip.kernels.configs import FOLDER, KEYS, get_entries, use_configs
+from dynskip.row_ops import ROW_OP_NAMES, get_row_ops
 
 NO_DEVICE = ["--device", "cpu", "--tiny"]
 PARTS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -347,6 +366,12 @@ def test_what_the_sanitizer_says_is_understood(
     assert said in capsys.readouterr().out
 
 
+def test_one_op_can_be_watched_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--backend", "torch", "--dtype", "float32", "--cases", "2", "--op", "kv_store"]
+    assert sanitize.main(arguments) == 0
+    assert capsys.readouterr().out.count(": ok") == 2
+
+
 def test_ncu_leaves_the_clocks_alone(tmp_path: Path) -> None:
     script = "import sys; open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write(' '.join(sys.argv))"
     tool = fake_tool(tmp_path, "ncu", script)
@@ -355,12 +380,144 @@ def test_ncu_leaves_the_clocks_alone(tmp_path: Path) -> None:
     assert "--clock-control none" in written and "--profile-from-start off" in written
 
 
+# The smoke test
+
+
+SMOKE = ["--device", "cpu", "--tiny", "--dtype", "float32"]
+
+
+@pytest.fixture
+def interpreted() -> None:
+    if native.unavailable_reason() is not None:
+        pytest.skip(f"no plan_rows: {native.unavailable_reason()}")
+    if torch.cuda.is_available():
+        pytest.skip("the smoke test itself runs on this machine's GPU")
+
+
+def checks(directory: Path) -> dict[str, dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "smoke.jsonl").read_text().splitlines()]
+    return {line["check"]: line for line in lines}
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_smoke_test_checks_every_op_and_replays_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "TILES", FOLDER / "generic.json")
+    assert smoke.main([*SMOKE, "--out", str(tmp_path), "--commit", "abc123"]) == 0
+    found = checks(tmp_path)
+    assert {line["verdict"] for line in found.values()} == {"ok"}
+    assert {name.split()[0] for name in found} >= {*ROW_OP_NAMES, "step", "dependent", "counters", "tiles", "more"}
+    assert all(found[name]["us"] > 0 for name in found if name.split()[0] in ROW_OP_NAMES)
+    assert found["qkv_rows qkv"]["conditions"]["commit"] == "abc123"
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_wrong_op_fails_the_smoke_test_and_the_others_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke.Smoke, "check_step", lambda self, rows, kept: None)  # tried above
+    assert smoke.main([*SMOKE, "--out", str(tmp_path), "--inject-fault", "norm_rows"]) == 1
+    verdicts = {name: line["verdict"] for name, line in checks(tmp_path).items()}
+    assert verdicts["norm_rows"] == "FAILED" and list(verdicts.values()).count("FAILED") == 1
+    assert list(verdicts)[-1] == "plan_rows"
+
+
+def test_a_smoke_test_of_a_broken_device_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(self: smoke.Smoke, task: Any, fault: str | None) -> None:
+        asked.append(task.op)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken(self: device.Cpu) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(smoke.Smoke, "check_op", refuse)
+    monkeypatch.setattr(device.Cpu, "synchronize", broken)
+    assert smoke.main([*SMOKE, "--out", str(tmp_path)]) == 1
+    found = checks(tmp_path)
+    assert len(asked) == 1 and {line["verdict"] for line in found.values()} == {"FAILED"}
+    assert "illegal memory access" in found["linear_rows fc1"]["found"]
+    assert found["plan_rows"]["found"] == "not checked: the device serves this process no more"
+
+
+def test_without_time_the_smoke_test_fails_but_not_for_what_is_extra(tmp_path: Path) -> None:
+    assert smoke.main([*SMOKE, "--out", str(tmp_path), "--limit-s", "0"]) == 1
+    assert {line["verdict"] for line in checks(tmp_path).values()} == {"FAILED"}
+    journal = smoke.Journal(tmp_path, {})
+    checker = smoke.Smoke(get_device("cpu"), torch.float32, smoke_cases.TINY, journal, deadline=0.0)
+    checker.attempt("more replays", 2, lambda: None, if_time=True)
+    assert journal.num_failed == 0 and checks(tmp_path)["more replays"]["verdict"] == "NOT RUN"
+
+
+class Steps:
+    """Stands for `FusedSteps`: one row whose step adds its token to its logits, ``drift`` more in each later run."""
+
+    def __init__(self, drift: float = 0.0) -> None:
+        integers = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
+        self.workload = SimpleNamespace(batch=1)
+        self.work = SimpleNamespace(max_rows=1)
+        self.cache = SimpleNamespace(
+            context_lens=integers[0],
+            slot_cursor=integers[1],
+            k_cache=torch.zeros(2, 1, 4),
+            v_cache=torch.zeros(2, 1, 4),
+        )
+        self.fused = SimpleNamespace(run=self.run, head=lambda rows: None)
+        self.fused.buffers = SimpleNamespace(
+            token_ids=integers[2] + 5,
+            position_ids=integers[3],
+            slots=torch.zeros(1, 1, dtype=torch.int32),
+            logits=torch.zeros(1, 8),
+            hidden_states=torch.zeros(1, 4),
+        )
+        self.drift, self.num_runs = drift, 0
+
+    def run(self, work: object) -> None:
+        buffers = self.fused.buffers
+        self.num_runs += 1
+        buffers.token_ids.add_(1)
+        self.cache.context_lens.add_(1)
+        buffers.logits.copy_(buffers.token_ids + self.cache.context_lens + self.drift * (self.num_runs > 3))
+        self.cache.k_cache[0] = buffers.logits[0, 0]
+
+
+@pytest.mark.parametrize(("drift", "num_different"), [(0.0, 0), (1e-3, 6)])
+def test_replays_start_from_one_state_and_other_bits_are_counted(drift: float, num_different: int) -> None:
+    steps = Steps(drift)
+    repeated = RepeatedStep(get_device("cpu"), steps)  # type: ignore[arg-type]
+    assert repeated.logits.tolist() == [[7.0] * 8]
+    graph = repeated.captured()  # runs once
+    assert repeated.count_different(graph, 7) == num_different
+    assert steps.num_runs == 9 and int(steps.cache.context_lens) == 1
+
+
+def test_a_zero_of_another_sign_is_other_bits() -> None:
+    steps = Steps()
+    repeated = RepeatedStep(get_device("cpu"), steps)  # type: ignore[arg-type]
+    steps.fused.head = lambda rows: steps.fused.buffers.hidden_states.mul_(-1.0)
+    assert repeated.count_different(repeated.captured(), 1) == 0, "two runs: minus zero, and zero again"
+    assert repeated.count_different(repeated.captured(), 2) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_dependent_launches_all_else_stays(dtype: torch.dtype) -> None:
+    cpu = torch.device("cpu")
+    before = {op: get_entries(op, cpu, dtype) for op in KEYS}
+    with use_configs(smoke_cases.without_dependent_launches(cpu)):
+        for op, entries in before.items():
+            after = get_entries(op, cpu, dtype)
+            assert [(entry.max_rows, entry.shape) for entry in after] == [(e.max_rows, e.shape) for e in entries]
+            for one, other in zip(entries, after, strict=True):
+                changed = {"PDL": False} if "PDL" in one.config else {}
+                assert dict(other.config) == {**one.config, **changed}
+
+
 # The command
 
 
 def test_parts_are_known_and_their_order_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--only", "decode,nothing", "--out", str(tmp_path)]) == 2
-    assert "--only must list parts of build, tests, " in capsys.readouterr().err
+    assert "--only must be first, second, or parts of build, smoke, " in capsys.readouterr().err
     assert run.main(["--only", "", "--out", str(tmp_path)]) == 2
     capsys.readouterr()
     assert run.main(["--out", str(tmp_path / "out")], has_card=lambda: False) == 2
@@ -368,15 +525,57 @@ def test_parts_are_known_and_their_order_kept(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out").exists()
 
 
-def test_every_file_left_out_is_there_and_says_why() -> None:
-    files = run._test_files()
-    assert len(files) + len(run.LEFT_OUT) == len(list((run.ROOT / "tests").glob("test_*.py")))
-    assert all(run.LEFT_OUT.values())
-    assert {"tests/test_kernels.py", "tests/test_replay.py", "tests/test_prompt_attention.py"} <= set(files)
+def test_plans_name_parts_and_leave_time_within_five_minutes(tmp_path: Path) -> None:
+    made = parts.make_parts(tmp_path, "now")
+    for plan in run.PLANS.values():
+        assert set(re.split(r"[,+]", plan.order)) <= set(made)
+        assert plan.limit_s + 2 * run.GRACE_S <= 300
+    commands = [" ".join(command) for part in made.values() for command in part.steps]
+    assert not [command for command in commands if "--compile" in command or "pip" in command]
+    decode = [re.findall(r"--batches (\S+)", command) for command in commands if "time_decode" in command]
+    assert all(len(batches) <= 1 and "," not in "".join(batches) for batches in decode), "a process for each batch"
+
+
+def test_what_the_tests_and_the_deterministic_algorithms_need_on_a_card(tmp_path: Path) -> None:
+    (command,) = parts.make_parts(tmp_path, "now")["tests"].steps
+    text = " ".join(command)
+    assert "-m gpu" in text and "-W default" in text and "test_cuda_extension" not in text
+    warnings.warn(
+        "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+        UserWarning,
+        stacklevel=1,
+    )
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", UserWarning, stacklevel=1)
+    seen = run_command(tmp_path, "import os; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])")
+    assert ":4096:8" in seen
+
+
+def test_every_test_that_needs_a_card_is_marked() -> None:
+    files = parts.marked_test_files()
+    for path in sorted((run.ROOT / "tests").glob("test_*.py")):
+        if path == Path(__file__):
+            continue
+        text = path.read_text(encoding="utf-8")
+        needs = re.findall(r"(?:@pytest.mark.gpu\n)?@needs_gpu\n", text)
+        assert all(mark.startswith("@pytest.mark.gpu") for mark in needs), path
+        for before in text.split('pytest.skip("no GPU")')[:-1]:
+            function = before[before.rindex("\ndef ") :]
+            marks = before.removesuffix(function)[-200:].rpartition("\n\n")[2]
+            assert "@pytest.mark.gpu" in marks, function
+    assert {"tests/test_replay.py", "tests/test_plan_rows.py", "tests/test_row_linear.py"} <= set(files)
+    assert "tests/test_cuda_extension.py" not in files and "tests/test_training.py" not in files
 
 
 def python(*code: str) -> tuple[tuple[str, ...], ...]:
     return tuple((sys.executable, "-c", part) for part in code)
+
+
+def run_command(directory: Path, *code: str, limit_s: float = 60, num_processes: int = 1) -> str:
+    """What ``code`` printed as a part."""
+    part = parts.Part("decode", "x", limit_s, python(*code), (), num_processes=num_processes)
+    run.run_part(part, part.steps, run.Log(directory / "log.txt"), limit_s)
+    return (directory / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -386,64 +585,97 @@ def python(*code: str) -> tuple[tuple[str, ...], ...]:
         (["import sys; sys.exit(3)", "print('two')"], 3, "FAILED (3)"),
         (["import sys; sys.exit(77)", "print('two')"], 77, "SKIPPED"),
         (["import sys; sys.exit(77)", "import sys; print('two'); sys.exit(4)"], 4, "FAILED (4)"),
-        (["import time; time.sleep(60)", "print('two')"], None, "TIME LIMIT"),
+        (["import os; os.kill(os.getpid(), 9)", "print('two')"], -9, "FAILED (-9)"),
     ],
 )
-def test_a_part_has_a_log_a_limit_and_a_verdict(
-    code: list[str], status: int | None, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_part_has_a_log_and_a_verdict_and_a_step_stops_no_other(
+    code: list[str], status: int, verdict: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run, "GRACE_S", 1)
-    part = run.Part("decode", "x", python(*code), ())
-    outcome = run.run_part(part, part.steps, tmp_path, limit_s=60 if status is not None else 1)
+    part = parts.Part("decode", "x", 60, python(*code), ())
+    outcome = run.run_part(part, part.steps, run.Log(tmp_path / "log.txt"), 60)
     assert (outcome.status, outcome.verdict) == (status, verdict)
-    assert ("two" in outcome.log.read_text().splitlines()) == (status is not None)
-    assert verdict in run.summary([outcome], {"profile": "ncu was not found"})
+    assert verdict in str(outcome)
+    assert "decode| two" in (tmp_path / "log.txt").read_text().splitlines()
+
+
+def test_a_step_that_hangs_leaves_time_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "GRACE_S", 1)
+    hangs = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
+    )
+    part = parts.Part("decode", "x", 9, python(hangs, "print('two')", "print('three')", "print('four')"), ())
+    outcome = run.run_part(part, part.steps, run.Log(tmp_path / "log.txt"), 9)
+    assert outcome.verdict == "TIME LIMIT" and outcome.seconds < 9
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert {"decode| begun", "decode| stopped at its time limit", "decode| two", "decode| four"} <= set(lines)
+
+
+def test_what_a_process_left_behind_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); print(child.pid)"
+    )
+    pid = int(re.findall(r"decode\| (\d+)$", run_command(tmp_path, code), re.MULTILINE)[0])
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+            break  # dead, and nobody has asked for its status yet
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_lines_are_in_the_log_before_their_process_ends(tmp_path: Path) -> None:
+    """A run that is killed from outside leaves what it had."""
+    log = tmp_path / "log.txt"
+    waits = (
+        f"import pathlib, time; print('said'); log = pathlib.Path({str(log)!r})\n"
+        "for _ in range(600):\n"
+        "    if 'decode| said' in log.read_text(): print('seen'); break\n"
+        "    time.sleep(0.05)\n"
+    )
+    assert "decode| seen" in run_command(tmp_path, waits)
 
 
 def test_shards_run_every_test_once(tmp_path: Path) -> None:
     (tmp_path / "test_five.py").write_text(
         "import pytest\n@pytest.mark.parametrize('n', range(5))\ndef test(n): print('ran', n); assert n != 3\n"
     )
-    command = (
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-s",
-        "-p",
-        "bench.gpu.shard_tests",
-        str(tmp_path),
-        "-c",
-        "/dev/null",
-    )
-    part = run.Part("tests", "x", (command,), (), num_shards=2)
-    outcome = run.run_part(part, part.steps, tmp_path, limit_s=300)
-    log = outcome.log.read_text()
+    options = ("-q", "-s", "-p", "bench.gpu.shard_tests", str(tmp_path), "-c", "/dev/null")
+    part = parts.Part("tests", "x", 300, ((sys.executable, "-m", "pytest", *options),), (), num_processes=2)
+    outcome = run.run_part(part, part.steps, run.Log(tmp_path / "log.txt"), 300)
+    log = (tmp_path / "log.txt").read_text()
     assert outcome.verdict == "FAILED (1)"
     assert sorted(re.findall(r"ran (\d)", log)) == list("01234")
-    assert "process 0 of 2: exit status 0" in log and "process 1 of 2: exit status 1" in log
-    assert any(line.startswith("FAILED ") for line in run._telling_lines(outcome.log))
+    assert "tests 1| exit status 1" in log and "tests 0| exit status" not in log
+    assert any(line.startswith("FAILED ") for line in outcome.failed)
     assert "3 passed, 2 deselected" in log and "1 failed, 1 passed, 3 deselected" in log
 
 
 def test_a_part_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = {
-        "build": run.Part("build", "x", python("print('built')"), ()),
-        "one": run.Part("one", "x", python("raise SystemExit('went wrong')"), ()),
-        "two": run.Part("two", "x", python("import os; print(os.environ['PYTHONPATH'])"), ()),
-        "tool": run.Part("tool", "x", python("print('never')"), (), needs="no-such-tool"),
+    made = {
+        "build": parts.Part("build", "x", 60, python("print('built')"), ()),
+        "one": parts.Part("one", "x", 60, python("raise SystemExit('went wrong')"), ()),
+        "two": parts.Part("two", "x", 60, python("import os; print(os.environ['PYTHONPATH'])"), ()),
+        "tool": parts.Part("tool", "x", 60, python("print('never')"), (), needs=("no-such-tool",)),
+        "table": parts.Part("table", "x", 60, python("print('never')"), (), needs=(str(tmp_path / "table.json"),)),
     }
-    monkeypatch.setattr(run, "make_parts", lambda args: parts)
-    assert run.main(["--only", "one,tool,two", "--out", str(tmp_path)], has_card=lambda: True) == 1
+    monkeypatch.setattr(run, "make_parts", lambda out, run, commit: made)
+    only = ["--only", "one+tool,table,two"]
+    assert run.main([*only, "--out", str(tmp_path)], has_card=lambda: True) == 1
     printed = capsys.readouterr().out
     assert "went wrong" in printed
-    summary = (tmp_path / "summary.txt").read_text()
-    assert [line.split()[0] for line in summary.splitlines()] == ["build", "one", "two", "tool"]
-    assert "NOT RUN" in summary and "no-such-tool was not found on PATH" in summary
-    assert str(run.ROOT) in (tmp_path / "two.log").read_text()
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert lines[0].split()[0] == "build" and sorted(line.split()[0] for line in lines[1:3]) == ["one", "tool"]
+    assert [line.split()[0] for line in lines[3:]] == ["table", "two"]
+    assert "NOT RUN" in lines[3] and "table.json is not there" in lines[3]
+    assert any("no-such-tool was not found on PATH" in line for line in lines)
+    assert str(run.ROOT) in (tmp_path / "log.txt").read_text()
     assert run.main(["--only", "two", "--out", str(tmp_path)], has_card=lambda: True) == 0
+    assert run.main(["--only", "two", "--out", str(tmp_path), "--limit-s", "1"], has_card=lambda: True) == 1
+    assert "no time was left" in (tmp_path / "summary.txt").read_text().splitlines()[-1]
 
 
 def test_a_limit_reached_becomes_a_row_with_a_reason(tmp_path: Path) -> None:
@@ -454,15 +686,73 @@ def test_a_limit_reached_becomes_a_row_with_a_reason(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_dry_run_tries_every_part_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    only = "validate,decode"  # the others' arguments are tried above
-    status = run.main(["--dry-run", "--only", only, "--out", str(tmp_path), "--commit", "abc"], has_card=lambda: False)
-    printed = capsys.readouterr().out
-    assert status == 0, printed
-    for name in ("build", *only.split(",")):
-        assert (tmp_path / f"{name}.log").is_file()
-    assert (
-        "bench.gpu.time_decode" in printed
-        and "--commit abc" in printed
-        and "a skipped layer, us" in (tmp_path / "decode.log").read_text()
-    )
+def rehearse(only: str, directory: Path, monkeypatch: pytest.MonkeyPatch, **broken: parts.Part) -> dict[str, str]:
+    """The verdicts of a rehearsal of ``only``, a CPU in place of the card, with ``broken`` parts in place of theirs."""
+    make_parts = parts.make_parts
+    monkeypatch.setattr(run, "make_parts", lambda *arguments: make_parts(*arguments) | broken)
+    status = run.main(["--dry-run", "--only", only, "--out", str(directory), "--commit", "abc"])
+    lines = (directory / "summary.txt").read_text().splitlines()
+    found = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert status == int(any(not verdict.startswith("ok") for verdict in found.values()))
+    files = sorted(path for path in directory.rglob("*"))
+    assert len(files) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", path.name) for path in files), files
+    return found
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_first_call_is_rehearsed_with_a_crash_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies, as after an error that its device does not survive: what it had recorded stays."""
+    crash = "import os; print('begun', flush=True); os.abort()"
+    broken = parts.Part("matrices", "x", 60, (), python(crash))
+    verdicts = rehearse("first", tmp_path, monkeypatch, matrices=broken)
+    assert list(verdicts)[:4] == ["build", "smoke", "paths", "matrices"]
+    assert verdicts.pop("matrices").startswith("FAILED (-6)")
+    assert all(verdict.startswith("ok") for verdict in verdicts.values()), (tmp_path / "log.txt").read_text()
+    assert set(verdicts) == {"build", "smoke", "paths", "validate", "tests"}
+    assert checks(tmp_path)["step of 1 layers"]["conditions"]["commit"] == "abc"
+    (data,) = (path for path in tmp_path.glob("*.jsonl") if path.name != "smoke.jsonl")
+    assert {row.what for run in DeviceReport.read(data).runs for row in run.rows} >= {
+        "full depth, share of its roofline"
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert "matrices| begun" in log and re.search(r"^tests( 0)?\| .* passed", log, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_second_call_is_rehearsed_with_a_hang_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "GRACE_S", 1)
+    broken = parts.Part("full", "x", 0.1, (), python("import time; time.sleep(600)"))
+    verdicts = rehearse("second", tmp_path, monkeypatch, full=broken)
+    assert list(verdicts) == ["build", *re.split(r"[,+]", run.PLANS["second"].order)]
+    assert verdicts.pop("full").startswith("TIME LIMIT")
+    for name in ("prefetch-2048", "linear-add-split8"):
+        if not (parts.VARIANTS / f"{name}.json").is_file():
+            assert "is not there" in verdicts.pop(f"table-{name}")
+    assert all(verdict.startswith("ok") for verdict in verdicts.values()), (tmp_path / "log.txt").read_text()
+    (data,) = (path for path in tmp_path.glob("*.jsonl") if path.name != "smoke.jsonl")
+    measured = {run.part for run in DeviceReport.read(data).runs}
+    assert measured >= {"decode full, DYNSKIP_PDL=0", "decode mixes"}
+
+
+def test_an_extension_that_serves_is_not_built_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[Any] = []
+
+    def record(command: Any, **options: Any) -> Any:
+        commands.append((command, options.get("env") or {}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(extension.subprocess, "run", record)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    assert extension.main([]) == 0 and not commands
+    monkeypatch.setattr(native, "has_cuda", lambda: False)
+    assert extension.main(["--device", "cpu"]) == 0 and not commands
+    assert extension.main(["--only-check"]) == 1
+    assert "was built without its CUDA sources" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert extension.main([]) == 0
+    (built, environment), (checked, _) = commands
+    assert "build_ext" in built and "--force" in built and "--only-check" in checked
+    assert environment["DYNSKIP_BUILD_CUDA"] == "1" and environment["TORCH_CUDA_ARCH_LIST"] == "9.0"

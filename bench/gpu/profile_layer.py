@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu.fused_steps import FusedSteps
+from bench.gpu.recorder import make_tiny, numbers
 from bench.gpu.workloads import Workload
 from dynskip.benchmark.device import Device, get_device
 from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
@@ -55,24 +56,30 @@ def launch_layer(device: Device, shape: str, vocab_size: int, batch: int, contex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The part ``profile`` of `make gpu`."""
+    """The parts ``profile`` and ``layer`` of `make gpu`."""
     parser = argparse.ArgumentParser(prog="bench.gpu.profile_layer", description=__doc__)
     parser.add_argument("--ncu", metavar="PATH", help="the program ncu")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="(default: gpu-results)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
+    parser.add_argument("--batches", type=numbers, default=BATCHES, metavar="A,B", help="rows of a step")
+    parser.add_argument("--tiny", action="store_true", help="a shape that takes no time, to try it out")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-1.3b")
     parser.add_argument("--vocab-size", type=int, default=50272, metavar="V")
     parser.add_argument("--context-len", type=int, default=512, metavar="T")
     parser.add_argument("--ops", choices=("triton", "reference"), default="triton", help="row ops (default: triton)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be launched and end")
     args = parser.parse_args(argv)
+    if args.tiny:
+        make_tiny()
+        args.shape, args.vocab_size, args.context_len = "tiny", 64, 5
+    batches = ",".join(map(str, args.batches))
     if args.dry_run:
-        print(f"one layer of {args.shape}, context {args.context_len}, at {', '.join(map(str, BATCHES))} rows")
+        print(f"one layer of {args.shape}, context {args.context_len}, at {batches} rows")
         return 0
     if args.ncu is not None:
-        return profile(args.ncu, args.out, [sys.executable, "-m", "bench.gpu.profile_layer"])
+        return profile(args.ncu, args.out, [sys.executable, "-m", "bench.gpu.profile_layer", "--batches", batches])
     device = get_device(args.device)
-    for batch in BATCHES:
+    for batch in args.batches:
         launch_layer(device, args.shape, args.vocab_size, batch, args.context_len, args.ops)
     return 0
 

@@ -32,11 +32,13 @@ def choose_cases(op: str, dtype: torch.dtype, device: str, num_cases: int) -> li
     return [cases[place] for place in places]
 
 
-def call_every_op(backend: str, dtype: torch.dtype, device: str, num_cases: int) -> list[str]:
-    """Call every op and row op of ``backend``, each result held against float64; returns what failed."""
+def call_ops(
+    backend: str, dtype: torch.dtype, device: str, num_cases: int, chosen: Sequence[str] | None = None
+) -> list[str]:
+    """Call ops and row ops of ``backend``, all or those ``chosen``, each held against float64; returns what failed."""
     failures = []
     op_names = ops.OP_NAMES + (ROW_OP_NAMES if backend == "triton" else ())
-    for op in op_names:
+    for op in chosen or op_names:
         for case in choose_cases(op, dtype, device, num_cases):
             result = validate_case(backend, dtype, case)
             print(f"{op}: {case.name}: {'ok' if result.passed else 'FAILED'}", flush=True)
@@ -77,17 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
     parser.add_argument("--backend", choices=("triton", "torch"), default="triton")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--op", action="append", choices=ops.OP_NAMES + ROW_OP_NAMES, help="repeatable (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="make the calls' arguments on the CPU and end")
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
     if args.dry_run:
-        for op in ops.OP_NAMES + ROW_OP_NAMES:
+        for op in args.op or ops.OP_NAMES + ROW_OP_NAMES:
             print(f"{op}: {', '.join(case.name for case in choose_cases(op, dtype, 'cpu', args.cases))}")
         return 0
     if args.sanitizer is not None:
         again = ("--cases", str(args.cases), "--device", args.device, "--backend", args.backend, "--dtype", args.dtype)
-        return sanitize(args.tool, args.sanitizer, [sys.executable, "-m", "bench.gpu.sanitize", *again])
-    failures = call_every_op(args.backend, dtype, args.device, args.cases)
+        chosen = (option for op in args.op or () for option in ("--op", op))
+        return sanitize(args.tool, args.sanitizer, [sys.executable, "-m", "bench.gpu.sanitize", *again, *chosen])
+    failures = call_ops(args.backend, dtype, args.device, args.cases, args.op)
     print("\n".join(failures) or "all results are within their error budgets")
     return int(bool(failures))
 

@@ -1,0 +1,220 @@
+"""The parts of `make gpu` as data: what each runs, on a card and in a rehearsal, and how long it may take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = ROOT / "kernels" / "configs" / "variants"
+MARK = "pytest.mark.gpu"
+MAX_TEST_PROCESSES = 10
+DEFAULT = "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving"
+# Tables of constants that are worth comparing on a card: files in VARIANTS. What else is there can be asked for, too.
+_TABLES = ("prefetch-512", "prefetch-1024", "prefetch-2048", "linear-add-split8", "tiles-32")
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the command.
+
+    limit_s: how long all of it may take. steps: commands, each a process of its own, one after the other; one that
+    fails stops none. rehearsal: what a dry run runs instead: the same on a CPU, with shapes that take no time.
+    needs: programs, and files by their path, without which the part cannot run. num_processes: so many run the steps
+    at once, each told by DYNSKIP_TEST_SHARD which it is.
+    """
+
+    name: str
+    what: str
+    limit_s: float
+    steps: tuple[Command, ...]
+    rehearsal: tuple[Command, ...]
+    needs: tuple[str, ...] = ()
+    num_processes: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parts in their order: "a,b+c" runs a, and then b and c side by side. limit_s: of all of them together."""
+
+    order: str
+    limit_s: float
+
+
+PLANS = {
+    # Timings before tests, whose compilers would disturb them.
+    "first": Plan("smoke,paths,matrices,validate+tests", 280),
+    # The tuner comes last: it keeps what it found, whenever it is stopped.
+    "second": Plan(
+        "smoke,full,table-no-pdl,table-prefetch-2048,table-linear-add-split8,mixes,layer,tune-few", 280
+    ),
+}  # fmt: skip
+
+
+def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part]:
+    """Every part that there is, by name. out: the folder of all results. run: what their rows call this run."""
+    python = sys.executable
+    options = ("--out", str(out), *(("--commit", commit) if commit else ()))
+    measuring = (*options, "--run", run)
+    on_cpu = ("--device", "cpu", "--tiny")
+    interpreted = ("env", "TRITON_INTERPRET=1", python)
+
+    def module(name: str, *arguments: str) -> Command:
+        return (python, "-m", f"bench.gpu.{name}", *arguments)
+
+    def decode(
+        name: str, what: str, limit_s: float, questions: Sequence[str], *switches: str, needs: tuple[str, ...] = ()
+    ) -> Part:
+        """A process for each of ``questions``, sections and batches such as "paths 8"; the first is rehearsed."""
+        steps, rehearsal = [], []
+        for question in questions:
+            section, batch = question.split()
+            asked = ("--sections", section, *(() if batch == "-" else ("--batches", batch)))
+            command = module("time_decode", *measuring, "--limit-s", f"{limit_s:g}", *asked)
+            steps.append(("env", *switches, *command) if switches else command)
+            asked = ("--sections", section, "--batches", "2")
+            command = module("time_decode", *measuring, *on_cpu, "--ops", "reference", *asked)
+            rehearsal.append(("env", *switches, *command) if switches else command)
+        return Part(name, what, limit_s, tuple(steps), tuple(rehearsal[:1]), needs)
+
+    def kernels(name: str, what: str, limit_s: float, questions: Sequence[str]) -> Part:
+        """The same for single kernels."""
+        steps = []
+        for question in questions:
+            section, rows = question.split()
+            asked = ("--limit-s", f"{limit_s:g}", "--sections", section, "--rows", rows)
+            steps.append(module("time_kernels", *measuring, *asked))
+        asked = ("--ops", "reference", "--sections", questions[0].split()[0], "--rows", "3")
+        return Part(name, what, limit_s, tuple(steps), (module("time_kernels", *measuring, *on_cpu, *asked),))
+
+    def measure(name: str, what: str, limit_s: float) -> Part:
+        command = module(f"time_{name}", *measuring, "--limit-s", f"{limit_s:g}")
+        return Part(name, what, limit_s, (command,), ((*command, *on_cpu, "--backend", "torch"),))
+
+    def table(name: str) -> Part:
+        path = VARIANTS / f"{name}.json"
+        what = f"full depth with the constants of {path.relative_to(ROOT)}"
+        asked = [f"full {batch}" for batch in (8, 64, 1)]
+        return decode(f"table-{name}", what, 30, asked, f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
+
+    pytest = (python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider")
+    sharded = (*pytest, "-p", "bench.gpu.shard_tests")
+    validate = (python, "-m", "dynskip", "validate", "--quiet", "--backend", "triton")
+    tune = (python, "-m", "dynskip", "tune", "--quiet")
+    products = tuple(option for op in ("linear_rows", "linear_add_rows", "qkv_rows") for option in ("--op", op))
+    tuned = str(out / "tuned.json")
+    sanitize = module("sanitize", "--sanitizer", "compute-sanitizer")
+    paths = [f"paths {batch}" for batch in (8, 1, 64)]
+    mixes = [f"mixes {batch}" for batch in (8, 64, 256)]
+    others = [f"{section} {batch}" for section in ("providers", "compiled") for batch in (1, 8, 64)]
+    matrices = [f"matrices {rows}" for rows in (1, 16, 64, 256)]
+    attention = [f"attention {rows}" for rows in (64, 256)]
+    movement = [f"movement {rows}" for rows in (4096, 16384, 65536)]
+    tables = dict.fromkeys([*_TABLES, *sorted(path.stem for path in VARIANTS.glob("*.json"))])
+    parts = [
+        Part(
+            "build",
+            "the C++ and CUDA extension, where the one that is there does not load",
+            120,
+            (module("extension"),),
+            (module("extension", "--device", "cpu"),),
+        ),
+        Part(
+            "smoke",
+            "every row op, right and in time; replays of a step, bit for bit",
+            45,
+            (module("smoke", *options),),
+            ((*interpreted, "-m", "bench.gpu.smoke", *options, *on_cpu, "--dtype", "float32", "--limit-s", "600"),),
+        ),
+        Part(
+            "tests",
+            "the tests that say something about a card",
+            85,
+            ((*sharded, *marked_test_files()),),
+            ((*sharded, "tests/test_embed_rows.py", "tests/test_replay.py"),),
+            num_processes=max(1, min(MAX_TEST_PROCESSES, (os.cpu_count() or 1) * 5 // 8)),
+        ),
+        Part(
+            "validate",
+            "every op against float64",
+            85,
+            ((*validate, "--dtype", "bfloat16"),),
+            ((*validate, "--dtype", "float32", "--op", "norm_rows"),),
+        ),
+        Part(
+            "sanitizer",
+            "compute-sanitizer over every kernel",
+            540,
+            tuple((*sanitize, "--tool", tool) for tool in ("memcheck", "racecheck")),
+            (module("sanitize", "--dry-run"),),
+            needs=("compute-sanitizer",),
+        ),
+        kernels("kernels", "single kernels against bandwidth and cuBLAS", 540, [*matrices, *attention, *movement]),
+        kernels("matrices", "the four matrix kernels against bandwidth and cuBLAS", 60, matrices),
+        decode(
+            "decode",
+            "decode steps against their roofline and against others",
+            540,
+            [*paths, *mixes, "skipped -", "masks 64", *others],
+        ),
+        decode("paths", "full depth and shared paths against their roofline", 90, paths),
+        decode("full", "full depth against its roofline", 30, [f"full {batch}" for batch in (8, 64, 1)]),
+        decode(
+            "mixes",
+            "mixed paths, skipped layers and masks",
+            65,
+            [*mixes[:2], "skipped -", "masks 8", "masks 64"],
+        ),
+        decode(
+            "table-no-pdl",
+            "full depth without dependent launches",
+            30,
+            [f"full {batch}" for batch in (8, 64, 1)],
+            "DYNSKIP_PDL=0",
+        ),
+        *map(table, tables),
+        measure("prefill", "prompts against the ideal speed-up and the matrix peak", 540),
+        measure("serving", "a stream of mixed depths against the ideal speed-up", 540),
+        Part(
+            "profile",
+            "ncu over the decode kernels of one layer",
+            540,
+            (module("profile_layer", "--ncu", "ncu", "--out", str(out)),),
+            (module("profile_layer", "--dry-run"),),
+            needs=("ncu",),
+        ),
+        Part(
+            "layer",
+            "ncu over the decode kernels of one layer, 8 rows",
+            45,
+            (module("profile_layer", "--ncu", "ncu", "--out", str(out), "--batches", "8"),),
+            (module("profile_layer", *on_cpu, "--ops", "reference", "--batches", "8"),),
+            needs=("ncu",),
+        ),
+        Part(
+            "tune",
+            "the kernels' constants for this card",
+            540,
+            ((*tune, "--minutes", "8.5", "--out", tuned),),
+            ((*tune, "--help"),),
+        ),
+        Part(
+            "tune-few",
+            "the constants of the three products for 8, 64 rows and one",
+            75,
+            ((*tune, *products, "--rows", "8,64,1", "--minutes", "1", "--out", tuned),),
+            ((*tune, "--dry-run", "--op", "norm_rows", "--rows", "8", "--jobs", "1", "--minutes", "0.1"),),
+        ),
+    ]
+    return {part.name: part for part in parts}
+
+
+def marked_test_files() -> list[str]:
+    """The files with tests that say something about a card, relative to the checkout."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{path.name}" for path in files if MARK in path.read_text(encoding="utf-8")]

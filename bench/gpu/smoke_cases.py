@@ -1,0 +1,138 @@
+"""What the smoke test runs: ops and steps at OPT-1.3B's shapes, and the tables of constants that it runs them with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bench.gpu.fused_steps import FusedSteps
+from bench.gpu.parts import VARIANTS
+from bench.gpu.replays import RepeatedStep
+from bench.gpu.workloads import Truth, Workload, in_float64
+from dynskip.benchmark.device import Device
+from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
+from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
+from dynskip.model import OPTForCausalLM
+from dynskip.paths import LayerPath
+from dynskip.row_ops import get_row_ops
+from dynskip.row_reference import EVICT
+from dynskip.tuning.dimensions import Dimensions
+from dynskip.tuning.tasks import Task, plan_tasks
+from dynskip.tuning.workload import Workload as OpWorkload
+
+TILES = VARIANTS / "tiles-32.json"
+AS_IT_IS = "as-it-is"
+PREPARED = (AS_IT_IS, "no-pdl", "tiles-32")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is checked. num_copies: layers' worth of weights that an op reads in turn, more than a cache holds."""
+
+    shape: str = "opt-1.3b"
+    vocab_size: int = 50272
+    rows: tuple[int, ...] = (1, 8, 64, 128)
+    many_rows: int = 64
+    context_len: int = 576
+    num_copies: int = 8
+    num_layers: int = 4
+    num_replays: int = 2000
+    num_more_replays: int = 8000
+    num_timed: int = 20
+
+
+TINY = Sizes("tiny", 64, (2,), 2, 5, 1, 1, 2, 1, 1)
+
+
+def tasks(sizes: Sizes, rows: int, dtype: torch.dtype) -> list[Task]:
+    """Every op that is launched for each layer, and the head, for ``rows`` rows."""
+    hidden_size, ffn_size, _, num_heads = SHAPES[sizes.shape]
+    dimensions = Dimensions(sizes.shape, sizes.num_copies, hidden_size, ffn_size, num_heads, sizes.vocab_size)
+    planned = plan_tasks(dimensions, (rows,), dtype=str(dtype).removeprefix("torch."))
+    return [replace(task, context_len=sizes.context_len) for task in planned]
+
+
+def plan_arguments(sizes: Sizes, rows: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of `plan_rows` for all layers, every second row of which runs a layer."""
+    num_layers = SHAPES[sizes.shape][2]
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    active = torch.arange(num_layers * rows, device=device).view(num_layers, rows) % 2 == 0
+    return {
+        "active": active,
+        "first_layer": 0,
+        "kv_policy": EVICT,
+        "cache_ids": torch.arange(rows, dtype=torch.int32, device=device),
+        "context_lens": integers(num_layers, rows),
+        "slot_tables": integers(num_layers, rows, 8),
+        "free_slots": torch.arange(num_layers * rows, dtype=torch.int32, device=device).flip(0).contiguous(),
+        "slot_cursor": integers(1),
+        "row_slots": integers(rows),
+        "run_ids": integers(num_layers, rows),
+        "num_run": integers(num_layers),
+        "kv_ids": integers(num_layers, rows),
+        "num_kv": integers(num_layers),
+        "slots": integers(num_layers, rows),
+        "key_limits": integers(num_layers, rows),
+    }
+
+
+def without_dependent_launches(device: torch.device) -> Table:
+    """The table that is in place, with every kernel starting only when the one before it has ended."""
+    found: dict[str, Any] = {}
+    for op in (op for op, keys in KEYS.items() if "PDL" in keys):
+        groups = found[op] = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            entries = [
+                {"max_rows": entry.max_rows, **({} if entry.shape is None else {"shape": list(entry.shape)})}
+                | {**entry.config, "PDL": False}
+                for entry in get_entries(op, device, dtype)
+            ]
+            groups[str(dtype.itemsize)] = entries
+    return {"device": None, "capability": None, "measured": None, "ops": found}
+
+
+def make_steps(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int) -> tuple[FusedSteps, Truth]:
+    """Steps of a few layers for ``rows`` sequences at full depth, and what their logits must be."""
+    config = opt_config(sizes.shape, sizes.vocab_size)
+    config.num_hidden_layers = sizes.num_layers
+    hf_model = random_hf_model(config, dtype=dtype, device=device.device)
+    model = OPTForCausalLM.from_hf(hf_model, backend="triton", pack=False)
+    paths = [LayerPath.full(sizes.num_layers)] * rows
+    workload = Workload.along(paths, sizes.context_len, 2, sizes.vocab_size, device.device)
+    truth = Truth(model, lambda: in_float64(config, dtype, device.device))
+    return FusedSteps(device, model, workload, "triton"), truth
+
+
+def prepare(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int, name: str) -> None:
+    """Launch once what ``rows`` rows need with the table ``name``, so that it stands compiled in Triton's cache."""
+    if name == AS_IT_IS:
+        ops = get_row_ops("triton")
+        for task in tasks(sizes, rows, dtype):
+            OpWorkload(task, ops, device.device, empty=True).launch()
+    constants = {
+        AS_IT_IS: nullcontext,
+        "no-pdl": lambda: use_configs(without_dependent_launches(device.device)),
+        "tiles-32": lambda: use_configs(TILES),
+    }
+    with constants[name]():
+        steps, _ = make_steps(device, dtype, sizes, rows)
+        RepeatedStep(device, steps)
+
+
+def prepare_all(dtype_name: str, sizes: Sizes) -> None:
+    """`prepare` in a process for each number of rows and table: it is compilers that take the time."""
+    tables = [(rows, name) for rows in sizes.rows for name in (AS_IT_IS, "no-pdl")]
+    tables += [(rows, "tiles-32") for rows in sizes.rows if rows >= sizes.many_rows and TILES.is_file()]
+    command = [sys.executable, "-m", "bench.gpu.smoke", "--dtype", dtype_name]
+    processes = [subprocess.Popen([*command, "--rows", str(rows), "--prepare", name]) for rows, name in tables]
+    for (rows, name), process in zip(tables, processes, strict=True):
+        if process.wait() != 0:
+            print(f"preparing {rows} rows, {name}: exit status {process.returncode}; what it lacks is compiled later")
