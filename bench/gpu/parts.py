@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = ROOT / "kernels" / "configs" / "variants"
+VARIANTS = ROOT / "bench" / "gpu" / "tables"
 MARK = "pytest.mark.gpu"
 MAX_TEST_PROCESSES = 10
 DEFAULT = "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving"
 # Tables of constants that are worth comparing on a card: files in VARIANTS. What else is there can be asked for, too.
-_TABLES = ("prefetch-512", "prefetch-1024", "prefetch-2048", "linear-add-split8", "tiles-32")
+_TABLES = ("prefetch-512", "prefetch-1024", "prefetch-2048", "add-64x32", "tiles-32")
 
 Command = tuple[str, ...]
 
@@ -51,7 +51,7 @@ PLANS = {
     "first": Plan("smoke,paths,matrices,validate+tests", 280),
     # The tuner comes last: it keeps what it found, whenever it is stopped.
     "second": Plan(
-        "smoke,full,table-no-pdl,table-prefetch-2048,table-linear-add-split8,mixes,layer,tune-few", 280
+        "smoke,full,table-no-pdl,table-prefetch-2048,table-add-64x32,mixes,layer,tune-few", 280
     ),
 }  # fmt: skip
 
