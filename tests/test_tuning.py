@@ -408,6 +408,12 @@ def test_a_dry_run_compiles_the_candidates(
     assert lines[2].split()[3:] == ["5", "3", "9", "0"], "five tiles, two warp counts, one early start, the default"
 
 
+def test_a_dry_run_whose_time_is_up_gives_up_equal_candidates_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The default is a tile, too: both wait for one compilation."""
+    assert main(["tune", "--dry-run", "--rows", "1", "--op", "norm_rows", "--jobs", "1", "--minutes", "1e-9"]) == 0
+    assert int(capsys.readouterr().out.splitlines()[2].split()[6]) > 0
+
+
 def test_a_candidate_that_does_not_compile_is_told_from_a_bug(
     monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:

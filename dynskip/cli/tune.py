@@ -120,7 +120,8 @@ def _dry_run(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadlin
         compiled = [(constants, compiler.submit(task, constants)) for constants in (default, *first, *others)]
         complaints, num_untried = [], 0
         for constants, usage in compiled:
-            if time.monotonic() >= deadline and not usage.done():
+            # Equal constants share what compiles them, and so are given up together.
+            if usage.cancelled() or (time.monotonic() >= deadline and not usage.done()):
                 num_untried += usage.cancel()
                 continue
             complaint = usage.result().complaint(limits.max_shared_bytes)
