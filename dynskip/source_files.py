@@ -35,6 +35,11 @@ def read_source(source: str | Path, function: str = "from_pretrained") -> Source
     return Source.of(function, name, config, _read_tensors(name, function))
 
 
+def read_config(source: str | Path, function: str) -> OPTConfig:
+    """The config in a directory or at a hub id, without its tensors; raises what `read_source` does."""
+    return _read_config(_check_name(source, function), function)
+
+
 def read_end_tokens(name: str, function: str) -> int | list[int] | None:
     """What generation_config.json says of ``eos_token_id``; None or an empty list where it names no end."""
     file = _find(name, "generation_config.json")

@@ -220,7 +220,7 @@ class Execution:
         if before is not None:
             self._land(before)
         for sequence in sequences:
-            if sequence.finish_reason is None and sequence.state.num_generated >= sequence.params.max_tokens:
+            if sequence.finish_reason is None and sequence.state.num_generated >= sequence.state.max_tokens:
                 self._leave(sequence, self.scheduler.finished)
 
     def _land(self, in_flight: TokensInFlight) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
 from dynskip.paths import LayerPath
-from dynskip.source_files import read_source
+from dynskip.source_files import read_config, read_source
 from dynskip.tokenizer import read_tokenizer
 from dynskip.training import attention
 from dynskip.training.corpus import read_corpus
@@ -66,8 +66,7 @@ def load_for_training(source: str, device: torch.device, kind: type[OPTForCausal
 
 def check_length(max_tokens: int, source: str) -> None:
     """Raise ValueError where rows of ``max_tokens`` tokens do not fit the positions of the checkpoint."""
-    config = AutoConfig.from_pretrained(find_model(source), trust_remote_code=False)
-    positions = getattr(config, "max_position_embeddings", max_tokens)
+    positions = read_config(source, "train").max_position_embeddings
     if max_tokens > positions:
         raise ValueError(
             f"train: --max-length must be at most {positions}, the positions of {source}, got {max_tokens}. "
