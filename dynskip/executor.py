@@ -21,6 +21,7 @@ from dynskip.linear import Linear
 from dynskip.plan import KVPolicy, LayerPlan
 from dynskip.row_ops import get_row_ops, why_not_triton
 from dynskip.step import RowCounts, Step
+from dynskip.threads import check_fork
 
 if TYPE_CHECKING:
     from dynskip.opt import OPTDecoder, OPTDecoderLayer
@@ -116,6 +117,7 @@ class CompactExecutor:
         cache: takes the new entries; None where nothing will be decoded from them.
         on_layer: called with each layer's index and input, [N, C], which the layer then changes in place.
         """
+        check_fork()
         if step.plan.kv_policy is KVPolicy.SHARE:
             assert cache is not None, "sharing entries needs a cache"
             cache.may_repeat = True

@@ -11,6 +11,7 @@ from torch import Tensor
 from dynskip.flat_rows import FlatRows
 from dynskip.plan import KVPolicy, LayerPlan, Plan
 from dynskip.slot_pool import BYTES_PER_SLOT, KVCacheMemoryError, SlotPool
+from dynskip.threads import check_fork
 
 __all__ = ["CacheMark", "EntryIndex", "KVCache", "KVCacheMemoryError", "available_bytes"]
 
@@ -100,6 +101,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        check_fork()
         shape = (num_slots, num_heads, head_size)
         table_bytes = num_layers * num_seqs * max_context_len * 4
         needed_bytes = num_slots * (2 * num_heads * head_size * dtype.itemsize + BYTES_PER_SLOT) + table_bytes

@@ -38,6 +38,7 @@ ORDER = [
     # the model and its state
     "assets",
     "linear",
+    "threads",
     "memory",
     "slot_pool",
     "kv_cache",

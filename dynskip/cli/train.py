@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dynskip.cli import controller
 from dynskip.cli.fine_tune import OPTIONS as FINE_TUNE_OPTIONS
 from dynskip.cli.fine_tune import add_options, fine_tune_config, is_first_process, run_fine_tune
-from dynskip.cli.options import file_path
+from dynskip.cli.options import file_path, set_threads
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -171,8 +171,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.data:
         if not path.is_file():
             raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"train: --threads must be at least 1, got {args.threads}. Leave it out for the default.")
+    set_threads(args.threads)
     if args.preset is None:
         args.preset = "opt-mini" if args.controller is None else "paper"
     is_mini = args.preset == "opt-mini"
@@ -186,10 +185,6 @@ def run(args: argparse.Namespace) -> int:
     for package in ("accelerate", "datasets"):
         if find_spec(package) is None:
             raise ValueError(f"train: {package} must be installed. Install it with `pip install dynskip[train]`.")
-    import torch
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     if args.quiet or not is_first_process():
         from transformers.utils import logging
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import warnings
 from collections import deque
@@ -101,6 +102,7 @@ class EngineWorker:
         self._commands: deque[_Command] = deque()
         self._is_closing = False
         self._failure: BaseException | None = None
+        self._process_id = os.getpid()
         # Only in the worker's thread:
         self._tickets: dict[Hashable, Ticket] = {}
         self._outbox: dict[Ticket, tuple[list[int], list[RequestOutput | RequestError]]] = {}
@@ -134,6 +136,8 @@ class EngineWorker:
     def abandon(self, ticket: Ticket) -> None:
         """Nobody waits for ``ticket`` any more: abort its request if it has not ended. Returns at once."""
         ticket.added.cancel()
+        if self._is_copy():
+            return
         with self._changed:
             if self._failure is None and not self._is_closing:  # else nothing of it is left, or soon will be
                 self._commands.append(_Command(lambda _: self._drop(ticket), Future()))
@@ -150,14 +154,28 @@ class EngineWorker:
         return self.call(end)
 
     def close(self) -> None:
-        """Abort what has not ended, release the engine's memory and wait for the thread's end."""
+        """Abort what has not ended, release the engine's memory and wait for the thread's end.
+
+        A copy in a forked process has no thread, and its memory goes with the process.
+        """
+        if self._is_copy():
+            return
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         if threading.current_thread() is not self._thread:  # a collector may call from anywhere
             self._thread.join()
 
+    def _is_copy(self) -> bool:
+        """Whether a fork made this: its thread is not here, and its lock may never be released."""
+        return os.getpid() != self._process_id
+
     def _queue(self, command: _Command) -> None:
+        if self._is_copy():
+            raise RequestError(
+                f"AsyncLLM: it must be used in the process that made it, {self._process_id}, got a copy in "
+                f"{os.getpid()}, which was forked. Make another."
+            )
         with self._changed:
             if self._failure is not None:
                 raise _gone(self._failure)
