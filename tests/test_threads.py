@@ -24,8 +24,9 @@ def test_a_forked_process_computes_what_its_parent_does_or_says_at_once_why_not(
     num_models = 2 if unavailable_reason() else 4
     # generates and serves with the parent's tokens
     assert first == f"{num_models} models, different: [], threads: 1, told: {int(num_threads > 1)}"
-    # asks for more threads
-    assert "RuntimeError: check_fork: torch must use 1 thread in a forked process, got 2" in rest
+    # asks for more threads, which is refused unless its parent was without any
+    is_refused = "RuntimeError: check_fork: torch must use 1 thread in a forked process, got 2" in rest
+    assert is_refused or (num_threads == 1 and rest.startswith("([("))
     # uses an AsyncLLM of its parent
     assert "RequestError: AsyncLLM: it must be used in the process that made it, " in rest
     assert rest.endswith("closed: None\n")

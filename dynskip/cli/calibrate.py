@@ -8,6 +8,7 @@ from typing import Any
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import (
     add_model_options,
+    check_writable,
     file_path,
     in_range,
     set_threads,
@@ -85,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args)
     device = device_key(str(model.device))
     shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))
+    written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
+    for path in written:  # before the minutes that it takes to measure
+        check_writable(path, "Set DYNSKIP_CACHE to a folder of your own, and --out to a file in one.")
     conditions = {**machine.describe(), "shape": args.shape or args.model or SHAPES[0], "backend": model.backend.name}
     with tqdm(desc="steps", leave=False, disable=not progress) as bar:
         costs = measure_step_costs(
@@ -117,7 +121,6 @@ def run(args: argparse.Namespace) -> int:
         f"in a stream a step takes {costs.step_ms:.4f} ms besides, and each row {costs.step_row_ms:.4f} ms; a prefill "
         f"{costs.prefill_step_ms:.4f} ms"
     )
-    written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
     for path in written:
         costs.write(path)
     print(f"written: {', '.join(map(str, written))}")

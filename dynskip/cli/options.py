@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,16 @@ def set_threads(num_threads: int | None) -> None:
     if num_threads > most_threads():
         raise UserError(f"--threads must be at most {most_threads()} on {os.cpu_count()} CPUs, got {num_threads}")
     torch.set_num_threads(num_threads)
+
+
+def check_writable(path: Path, remedy: str) -> None:
+    """Raise UserError, which ends with ``remedy``, where the file at ``path`` cannot be written; make its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} must be a file that can be written, got: {error.strerror}. {remedy}") from error
 
 
 def show_progress(quiet: bool) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import DTYPES, file_path
+from dynskip.cli.options import DTYPES, check_writable, file_path
 
 if TYPE_CHECKING:
     from dynskip.tuning.search import Outcome
@@ -156,6 +156,7 @@ def _tune(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadline: 
     limits = Limits(num_processors, MAX_SHARED_BYTES[capability])
     bandwidth_gbps = measure_device_speed(device).bandwidth_gbps
     path = args.out or FOLDER / f"{device_slug(device.name)}.json"
+    check_writable(path, "Set --out to a file in a folder of your own.")
     print(f"{device.name}: {bandwidth_gbps:.0f} GB/s; {len(tasks)} tasks", flush=True)
     search = Search(
         device,

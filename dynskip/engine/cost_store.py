@@ -5,17 +5,29 @@ from __future__ import annotations
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from dynskip.engine.costs import StepCosts
 
 
+class CostCacheWarning(UserWarning):
+    """Measured costs cannot be read, so the scheduler works with predicted ones."""
+
+
+_OTHER_FOLDER = "Set DYNSKIP_CACHE to a folder of your own"
+
+
 def cache_folder() -> Path:
-    """``$DYNSKIP_CACHE``, or ``dynskip`` in the user's folder for caches."""
-    if folder := os.environ.get("DYNSKIP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynskip"
+    """``$DYNSKIP_CACHE``, or ``dynskip`` in the user's folder for caches; ValueError for a user without a home."""
+    chosen, caches = os.environ.get("DYNSKIP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return (Path(caches) if caches else Path.home() / ".cache") / "dynskip"
+    except RuntimeError as error:  # there is neither $HOME nor an entry of this user in the password database
+        raise ValueError(f"cache_folder: the user must have a home, got none. {_OTHER_FOLDER}.") from error
 
 
 def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
@@ -34,14 +46,36 @@ def shape_key(config: Any, dtype: str) -> str:
 
 
 def cached_path(device: str, shape: str) -> Path:
-    """Where the costs of a device and a shape, each by its key, are kept."""
+    """Where the costs of a device and a shape, each by its key, are kept; ValueError for a user without a home."""
     return cache_folder() / "costs" / device / f"{shape}.json"
 
 
 def load_cached(device: str, shape: str) -> StepCosts | None:
-    """The costs that `dynskip calibrate` has left for a device and a shape; None where it has not run."""
-    path = cached_path(device, shape)
-    return StepCosts.read(path) if path.is_file() else None
+    """The costs that `dynskip calibrate` has left for a device and a shape; None where it has not run.
+
+    None as well, with a CostCacheWarning, where they cannot be read: something else stands in their file, or it is
+    closed to this user.
+    """
+    try:
+        path = cached_path(device, shape)
+    except ValueError:
+        return None  # nothing was ever kept; `dynskip calibrate` says what to do about it
+    try:
+        costs = StepCosts.read(path)
+        if not shape.startswith(f"l{costs.num_layers}-"):
+            raise ValueError(f"costs of {costs.num_layers} layers")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
+        warnings.warn(
+            f"The costs in {path} cannot be used ({reason}). Remove the file and run `dynskip calibrate`. "
+            f"{_OTHER_FOLDER} where this one is not yours.",
+            CostCacheWarning,
+            stacklevel=2,
+        )
+        return None
+    return costs
 
 
 def _cpu_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -119,12 +120,26 @@ class StepCosts:
             for name in ("decode", "prefill"):
                 layer, head = (Curve(**{k: tuple(v) for k, v in values[name][c].items()}) for c in ("layer", "head"))
                 values[name] = LayerCosts(layer, head, values[name]["kv_ms_per_entry"])
-            return StepCosts(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            costs = StepCosts(**values)
+            costs._check_numbers()
+            return costs
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"StepCosts.read: path must hold costs of format {_FORMAT}, got {path} ({error}). "
                 "Write them with `dynskip calibrate`."
             ) from error
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError or TypeError where a number is none that `write` could have left."""
+        if type(self.num_layers) is not int or self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers!r}")
+        times = [self.step_ms, self.step_row_ms, self.prefill_step_ms]
+        for part in (self.decode, self.prefill):
+            times += [part.kv_ms_per_entry, *part.layer.ms, *part.head.ms]
+            if not all(type(count) is int for count in (*part.layer.num_rows, *part.head.num_rows)):
+                raise ValueError("a row count is no integer")
+        if not all(math.isfinite(ms) and ms >= 0 for ms in times):
+            raise ValueError("a time is no number of milliseconds")
 
     def _layers_ms(self, cohort: Sequence[tuple[LayerPath, int]], curve: Curve, table: list[float] | None) -> float:
         rows = [0] * self.num_layers
