@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynskip.cgroup import cgroup_memory
 from dynskip.flat_rows import FlatRows
 from dynskip.plan import KVPolicy, LayerPlan, Plan
 from dynskip.slot_pool import BYTES_PER_SLOT, KVCacheMemoryError, SlotPool
@@ -282,10 +283,15 @@ class KVCache:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``: on a GPU also those that torch keeps there, unused."""
+    """Bytes that can still be allocated on ``device``.
+
+    On a GPU also those that torch keeps there, unused; on a CPU no more than this process's control groups leave.
+    """
     if device.type == "cuda":
         unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused_bytes
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    memory = psutil.virtual_memory()
+    group = cgroup_memory(machine_bytes=memory.total)
+    return int(memory.available) if group is None else min(int(memory.available), group.available_bytes)

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -311,7 +311,7 @@ def test_ctranslate2_is_skipped_by_name(tiny: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_too_little_memory_is_said_before_it_is_taken(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(suite, "available_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"must have .* GiB of free memory, got .* Choose a smaller --shape"):
         suite.Suite(suite.Options(shape=tiny, vocab_size=128, progress=False)).run()
 

@@ -74,11 +74,9 @@ def changed(**values: object) -> str:
 )
 def test_a_foreign_file_is_named_and_passed_over(text: bytes, kept: Path) -> None:
     kept.write_bytes(text)
-    with pytest.warns(
-        CostCacheWarning, match=r"json cannot be used .*Remove the file and run `dynskip calibrate`"
-    ) as w:
+    with pytest.warns(CostCacheWarning, match="Remove the file and run `dynskip calibrate`") as caught:
         assert load_cached(DEVICE, SHAPE) is None
-    assert str(kept) in str(w[0].message)
+    assert f"The costs in {kept} cannot be used (" in str(caught[0].message)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +138,7 @@ def test_without_a_home_an_engine_works_with_predicted_costs() -> None:
         assert default_costs(tiny_model()).predicted
     with pytest.warns(UnmeasuredCostsWarning):
         generates(tiny_model())
-    with pytest.raises(ValueError, match="cache_folder: the user must have a home, got none. Set DYNSKIP_CACHE"):
+    with pytest.raises(ValueError, match=r"cache_folder: the user must have a home, got none\. Set DYNSKIP"):
         cache_folder()
 
 

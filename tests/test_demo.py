@@ -140,9 +140,9 @@ def test_every_depth_is_measured(tiny: str) -> None:
 
 def test_a_smaller_model_is_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 3 * models.weight_bytes(models.opt_config("opt-1.3b")) - 1
-    monkeypatch.setattr(depths.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(depths, "available_bytes", lambda device: free)
     assert depths._largest_that_fits("opt-1.3b", 50272)[0] == "opt-0.4b-24"
-    monkeypatch.setattr(depths.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(depths, "available_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"must have 1.2 GiB of free memory, got 0.0 GiB"):
         depths._largest_that_fits("opt-1.3b", 50272)
 

@@ -39,6 +39,7 @@ ORDER = [
     "assets",
     "linear",
     "threads",
+    "cgroup",
     "memory",
     "slot_pool",
     "kv_cache",

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from transformers import OPTConfig
 
@@ -20,6 +19,7 @@ from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model, weight
 from dynskip.benchmark.runners import DynskipRunner, Runner, TransformersRunner
 from dynskip.benchmark.timing import Task, interleave
 from dynskip.cost import PathMix
+from dynskip.kv_cache import available_bytes
 from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
 
@@ -179,7 +179,7 @@ def _largest_that_fits(shape: str, vocab_size: int) -> tuple[str, OPTConfig]:
         for name, (hidden_size, _, num_layers, _) in SHAPES.items()
         if num_layers == config.num_hidden_layers and hidden_size < config.hidden_size
     ]
-    free = psutil.virtual_memory().available
+    free = available_bytes(torch.device("cpu"))
     for name in (shape, *sorted(smaller, key=lambda name: SHAPES[name], reverse=True)):
         config = opt_config(name, vocab_size)
         needed = _COPIES * weight_bytes(config)

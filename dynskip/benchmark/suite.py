@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import OPTForCausalLM as HFOPTForCausalLM
@@ -25,6 +24,7 @@ from dynskip.benchmark.report import SECTIONS, Report, Row
 from dynskip.benchmark.runners import DynskipRunner, Runner, TransformersRunner
 from dynskip.benchmark.timing import Samples, Task, interleave
 from dynskip.cost import MachineSpeed, PathMix, roofline_ms
+from dynskip.kv_cache import available_bytes
 from dynskip.model import OPTForCausalLM
 from dynskip.paths import LayerPath
 
@@ -366,7 +366,7 @@ def _bytes_read(model: OPTForCausalLM) -> int:
 def _check_memory(num_weight_bytes: int, num_kv_bytes: int, with_ctranslate2: bool) -> None:
     # transformers' copy, ours, caches and temporaries; CTranslate2 holds float32, but transformers' copy is gone then.
     needed = num_weight_bytes * (4 if with_ctranslate2 else 3) + num_kv_bytes
-    free = psutil.virtual_memory().available
+    free = available_bytes(torch.device("cpu"))
     if needed > free:
         raise MemoryError(
             f"bench: the machine must have {needed / 2**30:.1f} GiB of free memory, got {free / 2**30:.1f} GiB. "

@@ -73,7 +73,11 @@ def _cpu() -> dict[str, Any]:
     import psutil
     import torch
 
+    from dynskip.cgroup import cgroup_memory
+    from dynskip.kv_cache import available_bytes
+
     memory = psutil.virtual_memory()
+    group = cgroup_memory(machine_bytes=memory.total)
     model, flags = _cpuinfo()
     return {
         "model": model,
@@ -83,7 +87,8 @@ def _cpu() -> dict[str, Any]:
         "num_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "memory_gib": round(memory.total / 2**30, 1),
-        "available_gib": round(memory.available / 2**30, 1),
+        "available_gib": round(available_bytes(torch.device("cpu")) / 2**30, 1),
+        "cgroup_limit_gib": None if group is None else round(group.limit_bytes / 2**30, 1),
     }
 
 
@@ -182,12 +187,13 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
 
 def _print_table(report: dict[str, Any]) -> None:
     cpu, model = report["cpu"], report["opt-mini"]
+    limit = "" if cpu["cgroup_limit_gib"] is None else f", of which a cgroup allows {cpu['cgroup_limit_gib']} GiB"
     rows = [("dynskip", f"{report['dynskip']['version']} in {report['dynskip']['location']}")]
     rows += list(report["versions"].items())
     rows += [
         ("cpu", f"{cpu['model']}, {cpu['num_cores']} cores, {cpu['num_usable']} usable, {cpu['num_threads']} threads"),
         ("features", f"{' '.join(cpu['features']) or 'none known'} (torch uses {cpu['torch_capability']})"),
-        ("memory", f"{cpu['memory_gib']} GiB, {cpu['available_gib']} GiB available"),
+        ("memory", f"{cpu['memory_gib']} GiB{limit}, {cpu['available_gib']} GiB available"),
     ]
     rows += [
         (gpu["device"], f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB")
