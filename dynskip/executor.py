@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dynskip import prompt_attention
+from dynskip import native, prompt_attention
 from dynskip.backends import Backend, BackendWarning
 from dynskip.decode_graphs import GraphMemory, sum_memory
 from dynskip.decode_steps import DecodeSteps
@@ -109,6 +109,13 @@ class CompactExecutor:
         return prompt_attention.attention_name(
             self.backend, table.dtype, table.device, layer.head_size, self.deterministic
         )
+
+    def decode_attention(self) -> str:
+        """Which attention decode steps run, and whether the head size slows it down, for people to read."""
+        head_size = self.decoder.stack()[0].head_size
+        if self.backend.name != "native" or head_size % native.WHOLE_HEADS == 0:
+            return self.backend.name
+        return f"native, slower because heads of {head_size} elements are no multiple of {native.WHOLE_HEADS}"
 
     @torch.no_grad()
     def run(self, step: Step, cache: KVCache | None, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:

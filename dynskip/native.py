@@ -18,6 +18,7 @@ from dynskip.kernels import switches
 from dynskip.torch_backend import prefill_attention
 
 __all__ = [
+    "WHOLE_HEADS",
     "decode_attention",
     "gather_layer_norm",
     "has_cuda",
@@ -36,6 +37,8 @@ _BUILD = "Build it: DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation -e .
 _BUILD_CUDA = (
     "Build it where nvcc and a torch with CUDA are: DYNSKIP_BUILD_CUDA=1 pip install -v --no-build-isolation -e ."
 )
+WHOLE_HEADS = 16
+"""`decode_attention` is fast where the head size is a multiple of this."""
 CUDA_MISSING = f"The C++ extension was built without its CUDA sources. {_BUILD_CUDA}"
 _OPS = (
     "gather_layer_norm",
@@ -84,9 +87,10 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:
-    """See `reference.decode_attention`. Needs D to be a multiple of 16 and `slot_table` to be contiguous.
+    """See `reference.decode_attention`. Needs `slot_table` to be contiguous.
 
-    Cost: reads 2 * sum(context_lens) * H * D elements once. The bits of one head of one row depend on nothing else.
+    Cost: reads 2 * sum(context_lens) * H * D elements once, fast where D is a multiple of `WHOLE_HEADS`. The bits of
+    one head of one row depend on nothing else.
     """
     return _op("decode_attention")(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale)
 

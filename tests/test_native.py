@@ -71,7 +71,7 @@ def within_budget(case: Case, y: torch.Tensor, num_ulp: int = 4) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", [16, 32, 48, 64, 80, 112, 128])
+@pytest.mark.parametrize("head_size", [1, 5, 8, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128])
 @pytest.mark.parametrize("lengths", [[], [1], [0], [7, 0, 16, 33], [127, 128, 129, 300, 2]])
 def test_decode_attention_stays_within_twice_the_error_of_eager(
     lengths: list[int], head_size: int, dtype: torch.dtype
@@ -93,9 +93,10 @@ def test_large_and_small_scores_do_not_overflow(dtype: torch.dtype) -> None:
         within_budget(case, case.run(), num_ulp=40)
 
 
+@pytest.mark.parametrize("head_size", [64, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> None:
-    case = Case([90, 1, 300, 128, 17, 64], 8, 64, dtype)
+def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype, head_size: int) -> None:
+    case = Case([90, 1, 300, 128, 17, 64], 8, head_size, dtype)
     together = case.run()
     q, seq_ids, context_lens = case.q, case.seq_ids, case.context_lens
     for row in range(len(context_lens)):
@@ -154,7 +155,8 @@ def test_nan_in_one_row_stays_there() -> None:
         (lambda c: setattr(c, "seq_ids", c.seq_ids.long()), r"seq_ids must be contiguous \[2\] int32"),
         (lambda c: setattr(c, "context_lens", c.context_lens.long()), r"context_lens must be contiguous \[2\] int32"),
         (lambda c: setattr(c, "slot_table", c.slot_table.long()), "slot_table must be contiguous"),
-        (lambda c: setattr(c, "q", c.q[..., :10].contiguous()), "D a multiple of 16"),
+        (lambda c: setattr(c, "q", c.q[..., :10].contiguous()), r"\[num_slots, 2, 10\] of q's dtype"),
+        (lambda c: setattr(c, "q", c.q[0]), r"q must be \[R, H, D\]"),
         (lambda c: setattr(c, "q", c.q.double()), "of q's dtype"),
         (lambda c: setattr(c, "v_cache", c.v_cache[:-1]), "equally many slots"),
         (lambda c: setattr(c, "k_cache", c.k_cache[:, :1]), "must be contiguous"),

@@ -106,8 +106,7 @@ Tensor decode_attention(
     const Tensor& context_lens,
     double scale) {
   const int64_t num_rows = q.size(0);
-  DYNSKIP_CHECK(q.dim() == 3 && q.size(2) % 16 == 0,
-      "decode_attention: q must be [R, H, D] with D a multiple of 16, got ", shape_of(q), ".");
+  DYNSKIP_CHECK(q.dim() == 3, "decode_attention: q must be [R, H, D], got ", shape_of(q), ".");
   DYNSKIP_CHECK(q.stride(2) == 1 && q.stride(1) == q.size(2),
       "decode_attention: q must have contiguous heads. Use q.contiguous().");
   for (const Tensor* cache : {&k_cache, &v_cache}) {

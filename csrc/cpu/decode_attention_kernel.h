@@ -133,6 +133,36 @@ DYNSKIP_INLINE void add_values(
   }
 }
 
+// Turns the scores of a chunk into weights, which the maximum so far is taken from. Returns the factor by which sums over
+// earlier chunks shrink, and has shrunk their total; without earlier chunks it is 1.
+DYNSKIP_INLINE float weigh_chunk(float* s, int64_t num_tokens, bool is_first, float& largest, float& total) {
+  const int64_t num_whole = num_tokens / kNumLanes * kNumLanes;
+  if (num_whole < num_tokens) {
+    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const IntLanes present = lane < (int32_t)(num_tokens - num_whole);
+    store(s + num_whole, select(present, load(s + num_whole), broadcast(-INFINITY)));
+  }
+  Lanes lane_largest = broadcast(largest);
+  for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+    lane_largest = maximum(lane_largest, load(s + t));
+  }
+  const float new_largest = maximum(lane_largest);
+  Lanes lane_total = {};
+  for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+    const Lanes weight = exp_nonpositive(load(s + t) - new_largest);
+    store(s + t, weight);
+    lane_total += weight;
+  }
+  float shrink = 1.0f;
+  if (!is_first) {
+    shrink = exp_nonpositive(broadcast(largest - new_largest))[0];
+    total *= shrink;
+  }
+  total += sum(lane_total);
+  largest = new_largest;
+  return shrink;
+}
+
 template <typename Element>
 DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64_t head_size) {
   const int64_t num_floats = task.num_heads * head_size;
@@ -185,33 +215,13 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
     }
 
     for (int64_t head = 0; head < task.num_heads; ++head) {
-      float* s = scores + head * kChunkTokens;
-      const int64_t num_whole = num_tokens / kNumLanes * kNumLanes;
-      if (num_whole < num_tokens) {
-        const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const IntLanes present = lane < (int32_t)(num_tokens - num_whole);
-        store(s + num_whole, select(present, load(s + num_whole), broadcast(-INFINITY)));
-      }
-      Lanes lane_largest = broadcast(largest[head]);
-      for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
-        lane_largest = maximum(lane_largest, load(s + t));
-      }
-      const float new_largest = maximum(lane_largest);
-      Lanes lane_total = {};
-      for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
-        const Lanes weight = exp_nonpositive(load(s + t) - new_largest);
-        store(s + t, weight);
-        lane_total += weight;
-      }
+      const float shrink =
+          weigh_chunk(scores + head * kChunkTokens, num_tokens, begin == 0, largest[head], total[head]);
       if (begin > 0) {
-        const float shrink = exp_nonpositive(broadcast(largest[head] - new_largest))[0];
-        total[head] *= shrink;
         for (int64_t d = head * head_size; d < (head + 1) * head_size; d += kNumLanes) {
           store(accumulator + d, load(accumulator + d) * shrink);
         }
       }
-      total[head] += sum(lane_total);
-      largest[head] = new_largest;
     }
 
     const auto locate_next = [&](int64_t t) {
@@ -247,6 +257,59 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
   }
 }
 
+// The same for head sizes that end within a vector: a head after the other, a token after the other.
+template <typename Element>
+DYNSKIP_INLINE void attend_heads_of_any_size(const DecodeAttentionTask<Element>& task) {
+  const int64_t head_size = task.head_size;
+  const int64_t whole = head_size / kNumLanes * kNumLanes;
+  const int64_t rest = head_size - whole;
+  float* scores = task.scratch;
+  float* query = scores + kChunkTokens;
+  float* accumulator = query + whole + kNumLanes;
+
+  for (int64_t head = task.first_head; head < task.first_head + task.num_heads; ++head) {
+    const int64_t offset = head * head_size;
+    const auto key_of = [&](int64_t token) { return task.k_cache + task.slots[token] * task.slot_stride + offset; };
+    const auto value_of = [&](int64_t token) { return task.v_cache + task.slots[token] * task.slot_stride + offset; };
+    for (int64_t d = 0; d < whole; d += kNumLanes) {
+      store(query + d, load(task.query + offset + d));
+    }
+    store(query + whole, load_some(task.query + offset + whole, rest));
+    for (int64_t d = 0; d < head_size; d += kNumLanes) {
+      store(accumulator + d, Lanes{});
+    }
+    float largest = -INFINITY;
+    float total = 0.0f;
+    for (int64_t begin = 0; begin < task.num_tokens; begin += kChunkTokens) {
+      const int64_t num_tokens = task.num_tokens - begin < kChunkTokens ? task.num_tokens - begin : kChunkTokens;
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        const Element* key = key_of(begin + t);
+        Lanes products = load(query + whole) * load_some(key + whole, rest);
+        for (int64_t d = 0; d < whole; d += kNumLanes) {
+          products += load(query + d) * load(key + d);
+        }
+        scores[t] = sum(products) * task.scale;
+      }
+      const float shrink = weigh_chunk(scores, num_tokens, begin == 0, largest, total);
+      for (int64_t d = 0; d < head_size; d += kNumLanes) {
+        store(accumulator + d, load(accumulator + d) * shrink);
+      }
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        const Element* value = value_of(begin + t);
+        for (int64_t d = 0; d < whole; d += kNumLanes) {
+          store(accumulator + d, load(accumulator + d) + scores[t] * load(value + d));
+        }
+        store(accumulator + whole, load(accumulator + whole) + scores[t] * load_some(value + whole, rest));
+      }
+    }
+    const float factor = task.num_tokens > 0 ? 1.0f / total : 0.0f;
+    for (int64_t d = 0; d < whole; d += kNumLanes) {
+      store(task.out + offset + d, load(accumulator + d) * factor);
+    }
+    store_some(task.out + offset + whole, load(accumulator + whole) * factor, rest);
+  }
+}
+
 // A head size that the compiler knows is worth a version of its own.
 template <typename Element>
 void decode_attention_heads(const DecodeAttentionTask<Element>& task) {
@@ -256,6 +319,9 @@ void decode_attention_heads(const DecodeAttentionTask<Element>& task) {
     case 128:
       return attend_heads(task, 128);
     default:
+      if (task.head_size % kNumLanes != 0) {
+        return attend_heads_of_any_size(task);
+      }
       return attend_heads(task, task.head_size);
   }
 }

@@ -22,7 +22,7 @@ struct DecodeAttentionTask {
   int64_t slot_stride; // elements from one slot of a cache to the next
   int64_t first_head;
   int64_t num_heads;
-  int64_t head_size; // a multiple of 16
+  int64_t head_size; // fastest where it is a multiple of 16
   float scale;
 };
 
@@ -30,7 +30,8 @@ struct DecodeAttentionTask {
 constexpr int64_t kChunkTokens = 128;
 
 constexpr int64_t decode_attention_scratch_floats(int64_t num_heads, int64_t head_size) {
-  return num_heads * (kChunkTokens + 2 * head_size + 2);
+  const int64_t whole_vectors = (head_size + 15) / 16 * 16;
+  return num_heads * (kChunkTokens + 2 * whole_vectors + 2);
 }
 
 // One row of LayerNorm: out [C] from x [C]; weight and bias [C], or null.

@@ -96,6 +96,22 @@ DYNSKIP_INLINE void store(Float16* p, Lanes x) {
 
 #endif
 
+// The last elements of a row, fewer than a vector, with zeros behind them.
+template <typename Element>
+DYNSKIP_INLINE Lanes load_some(const Element* p, int64_t count) {
+  Element some[kNumLanes];
+  std::memset(static_cast<void*>(some), 0, sizeof(some));
+  std::memcpy(static_cast<void*>(some), p, count * sizeof(Element));
+  return load(some);
+}
+
+template <typename Element>
+DYNSKIP_INLINE void store_some(Element* p, Lanes x, int64_t count) {
+  Element some[kNumLanes];
+  store(some, x);
+  std::memcpy(static_cast<void*>(p), some, count * sizeof(Element));
+}
+
 // Thirty-two consecutive elements, spread over two vectors in an order of the element type's own: arithmetic that keeps
 // to this order on both sides saves bfloat16 half of its conversion.
 struct Pair {

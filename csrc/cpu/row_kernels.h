@@ -12,22 +12,6 @@
 namespace dynskip {
 namespace {
 
-// The last elements of a row, fewer than a vector, with zeros behind them.
-template <typename Element>
-DYNSKIP_INLINE Lanes load_some(const Element* p, int64_t count) {
-  Element some[kNumLanes];
-  std::memset(static_cast<void*>(some), 0, sizeof(some));
-  std::memcpy(static_cast<void*>(some), p, count * sizeof(Element));
-  return load(some);
-}
-
-template <typename Element>
-DYNSKIP_INLINE void store_some(Element* p, Lanes x, int64_t count) {
-  Element some[kNumLanes];
-  store(some, x);
-  std::memcpy(static_cast<void*>(p), some, count * sizeof(Element));
-}
-
 template <typename Element>
 void layer_norm_row(const LayerNormRow<Element>& row) {
   const int64_t whole = row.size / kNumLanes * kNumLanes;

@@ -169,15 +169,20 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
     """What a checkpoint takes once loaded, and what this process held before and at its peak."""
     import psutil
 
+    from dynskip.executor import CompactExecutor
     from dynskip.model import OPTForCausalLM
 
     weights_dtype = torch_dtype(dtype)
     assert weights_dtype is not None, "--dtype has a default"
     before_bytes = psutil.Process().memory_info().rss
-    memory = OPTForCausalLM.from_pretrained(name, dtype=weights_dtype).memory
+    model = OPTForCausalLM.from_pretrained(name, dtype=weights_dtype)
+    memory, executor = model.memory, model.executor()
+    assert isinstance(executor, CompactExecutor), "the default"
     return {
         "name": name,
         "dtype": dtype,
+        "prompt_attention": executor.prompt_attention(),
+        "decode_attention": executor.decode_attention(),
         "matrices_mb": round(memory.matrix_bytes / 1e6, 1),
         "embedding_and_norms_mb": round(memory.other_bytes / 1e6, 1),
         "resting_mb": round((memory.resting_bytes - before_bytes) / 1e6, 1),
@@ -229,6 +234,7 @@ def _print_table(report: dict[str, Any]) -> None:
                 f"{loaded['embedding_and_norms_mb']} MB of embedding and norms",
             )
         )
+        rows.append(("attention", f"of prompts {loaded['prompt_attention']}; of decode {loaded['decode_attention']}"))
         rows.append(("", f"the process grew by {loaded['resting_mb']} MB, at its peak by {loaded['peak_mb']} MB"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
