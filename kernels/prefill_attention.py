@@ -50,13 +50,12 @@ def prefill_attention_kernel(
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    num_begun = tl.zeros([BLOCK_B], tl.int32)
+    sequence = -1
     for first_sequence in range(0, num_sequences, BLOCK_B):
         sequences = first_sequence + tl.arange(0, BLOCK_B)
         starts = tl.load(cu_seqlens_q_ptr + sequences, mask=sequences < num_sequences, other=0)
         owned_from = starts // BLOCK_M + sequences
-        num_begun += ((owned_from <= tile) & (sequences < num_sequences)).to(tl.int32)
-    sequence = tl.sum(num_begun, axis=0) - 1
+        sequence += tl.sum(((owned_from <= tile) & (sequences < num_sequences)).to(tl.int32), axis=0)
     first_row = tl.load(cu_seqlens_q_ptr + sequence)
     end_row = tl.load(cu_seqlens_q_ptr + sequence + 1)
     first_row_of_tile = first_row + (tile - first_row // BLOCK_M - sequence) * BLOCK_M

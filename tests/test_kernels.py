@@ -89,6 +89,19 @@ def test_a_query_does_not_depend_on_the_later_queries_of_its_tile() -> None:
 
 @pytest.mark.gpu
 @runs
+def test_there_may_be_more_sequences_than_a_program_looks_at_side_by_side() -> None:
+    num_sequences = 131
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 3, (num_sequences,), generator=generator)
+    starts = [0, *counts.cumsum(0).tolist()]
+    q, k, v = torch.randn(3, starts[-1], 1, 16, generator=generator).to(DEVICE).unbind(0)
+    ranks = [rank + 1 for count in counts.tolist() for rank in range(count)]
+    arguments = (q, k, v, index(*starts), index(*starts), index(*ranks), 0.25)
+    attended = get_backend("triton").prefill_attention(*arguments)
+    torch.testing.assert_close(attended, reference.prefill_attention(*arguments), rtol=0, atol=1e-5)
+
+
+@runs
 def test_launches_are_counted_and_no_rows_launch_nothing() -> None:
     triton = get_backend("triton")
     LAUNCHES.clear()
