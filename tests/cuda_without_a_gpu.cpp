@@ -226,10 +226,11 @@ void plan_rows_overlaps_and_asks_for_shared_memory_as_it_is_told() {
   capability = 9;
   carveout = -1;
   Case any(2, 3, 0);
+  Case same = any;
   plan_rows_on_cuda(any.plan(KVPolicy::kEvict, true), 0, 0);
   CHECK(carveout == -1);
   may_overlap = false;
-  plan_rows_on_cuda(any.plan(KVPolicy::kEvict, false), 0, 0, false, 100);
+  plan_rows_on_cuda(same.plan(KVPolicy::kEvict, true), 0, 0, false, 100);
   CHECK(carveout == 100);
   may_overlap = true;
 }
