@@ -167,7 +167,7 @@ def evaluator(progress: bool) -> Callable[[OPTForCausalLM, Sequence[Example], in
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 after a finished run; a user's mistake is a ValueError."""
+    """Exit status 0 after a finished run, 1 after one that diverged; a user's mistake is a ValueError."""
     for path in args.data:
         if not path.is_file():
             raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
@@ -189,7 +189,19 @@ def run(args: argparse.Namespace) -> int:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    if not is_mini:
+    from dynskip.training.finite import NotFiniteError
+
+    try:
+        return _train(args)
+    except NotFiniteError as error:
+        if is_first_process():
+            print(f"dynskip train: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Exit status 0 after a finished run of checked options."""
+    if args.preset != "opt-mini":
         training = fine_tune_config(args, args.preset)
         if args.controller is not None:
             return controller.run_controller(args, controller.controller_config(args, training), args.data[0])

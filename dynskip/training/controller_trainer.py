@@ -48,10 +48,7 @@ class ControllerTrainer(FineTuneTrainer):
         and ``eval_num_layers``."""
         self.loss_model.train(False)
         names = ("loss", "cross_entropy", "num_layers")
-        metrics = dict(zip((f"eval_{name}" for name in names), self.validation_means(names), strict=True))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report(dict(zip((f"eval_{name}" for name in names), self.validation_means(names), strict=True)))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.directory)

@@ -19,6 +19,7 @@ from dynskip.paths import LayerPath
 from dynskip.training.batches import IGNORED, Batch, group_in_order, pad_examples
 from dynskip.training.examples import Example
 from dynskip.training.fine_tune_config import FineTuneConfig
+from dynskip.training.finite import check_numbers
 from dynskip.training.resumable import ResumableTrainer, clear_broken, latest_checkpoint, saved_note
 from dynskip.training.schedule import PathMenu
 from dynskip.training.step_model import ResponseLossOPT, only_layers
@@ -176,7 +177,11 @@ class FineTuneTrainer(ResumableTrainer):
         for path in self.menu.paths:
             with self.along(path):
                 (scores[f"eval_loss_{path.budget}_layers"],) = self.validation_means(("loss",))
-        metrics = {"eval_loss": sum(scores.values()) / len(scores), **(scores if len(scores) > 1 else {})}
+        return self.report({"eval_loss": sum(scores.values()) / len(scores), **(scores if len(scores) > 1 else {})})
+
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Log the metrics of an evaluation and return them; NotFiniteError where one is not finite."""
+        check_numbers(metrics, self.state.global_step, self.directory)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
+
+from dynskip.training.finite import check_numbers, check_weights
 
 _COMPLETE = "complete.json"
 
@@ -34,13 +36,39 @@ def saved_note(checkpoint: Path) -> dict[str, Any]:
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer whose checkpoints, killed at any point, are either whole or not counted."""
+    """A Trainer whose checkpoints, killed at any point, are either whole or not counted.
+
+    Numbers that are not finite end it with a NotFiniteError, before weights or a checkpoint are made of them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loss: Tensor | None = None
+        self._clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_and_check
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a micro-batch, which is added up for the check of its step."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        return loss
+
+    def _clip_and_check(self, *args: Any, **kwargs: Any) -> Any:
+        """Clip gradients; the last that happens before the optimizer's step, once all micro-batches are done."""
+        grad_norm = self._clip(*args, **kwargs)
+        loss, self._loss = self._loss, None
+        assert loss is not None, "gradients come from a training step"
+        numbers = {"loss": float(loss), "gradient norm": float(grad_norm)}
+        check_numbers(numbers, self.state.global_step + 1, Path(self.args.output_dir or "."))
+        return grad_norm
 
     def checkpoint_note(self) -> dict[str, Any]:
         """What to keep beside each checkpoint."""
         return {}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The last update may have spoilt what no loss has seen yet.
+        check_weights(model, self.state.global_step, Path(self.args.output_dir or "."))
         super()._save_checkpoint(model, trial)
         # Every process has written its part (its random state, its share of the optimizer) behind this line.
         self.accelerator.wait_for_everyone()

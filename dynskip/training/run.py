@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dynskip.training.batches import BatchPlan
 from dynskip.training.config import ModelShape, Phase, RunConfig
 from dynskip.training.corpus import Corpus, read_corpus
 from dynskip.training.examples import Example, encode_examples, encode_windows
+from dynskip.training.finite import check_numbers
 from dynskip.training.provenance import provenance, write_json
 from dynskip.training.schedule import Clock
 from dynskip.training.tokenizer import train_tokenizer, training_texts
@@ -161,6 +163,7 @@ class TrainingRun:
             if watched and (progress >= 1.0 or time.monotonic() - watched_at >= watch_every_s):
                 watched_at = time.monotonic()
                 scores = self._evaluate(model, watched, pad_id)
+                check_numbers(scores, step, directory)
                 with (directory / "watched.jsonl").open("a") as file:
                     file.write(json.dumps({"step": step, "progress": round(progress, 4), **scores}) + "\n")
 
@@ -180,8 +183,10 @@ class TrainingRun:
             save_every_s=self.config.save_every_s,
             on_step=on_step,
         )
-        steps_done = trainer.run()
-        bar.close()
+        try:
+            steps_done = trainer.run()
+        finally:
+            bar.close()
         model.save_pretrained(directory / "model")
         write_json(directory / "done.json", {"num_steps": steps_done, "elapsed_s": round(clock.elapsed_s, 1)})
 
@@ -218,17 +223,23 @@ class TrainingRun:
         return self._export(model, tokenizer, validation[: self.config.num_scored_rows])
 
     def _export(self, model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, scored: Sequence[Example]) -> Path:
-        directory = self.directory / "export"
+        """Write model, tokenizer and scores so that the folder is there whole or not at all."""
+        directory, partial = self.directory / "export", self.directory / "export.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         # The Trainer switches the cache off, for its own passes; whoever generates wants it.
         model.config.use_cache = True
-        model.bfloat16().save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        (directory / "model.safetensors").chmod(0o644)
+        model.bfloat16().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "model.safetensors").chmod(0o644)
         exported = OPTForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, attn_implementation=attention.register()
+            partial, dtype=torch.bfloat16, attn_implementation=attention.register()
         )
         torch.nn.Module.to(exported, model.device)
         scores = self._evaluate(exported, scored, tokenizer.pad_token_id)
+        last = self.directory / self.config.phases[-1].name
+        check_numbers(scores, json.loads((last / "done.json").read_text())["num_steps"], last)
         num_bytes = sum(example.num_bytes for example in scored)
-        write_json(directory / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})
+        write_json(partial / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
         return directory

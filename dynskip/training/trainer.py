@@ -169,10 +169,12 @@ class PathTrainer(ResumableTrainer):
         self.plan.first_step = int(saved["step"])
         self.log_file = StepLog(self.directory / "steps.jsonl", self.plan.first_step)
         self.clock.start(saved["elapsed_s"])
-        if self.clock.progress(self.plan.first_step) < 1.0:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        elif checkpoint is not None:
-            self._load_from_checkpoint(str(checkpoint))
-            self.state.global_step = int(saved["step"])
-        self.log_file.close()
+        try:
+            if self.clock.progress(self.plan.first_step) < 1.0:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            elif checkpoint is not None:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state.global_step = int(saved["step"])
+        finally:
+            self.log_file.close()
         return self.state.global_step
