@@ -43,7 +43,7 @@ def test_planning_is_told_of_the_switches(monkeypatch: pytest.MonkeyPatch) -> No
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(native, "_op", lambda name: lambda *arguments, **options: told.append(options))
     for _ in range(2):
-        native.plan_rows(torch.ones(1, 1, dtype=torch.bool), *([None] * 14))  # type: ignore[list-item]
+        native.plan_rows(torch.ones(1, 1, dtype=torch.bool), *([None] * 14))  # type: ignore[arg-type]
         monkeypatch.setenv("DYNSKIP_PDL", "0")
         monkeypatch.setenv("DYNSKIP_CARVEOUT", "100")
     assert told == [{"overlaps": True, "carveout": -1}, {"overlaps": False, "carveout": 100}]
@@ -97,7 +97,7 @@ def test_nonsense_is_refused_where_it_is_used_and_by_info(
 ) -> None:
     monkeypatch.setenv(name, value)
     used = {
-        "DYNSKIP_PDL": lambda: native.plan_rows(torch.ones(1, 1, dtype=torch.bool), *([None] * 14)),  # type: ignore[list-item]
+        "DYNSKIP_PDL": lambda: native.plan_rows(torch.ones(1, 1, dtype=torch.bool), *([None] * 14)),  # type: ignore[arg-type]
         "DYNSKIP_CONFIGS": lambda: configs.get_config("norm_rows", CPU, torch.float16, 3),
         "DYNSKIP_CARVEOUT": switches.carveout,
     }
