@@ -75,7 +75,7 @@ def test_token_ids_become_a_new_list(value: Any) -> None:
         *(iter([5]), np.array([5.0]), np.array([True]), np.array([[5]]), np.array(5)),
         *(torch.tensor([[5, 6]]), torch.tensor([0.5]), torch.tensor(5)),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0],
 )
 def test_what_is_no_list_of_integers_is_none(value: Any) -> None:
     assert as_token_ids(value) is None
