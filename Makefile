@@ -16,6 +16,8 @@ VENV := .venv
 COMPAT := .venv-compat
 EXTRAS := train,eval,dev
 ARGS ?=
+# Tests run in a process for each core, a file at a time; WORKERS= runs them in one.
+WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 PYTHON ?= $(shell sh .ci/find-python)
 EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
@@ -45,7 +47,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -70,7 +72,7 @@ golden-speed: $(VENV)/.installed
 
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.3 deprecates and 2.4 refuses.
 compat: $(COMPAT)/.installed
-	$(COMPAT)/bin/python -m pytest -W "ignore:Conversion of an array with ndim > 0:DeprecationWarning" $(ARGS)
+	$(COMPAT)/bin/python -m pytest $(WORKERS) -W "ignore:Conversion of an array with ndim > 0:DeprecationWarning" $(ARGS)
 
 paper: $(VENV)/.installed
 	@test -f '$(DATA)' || { echo "make paper: DATA must name the Alpaca file, alpaca_data.json or alpaca_data.json.xz," \

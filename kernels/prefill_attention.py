@@ -16,8 +16,9 @@ NO_SCORE = tl.constexpr(-3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-# The sequences that a program looks at side by side, in search of its own: whatever their number, one kernel.
-_BLOCK_B = 128
+# The sequences that a program looks at side by side, in search of its own: up to so many, one kernel. A loop over fewer
+# at a time would spill on sm_80 or sm_100.
+_BLOCK_B = 512
 
 
 @triton.jit(
@@ -50,12 +51,10 @@ def prefill_attention_kernel(
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    sequence = -1
-    for first_sequence in range(0, num_sequences, BLOCK_B):
-        sequences = first_sequence + tl.arange(0, BLOCK_B)
-        starts = tl.load(cu_seqlens_q_ptr + sequences, mask=sequences < num_sequences, other=0)
-        owned_from = starts // BLOCK_M + sequences
-        sequence += tl.sum(((owned_from <= tile) & (sequences < num_sequences)).to(tl.int32), axis=0)
+    sequences = tl.arange(0, BLOCK_B)
+    starts = tl.load(cu_seqlens_q_ptr + sequences, mask=sequences < num_sequences, other=0)
+    owned_from = starts // BLOCK_M + sequences
+    sequence = tl.sum(((owned_from <= tile) & (sequences < num_sequences)).to(tl.int32), axis=0) - 1
     first_row = tl.load(cu_seqlens_q_ptr + sequence)
     end_row = tl.load(cu_seqlens_q_ptr + sequence + 1)
     first_row_of_tile = first_row + (tile - first_row // BLOCK_M - sequence) * BLOCK_M
@@ -206,7 +205,7 @@ def prefill_attention(
         # BLOCK_N is for heads of at most 64: wider ones take as many keys fewer, in as many registers.
         BLOCK_N=max(config["BLOCK_N"] * 64 // max(block_d, 64), 16),
         BLOCK_D=block_d,
-        BLOCK_B=_BLOCK_B,
+        BLOCK_B=max(_BLOCK_B, triton.next_power_of_2(num_sequences)),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )

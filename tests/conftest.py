@@ -17,6 +17,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # OpenMP's threads wait by spinning: beside other work on the same cores, tiny models would take minutes, not seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As many processes as cores run tests already.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import torch
