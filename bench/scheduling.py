@@ -14,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from dynskip.cost import MachineSpeed
-from dynskip.engine.comparison import Compared, Comparison, compare
-from dynskip.engine.costs import StepCosts
-from dynskip.engine.ideal import least_decode_ms
-from dynskip.engine.outcome import Outcome
-from dynskip.engine.policy import POLICIES
-from dynskip.engine.simulation import EngineOptions, simulate
-from dynskip.engine.workload import PAPER_MIX, Workload, parse_mix
+from dynskip.costs.layer_costs import MachineSpeed
+from dynskip.costs.step_costs import StepCosts
 from dynskip.paths import LayerPath
+from dynskip.scheduler.outcome import Outcome
+from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.simulation.comparison import Compared, Comparison, compare
+from dynskip.simulation.ideal import least_decode_ms
+from dynskip.simulation.simulate import EngineOptions, simulate
+from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = StepCosts.h200()

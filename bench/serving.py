@@ -21,24 +21,24 @@ from typing import Any
 
 import torch
 
-from dynskip.benchmark.machine import describe
-from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
-from dynskip.benchmark.serving import Competitor, Job, Served, take_turns
+from dynskip.causal_lm import OPTForCausalLM
 from dynskip.cli.options import in_range
-from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
-from dynskip.engine.costs import StepCosts
+from dynskip.costs.step_costs import StepCosts
+from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
+from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
-from dynskip.engine.ideal import Ideal
-from dynskip.engine.kv_budget import KVBudget
-from dynskip.engine.policy import POLICIES, make_policy
-from dynskip.engine.scheduler import Scheduler
-from dynskip.engine.sequence import SequenceState
-from dynskip.engine.simulation import EngineOptions, simulate
-from dynskip.engine.workload import PAPER_MIX, Workload, at_full_depth, parse_mix
-from dynskip.generate import Generation
 from dynskip.llm import LLM
-from dynskip.model import OPTForCausalLM
+from dynskip.measure.machine import describe
+from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
+from dynskip.measure.streams import Competitor, Job, Served, take_turns
 from dynskip.paths import LayerPath
+from dynskip.scheduler.kv_budget import KVBudget
+from dynskip.scheduler.policies.policy import POLICIES, make_policy
+from dynskip.scheduler.scheduler import Scheduler
+from dynskip.scheduler.sequence import SequenceState
+from dynskip.simulation.ideal import Ideal
+from dynskip.simulation.simulate import EngineOptions, simulate
+from dynskip.simulation.workload import PAPER_MIX, Workload, at_full_depth, parse_mix
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("stream", "closed", "static", "overhead")
@@ -427,8 +427,8 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _alpaca(path: Path, llm: LLM, count: int, max_tokens: int) -> list[list[int]]:
-    from dynskip.training.corpus import read_instructions
-    from dynskip.training.templates import prompt_text
+    from dynskip.data.corpus import read_instructions
+    from dynskip.data.templates import prompt_text
 
     assert llm.tokenizer is not None, "a checkpoint with a tokenizer"
     prompts = []

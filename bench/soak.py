@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from dynskip.assets import opt_mini_directory
-from dynskip.benchmark.machine import describe
+from dynskip.causal_lm import OPTForCausalLM
 from dynskip.cli.options import in_range
 from dynskip.controllers import TokenContext
-from dynskip.engine.default_costs import default_costs
+from dynskip.costs.defaults import default_costs
 from dynskip.engine.engine import Engine
-from dynskip.engine.policy import POLICIES
 from dynskip.engine.request import RequestOutput
-from dynskip.model import OPTForCausalLM
+from dynskip.measure.machine import describe
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
+from dynskip.scheduler.policies.policy import POLICIES
 
 ROOT = Path(__file__).resolve().parents[1]
 # What comes before this share of the time has passed warms caches and fills the pool.

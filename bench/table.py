@@ -11,8 +11,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from dynskip.benchmark.device_report import read_report
-from dynskip.benchmark.serving_table import serving_sentence, serving_tables
+from bench.report.device import read_report
+from bench.report.serving import serving_sentence, serving_tables
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
 

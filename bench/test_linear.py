@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynskip.linear import NATIVE_ROWS, Linear
+from dynskip.models.linear import NATIVE_ROWS, Linear
 
 SHAPES = {"out_proj": (2048, 2048), "fc1": (8192, 2048), "fc2": (2048, 8192)}
 NUM_ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 2048]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dynskip import ops
-from dynskip.backends import BACKEND_NAMES, available_backends, get_backend
-from dynskip.validation import validate_case
-from dynskip.validation_draws import Case
+from dynskip.ops.backends import BACKEND_NAMES, available_backends, get_backend
+from dynskip.validation.tensors import Case
+from dynskip.validation.validate import validate_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynskip.backends import available_backends
 from dynskip.kernels.row_list import RowList, RowNorm
-from dynskip.row_ops import get_row_ops, why_not_triton
-from dynskip.row_reference import EVICT
-from dynskip.row_validation import validate_row_case
-from dynskip.validation_draws import Case
+from dynskip.ops.backends import available_backends
+from dynskip.ops.row_ops import get_row_ops, why_not_triton
+from dynskip.ops.row_reference import EVICT
+from dynskip.validation.tensors import Case
+from dynskip.validation.validate_rows import validate_row_case
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -236,7 +236,7 @@ def test_row_op(name: str, implementation: str, num_listed: int, benchmark: Any)
 
 def named(op: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
     """The arguments of `op` by the names that the specification gives them."""
-    from dynskip import row_reference
+    from dynskip.ops import row_reference
 
     code = getattr(row_reference, op).__code__
     names = code.co_varnames[: code.co_argcount]

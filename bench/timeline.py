@@ -15,16 +15,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dynskip.benchmark import machine
-from dynskip.benchmark.calibration import known_step_costs
-from dynskip.benchmark.serving import Job
+from dynskip.causal_lm import OPTForCausalLM
 from dynskip.cli.demo_serving import draw_jobs
 from dynskip.cli.options import in_range
-from dynskip.engine.costs import StepCosts
+from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.evaluation.report.drawing import svg
 from dynskip.llm import LLM
-from dynskip.model import OPTForCausalLM
+from dynskip.measure import machine
+from dynskip.measure.calibration import known_step_costs
+from dynskip.measure.streams import Job
 from dynskip.paths import LayerPath
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-// The ops of the extension; dynskip/reference.py and dynskip/row_reference.py specify them.
+// The ops of the extension; dynskip/ops/reference.py and dynskip/ops/row_reference.py specify them.
 
 #pragma once
 

@@ -80,7 +80,7 @@ void plan_rows(
   DYNSKIP_CHECK(
       kv_policy >= 0 && kv_policy <= 3,
       "plan_rows: kv_policy must be 0 (absent), 1 (evict), 2 (propagate) or 3 (share), got ", kv_policy,
-      ". Use the constants of dynskip.row_reference.");
+      ". Use the constants of dynskip.ops.row_reference.");
   DYNSKIP_CHECK(
       num_threads >= 0 && num_threads <= 1024,
       "plan_rows: num_threads must be 1..1024, or 0 for the device's own choice, got ", num_threads, ". Leave it out.");

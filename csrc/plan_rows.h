@@ -1,4 +1,4 @@
-// Active masks to row lists, counts and slots, as dynskip.row_reference.plan_rows specifies; one body for CPU and GPU.
+// Active masks to row lists, counts and slots, as dynskip.ops.row_reference.plan_rows specifies; one body for CPU and GPU.
 //
 // The work is cut into phases. In a phase every thread does its share and reads nothing that another thread writes in
 // it; between phases all threads wait for each other. A GPU runs the phases with the threads of one block, a CPU takes
@@ -16,7 +16,7 @@
 
 namespace dynskip {
 
-// The values of dynskip.row_reference's policies.
+// The values of dynskip.ops.row_reference's policies.
 enum class KVPolicy : int32_t { kAbsent, kEvict, kPropagate, kShare };
 
 enum class PlanFailure : int32_t { kNone, kTableFull, kNoSuchSequence, kNoFreeSlot };

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 from dynskip.version import __version__
 
 if TYPE_CHECKING:
-    from dynskip import ops, reference
+    from dynskip import ops
     from dynskip.async_llm import AsyncLLM, Piece, TextOutput
-    from dynskip.engine.default_costs import UnmeasuredCostsWarning
+    from dynskip.causal_lm import OPTForCausalLM
+    from dynskip.costs.defaults import UnmeasuredCostsWarning
     from dynskip.engine.diagnosis import NonFiniteError
     from dynskip.engine.engine import Engine
     from dynskip.engine.metrics import MetricsLog
     from dynskip.engine.request import RequestError, RequestOutput
     from dynskip.engine.stats import EngineStats
     from dynskip.engine.token_stream import TokenStream
+    from dynskip.execution.slot_pool import KVCacheMemoryError
     from dynskip.llm import LLM, Output
-    from dynskip.model import OPTForCausalLM
+    from dynskip.ops import reference
     from dynskip.paths import LayerPath
     from dynskip.sampling import SamplingParams
-    from dynskip.slot_pool import KVCacheMemoryError
 
 __all__ = [
     "LLM",
@@ -51,12 +52,12 @@ _HOME = {
     "AsyncLLM": "dynskip.async_llm",
     "Engine": "dynskip.engine.engine",
     "EngineStats": "dynskip.engine.stats",
-    "KVCacheMemoryError": "dynskip.slot_pool",
+    "KVCacheMemoryError": "dynskip.execution.slot_pool",
     "LLM": "dynskip.llm",
     "LayerPath": "dynskip.paths",
     "MetricsLog": "dynskip.engine.metrics",
     "NonFiniteError": "dynskip.engine.diagnosis",
-    "OPTForCausalLM": "dynskip.model",
+    "OPTForCausalLM": "dynskip.causal_lm",
     "Output": "dynskip.llm",
     "Piece": "dynskip.async_llm",
     "RequestError": "dynskip.engine.request",
@@ -64,15 +65,17 @@ _HOME = {
     "SamplingParams": "dynskip.sampling",
     "TextOutput": "dynskip.async_llm",
     "TokenStream": "dynskip.engine.token_stream",
-    "UnmeasuredCostsWarning": "dynskip.engine.default_costs",
+    "UnmeasuredCostsWarning": "dynskip.costs.defaults",
 }
+# Modules by their public names.
+_MODULES = {"ops": "dynskip.ops", "reference": "dynskip.ops.reference"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("ops", "reference"):
-        return importlib.import_module(f"dynskip.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'dynskip' has no attribute {name!r}")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dynskip.causal_lm import OPTForCausalLM
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import OnToken, RequestError, RequestOutput
@@ -20,8 +21,7 @@ from dynskip.engine.stats import EngineStats
 from dynskip.engine.text_stream import TextStream
 from dynskip.engine.worker import Add, EngineWorker
 from dynskip.llm import LLM, Prompt
-from dynskip.model import OPTForCausalLM
-from dynskip.routing import Paths
+from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dynskip.arguments import as_token_ids, is_array
 from dynskip.assets import find_model, opt_mini_directory
-from dynskip.engine.policy import MAX_BATCH
+from dynskip.causal_lm import ExecutorName, OPTForCausalLM
+from dynskip.engine.closed_batch import Generation
 from dynskip.engine.request import OutputSequence
-from dynskip.generate import Generation
-from dynskip.model import ExecutorName, OPTForCausalLM
+from dynskip.models.tokenizer import read_tokenizer
 from dynskip.paths import LayerPath
 from dynskip.prompts import Message, chat_ids, text_ids
-from dynskip.routing import Paths
+from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
-from dynskip.tokenizer import read_tokenizer
+from dynskip.scheduler.policies.policy import MAX_BATCH
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

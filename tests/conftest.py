@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
-
-# bench/ is no part of the package, but tested like it. `python -m pytest` has the root on its path, `pytest` has not.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Nothing is fetched: a test that needs the network fails here, on every machine, and not only on the one without.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -126,7 +126,7 @@ class Worker:
 
 def weights() -> Path:
     """A checkpoint of opt-1.3b's shapes with random weights, made once; both states map the same file."""
-    from dynskip.benchmark.models import opt_config, random_hf_model
+    from dynskip.measure.random_models import opt_config, random_hf_model
 
     folder = FOLDER / "weights" / "opt-1.3b"
     if not folder.exists():
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn", type=float, default=0.4, metavar="S", help="seconds of a turn (default: 0.4)")
     parser.add_argument("--out", type=Path, default=FOLDER / "speed", metavar="FOLDER", help="of the table")
     args = parser.parse_args(argv)
-    from dynskip.benchmark import machine
+    from dynskip.measure import machine
 
     sides = [make_side("old", args.old), make_side("new", args.new)]
     model = (weights() if args.model is None else args.model).resolve()

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.workloads import Workload
-from dynskip.benchmark.device import Device
-from dynskip.executor import CompactExecutor
-from dynskip.linear import Linear
-from dynskip.model import OPTForCausalLM
-from dynskip.opt import POSITION_OFFSET, OPTDecoderLayer
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.execution.compact import CompactExecutor
+from dynskip.measure.device import Device
+from dynskip.models.decoder import POSITION_OFFSET, OPTDecoderLayer
+from dynskip.models.linear import Linear
 
 
 class _PaddedCache:

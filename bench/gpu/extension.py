@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dynskip import native
+from dynskip.ops import native
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from bench.gpu.floors import WorkDone
 from bench.gpu.workloads import Workload
-from dynskip.benchmark.device import Device
+from dynskip.causal_lm import OPTForCausalLM
 from dynskip.controllers import HiddenStateGate
-from dynskip.decode_graphs import GraphedDecode
-from dynskip.decode_work import StepWork, row_bucket
-from dynskip.executor import CompactExecutor
-from dynskip.fused_decode import FusedDecode
-from dynskip.model import OPTForCausalLM
-from dynskip.row_ops import get_row_ops
+from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.fused import FusedDecode
+from dynskip.execution.graphs import GraphedDecode
+from dynskip.execution.step_shape import StepWork, row_bucket
+from dynskip.measure.device import Device
+from dynskip.ops.row_ops import get_row_ops
 
 
 class FusedSteps:

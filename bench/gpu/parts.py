@@ -136,7 +136,7 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
             "the tests that say something about a card",
             85,
             ((*sharded, *marked_test_files()),),
-            ((*sharded, "tests/test_embed_rows.py", "tests/test_replay.py"),),
+            ((*sharded, "tests/ops/test_embed_rows.py", "tests/execution/test_replay.py"),),
             num_processes=max(1, min(MAX_TEST_PROCESSES, (os.cpu_count() or 1) * 5 // 8)),
         ),
         Part(

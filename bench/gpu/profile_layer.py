@@ -14,9 +14,9 @@ import torch
 from bench.gpu.fused_steps import FusedSteps
 from bench.gpu.recorder import make_tiny, numbers
 from bench.gpu.workloads import Workload
-from dynskip.benchmark.device import Device, get_device
-from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
-from dynskip.model import OPTForCausalLM
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.measure.device import Device, get_device
+from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
 from dynskip.paths import LayerPath
 
 BATCHES = (1, 16, 64)

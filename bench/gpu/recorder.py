@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from dynskip.benchmark import device as devices
-from dynskip.benchmark.device import NUM_SPEED_SAMPLES, Device, describe_device, get_device, measure_device_speed
-from dynskip.benchmark.device_report import append_row, conditions_of_run, write_page
-from dynskip.benchmark.models import SHAPES
+from bench.report.device import append_row, conditions_of_run, write_page
 from dynskip.benchmark.report import Row
-from dynskip.benchmark.timing import Samples
-from dynskip.cost import MachineSpeed
+from dynskip.costs.layer_costs import MachineSpeed
+from dynskip.measure import device as devices
+from dynskip.measure.device import NUM_SPEED_SAMPLES, Device, describe_device, get_device, measure_device_speed
+from dynskip.measure.random_models import SHAPES
+from dynskip.measure.timing import Samples
 
 # What is left of the time limit when nothing new is begun: this, or a quarter of a short limit.
 _RESERVE_S = 20

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.fused_steps import FusedSteps
-from dynskip.benchmark.device import Device
+from dynskip.measure.device import Device
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from dynskip import ops
-from dynskip.row_ops import ROW_OP_NAMES
-from dynskip.validation import validate_case
-from dynskip.validation_cases import make_cases
-from dynskip.validation_draws import Case
+from dynskip.ops.row_ops import ROW_OP_NAMES
+from dynskip.validation.cases import make_cases
+from dynskip.validation.tensors import Case
+from dynskip.validation.validate import validate_case
 
 TOOLS = ("memcheck", "racecheck")
 FOUND_ERRORS = 99

@@ -34,14 +34,14 @@ from bench.gpu.smoke_cases import (
     tasks,
     without_dependent_launches,
 )
-from dynskip.benchmark.device import Device, describe_device, get_device
 from dynskip.kernels.configs import use_configs
 from dynskip.kernels.launches import compute_capability
-from dynskip.row_ops import ROW_OP_NAMES, get_row_ops
-from dynskip.row_validation import validate_row_case
+from dynskip.measure.device import Device, describe_device, get_device
+from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 from dynskip.tuning.tasks import Task
 from dynskip.tuning.workload import Workload as OpWorkload
-from dynskip.validation_draws import Case
+from dynskip.validation.tensors import Case
+from dynskip.validation.validate_rows import validate_row_case
 
 _PREDICTIONS = Path(__file__).with_name("predictions.json")
 # Nothing new is begun when so much of the limit is left.

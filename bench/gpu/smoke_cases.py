@@ -14,13 +14,13 @@ from bench.gpu.fused_steps import FusedSteps
 from bench.gpu.parts import VARIANTS
 from bench.gpu.replays import RepeatedStep
 from bench.gpu.workloads import Truth, Workload, in_float64
-from dynskip.benchmark.device import Device
-from dynskip.benchmark.models import SHAPES, opt_config, random_hf_model
+from dynskip.causal_lm import OPTForCausalLM
 from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
-from dynskip.model import OPTForCausalLM
+from dynskip.measure.device import Device
+from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
+from dynskip.ops.row_ops import get_row_ops
+from dynskip.ops.row_reference import EVICT
 from dynskip.paths import LayerPath
-from dynskip.row_ops import get_row_ops
-from dynskip.row_reference import EVICT
 from dynskip.tuning.dimensions import Dimensions
 from dynskip.tuning.tasks import Task, plan_tasks
 from dynskip.tuning.workload import Workload as OpWorkload

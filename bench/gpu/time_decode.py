@@ -19,13 +19,13 @@ from bench.gpu.fused_steps import FusedSteps, random_gate
 from bench.gpu.recorder import OutOfTimeError, Question, Recorder, chosen_sections, numbers, run_part
 from bench.gpu.transformers_steps import TransformersCompiled, TransformersEager
 from bench.gpu.workloads import Truth, Verdict, Workload, in_float64
-from dynskip.benchmark.device import Device, time_in_turns
-from dynskip.benchmark.models import opt_config, random_hf_model
-from dynskip.benchmark.products import model_shape
-from dynskip.benchmark.timing import Samples
-from dynskip.model import OPTForCausalLM
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.measure.device import Device, time_in_turns
+from dynskip.measure.products import model_shape
+from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.timing import Samples
 from dynskip.paths import LayerPath
-from dynskip.plan import KVPolicy
+from dynskip.routing.plan import KVPolicy
 
 SECTIONS = ("full", "paths", "mixes", "skipped", "masks", "providers", "compiled")
 # The sections of a run that names none: "paths" asks what "full" does, and more.

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.recorder import Question, Recorder, chosen_sections, numbers, run_part
-from dynskip.backends import get_backend
-from dynskip.benchmark.device import Device, time_in_turns
-from dynskip.benchmark.models import SHAPES
-from dynskip.benchmark.timing import Samples
 from dynskip.kernels.row_list import RowList, RowNorm
-from dynskip.row_ops import RowOps, get_row_ops
+from dynskip.measure.device import Device, time_in_turns
+from dynskip.measure.random_models import SHAPES
+from dynskip.measure.timing import Samples
+from dynskip.ops.backends import get_backend
+from dynskip.ops.row_ops import RowOps, get_row_ops
 
 SECTIONS = ("matrices", "attention", "movement")
 MATRIX_OPS = ("qkv_rows", "linear_add_rows, out_proj", "linear_rows, fc1", "linear_add_rows, fc2")

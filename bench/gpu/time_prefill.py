@@ -14,18 +14,18 @@ from torch import Tensor
 
 from bench.gpu.recorder import Question, Recorder, run_part
 from bench.gpu.workloads import Truth, Workload, in_float64
-from dynskip.benchmark.device import Device, time_in_turns
-from dynskip.benchmark.models import opt_config, random_hf_model
-from dynskip.benchmark.products import model_shape
-from dynskip.benchmark.runners import TransformersRunner
-from dynskip.engine.runner import Span
-from dynskip.executor import CompactExecutor
-from dynskip.generate import Generation
-from dynskip.model import OPTForCausalLM
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.engine.closed_batch import Generation
+from dynskip.engine.model_runner import Span
+from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.step import Step, packed_positions
+from dynskip.measure.device import Device, time_in_turns
+from dynskip.measure.products import model_shape
+from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.runners import TransformersRunner
 from dynskip.paths import LayerPath
-from dynskip.plan import KVPolicy
+from dynskip.routing.plan import KVPolicy
 from dynskip.sampling import SamplingParams
-from dynskip.step import Step, packed_positions
 
 _FULL = "full depth"
 _TRANSFORMERS = "transformers sdpa eager"

@@ -11,12 +11,12 @@ import torch
 
 from bench.gpu.recorder import Question, Recorder, run_part
 from bench.serving import check, draw_jobs, measure_stream
-from dynskip.benchmark.calibration import add_stream_costs, measure_step_costs
-from dynskip.benchmark.device import Device
-from dynskip.benchmark.models import opt_config, random_hf_model
-from dynskip.benchmark.timing import Samples
-from dynskip.engine.workload import PAPER_MIX, Workload, parse_mix
-from dynskip.model import OPTForCausalLM
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.measure.calibration import add_stream_costs, measure_step_costs
+from dynskip.measure.device import Device
+from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.timing import Samples
+from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
 _FULL, _LOCKSTEP, _COHORT = "full depth", "lockstep", "cohort"
 

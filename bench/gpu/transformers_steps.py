@@ -10,7 +10,7 @@ from transformers import OPTForCausalLM as HFOPTForCausalLM
 from transformers import StaticCache
 
 from bench.gpu.workloads import Workload
-from dynskip.benchmark.runners import TransformersRunner
+from dynskip.measure.runners import TransformersRunner
 
 
 class TransformersEager:

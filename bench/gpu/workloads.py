@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig
 
-from dynskip.benchmark.models import random_hf_model
-from dynskip.model import OPTForCausalLM
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.execution.step import Step, packed_positions
+from dynskip.measure.random_models import random_hf_model
 from dynskip.paths import LayerPath
-from dynskip.plan import KVPolicy, Plan
-from dynskip.step import Step, packed_positions
+from dynskip.routing.plan import KVPolicy, Plan
 
 NUM_CHECKED = 4
 

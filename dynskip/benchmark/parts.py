@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dynskip.backends import Backend
-from dynskip.benchmark.runners import DynskipRunner
-from dynskip.engine import execution
-from dynskip.engine.runner import StepRunner
-from dynskip.engine.scheduler import Scheduler
-from dynskip.executor import CompactExecutor
-from dynskip.kv_cache import KVCache
-from dynskip.linear import Linear
+from dynskip.engine import step as execution
+from dynskip.engine.model_runner import StepRunner
+from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.kv_cache import KVCache
+from dynskip.measure.runners import DynskipRunner
+from dynskip.models.linear import Linear
+from dynskip.ops.backends import Backend
+from dynskip.scheduler.scheduler import Scheduler
 
 # The parts that only choosing and compacting rows costs, and choosing tokens.
 OVERHEAD = ("planning", "gather", "scatter", "sampling")

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-from dynskip.benchmark import ctranslate2_runner, machine
-from dynskip.benchmark.gate import Agreement, Gate
-from dynskip.benchmark.models import opt_config, random_hf_model, weight_bytes
+from dynskip.benchmark import ctranslate2_runner
 from dynskip.benchmark.parts import measure_parts
-from dynskip.benchmark.products import Embedding, Products, model_shape
 from dynskip.benchmark.report import SECTIONS, Report, Row
-from dynskip.benchmark.runners import DynskipRunner, Runner, TransformersRunner
-from dynskip.benchmark.timing import Samples, Task, interleave
-from dynskip.cost import MachineSpeed, PathMix, roofline_ms
-from dynskip.kv_cache import available_bytes
-from dynskip.model import OPTForCausalLM
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.costs.layer_costs import MachineSpeed, PathMix, roofline_ms
+from dynskip.execution.kv_cache import available_bytes
+from dynskip.measure import machine
+from dynskip.measure.agreement import Agreement, Gate
+from dynskip.measure.products import Embedding, Products, model_shape
+from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
+from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
+from dynskip.measure.timing import Samples, Task, interleave
 from dynskip.paths import LayerPath
 
 # A decode step at full depth as a multiple of its products, at most.

@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from dynskip.benchmark import machine
-    from dynskip.benchmark.calibration import add_stream_costs, check_context, measure_step_costs
-    from dynskip.benchmark.models import opt_config
-    from dynskip.engine.cost_store import cached_path, device_key, shape_key
+    from dynskip.costs.store import cached_path, device_key, shape_key
+    from dynskip.measure import machine
+    from dynskip.measure.calibration import add_stream_costs, check_context, measure_step_costs
+    from dynskip.measure.random_models import opt_config
 
     if args.model is None:  # random weights take their time
         positions = opt_config(args.shape or SHAPES[0]).max_position_embeddings
@@ -139,8 +139,8 @@ def _model(args: argparse.Namespace) -> Any:
             backend=args.backend,
             deterministic=args.deterministic or None,
         ).model
-    from dynskip.benchmark.models import opt_config, random_hf_model
-    from dynskip.model import OPTForCausalLM
+    from dynskip.causal_lm import OPTForCausalLM
+    from dynskip.measure.random_models import opt_config, random_hf_model
 
     dtype, device = torch_dtype(args.dtype or "bfloat16"), torch_device(args.device or "cpu")
     assert dtype is not None and device is not None, "both are named"

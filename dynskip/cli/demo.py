@@ -11,15 +11,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynskip.cli.demo_parts import aligned, demo_path, prompt_ids
+from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import BACKENDS, in_range, set_threads, show_progress
 
 if TYPE_CHECKING:
-    from dynskip.benchmark.depths import Comparison
+    from dynskip.measure.depths import Comparison
 
-# As in dynskip.benchmark.models, which a test compares: importing that here would import torch for `dynskip --help`.
+# As in dynskip.measure.random_models, which a test compares: importing that here would import torch for `dynskip --help`.
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
 # Each prompt with the share of the model's layers that its path runs, and the kind of path.
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(serving_page(serving))
     if args.only in (None, "time"):
-        from dynskip.benchmark.depths import compare_depths
+        from dynskip.measure.depths import compare_depths
 
         comparison = compare_depths(args.shape, args.batch, backend=args.backend, progress=progress)
         found["time"] = dataclasses.asdict(comparison) | {"explanation": comparison.explanation()}

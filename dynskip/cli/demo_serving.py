@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynskip.cli.demo_parts import aligned, demo_path, prompt_ids
+from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dynskip.benchmark.serving import Job, Served
-    from dynskip.engine.outcome import Outcome
     from dynskip.llm import LLM
+    from dynskip.measure.streams import Job, Served
+    from dynskip.scheduler.outcome import Outcome
 
 POLICIES = ("lockstep", "cohort")
 # The budgets of arXiv 2410.20022 and their shares, as parts of the layers: of 24, a mean of 5.6.
@@ -88,9 +88,9 @@ class Serving:
 
 def run_serving(model: str | None, num_requests: int, backend: str, progress: bool) -> Serving:
     """Serve the stream: first for its tokens, in the deterministic mode, then for its time, the policies in turns."""
-    from dynskip.benchmark.calibration import known_step_costs
-    from dynskip.benchmark.serving import Served, take_turns
     from dynskip.llm import LLM
+    from dynskip.measure.calibration import known_step_costs
+    from dynskip.measure.streams import Served, take_turns
 
     llm = LLM(model, backend=backend)
     if llm.tokenizer is None:
@@ -134,8 +134,8 @@ def run_serving(model: str | None, num_requests: int, backend: str, progress: bo
 
 def draw_jobs(llm: LLM, num_requests: int) -> tuple[list[Job], dict[str, int]]:
     """The requests of the mix, each with a prompt of its own as long as there are some, and how many took each path."""
-    from dynskip.benchmark.serving import Job
-    from dynskip.engine.workload import Request, Workload
+    from dynskip.measure.streams import Job
+    from dynskip.simulation.workload import Request, Workload
 
     num_layers = llm.model.num_layers
     mix = [(*demo_path(num_layers, kind, share, 0), weight) for kind, share, weight in MIX]

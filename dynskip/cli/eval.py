@@ -96,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
             )
     from transformers.utils import logging
 
-    from dynskip.evaluation.experiments import EXPERIMENTS
+    from dynskip.evaluation.registry import EXPERIMENTS
     from dynskip.evaluation.report.sentences import section_sentences
     from dynskip.evaluation.run import EvalRun
-    from dynskip.evaluation.setup import Setup
+    from dynskip.evaluation.sweep.setup import Setup
 
     if args.experiment != "all" and args.experiment not in EXPERIMENTS:
         raise ValueError(f"eval: EXPERIMENT must be all or one of {', '.join(EXPERIMENTS)}, got {args.experiment!r}.")

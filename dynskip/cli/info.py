@@ -73,8 +73,8 @@ def _cpu() -> dict[str, Any]:
     import psutil
     import torch
 
-    from dynskip.cgroup import cgroup_memory
-    from dynskip.kv_cache import available_bytes
+    from dynskip.execution.cgroup import cgroup_memory
+    from dynskip.execution.kv_cache import available_bytes
 
     memory = psutil.virtual_memory()
     group = cgroup_memory(machine_bytes=memory.total)
@@ -125,7 +125,7 @@ def _backends() -> dict[str, dict[str, str | None]]:
     """Per device, per backend: None if it runs there, else why not."""
     import torch
 
-    from dynskip.backends import available_backends
+    from dynskip.ops.backends import available_backends
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {device: available_backends(device) for device in devices}
@@ -169,8 +169,8 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
     """What a checkpoint takes once loaded, and what this process held before and at its peak."""
     import psutil
 
-    from dynskip.executor import CompactExecutor
-    from dynskip.model import OPTForCausalLM
+    from dynskip.causal_lm import OPTForCausalLM
+    from dynskip.execution.compact import CompactExecutor
 
     weights_dtype = torch_dtype(dtype)
     assert weights_dtype is not None, "--dtype has a default"

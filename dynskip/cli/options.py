@@ -95,7 +95,7 @@ def set_threads(num_threads: int | None) -> None:
         raise UserError(f"--threads must be at least 1, got {num_threads}")
     import torch
 
-    from dynskip.threads import most_threads
+    from dynskip.execution.threads import most_threads
 
     if num_threads > most_threads():
         raise UserError(f"--threads must be at most {most_threads()} on {os.cpu_count()} CPUs, got {num_threads}")

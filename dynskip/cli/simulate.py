@@ -12,10 +12,10 @@ from dynskip.cli.errors import UserError
 from dynskip.cli.options import in_range
 
 if TYPE_CHECKING:
-    from dynskip.engine.comparison import Comparison
-    from dynskip.engine.costs import StepCosts
+    from dynskip.costs.step_costs import StepCosts
+    from dynskip.simulation.comparison import Comparison
 
-# As in dynskip.engine.policy, .workload and dynskip.benchmark.models, which a test compares.
+# As in dynskip.scheduler.policies.policy, .workload and dynskip.measure.random_models, which a test compares.
 POLICIES = ("cohort", "lockstep", "by_path")
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 PATHS = "uniform:4=74,uniform:8=18,uniform:12=6,full=2"
@@ -92,9 +92,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate and print."""
-    from dynskip.engine.comparison import compare
-    from dynskip.engine.simulation import UNLIMITED_SLOTS, EngineOptions
-    from dynskip.engine.workload import PAPER_MIX, Workload, parse_mix
+    from dynskip.simulation.comparison import compare
+    from dynskip.simulation.simulate import UNLIMITED_SLOTS, EngineOptions
+    from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
     costs = _costs(args.device, args.shape)
     mean_output, fixed = _output(args.output)
@@ -138,7 +138,7 @@ def _print(comparison: Comparison, args: argparse.Namespace) -> None:
 
 
 def _costs(device: str, shape: str) -> StepCosts:
-    from dynskip.engine.costs import StepCosts
+    from dynskip.costs.step_costs import StepCosts
 
     if device == "h200":
         return StepCosts.h200()
@@ -146,8 +146,8 @@ def _costs(device: str, shape: str) -> StepCosts:
         return StepCosts.read(Path(device))
     import torch
 
-    from dynskip.benchmark.models import opt_config
-    from dynskip.engine.cost_store import cached_path, device_key, load_cached, shape_key
+    from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
+    from dynskip.measure.random_models import opt_config
 
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "this" else device
     if kind == "cuda" and not torch.cuda.is_available():

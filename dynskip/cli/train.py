@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dynskip.cli import controller
-from dynskip.cli.fine_tune import OPTIONS as FINE_TUNE_OPTIONS
-from dynskip.cli.fine_tune import add_options, fine_tune_config, is_first_process, run_fine_tune
+from dynskip.cli import train_controller
 from dynskip.cli.options import file_path, set_threads
+from dynskip.cli.train_fine_tune import OPTIONS as FINE_TUNE_OPTIONS
+from dynskip.cli.train_fine_tune import add_options, fine_tune_config, is_first_process, run_fine_tune
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
 
-    from dynskip.training.examples import Example
+    from dynskip.data.examples import Example
 
 _EXAMPLES = """examples:
   dynskip train --preset opt-mini --data alpaca_data.json.xz --data t0_train_50k.jsonl.xz --out runs/opt-mini
@@ -76,7 +76,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument("--muon-lr", type=float, metavar="X", help="learning rate of the layers' matrices")
     group.add_argument("--adamw-lr", type=float, metavar="X", help="learning rate of everything else")
     add_options(parser)
-    controller.add_options(parser)
+    train_controller.add_options(parser)
     return parser
 
 
@@ -110,7 +110,7 @@ def _refuse(args: argparse.Namespace, options: Iterable[str], where: str | None 
 
 
 def _mini_config(args: argparse.Namespace) -> Any:
-    from dynskip.training.config import PRESETS
+    from dynskip.training.pretrain.config import PRESETS
 
     config = PRESETS[args.preset]()
     names = [phase.name for phase in config.phases]
@@ -145,9 +145,9 @@ def evaluator(progress: bool) -> Callable[[OPTForCausalLM, Sequence[Example], in
         import torch
         from tqdm import tqdm
 
-        from dynskip.evaluation.bits_per_byte import bits_per_byte
         from dynskip.paths import LayerPath
-        from dynskip.training.step_model import only_layers
+        from dynskip.training.bits_per_byte import bits_per_byte
+        from dynskip.training.response_loss import only_layers
 
         def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
             with torch.autocast(model.device.type, torch.bfloat16):
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     is_mini = args.preset == "opt-mini"
     _refuse(args, FINE_TUNE_OPTIONS | {"controller"} if is_mini else _MINI_OPTIONS)
     if args.controller is None:
-        _refuse(args, controller.OPTIONS, "without --controller")
+        _refuse(args, train_controller.OPTIONS, "without --controller")
     else:
         _refuse(args, ("path", "menu"), "with --controller")
     if not is_mini and len(args.data) != 1:
@@ -204,10 +204,12 @@ def _train(args: argparse.Namespace) -> int:
     if args.preset != "opt-mini":
         training = fine_tune_config(args, args.preset)
         if args.controller is not None:
-            return controller.run_controller(args, controller.controller_config(args, training), args.data[0])
+            return train_controller.run_controller(
+                args, train_controller.controller_config(args, training), args.data[0]
+            )
         return run_fine_tune(args, training, args.data[0])
 
-    from dynskip.training.run import TrainingRun
+    from dynskip.training.pretrain.run import TrainingRun
 
     config = _mini_config(args)
     exported = TrainingRun(config, args.data, args.out, evaluator(not args.quiet), progress=not args.quiet).train()

@@ -106,8 +106,8 @@ def _capability() -> int:
 
 
 def _dry_run(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadline: float) -> int:
-    from dynskip.offline_compile import MAX_SHARED_BYTES
     from dynskip.tuning.space import REFINED, Limits, default_constants, tiles, variations
+    from dynskip.validation.offline.compile_kernels import MAX_SHARED_BYTES
 
     limits = Limits(_NUM_PROCESSORS[args.capability], MAX_SHARED_BYTES[args.capability])
     print(f"sm_{args.capability}, {limits.num_processors} multiprocessors: candidates, and how many of them fit")
@@ -140,12 +140,12 @@ def _dry_run(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadlin
 def _tune(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadline: float, capability: int) -> int:
     import torch
 
-    from dynskip.benchmark.device import get_device, measure_device_speed
     from dynskip.kernels.configs import FOLDER, device_slug
-    from dynskip.offline_compile import MAX_SHARED_BYTES
-    from dynskip.row_ops import get_row_ops
+    from dynskip.measure.device import get_device, measure_device_speed
+    from dynskip.ops.row_ops import get_row_ops
     from dynskip.tuning.search import Search
     from dynskip.tuning.space import Limits
+    from dynskip.validation.offline.compile_kernels import MAX_SHARED_BYTES
 
     if capability not in MAX_SHARED_BYTES:
         raise UserError(
@@ -186,7 +186,7 @@ def save(
     import importlib.metadata
     import json
 
-    from dynskip.benchmark.machine import commit
+    from dynskip.measure.machine import commit
     from dynskip.tuning.table import merge, write_table
 
     found = {}

@@ -13,12 +13,12 @@ from dynskip.cli.errors import UserError
 from dynskip.cli.options import DTYPES, show_progress
 
 if TYPE_CHECKING:
-    from dynskip.validation_errors import Result
+    from dynskip.validation.errors import Result
 
 _BACKENDS = ("torch", "native", "triton")
 # As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
 OPS = ("gather_layer_norm", "scatter_add", "kv_store", "decode_attention", "prefill_attention")
-# As in dynskip.row_ops.ROW_OP_NAMES: the parts of a decode step, which only the triton backend has.
+# As in dynskip.ops.row_ops.ROW_OP_NAMES: the parts of a decode step, which only the triton backend has.
 ROW_OPS = (
     "embed_rows",
     "norm_rows",
@@ -37,7 +37,7 @@ _EXAMPLES = """examples:
   dynskip validate --inject-fault decode_attention   falsifies its results: must fail with exit status 1
   dynskip validate --compile                         do all kernels fit sm_80, sm_90 and sm_100? needs no GPU
 """
-# As in dynskip.offline_compile.MAX_SHARED_BYTES and DEFAULT_CAPABILITIES, which a test compares.
+# As in dynskip.validation.offline.compile_kernels.MAX_SHARED_BYTES and DEFAULT_CAPABILITIES, which a test compares.
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DEFAULT_CAPABILITIES = (80, 90, 100)
 
@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
         # Triton reads it when it is imported; nothing has imported it yet, or resolve_backend says so.
         os.environ["TRITON_INTERPRET"] = "1"
 
-    from dynskip.backends import available_backends
-    from dynskip.row_ops import why_not_triton
-    from dynskip.validation import validate
+    from dynskip.ops.backends import available_backends
+    from dynskip.ops.row_ops import why_not_triton
+    from dynskip.validation.validate import validate
 
     devices = {"torch": "cuda" if has_gpu else "cpu", "native": "cpu", "triton": "cuda" if has_gpu else "cpu"}
     reasons = {name: available_backends(devices[name])[name] for name in _BACKENDS}
@@ -161,8 +161,8 @@ def _compile(args: argparse.Namespace) -> int:
         import triton  # noqa: F401  # what is missing is said before processes are started
     except ImportError as error:
         raise UserError(f"Triton cannot be imported ({error}). Install it: pip install 'triton>=3.6'") from error
-    from dynskip.cli.compiled import print_json, print_table
-    from dynskip.offline_compile import TRITON_OP_NAMES, compile_offline, plan_jobs
+    from dynskip.cli.validate_compile import print_json, print_table
+    from dynskip.validation.offline.compile_kernels import TRITON_OP_NAMES, compile_offline, plan_jobs
 
     jobs = plan_jobs(
         tuple(args.dtype or DTYPES),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynskip.engine.model_runner import StepRunner
 from dynskip.engine.request import OutputSequence
-from dynskip.engine.runner import StepRunner
 
 
 class NonFiniteError(ArithmeticError):

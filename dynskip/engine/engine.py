@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from dynskip.arguments import as_int, as_token_ids, shown
-from dynskip.engine.costs import StepCosts
-from dynskip.engine.default_costs import default_costs
-from dynskip.engine.execution import Execution, sequence_of
+from dynskip.causal_lm import ExecutorName, OPTForCausalLM, check_tokens
+from dynskip.costs.defaults import default_costs
+from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.kv_pool import KVPool
-from dynskip.engine.outcome import Tally
-from dynskip.engine.policy import make_policy
+from dynskip.engine.model_runner import StepRunner
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import OnToken, OutputSequence, Request, RequestOutput
-from dynskip.engine.runner import StepRunner
-from dynskip.engine.scheduler import Scheduler
-from dynskip.engine.sequence import SequenceState
 from dynskip.engine.stats import EngineStats
+from dynskip.engine.step import Execution, sequence_of
 from dynskip.engine.token_stream import TokenStream
-from dynskip.executor import CompactExecutor
-from dynskip.kv_cache import available_bytes
-from dynskip.model import ExecutorName, OPTForCausalLM, check_tokens
-from dynskip.routing import Paths, Route, resolve
+from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.kv_cache import available_bytes
+from dynskip.routing.routes import Paths, Route, resolve
 from dynskip.sampling import Sampler, SamplingParams
+from dynskip.scheduler.outcome import Tally
+from dynskip.scheduler.policies.policy import make_policy
+from dynskip.scheduler.scheduler import Scheduler
+from dynskip.scheduler.sequence import SequenceState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

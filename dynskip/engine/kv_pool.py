@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dynskip.engine.kv_budget import KVBudget
-from dynskip.engine.sequence import SequenceState, Status
-from dynskip.kv_cache import KVCache
-from dynskip.reference_executor import ReferenceCache
+from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.reference import ReferenceCache
+from dynskip.scheduler.kv_budget import KVBudget
+from dynskip.scheduler.sequence import SequenceState, Status
 
 
 class KVPool(KVBudget):

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from dynskip.engine.outcome import Tally
 from dynskip.engine.stats import EngineStats
+from dynskip.scheduler.outcome import Tally
 
 if TYPE_CHECKING:
     from dynskip.engine.engine import Engine

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from dynskip.engine.sequence import SequenceState
 from dynskip.paths import LayerPath
-from dynskip.routing import Route
+from dynskip.routing.routes import Route
 from dynskip.sampling import Sampler, SamplingParams
+from dynskip.scheduler.sequence import SequenceState
 
 # Called with the request's id, the number of the output and its new token.
 OnToken = Callable[[Hashable, int, int], None]

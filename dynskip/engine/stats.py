@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynskip.engine.outcome import Outcome
+from dynskip.scheduler.outcome import Outcome
 
 if TYPE_CHECKING:
     from dynskip.engine.engine import Engine

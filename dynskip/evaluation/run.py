@@ -13,17 +13,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dynskip.benchmark import machine
-from dynskip.evaluation.context import Context, num_rows
-from dynskip.evaluation.dataset import duplicates, read_splits
-from dynskip.evaluation.experiments import EXPERIMENTS
-from dynskip.evaluation.items import WorkItem
-from dynskip.evaluation.setup import Setup
-from dynskip.evaluation.store import ItemStore
-from dynskip.evaluation.tasks import TASKS
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.data.provenance import write_json
+from dynskip.evaluation.registry import EXPERIMENTS
+from dynskip.evaluation.sweep.context import Context, num_rows
+from dynskip.evaluation.sweep.dataset import duplicates, read_splits
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.task_registry import TASKS
 from dynskip.evaluation.workers import run_here, run_in_processes
-from dynskip.model import OPTForCausalLM
-from dynskip.training.provenance import write_json
+from dynskip.measure import machine
 
 SCHEMA = 1
 

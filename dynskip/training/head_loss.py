@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dynskip.training.batches import IGNORED
+from dynskip.data.batches import IGNORED
 
 # Logits of 512 rows and 4096 tokens fill 8 MiB in fp32: what the softmax reads a second time is still in the cache.
 _ROWS_PER_CHUNK = 512

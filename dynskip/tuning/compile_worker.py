@@ -17,17 +17,17 @@ import triton
 from triton.errors import TritonError
 from triton.runtime import driver
 
-from dynskip.cubin import read_resources
 from dynskip.kernels.configs import use_configs
 from dynskip.kernels.launches import compile_only
-from dynskip.offline_worker import OfflineDriver
-from dynskip.row_ops import get_row_ops
+from dynskip.ops.row_ops import get_row_ops
 from dynskip.tuning.compiling import Usage
 from dynskip.tuning.dimensions import Dimensions
 from dynskip.tuning.space import Constants
 from dynskip.tuning.table import candidate_table
 from dynskip.tuning.tasks import Task
 from dynskip.tuning.workload import Workload
+from dynskip.validation.offline.resources import read_resources
+from dynskip.validation.offline.worker import OfflineDriver
 
 
 def compile_candidate(capability: int, task: Task, constants: Constants) -> Usage:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from triton.errors import TritonError
 
-from dynskip.benchmark.device import Device, time_in_turns
 from dynskip.kernels.configs import use_configs
-from dynskip.row_ops import RowOps
+from dynskip.measure.device import Device, time_in_turns
+from dynskip.ops.row_ops import RowOps
 from dynskip.tuning.compiling import Compiler, Usage
 from dynskip.tuning.space import REFINED, Constants, Limits, default_constants, tiles, variations
 from dynskip.tuning.table import candidate_table

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dynskip.kernels.row_list import RowList, RowNorm
-from dynskip.row_ops import RowOps
-from dynskip.row_validation import validate_row_case
+from dynskip.ops.row_ops import RowOps
 from dynskip.tuning.tasks import Task
-from dynskip.validation_draws import Arguments, Case
+from dynskip.validation.tensors import Arguments, Case
+from dynskip.validation.validate_rows import validate_row_case
 
 _NUM_UNLISTED = 2
 

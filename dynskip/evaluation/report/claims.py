@@ -60,7 +60,7 @@ def strategies(summary: Summary, weights: str) -> Strategies:
 
 def trained_budgets(model: str | None) -> tuple[int, ...] | None:
     """The budgets of the uniform paths that the recipe of a model of the package trains along, or None."""
-    from dynskip.training.config import PRESETS
+    from dynskip.training.pretrain.config import PRESETS
 
     if model not in PRESETS:
         return None

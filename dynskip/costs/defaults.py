@@ -1,0 +1,79 @@
+"""The costs that an engine works with where nobody gives it any."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+
+import torch
+
+from dynskip.assets import OPT_MINI, opt_mini_directory
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.costs.layer_costs import LayerCosts, MachineSpeed, ModelShape
+from dynskip.costs.step_costs import StepCosts
+from dynskip.costs.store import device_key, load_cached, shape_key
+from dynskip.models.decoder import embedding_size
+
+# Bandwidth and arithmetic of a usual device of each kind: which paths are worth a step depends on their ratio only.
+_USUAL = {"cpu": MachineSpeed(bandwidth_gbps=40.0, peak_gflops=500.0), "cuda": MachineSpeed(2500.0, 500e3)}
+
+
+class UnmeasuredCostsWarning(UserWarning):
+    """The scheduler works with predicted costs, because none were measured."""
+
+
+def default_costs(model: OPTForCausalLM) -> StepCosts:
+    """What `dynskip calibrate` measured on this device for models of this shape; else a prediction, with a warning."""
+    device = device_key(str(model.device))
+    shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))
+    known = load_cached(device, shape)
+    if known is not None:
+        return known
+    warnings.warn(
+        f"No costs were measured for {shape} on {device}: the scheduler predicts them from bytes and operations. "
+        f"{_advice(model)} measures them.",
+        UnmeasuredCostsWarning,
+        stacklevel=3,
+    )
+    costs = LayerCosts.modelled(_shape(model), _USUAL[model.device.type])
+    return StepCosts(model.num_layers, costs, costs, device=device, predicted=True)
+
+
+def calibrate_command(model: OPTForCausalLM, name: str | None = None) -> str:
+    """The command that measures costs for models of this shape and dtype on this device, with as many threads.
+
+    name: of a folder or hub id that holds such a model; None: where this one came from.
+    Raises ValueError for a model that came from none, and no name.
+    """
+    source = model.config.name_or_path if name is None else name
+    if not source:
+        raise ValueError("calibrate_command: name must be given for a model that was not loaded, got None. Save it.")
+    words = ["dynskip", "calibrate", "--model", OPT_MINI if source == str(opt_mini_directory()) else source]
+    if model.dtype != torch.bfloat16:
+        words += ["--dtype", str(model.dtype).removeprefix("torch.")]
+    if model.device.type == "cpu":
+        words += ["--threads", str(torch.get_num_threads())]
+    else:
+        words += ["--device", str(model.device)]
+    return shlex.join(words)
+
+
+def _advice(model: OPTForCausalLM) -> str:
+    """What to run; a model made in memory is to be saved first."""
+    if model.config.name_or_path:
+        return f"`{calibrate_command(model)}`"
+    return f'`model.save_pretrained("FOLDER")` and then `{calibrate_command(model, "FOLDER")}`'
+
+
+def _shape(model: OPTForCausalLM) -> ModelShape:
+    config, itemsize = model.config, model.dtype.itemsize
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
+    head = config.vocab_size * embedding_size(config)
+    return ModelShape(
+        num_layers=model.num_layers,
+        layer_bytes=layer * itemsize,
+        layer_flops_per_row=2 * layer,
+        head_bytes=head * itemsize,
+        head_flops_per_row=2 * head,
+        kv_entry_bytes=model.kv_entry_bytes,
+    )

@@ -1,0 +1,92 @@
+"""Where measured costs are kept: one file per device and model shape in the user's cache."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from dynskip.costs.step_costs import StepCosts
+
+
+class CostCacheWarning(UserWarning):
+    """Measured costs cannot be read, so the scheduler works with predicted ones."""
+
+
+_OTHER_FOLDER = "Set DYNSKIP_CACHE to a folder of your own"
+
+
+def cache_folder() -> Path:
+    """``$DYNSKIP_CACHE``, or ``dynskip`` in the user's folder for caches; ValueError for a user without a home."""
+    chosen, caches = os.environ.get("DYNSKIP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return (Path(caches) if caches else Path.home() / ".cache") / "dynskip"
+    except RuntimeError as error:  # there is neither $HOME nor an entry of this user in the password database
+        raise ValueError(f"cache_folder: the user must have a home, got none. {_OTHER_FOLDER}.") from error
+
+
+def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
+    """The name of a device as a file name: a GPU's own, or the CPU's and the number of threads that torch uses."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return _slug(torch.cuda.get_device_name(device))
+    return _slug(f"{_cpu_name()} {torch.get_num_threads() if num_threads is None else num_threads} threads")
+
+
+def shape_key(config: Any, dtype: str) -> str:
+    """What of a model decides its costs, from transformers' ``OPTConfig``: layers, sizes, vocabulary, dtype."""
+    sizes = (config.num_hidden_layers, config.hidden_size, config.ffn_dim, config.vocab_size)
+    return "-".join(f"{letter}{size}" for letter, size in zip("lcfv", sizes, strict=True)) + f"-{dtype}"
+
+
+def cached_path(device: str, shape: str) -> Path:
+    """Where the costs of a device and a shape, each by its key, are kept; ValueError for a user without a home."""
+    return cache_folder() / "costs" / device / f"{shape}.json"
+
+
+def load_cached(device: str, shape: str) -> StepCosts | None:
+    """The costs that `dynskip calibrate` has left for a device and a shape; None where it has not run.
+
+    None as well, with a CostCacheWarning, where they cannot be read: something else stands in their file, or it is
+    closed to this user.
+    """
+    try:
+        path = cached_path(device, shape)
+    except ValueError:
+        return None  # nothing was ever kept; `dynskip calibrate` says what to do about it
+    try:
+        costs = StepCosts.read(path)
+        if not shape.startswith(f"l{costs.num_layers}-"):
+            raise ValueError(f"costs of {costs.num_layers} layers")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
+        warnings.warn(
+            f"The costs in {path} cannot be used ({reason}). Remove the file and run `dynskip calibrate`. "
+            f"{_OTHER_FOLDER} where this one is not yours.",
+            CostCacheWarning,
+            stacklevel=2,
+        )
+        return None
+    return costs
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,138 @@
+"""Runs the tokens that the scheduler has chosen through the model: from sequences to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynskip.causal_lm import ExecutorName, OPTForCausalLM
+from dynskip.engine.request import OutputSequence
+from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.reference import ReferenceCache, ReferenceExecutor
+from dynskip.execution.step import Step, packed_positions
+from dynskip.routing.routes import PathRoute, StepTokens
+
+if TYPE_CHECKING:
+    from dynskip.engine.in_flight import TokensInFlight
+
+
+class Span(NamedTuple):
+    """``num_tokens`` tokens of a sequence from its token ``first`` on, whose predecessors are in the cache."""
+
+    sequence: OutputSequence
+    first: int
+    num_tokens: int
+
+
+class StepRunner:
+    """Runs spans of sequences, whose routes have one key, and returns logits.
+
+    deterministic: a row's bits do not depend on its neighbours; None: as the model was made.
+    alone: with an executor of its own, whose buffers and graphs no other user of the model takes away.
+    reads_late: whether the host may read a decode step's tokens while the next one runs, as it does on a GPU.
+    """
+
+    def __init__(
+        self, model: OPTForCausalLM, executor: ExecutorName, deterministic: bool | None = None, alone: bool = False
+    ) -> None:
+        self.model = model
+        self.deterministic = model.deterministic if deterministic is None else deterministic
+        self.reads_late = model.device.type == "cuda"
+        self.executor: Any = model.executor(executor)  # with caches of its own kind
+        if executor == "compact" and (alone or self.deterministic != model.deterministic):
+            self.executor = self._compact_executor()
+        self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
+
+    def prompt(self, spans: Sequence[Span], cache: KVCache | ReferenceCache) -> Tensor:
+        """[B, V]: the logits of the last token of each span: all begin their sequences, or none does."""
+        step = self._spans_step(spans, [span.sequence.state.cache_id for span in spans], is_prompt=True)
+        last_rows = torch.tensor([span.num_tokens for span in spans]).cumsum(0) - 1
+        return self._head(self.executor.run(step, cache)[to_device(last_rows, self.model.device)])
+
+    def decode(
+        self, spans: Sequence[Span], cache: KVCache | ReferenceCache, in_flight: TokensInFlight | None = None
+    ) -> Tensor:
+        """[B, V]: the logits of spans of one token each; the next step may overwrite them.
+
+        in_flight: holds the tokens of those spans whose tokens the host does not know.
+        """
+        step = self.decode_step(spans, in_flight)
+        if isinstance(self.executor, CompactExecutor):
+            assert isinstance(cache, KVCache), "each executor makes its own cache"
+            logits = self.executor.logits(step, cache)
+            if logits is not None:
+                return logits
+        return self._head(self.executor.run(step, cache))
+
+    def decode_step(self, spans: Sequence[Span], in_flight: TokensInFlight | None = None) -> Step:
+        """The decode step of ``spans``; its plan is kept while they and their paths stay the same."""
+        places = [(span.sequence, span.sequence.state.cache_id) for span in spans]
+        firsts = [span.first for span in spans]
+        if in_flight is None:
+            tokens = [span.sequence.tokens(span.first, 1)[0] for span in spans]
+            token_ids, position_ids = to_device(torch.tensor([tokens, firsts]), self.model.device)
+        else:
+            token_ids, position_ids = in_flight.inputs(spans)
+        routes = [sequence.route for sequence, _ in places]
+        if self._decode is not None and self._decode[0] == places and isinstance(routes[0], PathRoute):
+            old = self._decode[1]
+            return Step(token_ids, position_ids, old.cache_ids, old.plan, decode=True)
+        plan = routes[0].plan(routes, StepTokens(tuple(firsts), (1,) * len(spans), is_prompt=False))
+        cache_ids = to_device(torch.tensor([cache_id for _, cache_id in places]), self.model.device)
+        step = Step(token_ids, position_ids, cache_ids, plan, decode=True)
+        self._decode = (places, step)
+        return step
+
+    def forget(self) -> None:
+        """Plan the next step anew, whoever takes part in it."""
+        self._decode = None
+
+    @torch.no_grad()
+    def run_alone(self, sequence: OutputSequence, on_layer: Callable[[int, Tensor], None]) -> tuple[Tensor, Tensor]:
+        """[N, C] and [1, V]: the last layer's output, and the logits after the last token, of ``sequence`` run again.
+
+        Prompt and output, each in one step, in a cache and by an executor of their own: nothing else notices.
+        on_layer: as in `CompactExecutor.run`, of both steps.
+        """
+        is_reference = isinstance(self.executor, ReferenceExecutor)
+        executor: Any = ReferenceExecutor(self.model.model.decoder) if is_reference else self._compact_executor()
+        num_prompt, num_tokens = len(sequence.prompt_ids), sequence.num_tokens
+        cache = executor.new_cache(1, num_tokens, sequence.route.num_entries(num_tokens))
+        spans = [Span(sequence, 0, num_prompt), Span(sequence, num_prompt, num_tokens - num_prompt)]
+        for span in spans:
+            if span.num_tokens:
+                step = self._spans_step([span], [0], is_prompt=span.first == 0)
+                hidden_states = executor.run(step, cache, on_layer)
+        return hidden_states, self._head(hidden_states[-1:])
+
+    def _compact_executor(self) -> CompactExecutor:
+        model = self.model
+        return CompactExecutor(model.model.decoder, model.lm_head, model.backend, self.deterministic)
+
+    def _spans_step(self, spans: Sequence[Span], cache_ids: Sequence[int], is_prompt: bool) -> Step:
+        counts = tuple(span.num_tokens for span in spans)
+        firsts = tuple(span.first for span in spans)
+        tokens = [token for span in spans for token in span.sequence.tokens(span.first, span.num_tokens)]
+        positions = packed_positions(counts, torch.device("cpu"))
+        if any(firsts):
+            positions += torch.tensor(firsts).repeat_interleave(torch.tensor(counts))
+        routes = [span.sequence.route for span in spans]
+        device = self.model.device
+        token_ids, position_ids = to_device(torch.stack([torch.tensor(tokens), positions]), device)
+        plan = routes[0].plan(routes, StepTokens(firsts, counts, is_prompt=is_prompt))
+        return Step(token_ids, position_ids, to_device(torch.tensor(cache_ids), device), plan, fresh=not any(firsts))
+
+    def _head(self, hidden_states: Tensor) -> Tensor:
+        if not isinstance(self.executor, CompactExecutor):
+            return self.model.head(hidden_states, "reference")
+        finished = self.model.model.decoder.finish(hidden_states, self.deterministic)
+        return self.model.lm_head(finished, deterministic=self.deterministic)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on ``device``, by a copy that is not waited for."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

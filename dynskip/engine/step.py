@@ -1,0 +1,367 @@
+"""Carries out what the scheduler has decided: prefills and decode rows, tokens chosen, sequences ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dynskip.engine.diagnosis import diagnose
+from dynskip.engine.in_flight import TokensInFlight
+from dynskip.engine.kv_pool import KVPool
+from dynskip.engine.model_runner import Span, StepRunner
+from dynskip.engine.prefixes import PrefixIndex
+from dynskip.engine.request import OutputSequence, Request
+from dynskip.routing.routes import PathRoute
+from dynskip.sampling import NOT_FINITE, choose_tokens
+from dynskip.scheduler.outcome import Tally
+from dynskip.scheduler.scheduler import Chunk, Decision, Scheduler
+from dynskip.scheduler.sequence import SequenceState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens that are decoded with those that a stop text may have.
+_NUM_CONTEXT = 8
+# Sequences, and their logits [B, V].
+Logits = tuple[list[OutputSequence], Tensor]
+
+
+@dataclass
+class Execution:
+    """Runs the sequences of a decision, and books what becomes of them.
+
+    An exception in what belongs to a request ends that request; nobody else notices.
+    now: the engine's clock. on_end: called with a request all of whose outputs have ended.
+    model_s: how long the model and the choice of tokens took since it was set to zero.
+    in_flight: the tokens of the last decode step, where they were not read; see `StepRunner.reads_late`.
+    """
+
+    runner: StepRunner
+    kv: KVPool
+    scheduler: Scheduler
+    prefixes: PrefixIndex
+    tally: Tally
+    tokenizer: PreTrainedTokenizerBase | None
+    now: Callable[[], float]
+    on_end: Callable[[Request], None]
+    model_s: float = 0.0
+    in_flight: TokensInFlight | None = None
+    _union: int = 0  # the layers that rows of the step have run, as bits
+
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Run chunks of prompts, and choose the next token of those that are complete."""
+        if not chunks:
+            return
+        self.tally.num_prefills += 1
+        now_s = self.now()
+        begun: list[Span] = []
+        going_on: list[Span] = []
+        copies: dict[OutputSequence, list[OutputSequence]] = {}
+        leaders: dict[Hashable, OutputSequence] = {}
+        for chunk in chunks:
+            sequence, first, end = sequence_of(chunk.sequence), chunk.first, chunk.first + chunk.num_tokens
+            if chunk.sequence.cache_id < 0:
+                self.kv.open(chunk.sequence)
+                chunk.sequence.num_shared = 0
+                if sequence.request.admitted_s is None:
+                    sequence.request.admitted_s = now_s
+                if first == 0 and chunk.is_last and chunk.sequence.num_generated == 1:
+                    leader = leaders.setdefault(_prompt_key(sequence), sequence)
+                    if leader is not sequence:
+                        copies.setdefault(leader, []).append(sequence)
+                        continue
+                self._share_prefix(sequence)
+            first = max(first, sequence.state.num_shared)
+            if first < end:
+                (going_on if first else begun).append(Span(sequence, first, end - first))
+        complete = {sequence_of(chunk.sequence) for chunk in chunks if chunk.is_last}
+        runs = [*_by_key(begun), *_by_key(going_on)]
+        while runs:
+            for same in runs:
+                self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
+            # Those whose prompt was to be that of another, which failed.
+            runs = _by_key([Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest])
+            copies = {}
+
+    def decode(self, decision: Decision) -> None:
+        """Run the last token of each decode row, and choose its next.
+
+        Tokens in flight are read behind it, and then its own, too, where nobody is left for a next step.
+        """
+        before = self.in_flight
+        self._decode_rows(decision)
+        if self.in_flight is before or not self.scheduler.has_unfinished:
+            self.read()
+
+    def read(self) -> None:
+        """Give the sequences whose tokens are in flight these tokens, and see whether they are the last."""
+        if self.in_flight is not None:
+            self._land(self.in_flight)
+            self.in_flight = None
+
+    def _decode_rows(self, decision: Decision) -> None:
+        tally = self.tally
+        spans: list[Span] = []
+        num_paths = 0
+        self._union = 0
+        for group, states in decision.parts:
+            # The step is booked: the last of a sequence's tokens is the one that this row gives it.
+            part = [
+                Span(sequence, state.num_tokens - 2, 1)
+                for state in states
+                if (sequence := sequence_of(state)).finish_reason is None
+            ]
+            if part:
+                spans += part
+                num_paths += 1
+                if num_fixed := sum(span.sequence.path is not None for span in part):
+                    self._union |= group.mask
+                    tally.num_row_layers += num_fixed * group.path.budget
+        if not spans:
+            return
+        tally.num_decode_steps += 1
+        tally.num_rows += len(spans)
+        tally.num_paths += num_paths
+        for same in _by_key(spans):
+            attempts = self._attempt(same, self._run_decode)
+            for sequences, logits in attempts:
+                if len(attempts) == 1 and self._may_fly(sequences):
+                    self._launch(sequences, logits)
+                else:
+                    self._accept(sequences, logits)
+        tally.num_union_layers += self._union.bit_count()
+
+    def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
+        return self.runner.prompt(spans, self.kv.cache)
+
+    def _run_decode(self, spans: Sequence[Span]) -> Tensor:
+        if spans[0].sequence.path is not None:
+            return self.runner.decode(spans, self.kv.cache, self.in_flight)
+        # Only the executor knows how many rows ran each layer.
+        counts = self.runner.executor.row_counts
+        before = [*counts.run]
+        logits = self.runner.decode(spans, self.kv.cache, self.in_flight)
+        num_run = [after - earlier for after, earlier in zip(counts.run, before, strict=True)]
+        self.tally.num_row_layers += sum(num_run)
+        self._union |= sum(1 << layer for layer, count in enumerate(num_run) if count)
+        return logits
+
+    def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Tensor]) -> list[Logits]:
+        """The sequences and their logits. Where running them together raises, each runs alone, or ends by it."""
+        spans = [span for span in spans if span.sequence.finish_reason is None]
+        if not spans:
+            return []
+        begin_s = time.perf_counter()
+        mark = self.kv.cache.mark([span.sequence.state.cache_id for span in spans])
+        try:
+            logits = run(spans)
+        except Exception as error:
+            self.kv.cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
+            self.read()  # whoever fails gets what was chosen before, and may have ended by it
+            if len(spans) == 1:
+                if spans[0].sequence.finish_reason is None:
+                    self._fail(spans[0].sequence, error)
+                return []
+            alone = [each for span in spans for each in self._attempt([span], run)]
+            return [(sequences, logits.clone()) for sequences, logits in alone]
+        self.model_s += time.perf_counter() - begin_s
+        return [([span.sequence for span in spans], logits)]
+
+    def _accept_complete(
+        self,
+        attempts: Sequence[Logits],
+        complete: set[OutputSequence],
+        copies: dict[OutputSequence, list[OutputSequence]],
+    ) -> None:
+        """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
+        for sequences, logits in attempts:
+            rows: list[int] = []
+            accepted: list[OutputSequence] = []
+            for row, sequence in enumerate(sequences):
+                # The callback of another may have ended it; its copies run on their own then.
+                if sequence not in complete or sequence.finish_reason is not None:
+                    continue
+                rows.append(row)
+                accepted.append(sequence)
+                for copy in copies.pop(sequence, ()):
+                    if copy.finish_reason is not None:
+                        continue
+                    self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
+                    self.tally.num_shared_tokens += len(copy.prompt_ids)
+                    rows.append(row)
+                    accepted.append(copy)
+            for sequence in accepted:
+                self.prefixes.add(sequence)
+            if accepted:
+                self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
+
+    def _may_fly(self, sequences: Sequence[OutputSequence]) -> bool:
+        """Whether the tokens of a decode step may be read late: nothing but the most likely tokens is asked for.
+
+        Not where a controller or a mask decides for each token: it would see tokens behind the last one.
+        """
+        return self.runner.reads_late and all(
+            sequence.params.greedy
+            and sequence.params.logprobs is None
+            and sequence.path is not None
+            and not sequence.is_replayed
+            for sequence in sequences
+        )
+
+    def _launch(self, sequences: list[OutputSequence], logits: Tensor) -> None:
+        """Let the device choose the tokens of a decode step, and read those of the one before meanwhile."""
+        begin_s = time.perf_counter()
+        before, self.in_flight = self.in_flight, TokensInFlight(sequences, logits)
+        self.model_s += time.perf_counter() - begin_s
+        if before is not None:
+            self._land(before)
+        for sequence in sequences:
+            if sequence.finish_reason is None and sequence.state.num_generated >= sequence.state.max_tokens:
+                self._leave(sequence, self.scheduler.finished)
+
+    def _land(self, in_flight: TokensInFlight) -> None:
+        begin_s = time.perf_counter()
+        tokens = in_flight.read()
+        self.model_s += time.perf_counter() - begin_s
+        now_s = self.now()
+        for sequence, token in zip(in_flight.sequences, tokens, strict=True):
+            if sequence.finish_reason is None:
+                self._append(sequence, token, None, now_s)
+
+    def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
+        """Choose a token from the logits of each sequence, unless it has one, and see whether it is the last."""
+        self.read()
+        rows = [row for row, sequence in enumerate(sequences) if not sequence.is_replayed]
+        if len(rows) < len(sequences):
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
+        if not rows:
+            return
+        begin_s = time.perf_counter()
+        if any(sequence.params.logprobs is not None for sequence in sequences):
+            logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
+        tokens: list[int | None]
+        try:
+            tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
+        except Exception:
+            for sequence in sequences:
+                sequence.sampler.take_back(len(sequence.token_ids))
+            tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
+        self.model_s += time.perf_counter() - begin_s
+        now_s = self.now()
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            # A request that has failed takes its other outputs with it.
+            if token is not None and sequence.finish_reason is None:
+                self._append(sequence, token, None if sequence.params.logprobs is None else logits[row], now_s)
+
+    def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
+        try:
+            return choose_tokens(logits[None], [sequence.sampler])[0]
+        except Exception as error:
+            self._fail(sequence, error)
+            return None
+
+    def _append(self, sequence: OutputSequence, token: int, logits: Tensor | None, now_s: float) -> None:
+        """Give ``sequence`` a token. ``logits``: [V], those it was chosen from; only for log-probabilities."""
+        request, params = sequence.request, sequence.params
+        if token == NOT_FINITE:
+            self._fail(sequence, diagnose(self.runner, sequence))
+            return
+        try:
+            if params.logprobs is not None:
+                assert logits is not None, "tokens with log-probabilities do not fly"
+                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+            sequence.token_ids.append(token)
+            self.tally.num_tokens += 1
+            if request.first_s is None:
+                request.first_s = now_s
+            if request.on_token is not None:
+                request.on_token(request.request_id, sequence.index, token)
+            reason = self.finish_reason(sequence)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        if reason is not None and sequence.finish_reason is None:
+            self.finish(sequence, reason)
+
+    def finish_reason(self, sequence: OutputSequence) -> str | None:
+        """Why ``sequence`` ends with the token that it has last; None where it goes on."""
+        if sequence.token_ids[-1] in sequence.request.stop_ids:
+            return "stop"
+        if sequence.params.stop:
+            assert self.tokenizer is not None, "add_request refuses stop texts without a tokenizer"
+            # The new token ends what it completes: a text of n characters has at most 4 n bytes, and as many tokens.
+            num_last = 4 * max(map(len, sequence.params.stop)) + _NUM_CONTEXT
+            text = self.tokenizer.decode(sequence.token_ids[-num_last:], skip_special_tokens=True)
+            if any(stop in text for stop in sequence.params.stop):
+                return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.state.max_tokens else None
+
+    def finish(self, sequence: OutputSequence, reason: str) -> None:
+        """End ``sequence``, whose last token was its last."""
+        sequence.finish_reason = reason
+        self._leave(sequence, self.scheduler.finished)
+        if sequence.request.has_ended:
+            self.on_end(sequence.request)
+
+    def end(self, request: Request, reason: str) -> None:
+        """End what of ``request`` has not ended."""
+        if request.has_ended:
+            return
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                self._leave(sequence, self.scheduler.abort)
+        self.on_end(request)
+
+    def _leave(self, sequence: OutputSequence, how: Callable[[Hashable], SequenceState]) -> None:
+        """Let the scheduler forget ``sequence``, unless it has: it does so before the last token is read."""
+        self.prefixes.discard(sequence)
+        if self.scheduler.knows(sequence):
+            how(sequence)
+
+    def _fail(self, sequence: OutputSequence, error: Exception) -> None:
+        sequence.request.error = error
+        self.end(sequence.request, "error")
+
+    def _share_prefix(self, sequence: OutputSequence) -> None:
+        found = self.prefixes.find(sequence)
+        if found is not None:
+            source, num_tokens = found
+            self.kv.cache.share(source.state.cache_id, sequence.state.cache_id, num_tokens)
+            sequence.state.num_shared = num_tokens
+            self.tally.num_shared_tokens += num_tokens
+        else:
+            sequence.state.num_shared = 0
+
+
+def sequence_of(state: SequenceState) -> OutputSequence:
+    sequence = state.request_id
+    assert isinstance(sequence, OutputSequence), "the engine gives the scheduler sequences for ids"
+    return sequence
+
+
+def _prompt_key(sequence: OutputSequence) -> Hashable:
+    """Equal for sequences whose prompts leave the same entries and logits."""
+    whose = sequence.path if isinstance(sequence.route, PathRoute) else id(sequence.request)
+    return whose, tuple(sequence.prompt_ids)
+
+
+def _by_key(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans of each key together: those that may share a step."""
+    if len({id(span.sequence.route) for span in spans}) <= 1 and spans:
+        return [list(spans)]
+    same: dict[Hashable, list[Span]] = {}
+    for span in spans:
+        same.setdefault(span.sequence.route.key, []).append(span)
+    return list(same.values())
+
+
+def _top_logprobs(logits: Tensor, token: int, num_top: int) -> dict[int, float]:
+    logprobs = logits.float().log_softmax(0)
+    values, tokens = logprobs.topk(min(num_top, logprobs.numel()))
+    top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+    return {token: float(logprobs[token]), **top}

@@ -1,0 +1,245 @@
+"""How far the final states of a skipping model are from those of the full one (arXiv 2410.20022, section 3.1).
+
+Teacher-forced, in float32, the final LayerNorm on both sides, on the tokens that predict the response. Uniform layer
+skipping (ULS), random skipping (RLS, with and without the first layer kept) and early exit, at equal budgets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynskip.data.batches import group_in_order
+from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.context import Context
+from dynskip.evaluation.sweep.dataset import Row
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.generations import stable_seed
+from dynskip.llm import LLM
+from dynskip.paths import LayerPath
+
+FIXED, DRAWN = ("uls", "exit"), ("rls", "rls-first")
+METRICS = ("cosine_final", "cosine_layers", "kl", "same_token")
+_SHARD_SIZE = 50
+# States of all layers and logits of all tokens of a batch are held at once, twice.
+_TOKENS_PER_BATCH = 4096
+
+
+def strategy_path(strategy: str, budget: int, num_layers: int, seed: int, row: int) -> LayerPath:
+    """The path of the prompt at ``row`` under a strategy; for a drawn one it depends on seed and row."""
+    if strategy == "uls":
+        return LayerPath.uniform(num_layers, budget=budget)
+    if strategy == "exit":
+        return LayerPath.early_exit(num_layers, budget=budget)
+    if strategy not in DRAWN:
+        raise ValueError(f"strategy_path: strategy must be one of {', '.join(FIXED + DRAWN)}, got {strategy!r}.")
+    drawn = stable_seed(strategy, budget, seed, row)
+    return LayerPath.random(num_layers, budget=budget, seed=drawn, keep_first=strategy == "rls-first")
+
+
+def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
+    """The items: by weights, by shard, the fixed strategies once and the drawn ones for each seed."""
+    options = (
+        ("device", setup.device),
+        ("max_tokens", setup.max_tokens),
+        ("num_rows", num_prompts(setup)),
+        ("shard_size", _SHARD_SIZE),
+        ("split_seed", setup.split_seed),
+        ("template", setup.template),
+    )
+    items = []
+    for checkpoint in _checkpoints(setup).values():
+        for seed in range(setup.seeds + 1):
+            strategies = [f"{name}:{budget}" for name in (DRAWN if seed else FIXED) for budget in setup.budgets]
+            items += [
+                WorkItem(
+                    "states", checkpoint.hash, " ".join(strategies), setup.data_hash, setup.split, seed, shard, options
+                )
+                for shard in range(-(-num_prompts(setup) // _SHARD_SIZE))
+            ]
+    return items
+
+
+def num_prompts(setup: Setup) -> int:
+    """How many prompts the states are compared on."""
+    return setup.state_prompts or setup.prompts
+
+
+def run_states(item: WorkItem, context: Context) -> dict[str, Any]:
+    """By strategy and metric the mean over the response of each prompt in the shard; and how many tokens that were."""
+    rows = _shard(item, context)
+    return compare_states(context.llm(item.checkpoint, "float32"), rows, item.path.split(), item.seed)
+
+
+def probe_states(item: WorkItem, context: Context) -> float:
+    """The seconds that the item should take, from two of its prompts."""
+    rows = _shard(item, context)
+    llm = context.llm(item.checkpoint, "float32")
+    some = rows[:4]
+    compare_states(llm, some[:1], item.path.split()[:1], item.seed)
+    start = time.perf_counter()
+    compare_states(llm, some, item.path.split(), item.seed)
+    num_tokens = [sum(len(row.prompt_ids) + len(row.response_ids) for row in part) for part in (rows, some)]
+    return (time.perf_counter() - start) * num_tokens[0] / num_tokens[1]
+
+
+@torch.no_grad()
+def compare_states(llm: LLM, rows: Sequence[Row], strategies: Sequence[str], seed: int) -> dict[str, Any]:
+    """As ``run_states``, for any rows."""
+    model = llm.model
+    results: dict[str, dict[str, list[float]]] = {
+        strategy: {metric: [0.0] * len(rows) for metric in METRICS} for strategy in strategies
+    }
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+    for indices in group_in_order(lengths, _TOKENS_PER_BATCH):
+        batch = [rows[index] for index in indices]
+        input_ids, attention_mask, scored = _padded(batch, model.device)
+        full_states, full_logits = _states(llm, input_ids, attention_mask, scored, None)
+        counts = scored.sum(1).tolist()
+        for strategy in strategies:
+            name, _, budget = strategy.partition(":")
+            paths = [strategy_path(name, int(budget), model.num_layers, seed, row.index) for row in batch]
+            states, logits = _states(llm, input_ids, attention_mask, scored, paths)
+            tokens = _compare(full_states, full_logits, states, logits)
+            for metric, values in tokens.items():
+                for index, part in zip(indices, torch.split(values.double(), counts), strict=True):
+                    results[strategy][metric][index] = round(float(part.mean()), 8)
+    return {
+        "rows": [row.index for row in rows],
+        "num_tokens": [len(row.response_ids) for row in rows],
+        "strategies": results,
+    }
+
+
+def _padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids and attention_mask [B, T], and [B, T], bool, True at tokens that predict one of the response."""
+    longest = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    attention_mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for seq, row in enumerate(rows):
+        ids = torch.tensor(row.prompt_ids + row.response_ids)
+        input_ids[seq, : len(ids)] = ids
+        attention_mask[seq, : len(ids)] = 1
+        scored[seq, len(row.prompt_ids) - 1 : len(ids) - 1] = True
+    return input_ids.to(device), attention_mask.to(device), scored.to(device)
+
+
+def _states(
+    llm: LLM, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, paths: Sequence[LayerPath] | None
+) -> tuple[list[Tensor], Tensor]:
+    """The state after each layer, L tensors [R, E] behind the final LayerNorm, and the logits [R, V]."""
+    output = llm.model(input_ids, attention_mask, paths, output_hidden_states=True)
+    # Each entry is the input of a layer, so the output of the one before; the last has its LayerNorm behind it.
+    *inputs, last = output.hidden_states
+    finish = llm.model.model.decoder.finish
+    return [finish(state[scored]) for state in inputs[1:]] + [last[scored]], output.logits[scored]
+
+
+def _compare(
+    full_states: Sequence[Tensor], full_logits: Tensor, states: Sequence[Tensor], logits: Tensor
+) -> dict[str, Tensor]:
+    """Each metric of each token, [R]."""
+    cosine = torch.nn.functional.cosine_similarity
+    per_layer = torch.stack([cosine(ours, full, dim=-1) for ours, full in zip(states, full_states, strict=True)])
+    full_logprobs, logprobs = full_logits.log_softmax(-1), logits.log_softmax(-1)
+    return {
+        "cosine_final": per_layer[-1],
+        "cosine_layers": per_layer.mean(0),
+        "kl": (full_logprobs.exp() * (full_logprobs - logprobs)).sum(-1),
+        "same_token": (full_logits.argmax(-1) == logits.argmax(-1)).float(),
+    }
+
+
+def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
+    """The section: each metric by weights, strategy and budget, and uniform skipping minus early exit."""
+    items = plan(setup, store)
+    rows: list[dict[str, Any]] = []
+    num_tokens = 0
+    for weights, checkpoint in _checkpoints(setup).items():
+        values, tokens = _read(store, [item for item in items if item.checkpoint == checkpoint.hash])
+        num_tokens = int(tokens.sum())
+        for budget in setup.budgets:
+            for metric in METRICS:
+                labels = {"metric": metric, "weights": weights, "budget": budget}
+                for strategy in (*FIXED, *DRAWN):
+                    interval = _mean(setup, values[strategy, budget, metric], tokens)
+                    rows.append(interval.row(strategy=strategy, **labels))
+                difference = values["uls", budget, metric] - values["exit", budget, metric]
+                rows.append(_mean(setup, difference, tokens).row(strategy="uls - exit", **labels))
+    notes = [
+        "Teacher-forced on the first prompts of the split; float32; the final LayerNorm before every comparison, also "
+        "between the states of inner layers; means over response tokens, intervals by bootstrap over sequences.",
+        "cosine_layers is the mean over the states after each layer; a skipped layer passes its state on, and early "
+        "exit repeats the state that it left with.",
+        "rls draws a path for each sequence and seed; rls-first keeps layer 0 in it. kl is that of the full model's "
+        "next-token distribution to the skipping model's, in nats.",
+        *_notes_on_weights(setup),
+    ]
+    return {
+        "n": num_prompts(setup),
+        "seeds": setup.seeds,
+        "num_tokens": num_tokens,
+        "rows": rows,
+        "notes": notes,
+    }
+
+
+def _shard(item: WorkItem, context: Context) -> Sequence[Row]:
+    rows = context.prompts(item.checkpoint, item.split, num_prompts(context.setup)).rows
+    return rows[item.shard * _SHARD_SIZE :][:_SHARD_SIZE]
+
+
+def _checkpoints(setup: Setup) -> dict[str, Checkpoint]:
+    found = {"paths": setup.checkpoint}
+    if setup.full_checkpoint != setup.checkpoint:
+        found["full-tuned"] = setup.full_checkpoint
+    return found
+
+
+def _notes_on_weights(setup: Setup) -> list[str]:
+    if not setup.siblings:
+        return []
+    paths = "paths: the weights that all paths share, those of the model."
+    smaller = [budget for budget, _ in setup.siblings if budget != setup.num_layers]
+    notes = [paths]
+    if setup.full_checkpoint != setup.checkpoint:
+        notes = [f"{paths} full-tuned: the sibling of {setup.num_layers} layers, tuned at full depth only."]
+    if smaller:
+        notes.append(
+            f"The siblings of {_listed(smaller)} layers are not compared: a model tuned for one shallower path has no "
+            "full pass to be close to."
+        )
+    return notes
+
+
+def _read(store: ItemStore, items: Sequence[WorkItem]) -> tuple[dict[tuple[str, int, str], Floats], Floats]:
+    """By strategy, budget and metric [N], the mean over seeds for each sequence; and [N], the tokens of each."""
+    parts: dict[tuple[str, int, str], dict[int, list[float]]] = {}
+    tokens: list[int] = []
+    for item in sorted(items, key=lambda item: (item.seed, item.shard)):
+        result = store.result(item)
+        if item.seed == 0:
+            tokens += result["num_tokens"]
+        for strategy, metrics in result["strategies"].items():
+            name, _, budget = strategy.partition(":")
+            for metric, values in metrics.items():
+                parts.setdefault((name, int(budget), metric), {}).setdefault(item.seed, []).extend(values)
+    means = {key: np.mean([by_seed[seed] for seed in sorted(by_seed)], axis=0) for key, by_seed in parts.items()}
+    return means, np.array(tokens, dtype=np.float64)
+
+
+def _mean(setup: Setup, values: Floats, tokens: Floats) -> Interval:
+    return bootstrap_mean(values, tokens, resamples=setup.resamples)
+
+
+def _listed(budgets: Sequence[int]) -> str:
+    return ", ".join(map(str, budgets))

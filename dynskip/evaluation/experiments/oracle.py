@@ -1,0 +1,245 @@
+"""The oracle over depths (arXiv 2410.20022, section 3.3) with the controls that tell its gain from luck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean, point
+from dynskip.evaluation.stats.oracle_controls import OracleScores, dealt
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.path_families import (
+    Member,
+    choices,
+    greedy,
+    greedy_items,
+    notes_on_choices,
+    sampled,
+    sampled_items,
+)
+from dynskip.evaluation.tasks.timing import Part, read_savings, read_speedups, read_times, time_item
+
+FAMILIES = ("paths", "siblings")
+MIX = "oracle at its matching budget"
+# Mean depths, as shares of the layers, at which gains are compared.
+_PLACES = {"quarter": 1 / 4, "third": 1 / 3, "half": 1 / 2, "full": 1.0}
+# What a control is compared with: the same procedure judged on the texts that it chose on.
+REFERENCES = {
+    "cross-fitted": "in-sample",
+    "cross-fitted means": "in-sample",
+    "equal depth": "in-sample",
+    "cross-fitted greedy": "oracle",
+}
+
+
+def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
+    """The items: greedy and sampled generations along each candidate, then the time of the mix that was chosen.
+
+    Raises ValueError where there are fewer draws than candidates.
+    """
+    most = max(map(len, _families(setup).values()))
+    if most > setup.num_samples:
+        raise ValueError(
+            f"eval: candidates must be at most the {setup.num_samples} draws of each prompt, got {most} with the full "
+            "depth. Give fewer --candidates or more --seeds."
+        )
+    items: list[WorkItem] = []
+    for members in _families(setup).values():
+        needed = greedy_items(setup, members)
+        for seed in _seeds(setup):
+            needed += sampled_items(setup, members, seed)
+        items += needed
+        if not store.missing(needed):
+            items.append(_time_item(setup, store, members))
+    return items
+
+
+def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
+    """The section: the oracle by family, its curve, its controls, and what survives them."""
+    section: dict[str, Any] = {
+        "n": setup.prompts,
+        "seeds": setup.seeds,
+        "draws": setup.num_samples,
+        "rows": [],
+        "curves": [],
+        "null_model": [],
+        "histogram": [],
+        "notes": [*_notes(setup), *notes_on_choices(setup)],
+    }
+    for family, members in _families(setup).items():
+        scores = _scores(setup, store, members)
+        item = _time_item(setup, store, members)
+        _add_means(section, family, scores)
+        _add_matching(section, family, scores)
+        _add_gains(section, family, scores)
+        _add_curves(section, family, scores)
+        full = str(setup.num_layers)
+        measured = {
+            "ms_per_token": read_times(store, item),
+            "speedup": read_speedups(store, item, full),
+            "ms_saved": read_savings(store, item, full),
+        }
+        for metric, by_mix in measured.items():
+            section["rows"] += [interval.row(metric=metric, family=family, mix=mix) for mix, interval in by_mix.items()]
+    return section
+
+
+def _families(setup: Setup) -> dict[str, list[Member]]:
+    found = choices(setup)
+    return {name: found[name] for name in FAMILIES if name in found}
+
+
+def _seeds(setup: Setup) -> range:
+    return range(1, setup.num_samples + 1)
+
+
+def _scores(setup: Setup, store: ItemStore, members: list[Member]) -> OracleScores:
+    draws = [sampled(setup, store, members, seed).rouge_l for seed in _seeds(setup)]
+    costs = tuple(member.budget for member in members)
+    return OracleScores(costs, greedy(setup, store, members).rouge_l, np.stack(draws), setup.resamples)
+
+
+def _time_item(setup: Setup, store: ItemStore, members: list[Member]) -> WorkItem:
+    """The item that times each candidate and the mix of the oracle's choice at its matching budget."""
+    scores = OracleScores(
+        tuple(member.budget for member in members),
+        greedy(setup, store, members).rouge_l,
+        np.zeros((2, setup.prompts, len(members))),  # nothing drawn is asked for here
+        resamples=1,
+    )
+    counts = dealt(_matching_choice(scores), len(members), setup.timed_batch)
+    batches = {str(member.budget): [Part(member.checkpoint.hash, member.path, setup.timed_batch)] for member in members}
+    mix = [
+        Part(member.checkpoint.hash, member.path, count) for member, count in zip(members, counts, strict=True) if count
+    ]
+    return time_item(setup, {**batches, MIX: mix})
+
+
+def _matching_choice(scores: OracleScores) -> Any:
+    return scores.knapsack.choose(scores.knapsack.smallest_budget(float(scores.greedy[:, -1].mean())))
+
+
+def _add_means(section: dict[str, Any], family: str, scores: OracleScores) -> None:
+    rows = section["rows"]
+    best_up_to = np.maximum.accumulate(scores.greedy, axis=1)
+    tables: dict[str, Floats] = {
+        "mean": scores.greedy,
+        "best_up_to": best_up_to,
+        "mean_sampled": scores.sampled.mean(0),
+        "best_of_draws": scores.best_of_draws(),
+        "best_of_draws - mean_sampled": scores.best_of_draws() - scores.sampled.mean(0),
+    }
+    for metric, table in tables.items():
+        interval = bootstrap_mean(table, resamples=scores.resamples)
+        for column, budget in enumerate(scores.costs):
+            rows.append(interval.at(column).row(metric=metric, family=family, budget=budget))
+    depths = scores.best_of_depths()
+    of_full = depths - scores.sampled[:, :, -1].mean(0)
+    rows.append(bootstrap_mean(depths, resamples=scores.resamples).row(metric="best_of_depths", family=family))
+    rows.append(
+        bootstrap_mean(of_full, resamples=scores.resamples).row(metric="best_of_depths - mean_sampled", family=family)
+    )
+    # How far the same prompt's texts differ at equal depth: the noise that any choice on one text drinks from.
+    spread = np.sqrt(scores.sampled.var(0, ddof=1).mean(0))
+    for column, budget in enumerate(scores.costs):
+        rows.append(point(spread[column], metric="sd_of_draws", family=family, budget=budget))
+
+
+def _add_matching(section: dict[str, Any], family: str, scores: OracleScores) -> None:
+    num_layers = scores.costs[-1]
+    null, _, null_matching = scores.null_models()
+    found = {
+        "oracle": scores.matching_budget,
+        "cross-fitted": scores.matching_budget_of(scores.cross_fitted, scores.sampled.mean(0)),
+        "cross-fitted means": scores.matching_budget_of(scores.cross_fitted_means, scores.sampled.mean(0)),
+        "equal depth": scores.matching_budget_of(scores.equal_depth, scores.sampled.mean(0)),
+        "null": scores.interval(null_matching),
+    }
+    for control, interval in found.items():
+        labels = {"family": family, "control": control}
+        section["rows"].append(interval.row(metric="matching_budget", **labels))
+        share = Interval(*(bound / num_layers for bound in interval))
+        section["rows"].append(share.row(metric="matching_share", **labels))
+    section["null_model"].append(
+        {"family": family, "sd": round(null.sd, 5), "means": [round(mean, 6) for mean in null.means]}
+        | {"matching_budget": point(null_matching[0])["value"]}
+    )
+    counts = np.bincount(_matching_choice(scores), minlength=len(scores.costs))
+    section["histogram"].append(
+        {"family": family, "at": point(scores.matching_budget.value)["value"]}
+        | {"counts": {str(budget): int(count) for budget, count in zip(scores.costs, counts, strict=True)}}
+    )
+
+
+def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> None:
+    """Gain over random assignment at the matching budget and at shares of the depth, and what survives.
+
+    Budgets that leave no choice, those of the cheapest path, are left out.
+    """
+    num_layers = scores.costs[-1]
+    places = {
+        "matching": scores.matching_budget.value,
+        **{name: share * num_layers for name, share in _PLACES.items()},
+    }
+    controls = scores.controls()
+    for name, budget in places.items():
+        column = scores.at(budget)
+        if column == 0:
+            continue
+        labels = {"family": family, "place": name, "at": round(float(scores.grid[column]), 3)}
+        for control, choice in controls.items():
+            parts = {"score": choice.score, "random": choice.random, "gain": choice.gain}
+            for metric, values in parts.items():
+                row = scores.interval(values[:, column]).row(metric=metric, control=control, **labels)
+                section["rows"].append(row)
+            reference = REFERENCES.get(control)
+            if reference is None:
+                continue
+            whole = controls[reference].gain[:, column]
+            share = np.where(np.abs(whole) > 1e-9, choice.gain[:, column] / np.where(whole == 0, 1.0, whole), np.nan)
+            row = scores.interval(share).row(metric="surviving_share", control=control, reference=reference, **labels)
+            section["rows"].append(row)
+
+
+def _add_curves(section: dict[str, Any], family: str, scores: OracleScores) -> None:
+    budgets = [round(float(budget), 3) for budget in scores.grid]
+    curves = {name: choice.score for name, choice in scores.controls().items()}
+    curves["random, as the oracle's"] = scores.oracle.random
+    curves["random, as in-sample"] = scores.in_sample.random
+    curves["static mixture"] = scores.static
+    for name, values in curves.items():
+        interval = scores.interval(values)
+        lists = {
+            part: [round(float(value), 5) for value in getattr(interval, part)] for part in ("value", "low", "high")
+        }
+        section["curves"].append(
+            {"family": family, "name": name, "budgets": budgets}
+            | {"values": lists["value"], "low": lists["low"], "high": lists["high"]}
+        )
+    _, null_curve, _ = scores.null_models(resamples=0)
+    null_values = [round(float(value), 5) for value in null_curve]
+    section["curves"].append(
+        {"family": family, "name": "null", "budgets": budgets, "values": null_values, "low": None, "high": None}
+    )
+
+
+def _notes(setup: Setup) -> list[str]:
+    return [
+        f"Candidates: {', '.join(map(str, (*setup.candidates, setup.num_layers)))} layers. Greedy texts for the "
+        f"oracle; {setup.num_samples} draws at temperature {setup.temperature:g} and top_p {setup.top_p:g} for the "
+        "controls.",
+        "oracle: knapsack by dynamic programming on ROUGE-L of the greedy texts, which then judge it. in-sample: the "
+        "same with one draw. Curves and intervals use the knapsack's convex hulls, which differ from it by less than a "
+        "part of one sequence.",
+        "random: the expectation of dealing the histogram of the choice to the sequences at random; gain: score minus "
+        "random, so it is what knowing the sequence is worth.",
+        "cross-fitted: chosen on one draw, judged on the others. cross-fitted means: chosen on the mean of half of the "
+        "draws, judged on the other half. cross-fitted greedy: chosen on the mean of all draws, judged on the greedy "
+        "texts. surviving_share: their gain as a share of that of in-sample, or of oracle for the last.",
+        "equal depth: the oracle on draws that are all of full depth, means shifted to those of the depths. null: the "
+        "means plus independent normal noise, fitted to the mean of the best of all candidates. Neither knows depth.",
+        "best_of_draws: the best of as many draws at one depth as there are candidates.",
+    ]

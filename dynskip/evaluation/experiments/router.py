@@ -1,0 +1,166 @@
+"""A router that sees the prompt only: which share of the oracle's gain it captures, and what it costs.
+
+Trained on the oracle's choices on prompts of the training split; the third of the open questions of arXiv 2410.20022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynskip.evaluation.routers.gain_share import captured_share
+from dynskip.evaluation.routers.path_router import Integers
+from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.path_families import Member, choices, notes_on_choices
+from dynskip.evaluation.tasks.prompt_facts import facts_items
+from dynskip.evaluation.tasks.router_cost import overhead_items
+from dynskip.evaluation.tasks.routes import (
+    FITTED,
+    TRAINED,
+    FamilyRoutes,
+    Routed,
+    reader_of,
+    routes,
+    split_items,
+    trained_items,
+)
+from dynskip.evaluation.tasks.timing import Part, read_savings, read_speedups, read_times, time_item
+from dynskip.evaluation.tasks.trained_routes import TRAIN
+
+_FULL = "full"
+
+
+def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
+    """The items: generations and facts of training and test prompts, then what routers choose that take long to train,
+    and the times of what was chosen."""
+    items = overhead_items(setup)
+    for name, members in choices(setup).items():
+        reader = reader_of(setup, name)
+        for split in (TRAIN, setup.split):
+            items += [*split_items(setup, members, split), *facts_items(setup, reader, split)]
+    if store.missing(items):
+        return items
+    for name in choices(setup):
+        trained = [item for alike in trained_items(setup, store, name).values() for item in alike]
+        items += [*trained, _time_item(setup, routes(setup, store, name, FITTED))]
+        if not store.missing(trained):
+            items.append(_time_item(setup, routes(setup, store, name, TRAINED)))
+    return items
+
+
+def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
+    """The section: by family, predictor and budget what the router scores, captures, costs and saves."""
+    rows: list[dict[str, Any]] = []
+    overhead = {item.path: store.result(item) for item in overhead_items(setup)}
+    for name in choices(setup):
+        fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
+        timed = {**_timed(setup, store, fitted), **_timed(setup, store, trained)}
+        by_budget = sorted((*fitted.routed, *trained.routed), key=lambda routed: routed.at)
+        found = FamilyRoutes(fitted.members, fitted.scores, tuple(by_budget))
+        for routed in found.routed:
+            labels = {"family": name, "predictor": routed.predictor, "at": routed.at}
+            captured = captured_share(found.scores, routed.chosen, routed.oracle)
+            layers = bootstrap_mean(np.array(found.costs, dtype=np.float64)[routed.chosen].mean(0))
+            over_mix = _over_static_mix(found, routed, layers.value)
+            single, batched = (_median(overhead[routed.predictor][f"{kind}_ms"]) for kind in ("single", "batched"))
+            rows += [
+                captured.score.row(metric="rouge_l", **labels),
+                captured.random.row(metric="random", **labels),
+                captured.oracle.row(metric="oracle", **labels),
+                captured.gain.row(metric="gain", **labels),
+                over_mix.row(metric="over_static", **labels),
+                layers.row(metric="layers", **labels),
+                timed[routed].own.row(metric="ms_per_token", **labels),
+                timed[routed].speedup.row(metric="speedup", **labels),
+                timed[routed].saved.row(metric="ms_saved", **labels),
+                single.row(metric="overhead_ms_single", **labels),
+                batched.row(metric="overhead_ms_batched", **labels),
+            ]
+            if captured.share is not None:
+                rows.append(captured.share.row(metric="captured_share", **labels))
+        full = read_times(store, _time_item(setup, fitted))[_FULL]
+        rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
+    notes = [
+        f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
+        f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
+        "transformer is one encoder layer over the prompt's token embeddings, trained until prompts held out gain "
+        "nothing; the others read means of the embeddings, and counts.",
+        "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
+        "knapsack on the test scores at the router's own mean cost; captured_share is the place between them.",
+        "over_static is the router's score minus that of the best mix of fixed budgets of the same mean cost.",
+        "overhead_ms is the time from token ids to a path; ms_per_token is that of a decode step of a batch whose "
+        "paths have the router's histogram, without the overhead.",
+        *notes_on_choices(setup),
+    ]
+    return {
+        "n": setup.prompts,
+        "seeds": setup.seeds,
+        "rows": rows,
+        "notes": notes,
+    }
+
+
+def histogram_parts(members: Sequence[Member], chosen: Integers, batch: int) -> list[Part]:
+    """A batch of ``batch`` sequences whose paths are as frequent as in ``chosen``, to the nearest sequence."""
+    exact = np.bincount(chosen.ravel(), minlength=len(members)) / chosen.size * batch
+    counts = np.floor(exact).astype(int)
+    for column in np.argsort(counts - exact, kind="stable")[: batch - counts.sum()]:
+        counts[column] += 1
+    return [
+        Part(member.checkpoint.hash, member.path, int(count))
+        for member, count in zip(members, counts, strict=True)
+        if count
+    ]
+
+
+class Timed(NamedTuple):
+    """Milliseconds per token of a router's paths and of full passes timed in turns, their ratio and difference."""
+
+    own: Interval
+    full: Interval
+    speedup: Interval
+    saved: Interval
+
+
+def _timed(setup: Setup, store: ItemStore, found: FamilyRoutes) -> dict[Routed, Timed]:
+    item = _time_item(setup, found)
+    times = read_times(store, item)
+    speedups, savings = read_speedups(store, item, _FULL), read_savings(store, item, _FULL)
+    return {
+        routed: Timed(times[routed.label], times[_FULL], speedups[routed.label], savings[routed.label])
+        for routed in found.routed
+    }
+
+
+def _time_item(setup: Setup, found: FamilyRoutes) -> WorkItem:
+    """The item that times batches with the histogram of each router's paths, in turns with full passes."""
+    full = found.members[-1]
+    batches = {_FULL: [Part(full.checkpoint.hash, full.path, setup.timed_batch)]}
+    for routed in found.routed:
+        batches[routed.label] = histogram_parts(found.members, routed.chosen, setup.timed_batch)
+    return time_item(setup, batches)
+
+
+def _over_static_mix(found: FamilyRoutes, routed: Routed, cost: float) -> Interval:
+    """The router's score minus that of the best mix of two fixed budgets of the same mean cost, paired."""
+    costs, means = np.array(found.costs, dtype=np.float64), found.scores.mean(0)
+    mixes = [
+        (share * means[low] + (1 - share) * means[high], share, low, high)
+        for low in range(len(costs))
+        for high in range(len(costs))
+        if costs[low] <= cost <= costs[high]
+        for share in [1.0 if costs[low] == costs[high] else (costs[high] - cost) / (costs[high] - costs[low])]
+    ]
+    _, share, low, high = max(mixes)
+    mixed = share * found.scores[:, low] + (1 - share) * found.scores[:, high]
+    picked = found.scores[np.arange(len(found.scores)), routed.chosen].mean(0)
+    return bootstrap_mean(picked - mixed)
+
+
+def _median(samples: Sequence[float]) -> Interval:
+    return bootstrap(np.median, np.array(samples, dtype=np.float64))

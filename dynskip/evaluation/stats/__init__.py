@@ -1,0 +1,1 @@
+"""Statistics on arrays: intervals, correlations, the knapsack of the oracle and its controls."""

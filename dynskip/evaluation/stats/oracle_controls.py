@@ -1,0 +1,207 @@
+"""What an oracle over depths gains, and what the same procedure gains where depth can tell it nothing. Pure arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from dynskip.evaluation.stats.intervals import Floats, Interval, percentiles, resampled_counts
+from dynskip.evaluation.stats.knapsack import Hulls, Knapsack, smallest_budgets
+from dynskip.evaluation.stats.null_model import NullModel
+
+_STEPS_PER_MODEL = 600  # 0.04 layers of 24, as in arXiv 2410.20022
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Paths chosen on some scores and judged on others, at every mean cost of a grid, with resamples.
+
+    score: [1 + S, G], the mean score of the choice. random: the same, expected of dealing the same histogram of paths
+    to the sequences at random. First the data, then S resamples.
+    """
+
+    score: Floats
+    random: Floats
+
+    @property
+    def gain(self) -> Floats:
+        """[1 + S, G]: what knowing the sequence is worth."""
+        return self.score - self.random
+
+
+@dataclass(frozen=True)
+class OracleScores:
+    """Scores of N sequences along K paths, and everything that is computed from them.
+
+    costs: [K], increasing; the last is the full depth. greedy: [N, K]. sampled: [M, N, K], M independent draws.
+    """
+
+    costs: tuple[int, ...]
+    greedy: Floats
+    sampled: Floats
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if list(self.costs) != sorted(set(self.costs)) or len(self.costs) < 2:
+            raise ValueError(f"OracleScores: costs must increase and be at least two, got {self.costs}.")
+        if self.sampled.ndim != 3 or self.sampled.shape[1:] != self.greedy.shape or len(self.sampled) < 2:
+            raise ValueError(
+                f"OracleScores: sampled must be [M, {', '.join(map(str, self.greedy.shape))}] with M of at least 2, "
+                f"got {list(self.sampled.shape)}."
+            )
+
+    @cached_property
+    def grid(self) -> Floats:
+        """[G]: mean costs from the cheapest path's to the full depth."""
+        step = self.costs[-1] / _STEPS_PER_MODEL
+        num_steps = round((self.costs[-1] - self.costs[0]) / step)
+        return self.costs[0] + (self.costs[-1] - self.costs[0]) * np.arange(num_steps + 1) / num_steps
+
+    @cached_property
+    def counts(self) -> Floats:
+        """[1 + S, N]: every sequence once, then the resamples."""
+        num_seqs = len(self.greedy)
+        return np.concatenate([np.ones((1, num_seqs)), resampled_counts(num_seqs, self.resamples, self.seed)])
+
+    def means(self, scores: Floats) -> Floats:
+        """[1 + S, ...]: the mean over sequences of ``scores`` [N, ...] in the data and in each resample."""
+        return np.tensordot(self.counts, scores, 1) / len(scores)
+
+    def interval(self, values: Floats) -> Interval:
+        """The interval of a statistic [1 + S, ...]."""
+        return percentiles(values[0], values[1:])
+
+    def choice(self, chosen_on: Floats, judged_on: Floats) -> Choice:
+        """Paths chosen on the scores ``chosen_on`` [N, K] by the knapsack and judged on ``judged_on`` [N, K]."""
+        hulls = Hulls(chosen_on, self.costs)
+        score = hulls.curve(self.grid, self.counts, judged_on)
+        random = np.einsum("sgk,sk->sg", hulls.shares(self.grid, self.counts), self.means(judged_on))
+        return Choice(score, random)
+
+    def _mean_choice(self, choices: Sequence[Choice]) -> Choice:
+        return Choice(
+            np.mean([choice.score for choice in choices], axis=0),
+            np.mean([choice.random for choice in choices], axis=0),
+        )
+
+    @cached_property
+    def oracle(self) -> Choice:
+        """Chosen and judged on the greedy scores: the oracle of the paper."""
+        return self.choice(self.greedy, self.greedy)
+
+    @cached_property
+    def in_sample(self) -> Choice:
+        """Chosen and judged on the same sampled texts; the mean over draws."""
+        return self._mean_choice([self.choice(scores, scores) for scores in self.sampled])
+
+    @cached_property
+    def cross_fitted(self) -> Choice:
+        """Chosen on one draw and judged on all others; the mean over draws."""
+        total = self.sampled.sum(0)
+        others = [(scores, (total - scores) / (len(self.sampled) - 1)) for scores in self.sampled]
+        return self._mean_choice([self.choice(scores, rest) for scores, rest in others])
+
+    @cached_property
+    def cross_fitted_means(self) -> Choice:
+        """Chosen on the mean of one half of the draws, judged on the other: what expected scores allow."""
+        halves = self.sampled[::2].mean(0), self.sampled[1::2].mean(0)
+        return self._mean_choice([self.choice(*halves), self.choice(*halves[::-1])])
+
+    @cached_property
+    def cross_fitted_greedy(self) -> Choice:
+        """Chosen on the mean of all draws and judged on the greedy texts, which took no part in the choice."""
+        return self.choice(self.sampled.mean(0), self.greedy)
+
+    @cached_property
+    def equal_depth(self) -> Choice:
+        """The oracle on texts that are all of full depth: K draws whose means are shifted to those of the K depths.
+
+        Its columns differ by chance and by a constant, so what it gains is luck.
+        """
+        num_paths = len(self.costs)
+        means = self.sampled.mean((0, 1))
+        full = self.sampled[:, :, -1]
+        choices = []
+        for first in range(0, len(full) - num_paths + 1, num_paths):
+            columns = full[first : first + num_paths].T
+            shifted = columns - columns.mean(0) + means
+            choices.append(self.choice(shifted, shifted))
+        return self._mean_choice(choices)
+
+    def controls(self) -> dict[str, Choice]:
+        """All choices by name."""
+        found = {
+            "oracle": self.oracle,
+            "in-sample": self.in_sample,
+            "cross-fitted": self.cross_fitted,
+            "cross-fitted means": self.cross_fitted_means,
+            "cross-fitted greedy": self.cross_fitted_greedy,
+        }
+        if len(self.sampled) >= len(self.costs):
+            found["equal depth"] = self.equal_depth
+        return found
+
+    def at(self, budget: float) -> int:
+        """The place of the largest mean cost of the grid that is at most ``budget``."""
+        return max(0, int(np.searchsorted(self.grid, budget + 1e-9, side="right")) - 1)
+
+    @cached_property
+    def knapsack(self) -> Knapsack:
+        """The exact oracle on the greedy scores."""
+        return Knapsack(self.greedy, self.costs)
+
+    @cached_property
+    def matching_budget(self) -> Interval:
+        """The smallest mean cost at which the oracle reaches the mean of the full depth."""
+        target = self.means(self.greedy[:, -1])
+        drawn = smallest_budgets(self.grid, self.oracle.score, target)
+        exact = self.knapsack.smallest_budget(float(self.greedy[:, -1].mean()))
+        return percentiles(exact, drawn[1:])
+
+    def matching_budget_of(self, choice: Choice, judged_on: Floats) -> Interval:
+        """The smallest mean cost at which a choice reaches the mean of the full depth of the scores it is judged on."""
+        drawn = smallest_budgets(self.grid, choice.score, self.means(judged_on[:, -1]))
+        return self.interval(drawn)
+
+    @cached_property
+    def static(self) -> Floats:
+        """[1 + S, G]: the best mean score of a random mixture of paths at each mean cost: the hull of the means."""
+        return np.stack([Hulls(mean[None], self.costs).curve(self.grid) for mean in self.means(self.greedy)])
+
+    def null_models(self, resamples: int = 100) -> tuple[NullModel, Floats, Floats]:
+        """The null model fitted to the greedy means and the mean of the best, its curve [G], and matching budgets
+        [1 + resamples] of it and of its fits to resamples."""
+        means, best = self.means(self.greedy)[: 1 + resamples], self.means(self.greedy.max(1))[: 1 + resamples]
+        fits = [
+            NullModel.fitted(mean.tolist(), self.costs, max(float(top), float(mean.max())), num_seqs=num_seqs)
+            for mean, top, num_seqs in zip(means, best, [20_000] + [4000] * resamples, strict=False)
+        ]
+        matching = [fit.matching_budget(fit.means[-1], self.grid) for fit in fits]
+        return fits[0], fits[0].curve(self.grid), np.array(matching)
+
+    def best_of_draws(self) -> Floats:
+        """[N, K]: the best of K draws at equal depth, the mean over groups of draws."""
+        size = len(self.costs)
+        groups = [self.sampled[first : first + size] for first in range(0, len(self.sampled) - size + 1, size)]
+        if not groups:
+            raise ValueError(f"OracleScores: sampled must hold at least {size} draws, got {len(self.sampled)}.")
+        return np.mean([group.max(0) for group in groups], axis=0)
+
+    def best_of_depths(self) -> Floats:
+        """[N]: the best of K depths, one draw of each; the mean over draws."""
+        best: Floats = self.sampled.max(2).mean(0)
+        return best
+
+
+def dealt(choices: npt.NDArray[np.int64], num_paths: int, batch: int) -> list[int]:
+    """[K]: how many of ``batch`` sequences run each path so that their histogram is that of ``choices`` [N]."""
+    exact = np.bincount(choices, minlength=num_paths) * batch / len(choices)
+    counts = np.floor(exact).astype(int)
+    for path in np.argsort(counts - exact, kind="stable")[: batch - counts.sum()]:
+        counts[path] += 1
+    return [int(count) for count in counts]

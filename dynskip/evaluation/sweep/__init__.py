@@ -1,0 +1,1 @@
+"""A run of the evaluation: its setup, its data, its checkpoints, its store of items."""

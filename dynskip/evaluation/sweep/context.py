@@ -1,0 +1,86 @@
+"""`Context`: what work items need beside themselves, loaded once and kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dynskip.evaluation.sweep.checkpoints import check_tokenizer
+from dynskip.evaluation.sweep.dataset import Prompts, Row, encode_prompts, read_splits
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.llm import LLM
+
+# Items are ordered by checkpoint; siblings that are timed in turns have to be there together.
+_MAX_MODELS = 8
+
+
+class Context:
+    """Models, tokenizers and prompts of a setup. A process makes one from the setup, which is plain data."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._models: OrderedDict[tuple[str, str], LLM] = OrderedDict()
+        self._prompts: dict[tuple[str, str, int], Prompts] = {}
+
+    def llm(self, checkpoint_hash: str, dtype: str | None = None) -> LLM:
+        """The model with that hash, in ``dtype`` (default: the setup's), with a tokenizer that fits it."""
+        dtype = dtype or self.setup.dtype
+        key = (checkpoint_hash, dtype)
+        if key not in self._models:
+            while len(self._models) >= _MAX_MODELS:
+                self._models.popitem(last=False)
+            directory = self.setup.checkpoint_of(checkpoint_hash).directory
+            llm = LLM(directory, dtype=getattr(torch, dtype), device=self.setup.device)
+            check_tokenizer(llm.tokenizer, llm.model.config, directory)
+            self._models[key] = llm
+        self._models.move_to_end(key)
+        return self._models[key]
+
+    def prompts(self, checkpoint_hash: str, split: str, num_prompts: int | None = None) -> Prompts:
+        """The first prompts of a split as that checkpoint's tokenizer writes them; None for the number of the setup."""
+        num_prompts = num_prompts or num_rows(self.setup, split)
+        key = (checkpoint_hash, split, num_prompts)
+        if key not in self._prompts:
+            setup = self.setup
+            # Splits of the sweep use one tokenizer's choice of rows, so that all checkpoints answer the same prompts.
+            llm = self.llm(checkpoint_hash)
+            if checkpoint_hash != setup.checkpoint.hash:
+                self._check_same_tokenizer(llm, checkpoint_hash)
+            self._prompts[key] = encode_prompts(
+                read_splits(setup.data, setup.split_seed)[split],
+                llm.tokenizer,
+                llm.model.config.max_position_embeddings,
+                setup.max_tokens,
+                setup.template,
+                num_prompts,
+            )
+        return self._prompts[key]
+
+    def shard(self, item: WorkItem) -> Sequence[Row]:
+        """The rows of an item."""
+        rows = self.prompts(item.checkpoint, item.split).rows
+        return rows[item.shard * self.setup.shard_size :][: self.setup.shard_size]
+
+    def _check_same_tokenizer(self, llm: LLM, checkpoint_hash: str) -> None:
+        base: Any = self.llm(self.setup.checkpoint.hash)
+        same_length = llm.model.config.max_position_embeddings == base.model.config.max_position_embeddings
+        if llm.tokenizer is None or llm.tokenizer.get_vocab() != base.tokenizer.get_vocab() or not same_length:
+            directory = self.setup.checkpoint_of(checkpoint_hash).directory
+            raise ValueError(
+                f"eval: sibling {directory} must have the vocabulary and positions of the model, got others. "
+                "Siblings start from the model they are compared with."
+            )
+
+
+def num_rows(setup: Setup, split: str) -> int:
+    """How many prompts of ``split`` a setup asks for."""
+    return setup.train_prompts or setup.prompts if split == "train" else setup.prompts
+
+
+def num_shards(setup: Setup, split: str) -> int:
+    """How many items it takes to go through the prompts of ``split`` once."""
+    return -(-num_rows(setup, split) // setup.shard_size)

@@ -1,0 +1,184 @@
+"""`Setup`: everything that was asked of a sweep, and what it was found to mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynskip.data.provenance import file_hash
+from dynskip.data.templates import TEMPLATES
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.controller_folder import ControllerFolder
+from dynskip.evaluation.sweep.dataset import SPLITS
+from dynskip.paths import LayerPath
+
+PAPER_LAYERS = 24
+PAPER_BUDGETS = (4, 8, 12, 16, 20)
+PAPER_CANDIDATES = (4, 8, 12)
+SAMPLES_PER_SEED = 4  # best-of-4 compares as many draws as the oracle has depths
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a sweep is made of, as plain data.
+
+    checkpoint: one set of weights, for all paths. siblings: by budget, weights tuned for that budget alone.
+    data, data_hash: the Alpaca file. split, prompts: the first rows of that part of it; train_prompts: of the training
+    part, for what learns; state_prompts: for hidden states (0: as many as prompts).
+    budgets: layers of the static paths, without the full depth.
+    controllers: learned ones, each with the weights that it steers. controller_seeds: how often each samples its
+    decisions, beside taking the likelier ones. candidates: those that the oracle chooses among, beside the full depth.
+    seeds: how often what is drawn is drawn. max_tokens: new tokens at most. temperature, top_p: of sampled generations.
+    shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how often each is timed, in
+    turns. resamples: of each bootstrap.
+    """
+
+    checkpoint: Checkpoint
+    data: Path
+    data_hash: str
+    budgets: tuple[int, ...]
+    candidates: tuple[int, ...]
+    siblings: tuple[tuple[int, Checkpoint], ...] = ()
+    controllers: tuple[ControllerFolder, ...] = ()
+    controller_seeds: int = 1
+    template: str = "short"
+    split: str = "test"
+    split_seed: int = 42
+    prompts: int = 500
+    train_prompts: int = 0
+    state_prompts: int = 0
+    seeds: int = 3
+    max_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 1.0
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    shard_size: int = 64
+    timed_batch: int = 64
+    timed_rounds: int = 12
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "timed_rounds", "resamples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval: {name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("train_prompts", "state_prompts", "controller_seeds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"eval: {name} must be at least 0, got {getattr(self, name)}.")
+        labels = [controller.label for controller in self.controllers]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"eval: controllers must differ, got {label!r} twice. Give one of the folders.")
+        for controller in self.controllers:
+            if controller.checkpoint.num_layers != self.num_layers:
+                raise ValueError(
+                    f"eval: controller {controller.directory} must decide for {self.num_layers} layers, "
+                    f"got {controller.checkpoint.num_layers}."
+                )
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"eval: temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}."
+            )
+        if self.split not in SPLITS:
+            raise ValueError(f"eval: split must be one of {', '.join(SPLITS)}, got {self.split!r}.")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"eval: template must be one of {', '.join(TEMPLATES)}, got {self.template!r}.")
+        for name in ("budgets", "candidates"):
+            for budget in getattr(self, name):
+                if not 1 <= budget <= self.num_layers:
+                    raise ValueError(
+                        f"eval: {name} must lie in 1..{self.num_layers}, the layers of the model, got {budget}."
+                    )
+            if not any(budget < self.num_layers for budget in getattr(self, name)):
+                raise ValueError(
+                    f"eval: {name} must hold a budget below the {self.num_layers} layers of the model, "
+                    f"got {', '.join(map(str, getattr(self, name))) or 'none'}."
+                )
+        for budget, sibling in self.siblings:
+            if not 1 <= budget <= self.num_layers:
+                raise ValueError(f"eval: sibling must have a budget in 1..{self.num_layers}, got {budget}.")
+            if sibling.num_layers not in (budget, self.num_layers):
+                raise ValueError(
+                    f"eval: sibling {budget} must have {self.num_layers} layers, or the {budget} that it runs, "
+                    f"got {sibling.num_layers}."
+                )
+
+    @staticmethod
+    def of(
+        model: str | None,
+        data: Path,
+        siblings: dict[int, str],
+        budgets: tuple[int, ...] | None = None,
+        candidates: tuple[int, ...] | None = None,
+        controllers: Sequence[str | Path] = (),
+        **options: Any,
+    ) -> Setup:
+        """The setup of a model's folder or hub id, siblings' likewise by budget; options are the other fields.
+
+        budgets, candidates: None for the paper's, scaled to the model's depth where it has fewer layers.
+        """
+        checkpoint = Checkpoint.of(model)
+        if not data.is_file():
+            raise FileNotFoundError(f"eval: data must be a file, got {str(data)!r}. Check the path.")
+        return Setup(
+            checkpoint,
+            data,
+            file_hash(data)[:16],
+            scaled(PAPER_BUDGETS, checkpoint.num_layers) if budgets is None else tuple(sorted(set(budgets))),
+            scaled(PAPER_CANDIDATES, checkpoint.num_layers) if candidates is None else tuple(sorted(set(candidates))),
+            tuple((budget, Checkpoint.of(source)) for budget, source in sorted(siblings.items())),
+            tuple(map(ControllerFolder.of, controllers)),
+            **options,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """L of the model whose paths are compared."""
+        return self.checkpoint.num_layers
+
+    @property
+    def num_samples(self) -> int:
+        """How many sampled generations each prompt has along each candidate."""
+        return SAMPLES_PER_SEED * self.seeds
+
+    @property
+    def full_checkpoint(self) -> Checkpoint:
+        """The weights tuned at full depth alone where they were given, else those for all paths."""
+        return dict(self.siblings).get(self.num_layers, self.checkpoint)
+
+    def checkpoint_of(self, checkpoint_hash: str) -> Checkpoint:
+        """The checkpoint with that hash."""
+        steered = (controller.checkpoint for controller in self.controllers)
+        for checkpoint in (self.checkpoint, *(sibling for _, sibling in self.siblings), *steered):
+            if checkpoint.hash == checkpoint_hash:
+                return checkpoint
+        raise ValueError(f"eval: the checkpoint must be one of the setup, got hash {checkpoint_hash!r}.")
+
+    def guarded(self) -> dict[str, Any]:
+        """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("data", "controllers", "controller_seeds"):
+            del fields[name]
+        return fields | {
+            "checkpoint": self.checkpoint.hash,
+            "siblings": {str(budget): sibling.hash for budget, sibling in self.siblings},
+            "budgets": list(self.budgets),
+            "candidates": list(self.candidates),
+        }
+
+
+def scaled(budgets: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Budgets out of 24 layers as shares of fewer layers, each once; unchanged for 24 layers or more."""
+    if num_layers >= PAPER_LAYERS:
+        return budgets
+    shares = {max(1, round(budget * num_layers / PAPER_LAYERS)) for budget in budgets}
+    return tuple(sorted(share for share in shares if share < num_layers))
+
+
+def path_text(budget: int, num_layers: int) -> str:
+    """The uniform path of ``budget`` layers as ``LayerPath.parse`` reads it."""
+    path = LayerPath.uniform(num_layers, budget=budget)
+    return "full" if path == LayerPath.full(num_layers) else f"uniform:{budget}"

@@ -1,0 +1,1 @@
+"""The work items of a run: texts, scores, timings, facts about prompts."""

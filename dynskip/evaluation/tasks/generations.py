@@ -1,0 +1,152 @@
+"""Generations along many paths: items of the task "generate", and their ROUGE-L and lengths as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.context import Context, num_rows, num_shards
+from dynskip.evaluation.sweep.dataset import Row
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.rouge import rouge_l
+from dynskip.llm import Output
+from dynskip.paths import LayerPath
+from dynskip.sampling import SamplingParams
+
+GREEDY = 0
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Scores of N prompts along K paths.
+
+    rows: [N], the place of each prompt in its split. paths: K texts. rouge_l, num_tokens: [N, K].
+    """
+
+    rows: npt.NDArray[np.int64]
+    paths: tuple[str, ...]
+    rouge_l: npt.NDArray[np.float64]
+    num_tokens: npt.NDArray[np.int64]
+
+    def along(self, paths: Sequence[str]) -> Generations:
+        """The columns of ``paths``, in that order."""
+        columns = [self.paths.index(path) for path in paths]
+        return Generations(self.rows, tuple(paths), self.rouge_l[:, columns], self.num_tokens[:, columns])
+
+
+def generate_items(
+    setup: Setup, checkpoint: Checkpoint, paths: Sequence[str], split: str | None = None, seed: int = GREEDY
+) -> list[WorkItem]:
+    """The items that generate for every prompt of ``split`` along each of ``paths``, greedily for seed 0."""
+    split = split or setup.split
+    options: dict[str, str | int | float] = {
+        "dtype": setup.dtype,
+        "max_tokens": setup.max_tokens,
+        "num_rows": num_rows(setup, split),
+        "shard_size": setup.shard_size,
+        "split_seed": setup.split_seed,
+        "template": setup.template,
+    }
+    if seed != GREEDY:
+        options |= {"temperature": setup.temperature, "top_p": setup.top_p}
+    return [
+        WorkItem(
+            "generate",
+            checkpoint.hash,
+            " ".join(paths),
+            setup.data_hash,
+            split,
+            seed,
+            shard,
+            tuple(sorted(options.items())),
+        )
+        for shard in range(num_shards(setup, split))
+    ]
+
+
+def run_generate(item: WorkItem, context: Context) -> dict[str, Any]:
+    """Rows of the item's shard, and by path ROUGE-L, number of new tokens and the tokens themselves, row by row.
+
+    All prompts and paths share one batch.
+    """
+    rows = context.shard(item)
+    paths = item.path.split()
+    outputs = _generate(item, context, rows, context.setup.max_tokens)
+    texts = [output.text or "" for output in outputs]
+    scores = rouge_l([row.reference for row in rows for _ in paths], texts, num_processes=1)
+    by_path = {}
+    for column, path in enumerate(paths):
+        of_path = outputs[column :: len(paths)]
+        by_path[path] = {
+            "rouge_l": [round(score, 6) for score in scores[column :: len(paths)]],
+            "num_tokens": [len(output.token_ids) for output in of_path],
+            "token_ids": [output.token_ids for output in of_path],
+        }
+    return {"rows": [row.index for row in rows], "paths": by_path}
+
+
+def probe_generate(item: WorkItem, context: Context) -> float:
+    """The seconds that the item should take, from a few tokens of a few of its prompts."""
+    rows = context.shard(item)
+    some = rows[:16]
+
+    def elapsed(max_tokens: int) -> float:
+        start = time.perf_counter()
+        _generate(item, context, some, max_tokens)
+        return time.perf_counter() - start
+
+    elapsed(1)  # what is done once only
+    first, few = elapsed(1), elapsed(9)
+    # Half of the sequences have ended after about half of the steps.
+    seconds = first + max(0.0, few - first) / 8 * context.setup.max_tokens * 0.6
+    return seconds * len(rows) / len(some)
+
+
+def _generate(item: WorkItem, context: Context, rows: Sequence[Row], max_tokens: int) -> list[Output]:
+    """The outputs of each row along each path, paths side by side."""
+    llm = context.llm(item.checkpoint)
+    paths = item.path.split()
+    params = [_params(item, row.index, path, context.setup, max_tokens) for row in rows for path in paths]
+    parsed = [LayerPath.parse(path, llm.model.num_layers) for path in paths]
+    outputs = llm.generate([list(row.prompt_ids) for row in rows for _ in paths], params, parsed * len(rows))
+    for output in outputs:
+        if output.error is not None:
+            raise output.error  # no score stands for it
+    return outputs
+
+
+def read_generations(store: ItemStore, items: Sequence[WorkItem]) -> Generations:
+    """What the items of one checkpoint, path list, split and seed gave, in the order of the split."""
+    results = [store.result(item) for item in sorted(items, key=lambda item: item.shard)]
+    paths = tuple(items[0].path.split())
+    rows = np.array([row for result in results for row in result["rows"]], dtype=np.int64)
+
+    def column(path: str, name: str) -> list[Any]:
+        return [value for result in results for value in result["paths"][path][name]]
+
+    scores = np.array([column(path, "rouge_l") for path in paths], dtype=np.float64).T
+    num_tokens = np.array([column(path, "num_tokens") for path in paths], dtype=np.int64).T
+    return Generations(rows, paths, scores, num_tokens)
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed that depends on ``parts`` alone, the same in every process."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _params(item: WorkItem, row: int, path: str, setup: Setup, max_tokens: int) -> SamplingParams:
+    if item.seed == GREEDY:
+        return SamplingParams(max_tokens=max_tokens)
+    # Every path draws its own numbers: equal ones would make the texts of two depths alike by chance.
+    seed = stable_seed("generate", item.checkpoint, path, item.split, row, item.seed)
+    return SamplingParams(max_tokens=max_tokens, temperature=setup.temperature, top_p=setup.top_p, seed=seed)

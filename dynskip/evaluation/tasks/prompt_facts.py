@@ -1,0 +1,133 @@
+"""What is known of each prompt besides how it was answered: items of the task "facts"."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynskip.data.batches import group_in_order
+from dynskip.data.templates import TEMPLATES
+from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
+from dynskip.evaluation.stats.intervals import Floats
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.context import Context, num_rows, num_shards
+from dynskip.evaluation.sweep.dataset import Row
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.task_types import task_type
+from dynskip.llm import LLM
+
+_TOKENS_PER_BATCH = 4096
+NUMBERS = ("prompt_length", "response_length", "full_loss")
+
+
+def facts_items(setup: Setup, checkpoint: Checkpoint, split: str) -> list[WorkItem]:
+    """The items that describe every prompt of ``split`` as ``checkpoint`` reads it at full depth."""
+    options = (
+        ("max_tokens", setup.max_tokens),
+        ("num_rows", num_rows(setup, split)),
+        ("shard_size", setup.shard_size),
+        ("split_seed", setup.split_seed),
+        ("template", setup.template),
+    )
+    return [
+        WorkItem("facts", checkpoint.hash, "full", setup.data_hash, split, 0, shard, options)
+        for shard in range(num_shards(setup, split))
+    ]
+
+
+def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
+    """Row by row of the shard: features for a router, lengths in tokens, type of task, and the full model's loss.
+
+    features: float32 in base64. full_loss: mean negative log-likelihood of a token of the reference, in nats.
+    """
+    llm = context.llm(item.checkpoint)
+    rows = context.shard(item)
+    heads = template_heads(llm.tokenizer, context.setup.template)
+    features = [
+        prompt_features(row.prompt_ids, embed(llm, row.prompt_ids), head_length(row.prompt_ids, heads)) for row in rows
+    ]
+    return {
+        "rows": [row.index for row in rows],
+        "features": [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in features],
+        "prompt_length": [len(row.prompt_ids) for row in rows],
+        "response_length": [len(row.response_ids) for row in rows],
+        "full_loss": [round(loss, 6) for loss in reference_losses(llm, rows)],
+        "task_type": [task_type(row.instruction.instruction) for row in rows],
+    }
+
+
+def probe_facts(item: WorkItem, context: Context) -> float:
+    """The seconds that the item should take, from its first few prompts."""
+    import time
+
+    rows = context.shard(item)
+    llm = context.llm(item.checkpoint)
+    reference_losses(llm, rows[:1])
+    start = time.perf_counter()
+    reference_losses(llm, rows[:4])
+    return (time.perf_counter() - start) * len(rows) / len(rows[:4])
+
+
+def read_features(store: ItemStore, items: Sequence[WorkItem]) -> Floats:
+    """[N, F], float64: the features of the prompts of one split, in its order."""
+    texts = _column(store, items, "features")
+    return np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]).astype(np.float64)
+
+
+def read_numbers(store: ItemStore, items: Sequence[WorkItem]) -> dict[str, Floats]:
+    """By name of a number in ``NUMBERS`` [N], float64: its value for the prompts of one split, in its order."""
+    return {name: np.array(_column(store, items, name), dtype=np.float64) for name in NUMBERS}
+
+
+def read_task_types(store: ItemStore, items: Sequence[WorkItem]) -> list[str]:
+    """The types of task of the prompts of one split, in its order."""
+    return _column(store, items, "task_type")
+
+
+def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
+    """The token sequences that prompts of a template open with, before the instruction: without an input and with."""
+    heads = []
+    for input_text in ("", "1"):
+        rendered = [tokenizer(TEMPLATES[template](word, input_text))["input_ids"] for word in ("Add", "Why")]
+        heads.append(tuple(rendered[0][: common_prefix(rendered)]))
+    return list(dict.fromkeys(heads))
+
+
+def embed(llm: LLM, prompt_ids: Sequence[int]) -> torch.Tensor:
+    """[T, E]: the token embeddings of a prompt, without positions."""
+    return llm.model.embed_tokens(torch.tensor(prompt_ids, device=llm.model.device))
+
+
+@torch.no_grad()
+def reference_losses(llm: LLM, rows: Sequence[Row]) -> list[float]:
+    """Per row the mean negative log-likelihood of the tokens of its reference, its end token among them, in nats."""
+    losses = [0.0] * len(rows)
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+    for indices in group_in_order(lengths, _TOKENS_PER_BATCH):
+        batch = [rows[index] for index in indices]
+        longest = max(lengths[index] for index in indices)
+        input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for place, row in enumerate(batch):
+            tokens = (*row.prompt_ids, *row.response_ids)
+            input_ids[place, : len(tokens)] = torch.tensor(tokens)
+            attention_mask[place, : len(tokens)] = 1
+        device = llm.model.device
+        logits = llm.model(input_ids.to(device), attention_mask=attention_mask.to(device)).logits
+        for place, (index, row) in enumerate(zip(indices, batch, strict=True)):
+            start = len(row.prompt_ids)
+            end = start + len(row.response_ids)
+            predicted = logits[place, start - 1 : end - 1].float().cpu()
+            losses[index] = float(torch.nn.functional.cross_entropy(predicted, input_ids[place, start:end]))
+    return losses
+
+
+def _column(store: ItemStore, items: Sequence[WorkItem], name: str) -> list[Any]:
+    ordered = sorted(items, key=lambda item: item.shard)
+    return [value for item in ordered for value in store.result(item)[name]]

@@ -1,0 +1,157 @@
+"""What prompt-only routers learn from, and what they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import get_args
+
+import numpy as np
+
+from dynskip.evaluation.routers.path_router import Integers, PathRouter, PredictorName
+from dynskip.evaluation.stats.intervals import Floats
+from dynskip.evaluation.stats.knapsack import Knapsack
+from dynskip.evaluation.stats.operating_points import operating_points
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.generations import generate_items, read_generations
+from dynskip.evaluation.tasks.path_families import Member, choices, greedy, greedy_items
+from dynskip.evaluation.tasks.prompt_facts import facts_items, read_features
+from dynskip.evaluation.tasks.trained_routes import TRAIN, read_chosen, route_item
+
+# Predictors that are timed in turns. The first are fitted within seconds, whenever a section is summarised; the others
+# take minutes, so that what they choose is an item of its own.
+FITTED: tuple[PredictorName, ...] = ("logistic", "boosting", "ridge")
+TRAINED: tuple[PredictorName, ...] = ("transformer",)
+assert {*FITTED, *TRAINED} == {*get_args(PredictorName)}, "every predictor is one or the other"
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What one kind of router chose on the test prompts at one budget.
+
+    chosen: [S, N], int64, the column of each prompt's path, for S seeds. oracle: [N], the oracle's at the same cost.
+    """
+
+    predictor: str
+    at: float
+    chosen: Integers
+    oracle: Integers
+
+    @property
+    def label(self) -> str:
+        """A name that is unique within a family."""
+        return f"{self.predictor} at {self.at:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyRoutes:
+    """Scores [N, K] of the test prompts along K paths of given layers, and all routers' choices among them."""
+
+    members: tuple[Member, ...]
+    scores: Floats
+    routed: tuple[Routed, ...]
+
+    @property
+    def costs(self) -> list[int]:
+        """[K]: the layers of each path."""
+        return [member.budget for member in self.members]
+
+
+def reader_of(setup: Setup, family: str) -> Checkpoint:
+    """The weights whose embeddings describe the prompts of a family, and whose loss is the full model's."""
+    return setup.full_checkpoint if family == "siblings" else setup.checkpoint
+
+
+def split_items(setup: Setup, members: Sequence[Member], split: str) -> list[WorkItem]:
+    """The greedy generations of ``members`` on ``split``: those paths and no others, by weights in one batch."""
+    if split == setup.split:
+        return greedy_items(setup, list(members))
+    return [item for items in _by_weights(setup, members, split).values() for item in items]
+
+
+def split_scores(setup: Setup, store: ItemStore, members: Sequence[Member], split: str) -> Floats:
+    """[N, K]: ROUGE-L of the prompts of ``split`` along each of ``members``."""
+    if split == setup.split:
+        return greedy(setup, store, list(members)).rouge_l
+    read = {key: read_generations(store, items) for key, items in _by_weights(setup, members, split).items()}
+    return np.concatenate([read[member.checkpoint.hash].along([member.path]).rouge_l for member in members], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What routers of a family learn from and are judged on.
+
+    labels: by mean budget [M], the column of the oracle's path of each training prompt. scores: [M, K], of the training
+    prompts. test_scores: [N, K].
+    """
+
+    members: tuple[Member, ...]
+    reader: Checkpoint
+    labels: dict[float, Integers]
+    scores: Floats
+    test_scores: Floats
+
+    @property
+    def costs(self) -> list[int]:
+        """[K]: the layers of each path."""
+        return [member.budget for member in self.members]
+
+
+@lru_cache(maxsize=8)
+def problem(setup: Setup, store: ItemStore, family: str) -> Problem:
+    """The problem of a family; its generations must be done."""
+    members = choices(setup)[family]
+    costs = [member.budget for member in members]
+    scores, test_scores = (split_scores(setup, store, members, split) for split in (TRAIN, setup.split))
+    knapsack = Knapsack(scores, costs)
+    labels = {at: knapsack.choose(at) for at in operating_points(scores, costs)}
+    return Problem(tuple(members), reader_of(setup, family), labels, scores, test_scores)
+
+
+def trained_items(setup: Setup, store: ItemStore, family: str) -> dict[tuple[PredictorName, float], list[WorkItem]]:
+    """By predictor and budget the items that train routers of a family, one for each seed."""
+    task = problem(setup, store, family)
+    return {
+        (predictor, at): [
+            route_item(setup, task.reader, predictor, task.costs, labels, at, seed) for seed in range(setup.seeds)
+        ]
+        for at, labels in task.labels.items()
+        for predictor in TRAINED
+    }
+
+
+@lru_cache(maxsize=8)
+def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> FamilyRoutes:
+    """The choices of the routers of a family that are such predictors; all items that they learn from must be done."""
+    task = problem(setup, store, family)
+    features, test_features = (
+        read_features(store, facts_items(setup, task.reader, split)) for split in (TRAIN, setup.split)
+    )
+    test_knapsack = Knapsack(task.test_scores, task.costs)
+    trained = trained_items(setup, store, family)
+
+    def choose(predictor: PredictorName, at: float, labels: Integers) -> Integers:
+        if predictor in TRAINED:
+            return read_chosen(store, trained[predictor, at])
+        routers = (PathRouter(predictor, task.costs, seed) for seed in range(setup.seeds))
+        return np.stack([router.fit(features, task.scores, labels, at).choose(test_features) for router in routers])
+
+    routed = []
+    for at, labels in task.labels.items():
+        for predictor in predictors:
+            chosen = choose(predictor, at, labels)
+            cost = float(np.array(task.costs)[chosen].mean())
+            routed.append(Routed(predictor, at, chosen, test_knapsack.choose(cost)))
+    return FamilyRoutes(task.members, task.test_scores, tuple(routed))
+
+
+def _by_weights(setup: Setup, members: Sequence[Member], split: str) -> dict[str, list[WorkItem]]:
+    found: dict[str, list[WorkItem]] = {}
+    for member in members:
+        together = [other.path for other in members if other.checkpoint == member.checkpoint]
+        found.setdefault(member.checkpoint.hash, generate_items(setup, member.checkpoint, together, split))
+    return found

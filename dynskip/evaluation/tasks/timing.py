@@ -1,0 +1,154 @@
+"""Milliseconds per generated token along paths, measured in turns: items of the task "time"."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dynskip.engine.closed_batch import Generation
+from dynskip.evaluation.stats.intervals import Interval, bootstrap
+from dynskip.evaluation.sweep.context import Context
+from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.execution.compact import CompactExecutor
+from dynskip.llm import LLM
+from dynskip.measure.machine import cpu_model
+from dynskip.measure.timing import interleave
+from dynskip.paths import LayerPath
+from dynskip.routing.routes import Paths
+from dynskip.sampling import SamplingParams
+
+_NUM_STEPS = 8
+_NUM_WARM_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``count`` sequences of a batch that run ``path`` with the weights of ``checkpoint``."""
+
+    checkpoint: str
+    path: str
+    count: int
+
+
+def time_item(setup: Setup, batches: Mapping[str, Sequence[Part]]) -> WorkItem:
+    """The item that times decode steps of the batches, by label, in turns; on another machine it is another item."""
+    text = json.dumps({label: [[p.checkpoint, p.path, p.count] for p in parts] for label, parts in batches.items()})
+    options = (
+        ("device", setup.device),
+        ("dtype", setup.dtype),
+        ("machine", machine_name(setup.device)),
+        ("rounds", setup.timed_rounds),
+        ("template", setup.template),
+    )
+    return WorkItem("time", setup.checkpoint.hash, text, setup.data_hash, setup.split, 0, 0, options)
+
+
+def machine_name(device: str) -> str:
+    """What does the work, as text."""
+    if device == "cpu":
+        return re.sub(r"\s+", " ", cpu_model())
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
+def run_time(item: WorkItem, context: Context) -> dict[str, Any]:
+    """By label, round by round, the milliseconds per generated token of a decode step: its time over its sequences.
+
+    Parts with different weights run one after another, as a server that holds them all would run them.
+    """
+    rows = context.prompts(context.setup.checkpoint.hash, item.split).rows
+
+    def task(parts: Sequence[Part]) -> Any:
+        llms = [context.llm(checkpoint) for checkpoint in dict.fromkeys(part.checkpoint for part in parts)]
+        batches = [(llm, [part for part in parts if context.llm(part.checkpoint) is llm]) for llm in llms]
+
+        def run() -> float:
+            first, total_ms = 0, 0.0
+            for llm, own in batches:
+                paths = [LayerPath.parse(part.path, llm.model.num_layers) for part in own for _ in range(part.count)]
+                prompts = [list(rows[(first + seq) % len(rows)].prompt_ids) for seq in range(len(paths))]
+                first += len(paths)
+                total_ms += decode_ms(llm, prompts, paths)
+            return total_ms / first
+
+        return run
+
+    batches = {
+        label: [Part(checkpoint, path, int(count)) for checkpoint, path, count in parts]
+        for label, parts in json.loads(item.path).items()
+    }
+    samples = interleave({label: task(parts) for label, parts in batches.items()}, context.setup.timed_rounds)
+    return {"ms_per_token": {label: [round(ms, 6) for (ms,) in sample.rounds] for label, sample in samples.items()}}
+
+
+def decode_ms(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    paths: Paths,
+    kv_policy: str | None = None,
+    prompt_depth: str = "path",
+) -> float:
+    """The milliseconds of one decode step of a batch: the mean of a few after the first ones.
+
+    paths, kv_policy, prompt_depth: as in ``LLM.generate``.
+    """
+    num_tokens = 1 + _NUM_WARM_STEPS + _NUM_STEPS
+    params = [SamplingParams(max_tokens=num_tokens + 1, ignore_eos=True)] * len(prompts)
+    generation = Generation(llm.model, prompts, params, paths, kv_policy, prompt_depth)
+    generation.prefill()
+    for _ in range(_NUM_WARM_STEPS):
+        generation.step()
+    # Choosing tokens brings them to the host, so that the clock is read when a device is done.
+    start = time.perf_counter()
+    for _ in range(_NUM_STEPS):
+        generation.step()
+    elapsed_ms = (time.perf_counter() - start) * 1e3 / _NUM_STEPS
+    if isinstance(generation.executor, CompactExecutor):
+        generation.executor.retire(generation.cache)
+    return elapsed_ms
+
+
+def probe_time(item: WorkItem, context: Context) -> float:
+    """The seconds that the item should take, from one batch at full depth."""
+    rows = context.prompts(context.setup.checkpoint.hash, item.split).rows
+    llm = context.llm(context.setup.checkpoint.hash)
+    batches = json.loads(item.path)
+    count = max(sum(int(part[2]) for part in parts) for parts in batches.values())
+    prompts = [list(rows[seq % len(rows)].prompt_ids) for seq in range(count)]
+    start = time.perf_counter()
+    decode_ms(llm, prompts, [LayerPath.full(llm.model.num_layers)] * count)
+    return (time.perf_counter() - start) * len(batches) * (context.setup.timed_rounds + 1) / 2
+
+
+def read_times(store: ItemStore, item: WorkItem, resamples: int = 1000) -> dict[str, Interval]:
+    """By label the median milliseconds per token with its interval over the rounds."""
+    times = store.result(item)["ms_per_token"]
+    return {
+        label: bootstrap(np.median, np.array(rounds, dtype=np.float64), resamples=resamples)
+        for label, rounds in times.items()
+    }
+
+
+def read_speedups(store: ItemStore, item: WorkItem, baseline: str, resamples: int = 1000) -> dict[str, Interval]:
+    """By label how many times faster than ``baseline`` a token is, round by round, with its interval."""
+    times = {label: np.array(rounds) for label, rounds in store.result(item)["ms_per_token"].items()}
+    return {
+        label: bootstrap(np.median, times[baseline] / rounds, resamples=resamples) for label, rounds in times.items()
+    }
+
+
+def read_savings(store: ItemStore, item: WorkItem, baseline: str, resamples: int = 1000) -> dict[str, Interval]:
+    """By label how many milliseconds less than ``baseline`` a token takes, round by round, with its interval."""
+    times = {label: np.array(rounds) for label, rounds in store.result(item)["ms_per_token"].items()}
+    return {
+        label: bootstrap(np.median, times[baseline] - rounds, resamples=resamples) for label, rounds in times.items()
+    }

@@ -1,0 +1,265 @@
+"""The executor that saves time: it gathers the active rows of each layer, runs the layer once, and scatters back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dynskip.execution.decode_steps import DecodeSteps
+from dynskip.execution.fused import FusedDecode
+from dynskip.execution.graphs import GraphMemory, sum_memory
+from dynskip.execution.kv_cache import EntryIndex, KVCache
+from dynskip.execution.step import RowCounts, Step
+from dynskip.execution.step_shape import ROW_BUCKETS, row_bucket
+from dynskip.execution.threads import check_fork
+from dynskip.models.linear import Linear
+from dynskip.ops import native, varlen_attention
+from dynskip.ops.backends import Backend, BackendWarning
+from dynskip.ops.row_ops import get_row_ops, why_not_triton
+from dynskip.routing.plan import KVPolicy, LayerPlan
+
+if TYPE_CHECKING:
+    from dynskip.models.decoder import OPTDecoder, OPTDecoderLayer
+
+
+class CompactExecutor:
+    """Runs steps of many sequences, each layer once, on the compact rows that the plan gives it.
+
+    Decode steps run by the fused kernels, on a GPU from CUDA graphs, where the backend is triton and the model one that
+    these kernels know (`OPTDecoder.why_not_fused`); all other steps run op by op through the backend's launchers.
+
+    backend: whose launchers gather, scatter and attend.
+    deterministic: compute each row with the same bits whatever its neighbours are.
+    """
+
+    def __init__(self, decoder: OPTDecoder, lm_head: Linear, backend: Backend, deterministic: bool = False) -> None:
+        self.decoder = decoder
+        self.lm_head = lm_head
+        self.backend = backend
+        self.deterministic = deterministic
+        self.row_counts = RowCounts(len(decoder.layers))
+        self.fuses = backend.name == "triton" and decoder.why_not_fused() is None
+        reason = why_not_triton(decoder.embed_positions.weight.device) if self.fuses else None
+        if reason is not None:
+            self.fuses = False
+            warnings.warn(f"Decode steps run op by op, not fused. {reason}", BackendWarning, stacklevel=3)
+        self._retired: KVCache | None = None
+        # Several batches may take turns, each with a cache of its own; what was made for one lives as long as it.
+        self._steps: WeakKeyDictionary[KVCache, DecodeSteps] = WeakKeyDictionary()
+
+    def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
+        """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all.
+
+        Graphs are made for one cache, so one that was retired is taken again where it is large enough.
+        """
+        cache, self._retired = self._retired, None
+        if cache is not None and cache.holds(num_seqs, max_context_len, num_slots):
+            cache.clear()
+            return cache
+        del cache  # the new one may need its memory
+        layer = self.decoder.stack()[0]
+        table = self.decoder.embed_positions.weight
+        return KVCache(
+            len(self.decoder.layers),
+            num_seqs,
+            max_context_len,
+            num_slots,
+            layer.num_heads,
+            layer.head_size,
+            table.dtype,
+            table.device,
+        )
+
+    def retire(self, cache: KVCache) -> None:
+        """Say that nobody needs ``cache`` any more. It is kept for the next batch where graphs were made for it."""
+        if cache in self._steps:
+            self._retired = cache
+
+    def release(self) -> None:
+        """Give back the memory of the retired cache, of static buffers and of graphs."""
+        self._retired = None
+        self._steps.clear()
+
+    def warm_up(self, cache: KVCache, max_rows: int) -> None:
+        """Compile and load what fused decode steps of at most ``max_rows`` rows launch: no step waits for it later.
+
+        Without a GPU kernels are interpreted, and there is nothing to compile.
+        """
+        if self.fuses and cache.k_cache.device.type == "cuda":
+            self._steps_of(cache).warm_up(min(max_rows, ROW_BUCKETS[-1]))
+
+    @property
+    def graph_memory(self) -> GraphMemory | None:
+        """What graphs and static buffers of fused steps take on the device; None where there are none."""
+        return sum_memory([steps.memory for steps in self._steps.values()]) if self._steps else None
+
+    def logits(self, step: Step, cache: KVCache) -> Tensor | None:
+        """[N, V]: the logits of a decode step that runs fused, head included; None where ``run`` has to be called."""
+        steps = self._decode_steps(step, cache)
+        return None if steps is None else steps.run(step, cache, head=True)
+
+    def prompt_attention(self) -> str:
+        """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""
+        table, layer = self.decoder.embed_positions.weight, self.decoder.stack()[0]
+        return varlen_attention.attention_name(
+            self.backend, table.dtype, table.device, layer.head_size, self.deterministic
+        )
+
+    def decode_attention(self) -> str:
+        """Which attention decode steps run, and whether the head size slows it down, for people to read."""
+        head_size = self.decoder.stack()[0].head_size
+        if self.backend.name != "native" or head_size % native.WHOLE_HEADS == 0:
+            return self.backend.name
+        return f"native, slower because heads of {head_size} elements are no multiple of {native.WHOLE_HEADS}"
+
+    @torch.no_grad()
+    def run(self, step: Step, cache: KVCache | None, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """[N, C]: the last layer's output for every row of ``step``.
+
+        cache: takes the new entries; None where nothing will be decoded from them.
+        on_layer: called with each layer's index and input, [N, C], which the layer then changes in place.
+        """
+        check_fork()
+        if step.plan.kv_policy is KVPolicy.SHARE:
+            assert cache is not None, "sharing entries needs a cache"
+            cache.may_repeat = True
+        steps = self._decode_steps(step, cache)
+        if steps is not None:
+            assert cache is not None, "decoding needs a cache"
+            return steps.run(step, cache, head=False, on_layer=on_layer)
+        hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic)
+        entries = _Entries(self, step, cache) if cache is not None else None
+        for index, layer in enumerate(self.decoder.stack()):
+            if on_layer is not None:
+                on_layer(index, hidden_states)
+            plan = step.plan.layer(index, hidden_states)
+            if plan.entries.num_rows:
+                self._run_layer(index, layer, plan, hidden_states, step, entries)
+        return hidden_states
+
+    def _decode_steps(self, step: Step, cache: KVCache | None) -> DecodeSteps | None:
+        if not (self.fuses and step.decode and cache is not None and step.plan.rows.num_rows <= ROW_BUCKETS[-1]):
+            return None
+        return self._steps_of(cache)
+
+    def _steps_of(self, cache: KVCache) -> DecodeSteps:
+        steps = self._steps.get(cache)
+        if steps is None:
+            max_rows = row_bucket(min(cache.context_lens.shape[1], ROW_BUCKETS[-1]))
+            ops = get_row_ops("triton")
+            fused = FusedDecode(self.decoder, self.lm_head, cache, max_rows, ops, self.deterministic)
+            steps = self._steps[cache] = DecodeSteps(fused, self.row_counts)
+        return steps
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: OPTDecoderLayer,
+        plan: LayerPlan,
+        hidden_states: Tensor,
+        step: Step,
+        entries: _Entries | None,
+    ) -> None:
+        backend, deterministic = self.backend, self.deterministic
+        run, kv = plan.run, plan.kv
+        attention_input = query = key = value = None
+        if kv.num_rows:
+            attention_input = layer.attention_input(hidden_states, kv.row_ids, backend)
+            if kv is run:
+                query, key, value = layer.project(attention_input, deterministic)
+            else:
+                key, value = layer.project_key_value(attention_input, deterministic)
+            self.row_counts.add(index, num_kv=key.shape[0])
+        placed = entries.add(index, plan, key, value) if entries is not None else None
+        if not run.num_rows:
+            return
+        if query is None:
+            attention_input = layer.attention_input(hidden_states, run.row_ids, backend)
+            query = layer.project_query(attention_input, deterministic)
+        self.row_counts.add(index, num_run=query.shape[0])
+        if step.decode:
+            assert entries is not None and placed is not None, "decoding needs a cache"
+            cache = entries.cache
+            tables = cache.slot_tables[index]
+            attention = backend.decode_attention(
+                query, cache.k_cache, cache.v_cache, tables, placed.seq_ids, placed.key_limits, layer.scale
+            )
+        else:
+            keys, values, cu_seqlens_k = (
+                entries.visible(index, plan, key, value) if entries is not None else (key, value, kv.cu_seqlens)
+            )
+            assert keys is not None and values is not None, "a row that runs a layer has a key and a value there"
+            key_limits = placed.key_limits if placed is not None else plan.key_ranks
+            attention = varlen_attention.attend(
+                backend,
+                query,
+                keys,
+                values,
+                plan,
+                cu_seqlens_k,
+                key_limits,
+                layer.scale,
+                max(step.plan.rows.num_new_tokens),
+                causal=kv is run and keys is key,
+                deterministic=deterministic,
+            )
+        layer.add_attention_(hidden_states, run.row_ids, attention, backend, deterministic)
+        layer.add_feed_forward_(hidden_states, run.row_ids, backend, deterministic)
+
+
+class _Placed(NamedTuple):
+    """seq_ids: [R], int32, the cache sequence of each run row; key_limits: [R], int32, the entries it attends to."""
+
+    seq_ids: Tensor
+    key_limits: Tensor
+
+
+class _Entries:
+    """The cache entries of one step: placed for all layers at once if the plan allows, else layer by layer."""
+
+    def __init__(self, executor: CompactExecutor, step: Step, cache: KVCache) -> None:
+        self.backend = executor.backend
+        self.step = step
+        self.cache = cache
+        self.index = cache.index(step.plan, step.cache_ids)
+        if self.index is not None:
+            self.slots = cache.allocate(self.index.entry_indptr[-1])
+            self.key_limits = cache.append(self.index, self.slots)
+        else:
+            # The slot that holds each row's last key and value: SHARE lets later layers point to it.
+            self.row_slots = torch.full_like(step.token_ids, -1, dtype=torch.int32)
+
+    def add(self, layer: int, plan: LayerPlan, key: Tensor | None, value: Tensor | None) -> _Placed:
+        """Store the new keys and values, each [K, H, D], of ``layer``; returns where its run rows stand."""
+        index, part = self.index, layer
+        if index is None:
+            index, part = EntryIndex.of([plan], layer, self.step.cache_ids, self.cache.context_lens.shape[1]), 0
+            slots = self.cache.allocate(plan.kv.num_rows)
+            key_limits = self.cache.append(index, self._entry_slots(plan, slots))
+        else:
+            slots = self.slots[index.entry_indptr[part] : index.entry_indptr[part + 1]]
+            key_limits = self.key_limits
+        if key is not None and value is not None:
+            self.backend.kv_store(key, value, self.cache.k_cache, self.cache.v_cache, slots)
+        begin, end = index.run_indptr[part], index.run_indptr[part + 1]
+        return _Placed(index.run_cache_ids[begin:end], key_limits[begin:end])
+
+    def visible(
+        self, layer: int, plan: LayerPlan, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Keys, values and their cu_seqlens that the run rows of ``layer`` attend to in a prefill step."""
+        if self.step.fresh and plan.entries is plan.kv:
+            return key, value, plan.kv.cu_seqlens
+        return self.cache.gather(layer, self.step.cache_ids)
+
+    def _entry_slots(self, plan: LayerPlan, slots: Tensor) -> Tensor:
+        if plan.kv.row_ids is None:
+            self.row_slots.copy_(slots)
+        else:
+            self.row_slots[plan.kv.row_ids.long()] = slots
+        return slots if plan.entries is plan.kv else self.row_slots

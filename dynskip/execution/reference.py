@@ -1,0 +1,198 @@
+"""The executor that is the specification: each sequence alone, layer by layer, in plain PyTorch. Differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dynskip.execution.step import RowCounts, Step
+from dynskip.ops import reference
+from dynskip.routing.plan import LayerPlan, RowSet
+
+if TYPE_CHECKING:
+    from dynskip.models.decoder import OPTDecoder, OPTDecoderLayer
+
+
+class ReferenceCache:
+    """Keys and values, each [S, H, D], of every (layer, cache sequence) that has any."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(2 * key.numel() * key.element_size() for key, _ in self.entries.values())
+
+    def append(self, layer: int, seq: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of ``seq`` in ``layer``, the new ones ([R, H, D] each) last."""
+        if (layer, seq) in self.entries:
+            old_key, old_value = self.entries[layer, seq]
+            key, value = torch.cat([old_key, key]), torch.cat([old_value, value])
+        self.entries[layer, seq] = key, value
+        return key, value
+
+    @property
+    def num_slots_used(self) -> int:
+        """How many entries all sequences hold; one that several hold counts once for each."""
+        return sum(key.shape[0] for key, _ in self.entries.values())
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self.entries.clear()
+
+    def settle(self) -> None:
+        """Nothing: what is held is always known."""
+
+    def release(self, cache_ids: Sequence[int]) -> int:
+        """Forget all entries of these sequences; how many they held."""
+        before = self.num_slots_used
+        self.entries = {place: entry for place, entry in self.entries.items() if place[1] not in cache_ids}
+        return before - self.num_slots_used
+
+    def fork(self, source: int, target: int) -> None:
+        """Make the empty sequence ``target`` begin with all entries of ``source``."""
+        self._begin(source, target, None)
+
+    def share(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the empty sequence ``target`` begin with the first ``num_tokens`` tokens of ``source``.
+
+        For sequences with a fixed path, whose layers hold entries of all their tokens, or none.
+        """
+        lengths = {key.shape[0] for (_, seq), (key, _) in self.entries.items() if seq == source}
+        assert len(lengths) <= 1, "layers of the source hold different tokens"
+        assert all(length >= num_tokens for length in lengths), "the source holds fewer tokens"
+        self._begin(source, target, num_tokens)
+
+    def mark(self, cache_ids: Sequence[int]) -> ReferenceMark:
+        """What `rewind` needs to take back the entries that these sequences get from now on."""
+        entries = {place: entry for place, entry in self.entries.items() if place[1] in cache_ids}
+        return ReferenceMark(tuple(cache_ids), entries)
+
+    def rewind(self, mark: ReferenceMark | None) -> None:
+        """Forget what the sequences of ``mark`` got since then."""
+        if mark is not None:
+            self.release(mark.cache_ids)
+            self.entries.update(mark.entries)
+
+    def sweep(self) -> None:
+        """Nothing: there are no entries but those of a sequence."""
+
+    def _begin(self, source: int, target: int, num_tokens: int | None) -> None:
+        assert all(seq != target for _, seq in self.entries), "the target of a fork holds entries"
+        for (layer, seq), (key, value) in list(self.entries.items()):
+            if seq == source:
+                self.entries[layer, target] = key[:num_tokens], value[:num_tokens]
+
+
+@dataclass(frozen=True)
+class ReferenceMark:
+    """The keys and values of some sequences at one time: see `ReferenceCache.mark`."""
+
+    cache_ids: tuple[int, ...]
+    entries: dict[tuple[int, int], tuple[Tensor, Tensor]]
+
+
+class ReferenceExecutor:
+    """Runs steps one sequence at a time with F.linear and F.layer_norm: slow, obvious, and differentiable."""
+
+    def __init__(self, decoder: OPTDecoder) -> None:
+        self.decoder = decoder
+        self.row_counts = RowCounts(len(decoder.layers))
+
+    def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> ReferenceCache:
+        """An empty cache; it grows as it is used, whatever the arguments."""
+        return ReferenceCache()
+
+    def run(
+        self, step: Step, cache: ReferenceCache | None, on_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """[N, C]: the last layer's output for every row of ``step``; the arguments are those of CompactExecutor.run."""
+        rows = step.plan.rows
+        bounds = rows.cu_seqlens.tolist()
+        cache_ids = step.cache_ids.tolist()
+        cache = ReferenceCache() if cache is None else cache
+        hidden_states = self.decoder.embed(step.token_ids, step.position_ids)
+        # Keys and values by row, [N, H, D]: SHARE reuses those of the last layer that a row ran.
+        last: list[tuple[Tensor, Tensor] | None] = [None] * rows.num_seqs
+        for index, layer in enumerate(self.decoder.stack()):
+            if on_layer is not None:
+                on_layer(index, hidden_states)
+            plan = step.plan.layer(index, hidden_states)
+            parts = []
+            for seq in range(rows.num_seqs):
+                begin, end = bounds[seq], bounds[seq + 1]
+                alone = _Alone.of(plan, seq, begin)
+                part, last[seq] = self._run_layer(
+                    index,
+                    layer,
+                    alone,
+                    hidden_states[begin:end],
+                    last[seq],
+                    cache,
+                    cache_ids[seq],
+                )
+                parts.append(part)
+            hidden_states = torch.cat(parts)
+        return hidden_states
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: OPTDecoderLayer,
+        alone: _Alone,
+        rows: Tensor,
+        last: tuple[Tensor, Tensor] | None,
+        cache: ReferenceCache,
+        cache_id: int,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        if not alone.entries.numel():
+            return rows, last
+        key, value = layer.key_value(rows[alone.kv])
+        self.row_counts.add(index, num_kv=key.shape[0])
+        if last is None:
+            shape = (rows.shape[0], *key.shape[1:])
+            last = rows.new_zeros(shape), rows.new_zeros(shape)
+        # index_copy, not assignment: the caller may want gradients through every key and value.
+        last = last[0].index_copy(0, alone.kv, key), last[1].index_copy(0, alone.kv, value)
+        new_keys, new_values = last[0][alone.entries], last[1][alone.entries]
+        keys, values = cache.append(index, cache_id, new_keys, new_values)
+        if not alone.run.numel():
+            return rows, last
+        num_old = keys.shape[0] - new_keys.shape[0]
+        query = layer.query(rows[alone.run])
+        self.row_counts.add(index, num_run=query.shape[0])
+        attention = reference.prefill_attention(
+            query,
+            keys,
+            values,
+            torch.tensor([0, query.shape[0]], dtype=torch.int32, device=rows.device),
+            torch.tensor([0, keys.shape[0]], dtype=torch.int32, device=rows.device),
+            alone.key_ranks + num_old,
+            layer.scale,
+        )
+        return rows.index_copy(0, alone.run, layer.output(rows[alone.run], attention)), last
+
+
+class _Alone:
+    """The part of a layer's plan that concerns one sequence, in rows counted from the sequence's first."""
+
+    def __init__(self, run: Tensor, kv: Tensor, entries: Tensor, key_ranks: Tensor) -> None:
+        self.run, self.kv, self.entries, self.key_ranks = run, kv, entries, key_ranks
+
+    @staticmethod
+    def of(plan: LayerPlan, seq: int, first_row: int) -> _Alone:
+        begin, end = int(plan.run.cu_seqlens[seq]), int(plan.run.cu_seqlens[seq + 1])
+        run, kv, entries = (_rows_of(row_set, seq, first_row) for row_set in (plan.run, plan.kv, plan.entries))
+        return _Alone(run, kv, entries, plan.key_ranks[begin:end])
+
+
+def _rows_of(row_set: RowSet, seq: int, first_row: int) -> Tensor:
+    begin, end = int(row_set.cu_seqlens[seq]), int(row_set.cu_seqlens[seq + 1])
+    if row_set.row_ids is None:
+        return torch.arange(end - begin, device=row_set.seq_ids.device)
+    return row_set.row_ids[begin:end].long() - first_row

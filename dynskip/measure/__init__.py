@@ -1,0 +1,1 @@
+"""Timing what runs here: interleaved rounds, the machine, the device, calibration. A library, not a benchmark."""

@@ -1,0 +1,222 @@
+"""The costs that the scheduler and its simulation work with, measured: whole steps in turns, then whole streams."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.costs.layer_costs import Curve, LayerCosts
+from dynskip.costs.step_costs import StepCosts
+from dynskip.costs.store import device_key, load_cached, shape_key
+from dynskip.measure.layer_costs import row_counts_up_to
+from dynskip.measure.runners import DynskipRunner
+from dynskip.measure.streams import Job, Served
+from dynskip.measure.timing import Samples, Task, interleave
+from dynskip.paths import LayerPath
+from dynskip.scheduler.outcome import Outcome
+from dynskip.simulation.simulate import EngineOptions, simulate
+from dynskip.simulation.workload import Workload
+
+_LEAST_MS = 1e-6  # noise may make a difference negative; time is not
+# Streams: so many requests for each row of a batch, so many rounds, but none that begins after so many seconds.
+_REQUESTS_PER_ROW = 8
+_STREAM_ROUNDS = 5
+_STREAM_S = 20.0
+
+
+def check_context(num_positions: int, prompt_len: int, context_len: int, num_rounds: int) -> None:
+    """Raise ValueError where the longest sequence that `measure_step_costs` runs does not fit the positions."""
+    if prompt_len + context_len + num_rounds + 2 > num_positions:
+        raise ValueError(
+            f"measure_step_costs: context_len must leave room in {num_positions} positions, got {context_len}, behind "
+            f"prompts of {prompt_len} tokens and before {num_rounds + 2} new ones."
+        )
+
+
+def measure_step_costs(
+    model: OPTForCausalLM,
+    device: str,
+    num_rows: int = 64,
+    prompt_len: int = 32,
+    context_len: int = 512,
+    prefill_tokens: int = 512,
+    num_rounds: int = 5,
+    conditions: dict[str, Any] | None = None,
+    on_call: Callable[[str], None] | None = None,
+) -> StepCosts:
+    """What steps of generation with ``model`` take, with all that belongs to them.
+
+    A layer is what a step through all layers takes longer than one through a single layer, by the layers between
+    them; what is left of the single layer's step is embedding, head, choice of tokens and bookkeeping. A key-value
+    entry is what a step takes longer with ``context_len`` more tokens in the cache.
+
+    device: its name in the result. num_rows: most rows of a decode step. prompt_len: tokens of the prompts.
+    prefill_tokens: most tokens of a prefill.
+    """
+    num_layers = model.num_layers
+    if num_layers < 2:
+        raise ValueError(f"measure_step_costs: model must have at least 2 layers, got {num_layers}.")
+    check_context(model.config.max_position_embeddings, prompt_len, context_len, num_rounds)
+    full, shallow = LayerPath.full(num_layers), LayerPath.early_exit(num_layers, 1)
+    counts = row_counts_up_to(num_rows)
+    decode: dict[str, Task] = {}
+    for path in (full, shallow):
+        for rows in counts:
+            runner = _runner(model, path, rows, prompt_len, num_rounds)
+            runner.prefill()
+            decode[f"decode {path.budget} {rows}"] = _planned(runner)
+    long = _runner(model, full, num_rows, prompt_len + context_len, num_rounds)
+    long.prefill()
+    decode["long"] = _planned(long)
+    samples = interleave(decode, num_rounds, on_call=on_call)
+    entries = num_rows * num_layers
+    base_ms = samples[f"decode {num_layers} {num_rows}"].ms
+    kv_ms = max(samples["long"].ms - base_ms, 0.0) / (entries * context_len)
+    del decode, long
+    layers, heads = _split(samples, "decode", counts, num_layers)
+    # The cache of the measured steps was not empty.
+    layers = _rising(ms - rows * prompt_len * kv_ms for ms, rows in zip(layers, counts, strict=True))
+
+    prompts = sorted({max(1, prefill_tokens // prompt_len >> power) for power in range(5)})
+    prefill: dict[str, Task] = {
+        f"prefill {path.budget} {count}": _runner(model, path, count, prompt_len, 0).prefill
+        for path in (full, shallow)
+        for count in prompts
+    }
+    samples = interleave(prefill, num_rounds, on_call=on_call)
+    prompt_layers, prompt_heads = _split(samples, "prefill", prompts, num_layers)
+    return StepCosts(
+        num_layers,
+        LayerCosts(Curve(counts, layers), Curve(counts, heads), kv_ms),
+        LayerCosts(
+            Curve(tuple(count * prompt_len for count in prompts), prompt_layers),
+            Curve(tuple(prompts), prompt_heads),
+        ),
+        device=device,
+        conditions={
+            **(conditions or {}),
+            "prompt_len": prompt_len,
+            "context_len": context_len,
+            "num_rounds": num_rounds,
+        },
+    )
+
+
+def add_stream_costs(
+    model: OPTForCausalLM,
+    costs: StepCosts,
+    batches: Sequence[int],
+    prompt_len: int = 32,
+    prefill_tokens: int = 512,
+    on_call: Callable[[str], None] | None = None,
+) -> StepCosts:
+    """``costs``, which `measure_step_costs` found, with what streams of requests take longer than they predict.
+
+    Sequences that begin and end, sets of rows that change with each step, entries that lie wherever room was, a cache
+    that holds several batches: none of it is in a step that repeats. batches: most rows of a step, for each stream.
+    """
+    if not batches:
+        raise ValueError("add_stream_costs: batches must hold at least one size, got none.")
+    costs = costs.of_model()
+    decode: list[tuple[float, float]] = []
+    prefill_ms: list[float] = []
+    for batch in batches:
+        excess: list[float] = []
+        begin_s = time.perf_counter()
+        while len(excess) < _STREAM_ROUNDS and (not excess or time.perf_counter() < begin_s + _STREAM_S):
+            measured, predicted = _stream(model, costs, batch, prompt_len, prefill_tokens)
+            excess.append(1e3 * (measured.decode_s - predicted.decode_s) / measured.num_decode_steps)
+            prefill_ms.append(1e3 * (measured.prefill_s - predicted.prefill_s) / measured.num_prefills)
+            if on_call is not None:
+                on_call(f"stream {batch}")
+        decode.append((measured.rows, median(excess)))
+    step_ms, row_ms = _rising_line(decode)
+    return replace(costs, step_ms=step_ms, step_row_ms=row_ms, prefill_step_ms=max(median(prefill_ms), 0.0))
+
+
+def known_step_costs(model: OPTForCausalLM, num_rows: int, prompt_len: int) -> StepCosts:
+    """What `dynskip calibrate` has left for this device and shape; else measured now: coarsely, and not kept."""
+    device = device_key(str(model.device))
+    known = load_cached(device, shape_key(model.config, str(model.dtype).removeprefix("torch.")))
+    if known is not None:
+        return known
+    prefill_tokens = num_rows * prompt_len
+    return measure_step_costs(model, device, num_rows, prompt_len, prompt_len, prefill_tokens, num_rounds=3)
+
+
+def _runner(model: OPTForCausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, model.config.vocab_size, (rows, prompt_len), generator=generator)
+    return DynskipRunner(model, prompts, [path] * rows, num_steps + 2)
+
+
+def _planned(runner: DynskipRunner) -> Task:
+    """A step whose plan is new, as most are in a stream of requests."""
+
+    def step() -> None:
+        assert runner.generation is not None, "prefilled"
+        runner.generation.engine.runner.forget()
+        runner.step()
+
+    return step
+
+
+def _stream(
+    model: OPTForCausalLM, costs: StepCosts, batch: int, prompt_len: int, prefill_tokens: int
+) -> tuple[Outcome, Outcome]:
+    """What a stream of shallow requests and a few deep ones came to in batches of ``batch``, and what was predicted."""
+    num_layers = model.num_layers
+    mix = ((LayerPath.uniform(num_layers, -(-num_layers // 4)), 7.0), (LayerPath.full(num_layers), 1.0))
+    num_requests = _REQUESTS_PER_ROW * batch
+    most = model.config.max_position_embeddings - prompt_len
+    requests = [
+        replace(request, num_output=min(request.num_output, most))
+        for request in Workload(num_requests, mix, prompt_len).draw()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    prompts: list[list[int]] = torch.randint(
+        0, model.config.vocab_size, (num_requests, prompt_len), generator=generator
+    ).tolist()
+    jobs = [Job(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+    served = Served("stream", model, jobs, costs, policy="cohort", batch=batch, max_prefill_tokens=prefill_tokens)
+    while served.progress < 1:
+        served.advance()
+    measured = served.outcome
+    served.engine.close()
+    return measured, simulate(costs, requests, EngineOptions(batch=batch, max_prefill_tokens=prefill_tokens))
+
+
+def _rising_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b), neither negative: a + b x comes nearest to the values y at x, by least squares."""
+    xs, ys = zip(*points, strict=True)
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    through_zero = sum(x * y for x, y in points) / sum(x * x for x in xs)
+    lines = [(mean_y - slope * mean_x, slope), (mean_y, 0.0), (0.0, through_zero), (0.0, 0.0)]
+    allowed = [line for line in lines if min(line) >= 0]
+    return min(allowed, key=lambda line: sum((line[0] + line[1] * x - y) ** 2 for x, y in points))
+
+
+def _split(
+    samples: dict[str, Samples], kind: str, counts: Sequence[int], num_layers: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The milliseconds of one layer, and of what belongs to no layer, at each count."""
+    full = [samples[f"{kind} {num_layers} {count}"].ms for count in counts]
+    one = [samples[f"{kind} 1 {count}"].ms for count in counts]
+    layers = _rising((f - o) / (num_layers - 1) for f, o in zip(full, one, strict=True))
+    return layers, _rising(o - layer for o, layer in zip(one, layers, strict=True))
+
+
+def _rising(values: Iterable[float]) -> tuple[float, ...]:
+    """The values, each at least as large as those before: more rows never take less time, whatever noise says."""
+    risen: list[float] = []
+    for value in values:
+        risen.append(max(value, risen[-1] if risen else _LEAST_MS))
+    return tuple(risen)

@@ -1,0 +1,108 @@
+"""Streams of requests through the engine, timed in turns: what disturbs one policy disturbs all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.costs.step_costs import StepCosts
+from dynskip.engine.engine import Engine
+from dynskip.sampling import SamplingParams
+from dynskip.scheduler.outcome import Outcome
+from dynskip.simulation.workload import Request
+
+# One turn of a competitor.
+TURN_S = 0.25
+
+
+class Competitor(Protocol):
+    """Somebody who serves the requests, a little at a time."""
+
+    name: str
+
+    @property
+    def progress(self) -> float:
+        """Which share of the tokens is there."""
+        ...
+
+    def advance(self) -> None:
+        """Go on for a little while."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with its prompt; ``request.num_output`` tokens are generated, whatever they are."""
+
+    prompt_ids: list[int]
+    request: Request
+
+    @property
+    def params(self) -> SamplingParams:
+        """Greedy, and no end before the last token."""
+        return SamplingParams(max_tokens=self.request.num_output, ignore_eos=True)
+
+
+class Served:
+    """The engine under one policy, with all requests there at the beginning.
+
+    token_ids: the outputs of those that have ended, by their numbers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: OPTForCausalLM,
+        jobs: Sequence[Job],
+        costs: StepCosts,
+        turn_s: float = TURN_S,
+        **options: Any,
+    ) -> None:
+        self.name = name
+        self._turn_s = turn_s
+        longest = max(len(job.prompt_ids) + job.request.num_output for job in jobs)
+        self._own_s = 0.0
+        self._begin_s: float | None = None
+        self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
+        self.num_tokens = sum(job.request.num_output for job in jobs)
+        self.token_ids: dict[Hashable, list[int]] = {}
+        for job in jobs:
+            self.engine.add_request(job.prompt_ids, job.params, job.request.path)
+
+    @property
+    def progress(self) -> float:
+        """Which share of the tokens is there."""
+        return self.engine.tally.num_tokens / self.num_tokens
+
+    def advance(self) -> None:
+        """A turn's steps."""
+        self._begin_s = time.perf_counter()
+        while self.engine.has_unfinished and time.perf_counter() < self._begin_s + self._turn_s:
+            for output in self.engine.step():
+                assert output.finish_reason == "length", output
+                self.token_ids[output.request_id] = output.token_ids
+        self._own_s += time.perf_counter() - self._begin_s
+        self._begin_s = None
+
+    def _clock(self) -> float:
+        """Seconds of its own turns: it stands while others have theirs."""
+        return self._own_s + (0.0 if self._begin_s is None else time.perf_counter() - self._begin_s)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it came to."""
+        return self.engine.stats().outcome
+
+
+def take_turns(competitors: Sequence[Competitor], on_turn: Callable[[], None] | None = None) -> None:
+    """Let whoever is furthest behind go on, until all are done; ``on_turn`` is called after each turn."""
+    while True:
+        left = [competitor for competitor in competitors if competitor.progress < 1]
+        if not left:
+            return
+        min(left, key=lambda competitor: competitor.progress).advance()
+        if on_turn is not None:
+            on_turn()

@@ -1,0 +1,1 @@
+"""What a decoder is: its layers, its matrices, its checkpoint."""

@@ -1,0 +1,133 @@
+"""A model that is to be converted: its config and all of its tensors, checked to be complete and plain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import OPTConfig
+
+from dynskip.causal_lm import OPTForCausalLM
+from dynskip.ops.checks import dtype_name
+
+HEAD, EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
+# Tensors that carry nothing of the model: the number of the format that a file was converted from.
+IGNORED = frozenset({"model.decoder.version"})
+# float64 is what results are compared with; the ops take the others.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What a config may say that plain OPT knows nothing of, and what to do about it.
+_FOREIGN_KEYS = {
+    "auto_map": "Code of a model folder is never run.",
+    "quantization_config": "Save the model dequantised.",
+    "transformers_weights": "Put the weights into model.safetensors.",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is to be converted. Made by `Source.of`, which checks its parts.
+
+    function: what asks for it; errors begin with it. name: what they call the source.
+    config: untied where the tensors hold a head of their own.
+    tensors: every parameter of OPTForCausalLM by its name, in the shape that the config says; a tied head is left out.
+    """
+
+    function: str
+    name: str
+    config: OPTConfig
+    tensors: dict[str, Tensor]
+
+    @staticmethod
+    def of(function: str, name: str, config: OPTConfig, tensors: Mapping[str, Tensor]) -> Source:
+        """The source of a config and of all tensors, buffers included, that came with it; reads values of heads only.
+
+        Raises ValueError that names the tensor where one is missing, has another shape, is no plain tensor in memory,
+        or has no place in the model. A head beside a tied config unties the model, unless it is the embedding.
+        """
+        held = {key: tensor for key, tensor in tensors.items() if key not in IGNORED}
+        for key in sorted(held):
+            _check_tensor(f"{function}: {key} of {name}", held[key])
+        if config.tie_word_embeddings and HEAD in held:
+            if EMBEDDING not in held or _equal(held[HEAD], held[EMBEDDING]):
+                held[EMBEDDING] = held.pop(HEAD)
+            else:
+                config.tie_word_embeddings = False
+        _check_complete(function, name, held, _shapes(config))
+        return Source(function, name, config, held)
+
+
+def check_keys(function: str, name: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a config that asks for code, or for weights in a form of their own."""
+    for key, remedy in _FOREIGN_KEYS.items():
+        if config.get(key) is not None:
+            raise ValueError(
+                f"{function}: config of {name} must describe a plain OPT model, got {key} {str(config[key])[:100]}. "
+                f"{remedy}"
+            )
+
+
+def check_end_tokens(what: str, ends: object) -> None:
+    """Raise ValueError, beginning with ``what``, unless ``ends`` is a token id, a list of them, or None."""
+    if ends is not None and not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise ValueError(f"{what} must be a token id or a list of them, got {str(ends)[:100]}.")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(one, other.to(one.device))
+
+
+def _check_tensor(what: str, tensor: object) -> None:
+    """Raise ValueError, beginning with ``what``, unless ``tensor`` is a dense one of numbers that are in memory."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        kind = type(tensor)
+        raise ValueError(
+            f"{what} must be a plain tensor, got {kind.__module__}.{kind.__qualname__}. Dequantise or gather it."
+        )
+    assert isinstance(tensor, Tensor), "both kinds are tensors"
+    if tensor.device.type == "meta":
+        raise ValueError(f"{what} must be in memory, got a tensor on meta: offloaded, or never loaded.")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{what} must be dense, got {tensor.layout}. Use to_dense().")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"{what} must be {', '.join(map(dtype_name, _DTYPES))}, got {dtype_name(tensor.dtype)}. Quantised weights "
+            "are not supported: save the model dequantised."
+        )
+
+
+def _shapes(config: OPTConfig) -> dict[str, torch.Size]:
+    """The shape of every tensor that a source of ``config`` holds, by name; a tied head is none of its own."""
+    with torch.device("meta"):
+        model = OPTForCausalLM(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return shapes
+
+
+def _check_complete(function: str, name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError unless the tensors read are all there are and all there must be."""
+    missing = sorted(shapes.keys() - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"{function}: {name} must hold every weight of its config, got {len(missing)} missing, such as "
+            f"{missing[0]}."
+        )
+    unknown = sorted(tensors.keys() - shapes.keys())
+    if unknown:
+        raise ValueError(
+            f"{function}: {name} must hold the weights of its config only, got {len(unknown)} more, such as "
+            f"{unknown[0]}."
+        )
+    for key in sorted(shapes):
+        if tensors[key].shape != shapes[key]:
+            raise ValueError(
+                f"{function}: {key} of {name} must have the shape {list(shapes[key])} of its config, "
+                f"got {list(tensors[key].shape)}."
+            )

@@ -1,0 +1,184 @@
+"""What a model folder or a hub id holds, read as data: nothing of it is run."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NoReturn
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import OPTConfig
+from transformers.utils.hub import cached_file
+
+from dynskip.assets import find_model
+from dynskip.models.decoder import check_config
+from dynskip.models.source import Source, check_end_tokens, check_keys
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def read_source(source: str | Path, function: str = "from_pretrained") -> Source:
+    """The model in a directory or at a hub id, its tensors mapped from the files and not yet read.
+
+    Raises FileNotFoundError, NotADirectoryError, TypeError or ValueError, beginning with ``function``.
+    """
+    name = _check_name(source, function)
+    config = _read_config(name, function)
+    for file in _ADAPTER:
+        if _find(name, file) is not None:
+            _refuse_adapter(name, file, function)
+    config.eos_token_id = read_end_tokens(name, function) or config.eos_token_id
+    return Source.of(function, name, config, _read_tensors(name, function))
+
+
+def read_config(source: str | Path, function: str) -> OPTConfig:
+    """The config in a directory or at a hub id, without its tensors; raises what `read_source` does."""
+    return _read_config(_check_name(source, function), function)
+
+
+def read_end_tokens(name: str, function: str) -> int | list[int] | None:
+    """What generation_config.json says of ``eos_token_id``; None or an empty list where it names no end."""
+    file = _find(name, "generation_config.json")
+    if file is None:
+        return None
+    try:
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{function}: {file} must be a JSON object, got: {one_line(error)}") from error
+    check_end_tokens(f"{function}: eos_token_id in {file}", ends)
+    return ends
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error in at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _check_name(source: str | Path, function: str) -> str:
+    if not isinstance(source, str | Path):
+        raise TypeError(f"{function}: the model must be a directory or a hub id, got {type(source).__name__}.")
+    path, name = Path(find_model(source)), str(find_model(source))
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or isinstance(source, Path)
+    if path.is_dir() and name:
+        if not (path / "config.json").is_file():
+            if (path / _ADAPTER[0]).is_file():
+                _refuse_adapter(name, _ADAPTER[0], function)
+            raise FileNotFoundError(
+                f"{function}: {name} must hold a config.json, got none. Save the model with save_pretrained."
+            )
+    elif path.is_file():
+        raise NotADirectoryError(f"{function}: {name} must be a directory, got a file. Name the folder around it.")
+    elif looks_local or not name:
+        raise FileNotFoundError(f"{function}: {name!r} must be a directory, got no such directory.")
+    return name
+
+
+def _refuse_adapter(name: str, file: str, function: str) -> NoReturn:
+    raise ValueError(
+        f"{function}: {name} must hold one whole model, got an adapter ({file}). Merge it into the base with "
+        "merge_and_unload() of peft, and save that."
+    )
+
+
+def _read_config(name: str, function: str) -> OPTConfig:
+    try:
+        values, _ = OPTConfig.get_config_dict(name)
+    except Exception as error:  # transformers and the hub raise types of their own: all say why in their text
+        if Path(name).is_dir():
+            raise ValueError(f"{function}: {name} must hold an OPT config, got: {one_line(error)}") from error
+        raise FileNotFoundError(
+            f"{function}: {name} must be a directory, or a hub id within reach, got neither: {one_line(error)}"
+        ) from error
+    check_keys(function, name, values)
+    if values.get("model_type") != "opt":
+        raise ValueError(
+            f"{function}: {name} must hold an OPT model, got model_type {values.get('model_type')!r}. "
+            "Other architectures are not supported."
+        )
+    try:
+        config = OPTConfig.from_dict(values)
+    except Exception as error:  # the validators of transformers raise types of their own
+        raise ValueError(f"{function}: {name} must hold an OPT config, got: {one_line(error)}") from error
+    check_config(config)
+    config.name_or_path = name
+    return config
+
+
+def _find(name: str, file: str) -> Path | None:
+    """The file of that name in a directory or at a hub id; None where there is none."""
+    found = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
+
+
+def _read_tensors(name: str, function: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(name, function):
+        try:
+            held = _read_file(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # safetensors raises its own type on damaged files; keep the cause
+            raise ValueError(
+                f"{function}: {name} must hold readable weights, got in {file.name}: {one_line(error)}"
+            ) from error
+        # The decoder saved without its head is a level less deep.
+        prefix = "model." if all(key.startswith("decoder.") for key in held) else ""
+        for key, tensor in held.items():
+            if prefix + key in tensors:
+                raise ValueError(f"{function}: {name} must hold {prefix + key} once, got another in {file.name}.")
+            tensors[prefix + key] = tensor
+    return tensors
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    # A file of before 2020 is no archive, and cannot be mapped.
+    held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
+        raise ValueError(f"a {type(held).__name__} where tensors by name should be")
+    return dict(held)
+
+
+def _weight_files(name: str, function: str) -> list[Path]:
+    """The files that hold the weights: the one, or all shards of an index."""
+    for file in _WEIGHTS:
+        whole = _find(name, file)
+        if whole is not None:
+            return [whole]
+        index = _find(name, f"{file}.index.json")
+        if index is not None:
+            return [_find_shard(name, shard, index, function) for shard in _shards(index, function)]
+    raise ValueError(
+        f"{function}: {name} must hold readable weights, got none of {' and '.join(_WEIGHTS)}, whole or in shards."
+    )
+
+
+def _shards(index: Path, function: str) -> list[str]:
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{function}: {index} must hold a weight_map, got: {one_line(error)}") from error
+    for file in files:
+        # As either system reads it: a name that is harmless here is no reason to trust the index.
+        outside = not isinstance(file, str) or any(
+            path.is_absolute() or path.drive or ".." in path.parts
+            for path in (PurePosixPath(file), PureWindowsPath(file))
+        )
+        if outside:
+            raise ValueError(f"{function}: {index} must name files inside its folder, got {file!r}.")
+    return sorted(files)
+
+
+def _find_shard(name: str, shard: str, index: Path, function: str) -> Path:
+    found = _find(name, shard)
+    if found is None:
+        raise ValueError(f"{function}: {name} must hold every shard of {index.name}, got no {shard}.")
+    return found

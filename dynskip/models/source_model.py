@@ -1,0 +1,103 @@
+"""What a model of transformers holds, and whether it computes what plain OPT does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import OPTConfig
+from transformers import OPTForCausalLM as HFOPTForCausalLM
+
+from dynskip.models.decoder import check_config
+from dynskip.models.source import Source, check_end_tokens, check_keys
+from dynskip.ops.checks import dtype_name
+
+_FUNCTION, _NAME = "from_hf", "the model"
+# What a module of OPT computes with besides its tensors.
+_SETTINGS = ("eps", "max_norm", "scaling", "num_heads", "do_layer_norm_before", "offset")
+# transformers leaves these on a model that was once asked for hidden states; they change nothing.
+_HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+
+def source_of(hf_model: HFOPTForCausalLM) -> Source:
+    """The source of a model in memory: its own tensors, and a config of its own.
+
+    Raises TypeError for another class of model; ValueError, naming the part, where the model is no plain OPT.
+    """
+    if not isinstance(hf_model, HFOPTForCausalLM):
+        merge = " Merge its adapter with merge_and_unload() first." if hasattr(hf_model, "merge_and_unload") else ""
+        raise TypeError(
+            f"{_FUNCTION}: the model must be a transformers OPTForCausalLM, got {type(hf_model).__name__}.{merge}"
+        )
+    values = hf_model.config.to_dict()
+    check_keys(_FUNCTION, _NAME, values)
+    config = OPTConfig.from_dict(values)
+    check_config(config)
+    ends = getattr(hf_model.generation_config, "eos_token_id", None)
+    check_end_tokens(f"{_FUNCTION}: eos_token_id in generation_config", ends)
+    config.eos_token_id = ends or config.eos_token_id
+    _check_modules(hf_model, config)
+    tensors = {
+        **dict(hf_model.named_parameters(remove_duplicate=False)),
+        **dict(hf_model.named_buffers(remove_duplicate=False)),
+    }
+    source = Source.of(_FUNCTION, _NAME, config, tensors)
+    dtype = hf_model.model.decoder.embed_tokens.weight.dtype
+    for key, tensor in sorted(source.tensors.items()):
+        if tensor.dtype != dtype:
+            raise ValueError(
+                f"{_FUNCTION}: {key} of {_NAME} must be {dtype_name(dtype)} like the embedding, "
+                f"got {dtype_name(tensor.dtype)}. Use .to(torch.{dtype_name(dtype)})."
+            )
+    return source
+
+
+def _check_modules(hf_model: HFOPTForCausalLM, config: OPTConfig) -> None:
+    """Raise ValueError unless the modules are those that transformers makes of the config, as it makes them."""
+    with torch.device("meta"):
+        plain = dict(HFOPTForCausalLM(config).named_modules())
+    modules = dict(hf_model.named_modules())
+    for name, module in modules.items():
+        if name not in plain:
+            raise ValueError(
+                f"{_FUNCTION}: {_NAME} must have the modules of its config only, got {name}, {_kind(module)}, as well."
+            )
+        _check_module(f"{_FUNCTION}: {name or _NAME}", module, plain[name])
+    for name, module in plain.items():
+        if name not in modules:
+            raise ValueError(
+                f"{_FUNCTION}: {_NAME} must have the modules of its config, got no {name}, {_kind(module)}. "
+                "Make its config fit, num_hidden_layers for instance."
+            )
+
+
+def _check_module(what: str, module: nn.Module, plain: nn.Module) -> None:
+    """Raise ValueError, beginning with ``what``, unless ``module`` computes what ``plain`` does with its tensors."""
+    if type(module) is not type(plain):
+        raise ValueError(
+            f"{what} must be a plain {_kind(plain)}, got {_kind(module)}. Merge adapters, dequantise weights, remove "
+            "parametrizations."
+        )
+    of_accelerate = [vars(module)["_hf_hook"]] if "_hf_hook" in vars(module) else []
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *of_accelerate):
+        if getattr(hook, "__module__", None) != _HARMLESS_HOOKS:
+            raise ValueError(f"{what} must have no forward hook, got {_origin(hook)}. Remove it.")
+    forward: Any = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        raise ValueError(f"{what} must have the forward of its class, got {_origin(forward)}. Remove the wrapper.")
+    for setting in _SETTINGS:
+        value, wanted = getattr(module, setting, None), getattr(plain, setting, None)
+        if value != wanted:
+            raise ValueError(f"{what} must have {setting} {wanted} as its config says, got {value}.")
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    """The name of a function, or of the class of what is called like one, with its module."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

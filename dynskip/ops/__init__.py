@@ -1,0 +1,23 @@
+"""The ops of a step. Public are the five checked ops and `use_backend`; `dynskip.ops.reference` specifies them."""
+
+from dynskip.ops.checked import (
+    OP_NAMES,
+    current_backend,
+    decode_attention,
+    gather_layer_norm,
+    kv_store,
+    prefill_attention,
+    scatter_add,
+    use_backend,
+)
+
+__all__ = [
+    "OP_NAMES",
+    "current_backend",
+    "decode_attention",
+    "gather_layer_norm",
+    "kv_store",
+    "prefill_attention",
+    "scatter_add",
+    "use_backend",
+]

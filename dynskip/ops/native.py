@@ -1,0 +1,205 @@
+"""The launchers of the C++ extension, for tensors on a CPU. They check what memory safety needs; `ops` checks the rest.
+
+`prefill_attention` is the torch backend's own function: PyTorch's attention over whole sequences is fast as it is.
+Beside the launchers stand `packed_linear`, which `Linear` uses, and what a fused decode step needs of the host's
+language: `plan_rows`, on a CPU or a GPU, and `replay`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynskip.kernels import switches
+from dynskip.ops.torch_backend import prefill_attention
+
+__all__ = [
+    "WHOLE_HEADS",
+    "decode_attention",
+    "gather_layer_norm",
+    "has_cuda",
+    "kv_store",
+    "packed_linear",
+    "plan_rows",
+    "prefill_attention",
+    "reads_packed_weight",
+    "replay",
+    "scatter_add",
+    "unavailable_reason",
+]
+
+
+_BUILD = "Build it: DYNSKIP_BUILD_EXT=1 pip install -v --no-build-isolation -e ."
+_BUILD_CUDA = (
+    "Build it where nvcc and a torch with CUDA are: DYNSKIP_BUILD_CUDA=1 pip install -v --no-build-isolation -e ."
+)
+WHOLE_HEADS = 16
+"""`decode_attention` is fast where the head size is a multiple of this."""
+CUDA_MISSING = f"The C++ extension was built without its CUDA sources. {_BUILD_CUDA}"
+_OPS = (
+    "gather_layer_norm",
+    "scatter_add",
+    "kv_store",
+    "decode_attention",
+    "packed_linear",
+    "has_packed_linear",
+    "is_packed_linear_layout",
+    "plan_rows",
+    "has_cuda",
+    "replay",
+)
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the extension cannot be used, and how to get it; None when it is loaded."""
+    try:
+        importlib.import_module("dynskip._C")  # which registers the ops
+    except ImportError as error:
+        return f"The C++ extension cannot be loaded ({error}). {_BUILD}"
+    missing = [name for name in _OPS if not hasattr(torch.ops.dynskip_native, name)]
+    if missing:
+        return f"The C++ extension was built from older sources and lacks {missing[0]}. {_BUILD}"
+    return None
+
+
+def gather_layer_norm(
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """See `reference.gather_layer_norm`."""
+    return _op("gather_layer_norm")(x, row_ids, weight, bias, eps)
+
+
+def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
+    """See `reference.scatter_add`."""
+    _op("scatter_add")(x, row_ids, y)
+
+
+def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `reference.kv_store`."""
+    _op("kv_store")(k, v, k_cache, v_cache, slot_mapping)
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    """See `reference.decode_attention`. Needs `slot_table` to be contiguous.
+
+    Cost: reads 2 * sum(context_lens) * H * D elements once, fast where D is a multiple of `WHOLE_HEADS`. The bits of
+    one head of one row depend on nothing else.
+    """
+    return _op("decode_attention")(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale)
+
+
+def reads_packed_weight(weight: Tensor, packed_weight: Tensor) -> bool:
+    """Whether `packed_linear` can run here on `packed_weight`, which oneDNN made of `weight` [out, in].
+
+    It looks at the packed bytes themselves, so that a oneDNN with another layout is never misread.
+    """
+    if unavailable_reason() is not None or weight.dtype != torch.bfloat16:
+        return False
+    ops = torch.ops.dynskip_native
+    if not ops.has_packed_linear():
+        return False
+    data, num_bytes = packed_data(packed_weight), torch.ops.mkldnn._nbytes(packed_weight)
+    return bool(ops.is_packed_linear_layout(weight.contiguous(), data, num_bytes))
+
+
+def packed_data(packed_weight: Tensor) -> int:
+    """The address of a oneDNN tensor's memory."""
+    return int(torch.ops.mkldnn.data_ptr(packed_weight))
+
+
+def packed_linear(x: Tensor, data: int, num_outputs: int, bias: Tensor | None, relu: bool) -> Tensor:
+    """Returns `x` times the packed matrix at the address `data`, plus `bias`, through ReLU if wanted: `[R, out]`.
+
+    x: `[R, in], bfloat16`, rows contiguous. The matrix is one that `reads_packed_weight` accepted and still exists.
+
+    Cost: reads the matrix once. Fastest to about 50 rows. The bits of a row depend on that row alone.
+    """
+    return _op("packed_linear")(x, data, num_outputs, bias, relu)
+
+
+def plan_rows(
+    active: Tensor,
+    first_layer: int,
+    kv_policy: int,
+    cache_ids: Tensor,
+    context_lens: Tensor,
+    slot_tables: Tensor,
+    free_slots: Tensor,
+    slot_cursor: Tensor,
+    row_slots: Tensor,
+    run_ids: Tensor,
+    num_run: Tensor,
+    kv_ids: Tensor,
+    num_kv: Tensor,
+    slots: Tensor,
+    key_limits: Tensor,
+) -> None:
+    """See `row_reference.plan_rows`. Tensors may have any stride between layers; what a layer holds is contiguous.
+
+    On a GPU one launch of one block on the current stream, without a question to the host, so that it can be captured.
+    A table without room for a new entry is an error, and a new key without a free slot: on a CPU a RuntimeError, on a
+    GPU an assertion on the device. Then neither is written, and `slot_cursor` stops at the end of `free_slots`.
+    `switches` say whether the kernel may overlap with the one before it.
+
+    Cost: reads and writes 25 bytes a row and layer.
+    """
+    if active.is_cuda:
+        _check_cuda("plan_rows")
+    _op("plan_rows")(
+        active,
+        first_layer,
+        kv_policy,
+        cache_ids,
+        context_lens,
+        slot_tables,
+        free_slots,
+        slot_cursor,
+        row_slots,
+        run_ids,
+        num_run,
+        kv_ids,
+        num_kv,
+        slots,
+        key_limits,
+        overlaps=switches.pdl(),
+        carveout=-1 if (percent := switches.carveout()) is None else percent,
+    )
+
+
+def has_cuda() -> bool:
+    """Whether the extension is loaded and was built with its CUDA sources."""
+    return unavailable_reason() is None and bool(torch.ops.dynskip_native.has_cuda())
+
+
+def replay(graph_execs: Sequence[int], device: torch.device) -> None:
+    """Launches captured CUDA graphs one after another on the current stream of `device`.
+
+    graph_execs: what `torch.cuda.CUDAGraph.raw_cuda_graph_exec()` returns for each; the graphs must still exist.
+
+    Raises: RuntimeError where the extension has no CUDA part, and where a launch fails, with the graph's index.
+    """
+    _check_cuda("replay")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _op("replay")(graph_execs, index)
+
+
+@functools.cache
+def _check_cuda(name: str) -> None:
+    if not has_cuda():
+        reason = (unavailable_reason() or CUDA_MISSING).replace(_BUILD, _BUILD_CUDA)
+        raise RuntimeError(f"native.{name}: the C++ extension must have its CUDA part, got none. {reason}")
+
+
+@functools.cache
+def _op(name: str) -> torch._ops.OpOverload:
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"native.{name}: the C++ extension must be loaded, got none. {reason}")
+    return getattr(torch.ops.dynskip_native, name).default

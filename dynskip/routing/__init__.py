@@ -1,0 +1,1 @@
+"""From the ``paths`` argument to the rows of each layer; pure data."""

@@ -1,0 +1,1 @@
+"""Which requests are resident and which of them step together; no model, no device."""

@@ -1,0 +1,1 @@
+"""The policies of the scheduler: lock-step, by path, cohorts of paths."""

@@ -1,0 +1,1 @@
+"""Training a controller on a frozen model, or together with it."""

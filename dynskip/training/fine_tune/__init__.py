@@ -1,0 +1,1 @@
+"""Fine-tuning a checkpoint at full depth and along paths."""

@@ -1,0 +1,1 @@
+"""Every op against float64, with the error that is allowed."""

@@ -1,0 +1,145 @@
+"""What validation is made of: the verdict on a case, errors and the errors that are allowed, and provoked faults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynskip.validation.tensors import Arguments
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case of one op: the largest error, what was allowed, and what else went wrong (None: nothing)."""
+
+    backend: str
+    dtype: str
+    op: str
+    case: str
+    max_error: float
+    allowed_error: float
+    complaint: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.complaint is None and self.max_error <= self.allowed_error
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Makes torch.empty give NaN inside the block, so that an element that an op leaves unwritten is seen.
+
+    On a card it must be entered before the process's first matrix product, or CUBLAS_WORKSPACE_CONFIG be set by then:
+    torch reads it once, and deterministic algorithms refuse cuBLAS without it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic
+    filling = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    switches.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = filling
+
+
+def change_one_element(result: Tensor) -> None:
+    """Changes one element of `result`, if it has any."""
+    if result.numel():
+        last = tuple(size - 1 for size in result.shape)
+        if result.dtype == torch.bool:
+            result[last] = ~result[last]
+        elif result[last].isnan():
+            result[last] = 1
+        else:
+            result[last] += 1 + result[last].abs()
+
+
+def to_float64(argument: Any) -> Any:
+    """The argument of an op for its exact computation."""
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def allowed_error(exact: Tensor, eager: Tensor, magnified: float) -> float:
+    """How far a result may be off, given the exact one, float64, and that of eager PyTorch in the working dtype.
+
+    magnified: the largest value of which float32 rounds a part that stays in the result.
+    """
+    largest = exact.abs().max().item()
+    rounding = torch.finfo(eager.dtype).eps / 2 * largest
+    floor = rounding + torch.finfo(torch.float32).eps * (4 * largest + 2 * magnified)
+    return max(2 * max_error(eager.double(), exact), floor)
+
+
+def max_error(result: Tensor, exact: Tensor) -> float:
+    """The largest difference; infinite if there is NaN."""
+    error = (result - exact).abs()
+    return float("inf") if error.isnan().any() else error.max().item()
+
+
+def storage_bytes(tensor: Tensor) -> Tensor:
+    """All bytes of the storage of `tensor`."""
+    return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def storage_error(result: Tensor, expected: Tensor) -> float:
+    """0 if both storages hold the same bits; else the largest difference, infinite where NaN meets a number."""
+    if torch.equal(storage_bytes(result), storage_bytes(expected)):
+        return 0.0
+    error = (result.double() - expected.double()).abs().nan_to_num(nan=0.0)
+    numbers_meet_nan = bool((result.isnan() != expected.isnan()).any())
+    largest = float("inf") if numbers_meet_nan else error.max().item()
+    return largest if largest > 0 else float("inf")
+
+
+def eager_layer_norm(arguments: Arguments) -> tuple[Tensor, float]:
+    """PyTorch's LayerNorm, and how large its result would be without centering: what float32 rounds there stays."""
+    row_ids, weight = arguments["row_ids"], arguments["weight"]
+    rows = arguments["x"] if row_ids is None else arguments["x"][row_ids.long()]
+    exact = rows.double()
+    uncentered = (exact.abs().amax(1) / torch.sqrt(exact.var(1, correction=0) + arguments["eps"])).max().item()
+    magnified = uncentered if weight is None else uncentered * weight.abs().max().item()
+    return F.layer_norm(rows, rows.shape[1:], weight, arguments["bias"], arguments["eps"]), magnified
+
+
+def eager_attention(arguments: Arguments) -> tuple[Tensor, float]:
+    """softmax(q k^T scale) v, row by row, each step rounded to the working dtype, and its largest score times value.
+
+    The absolute error of a score becomes a relative error of its weight.
+    """
+    is_decode = "slot_table" in arguments
+    k_name, v_name = ("k_cache", "v_cache") if is_decode else ("k", "v")
+    q = arguments["q"]
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    magnified = 0.0
+    for row, keys in enumerate((_decode_key_ids if is_decode else _prefill_key_ids)(arguments)):
+        if len(keys):
+            k, v = (arguments[name][keys].transpose(0, 1) for name in (k_name, v_name))
+            scores = q[row, :, None] @ k.transpose(1, 2) * arguments["scale"]
+            out[row] = (scores.softmax(dim=-1) @ v)[:, 0]
+            magnified = max(magnified, scores.abs().max().item() * out[row].abs().max().item())
+    return out, magnified
+
+
+def _decode_key_ids(arguments: Arguments) -> Iterator[Tensor]:
+    """The cache slots that each row attends to."""
+    for sequence, length in zip(arguments["seq_ids"].tolist(), arguments["context_lens"].tolist(), strict=True):
+        yield arguments["slot_table"][sequence, :length].long()
+
+
+def _prefill_key_ids(arguments: Arguments) -> Iterator[Tensor]:
+    """The packed keys that each row attends to."""
+    device, limits = arguments["q"].device, arguments["key_limits"].tolist()
+    starts_q, starts_k = arguments["cu_seqlens_q"].tolist(), arguments["cu_seqlens_k"].tolist()
+    for sequence, first_key in enumerate(starts_k[:-1]):
+        for row in range(starts_q[sequence], starts_q[sequence + 1]):
+            yield torch.arange(first_key, first_key + limits[row], device=device)

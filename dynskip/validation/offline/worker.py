@@ -1,0 +1,234 @@
+"""The process that compiles kernels for a GPU that need not be there: see `offline_compile`, which starts it.
+
+The launchers themselves are called, on CPU tensors of OPT's shapes that nothing reads, and each launch becomes a
+compilation: so what is compiled has the constants and the alignment hints of a real run. Triton's interpreter must be
+off here: python -m dynskip.validation.offline.worker '{"capability": 90, ...}' prints a JSON list, one object a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from dynskip.kernels.configs import KEYS, get_entries, use_configs
+from dynskip.kernels.launches import compile_only
+from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.ops.backends import get_backend
+from dynskip.ops.row_ops import get_row_ops
+from dynskip.validation.offline.compile_kernels import MISALIGNED
+from dynskip.validation.offline.resources import read_resources
+from dynskip.validation.offline.waits import acts_before_wait
+
+_MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
+
+
+class Shape(NamedTuple):
+    """The shape of a model."""
+
+    name: str
+    hidden_size: int
+    num_heads: int
+
+
+# The smallest, the benchmarked one, the one whose heads fill no power of two, one of wider heads, the widest.
+SHAPES = (
+    Shape("125m", 768, 12),
+    Shape("1.3b", 2048, 32),
+    Shape("2.7b", 2560, 32),
+    Shape("6.7b", 4096, 32),
+    Shape("66b", 9216, 72),
+)
+
+
+# Bounds of rows that steps are launched with; larger ones have the config of the last.
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FEWER_SHAPES = ("1.3b", "2.7b", "66b")
+FEW_ROWS = 4
+
+
+class OfflineDriver:
+    """Stands for a GPU of a given compute capability, as far as compiling for it goes."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Call(NamedTuple):
+    """A call of a launcher, and what it stands for."""
+
+    op: str
+    case: str
+    run: Callable[[], object]
+
+
+def compile_all(
+    capability: int, config_path: str, dtype_name: str, op_names: list[str], everywhere: bool
+) -> list[dict[str, Any]]:
+    """What each kernel that a launch may need takes of a GPU, or why it does not compile."""
+    driver.set_active(OfflineDriver(capability))
+    found: dict[str, dict[str, Any]] = {}
+    with use_configs(config_path):
+        for call in make_calls(getattr(torch, dtype_name), everywhere):
+            if call.op not in op_names:
+                continue
+            about = {"op": call.op, "dtype": dtype_name, "case": call.case}
+
+            def receive(op: str, kernel: Any, about: dict[str, Any] = about) -> None:
+                if kernel.hash not in found:
+                    found[kernel.hash] = about | {"op": op} | describe(kernel)
+
+            try:
+                with compile_only(capability, receive):
+                    call.run()
+            except Exception as error:  # whatever the compiler raises is reported as a violation
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                found[repr(about)] = about | {"kernel": call.op, "error": text}
+    return list(found.values())
+
+
+def describe(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel is made of."""
+    ptx, products = kernel.asm["ptx"], sorted(set(_MATRIX_PRODUCT.findall(kernel.asm["ttir"])))
+    kept = Path(triton.knobs.cache.dir) / "dynskip-resources"
+    resources = read_resources(kernel.asm["cubin"], bool(products), kept)
+    return {
+        "kernel": kernel.metadata.name,
+        "num_warps": kernel.metadata.num_warps,
+        "registers": resources.registers,
+        "spilled_bytes": resources.spilled_bytes,
+        "shared_bytes": kernel.metadata.shared,
+        "tensor_core_instructions": resources.tensor_core_instructions,
+        "products": products,
+        "num_waits": ptx.count("griddepcontrol.wait"),
+        "acts_before_wait": acts_before_wait(ptx) if kernel.metadata.launch_pdl else [],
+        "num_signals": ptx.count("griddepcontrol.launch_dependents"),
+        "overlaps_the_kernel_before": kernel.metadata.launch_pdl,
+    }
+
+
+def make_calls(dtype: torch.dtype, everywhere: bool) -> Iterator[Call]:
+    """Every launcher: see `CompileJob` for the shapes, and for the bounds of rows of row ops."""
+    for shape in SHAPES:
+        if everywhere or shape.name in FEWER_SHAPES:
+            yield from _op_calls(dtype, shape)
+        if everywhere:
+            for max_rows in ROW_BUCKETS:
+                for deterministic in (False, True):
+                    yield from _row_op_calls(dtype, shape, max_rows, deterministic)
+        elif shape.name == "1.3b":
+            for max_rows, deterministic, op_names in _entries(dtype):
+                calls = _row_op_calls(dtype, shape, max_rows, deterministic)
+                yield from (call for call in calls if call.op in op_names)
+        elif shape.name in FEWER_SHAPES:
+            yield from _row_op_calls(dtype, shape, FEW_ROWS, deterministic=False)
+
+
+def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
+    """Bounds of rows, modes and ops, such that each entry of the table in use is met, at the most rows that have it."""
+    op_names: dict[tuple[int, bool], set[str]] = {}
+    for op in KEYS:
+        for deterministic in (False, True):
+            for entry in get_entries(op, torch.device("cpu"), dtype, deterministic):
+                met = (entry.max_rows or ROW_BUCKETS[-1], deterministic)
+                op_names.setdefault(met, set()).add(op)
+    for (max_rows, deterministic), names in sorted(op_names.items()):
+        yield max_rows, deterministic, names
+
+
+def _op_calls(dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+    backend = get_backend("triton")
+    floats = functools.partial(torch.empty, dtype=dtype)
+    size, head_size = shape.hidden_size, shape.hidden_size // shape.num_heads
+    x, y, parameter = floats(8, size), floats(4, size), floats(size)
+    qkv: Tensor = floats(8, 3, shape.num_heads, head_size)
+    q, k, v = qkv.unbind(1)
+    cache = floats(64, shape.num_heads, head_size)
+    scale = head_size**-0.5
+
+    def call(op: str, *args: object) -> Call:
+        return Call(op, f"OPT-{shape.name}", functools.partial(getattr(backend, op), *args))
+
+    yield call("gather_layer_norm", x, _index(4), parameter, parameter, 1e-5)
+    yield call("gather_layer_norm", x, None, parameter, parameter, 1e-5)
+    yield call("scatter_add", x, _index(4), y)
+    yield call("kv_store", k, v, cache, cache, _index(8))
+    yield call("decode_attention", q, cache, cache, _index(4, 256), _index(8), _index(8), scale)
+    yield call("prefill_attention", q, k, v, _index(5), _index(5), _index(8), scale)
+
+
+def _row_op_calls(dtype: torch.dtype, shape: Shape, max_rows: int, deterministic: bool) -> Iterator[Call]:
+    row_ops = get_row_ops("triton")
+    floats = functools.partial(torch.empty, dtype=dtype)
+    size, head_size, num_slots, max_context_len = shape.hidden_size, shape.hidden_size // shape.num_heads, 64, 2048
+    ffn_size, vocab_size = 4 * size, 50272
+    buffers, inner, parameter, wide = floats(max_rows, size), floats(max_rows, ffn_size), floats(size), floats(ffn_size)
+    cache = floats(num_slots, shape.num_heads, head_size)
+    norm = RowNorm(parameter, parameter, 1e-5)
+    workspace = row_ops.workspace(
+        max_rows=max_rows,
+        num_heads=shape.num_heads,
+        head_size=head_size,
+        sizes=[(size, size), (size, ffn_size)],
+        max_context_len=max_context_len,
+        device="cpu",
+    )
+    mode = ", deterministic" if deterministic else ""
+
+    # Lists and counts stand in buffers of all layers: those of one layer are aligned, those of the next are not.
+    for offset in (0, 1):
+        case = f"OPT-{shape.name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
+
+        def call(op: str, *args: object, case: str = case) -> Call:
+            return Call(op, case, functools.partial(getattr(row_ops, op), *args))
+
+        def integers(*sizes: int, dtype: torch.dtype = torch.int32, offset: int = offset) -> Tensor:
+            return torch.empty(math.prod(sizes) + offset, dtype=dtype)[offset:].view(sizes)
+
+        rows = RowList(integers(max_rows), integers(1), max_rows)
+        tokens = integers(max_rows, dtype=torch.int64)
+        yield call("embed_rows", tokens, tokens, rows, buffers, buffers, 2, buffers)
+        yield call("norm_rows", buffers, rows, norm, buffers)
+        for weight, relu in ((floats(ffn_size, size), True), (floats(vocab_size, size), False)):
+            out, bias = (inner, wide) if relu else (floats(max_rows, vocab_size), None)
+            yield call("linear_rows", buffers, rows, norm, weight, bias, relu, out, buffers, deterministic)
+        qkv_weight, qkv_bias = floats(3 * size, size), floats(3 * size)
+        stored = (cache, cache, integers(max_rows), buffers)
+        yield call("qkv_rows", buffers, rows, integers(1), norm, qkv_weight, qkv_bias, buffers, *stored, deterministic)
+        lookup = (integers(max_rows, max_context_len), integers(max_rows), integers(max_rows))
+        ends = (head_size**-0.5, buffers, workspace, deterministic)
+        yield call("attend_rows", buffers, rows, cache, cache, *lookup, *ends)
+        for x in (buffers, inner):
+            weight = floats(size, x.shape[1])
+            yield call("linear_add_rows", x, rows, weight, parameter, buffers, workspace, deterministic)
+        gate = torch.empty(2, size)
+        yield call("gate_rows", buffers, rows, gate, gate[0, :2], integers(max_rows, dtype=torch.bool))
+
+
+def _index(*sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.int32)
+
+
+if __name__ == "__main__":
+    assert not triton.knobs.runtime.interpret, "the interpreter has nothing to compile"
+    print(json.dumps(compile_all(**json.loads(sys.argv[1]))))

@@ -1,0 +1,197 @@
+"""Row ops against the float64 reference: how far they are off, how far they may be, and what they must leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynskip.kernels.row_list import RowNorm
+from dynskip.ops import row_reference
+from dynskip.ops.checks import dtype_name
+from dynskip.ops.row_ops import RowOps
+from dynskip.validation.errors import (
+    Result,
+    allowed_error,
+    change_one_element,
+    eager_attention,
+    eager_layer_norm,
+    max_error,
+    poisoned_allocations,
+    storage_bytes,
+    to_float64,
+)
+from dynskip.validation.tensors import Arguments, Case, copy_with_storage, map_tensors, tensors_in
+
+# Ops that move rows, add once, or decide: every bit is told by the specification in the working dtype.
+_EXACT_OPS = ("embed_rows", "gate_rows", "plan_rows")
+_SCRATCH = ("normed", "workspace")
+_PLAN = (
+    "context_lens",
+    "slot_tables",
+    "slot_cursor",
+    "row_slots",
+    "num_run",
+    "num_kv",
+    "slots",
+    "key_limits",
+    "run_ids",
+    "kv_ids",
+)
+
+
+def validate_row_case(row_ops: RowOps, dtype: torch.dtype, case: Case, falsify: bool = False) -> Result:
+    """The result of one case of `row_ops`; with `falsify` after one element of what the op computed was changed."""
+    arguments = case.copy_arguments()
+    with torch.no_grad(), poisoned_allocations():
+        workspace = _make_workspace(row_ops, arguments)
+        if "workspace" in arguments:
+            arguments["workspace"] = workspace
+        getattr(row_ops, case.op)(*arguments.values())
+    written = _places(case)
+    if falsify:
+        for name, places in written.items():
+            _change_one_of(arguments[name], places)
+    complaint = _find_complaint(case, arguments, written)
+    if workspace is not None and bool(workspace.counters.any()):
+        complaint = "the counters of the workspace are not zero"
+    error, allowed = _measure(case, arguments, written)
+    return Result(row_ops.name, dtype_name(dtype), case.op, case.name, error, allowed, complaint)
+
+
+def _make_workspace(row_ops: RowOps, arguments: Arguments) -> Any:
+    """A workspace large enough for the op, its partial results poisoned; None where the op needs none."""
+    if "workspace" not in arguments:
+        return None
+    is_attention = "k_cache" in arguments
+    num_heads, head_size = arguments["k_cache"].shape[1:] if is_attention else (1, 16)
+    workspace = row_ops.workspace(
+        max_rows=arguments["rows"].ids.shape[0],
+        num_heads=num_heads,
+        head_size=head_size,
+        sizes=[(16, 16)] if is_attention else [tuple(arguments["weight"].shape)],
+        max_context_len=arguments["slot_table"].shape[1] if is_attention else 1,
+        device=arguments["rows"].ids.device,
+    )
+    if workspace is not None:
+        workspace.partials.fill_(float("nan"))
+    return workspace
+
+
+def _places(case: Case) -> dict[str, Tensor | None]:
+    """Which rows of which arguments the op writes; None: those of the specification, whatever they are."""
+    arguments = case.arguments
+    if case.op == "plan_rows":
+        return dict.fromkeys(_PLAN)
+    ids = row_reference.listed(arguments["rows"])
+    if case.op == "linear_add_rows":
+        return {"residual": ids}
+    if case.op == "gate_rows":
+        return {"active": ids}
+    if case.op != "qkv_rows":
+        return {"out": ids}
+    slots = arguments["slots"][ids].long()
+    targets = slots[slots >= 0]
+    return {"q": ids if int(arguments["num_run"]) else ids[:0], "k_cache": targets, "v_cache": targets}
+
+
+def _change_one_of(tensor: Tensor, places: Tensor | None) -> None:
+    """Changes one element of the rows `places` of `tensor`, if there is one."""
+    if places is None:
+        change_one_element(tensor)
+    elif len(places):
+        changed = tensor[places]
+        change_one_element(changed)
+        tensor[places] = changed
+
+
+def _find_complaint(case: Case, arguments: Arguments, written: dict[str, Tensor | None]) -> str | None:
+    for name, argument in case.arguments.items():
+        if name in _SCRATCH or (name in written and written[name] is None):
+            continue
+        for (full_name, original), (_, after) in zip(
+            tensors_in(name, argument), tensors_in(name, arguments[name]), strict=True
+        ):
+            expected = copy_with_storage(original)
+            if name in written:
+                places = written[name]
+                expected[places] = after[places]
+            if not torch.equal(storage_bytes(expected), storage_bytes(after)):
+                return f"{full_name} was written to" + (" where no row is listed" if name in written else "")
+    return None
+
+
+def _measure(case: Case, results: Arguments, written: dict[str, Tensor | None]) -> tuple[float, float]:
+    """The error of the results and the error that they may have: of the output nearest to failure."""
+    if case.op in _EXACT_OPS:
+        return _count_wrong_bits(case, results, written), 0.0
+    if int(case.arguments["rows"].num) == 0:
+        return 0.0, 0.0
+    exact = {name: map_tensors(to_float64, argument) for name, argument in case.copy_arguments().items()}
+    getattr(row_reference, case.op)(*exact.values())
+    eager = _eager(case)
+    worst = (0.0, 0.0)
+    for name, places in written.items():
+        assert places is not None, "only plan_rows writes where the specification says"
+        if not len(places):
+            continue
+        wanted, (textbook, magnified) = exact[name][places], eager[name]
+        measured = max_error(results[name][places].double(), wanted)
+        allowed = allowed_error(wanted, textbook, magnified)
+        if worst[1] == 0 or measured / allowed > worst[0] / worst[1]:
+            worst = measured, allowed
+    return worst
+
+
+def _count_wrong_bits(case: Case, results: Arguments, written: dict[str, Tensor | None]) -> float:
+    """How many elements differ from what the specification gives in the working dtype."""
+    expected = case.copy_arguments()
+    getattr(row_reference, case.op)(*expected.values())
+    differing = 0
+    for name in written:
+        wanted, got = storage_bytes(expected[name]), storage_bytes(results[name])
+        differing += int((wanted != got).sum())
+    return float(differing)
+
+
+def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
+    """What the textbook formula in eager PyTorch gives for each output, and the values whose float32 rounding stays.
+
+    Those are the terms of a product, and the uncentered values of a LayerNorm before it: taken as independent, their
+    roundings add up like the sides of a right-angled triangle.
+    """
+    arguments = case.copy_arguments()
+    ids = row_reference.listed(arguments["rows"])
+    if case.op == "norm_rows":
+        return {"out": eager_layer_norm(_norm_arguments(arguments["x"][ids], arguments["norm"]))}
+    if case.op == "attend_rows":
+        heads = arguments["k_cache"].shape[1:]
+        decode = arguments | {
+            "q": arguments["q"][ids].view(-1, *heads),
+            "seq_ids": arguments["seq_ids"][ids],
+            "context_lens": arguments["key_limits"][ids],
+        }
+        attended, magnified = eager_attention(decode)
+        return {"out": (attended.flatten(1), magnified)}
+    x, norm, weight, bias = arguments["x"][ids], arguments.get("norm"), arguments["weight"], arguments["bias"]
+    magnified = 0.0
+    if norm is not None:
+        x, uncentered = eager_layer_norm(_norm_arguments(x, norm))
+        magnified = uncentered * weight.double().norm(dim=1).max().item()
+    product = F.linear(x, weight, bias)
+    magnified += (x.double().square() @ weight.double().square().T).sqrt().max().item()
+    if case.op == "linear_rows":
+        return {"out": (product.relu() if arguments["relu"] else product, magnified)}
+    if case.op == "linear_add_rows":
+        return {"residual": (arguments["residual"][ids] + product, magnified)}
+    q, k, v = product.chunk(3, dim=1)
+    is_stored = arguments["slots"][ids] >= 0
+    heads = arguments["k_cache"].shape[1:]
+    stored = {name: (rows[is_stored].view(-1, *heads), magnified) for name, rows in (("k_cache", k), ("v_cache", v))}
+    return {"q": (q, magnified), **stored}
+
+
+def _norm_arguments(x: Tensor, norm: RowNorm) -> Arguments:
+    return {"x": x, "row_ids": None, **norm._asdict()}

@@ -1,0 +1,469 @@
+"""The benchmark measures what it says: turns, medians, products, verdicts, and the gate before them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import OPTForCausalLM as HFOPTForCausalLM
+
+from bench import serving
+from bench.report.device import read_report
+from bench.report.serving import serving_sentence, serving_tables
+from dynskip import LayerPath, OPTForCausalLM
+from dynskip.benchmark import ctranslate2_runner, parts, suite
+from dynskip.benchmark.report import Report, Row, markdown_table
+from dynskip.cli import bench as cli_bench
+from dynskip.cli import main
+from dynskip.costs.layer_costs import PathMix
+from dynskip.measure import machine, random_models, timing
+from dynskip.measure.agreement import Gate
+from dynskip.measure.products import Products, model_shape
+from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.runners import DynskipRunner, TransformersRunner
+from dynskip.measure.timing import Samples, interleave
+from dynskip.models.linear import Linear
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW = Row("decode", 8, "full depth / its products", 1.2, 1.25, False, 12.0, 10.0, 6)
+CONDITIONS = {
+    "machine": "test-2-cores",
+    "cpu": "Test",
+    "num_cores": 2,
+    "num_threads": 2,
+    "isa": "AVX512",
+    "versions": {"torch": "2.13", "ctranslate2": None},
+    "commit": "abc",
+    "date": "2026-01-01 00:00 UTC",
+    "load": [0.1, 0.2, 0.3],
+    "shape": "tiny",
+    "dtype": "bfloat16",
+    "backend": "native",
+    "prompt_len": 4,
+    "bandwidth_gbps": 40.0,
+    "peak_gflops": 700.0,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a shape that takes no time."""
+    monkeypatch.setitem(random_models.SHAPES, "tiny", (32, 64, 4, 2))
+    monkeypatch.setattr(machine, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(machine, "_GEMM_SIZE", 16)
+    return "tiny"
+
+
+@pytest.fixture
+def hf_model(tiny: str) -> HFOPTForCausalLM:
+    return random_hf_model(opt_config(tiny, vocab_size=128))
+
+
+# Timing
+
+
+def test_tasks_take_turns_and_the_first_one_changes() -> None:
+    calls: list[str] = []
+    tasks: dict[str, timing.Task] = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
+    samples = interleave(tasks, num_rounds=3, num_repeats=2, num_warm_ups=1)
+    assert "".join(calls) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
+    assert [sample.num_samples for sample in samples.values()] == [6, 6, 6]
+
+
+def test_a_ratio_compares_within_rounds() -> None:
+    ours, theirs = Samples([[1.0, 3.0], [40.0, 80.0], [4.0, 4.0]]), Samples([[1.0], [20.0], [2.0]])
+    assert ours.over(theirs) == 2.0  # of 2, 3 and 2, although one round was twenty times slower
+    assert ours.ms == 4.0
+    assert ours.range_ms == (1.0, 80.0)
+    assert theirs.plus(1.0).rounds == [[2.0], [21.0], [3.0]]
+
+
+def test_a_task_may_measure_itself() -> None:
+    assert timing.timed(lambda: 12.5) == 12.5
+    assert timing.timed(lambda: None) > 0
+
+
+# Products
+
+
+def test_products_are_those_of_the_model(hf_model: HFOPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every multiplication of a real step is in the products, with the same rows, and no other."""
+    model = OPTForCausalLM.from_hf(hf_model)
+    prompts = torch.randint(0, 128, (5, 4))
+    paths = [LayerPath.random(4, 2, seed=seed) for seed in range(5)]
+    runner = DynskipRunner(model, prompts, paths, max_new_tokens=4)
+    seen: list[tuple[int, int, int]] = []
+    forward = Linear.forward
+
+    def record(self: Linear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append((self.in_features, self.out_features, x.shape[0]))
+        return forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Linear, "forward", record)
+    for run, mix in ((runner.prefill, PathMix.of(paths, 4)), (runner.step, PathMix.of(paths))):
+        seen.clear()
+        run()
+        real = sorted(seen)
+        products = Products(model, mix)
+        seen.clear()
+        products.run()
+        assert sorted(seen) == real
+        assert products.flops == sum(2 * a * b * rows for a, b, rows in real)
+
+
+def test_the_shape_of_a_model_is_counted_from_its_weights(hf_model: HFOPTForCausalLM) -> None:
+    shape = model_shape(OPTForCausalLM.from_hf(hf_model, pack=False))
+    assert shape.layer_bytes == (4 * 32 * 32 + 2 * 32 * 64) * 2
+    assert shape.layer_flops_per_row == shape.layer_bytes  # two operations and two bytes a weight
+    assert shape.head_bytes == 128 * 32 * 2
+    assert shape.kv_entry_bytes == 2 * 32 * 2
+
+
+def test_random_models_repeat_and_tie_their_head(tiny: str) -> None:
+    config = opt_config(tiny, vocab_size=128)
+    first, second, other = (random_hf_model(config, seed) for seed in (0, 0, 1))
+    assert first.lm_head.weight is first.model.decoder.embed_tokens.weight
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    assert all(same) and len(same) > 16 * 4
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert random_models.weight_bytes(config) == sum(p.numel() * 2 for p in first.parameters())
+    assert not first.model.decoder.final_layer_norm.weight.isnan().any()
+    with pytest.raises(ValueError, match=r"shape must be one of opt-1.3b, .*, got 'opt-13'"):
+        opt_config("opt-13")
+
+
+# Runners and gate
+
+
+def test_runners_choose_the_same_tokens(hf_model: HFOPTForCausalLM) -> None:
+    prompts = torch.randint(0, 128, (3, 5))
+    float32 = hf_model.float()
+    ours = DynskipRunner(OPTForCausalLM.from_hf(float32), prompts, [LayerPath.full(4)] * 3, max_new_tokens=4)
+    ours.prefill()
+    chosen = []
+    for cache in ("dynamic", "static"):
+        theirs = TransformersRunner(float32, prompts, max_new_tokens=4, cache=cache)
+        theirs.prefill()
+        tokens = [theirs.token_ids]
+        for _ in range(3):
+            theirs.step()
+            tokens.append(theirs.token_ids)
+        chosen.append(torch.cat(tokens, dim=1).tolist())
+    for _ in range(3):
+        ours.step()
+    assert ours.generation is not None
+    assert [sequence.token_ids for sequence in ours.generation.sequences] == chosen[0] == chosen[1]
+    with pytest.raises(ValueError, match="cache must be 'dynamic' or 'static', got 'paged'"):
+        TransformersRunner(float32, prompts, 4, cache="paged")
+
+
+def test_the_gate_passes_the_model_and_stops_another(hf_model: HFOPTForCausalLM) -> None:
+    paths = [LayerPath.full(4), LayerPath.uniform(4, budget=2), LayerPath.of(4, [3])]
+    gate = Gate(hf_model, paths)
+    agreements = gate.check_model(OPTForCausalLM.from_hf(hf_model))
+    assert [agreement.what for agreement in agreements] == ["dynskip, prefill", "dynskip, decode"]
+    assert all(0 < agreement.error <= agreement.allowed for agreement in agreements)
+    gate.paths[1] = LayerPath.full(4)  # what it computes now is not what the gate knows
+    with pytest.raises(RuntimeError, match=r"logits of dynskip, prefill must be within .* Nothing was timed"):
+        gate.check_model(OPTForCausalLM.from_hf(hf_model))
+    with pytest.raises(RuntimeError, match="got nan"):
+        gate.check("NaN", torch.full_like(gate.truth, float("nan")))
+
+
+# Parts of a step
+
+
+def test_parts_add_up_and_leave_no_trace(hf_model: HFOPTForCausalLM) -> None:
+    model = OPTForCausalLM.from_hf(hf_model)
+    paths = [LayerPath.random(4, 2, seed=seed) for seed in range(4)]
+    runner = DynskipRunner(model, torch.randint(0, 128, (4, 5)), paths, max_new_tokens=8)
+    runner.prefill()
+    forward, backend = Linear.forward, model.executor().backend  # type: ignore[union-attr]
+    found = parts.measure_parts(runner, num_steps=3)
+    assert Linear.forward is forward and model.executor().backend is backend  # type: ignore[union-attr]
+    assert len(found.steps) == 3
+    names = {"planning", "gather", "scatter", "sampling", "products", "attention", "kv store", "layer norm", "other"}
+    for step in found.steps:
+        assert set(step) == names | {"step"}
+        assert step["step"] == pytest.approx(sum(step[name] for name in names))
+        assert all(ms > 0 for name, ms in step.items() if name != "gather")
+    assert 0 < found.overhead_share < 1
+    assert found.parts[0] == "step"
+
+
+def test_time_inside_a_part_counts_once() -> None:
+    clock = parts._Clock()
+    outer = clock.wrap("outer", lambda: inner())
+    inner = clock.wrap("inner", lambda: sum(range(200_000)))
+    outer()
+    assert clock.parts["outer"] < clock.parts["inner"]
+
+
+# Reports
+
+
+@pytest.mark.parametrize(
+    ("row", "passed", "verdict", "target"),
+    [
+        (ROW, True, "met", "<= 1.25x"),
+        (replace(ROW, value=1.26), False, "MISSED", "<= 1.25x"),
+        (replace(ROW, at_least=True), False, "MISSED", ">= 1.25x"),
+        (replace(ROW, at_least=True, value=1.25), True, "met", ">= 1.25x"),
+        (replace(ROW, target=None), None, "-", ""),
+        (replace(ROW, section="overhead", target=0.03, value=0.02), True, "met", "<= 3%"),
+        (replace(ROW, value=float("nan")), False, "MISSED", "<= 1.25x"),
+    ],
+)
+def test_verdicts(row: Row, passed: bool | None, verdict: str, target: str) -> None:
+    assert (row.passed, row.verdict, row.shown_target) == (passed, verdict, target)
+
+
+def test_a_report_survives_its_file(tmp_path: Path) -> None:
+    report = Report(CONDITIONS, (ROW, replace(ROW, batch=32, value=1.3)), {"ctranslate2": "Not installed."})
+    data, page = report.write(tmp_path)
+    assert (data.name, page.name) == ("test-2-cores.jsonl", "test-2-cores.md")
+    assert Report.read(data) == report
+    text = page.read_text()
+    assert "| decode  |     8 | full depth / its products |" in text and "MISSED" in text
+    assert "Not measured: ctranslate2. Not installed." in text
+    assert "1.30x (missed)" in report.summary() and "<= 1.25x" in report.summary()
+
+
+def test_parts_stand_beside_their_roofline() -> None:
+    parts_ms = {"full 8": {"step": 12.0, "products": 10.0}, "mix 8": {"step": 9.0, "products": 7.0, "gather": 0.5}}
+    text = Report(CONDITIONS | {"parts_ms": parts_ms, "roofline_ms": {"8": 9.5}}, (ROW,), {}).markdown()
+    assert "| gather   |   0.00 |  0.50 |" in text
+    assert "| roofline |   9.50 |       |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold at least one row, got none"),
+        ("{}\n", "must hold rows of a report, got line 1"),
+        ("[]\n", "must hold rows of a report, got line 1"),
+        ('{"skipped": "a", "reason": "b", "conditions": {}}\nno json', "must hold rows of a report, got line 2"),
+        (
+            '{"skipped": "a", "reason": "b", "conditions": {}}\n{"skipped": "c", "reason": "", "conditions": {"x": 1}}',
+            "must hold one run, got other conditions in line 2",
+        ),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Report.read(path)
+
+
+def test_tables_are_aligned() -> None:
+    table = markdown_table(("name", "x"), [("a", "1.0"), ("longer", "10.25")], right={1})
+    assert table == "| name   |     x |\n|--------|------:|\n| a      |   1.0 |\n| longer | 10.25 |\n"
+
+
+# The whole suite
+
+
+def test_the_suite_answers_every_question(tiny: str) -> None:
+    reason = ctranslate2_runner.unavailable_reason()
+    options = suite.Options(
+        shape=tiny, batches=(1, 3), prompt_len=4, num_rounds=2, num_prefill_rounds=2, mix_batch=3, vocab_size=128,
+        progress=False,
+    )  # fmt: skip
+    report = suite.Suite(options).run()
+    assert (report.skipped == {}) if reason is None else (report.skipped == {"ctranslate2": reason})
+    questions = [(row.section, row.batch, row.what) for row in report.rows]
+    assert len(set(questions)) == len(questions)
+    per_batch = {"decode": 3, "prefill": 2, "paths": 8, "overhead": 1, "ctranslate2": int(reason is None)}
+    for size in (1, 3):
+        for section, count in per_batch.items():
+            extra = int((section, size) in (("decode", 1), ("overhead", 3)))  # reading the weights; the mix's overhead
+            assert sum(row.section == section and row.batch == size for row in report.rows) == count + extra, section
+    assert [row.batch for row in report.rows if row.section == "mix"] == [3, 3, 3]
+    assert all(row.value > 0 and row.ours_ms > 0 and row.other_ms > 0 and row.num_samples > 0 for row in report.rows)
+    assert report.conditions["errors"].keys() >= {"dynskip, prefill", "dynskip, decode"}
+    json.dumps(report.lines())
+
+
+def test_only_what_was_asked_for_runs(tiny: str) -> None:
+    options = suite.Options(
+        shape=tiny, batches=(2,), sections=("mix",), prompt_len=4, num_rounds=1, mix_batch=2, vocab_size=128,
+        progress=False,
+    )  # fmt: skip
+    report = suite.Suite(options).run()
+    assert {row.section for row in report.rows} == {"mix"}
+    assert report.skipped == {}
+
+
+def test_ctranslate2_is_skipped_by_name(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctranslate2_runner.importlib.util, "find_spec", lambda name: None)
+    options = suite.Options(
+        shape=tiny, batches=(1,), sections=("ctranslate2",), prompt_len=4, vocab_size=128, progress=False
+    )
+    report = suite.Suite(options).run()
+    assert report.rows == ()
+    assert "ctranslate2 is not installed. Install it: pip install" in report.skipped["ctranslate2"]
+
+
+def test_too_little_memory_is_said_before_it_is_taken(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "available_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"must have .* GiB of free memory, got .* Choose a smaller --shape"):
+        suite.Suite(suite.Options(shape=tiny, vocab_size=128, progress=False)).run()
+
+
+def test_the_machine_is_described() -> None:
+    found = machine.describe()
+    assert found["machine"].endswith("cores") and " " not in found["machine"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert len(found["load"]) == 3
+
+
+def test_speed_is_plausible(tiny: str) -> None:
+    speed = machine.measure_speed(num_samples=2)
+    assert 0.01 < speed.bandwidth_gbps < 1e5
+    assert 1e-3 < speed.peak_gflops < 1e6
+
+
+# The command line, and the README
+
+
+def test_the_command_line_knows_the_same_names() -> None:
+    assert cli_bench.SECTIONS == suite.SECTIONS
+    assert tuple(random_models.SHAPES) == cli_bench.SHAPES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "decode,nothing"], "--only must list sections of decode, .*, got 'nothing'"),
+        (["--batch", "0"], "argument --batch: must be a whole number in 1..1024, got '0'"),
+        (["--batch", "100000000"], "argument --batch: must be a whole number in 1..1024, got '100000000'"),
+        (["--prompt-len", "4096"], "argument --prompt-len: must be a whole number in 1..1024, got '4096'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def table_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_and_serving_page_show_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+    table = table_script()
+    assert sorted(path.name for path in table.PAGES) == ["README.md", "serving.md"]
+    for path, fill in table.PAGES.items():
+        text = path.read_text(encoding="utf-8")
+        assert fill(text, ROOT / "bench" / "results") == text, f"{path.name}: run `python bench/table.py`"
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+    assert table.main(["--check"]) == 0
+
+
+def test_a_page_that_is_behind_is_noticed_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_script()
+    page = tmp_path / "page.md"
+    page.write_text(f"{table.SERVING_BEGIN}\nold\n{table.SERVING_END}\n", encoding="utf-8")
+    monkeypatch.setattr(table, "PAGES", {page: table.fill_serving})
+    assert table.main(["--check"]) == 1 and "old" in page.read_text(encoding="utf-8")
+    assert table.main([]) == 0 and "old" not in page.read_text(encoding="utf-8")
+    assert table.main(["--check"]) == 0
+
+
+def test_the_pages_show_the_committed_results() -> None:
+    results = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+    assert results
+    for path in results:
+        if path in results[0].parent.glob(table_script().SERVING_FILES):
+            conditions, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            del conditions["part"]
+            # A title may say which part a file holds.
+            shown = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n")[2]
+            assert shown == serving.page(conditions, lines).partition("\n")[2]
+        else:
+            assert path.with_suffix(".md").read_text(encoding="utf-8") == read_report(path).page()
+
+
+def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="paths must name a file, got none"):
+        serving_tables([])
+    conditions = {
+        **CONDITIONS, "part": "conditions", "commit": "streams", "model": "tiny",
+        "dtype": "bfloat16", "backend": "torch", "requests": 1024,
+        "prompts": "prompts of 32 tokens", "mean_output": 16.0, "mean_layers": 5.5, "num_layers": 24,
+        "versions": {"dynskip": "0.1", "torch": "2.13"}, "date": "today",
+    }  # fmt: skip
+    stream = {
+        "part": "stream",
+        "batch": 16,
+        "layers": 5.58,
+        "union": 8.0,
+        "longest_wait": 9,
+        "max_wait": 12,
+        "ideal_all": 4.0,
+    }
+    lines = [
+        conditions,
+        {**stream, "name": "lockstep", "decode_s": 8.8, "tokens_per_s": 100},
+        {**stream, "name": "cohort", "decode_s": 5.0, "tokens_per_s": 170, "decode_gain": 3.0, "ideal_decode": 3.2,
+         "gain": 3.6},
+    ]  # fmt: skip
+    closed = {"part": "closed", "batch": 16, "name": "cohort", "over_lockstep": 1.01}
+    static = {"part": "static", "batch": 16, "requests": 48, "name": "engine, cohort", "over_static": 1.2,
+              "over_transformers": 8.0}  # fmt: skip
+    overhead = {"part": "overhead", "name": "engine", "batch": 64, "resident": 250.0, "share": 0.012}
+    others = {**conditions, "commit": "others"}
+    paths = [tmp_path / "serving-a.jsonl", tmp_path / "serving-b.jsonl"]
+    paths[0].write_text("".join(f"{json.dumps(line)}\n" for line in (others, closed, static)), encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold a stream, got other parts only"):
+        serving_tables(paths[:1])
+    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, overhead]), encoding="utf-8")
+    found = serving_tables(paths)
+    rows = dict(re.findall(r"^\| (\S.*?) +\| +(\S.*?) \| +(?:.*?)\|$", found, re.MULTILINE))
+    assert rows["decode, cohort over lockstep"] == "1.76x (missed)"
+    assert rows["decode, share of the ideal"] == "94%"
+    assert rows["a closed batch, cohort over lockstep"] == "1.01x"
+    assert "tokens/s, full depth" not in rows
+    assert ">= 1.80x" in found and "[serving-b.md](bench/results/serving-b.md)" in found
+    note = " ".join(found.split())
+    assert "Streams: 1,024 requests" in note and "5.50 per request, 5.58 per decoded row; commit streams" in note
+    assert "the first 16 of these requests, and nobody after them; commit others" in note
+    assert "the first 48 of these requests at full depth, in batches of 16; transformers' generate pads" in note
+    assert "its longest output; commit others" in note and "at most 3%); commit streams" in note
+    assert "More than 100%" not in note
+    sentence = " ".join(serving_sentence(paths).split())
+    assert "decode 3.00x as fast as at full depth, 94% (target: >= 85%) of the ideal, and 1.76x (missed)" in sentence
+    lines[-1] |= {"decode_gain": 3.3}
+    lines[0]["calibrated"] = {"date": "the day before"}
+    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    assert "More than 100% of the ideal is possible" in (note := " ".join(serving_tables(paths).split()))
+    assert "calibrated before (the day before)" in note
+    assert serving_sentence(paths).endswith("an earlier calibration, and runs differ by noise.\n")
+
+
+def test_an_old_table_is_noticed(tmp_path: Path) -> None:
+    table = table_script()
+    with pytest.raises(ValueError, match="must hold a report, got none"):
+        table.render(tmp_path)
+    Report(CONDITIONS, (ROW,), {}).write(tmp_path)
+    readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    new = table.insert(readme, table.render(tmp_path))
+    assert new.startswith("before\n") and new.endswith("\nafter\n")
+    assert "old" not in new and "1.20x" in new
+    assert table.insert(new, table.render(tmp_path)) == new
+    with pytest.raises(ValueError, match="once each"):
+        table.insert("no marks", "table")

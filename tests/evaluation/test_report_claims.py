@@ -1,0 +1,377 @@
+"""The report's verdicts: made-up summaries turn each of them over, and the committed run has the ones it is told by."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from summaries import example_summary, row, section
+
+from dynskip.evaluation.report import claims, figures, oracle_claims
+from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.claims import NUM_NOISE_SEEDS, NUM_TRAININGS
+from dynskip.evaluation.report.document import to_html, to_markdown
+from dynskip.evaluation.report.evidence import (
+    apart,
+    ceiling,
+    detectable,
+    direction,
+    holm,
+    kept_by_means,
+    luck,
+    negated,
+    p_value,
+)
+from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.report.short import in_short
+from dynskip.evaluation.report.write import report_blocks
+from dynskip.evaluation.stats.oracle_controls import OracleScores
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "bench" / "results" / "paper-opt-mini"
+
+
+def changed(name: str, change: dict[str, Any], **labels: Any) -> dict[str, Any]:
+    """The example summary, the rows of one section with ``labels`` changed."""
+    summary = example_summary()
+    rows = [r for r in summary[name]["rows"] if all(r.get(label) == wanted for label, wanted in labels.items())]
+    assert rows
+    for each in rows:
+        each.update(change)
+    return summary
+
+
+def text_of(summary: dict[str, Any], name: str) -> str:
+    return "\n".join(section_sentences(summary, name))
+
+
+# What an interval carries
+
+
+def test_direction_and_distance_need_intervals() -> None:
+    above, below, open_, bare = row(0.3, 0.1), row(-0.3, 0.1), row(0.05, 0.1), row(0.3)
+    assert [direction(each) for each in (above, below, open_, bare)] == [1, -1, 0, 0]
+    assert (apart(above, below), apart(below, above), apart(above, row(0.15, 0.1))) == (1, -1, 0)
+    assert apart(above, bare) == 0
+    assert negated(above) == {"value": -0.3, "low": pytest.approx(-0.4), "high": pytest.approx(-0.2)}
+    assert negated(bare) == {"value": -0.3, "low": None, "high": None}
+
+
+def test_what_80_percent_of_runs_would_see() -> None:
+    size = detectable(row(0.0, 1.96))
+    assert size == pytest.approx(2.80, abs=0.01) and detectable(row(1.0)) is None
+    # A true effect of that size, with that error: the interval leaves zero out in four runs of five.
+    drawn = np.random.default_rng(0).normal(size, 1.0, 20_000)
+    assert np.mean(drawn - 1.96 > 0) == pytest.approx(0.8, abs=0.01)
+
+
+def test_p_values_and_holm() -> None:
+    assert p_value(row(1.96, 1.96)) == pytest.approx(0.05, abs=1e-3)
+    assert p_value(row(0.0, 0.0)) == 1.0 and p_value(row(0.1, 0.0)) == 0.0 and p_value(row(0.1)) is None
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize(("signal", "noise"), [(0.02, 0.08), (0.05, 0.05)])
+def test_the_ceiling_is_what_expected_scores_gain(signal: float, noise: float) -> None:
+    """Scores of a known signal and noise: the share that survives gives away the rest."""
+    generator = np.random.default_rng(0)
+    expected = 0.2 + signal * generator.standard_normal((6000, 4))
+    sampled = expected + noise * generator.standard_normal((8, 6000, 4))
+    scores = OracleScores((4, 8, 12, 24), expected, sampled, resamples=1)
+    whole = scores.in_sample.gain[0, -1]
+    share = {"value": float(scores.cross_fitted.gain[0, -1] / whole)}
+    assert share["value"] == pytest.approx(signal**2 / (signal**2 + noise**2), abs=0.02)
+    assert ceiling(share)["value"] == pytest.approx(scores.oracle.gain[0, -1] / whole, abs=0.03)
+    assert luck(share)["value"] == pytest.approx(scores.equal_depth.gain[0, -1] / whole, abs=0.03)
+    half = scores.cross_fitted_means.gain[0, -1] / whole
+    assert kept_by_means(share, 4)["value"] == pytest.approx(half, abs=0.03)
+
+
+def test_ceilings_of_shares_beyond_zero_and_one() -> None:
+    found = ceiling({"value": 0.01, "low": -0.2, "high": 0.04})
+    assert found == {"value": pytest.approx(0.1), "low": 0.0, "high": pytest.approx(0.2)}
+    assert luck({"value": 0.36, "low": 0.19, "high": 1.2}) == pytest.approx({"value": 0.8, "low": 0.0, "high": 0.9})
+    assert ceiling({"value": -0.5}) == {"value": 0.0}
+    assert kept_by_means({"value": 1.0}, 6) == {"value": 1.0} and kept_by_means({"value": 0.0}, 6) == {"value": 0.0}
+
+
+# The oracle
+
+
+def test_the_null_model_on_the_papers_means_gives_what_it_was_not_fitted_to() -> None:
+    null = oracle_claims.paper_null()
+    assert null.best_up_to[24] == pytest.approx(paper.BEST_UP_TO[24], abs=1e-4)
+    for budget in (8, 12):
+        assert null.best_up_to[budget] == pytest.approx(paper.BEST_UP_TO[budget], abs=0.005)
+    assert null.sd == pytest.approx(0.08, abs=0.001) and 0.26 < null.matching_share < 0.28
+    assert in_short(example_summary())[0].startswith("On the paper's own four means")
+
+
+def test_a_matching_budget_near_the_floor_and_one_far_from_it() -> None:
+    told = text_of(example_summary(), "oracle")
+    assert "5.90 [5.70, 6.10] of 24 layers, near the floor of 4, the cheapest path (16.7 % of the layers)" in told
+    assert "300 of 500 sequences run it, and full depth leads the cheapest path by +0.0833" in told
+    far = changed("oracle", {"value": 12.0, "low": 11.0, "high": 13.0}, metric="matching_budget", control="oracle")
+    assert "12.00 [11.00, 13.00] of 24 layers, well above the cheapest path's 4" in text_of(far, "oracle")
+    assert any("12.0 of 24 layers, above the floor of 4" in text for text in in_short(far))
+    nowhere = changed("oracle", {"value": None, "low": None, "high": None}, metric="matching_budget", control="oracle")
+    assert "floor" not in text_of(nowhere, "oracle")
+    assert any("matches full depth at no budget" in text for text in in_short(nowhere))
+
+
+def test_the_lead_is_taken_from_the_means_where_it_was_not_paired() -> None:
+    summary = example_summary()
+    del summary["static"]
+    near = oracle_claims.floor(summary, "paths")
+    assert near is not None and near.lead == {"value": pytest.approx(0.4 / 4 - 0.4 / 24)}
+
+
+def test_like_is_compared_with_like() -> None:
+    summary = example_summary()
+    found = oracle_claims.matching(summary["oracle"], "paths")
+    (curve,) = (c for c in summary["oracle"]["curves"] if (c["family"], c["name"]) == ("paths", "in-sample"))
+    reached = np.interp(0.3 - 0.4 / 24 - 0.02, curve["values"], curve["budgets"])
+    assert found.sampled_oracle == pytest.approx(reached)
+    assert f"on sampled outputs the oracle matches full depth at {reached:.2f} layers" in text_of(summary, "oracle")
+    curve["values"] = [0.1] * len(curve["values"])
+    assert oracle_claims.matching(summary["oracle"], "paths").sampled_oracle is None
+
+
+def test_a_share_that_survives_and_one_that_need_not() -> None:
+    labels = {"metric": "surviving_share", "control": "cross-fitted", "place": "third"}
+    open_ = text_of(example_summary(), "oracle")
+    assert "10.0 % [−20.0 %, 40.0 %] of the oracle's gain on one draw survives" in open_
+    assert "does not lie above zero, where 42.9 % could have been seen (80 % power)" in open_
+    assert "keep 32 % [0 %, 63 %] of it, the square root of that share: an interval that holds 0 %" in open_
+    assert any("need not keep anything of the oracle's gain" in text for text in in_short(example_summary()))
+    clear = changed("oracle", {"value": 0.25, "low": 0.16, "high": 0.36}, **labels)
+    told = text_of(clear, "oracle")
+    assert "keep 50 % [40 %, 60 %] of it, the square root of that share." in told and "holds 0 %" not in told
+    assert any("expected scores would keep 50 % [40 %, 60 %] of the oracle's gain." in text for text in in_short(clear))
+    # An interval of equal depth around 0.95 leaves room for a ceiling, whatever survives.
+    room = f"{100 * math.sqrt(1 - 0.65**2):.0f} %"
+    assert f"leaves room for a ceiling of {room}" in told
+
+
+# Routers
+
+
+def test_routers_that_gain_and_routers_that_could_not_have_shown_it() -> None:
+    told = text_of(example_summary(), "router")
+    assert "With one set of weights, several paths, 4 of 8 prompt-only routers gain more" in told
+    none = changed("router", {"value": 0.0, "low": -0.002, "high": 0.002}, metric="gain")
+    told = text_of(none, "router")
+    assert "0 of 8 prompt-only routers gain more" in told
+    assert "the median router that has a share could have shown 7 % of the oracle's gain (80 % power)" in told
+    assert any("No prompt-only router is seen to gain anything; half of them" in text for text in in_short(none))
+    wide = changed("router", {"low": -1.0, "high": 1.0}, metric="captured_share")
+    assert "could have shown 143 % of the oracle's gain" in text_of(wide, "router")
+
+
+def test_routers_without_a_share_or_without_a_choice_are_counted() -> None:
+    summary = changed("router", {"value": 4.0}, metric="layers", family="paths", at=6.0)
+    for each in summary["router"]["rows"]:
+        if each["metric"] == "captured_share" and each["family"] == "paths" and each["at"] == 6.0:
+            each.update(value=None, low=None, high=None)
+    found = oracle_claims.routers(summary["router"], "paths")
+    assert (len(found.gains), len(found.shares), found.num_shallow) == (8, 4, 4)
+    assert "4 of them leave no share to capture, and are in no figure" in text_of(summary, "router")
+
+
+# Controllers
+
+
+def comparison(**changes: Any) -> dict[str, Any]:
+    """Fixed-input controllers from 4 to 16 layers and one that reads hidden states at 8, trained and drawn often."""
+    options = {"layers": 8.0, "noise_seeds": NUM_NOISE_SEEDS, "trainings": NUM_TRAININGS, "alike": False, "twin": False}
+    options |= changes
+    rows = []
+
+    def add(name: str, layers: float, score: float, over: tuple[float, float] | None = None, **labels: Any) -> None:
+        labels = {"controller": name, "backbone": "frozen", **labels}
+        rows.append(row(layers, 0.1, metric="layers", **labels))
+        rows.append(row(score, 0.01, metric="rouge_l", **labels))
+        if over is not None:
+            rows.append(row(over[0], over[1], metric="over_fixed", **labels))
+            rows.append(row(over[0], over[1], metric="over_static", **labels))
+
+    for seed in range(options["noise_seeds"] + 1):
+        choice = {"choice": "sampled" if seed else "argmax", "seed": seed}
+        for training in range(options["trainings"]):
+            for alpha, layers in ((4, 16.0), (10, 4.0)):
+                score = 0.2 if options["alike"] else 0.2 + 0.001 * layers + 0.0001 * training
+                add(f"fixed {alpha} {training} {seed}", layers, score, kind="fixed", alpha=alpha, **choice)
+            over = (0.0, 0.0) if options["twin"] and not seed else (0.02, 0.005)
+            add(f"hidden {training} {seed}", options["layers"], 0.23, over, kind="hidden", alpha=4, **choice)
+    return section(rows)
+
+
+def test_a_comparison_that_lacks_nothing_is_a_test() -> None:
+    found = claims.controllers(comparison())
+    assert (found.verdict, found.reasons, found.reach) == ("tested", [], 16.0)
+    num = NUM_TRAININGS * (NUM_NOISE_SEEDS + 1)
+    assert (len(found.names), found.better, found.worse) == (num, num, 0)
+    summary = {"conditions": {}, "controllers": comparison()}
+    assert text_of(summary, "controllers").startswith(f"{num} of {num} controllers that read hidden states")
+    assert "untested" not in text_of(summary, "controllers") + "".join(in_short(summary))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "told"),
+    [
+        ({"layers": 17.0}, "beyond", "run more layers than the 16.0 that fixed-input controllers reach"),
+        ({"alike": True}, "alike", "6 fixed-input controllers have one and the same score"),
+        ({"noise_seeds": 1}, "noise", "is shared by all sequences, which intervals over sequences cannot see, and was"),
+        ({"trainings": 1}, "trainings", "each kind was trained once"),
+    ],
+)
+def test_each_thing_that_a_comparison_lacks_makes_it_untested(changes: dict[str, Any], reason: str, told: str) -> None:
+    found = claims.controllers(comparison(**changes))
+    assert (found.verdict, found.reasons) == ("untested", [reason])
+    summary = {"conditions": {}, "controllers": comparison(**changes)}
+    text = text_of(summary, "controllers")
+    assert text.startswith("Whether hidden states help to choose layers is **untested**.") and told in text
+    assert "score more than fixed-input ones" not in text
+    assert any("is **untested**" in line for line in in_short(summary))
+
+
+def test_a_difference_that_one_draw_of_the_noise_makes_is_named() -> None:
+    assert claims.controllers(comparison(noise_seeds=1, trainings=1)).twins == []
+    found = claims.controllers(comparison(noise_seeds=1, trainings=1, twin=True))
+    assert found.twins == ["hidden 0 1"]
+
+
+def test_only_comparisons_within_reach_are_printed_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    summary = {"conditions": {}, "controllers": comparison(layers=17.0)}
+    tables = [block for block in report_blocks(summary)[2] if getattr(block, "title", "") == "ROUGE-L of controllers"]
+    cells = {line[0]: line[3] for line in tables[0].rows}
+    assert cells["hidden 0 0"] == "untested" and cells["fixed 4 0 0"] == "–"
+    near = report_blocks({"conditions": {}, "controllers": comparison()})[2]
+    (table,) = (block for block in near if getattr(block, "title", "") == "ROUGE-L of controllers")
+    assert {line[0]: line[3] for line in table.rows}["hidden 0 0"] == "0.0200 [0.0150, 0.0250]"
+
+
+# Hidden states
+
+
+def test_random_skipping_and_late_exits_are_told_as_they_are() -> None:
+    told = text_of(example_summary(), "hidden_states")
+    assert "by the cosine of final states uniform skipping is closer to the full model than early exit at 4, 8" in told
+    assert (
+        "early exit is closer to the full model than uniform skipping at 20 layers: +0.0020 [+0.0010, +0.0030]" in told
+    )
+    assert "random skipping is closer to the full model than early exit at 4, 8, 12, 16, 20 layers" in told
+    farther = changed("hidden_states", {"value": 0.1, "low": 0.09, "high": 0.11}, strategy="rls", metric="cosine_final")
+    assert "random skipping is farther from the full model than early exit at 4, 8, 12, 16, 20 layers" in text_of(
+        farther, "hidden_states"
+    )
+    assert any("random skipping ends farther" in text for text in in_short(farther))
+    at_20 = changed("hidden_states", {"value": 0.9, "low": 0.89, "high": 0.91}, strategy="rls-first", budget=20)
+    assert any("At 20 layers random skipping that keeps layer 0 ends farther" in text for text in in_short(at_20))
+    assert not any("keeps layer 0" in text for text in in_short(example_summary()))
+
+
+def test_the_paths_of_the_training_stand_beside_the_comparison() -> None:
+    summary = example_summary()
+    assert "Which paths the weights were trained along is not in the summary" in text_of(summary, "hidden_states")
+    summary["conditions"]["model"] = "opt-mini"
+    told = text_of(summary, "hidden_states")
+    assert "opt-mini was trained along uniform paths of 4, 8, 12, 24 layers and never on exits" in told
+    assert "Uniform paths of 16, 20 layers were not trained." in told
+    assert claims.trained_budgets("opt-mini") == (4, 8, 12, 24) and claims.trained_budgets(None) is None
+
+
+# Budgets
+
+
+def test_a_loss_a_gain_and_a_difference_that_is_none() -> None:
+    labels = {"metric": "rouge_l - full", "family": "paths", "budget": 4}
+    lost = text_of(example_summary(), "static")
+    assert "ROUGE-L is lower than at full depth at 4, 8, 12 layers; the paired difference at 4 layers is −0.08" in lost
+    assert "not told apart from zero at 16, 20 layers, which is no equality: it is −0.0083 [−0.0173, +0.00" in lost
+    assert "where a true loss under 0.0129 would be missed in more than one run of five" in lost
+    for value, word in ((0.05, "higher than"), (0.0, "not told apart from that"), (-0.05, "lower than")):
+        summary = changed("static", {"value": value, "low": value - 0.01, "high": value + 0.01}, **labels)
+        (told,) = (
+            text for text in in_short(summary) if text.startswith("With one set of weights, several paths, ROUGE")
+        )
+        assert f"ROUGE-L at 4 layers is {word} at full depth" in told
+        assert ("higher than at full depth at 4 layers" in text_of(summary, "static")) == (value > 0)
+    assert "no loss" not in lost
+
+
+# Depth
+
+
+def test_correlations_are_corrected_for_all_that_were_looked_at() -> None:
+    summary = example_summary()
+    found = oracle_claims.correlations(summary["depth"])
+    assert (len(found.rows), len(found.clear), len(found.kept)) == (8, 2, 2)
+    told = text_of(summary, "depth")
+    assert "Of 8 rank correlations of the oracle's depth, 2 have an uncorrected interval that leaves zero out" in told
+    assert "and 2 stay after Holm's correction" in told and "**untested**" in told
+    # Alone this is clear; among eight it is not.
+    labels = {"metric": "spearman", "feature": "full_loss"}
+    one_of_many = changed("depth", {"value": 0.09, "low": 0.01, "high": 0.17}, **labels)
+    assert "and 0 stay after Holm's correction" in text_of(one_of_many, "depth")
+    strong = changed("depth", {"value": 0.4, "low": 0.32, "high": 0.48}, metric="spearman", feature="full_loss", at=8.0)
+    weak = next(r for r in strong["depth"]["rows"] if r["metric"] == "spearman" and r["feature"] == "full_loss")
+    weak.update(value=-0.1, low=-0.18, high=-0.02)
+    told = text_of(strong, "depth")
+    assert "and 1 stay after Holm's correction" in told
+    assert "The largest is that with the loss of the full model, +0.40 [+0.32, +0.48] at a mean of 8 layers" in told
+    assert "Its sign depends on the budget: −0.10 [−0.18, −0.02] at a mean of 6 layers" in told
+    yardstick = copy.deepcopy(summary)
+    for each in yardstick["depth"]["rows"]:
+        if each.get("feature") == "full_loss":
+            each["feature"] = "full_rouge_l"
+    assert len(oracle_claims.correlations(yardstick["depth"]).rows) == 6
+
+
+# The committed run
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((RUN / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def test_the_committed_report_is_what_the_command_writes(
+    committed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the drawings, whose bytes are matplotlib's own."""
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    written = report_blocks(committed)
+    again = f"run `dynskip report {RUN.relative_to(ROOT)}`"
+    assert to_markdown(*written) == (RUN / "report.md").read_text(encoding="utf-8"), again
+    html = (RUN / "report.html").read_text(encoding="utf-8")
+    pages = [re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL) for page in (to_html(*written), html)]
+    assert pages[0] == pages[1], again
+
+
+def test_the_readme_tells_what_the_committed_report_opens_with(committed: dict[str, Any]) -> None:
+    spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split(table.PAPER_BEGIN)[1].split(table.PAPER_END)[0]
+    assert " ".join(block.split()) == " ".join(f"- {text}" for text in in_short(committed))
+
+
+def test_the_committed_run_holds_no_withdrawn_sentence(committed: dict[str, Any]) -> None:
+    assert not any("statements" in part or "answers" in part for part in committed.values() if isinstance(part, dict))
+    page = (RUN / "report.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "4 of 23" not in page and "no loss" not in page
+    found = claims.controllers(committed["controllers"])
+    assert found.reasons == ["beyond", "alike", "noise", "trainings"]

@@ -1,0 +1,59 @@
+"""A tiny checkpoint with its tokenizer and a tiny data set, for tests of sweeps."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from models import tiny_model, word_tokenizer
+
+from dynskip.evaluation.sweep.setup import Setup
+
+
+def save_checkpoint(directory: Path, seed: int = 0) -> Path:
+    """A random model of 6 layers that knows 101 words, saved with its tokenizer."""
+    tiny_model(seed=seed).save_pretrained(directory)
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of words that the tokenizer knows; every third has an input."""
+    generator = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"w{generator.randrange(4, 101):03}" for _ in range(generator.randrange(low, high)))
+
+    return [
+        {"instruction": f"{words(2, 9)} row{row}", "input": words(1, 6) if row % 3 == 0 else "", "output": words(3, 12)}
+        for row in range(num_rows)
+    ]
+
+
+def save_data(path: Path, num_rows: int = 80, seed: int = 0) -> Path:
+    """A file of ``rows``."""
+    path.write_text(json.dumps(rows(num_rows, seed)), encoding="utf-8")
+    return path
+
+
+def tiny_setup(directory: Path, **changes: Any) -> Setup:
+    """A setup of seconds on the checkpoint ``model`` and the file ``data.json`` of ``directory``, made if missing."""
+    if not (directory / "model").exists():
+        save_checkpoint(directory / "model")
+    if not (directory / "data.json").exists():
+        save_data(directory / "data.json")
+    options: dict[str, Any] = {
+        "budgets": (2, 4),
+        "candidates": (2,),
+        "prompts": 12,
+        "seeds": 1,
+        "max_tokens": 8,
+        "shard_size": 4,
+        "timed_batch": 4,
+        "resamples": 20,
+        "siblings": {},
+        "dtype": "float32",
+    }
+    return Setup.of(str(directory / "model"), directory / "data.json", **{**options, **changes})

@@ -1,0 +1,113 @@
+"""Streams of requests for the engine, and what each request becomes alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from models import NUM_LAYERS, tiny_model
+from torch import Tensor
+
+from dynskip import LayerPath, OPTForCausalLM, SamplingParams
+from dynskip.controllers import TokenContext
+from dynskip.costs.layer_costs import Curve, LayerCosts
+from dynskip.costs.step_costs import StepCosts
+from dynskip.engine.engine import Engine
+from dynskip.engine.request import RequestOutput
+
+PATHS = [
+    LayerPath.uniform(NUM_LAYERS, 1),
+    LayerPath.of(NUM_LAYERS, [1, 4]),
+    LayerPath.uniform(NUM_LAYERS, 3),
+    LayerPath.full(NUM_LAYERS),
+]
+
+
+@functools.cache
+def model(dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
+    """A tiny model, the rows of whose steps do not depend on each other."""
+    return tiny_model(dtype=dtype, deterministic=True)
+
+
+@functools.cache
+def costs(num_layers: int = NUM_LAYERS) -> StepCosts:
+    """A layer takes 1 ms up to 4 rows, then in proportion; the head half of that."""
+    layer, head = (Curve((4, 5, 12), (ms, 1.25 * ms, 3 * ms)) for ms in (1.0, 0.5))
+    both = LayerCosts(layer, head, 1e-4)
+    return StepCosts(num_layers, both, both)
+
+
+def engine(policy: str = "lockstep", num_slots: int | None = None, **options: Any) -> Engine:
+    """An engine for the tiny model, with room for ``num_slots`` key-value entries."""
+    options.setdefault("model", model())
+    options.setdefault("costs", costs(options["model"].num_layers))
+    kv_bytes = None if num_slots is None else num_slots * options["model"].kv_entry_bytes
+    return Engine(kv_bytes=kv_bytes, policy=policy, **options)
+
+
+@dataclass(eq=False)
+class Ask:
+    """The arguments of ``add_request``."""
+
+    prompt: list[int]
+    params: SamplingParams
+    path: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, to: Engine, **options: Any) -> Any:
+        """Let it wait; returns its id."""
+        return to.add_request(self.prompt, self.params, self.path, **self.options, **options)
+
+    def alone(self, **options: Any) -> RequestOutput:
+        """What it becomes in an engine of its own."""
+        own = engine(**options)
+        self.add(own)
+        (output,) = own.run()
+        assert output.error is None
+        return output
+
+
+def greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    """The most likely tokens, with log-probabilities: equal ones mean that all bits were."""
+    return SamplingParams(**{"max_tokens": max_tokens, "ignore_eos": True, "logprobs": 2, **options})
+
+
+def drawn(max_tokens: int, seed: int, **options: Any) -> SamplingParams:
+    """Tokens drawn with a seed."""
+    return greedy(max_tokens, **{"temperature": 1.2, "seed": seed, **options})
+
+
+class Parity:
+    """A per-token controller: which rows run a layer depends on their own hidden states alone."""
+
+    def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
+        """[N], bool: True in the first layer, and where the second value is positive."""
+        return (hidden_states[:, 1] > 0) | (layer == 0)
+
+
+def same(output: RequestOutput, expected: RequestOutput) -> bool:
+    """Whether both became the same, bit by bit; ids and times apart."""
+    assert output.error is None and expected.error is None
+    return (output.samples, output.prompt_ids, output.path) == (expected.samples, expected.prompt_ids, expected.path)
+
+
+def serve(served: Engine, asks: Sequence[Ask]) -> list[RequestOutput]:
+    """The outputs of ``asks``, all of which wait from the beginning, in their order; the memory is empty then."""
+    ids = [ask.add(served) for ask in asks]
+    outputs = {output.request_id: output for output in served.run()}
+    assert_empty(served)
+    assert len(outputs) == len(ids)
+    return [outputs[request_id] for request_id in ids]
+
+
+def assert_empty(served: Engine) -> None:
+    """Nothing runs or waits, and all memory is free."""
+    stats = served.stats()
+    assert not served.has_unfinished and stats.num_waiting == stats.num_prefilling == stats.num_running == 0
+    assert served.kv.num_used == served.kv.cache.num_slots_used == stats.kv_bytes == 0
+    assert served.kv.num_free_seqs == served.scheduler.policy.pool
+    counters = served.scheduler.counters
+    assert counters.num_added == counters.num_finished + counters.num_aborted

@@ -1,0 +1,132 @@
+"""The checked ops: their results on every backend but Triton (test_kernels.py), their registration, their refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from op_arguments import arguments_of, index
+from torch import Tensor
+
+from dynskip import ops
+from dynskip.ops import native, reference
+from dynskip.validation.cases import make_cases
+from dynskip.validation.validate import validate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_native = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"native backend: {native.unavailable_reason()}"
+)
+CPU_BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_errors_stay_within_the_budget(backend: str, op: str, dtype: torch.dtype) -> None:
+    failed = [result for result in validate(backend, dtype, progress=False, op_names=(op,)) if not result.passed]
+    assert not failed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_row_of_attention_does_not_depend_on_the_other_rows(backend: str, dtype: torch.dtype) -> None:
+    case = make_cases("decode_attention", dtype, "cpu")[1]
+    with torch.no_grad(), ops.use_backend(backend):
+        together = ops.decode_attention(**case.arguments)
+        for row in torch.randperm(len(together)).tolist():
+            alone = {name: case.arguments[name][row : row + 1] for name in ("q", "seq_ids", "context_lens")}
+            assert torch.equal(ops.decode_attention(**case.arguments | alone)[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_sequence_of_prefill_does_not_depend_on_the_other_sequences(backend: str, dtype: torch.dtype) -> None:
+    arguments = make_cases("prefill_attention", dtype, "cpu")[1].arguments
+    starts = arguments["cu_seqlens_q"].tolist()
+    with torch.no_grad(), ops.use_backend(backend):
+        together = ops.prefill_attention(**arguments)
+        for begin, end in itertools.pairwise(starts):
+            alone = {name: arguments[name][begin:end] for name in ("q", "k", "v", "key_limits")}
+            lengths = {name: index(0, end - begin) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+            assert torch.equal(ops.prefill_attention(**arguments | alone | lengths), together[begin:end])
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_row_of_layer_norm_does_not_depend_on_the_other_rows(backend: str) -> None:
+    arguments = next(
+        c for c in make_cases("gather_layer_norm", torch.float32, "cpu") if c.name == "strided rows"
+    ).arguments
+    with torch.no_grad(), ops.use_backend(backend):
+        together = ops.gather_layer_norm(**arguments)
+        for row, row_id in enumerate(arguments["row_ids"]):
+            alone = ops.gather_layer_norm(**arguments | {"row_ids": row_id[None]})
+            assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_registration(op: str) -> None:
+    prefixes = ("all", "strided", "R=1 ")
+    # opcheck itself cannot copy slices of no rows: it takes the size of their storage for negative.
+    cases = [case for case in make_cases(op, torch.float32, "cpu") if not case.name.startswith("R=0")]
+    chosen = [cases[0], cases[1], cases[-1], *(c for c in cases if c.name.startswith(prefixes))][:5]
+    with ops.use_backend("torch"):
+        for case in chosen:
+            torch.library.opcheck(getattr(torch.ops.dynskip, op).default, tuple(case.copy_arguments().values()))
+
+
+def test_the_ops_compile_without_graph_breaks() -> None:
+    def step(x: Tensor, row_ids: Tensor, weight: Tensor) -> Tensor:
+        normed = ops.gather_layer_norm(x, row_ids, weight, None, 1e-5)
+        ops.scatter_add(x, row_ids, normed)
+        return x * 2
+
+    x, row_ids, weight = torch.randn(5, 8), index(0, 3), torch.randn(8)
+    expected_x = x.clone()
+    with torch.no_grad(), ops.use_backend("torch"):
+        expected = step(expected_x, row_ids, weight)
+        assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(x, row_ids, weight), expected)
+    assert torch.equal(x, expected_x)
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_ops_and_reference_take_the_same_arguments(op: str) -> None:
+    with ops.use_backend("torch"):
+        arguments = arguments_of(op)
+        result = getattr(ops, op)(**arguments)
+    expected = arguments_of(op)
+    torch.testing.assert_close(result, getattr(reference, op)(**expected))
+    for name, argument in expected.items():
+        assert not isinstance(argument, Tensor) or torch.equal(argument, arguments[name])
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("gather_layer_norm", "x"),
+        ("gather_layer_norm", "weight"),
+        ("gather_layer_norm", "bias"),
+        ("scatter_add", "x"),
+        ("scatter_add", "y"),
+        ("kv_store", "k"),
+        ("kv_store", "v"),
+        ("kv_store", "k_cache"),
+        ("kv_store", "v_cache"),
+        ("decode_attention", "q"),
+        ("decode_attention", "k_cache"),
+        ("decode_attention", "v_cache"),
+        ("prefill_attention", "q"),
+        ("prefill_attention", "k"),
+        ("prefill_attention", "v"),
+    ],
+)
+def test_inputs_that_require_grad_are_refused_with_the_way_out(op: str, name: str) -> None:
+    arguments = arguments_of(op)
+    arguments[name] = arguments[name].clone().requires_grad_()
+    message = rf"{op}: {name} must not require grad, .* under torch\.no_grad\(\), or train through dynskip\.reference"
+    with ops.use_backend("torch"):
+        with pytest.raises(RuntimeError, match=message):
+            getattr(ops, op)(**arguments)
+        with torch.no_grad():
+            getattr(ops, op)(**arguments)

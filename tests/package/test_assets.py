@@ -1,0 +1,113 @@
+"""opt-mini by its name wherever a model is named, and the command that measures what a model's steps take."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_hf, tiny_model
+
+from dynskip import LLM, Engine, OPTForCausalLM
+from dynskip.assets import find_model, opt_mini_directory
+from dynskip.cli import main
+from dynskip.costs.defaults import UnmeasuredCostsWarning, calibrate_command, default_costs
+from dynskip.costs.store import cached_path, device_key, shape_key
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.training.fine_tune.run import load_for_training, load_tokenizer
+from dynskip.tuning.dimensions import get_dimensions
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and no network."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a name that is known must not be looked up")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_opt_mini_is_known_by_its_name(nowhere: Path) -> None:
+    assert find_model("opt-mini") == opt_mini_directory()
+    assert find_model("facebook/opt-1.3b") == "facebook/opt-1.3b"
+    llm = LLM("opt-mini")
+    assert llm.tokenizer is not None and llm.model.num_layers == 24
+    assert LLM(llm.model, tokenizer="opt-mini").tokenizer is not None
+    assert OPTForCausalLM.from_pretrained("opt-mini").num_layers == 24
+    assert Checkpoint.of("opt-mini") == Checkpoint.of(None)
+    assert get_dimensions("opt-mini").hidden_size == 192
+    assert load_tokenizer("opt-mini").pad_token_id == 0
+    assert load_for_training("opt-mini", torch.device("cpu")).config.num_hidden_layers == 24
+
+
+def test_a_folder_of_that_name_comes_first(nowhere: Path) -> None:
+    tiny_hf().save_pretrained(nowhere / "opt-mini")
+    assert find_model("opt-mini") == "opt-mini"
+    assert OPTForCausalLM.from_pretrained("opt-mini").num_layers == LLM("opt-mini").model.num_layers == 6
+    assert Checkpoint.of("opt-mini").num_layers == get_dimensions("opt-mini").num_layers == 6
+    shutil.rmtree("opt-mini")
+    with pytest.raises(FileNotFoundError, match="must be a directory"):
+        OPTForCausalLM.from_pretrained(Path("opt-mini"))  # a Path is nothing but a path
+
+
+def test_the_commands_know_it_too(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", "opt-mini", "--max-tokens", "2", "--quiet", "a"]) == 0
+    capsys.readouterr()
+    assert main(["info", "--model", "opt-mini", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["name"] == "opt-mini"
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "expected"),
+    [
+        ("opt-mini", torch.bfloat16, "--model opt-mini"),
+        ("a folder", torch.float32, "--model 'a folder' --dtype float32"),
+    ],
+)
+def test_the_warning_names_the_command_that_ends_it(
+    model: str,
+    dtype: torch.dtype,
+    expected: str,
+    nowhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(nowhere / "cache"))
+    tiny_hf().save_pretrained(nowhere / "a folder")
+    loaded = OPTForCausalLM.from_pretrained(model, dtype=dtype)
+    command = f"dynskip calibrate {expected} --threads {torch.get_num_threads()}"
+    with pytest.warns(UnmeasuredCostsWarning) as caught:
+        Engine(loaded).close()
+    assert f"`{command}` measures them" in str(caught[0].message)
+    brief = ["--rows", "2", "--prompt-len", "2", "--context", "8", "--prefill", "4", "--rounds", "1", "--quiet"]
+    assert main([*shlex.split(command)[1:], *brief]) == 0
+    key = shape_key(loaded.config, str(dtype).removeprefix("torch."))
+    assert str(cached_path(device_key(), key)) in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not default_costs(loaded).predicted
+
+
+def test_a_model_made_in_memory_is_to_be_saved_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(nowhere / "cache"))
+    with pytest.warns(
+        UnmeasuredCostsWarning, match=r'save_pretrained\("FOLDER"\)` and then `dynskip calibrate --model'
+    ):
+        default_costs(tiny_model())
+    with pytest.raises(ValueError, match="calibrate_command: name must be given"):
+        calibrate_command(tiny_model())
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "calibrate", "simulate"])
+def test_help_is_plain_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "``" not in capsys.readouterr().out

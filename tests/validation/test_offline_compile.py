@@ -1,0 +1,254 @@
+"""The kernels compiled for GPUs that need not be there: that they fit, and that one which does not is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dynskip import cli
+from dynskip.cli.validate import CAPABILITIES, DEFAULT_CAPABILITIES
+from dynskip.kernels.configs import FOLDER, config_names
+from dynskip.ops.row_ops import ROW_OP_NAMES
+from dynskip.validation.offline import compile_kernels
+from dynskip.validation.offline.compile_kernels import (
+    MAX_SHARED_BYTES,
+    MISALIGNED,
+    TRITON_OP_NAMES,
+    CompiledKernel,
+    compile_offline,
+    plan_jobs,
+)
+from dynskip.validation.offline.resources import is_tensor_core_instruction
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+RIGHT = CompiledKernel(
+    op="linear_rows",
+    kernel="linear_rows_kernel",
+    config="nvidia-h200",
+    dtype="bfloat16",
+    capability=90,
+    case="OPT-1.3b, 1 row",
+    registers=128,
+    shared_bytes=200 * 1024,
+    tensor_core_instructions=8,
+    products=("bf16",),
+    num_waits=1,
+    num_signals=1,
+    overlaps_the_kernel_before=True,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_before(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Triton finds a compiled kernel again by its source, its constants and its own version; warnings are errors."""
+    assert pytestconfig.cache is not None
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(pytestconfig.cache.mkdir("triton")))
+        monkeypatch.setenv("PYTHONWARNINGS", "error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled_before: None) -> list[CompiledKernel]:
+    """All kernels in bfloat16 for every architecture; in float32, which has entries of its own in tables, for one."""
+    jobs = plan_jobs(("bfloat16",), everywhere=False)
+    jobs += plan_jobs(("float32",), (90,), everywhere=False)
+    jobs += plan_jobs(("float16",), (90,), ("linear_add_rows", "prefill_attention"), everywhere=False)
+    return compile_offline(jobs, progress=False)
+
+
+def test_every_kernel_fits_every_gpu(kernels: list[CompiledKernel]) -> None:
+    assert [f"{kernel}: {kernel.complaint}" for kernel in kernels if kernel.complaint] == []
+    for capability, dtype in ((80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float32")):
+        compiled = [kernel for kernel in kernels if (kernel.capability, kernel.dtype) == (capability, dtype)]
+        assert {kernel.op for kernel in compiled} == set(TRITON_OP_NAMES)
+    assert {kernel.config for kernel in kernels} == set(config_names())
+
+
+def test_products_run_on_tensor_cores(kernels: list[CompiledKernel]) -> None:
+    products = {"bfloat16": ("bf16",), "float16": ("f16",), "float32": ("f32",)}
+    of_products = ("linear_rows", "qkv_rows", "linear_add_rows", "prefill_attention")
+    for kernel in kernels:
+        # A table may have a row or two multiplied and summed.
+        assert kernel.products in ((), products[kernel.dtype]), kernel
+        uses_tensor_cores = bool(kernel.products) and kernel.dtype != "float32"
+        assert (kernel.tensor_core_instructions > 0) == uses_tensor_cores, kernel
+    for capability in DEFAULT_CAPABILITIES:
+        multiplying = {kernel.op for kernel in kernels if kernel.capability == capability and kernel.products}
+        assert multiplying == set(of_products)
+
+
+def test_kernels_of_a_step_overlap_where_the_gpu_can(kernels: list[CompiledKernel]) -> None:
+    of_step = [kernel for kernel in kernels if kernel.op in ROW_OP_NAMES]
+    assert {kernel.capability for kernel in of_step if kernel.num_waits and kernel.num_signals} == {90, 100}
+    for kernel in of_step:
+        if kernel.config == "generic":
+            assert kernel.overlaps_the_kernel_before == (kernel.capability >= 90), kernel
+            assert bool(kernel.num_waits) == bool(kernel.num_signals) == (kernel.capability >= 90), kernel
+
+
+def test_no_kernel_is_compiled_again_for_the_list_of_another_layer(kernels: list[CompiledKernel]) -> None:
+    assert [kernel for kernel in kernels if kernel.case.endswith(MISALIGNED)] == []
+
+
+# Every op of a prompt, for any number of sequences and for lists that stand anywhere: prints the op of each kernel that
+# had to be compiled.
+OF_PROMPTS = """
+import json, sys, torch
+from triton.runtime import driver
+from dynskip.backends import get_backend
+from dynskip.kernels.launches import compile_only
+from dynskip.offline_worker import OfflineDriver
+
+driver.set_active(OfflineDriver(90))
+triton, found = get_backend("triton"), {}
+x, qkv = torch.empty(8, 768).half(), torch.empty(8, 3, 12, 64).half()
+cache = torch.empty(64, 12, 64).half()
+
+def index(size, offset):
+    return torch.empty(size + offset, dtype=torch.int32)[offset:]
+
+with compile_only(90, lambda op, kernel: found.setdefault(kernel.hash, op)):
+    for num_sequences in (1, 2, 16, 17, 300):
+        for offset in range(4):
+            ends, ids = index(num_sequences + 1, offset), index(8, offset)
+            triton.prefill_attention(*qkv.unbind(1), ends, ends, ids, 0.125)
+            triton.gather_layer_norm(x, ids, None, None, 1e-5)
+            triton.scatter_add(x, ids, x)
+            triton.kv_store(qkv[:, 1], qkv[:, 2], cache, cache, ids)
+    for context_len in (1, 16, 17, 300):
+        for offset in range(4):
+            table, ids = torch.empty(8, context_len, dtype=torch.int32), index(8, offset)
+            triton.decode_attention(qkv[:, 0], cache, cache, table, ids, ids, 0.125)
+print(json.dumps(sorted(found.values())))
+"""
+
+
+def test_no_kernel_of_a_prompt_is_compiled_again_for_other_sequences() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-c", OF_PROMPTS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == [
+        *("decode_attention", "gather_layer_norm", "kv_store", "prefill_attention", "scatter_add")
+    ]
+
+
+COMPILE = ["validate", "--compile", "--fewer", "--capability", "90", "--dtype", "bfloat16", "--op", "linear_add_rows"]
+
+
+@pytest.fixture
+def greedy(tmp_path: Path) -> Callable[..., str]:
+    """A table of one entry for linear_add_rows, with constants that ask too much."""
+
+    def write(**constants: int) -> str:
+        table = json.loads((FOLDER / "generic.json").read_text(encoding="utf-8"))
+        entries = table["ops"]["linear_add_rows"]
+        entry = entries["2"][-1] | constants
+        entries["2"] = [entry]
+        entries["deterministic"]["2"] = {name: value for name, value in entry.items() if name != "max_rows"}
+        path = tmp_path / "greedy.json"
+        path.write_text(json.dumps(table), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("constants", "complaint"),
+    [
+        ({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 1, "num_stages": 1}, "spills .* bytes a thread"),
+        (
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 8},
+            "needs .* bytes of shared memory, may have 232448",
+        ),
+        ({"BLOCK_K": 8}, "does not compile: .*"),
+    ],
+)
+def test_a_table_that_asks_too_much_is_noticed(
+    constants: dict[str, int], complaint: str, greedy: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*COMPILE, "--config", greedy(**constants)]
+    assert cli.main([*command, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is False
+    assert any(re.fullmatch(complaint, kernel["complaint"] or "") for kernel in report["kernels"])
+    assert cli.main(command) == 1
+    out = capsys.readouterr().out
+    assert "greedy" in out and "FAILED" in out and re.search(f"failed: OPT-.*: {complaint}", out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, None),
+        ({"num_warps": 64}, "has 64 warps, may have 32"),
+        ({"spilled_bytes": 8}, "spills 8 bytes a thread"),
+        ({"shared_bytes": 227 * 1024 + 1}, "needs 232449 bytes of shared memory, may have 232448"),
+        ({"config": "generic"}, "needs 204800 bytes of shared memory, may have 101376"),
+        ({"tensor_core_instructions": 0}, "multiplies 16-bit matrices without tensor cores"),
+        ({"tensor_core_instructions": 0, "products": ("f32",)}, None),
+        ({"capability": 80, "shared_bytes": 0}, "waits for the kernel before it, which sm_80 cannot"),
+        ({"num_waits": 0}, "overlaps with the kernel before it and never waits for that"),
+        (
+            {"overlaps_the_kernel_before": False},
+            "waits for the kernel before it, but is launched after its end",
+        ),
+        ({"error": "PTXASError: too much"}, "does not compile: PTXASError: too much"),
+    ],
+)
+def test_each_way_of_not_fitting_is_a_complaint(changes: dict[str, object], complaint: str | None) -> None:
+    assert dataclasses.replace(RIGHT, **changes).complaint == complaint
+
+
+@pytest.mark.parametrize("name", ["HMMA", "HGMMA", "QGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "QMMA"])
+def test_instructions_of_tensor_cores(name: str) -> None:
+    assert is_tensor_core_instruction(name)
+
+
+@pytest.mark.parametrize("name", ["HFMA2", "FFMA", "MMA", "UTCATOMSWS", "UTCBAR", "LDSM", "WARPGROUP"])
+def test_instructions_of_others(name: str) -> None:
+    assert not is_tensor_core_instruction(name)
+
+
+def test_command_prints_a_table(kernels: list[CompiledKernel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(COMPILE) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match("kernel +config +dtype +GPU +variants +registers +spilled +shared +of +tensor core", lines[0])
+    rows = [line.split() for line in lines[1:-1]]
+    assert ["linear_add_rows_kernel", "generic", "bfloat16", "sm_90"] in [row[:4] for row in rows]
+    assert {row[-1] for row in rows} == {"ok"}
+    assert re.match(r"(\d+) of \1 compiled kernels fit", lines[-1])
+
+
+def test_command_refuses_what_has_no_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        (["--capability", "90"], "--capability says what to compile: it needs --compile"),
+        (["--fewer"], "--fewer says what to compile: it needs --compile"),
+        (["--compile", "--op", "plan_rows"], "plan_rows is compiled with the C++ extension"),
+        (["--compile", "--backend", "torch"], "--backend is about running kernels: it has no meaning with --compile"),
+        (["--compile", "--inject-fault", "kv_store"], "--inject-fault is about running kernels"),
+        (["--compile", "--capability", "70"], "invalid choice: 70"),
+    ):
+        assert cli.main(["validate", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_unknown_capability_is_an_error() -> None:
+    with pytest.raises(ValueError, match="plan_jobs: capabilities must be among 80, 86, 89, 90, 100, 120, got 70"):
+        plan_jobs(("bfloat16",), (70,))
+
+
+def test_the_command_line_knows_the_capabilities() -> None:
+    assert tuple(MAX_SHARED_BYTES) == CAPABILITIES
+    assert compile_kernels.DEFAULT_CAPABILITIES == DEFAULT_CAPABILITIES
