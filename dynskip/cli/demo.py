@@ -19,7 +19,7 @@ from dynskip.cli.options import BACKENDS, in_range, set_threads, show_progress
 if TYPE_CHECKING:
     from dynskip.measure.depths import Comparison
 
-# As in dynskip.measure.random_models, which a test compares: importing that here would import torch for `dynskip --help`.
+# As in dynskip.measure.random_models, which a test compares: that would import torch for `dynskip --help`.
 SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
 # Each prompt with the share of the model's layers that its path runs, and the kind of path.

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from models import NUM_LAYERS, VOCAB_SIZE, random_prompts, tiny_model
+from random_controllers import SEQUENCE_NAMES, SIZES, random_controller
 
 from dynskip import LLM, LayerPath, SamplingParams
 from dynskip.controllers import (
@@ -18,7 +18,6 @@ from dynskip.controllers import (
     HiddenStateGate,
     LearnedSequenceController,
     LearnedTokenController,
-    ModelSizes,
     SequenceController,
     TokenContext,
     TokenController,
@@ -30,26 +29,14 @@ from dynskip.controllers.gumbel import gumbel_gate, gumbel_noise, keyed_noise
 from dynskip.controllers.registry import controller_class
 from dynskip.controllers.token_controllers import parse_width
 
-SIZES = ModelSizes(NUM_LAYERS, 32, 32)
 THIRD_PARTY = "third_party_controller:ByPosition"
 TOKEN_NAMES = ["fixed", "hidden", "mlp:8", "mlp:hidden/8", THIRD_PARTY]
-SEQUENCE_NAMES = ["window:3", "attention-pool"]
 PROMPTS = random_prompts([5, 1, 7])
 
 
 def context(num_rows: int) -> TokenContext:
     rows = torch.arange(num_rows)
     return TokenContext(rows.int(), rows, torch.zeros(num_rows, dtype=torch.bool))
-
-
-def random_controller(name: str, sizes: ModelSizes = SIZES, seed: int = 0) -> Any:
-    """A controller whose decisions differ between layers and rows."""
-    controller: Any = make_controller(name, sizes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in controller.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return controller.eval()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

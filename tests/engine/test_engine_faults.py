@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from faults import Broken, FailsAt, Interrupt, Once
 from models import NUM_LAYERS, random_prompts, tiny_model, word_tokenizer
 from streams import PATHS, Ask, Parity, assert_empty, drawn, engine, greedy, same
 from torch import Tensor
 
-import dynskip
 from dynskip import NonFiniteError, OPTForCausalLM, SamplingParams
 from dynskip.controllers import TokenContext
 from dynskip.engine.engine import Engine
@@ -30,10 +27,6 @@ SERVERS: list[tuple[str, dict[str, Any]]] = [
     ("cohort", {"batch": 4, "num_slots": 150}),
 ]
 on_servers = pytest.mark.parametrize(("policy", "options"), SERVERS, ids=lambda value: str(value))
-
-
-class Broken(RuntimeError):
-    """What the faults of these tests raise."""
 
 
 def company() -> list[Ask]:
@@ -67,18 +60,6 @@ def serve_with(served: Engine, *adds: Callable[[], Any]) -> list[RequestOutput]:
 def assert_failed(output: RequestOutput, error: BaseException, token_ids: list[int]) -> None:
     assert output.finish_reason == "error" and output.error is error
     assert output.token_ids == token_ids
-
-
-class FailsAt(Parity):
-    """A per-token controller that breaks at one layer of the token at one position."""
-
-    def __init__(self, layer: int, position: int, error: BaseException) -> None:
-        self.layer, self.position, self.error = layer, position, error
-
-    def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
-        if layer == self.layer and bool((context.position_ids == self.position).any()):
-            raise self.error
-        return super().active(layer, hidden_states, context)
 
 
 @on_servers
@@ -304,19 +285,6 @@ def interrupted_run(served: Engine, asks: list[Ask], added: Callable[[], list[An
         assert same(outputs[request_id], alone)
 
 
-class Once:
-    """Raises KeyboardInterrupt when it is called for the n-th time, and in the next calls of as many as asked for."""
-
-    def __init__(self, at: int, times: int = 1) -> None:
-        self.at, self.times, self.num_calls = at, times, 0
-
-    def __call__(self, *_: object) -> float:
-        self.num_calls += 1
-        if self.at <= self.num_calls < self.at + self.times:
-            raise KeyboardInterrupt
-        return float(self.num_calls)
-
-
 @on_servers
 @pytest.mark.parametrize("at", [1, 2, 9, 18])
 def test_ctrl_c_in_a_callback(policy: str, options: dict[str, Any], at: int) -> None:
@@ -408,49 +376,6 @@ def test_ctrl_c_while_a_request_arrives_or_is_aborted() -> None:
     assert_empty(served)
     assert outputs["new"].finish_reason == "abort"
     assert all(same(outputs[request_id], alone) for request_id, alone in zip(ids, ALONE, strict=True))
-
-
-class Interrupt:
-    """Counts the lines that run in the engine, and raises KeyboardInterrupt at one of them."""
-
-    folder = str(Path(dynskip.__file__).parent)
-    files: tuple[str, ...] = (
-        "engine/engine.py",
-        "execution.py",
-        "scheduler.py",
-        "groups.py",
-        "kv_pool.py",
-        "slot_pool.py",
-        "sampling.py",
-    )
-
-    def __init__(self, at: int) -> None:
-        self.at, self.num_lines, self.where = at, 0, ""
-
-    def trace(self, frame: FrameType, event: str, _argument: object) -> Any:
-        """What `sys.settrace` calls for each new frame, and then for its lines."""
-        name = frame.f_code.co_filename
-        if not name.startswith(self.folder) or not name.endswith(self.files):
-            return None
-        if event == "line":
-            self.num_lines += 1
-            if self.num_lines == self.at:
-                self.where = f"{Path(name).name}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self.trace
-
-    def advance(self, served: Engine) -> bool:
-        """Whether steps until the end were interrupted."""
-        before = sys.gettrace()
-        sys.settrace(self.trace)
-        try:
-            while served.scheduler.has_unfinished:
-                served.advance()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-        return False
 
 
 NUM_TRACED_SLOTS = 126  # so few that somebody is preempted

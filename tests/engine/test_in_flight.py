@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Broken, FailsAt, Interrupt, Once
 from models import random_prompts, tiny_model, word_tokenizer
 from streams import PATHS, Ask, Parity, assert_empty, drawn, engine, greedy, model, same, serve
-from test_engine_faults import Broken, FailsAt, Interrupt, Once
 
 from dynskip import LLM, AsyncLLM, NonFiniteError, SamplingParams
 from dynskip.engine.closed_batch import Generation

@@ -274,7 +274,7 @@ def test_on_a_gpu_what_finds_no_room_is_an_assertion(spoil: str, message: str) -
     # In a process of its own: a device that has asserted serves its process no more.
     script = f"""
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/ops", "tests/helpers"]
 import torch
 from test_plan_rows import EVICT, State, run_native
 state = State.of(3, 20, 7, torch.Generator().manual_seed(0)).clone("cuda")

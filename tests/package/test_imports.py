@@ -1,4 +1,4 @@
-"""Imports run one way: a module imports only what stands above it in ``ORDER``, or in its own package."""
+"""Imports run one way: a folder imports only what stands above it in ``ORDER``, and no module imports itself in a circle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,80 +16,41 @@ import dynskip
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Top to bottom. An entry is a module of dynskip, or a package, whose modules may import each other.
+# Top to bottom. An entry is a module at the root of dynskip, or a folder, whose modules may import each other.
 ORDER = [
     # what to run: pure data, no device
     "version",
-    "arguments",
     "paths",
-    "flat_rows",
-    "plan",
-    "cost",
-    # the ops: what they compute, who computes it
-    "checks",
-    "reference",
-    "torch_backend",
-    "kernels",
-    "native",
-    "backends",
-    "prompt_attention",
-    "ops",
-    "row_reference",
-    "row_ops",
-    # the model and its state
-    "assets",
-    "linear",
-    "threads",
-    "cgroup",
-    "memory",
-    "slot_pool",
-    "kv_cache",
+    "sampling",
     "controllers",
     "routing",
-    "step",
-    "opt",
-    "reference_executor",
-    "decode_work",
-    "fused_decode",
-    "decode_graphs",
-    "decode_steps",
-    "executor",
-    "model",
-    "source",
-    "source_files",
-    "source_model",
-    "checkpoint",
+    # what is computed, and by whom
+    "kernels",
+    "ops",
+    "assets",
+    "models",
+    "execution",
+    "causal_lm",
     # from prompts to texts
-    "sampling",
+    "costs",
+    "scheduler",
+    "simulation",
     "engine",
-    "generate",
-    "tokenizer",
-    "prompts",
     "llm",
     "async_llm",
     # what stands around it
+    "data",
     "training",
-    "validation_draws",
-    "row_validation_cases",
-    "validation_cases",
-    "validation_errors",
-    "row_validation",
+    "measure",
     "validation",
-    "cubin",
-    "ptx",
-    "offline_compile",
-    "offline_worker",
-    "benchmark",
     "tuning",
+    "benchmark",
     "evaluation",
     "cli",
     "__main__",
 ]
-# (importer, imported): why the way back is needed. Such an import stands inside a function.
-EXCEPTIONS = {
-    ("model", "checkpoint"): "from_pretrained, from_hf and save_pretrained are methods of the class checkpoint builds",
-}
 KERNELS_MAY_IMPORT = {"torch", "triton", "dynskip.kernels", *sys.stdlib_module_names}
+MAX_ROOT_MODULES = 14
 
 
 def sources() -> dict[str, str]:
@@ -104,22 +66,16 @@ def sources() -> dict[str, str]:
     return found
 
 
-def imported_names(source: str) -> Iterator[tuple[str, bool]]:
-    """Every module that ``source`` imports, wherever, and whether the import stands inside a function.
+def imported_names(source: str) -> Iterator[str]:
+    """Every module that ``source`` imports, wherever: in functions and for types, too.
 
     ``from a import b`` yields ``a.b``: b may be a module; if it is not, its module is a prefix of the name.
     """
-
-    def visit(node: ast.AST, deferred: bool) -> Iterator[tuple[str, bool]]:
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, deferred) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from ((f"{'.' * node.level}{node.module or ''}.{alias.name}", deferred) for alias in node.names)
-        deferred = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child, deferred)
-
-    return visit(ast.parse(source), False)
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
 def unit_of(name: str) -> str:
@@ -132,7 +88,7 @@ def complaints(name: str, source: str) -> list[str]:
     unit, found = unit_of(name), []
     if unit and unit not in ORDER:
         return [f"{name}: not in ORDER of tests/package/test_imports.py. Add it where it belongs."]
-    for imported, deferred in imported_names(source):
+    for imported in imported_names(source):
         if imported.startswith("."):
             found.append(f"{name}: {imported}: relative imports hide the direction; write dynskip.<module>")
             continue
@@ -143,18 +99,41 @@ def complaints(name: str, source: str) -> list[str]:
             imported == allowed or imported.startswith(f"{allowed}.") for allowed in KERNELS_MAY_IMPORT
         ):
             found.append(f"{name}: {imported}: kernels import torch, triton and each other only")
-        # The facade imports from all, nobody imports from it: `from dynskip import LLM` would be a cycle.
+        # The facade imports from all, no module imports from it: `from dynskip import LLM` would be a cycle.
         if package != "dynskip" or not unit:
             continue
         target = unit_of(rest)
         if target not in ORDER:
             found.append(f"{name}: {imported}: import the name from its module, not from the facade")
-        elif target != unit and ORDER.index(target) > ORDER.index(unit):
-            if (unit, target) not in EXCEPTIONS:
-                found.append(f"{name}: {imported}: {target} stands below {unit}")
-            elif not deferred:
-                found.append(f"{name}: {imported}: the exception holds inside a function only")
+        elif ORDER.index(target) > ORDER.index(unit):
+            found.append(f"{name}: {imported}: {target} stands below {unit}")
     return found
+
+
+def cycle(modules: Mapping[str, str]) -> list[str]:
+    """The modules of one import cycle, the first once more at the end; none where there is no cycle."""
+
+    def resolve(imported: str) -> str:
+        name = imported.removeprefix("dynskip.")
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {
+        name: {
+            found
+            for imported in imported_names(source)
+            # `from dynskip.ops import reference` is no import of the folder's own __init__.py
+            if imported.startswith("dynskip.") and (found := resolve(imported)) not in ("", name)
+        }
+        for name, source in modules.items()
+        if name
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
 
 
 def test_imports_run_one_way() -> None:
@@ -164,32 +143,60 @@ def test_imports_run_one_way() -> None:
     assert not found, "\n".join(found)
 
 
+def test_no_module_imports_itself_in_a_circle() -> None:
+    found = cycle(sources())
+    assert not found, " imports ".join(found)
+
+
+@pytest.mark.parametrize(
+    "way_back",
+    [
+        "from dynskip.engine import engine",
+        "import dynskip.engine.engine",
+        "def f():\n    from dynskip.engine.engine import Engine",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dynskip.engine.engine import Engine",
+    ],
+)
+def test_a_cycle_is_found(way_back: str) -> None:
+    modules = {
+        "engine": "",
+        "engine.engine": "from dynskip.engine.stats import EngineStats",
+        "engine.stats": "from dynskip.engine.totals import Totals",
+        "engine.totals": "import torch",
+    }
+    assert cycle(modules) == []
+    modules["engine.totals"] = way_back
+    found = cycle(modules)
+    assert found[0] == found[-1] and set(found) == {"engine.engine", "engine.stats", "engine.totals"}
+    start = found.index("engine.engine")
+    assert (found[:-1] + found[:-1])[start + 1] == "engine.stats", "each imports the next"
+
+
+def test_the_root_stays_small() -> None:
+    modules = sorted(path.stem for path in (ROOT / "dynskip").glob("*.py"))
+    assert len(modules) <= MAX_ROOT_MODULES, modules
+
+
 def test_the_facade_has_what_it_names_and_loads_it_late() -> None:
     code = "import sys, dynskip; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'triton')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    assert set(dynskip.__all__) == {*dynskip._HOME, "__version__", "ops", "reference"}
+    assert set(dynskip.__all__) == {*dynskip._HOME, *dynskip._MODULES, "__version__"}
     assert dir(dynskip) == sorted(dynskip.__all__)
     for name, home in dynskip._HOME.items():
         assert getattr(dynskip, name) is vars(importlib.import_module(home))[name]
+    for name, home in dynskip._MODULES.items():
+        assert getattr(dynskip, name) is importlib.import_module(home)
 
 
-def test_every_exception_is_needed() -> None:
-    modules = sources()
-    for importer, imported in EXCEPTIONS:
-        names = [name for name, _ in imported_names(modules[importer])]
-        assert any(name.startswith(f"dynskip.{imported}") for name in names), (importer, imported)
-
-
-def test_structures_names_every_module() -> None:
+def test_structures_names_every_folder() -> None:
     page = (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
-    sections = {title.strip("/\n "): text for title, _, text in (part.partition("\n") for part in page.split("\n## "))}
-    missing = []
-    for name in filter(None, sources()):
-        *packages, module = name.split(".")
-        section = sections.get("kernels" if packages == ["kernels"] else "/".join(["dynskip", *packages]), "")
-        if f"`{module}.py`" not in section and f"`{module}/`" not in section:
-            missing.append(name)
+    folders = {name.rpartition(".")[0].replace(".", "/") for name in sources() if "." in name}
+    missing = sorted(folder for folder in folders if f"| `{folder}/` |" not in page)
     assert not missing, f"docs/structures.md must have a line on {', '.join(missing)}"
+    assert len(page.splitlines()) <= 120
+    named = {line.split("`")[1].rstrip("/") for line in page.splitlines() if line.startswith("| `")}
+    gone = sorted(folder for folder in named if not any((ROOT / place / folder).is_dir() for place in ("", "dynskip")))
+    assert not gone, f"docs/structures.md must name folders that are there, got {', '.join(gone)}"
 
 
 @pytest.mark.parametrize(
@@ -198,8 +205,9 @@ def test_structures_names_every_module() -> None:
         ("paths", "import dynskip.llm", "llm stands below paths"),
         ("paths", "from dynskip.llm import LLM", "llm stands below paths"),
         ("paths", "from dynskip import llm", "llm stands below paths"),
-        ("plan", "def f():\n    from dynskip.causal_lm import OPTForCausalLM", "model stands below plan"),
-        ("model", "from dynskip.models.checkpoint import load", "inside a function only"),
+        ("routing.plan", "def f():\n    from dynskip.causal_lm import OPTForCausalLM", "causal_lm stands below routing"),
+        ("models.checkpoint", "from dynskip.causal_lm import OPTForCausalLM", "causal_lm stands below models"),
+        ("scheduler.groups", "from dynskip.engine.request import Request", "engine stands below scheduler"),
         ("llm", "from dynskip import LayerPath", "not from the facade"),
         ("llm", "from .paths import LayerPath", "relative imports"),
         ("llm", "import kernels.scatter_add", "Hugging Face's package"),
@@ -217,11 +225,11 @@ def test_a_bad_import_is_found(name: str, source: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("llm", "from dynskip.paths import LayerPath\nfrom dynskip import reference\nimport torch"),
-        ("model", "def f():\n    from dynskip.models.checkpoint import load"),
+        ("llm", "from dynskip.paths import LayerPath\nfrom dynskip.ops import reference\nimport torch"),
+        ("causal_lm", "def f():\n    from dynskip.models.checkpoint import load"),
         ("kernels.scatter_add", "import triton.language as tl\nfrom collections import Counter\nimport torch"),
         ("kernels.scatter_add", "from dynskip.kernels.launches import launch"),
-        ("training.run", "from dynskip.data.batches import Batch"),
+        ("training.pretrain.run", "from dynskip.training.schedule import PathMenu"),
         ("", "from dynskip.llm import LLM"),
     ],
 )

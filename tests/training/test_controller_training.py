@@ -14,10 +14,9 @@ import torch
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
 
-from test_fine_tune import CPU, IGNORE_LIBRARIES, checkpoint, data, run_script, small_config
-from test_learned_controllers import SEQUENCE_NAMES, random_controller
-from test_training import SHAPE, made_up_rows
+from random_controllers import SEQUENCE_NAMES, random_controller
 from torch import Tensor
+from training_runs import CPU, IGNORE_LIBRARIES, SHAPE, checkpoint, data, made_up_rows, run_script, small_config
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip import LLM, OPTForCausalLM, SamplingParams

@@ -15,10 +15,8 @@ import torch
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
 
-from test_fine_tune import checkpoint, data, small_config
-from test_training import data as corpora
-from test_training import small_run
 from torch import nn
+from training_runs import checkpoint, corpora, data, small_config, small_run
 
 from dynskip.cli import main
 from dynskip.training.fine_tune.run import FineTuneRun

@@ -8,9 +8,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,17 @@ import torch
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
 
-from test_training import SHAPE, examples_of_lengths, made_up_passages, made_up_rows, wake_layers
+from training_runs import (
+    CPU,
+    IGNORE_LIBRARIES,
+    SHAPE,
+    checkpoint,
+    data,
+    examples_of_lengths,
+    made_up_rows,
+    run_script,
+    small_config,
+)
 from transformers import OPTForCausalLM
 
 from dynskip import LLM, LayerPath, SamplingParams
@@ -33,66 +40,18 @@ from dynskip.data.templates import CHAT_TEMPLATES, alpaca_prompt, prompt_text
 from dynskip.training import resumable
 from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune import run as fine_tune
-from dynskip.training.fine_tune.config import FineTuneConfig, paper, released_code
+from dynskip.training.fine_tune.config import paper, released_code
 from dynskip.training.fine_tune.row_order import StepPlan
 from dynskip.training.fine_tune.run import FineTuneRun, check_vocabulary, load_for_training, load_tokenizer, stages
 from dynskip.training.fine_tune.trainer import evaluations_since_best
-from dynskip.training.pretrain.run import new_model
-from dynskip.training.pretrain.tokenizer import train_tokenizer
 from dynskip.training.response_loss import ResponseLossOPT
 from dynskip.training.resumable import latest_checkpoint
 
-CPU = torch.device("cpu")
-IGNORE_LIBRARIES = pytest.mark.filterwarnings("ignore")  # transformers, accelerate, datasets warn of their own affairs
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random OPT checkpoint with its tokenizer."""
-    directory = tmp_path_factory.mktemp("checkpoint")
-    texts = [text for row in made_up_rows(120) for text in (row.instruction, row.output)] + made_up_passages(30)
-    tokenizer = train_tokenizer(texts, SHAPE.vocab_size, SHAPE.max_positions, progress=False)
-    wake_layers(new_model(SHAPE, tokenizer, seed=0)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "alpaca_data.json"
-    path.write_text(json.dumps([dataclasses.asdict(row) for row in made_up_rows(120)]))
-    return path
-
-
-def small_config(checkpoint: Path, **changes: Any) -> FineTuneConfig:
-    config = FineTuneConfig(
-        str(checkpoint),
-        learning_rate=1e-3,
-        num_epochs=1,
-        batch_size=8,
-        micro_batch_size=4,
-        max_tokens=64,
-        num_steps=6,
-        num_path_steps=4,
-        eval_every=3,
-        template="short",
-        patience=None,
-        paths=("uniform:2",),
-        save_every_s=0.0,
-    )
-    return dataclasses.replace(config, **changes)
+__all__ = ["checkpoint", "data"]  # fixtures
 
 
 def weights(directory: Path) -> Mapping[str, torch.Tensor]:
     return OPTForCausalLM.from_pretrained(directory).state_dict()
-
-
-def run_script(script: str, *arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
-    file = Path(str(arguments[0])).parent / "script.py"
-    file.write_text(textwrap.dedent(script))
-    command = [sys.executable, *launcher, str(file), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 def test_presets_are_the_papers() -> None:

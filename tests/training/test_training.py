@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ from torch.nn import functional
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
 
+from training_runs import SHAPE, examples_of_lengths, made_up_passages, made_up_rows, small_run, wake_layers
+from training_runs import corpora as data
 from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
 from dynskip import LayerPath
@@ -35,11 +36,11 @@ from dynskip.data.corpus import (
     split_instructions,
     unique_passages,
 )
-from dynskip.data.examples import Example, encode_examples, encode_windows
+from dynskip.data.examples import encode_examples, encode_windows
 from dynskip.training import attention
 from dynskip.training.bits_per_byte import bits_per_byte
 from dynskip.training.head_loss import head_loss
-from dynskip.training.pretrain.config import ModelShape, Phase, RunConfig, opt_mini
+from dynskip.training.pretrain.config import opt_mini
 from dynskip.training.pretrain.optimizer import MuonWithAdamW
 from dynskip.training.pretrain.run import TrainingRun, new_model
 from dynskip.training.pretrain.tokenizer import INSTRUCTION_MARK, RESPONSE_MARK, prompt_text, train_tokenizer
@@ -47,38 +48,7 @@ from dynskip.training.response_loss import only_layers
 from dynskip.training.resumable import latest_checkpoint
 from dynskip.training.schedule import Clock, LearningRate, PathMenu
 
-SHAPE = ModelShape(num_layers=4, hidden_size=32, ffn_size=48, num_heads=2, vocab_size=320, max_positions=64)
-ANIMALS = ["otter", "heron", "badger", "lynx", "newt", "stoat", "vole", "crane", "hare", "mole"]
-
-
-def made_up_rows(num_rows: int) -> list[Instruction]:
-    rows = []
-    for number in range(num_rows):
-        animal, other = ANIMALS[number % 10], ANIMALS[(number // 10) % 10]
-        given = f"{animal} and {other}" if number % 3 == 0 else ""
-        rows.append(Instruction(f"Where does {animal} number {number} live?", given, f"It lives near the {other}."))
-    return rows
-
-
-def made_up_passages(num_passages: int) -> list[str]:
-    generator = random.Random(3)
-    return [
-        " ".join(f"The {generator.choice(ANIMALS)} met the {generator.choice(ANIMALS)} {n} times." for n in range(8))
-        for _ in range(num_passages)
-    ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """An Alpaca file and a T0 file of invented sentences."""
-    directory = tmp_path_factory.mktemp("data")
-    alpaca, t0 = directory / "alpaca_data.json.xz", directory / "t0.jsonl.xz"
-    with lzma.open(alpaca, "wt") as file:
-        json.dump([dataclasses.asdict(row) for row in made_up_rows(120)], file)
-    with lzma.open(t0, "wt") as file:
-        for text in made_up_passages(30):
-            file.write(json.dumps({"task": "made_up", "prompt": text, "completion": "yes<|endoftext|>"}) + "\n")
-    return [alpaca, t0]
+__all__ = ["data"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +60,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
     return new_model(SHAPE, tokenizer, seed=0)
-
-
-def wake_layers(model: OPTForCausalLM) -> OPTForCausalLM:
-    """The model with random matrices in place of the zeros that it starts from."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.2)
-    return model
 
 
 def test_split_is_70_15_15_and_repeats_itself() -> None:
@@ -224,10 +184,6 @@ def test_windows_hold_the_stream_in_order(tokenizer: PreTrainedTokenizerFast) ->
     stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
     windows = encode_windows(tokenizer, texts, window=16)
     assert [token for window in windows for token in window] == stream[: len(stream) // 16 * 16]
-
-
-def examples_of_lengths(lengths: Sequence[int]) -> list[Example]:
-    return [Example((1, 5), tuple(range(6, 4 + length)), length) for length in lengths]
 
 
 def test_padding_carries_no_loss() -> None:
@@ -414,22 +370,6 @@ def test_optimizer_state_survives_a_round_trip(model: OPTForCausalLM) -> None:
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
     with pytest.raises(ValueError, match=r"MuonWithAdamW.step: closure must be None"):
         first.step(lambda: 0.0)
-
-
-def small_run(save_every_s: float) -> RunConfig:
-    weights = {4: 0.5, 2: 0.5}
-    rate = LearningRate(1.0, 0.5, warmup_steps=2)
-    return RunConfig(
-        shape=SHAPE,
-        phases=(
-            Phase("pretrain", False, 0.3, weights, weights, rate, max_steps=7),
-            Phase("finetune", True, 0.0, weights, weights, rate, max_steps=3),
-        ),
-        tokens_per_batch=256,
-        window=32,
-        save_every_s=save_every_s,
-        num_watched_rows=4,
-    )
 
 
 # A run that is killed during its fifth step: it saves after every step and looks at the watched rows just before.
