@@ -40,7 +40,8 @@ class WorkDone:
 def floor_ms(work: WorkDone, shape: ModelShape, speed: MachineSpeed) -> float:
     """The least milliseconds of a step: weights of every layer with a row read once, or its products, plus the rest.
 
-    As `roofline_ms`, with two things more. Rows that skip a layer but leave a key and a value there count the products of these two; a layer that only such rows visit reads these two matrices. Rows of the embedding count.
+    As `roofline_ms`, with two things more. Rows that skip a layer but leave a key and a value there count the products
+    of these two; a layer that only such rows visit reads these two matrices. Rows of the embedding count.
     """
     kv_flops = _kv_share(shape) * shape.layer_flops_per_row
     kv_bytes = _kv_share(shape) * shape.layer_bytes

@@ -28,6 +28,7 @@ from dynskip.training.pretrain.run import new_model
 from dynskip.training.pretrain.tokenizer import train_tokenizer
 from dynskip.training.schedule import LearningRate
 
+HELPERS = Path(__file__).parent
 SHAPE = ModelShape(num_layers=4, hidden_size=32, ffn_size=48, num_heads=2, vocab_size=320, max_positions=64)
 
 
@@ -138,7 +139,7 @@ def small_config(checkpoint: Path, **changes: Any) -> FineTuneConfig:
 
 
 def run_script(script: str, *arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HELPERS}:{HELPERS.parent}/training"}
     file = Path(str(arguments[0])).parent / "script.py"
     file.write_text(textwrap.dedent(script))
     command = [sys.executable, *launcher, str(file), *map(str, arguments)]

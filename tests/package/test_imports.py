@@ -1,4 +1,4 @@
-"""Imports run one way: a folder imports only what stands above it in ``ORDER``, and no module imports itself in a circle."""
+"""Imports run one way: a folder imports only what stands above it in ``ORDER``, and no module is part of a cycle."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     # what to run: pure data, no device
     "version",
+    "arguments",
     "paths",
     "sampling",
+    "prompts",
     "controllers",
     "routing",
     # what is computed, and by whom
@@ -205,7 +207,11 @@ def test_structures_names_every_folder() -> None:
         ("paths", "import dynskip.llm", "llm stands below paths"),
         ("paths", "from dynskip.llm import LLM", "llm stands below paths"),
         ("paths", "from dynskip import llm", "llm stands below paths"),
-        ("routing.plan", "def f():\n    from dynskip.causal_lm import OPTForCausalLM", "causal_lm stands below routing"),
+        (
+            "routing.plan",
+            "def f():\n    from dynskip.causal_lm import OPTForCausalLM",
+            "causal_lm stands below routing",
+        ),
         ("models.checkpoint", "from dynskip.causal_lm import OPTForCausalLM", "causal_lm stands below models"),
         ("scheduler.groups", "from dynskip.engine.request import Request", "engine stands below scheduler"),
         ("llm", "from dynskip import LayerPath", "not from the facade"),

@@ -168,7 +168,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_controller_training
-from dynskip.training import gated_model
+from dynskip.training.controller import gated_model
 out, checkpoint, data, number = sys.argv[1:]
 num_calls = 0
 original = gated_model.head_loss

@@ -241,8 +241,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import test_fine_tune
-from dynskip.training import resumable, step_model
+import training_runs
+from dynskip.training.fine_tune.run import FineTuneRun
+from dynskip.training import resumable, response_loss as step_model
 out, checkpoint, data, where, number = sys.argv[1:]
 num_calls = 0
 def killer(original):
@@ -257,8 +258,8 @@ if where == "step":
     step_model.head_loss = killer(step_model.head_loss)
 else:
     resumable.os.fsync = killer(resumable.os.fsync)
-config = test_fine_tune.small_config(Path(checkpoint))
-test_fine_tune.FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
+config = training_runs.small_config(Path(checkpoint))
+FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
 """
 
 
@@ -328,13 +329,14 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import test_fine_tune
-from dynskip.cli.fine_tune import is_first_process
-from dynskip.training.fine_tune import end_processes
+import training_runs
+from dynskip.training.fine_tune.run import FineTuneRun
+from dynskip.cli.train_fine_tune import is_first_process
+from dynskip.training.fine_tune.run import end_processes
 out, checkpoint, data = sys.argv[1:]
 menu = ("uniform:2", "uniform:1")
-config = test_fine_tune.small_config(Path(checkpoint), micro_batch_size=2, menu=menu, save_every_s=600.0)
-test_fine_tune.FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
+config = training_runs.small_config(Path(checkpoint), micro_batch_size=2, menu=menu, save_every_s=600.0)
+FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
 if is_first_process():
     print(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
 end_processes()

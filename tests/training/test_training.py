@@ -378,7 +378,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-import test_training
+import training_runs
+from dynskip.training.pretrain.run import TrainingRun
 torch.set_num_threads(1)
 num_calls = 0
 def evaluate(model, examples, pad_id):
@@ -388,7 +389,7 @@ def evaluate(model, examples, pad_id):
         os.kill(os.getpid(), signal.SIGKILL)
     return {{}}
 data = [Path(path) for path in {data!r}]
-test_training.TrainingRun(test_training.small_run(0.0), data, Path({out!r}), evaluate, progress=False).train()
+TrainingRun(training_runs.small_run(0.0), data, Path({out!r}), evaluate, progress=False).train()
 """
 
 

@@ -105,9 +105,9 @@ def test_no_kernel_is_compiled_again_for_the_list_of_another_layer(kernels: list
 OF_PROMPTS = """
 import json, sys, torch
 from triton.runtime import driver
-from dynskip.backends import get_backend
+from dynskip.ops.backends import get_backend
 from dynskip.kernels.launches import compile_only
-from dynskip.offline_worker import OfflineDriver
+from dynskip.validation.offline.worker import OfflineDriver
 
 driver.set_active(OfflineDriver(90))
 triton, found = get_backend("triton"), {}
