@@ -18,7 +18,7 @@ from dynskip.costs.layer_costs import MachineSpeed
 from dynskip.costs.step_costs import StepCosts
 from dynskip.paths import LayerPath
 from dynskip.scheduler.outcome import Outcome
-from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.scheduler.policies.make import POLICIES
 from dynskip.simulation.comparison import Compared, Comparison, compare
 from dynskip.simulation.ideal import least_decode_ms
 from dynskip.simulation.simulate import EngineOptions, simulate

@@ -33,7 +33,7 @@ from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
 from dynskip.measure.streams import Competitor, Job, Served, take_turns
 from dynskip.paths import LayerPath
 from dynskip.scheduler.kv_budget import KVBudget
-from dynskip.scheduler.policies.policy import POLICIES, make_policy
+from dynskip.scheduler.policies.make import POLICIES, make_policy
 from dynskip.scheduler.scheduler import Scheduler
 from dynskip.scheduler.sequence import SequenceState
 from dynskip.simulation.ideal import Ideal

@@ -33,7 +33,7 @@ from dynskip.engine.request import RequestOutput
 from dynskip.measure.machine import describe
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
-from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.scheduler.policies.make import POLICIES
 
 ROOT = Path(__file__).resolve().parents[1]
 # What comes before this share of the time has passed warms caches and fills the pool.

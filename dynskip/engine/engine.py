@@ -28,7 +28,7 @@ from dynskip.execution.kv_cache import available_bytes
 from dynskip.routing.routes import Paths, Route, resolve
 from dynskip.sampling import Sampler, SamplingParams
 from dynskip.scheduler.outcome import Tally
-from dynskip.scheduler.policies.policy import make_policy
+from dynskip.scheduler.policies.make import make_policy
 from dynskip.scheduler.scheduler import Scheduler
 from dynskip.scheduler.sequence import SequenceState
 

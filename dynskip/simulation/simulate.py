@@ -10,7 +10,7 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.paths import LayerPath
 from dynskip.scheduler.kv_budget import KVBudget
 from dynskip.scheduler.outcome import Outcome, Tally
-from dynskip.scheduler.policies.policy import make_policy
+from dynskip.scheduler.policies.make import make_policy
 from dynskip.scheduler.scheduler import Decision, Scheduler
 from dynskip.scheduler.sequence import SequenceState
 from dynskip.simulation.workload import Request

@@ -32,7 +32,7 @@ from dynskip.costs.defaults import UnmeasuredCostsWarning
 from dynskip.engine.engine import Engine
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import RequestOutput
-from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.scheduler.policies.make import POLICIES
 
 KV_POLICIES = ("propagate", "evict", "share")
 

@@ -18,7 +18,7 @@ from streams import Ask, Parity, assert_empty, costs, drawn, engine, greedy, sam
 from dynskip import LayerPath, OPTForCausalLM
 from dynskip.controllers import HiddenStateGate
 from dynskip.engine.request import OutputSequence, RequestOutput
-from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.scheduler.policies.make import POLICIES
 from dynskip.scheduler.sequence import Status
 
 NUM_LAYERS = 3

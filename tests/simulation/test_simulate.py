@@ -22,7 +22,7 @@ from dynskip.measure.random_models import SHAPES
 from dynskip.measure.streams import Job
 from dynskip.paths import LayerPath
 from dynskip.scheduler.outcome import Outcome, Tally, percentiles
-from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.scheduler.policies.make import POLICIES
 from dynskip.simulation.comparison import compare
 from dynskip.simulation.ideal import Ideal, least_decode_ms
 from dynskip.simulation.simulate import EngineOptions, SimulatedEngine, simulate
