@@ -75,7 +75,14 @@ class OPTForCausalLM(nn.Module):
         """
         from dynskip.models.checkpoint import load
 
-        return load(directory_or_hub_id, dtype, device, backend, deterministic, pack)
+        return load(
+            lambda config: OPTForCausalLM(config, backend, deterministic),
+            directory_or_hub_id,
+            dtype,
+            device,
+            backend,
+            pack,
+        )
 
     @staticmethod
     def from_hf(
@@ -88,13 +95,13 @@ class OPTForCausalLM(nn.Module):
         """
         from dynskip.models.checkpoint import convert
 
-        return convert(transformers_model, backend, deterministic, pack)
+        return convert(lambda config: OPTForCausalLM(config, backend, deterministic), transformers_model, backend, pack)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write both configs and safetensors that this class and transformers load; ``~`` is the home directory."""
         from dynskip.models.checkpoint import save
 
-        save(self, Path(os.path.expanduser(directory)))
+        save(self.state_dict(), self.config, self.dtype, Path(os.path.expanduser(directory)))
 
     @property
     def num_layers(self) -> int:

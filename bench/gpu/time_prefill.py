@@ -16,7 +16,7 @@ from bench.gpu.recorder import Question, Recorder, run_part
 from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.engine.closed_batch import Generation
-from dynskip.engine.model_runner import Span
+from dynskip.engine.span import Span
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.device import Device, time_in_turns

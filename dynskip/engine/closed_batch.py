@@ -11,8 +11,8 @@ from dynskip.causal_lm import ExecutorName, OPTForCausalLM, check_tokens
 from dynskip.engine.diagnosis import NonFiniteError
 from dynskip.engine.engine import Engine
 from dynskip.engine.kv_pool import KVPool
-from dynskip.engine.model_runner import Span
 from dynskip.engine.request import OutputSequence
+from dynskip.engine.span import Span
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.step import Step
 from dynskip.routing.routes import Paths, resolve

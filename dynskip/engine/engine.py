@@ -290,7 +290,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine did since it was made, and what it holds now."""
         self._drop_forsaken()
-        return EngineStats.of(self)
+        return EngineStats.of(self.tally, self.scheduler, self.kv, self.entry_bytes)
 
     def close(self) -> None:
         """Abort what has not ended and give back the memory of keys and values, static buffers and graphs.

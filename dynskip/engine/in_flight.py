@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynskip.engine.model_runner import Span, to_device
 from dynskip.engine.request import OutputSequence
+from dynskip.engine.span import Span, to_device
 from dynskip.sampling import most_likely
 
 

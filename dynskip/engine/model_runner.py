@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynskip.causal_lm import ExecutorName, OPTForCausalLM
+from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.request import OutputSequence
+from dynskip.engine.span import Span, to_device
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.reference import ReferenceCache, ReferenceExecutor
 from dynskip.execution.step import Step, packed_positions
 from dynskip.routing.routes import PathRoute, StepTokens
-
-if TYPE_CHECKING:
-    from dynskip.engine.in_flight import TokensInFlight
-
-
-class Span(NamedTuple):
-    """``num_tokens`` tokens of a sequence from its token ``first`` on, whose predecessors are in the cache."""
-
-    sequence: OutputSequence
-    first: int
-    num_tokens: int
 
 
 class StepRunner:
@@ -131,8 +122,3 @@ class StepRunner:
             return self.model.head(hidden_states, "reference")
         finished = self.model.model.decoder.finish(hidden_states, self.deterministic)
         return self.model.lm_head(finished, deterministic=self.deterministic)
-
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """``host`` on ``device``, by a copy that is not waited for."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from dynskip.scheduler.outcome import Outcome
-
-if TYPE_CHECKING:
-    from dynskip.engine.engine import Engine
+from dynskip.engine.kv_pool import KVPool
+from dynskip.scheduler.outcome import Outcome, Tally
+from dynskip.scheduler.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,15 @@ class EngineStats:
     bookkeeping_share: float
 
     @staticmethod
-    def of(engine: Engine) -> EngineStats:
-        """The stats of ``engine`` as it stands."""
-        scheduler, tally, kv = engine.scheduler, engine.tally, engine.kv
+    def of(tally: Tally, scheduler: Scheduler, kv: KVPool, entry_bytes: int) -> EngineStats:
+        """The stats of an engine, from its sums, its scheduler and its pool of entries of ``entry_bytes`` each."""
         counters, groups = scheduler.counters, scheduler.groups
-        tally.num_preempted = counters.num_preempted
-        tally.longest_wait = counters.longest_wait
-        tally.peak_kv_slots = kv.peak_used
+        tally = replace(
+            tally,
+            num_preempted=counters.num_preempted,
+            longest_wait=counters.longest_wait,
+            peak_kv_slots=kv.peak_used,
+        )
         busy_s = tally.prefill_s + tally.decode_s
         return EngineStats(
             outcome=Outcome.of([tally]),
@@ -51,9 +52,9 @@ class EngineStats:
             num_running=groups.num_running,
             num_finished=counters.num_finished,
             num_aborted=counters.num_aborted,
-            kv_bytes=kv.num_used * engine.entry_bytes,
-            kv_capacity_bytes=kv.num_slots * engine.entry_bytes,
-            peak_kv_bytes=tally.peak_kv_slots * engine.entry_bytes,
+            kv_bytes=kv.num_used * entry_bytes,
+            kv_capacity_bytes=kv.num_slots * entry_bytes,
+            peak_kv_bytes=tally.peak_kv_slots * entry_bytes,
             num_shared_tokens=tally.num_shared_tokens,
             bookkeeping_share=tally.bookkeeping_s / busy_s if busy_s else 0.0,
         )

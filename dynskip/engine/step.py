@@ -12,9 +12,10 @@ from torch import Tensor
 from dynskip.engine.diagnosis import diagnose
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import KVPool
-from dynskip.engine.model_runner import Span, StepRunner
+from dynskip.engine.model_runner import StepRunner
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import OutputSequence, Request
+from dynskip.engine.span import Span
 from dynskip.routing.routes import PathRoute
 from dynskip.sampling import NOT_FINITE, choose_tokens
 from dynskip.scheduler.outcome import Tally

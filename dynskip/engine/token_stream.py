@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from dynskip.engine.request import Request, RequestError
 
-if TYPE_CHECKING:
-    from dynskip.engine.engine import Engine
+
+class Stepping(Protocol):
+    """What a stream asks of its engine."""
+
+    def advance(self) -> None:
+        """Make one step."""
+        ...
+
+    def discard(self, request: Request) -> None:
+        """Abort ``request`` unless it has ended."""
+        ...
+
+    def forsake(self, request: Request) -> None:
+        """As `discard`, but later; safe in a destructor and inside a step."""
+        ...
 
 
 class TokenStream(Iterator[int]):
@@ -18,7 +31,7 @@ class TokenStream(Iterator[int]):
     of it, aborts the request. Raises RequestError where the request ends with an error.
     """
 
-    def __init__(self, engine: Engine, request: Request) -> None:
+    def __init__(self, engine: Stepping, request: Request) -> None:
         self.request = request
         self._engine = engine
         self._tokens = request.sequences[0].token_ids

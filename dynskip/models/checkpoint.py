@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, OPTConfig
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip.models.linear import Linear
@@ -17,40 +18,39 @@ from dynskip.models.source_model import source_of
 from dynskip.ops.backends import resolve_backend
 from dynskip.ops.checks import find_dtype
 
-if TYPE_CHECKING:
-    from dynskip.causal_lm import OPTForCausalLM
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def load(
+    make_model: Callable[[OPTConfig], _Model],
     source: str | Path,
     dtype: torch.dtype | str,
     device: torch.device | str,
     backend: str,
-    deterministic: bool,
     pack: bool,
-) -> OPTForCausalLM:
-    """The model of a local directory or hub id; see OPTForCausalLM.from_pretrained."""
+) -> _Model:
+    """The model of a local directory or hub id; see OPTForCausalLM.from_pretrained. make_model: makes an empty one."""
     found_dtype, found_device = find_dtype("from_pretrained", dtype), _find_device(device)
-    return _convert(read_source(source), found_dtype, found_device, backend, deterministic, pack, from_files=True)
+    return _convert(make_model, read_source(source), found_dtype, found_device, backend, pack, from_files=True)
 
 
-def convert(hf_model: HFOPTForCausalLM, backend: str, deterministic: bool, pack: bool) -> OPTForCausalLM:
+def convert(make_model: Callable[[OPTConfig], _Model], hf_model: HFOPTForCausalLM, backend: str, pack: bool) -> _Model:
     """The model with copies of a transformers model's weights; see OPTForCausalLM.from_hf."""
     source = source_of(hf_model)
     like = source.tensors[EMBEDDING]
-    return _convert(source, like.dtype, like.device, backend, deterministic, pack, from_files=False)
+    return _convert(make_model, source, like.dtype, like.device, backend, pack, from_files=False)
 
 
-def save(model: OPTForCausalLM, directory: Path) -> None:
+def save(weights: Mapping[str, Tensor], config: OPTConfig, dtype: torch.dtype, directory: Path) -> None:
     """Write configs and safetensors, sharded above 5 GB; see OPTForCausalLM.save_pretrained."""
     from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
-    state = {key: _own_storage(value) for key, value in model.state_dict().items()}
-    config = type(model.config).from_dict(model.config.to_dict())
+    state = {key: _own_storage(value) for key, value in weights.items()}
+    config = type(config).from_dict(config.to_dict())
     if config.tie_word_embeddings:
         del state[HEAD]
-    config.dtype = model.dtype
+    config.dtype = dtype
     config.architectures = ["OPTForCausalLM"]
     config.save_pretrained(directory)
     # The ends that the config names: an older file in the folder would overrule them.
@@ -79,19 +79,17 @@ def _find_device(device: torch.device | str) -> torch.device:
 
 
 def _convert(
+    make_model: Callable[[OPTConfig], _Model],
     source: Source,
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
-    deterministic: bool,
     pack: bool,
     from_files: bool,
-) -> OPTForCausalLM:
+) -> _Model:
     """Move (``from_files``) or copy the weights matrix by matrix, so that at most one matrix is held twice."""
-    from dynskip.causal_lm import OPTForCausalLM
-
     with torch.device("meta"):
-        model = OPTForCausalLM(source.config, backend, deterministic)
+        model: Any = make_model(source.config)  # with a head called lm_head, which may be tied
     use_native = resolve_backend(backend, device).name == "native"
     for module_name, module in model.named_modules():
         for name in [name for name, _ in module.named_parameters(recurse=False)]:
@@ -116,4 +114,5 @@ def _convert(
         model.tie_head_()
     if pack:
         model.lm_head.pack_(use_native)
-    return model.eval()
+    loaded: _Model = model.eval()
+    return loaded

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.models.decoder import OPTModel
 from dynskip.ops.checks import dtype_name
 
 HEAD, EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
@@ -104,10 +104,10 @@ def _check_tensor(what: str, tensor: object) -> None:
 def _shapes(config: OPTConfig) -> dict[str, torch.Size]:
     """The shape of every tensor that a source of ``config`` holds, by name; a tied head is none of its own."""
     with torch.device("meta"):
-        model = OPTForCausalLM(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
+        model = OPTModel(config)
+    shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = shapes[EMBEDDING]
     return shapes
 
 

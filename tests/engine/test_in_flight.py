@@ -18,7 +18,7 @@ from dynskip.engine.engine import Engine
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.model_runner import StepRunner
 from dynskip.engine.request import RequestOutput
-from dynskip.scheduler.policies.policy import POLICIES
+from dynskip.scheduler.policies.make import POLICIES
 
 PROMPTS = random_prompts([6, 3, 9, 5, 1], seed=7)
 
