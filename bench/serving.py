@@ -29,8 +29,9 @@ from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
 from dynskip.llm import LLM
 from dynskip.measure.machine import describe
-from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
+from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.measure.streams import Competitor, Job, Served, take_turns
+from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 from dynskip.scheduler.kv_budget import KVBudget
 from dynskip.scheduler.policies.make import POLICIES, make_policy
@@ -469,7 +470,7 @@ def main() -> int:
         model = OPTForCausalLM.from_hf(hf_model)
         llm = LLM(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    device, shape = device_key(str(model.device)), shape_key(model.config, dtype)
+    device, shape = device_key(str(model.device)), shape_key(model.decoder_config, dtype)
     costs = load_cached(device, shape)
     if costs is None:
         raise SystemExit(f"bench: {cached_path(device, shape)} must hold costs, got nothing. Run dynskip calibrate.")

@@ -19,6 +19,7 @@ from dynskip.execution.step import Step, packed_positions
 from dynskip.models.decoder import OPTModel, check_config, embedding_size
 from dynskip.models.linear import Linear
 from dynskip.models.memory import MemoryReport
+from dynskip.models.registry import decoder_config
 from dynskip.ops.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.routing.routes import Paths, StepTokens, resolve
 
@@ -45,6 +46,7 @@ class OPTForCausalLM(nn.Module):
                 f"OPTForCausalLM: backend must be one of {', '.join(('auto', *BACKEND_NAMES))}, got {backend!r}."
             )
         self.config = config
+        self.decoder_config = decoder_config(config)
         self.model = OPTModel(config)
         self.lm_head = Linear(embedding_size(config), config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -131,7 +133,7 @@ class OPTForCausalLM(nn.Module):
     @property
     def kv_entry_bytes(self) -> int:
         """Bytes of one key-value entry: the key and the value of one token in one layer, all heads."""
-        return 2 * self.config.hidden_size * self.dtype.itemsize
+        return self.decoder_config.kv_entry_size * self.dtype.itemsize
 
     @property
     def backend(self) -> Backend:

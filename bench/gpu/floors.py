@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynskip.costs.layer_costs import MachineSpeed, ModelShape
+from dynskip.costs.layer_costs import MachineSpeed, ModelBytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class WorkDone:
         )
 
 
-def floor_ms(work: WorkDone, shape: ModelShape, speed: MachineSpeed) -> float:
+def floor_ms(work: WorkDone, shape: ModelBytes, speed: MachineSpeed) -> float:
     """The least milliseconds of a step: weights of every layer with a row read once, or its products, plus the rest.
 
     As `roofline_ms`, with two things more. Rows that skip a layer but leave a key and a value there count the products
@@ -56,7 +56,7 @@ def floor_ms(work: WorkDone, shape: ModelShape, speed: MachineSpeed) -> float:
     return total + speed.ms(shape.head_bytes, work.num_rows * shape.head_flops_per_row)
 
 
-def _kv_share(shape: ModelShape) -> float:
+def _kv_share(shape: ModelBytes) -> float:
     """The share of key and value in a layer's matrices: 2 C^2 of 4 C^2 + 2 C F."""
     itemsize = 2 * shape.layer_bytes / shape.layer_flops_per_row
     hidden_size = shape.kv_entry_bytes / 2 / itemsize

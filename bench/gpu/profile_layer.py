@@ -16,7 +16,8 @@ from bench.gpu.recorder import make_tiny, numbers
 from bench.gpu.workloads import Workload
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.measure.device import Device, get_device
-from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
+from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 
 BATCHES = (1, 16, 64)

@@ -20,8 +20,9 @@ from dynskip.benchmark.report import Row
 from dynskip.costs.layer_costs import MachineSpeed
 from dynskip.measure import device as devices
 from dynskip.measure.device import NUM_SPEED_SAMPLES, Device, describe_device, get_device, measure_device_speed
-from dynskip.measure.random_models import SHAPES
 from dynskip.measure.timing import Samples
+from dynskip.models.opt import opt_shape
+from dynskip.models.shapes import SHAPES
 
 # What is left of the time limit when nothing new is begun: this, or a quarter of a short limit.
 _RESERVE_S = 20
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_tiny() -> None:
     """Add the shape "tiny", and make the memory by which a device's speed is measured small: for --tiny."""
-    SHAPES.setdefault("tiny", (32, 64, 4, 2))
+    SHAPES.setdefault("tiny", opt_shape(4, 32, 2, 64))
     devices._COPY_BYTES, devices._GEMM_SIZE = 2**16, 16
 
 

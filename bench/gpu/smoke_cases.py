@@ -17,11 +17,11 @@ from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
 from dynskip.measure.device import Device
-from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model
+from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.models.shapes import SHAPES
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.ops.row_reference import EVICT
 from dynskip.paths import LayerPath
-from dynskip.tuning.dimensions import Dimensions
 from dynskip.tuning.tasks import Task, plan_tasks
 from dynskip.tuning.workload import Workload as OpWorkload
 
@@ -51,15 +51,14 @@ TINY = Sizes("tiny", 64, (2,), 2, 5, 1, 1, 2, 1, 1)
 
 def tasks(sizes: Sizes, rows: int, dtype: torch.dtype) -> list[Task]:
     """Every op that is launched for each layer, and the head, for ``rows`` rows."""
-    hidden_size, ffn_size, _, num_heads = SHAPES[sizes.shape]
-    dimensions = Dimensions(sizes.shape, sizes.num_copies, hidden_size, ffn_size, num_heads, sizes.vocab_size)
-    planned = plan_tasks(dimensions, (rows,), dtype=str(dtype).removeprefix("torch."))
+    config = replace(SHAPES[sizes.shape], num_layers=sizes.num_copies, vocab_size=sizes.vocab_size)
+    planned = plan_tasks(config, (rows,), dtype=str(dtype).removeprefix("torch."))
     return [replace(task, context_len=sizes.context_len) for task in planned]
 
 
 def plan_arguments(sizes: Sizes, rows: int, device: torch.device) -> dict[str, Any]:
     """The arguments of `plan_rows` for all layers, every second row of which runs a layer."""
-    num_layers = SHAPES[sizes.shape][2]
+    num_layers = SHAPES[sizes.shape].num_layers
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)

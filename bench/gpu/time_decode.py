@@ -20,8 +20,8 @@ from bench.gpu.recorder import OutOfTimeError, Question, Recorder, chosen_sectio
 from bench.gpu.transformers_steps import TransformersCompiled, TransformersEager
 from bench.gpu.workloads import Truth, Verdict, Workload, in_float64
 from dynskip.causal_lm import OPTForCausalLM
+from dynskip.costs.layer_costs import ModelBytes
 from dynskip.measure.device import Device, time_in_turns
-from dynskip.measure.products import model_shape
 from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.measure.timing import Samples
 from dynskip.paths import LayerPath
@@ -160,7 +160,7 @@ class DecodeBenchmark:
         self.config = opt_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(self.config, dtype=recorder.dtype, device=device.device)
         self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
-        self.shape = model_shape(self.model)
+        self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         self.truth = Truth(self.model, lambda: in_float64(self.config, recorder.dtype, device.device))
         self._complaints: dict[str, str] = {}
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.gpu.recorder import Question, Recorder, chosen_sections, numbers, run_part
 from dynskip.kernels.row_list import RowList, RowNorm
 from dynskip.measure.device import Device, time_in_turns
-from dynskip.measure.random_models import SHAPES
 from dynskip.measure.timing import Samples
+from dynskip.models.shapes import SHAPES
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import RowOps, get_row_ops
 
@@ -81,7 +81,9 @@ class KernelBenchmark:
         self.ops: RowOps = get_row_ops(ops)
         self.reference: RowOps = get_row_ops("reference")
         self.backend = get_backend("triton" if ops == "triton" else "torch")
-        self.hidden_size, self.ffn_size, self.num_layers, self.num_heads = SHAPES[sizes.shape]
+        shape = SHAPES[sizes.shape]
+        self.hidden_size, self.ffn_size = shape.hidden_size, shape.ffn_size
+        self.num_layers, self.num_heads = shape.num_layers, shape.num_heads
         self.generator = torch.Generator(device.device).manual_seed(0)
 
     def run(self, sections: Sequence[str]) -> None:

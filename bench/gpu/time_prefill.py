@@ -15,12 +15,12 @@ from torch import Tensor
 from bench.gpu.recorder import Question, Recorder, run_part
 from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.causal_lm import OPTForCausalLM
+from dynskip.costs.layer_costs import ModelBytes
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.span import Span
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.device import Device, time_in_turns
-from dynskip.measure.products import model_shape
 from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.measure.runners import TransformersRunner
 from dynskip.paths import LayerPath
@@ -71,7 +71,7 @@ class PrefillBenchmark:
         self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
         self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
         self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))
-        self.shape = model_shape(self.model)
+        self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         executor = self.model.executor("compact")
         assert isinstance(executor, CompactExecutor)
         recorder.note(f"backend {self.model.backend.name}; attention of whole prompts: {executor.prompt_attention()}")

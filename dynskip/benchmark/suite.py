@@ -19,11 +19,11 @@ from dynskip.benchmark import ctranslate2_runner
 from dynskip.benchmark.parts import measure_parts
 from dynskip.benchmark.report import SECTIONS, Report, Row
 from dynskip.causal_lm import OPTForCausalLM
-from dynskip.costs.layer_costs import MachineSpeed, PathMix, roofline_ms
+from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, roofline_ms
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
 from dynskip.measure.agreement import Agreement, Gate
-from dynskip.measure.products import Embedding, Products, model_shape
+from dynskip.measure.products import Embedding, Products
 from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
 from dynskip.measure.timing import Samples, Task, interleave
@@ -137,7 +137,7 @@ class Suite:
 
     def _describe(self, model: OPTForCausalLM, speed: MachineSpeed) -> None:
         options = self.options
-        shape = model_shape(model)
+        shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
         floors = {}
         for size in options.batches:
             mix = PathMix.of([LayerPath.full(shape.num_layers)] * size)
@@ -360,7 +360,7 @@ def _budget(num_layers: int, depth: float) -> int:
 
 def _bytes_read(model: OPTForCausalLM) -> int:
     """Bytes of weights that a decode step reads: every matrix once; of the embedding only the rows it looks up."""
-    shape = model_shape(model)
+    shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
     return shape.num_layers * shape.layer_bytes + shape.head_bytes
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import BACKENDS, file_path, in_range, set_threads, show_progress
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:
     from dynskip.benchmark.suite import Options
 
 # As in dynskip.benchmark, which a test compares: importing that here would import torch for `dynskip --help`.
 SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
-SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
 _EXAMPLES = """examples:
   dynskip bench                               everything, at the shapes of OPT-1.3B: minutes, and 11 GiB of memory
@@ -48,7 +48,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--only", metavar="A,B,...", help=f"sections to run, of {','.join(SECTIONS)} (default: all)")
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"model shapes (default: {SHAPES[0]})")
+    parser.add_argument(
+        "--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="model shapes (default: %(default)s)"
+    )
     parser.add_argument(
         "--batch", type=in_range(1, 1024), action="append", metavar="N", help="repeatable (default: 1, 8 and 32)"
     )

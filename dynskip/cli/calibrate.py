@@ -16,8 +16,7 @@ from dynskip.cli.options import (
     torch_device,
     torch_dtype,
 )
-
-SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 _EXAMPLES = """examples:
   dynskip calibrate                                     OPT-1.3B's shapes, random weights: minutes, and 5 GiB
@@ -39,7 +38,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--shape", choices=SHAPES, help=f"random weights of that shape (default: {SHAPES[0]}, unless --model is given)"
+        "--shape",
+        choices=tuple(SHAPES),
+        help=f"random weights of that shape (default: {DEFAULT_SHAPE}, unless --model is given)",
     )
     parser.add_argument(
         "--rows", type=in_range(1, 1024), default=64, metavar="N", help="most rows of a decode step (default: 64)"
@@ -81,15 +82,19 @@ def run(args: argparse.Namespace) -> int:
     from dynskip.measure.random_models import opt_config
 
     if args.model is None:  # random weights take their time
-        positions = opt_config(args.shape or SHAPES[0]).max_position_embeddings
+        positions = opt_config(args.shape or DEFAULT_SHAPE).max_position_embeddings
         check_context(positions, args.prompt_len, args.context, args.rounds)
     model = _model(args)
     device = device_key(str(model.device))
-    shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))
+    shape = shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
     written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
     for path in written:  # before the minutes that it takes to measure
         check_writable(path, "Set DYNSKIP_CACHE to a folder of your own, and --out to a file in one.")
-    conditions = {**machine.describe(), "shape": args.shape or args.model or SHAPES[0], "backend": model.backend.name}
+    conditions = {
+        **machine.describe(),
+        "shape": args.shape or args.model or DEFAULT_SHAPE,
+        "backend": model.backend.name,
+    }
     with tqdm(desc="steps", leave=False, disable=not progress) as bar:
         costs = measure_step_costs(
             model,
@@ -144,6 +149,6 @@ def _model(args: argparse.Namespace) -> Any:
 
     dtype, device = torch_dtype(args.dtype or "bfloat16"), torch_device(args.device or "cpu")
     assert dtype is not None and device is not None, "both are named"
-    config = opt_config(args.shape or SHAPES[0])
+    config = opt_config(args.shape or DEFAULT_SHAPE)
     hf_model = random_hf_model(config, dtype=dtype, device=device)
     return OPTForCausalLM.from_hf(hf_model, backend=args.backend or "auto", deterministic=args.deterministic)

@@ -15,12 +15,11 @@ from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import BACKENDS, in_range, set_threads, show_progress
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:
     from dynskip.measure.depths import Comparison
 
-# As in dynskip.measure.random_models, which a test compares: that would import torch for `dynskip --help`.
-SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 
 # Each prompt with the share of the model's layers that its path runs, and the kind of path.
 PROMPTS = (
@@ -87,7 +86,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--requests", type=in_range(1, 10**5), default=256, metavar="N", help="serving: how many (default: 256)"
     )
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help=f"time: model shapes (default: {SHAPES[0]})")
+    parser.add_argument(
+        "--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="time: model shapes (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=in_range(1, 1024), default=32, metavar="N", help="time: rows (default: 32)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who gathers, scatters and attends")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import in_range
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
 
 if TYPE_CHECKING:
     from dynskip.costs.step_costs import StepCosts
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 # As in dynskip.scheduler.policies.policy, .workload and dynskip.measure.random_models, which a test compares.
 POLICIES = ("cohort", "lockstep", "by_path")
-SHAPES = ("opt-1.3b", "opt-125m", "opt-0.4b-24", "opt-0.2b-24")
 PATHS = "uniform:4=74,uniform:8=18,uniform:12=6,full=2"
 
 _EXAMPLES = """examples:
@@ -85,7 +85,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="h200 (predicted); this, cpu or cuda, measured by `dynskip calibrate` (this: the GPU, if there is one); "
         "or a file of it",
     )
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="the model, with --device this, cpu or cuda")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="with --device this, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a policy, in place of a table")
     return parser
 
@@ -147,12 +147,11 @@ def _costs(device: str, shape: str) -> StepCosts:
     import torch
 
     from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
-    from dynskip.measure.random_models import opt_config
 
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "this" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch must see a GPU, got none. Use cpu, h200 or a file.")
-    key = shape_key(opt_config(shape), "bfloat16")
+    key = shape_key(get_shape(shape), "bfloat16")
     found = load_cached(device_key(kind), key)
     if found is None:
         raise UserError(

@@ -77,12 +77,15 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"triton must be installed to tune its kernels: {error}") from error
 
+    from dynskip.models.registry import read_decoder_config
     from dynskip.tuning.compiling import CompilerPool
-    from dynskip.tuning.dimensions import get_dimensions
     from dynskip.tuning.tasks import ROW_BUCKETS, plan_tasks
 
     tasks = plan_tasks(
-        get_dimensions(args.model), ROW_BUCKETS if args.rows is None else _rows(args.rows), args.op or OPS, args.dtype
+        read_decoder_config(args.model),
+        ROW_BUCKETS if args.rows is None else _rows(args.rows),
+        args.op or OPS,
+        args.dtype,
     )
     capability = args.capability if args.dry_run else _capability()
     with CompilerPool(capability, num_jobs) as compiler:

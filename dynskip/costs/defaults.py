@@ -9,10 +9,9 @@ import torch
 
 from dynskip.assets import OPT_MINI, opt_mini_directory
 from dynskip.causal_lm import OPTForCausalLM
-from dynskip.costs.layer_costs import LayerCosts, MachineSpeed, ModelShape
+from dynskip.costs.layer_costs import LayerCosts, MachineSpeed, ModelBytes
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import device_key, load_cached, shape_key
-from dynskip.models.decoder import embedding_size
 
 # Bandwidth and arithmetic of a usual device of each kind: which paths are worth a step depends on their ratio only.
 _USUAL = {"cpu": MachineSpeed(bandwidth_gbps=40.0, peak_gflops=500.0), "cuda": MachineSpeed(2500.0, 500e3)}
@@ -25,7 +24,7 @@ class UnmeasuredCostsWarning(UserWarning):
 def default_costs(model: OPTForCausalLM) -> StepCosts:
     """What `dynskip calibrate` measured on this device for models of this shape; else a prediction, with a warning."""
     device = device_key(str(model.device))
-    shape = shape_key(model.config, str(model.dtype).removeprefix("torch."))
+    shape = shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
     known = load_cached(device, shape)
     if known is not None:
         return known
@@ -35,7 +34,7 @@ def default_costs(model: OPTForCausalLM) -> StepCosts:
         UnmeasuredCostsWarning,
         stacklevel=3,
     )
-    costs = LayerCosts.modelled(_shape(model), _USUAL[model.device.type])
+    costs = LayerCosts.modelled(ModelBytes.of(model.decoder_config, model.dtype.itemsize), _USUAL[model.device.type])
     return StepCosts(model.num_layers, costs, costs, device=device, predicted=True)
 
 
@@ -63,17 +62,3 @@ def _advice(model: OPTForCausalLM) -> str:
     if model.config.name_or_path:
         return f"`{calibrate_command(model)}`"
     return f'`model.save_pretrained("FOLDER")` and then `{calibrate_command(model, "FOLDER")}`'
-
-
-def _shape(model: OPTForCausalLM) -> ModelShape:
-    config, itemsize = model.config, model.dtype.itemsize
-    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim
-    head = config.vocab_size * embedding_size(config)
-    return ModelShape(
-        num_layers=model.num_layers,
-        layer_bytes=layer * itemsize,
-        layer_flops_per_row=2 * layer,
-        head_bytes=head * itemsize,
-        head_flops_per_row=2 * head,
-        kv_entry_bytes=model.kv_entry_bytes,
-    )

@@ -5,10 +5,12 @@ Pure arithmetic: times come from a measurement or from a roofline, see `LayerCos
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynskip.models.config import DecoderConfig
 from dynskip.paths import LayerPath
 
 
@@ -121,7 +123,7 @@ class LayerCosts:
     kv_ms_per_entry: float = 0.0
 
     @staticmethod
-    def modelled(shape: ModelShape, machine: MachineSpeed) -> LayerCosts:
+    def modelled(shape: ModelBytes, machine: MachineSpeed) -> LayerCosts:
         """The roofline of a model: weights are read once, or the arithmetic takes longer (see `roofline_ms`)."""
         return LayerCosts(
             _roofline_curve(shape.layer_bytes, shape.layer_flops_per_row, machine),
@@ -144,8 +146,8 @@ class LayerCosts:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Bytes and floating-point operations of a decoder.
+class ModelBytes:
+    """Bytes and floating-point operations of a decoder's weights and entries.
 
     layer_bytes, head_bytes: weights of one layer and of the head. kv_entry_bytes: a key and a value of one token.
     layer_flops_per_row, head_flops_per_row: of the matrix products, two per multiply-add.
@@ -157,6 +159,19 @@ class ModelShape:
     head_bytes: int
     head_flops_per_row: int
     kv_entry_bytes: int
+
+    @staticmethod
+    def of(config: DecoderConfig, item_bytes: int = 2) -> ModelBytes:
+        """Those of a decoder whose values take ``item_bytes`` each."""
+        head = math.prod(config.head_matrix)
+        return ModelBytes(
+            num_layers=config.num_layers,
+            layer_bytes=config.layer_size * item_bytes,
+            layer_flops_per_row=2 * config.layer_size,
+            head_bytes=head * item_bytes,
+            head_flops_per_row=2 * head,
+            kv_entry_bytes=config.kv_entry_size * item_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,7 @@ class MachineSpeed:
         return max(num_bytes / self.bandwidth_gbps, flops / self.peak_gflops) / 1e6
 
 
-def roofline_ms(mix: PathMix, shape: ModelShape, machine: MachineSpeed, context_len: int = 0) -> float:
+def roofline_ms(mix: PathMix, shape: ModelBytes, machine: MachineSpeed, context_len: int = 0) -> float:
     """The least milliseconds of a step of ``mix``: the denominator of a claim about speed.
 
     Sum over the layers with an active row of max(weight bytes / bandwidth, FLOPs / peak), plus the key-value bytes that

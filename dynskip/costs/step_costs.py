@@ -9,18 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, ModelShape
+from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, ModelBytes
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 from dynskip.paths import LayerPath
 
-# The matrices of facebook/opt-1.3b in bfloat16.
-_OPT_1_3B = ModelShape(
-    num_layers=24,
-    layer_bytes=2 * 12 * 2048**2,
-    layer_flops_per_row=2 * 12 * 2048**2,
-    head_bytes=2 * 50272 * 2048,
-    head_flops_per_row=2 * 50272 * 2048,
-    kv_entry_bytes=2 * 2 * 2048,
-)
 # What one H200 showed: the bandwidth of reading weights, and the arithmetic of its matrix units.
 _H200 = MachineSpeed(bandwidth_gbps=4300.0, peak_gflops=790e3)
 # A row costs its share once the time per row is within this factor of the least that any row count reaches.
@@ -54,9 +46,10 @@ class StepCosts:
     @staticmethod
     def modelled(device: str, speed: MachineSpeed) -> StepCosts:
         """OPT-1.3B in bfloat16 by the roofline of a device of that speed: predicted, not measured."""
-        costs = LayerCosts.modelled(_OPT_1_3B, speed)
-        conditions = {"shape": "opt-1.3b", "bandwidth_gbps": speed.bandwidth_gbps, "peak_gflops": speed.peak_gflops}
-        return StepCosts(_OPT_1_3B.num_layers, costs, costs, device=device, predicted=True, conditions=conditions)
+        model = ModelBytes.of(SHAPES[DEFAULT_SHAPE])
+        costs = LayerCosts.modelled(model, speed)
+        conditions = {"shape": DEFAULT_SHAPE, "bandwidth_gbps": speed.bandwidth_gbps, "peak_gflops": speed.peak_gflops}
+        return StepCosts(model.num_layers, costs, costs, device=device, predicted=True, conditions=conditions)
 
     @staticmethod
     def h200() -> StepCosts:

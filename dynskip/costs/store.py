@@ -7,9 +7,9 @@ import platform
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 from dynskip.costs.step_costs import StepCosts
+from dynskip.models.config import DecoderConfig
 
 
 class CostCacheWarning(UserWarning):
@@ -39,9 +39,9 @@ def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
     return _slug(f"{_cpu_name()} {torch.get_num_threads() if num_threads is None else num_threads} threads")
 
 
-def shape_key(config: Any, dtype: str) -> str:
-    """What of a model decides its costs, from transformers' ``OPTConfig``: layers, sizes, vocabulary, dtype."""
-    sizes = (config.num_hidden_layers, config.hidden_size, config.ffn_dim, config.vocab_size)
+def shape_key(config: DecoderConfig, dtype: str) -> str:
+    """What of a model decides its costs, layers, sizes, vocabulary, dtype."""
+    sizes = (config.num_layers, config.hidden_size, config.ffn_size, config.vocab_size)
     return "-".join(f"{letter}{size}" for letter, size in zip("lcfv", sizes, strict=True)) + f"-{dtype}"
 
 

@@ -143,7 +143,7 @@ def add_stream_costs(
 def known_step_costs(model: OPTForCausalLM, num_rows: int, prompt_len: int) -> StepCosts:
     """What `dynskip calibrate` has left for this device and shape; else measured now: coarsely, and not kept."""
     device = device_key(str(model.device))
-    known = load_cached(device, shape_key(model.config, str(model.dtype).removeprefix("torch.")))
+    known = load_cached(device, shape_key(model.decoder_config, str(model.dtype).removeprefix("torch.")))
     if known is not None:
         return known
     prefill_tokens = num_rows * prompt_len

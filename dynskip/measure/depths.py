@@ -18,9 +18,10 @@ from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
 from dynskip.measure.agreement import Gate
 from dynskip.measure.layer_costs import measure_layer_costs, row_counts_up_to
-from dynskip.measure.random_models import SHAPES, opt_config, random_hf_model, weight_bytes
+from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
 from dynskip.measure.timing import Task, interleave
+from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 
 # transformers' copy of the weights, ours, and then caches and temporaries.
@@ -176,11 +177,11 @@ def _largest_that_fits(shape: str, vocab_size: int) -> tuple[str, OPTConfig]:
     config = opt_config(shape, vocab_size)
     smaller = [
         name
-        for name, (hidden_size, _, num_layers, _) in SHAPES.items()
-        if num_layers == config.num_hidden_layers and hidden_size < config.hidden_size
+        for name, sizes in SHAPES.items()
+        if sizes.num_layers == config.num_hidden_layers and sizes.hidden_size < config.hidden_size
     ]
     free = available_bytes(torch.device("cpu"))
-    for name in (shape, *sorted(smaller, key=lambda name: SHAPES[name], reverse=True)):
+    for name in (shape, *sorted(smaller, key=lambda name: SHAPES[name].hidden_size, reverse=True)):
         config = opt_config(name, vocab_size)
         needed = _COPIES * weight_bytes(config)
         if needed <= free:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dynskip.causal_lm import OPTForCausalLM
-from dynskip.costs.layer_costs import Curve, LayerCosts, PathMix
-from dynskip.measure.products import Products, model_shape
+from dynskip.costs.layer_costs import Curve, LayerCosts, ModelBytes, PathMix
+from dynskip.measure.products import Products
 from dynskip.measure.timing import Task, interleave
 
 
@@ -30,7 +30,7 @@ def measure_layer_costs(
     samples = interleave(tasks, num_rounds, on_call=on_call)
     layer = tuple(samples[f"layers {rows}"].ms / num_layers for rows in row_counts)
     head = tuple(samples[f"head {rows}"].ms for rows in row_counts)
-    kv_ms = model_shape(model).kv_entry_bytes / bandwidth_gbps / 1e6
+    kv_ms = ModelBytes.of(model.decoder_config, model.dtype.itemsize).kv_entry_bytes / bandwidth_gbps / 1e6
     return LayerCosts(Curve(tuple(row_counts), layer), Curve(tuple(row_counts), head), kv_ms)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dynskip.causal_lm import OPTForCausalLM
-from dynskip.costs.layer_costs import ModelShape, PathMix
+from dynskip.costs.layer_costs import PathMix
 from dynskip.models.linear import Linear
 
 
@@ -77,17 +77,3 @@ class Embedding:
 def matrices(layer: torch.nn.Module) -> list[Linear]:
     """The matrices that a row of ``layer`` is multiplied by, in order."""
     return [module for module in layer.modules() if isinstance(module, Linear)]
-
-
-def model_shape(model: OPTForCausalLM) -> ModelShape:
-    """Bytes and operations of ``model`` as its weights are held now."""
-    layers = model.model.decoder.layers
-    layer = matrices(layers[0])
-    return ModelShape(
-        num_layers=len(layers),
-        layer_bytes=sum(linear.weight_bytes for linear in layer),
-        layer_flops_per_row=sum(2 * linear.in_features * linear.out_features for linear in layer),
-        head_bytes=model.lm_head.weight_bytes,
-        head_flops_per_row=2 * model.lm_head.in_features * model.lm_head.out_features,
-        kv_entry_bytes=2 * model.config.hidden_size * model.dtype.itemsize,
-    )

@@ -7,31 +7,21 @@ from torch import nn
 from transformers import OPTConfig
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-# hidden size, ffn size, layers, heads: the shapes of facebook/opt-*, all with OPT's vocabulary and positions.
-SHAPES = {
-    "opt-1.3b": (2048, 8192, 24, 32),
-    "opt-125m": (768, 3072, 12, 12),
-    # No models of these shapes were published; they have opt-1.3b's depth, so that the same paths apply, and fit into
-    # less memory.
-    "opt-0.4b-24": (1024, 4096, 24, 16),
-    "opt-0.2b-24": (768, 3072, 24, 12),
-}
+from dynskip.models.shapes import get_shape
 
 
 def opt_config(shape: str, vocab_size: int = 50272) -> OPTConfig:
-    """The transformers config of a shape in ``SHAPES``."""
-    if shape not in SHAPES:
-        raise ValueError(f"opt_config: shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
-    hidden_size, ffn_dim, num_layers, num_heads = SHAPES[shape]
+    """The transformers config of a shape in `SHAPES`."""
+    sizes = get_shape(shape)
     return OPTConfig(
         vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        ffn_dim=ffn_dim,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        word_embed_proj_dim=hidden_size,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        hidden_size=sizes.hidden_size,
+        ffn_dim=sizes.ffn_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        word_embed_proj_dim=sizes.embedding_size,
+        max_position_embeddings=sizes.max_positions,
+        tie_word_embeddings=sizes.is_head_tied,
     )
 
 

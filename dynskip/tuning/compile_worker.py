@@ -19,9 +19,9 @@ from triton.runtime import driver
 
 from dynskip.kernels.configs import use_configs
 from dynskip.kernels.launches import compile_only
+from dynskip.models.config import DecoderConfig
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.tuning.compiling import Usage
-from dynskip.tuning.dimensions import Dimensions
 from dynskip.tuning.space import Constants
 from dynskip.tuning.table import candidate_table
 from dynskip.tuning.tasks import Task
@@ -59,7 +59,7 @@ def main(capability: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
         request = json.loads(line)
-        task = Task(**{**request["task"], "dimensions": Dimensions(**request["task"]["dimensions"])})
+        task = Task(**{**request["task"], "config": DecoderConfig(**request["task"]["config"])})
         usage = compile_candidate(capability, task, request["constants"])
         answers.write(json.dumps(dataclasses.asdict(usage)) + "\n")
         answers.flush()

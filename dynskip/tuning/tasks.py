@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dynskip.tuning.dimensions import Dimensions
+from dynskip.models.config import DecoderConfig
 
 MATRIX_OPS = {
     "fc1": "linear_rows",
@@ -33,7 +33,7 @@ class Task:
     part: str
     max_rows: int
     dtype_name: str
-    dimensions: Dimensions
+    config: DecoderConfig
     context_len: int = 1024
 
     def __str__(self) -> str:
@@ -49,12 +49,12 @@ class Task:
     @property
     def matrix(self) -> tuple[int, int] | None:
         """N and K, where the op multiplies by a matrix."""
-        return self.dimensions.matrices.get(self.part)
+        return {**self.config.layer_matrices, "head": self.config.head_matrix}.get(self.part)
 
     @property
     def num_bytes(self) -> int:
         """What a launch reads that differs from layer to layer: weights, or keys and values; else its rows."""
-        size = self.dimensions.hidden_size
+        size = self.config.hidden_size
         if self.matrix is not None:
             num_items = self.matrix[0] * self.matrix[1]
         elif self.op == "attend_rows":
@@ -66,11 +66,11 @@ class Task:
     @property
     def num_copies(self) -> int:
         """How many layers' worth of it are run in turn, so that no cache holds what the next launch reads."""
-        return max(1, min(_MAX_COPIES, self.dimensions.num_layers, _MAX_COPY_BYTES // self.num_bytes))
+        return max(1, min(_MAX_COPIES, self.config.num_layers, _MAX_COPY_BYTES // self.num_bytes))
 
 
 def plan_tasks(
-    dimensions: Dimensions, rows: Sequence[int] = ROW_BUCKETS, ops: Sequence[str] = TUNED_OPS, dtype: str = "bfloat16"
+    config: DecoderConfig, rows: Sequence[int] = ROW_BUCKETS, ops: Sequence[str] = TUNED_OPS, dtype: str = "bfloat16"
 ) -> list[Task]:
     """The tasks of a model, those that matter most first.
 
@@ -83,8 +83,5 @@ def plan_tasks(
         raise ValueError(f"plan_tasks: rows must be at least 1, got {list(rows)}. Name row counts of a step.")
     parts = [*MATRIX_OPS.items(), *((op, op) for op in _OTHER_OPS)]
     return [
-        Task(op, part, max_rows, dtype, dimensions)
-        for max_rows in dict.fromkeys(rows)
-        for part, op in parts
-        if op in ops
+        Task(op, part, max_rows, dtype, config) for max_rows in dict.fromkeys(rows) for part, op in parts if op in ops
     ]

@@ -41,11 +41,11 @@ class Workload:
         task, arguments = self.task, self.layers[0]
         if "workspace" not in arguments:
             return None
-        dimensions = task.dimensions
+        config = task.config
         return self.ops.workspace(
             max_rows=task.max_rows + _NUM_UNLISTED,
-            num_heads=dimensions.num_heads,
-            head_size=dimensions.head_size,
+            num_heads=config.num_heads,
+            head_size=config.head_size,
             sizes=[task.matrix or (16, 16)],
             max_context_len=task.context_len,
             device=arguments["rows"].ids.device,
@@ -126,8 +126,8 @@ class _Maker:
         return {**weights, "bias": None} if self.task.part == "head" else weights
 
     def _qkv_rows_buffers(self) -> Arguments:
-        dimensions = self.task.dimensions
-        size, heads = dimensions.hidden_size, (dimensions.num_heads, dimensions.head_size)
+        config = self.task.config
+        size, heads = config.hidden_size, (config.num_heads, config.head_size)
         return {
             "x": self.input(size),
             "rows": self.rows,
@@ -159,7 +159,7 @@ class _Maker:
     _linear_add_rows_layer = _weights
 
     def _attend_rows_buffers(self) -> Arguments:
-        task, size = self.task, self.task.dimensions.hidden_size
+        task, size = self.task, self.task.config.hidden_size
         num_slots = task.max_rows * task.context_len
         slots = torch.randperm(num_slots, generator=self.generator, device=self.device).int()
         slot_table = torch.full((self.num_rows, task.context_len), -1, dtype=torch.int32, device=self.device)
@@ -172,34 +172,34 @@ class _Maker:
             "slot_table": slot_table,
             "seq_ids": torch.arange(self.num_rows, dtype=torch.int32, device=self.device),
             "key_limits": torch.full_like(self.rows.ids, task.context_len),
-            "scale": task.dimensions.head_size**-0.5,
+            "scale": task.config.head_size**-0.5,
             "out": self.output(size),
             "workspace": None,
         }
 
     def _attend_rows_layer(self) -> Arguments:
-        task, dimensions = self.task, self.task.dimensions
-        shape = (task.max_rows * task.context_len, dimensions.num_heads, dimensions.head_size)
+        task, config = self.task, self.task.config
+        shape = (task.max_rows * task.context_len, config.num_heads, config.head_size)
         return {"k_cache": self.normal(*shape), "v_cache": self.normal(*shape)}
 
     def _norm_rows_buffers(self) -> Arguments:
-        size = self.task.dimensions.hidden_size
+        size = self.task.config.hidden_size
         return {"x": self.input(size), "rows": self.rows, "norm": self.norm(size), "out": self.output(size)}
 
     def _norm_rows_layer(self) -> Arguments:
-        return {"norm": self.norm(self.task.dimensions.hidden_size)}
+        return {"norm": self.norm(self.task.config.hidden_size)}
 
     def _embed_rows_buffers(self) -> Arguments:
-        dimensions = self.task.dimensions
+        config = self.task.config
         ids = torch.arange(self.num_rows, device=self.device)
         return {
-            "token_ids": ids * 97 % dimensions.vocab_size,
+            "token_ids": ids * 97 % config.vocab_size,
             "position_ids": ids,
             "rows": self.rows,
-            "token_table": self.normal(dimensions.vocab_size, dimensions.hidden_size),
-            "position_table": self.normal(self.num_rows + 2, dimensions.hidden_size),
+            "token_table": self.normal(config.vocab_size, config.hidden_size),
+            "position_table": self.normal(self.num_rows + 2, config.hidden_size),
             "position_offset": 2,
-            "out": self.output(dimensions.hidden_size),
+            "out": self.output(config.hidden_size),
         }
 
     def _embed_rows_layer(self) -> Arguments:
@@ -207,9 +207,9 @@ class _Maker:
 
     def _gate_rows_buffers(self) -> Arguments:
         active = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
-        size = self.task.dimensions.hidden_size
+        size = self.task.config.hidden_size
         return {"x": self.input(size), "rows": self.rows, "weight": None, "bias": None, "active": active}
 
     def _gate_rows_layer(self) -> Arguments:
-        size = self.task.dimensions.hidden_size
+        size = self.task.config.hidden_size
         return {"weight": self.normal(2, size, dtype=torch.float32), "bias": self.normal(2, dtype=torch.float32)}

@@ -21,14 +21,16 @@ from dynskip.benchmark import ctranslate2_runner, parts, suite
 from dynskip.benchmark.report import Report, Row, markdown_table
 from dynskip.cli import bench as cli_bench
 from dynskip.cli import main
-from dynskip.costs.layer_costs import PathMix
+from dynskip.costs.layer_costs import ModelBytes, PathMix
 from dynskip.measure import machine, random_models, timing
 from dynskip.measure.agreement import Gate
-from dynskip.measure.products import Products, model_shape
+from dynskip.measure.products import Products
 from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.measure.runners import DynskipRunner, TransformersRunner
 from dynskip.measure.timing import Samples, interleave
 from dynskip.models.linear import Linear
+from dynskip.models.opt import opt_shape
+from dynskip.models.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = Row("decode", 8, "full depth / its products", 1.2, 1.25, False, 12.0, 10.0, 6)
@@ -54,7 +56,7 @@ CONDITIONS = {
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a shape that takes no time."""
-    monkeypatch.setitem(random_models.SHAPES, "tiny", (32, 64, 4, 2))
+    monkeypatch.setitem(SHAPES, "tiny", opt_shape(4, 32, 2, 64))
     monkeypatch.setattr(machine, "_READ_BYTES", 2**16)
     monkeypatch.setattr(machine, "_GEMM_SIZE", 16)
     return "tiny"
@@ -118,7 +120,7 @@ def test_products_are_those_of_the_model(hf_model: HFOPTForCausalLM, monkeypatch
 
 
 def test_the_shape_of_a_model_is_counted_from_its_weights(hf_model: HFOPTForCausalLM) -> None:
-    shape = model_shape(OPTForCausalLM.from_hf(hf_model, pack=False))
+    shape = ModelBytes.of(OPTForCausalLM.from_hf(hf_model, pack=False).decoder_config)
     assert shape.layer_bytes == (4 * 32 * 32 + 2 * 32 * 64) * 2
     assert shape.layer_flops_per_row == shape.layer_bytes  # two operations and two bytes a weight
     assert shape.head_bytes == 128 * 32 * 2
@@ -335,7 +337,6 @@ def test_speed_is_plausible(tiny: str) -> None:
 
 def test_the_command_line_knows_the_same_names() -> None:
     assert cli_bench.SECTIONS == suite.SECTIONS
-    assert tuple(random_models.SHAPES) == cli_bench.SHAPES
 
 
 @pytest.mark.parametrize(

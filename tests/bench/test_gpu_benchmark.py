@@ -41,12 +41,13 @@ from bench.gpu.replays import RepeatedStep
 from bench.gpu.workloads import Truth, Workload
 from bench.report.device import DeviceReport
 from dynskip import LayerPath, OPTForCausalLM
-from dynskip.costs.layer_costs import MachineSpeed, PathMix, roofline_ms
+from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, roofline_ms
 from dynskip.kernels.configs import FOLDER, KEYS, get_entries, use_configs
-from dynskip.measure import device, machine, random_models
+from dynskip.measure import device, machine
 from dynskip.measure.device import get_device
-from dynskip.measure.products import model_shape
 from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.models.opt import opt_shape
+from dynskip.models.shapes import SHAPES
 from dynskip.ops import native
 from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 
@@ -62,7 +63,7 @@ PARTS: dict[str, Callable[[Sequence[str]], int]] = {
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and memory that take no time."""
-    monkeypatch.setitem(random_models.SHAPES, "tiny", (32, 64, 4, 2))
+    monkeypatch.setitem(SHAPES, "tiny", opt_shape(4, 32, 2, 64))
     monkeypatch.setattr(device, "_COPY_BYTES", 2**16)
     monkeypatch.setattr(device, "_GEMM_SIZE", 16)
     monkeypatch.setattr(machine, "cpu_model", lambda: "Test")
@@ -117,7 +118,7 @@ def test_the_kernels_run_in_the_parts_that_time_them(
         pytest.skip(f"no plan_rows: {native.unavailable_reason()}")
     if torch.cuda.is_available():
         pytest.skip("the parts themselves run on this machine's GPU")
-    monkeypatch.setitem(random_models.SHAPES, "tiny", (32, 64, 2, 2))
+    monkeypatch.setitem(SHAPES, "tiny", opt_shape(2, 32, 2, 64))
     few = {"num_rounds": 1, "num_repeats": 1, "context_len": 3, "mask_batches": (2,)}
     monkeypatch.setattr(time_decode, "TINY", replace(time_decode.TINY, **few))
     options = ["--sections", sections, "--dtype", "float32", "--out", str(tmp_path)]
@@ -295,7 +296,7 @@ def test_without_a_card_a_part_says_so(tmp_path: Path) -> None:
 
 def test_the_bound_of_paths_is_the_roofline_of_their_mix() -> None:
     model = OPTForCausalLM.from_hf(random_hf_model(opt_config("tiny", 128)), backend="torch", pack=False)
-    shape, speed = model_shape(model), MachineSpeed(10.0, 1.0)
+    shape, speed = ModelBytes.of(model.decoder_config, model.dtype.itemsize), MachineSpeed(10.0, 1.0)
     mix = PathMix.of([LayerPath.of(4, [0, 2]), LayerPath.of(4, [2]), LayerPath.of(4, [1, 2])])
     rows = tuple(map(float, mix.rows_per_layer))
     work = WorkDone(rows, rows, sum(rows) * 7, 3)

@@ -19,6 +19,8 @@ from dynskip.costs.store import cached_path, device_key, shape_key
 from dynskip.measure import depths, machine, random_models
 from dynskip.measure.depths import Comparison, Depth, compare_depths
 from dynskip.measure.layer_costs import measure_layer_costs, row_counts_up_to
+from dynskip.models.opt import opt_shape
+from dynskip.models.shapes import SHAPES
 from dynskip.scheduler.outcome import Outcome, Tally
 
 CONDITIONS = {
@@ -50,7 +52,7 @@ COMPARISON = Comparison(
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a shape that takes no time."""
-    monkeypatch.setitem(random_models.SHAPES, "tiny", (64, 128, 6, 2))
+    monkeypatch.setitem(SHAPES, "tiny", opt_shape(6, 64, 2, 128))
     monkeypatch.setattr(machine, "_READ_BYTES", 2**16)
     monkeypatch.setattr(machine, "_GEMM_SIZE", 16)
     return "tiny"
@@ -204,10 +206,6 @@ def test_mistakes_end_with_one_line(arguments: list[str], message: str, capsys: 
     assert message in error
 
 
-def test_the_command_line_knows_the_same_shapes() -> None:
-    assert tuple(random_models.SHAPES) == demo.SHAPES
-
-
 # Serving
 
 
@@ -218,7 +216,7 @@ def served_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     model = OPTForCausalLM.from_hf(tiny_hf(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    shape = shape_key(model.config, "bfloat16")
+    shape = shape_key(model.decoder_config, "bfloat16")
     replace(StepCosts.h200(), num_layers=6).write(cached_path(device_key(), shape))
     return str(tmp_path)
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, ModelShape, PathMix, roofline_ms
+from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, ModelBytes, PathMix, roofline_ms
 from dynskip.paths import LayerPath
 
-SHAPE = ModelShape(
+SHAPE = ModelBytes(
     num_layers=24,
     layer_bytes=100_000_000,
     layer_flops_per_row=100_000_000,

@@ -104,7 +104,7 @@ def test_a_file_with_a_wrong_value_is_passed_over(name: str, value: object, kept
 
 def test_an_engine_starts_beside_a_foreign_file(kept: Path) -> None:
     model = tiny_model()
-    path = cached_path(device_key(), shape_key(model.config, "float32"))
+    path = cached_path(device_key(), shape_key(model.decoder_config, "float32"))
     path.parent.mkdir(parents=True)
     path.write_text("")
     with pytest.warns(UnmeasuredCostsWarning), pytest.warns(CostCacheWarning):

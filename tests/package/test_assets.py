@@ -19,8 +19,8 @@ from dynskip.cli import main
 from dynskip.costs.defaults import UnmeasuredCostsWarning, calibrate_command, default_costs
 from dynskip.costs.store import cached_path, device_key, shape_key
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.models.registry import read_decoder_config
 from dynskip.training.fine_tune.run import load_for_training, load_tokenizer
-from dynskip.tuning.dimensions import get_dimensions
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_opt_mini_is_known_by_its_name(nowhere: Path) -> None:
     assert LLM(llm.model, tokenizer="opt-mini").tokenizer is not None
     assert OPTForCausalLM.from_pretrained("opt-mini").num_layers == 24
     assert Checkpoint.of("opt-mini") == Checkpoint.of(None)
-    assert get_dimensions("opt-mini").hidden_size == 192
+    assert read_decoder_config("opt-mini").hidden_size == 192
     assert load_tokenizer("opt-mini").pad_token_id == 0
     assert load_for_training("opt-mini", torch.device("cpu")).config.num_hidden_layers == 24
 
@@ -53,7 +53,7 @@ def test_a_folder_of_that_name_comes_first(nowhere: Path) -> None:
     tiny_hf().save_pretrained(nowhere / "opt-mini")
     assert find_model("opt-mini") == "opt-mini"
     assert OPTForCausalLM.from_pretrained("opt-mini").num_layers == LLM("opt-mini").model.num_layers == 6
-    assert Checkpoint.of("opt-mini").num_layers == get_dimensions("opt-mini").num_layers == 6
+    assert Checkpoint.of("opt-mini").num_layers == read_decoder_config("opt-mini").num_layers == 6
     shutil.rmtree("opt-mini")
     with pytest.raises(FileNotFoundError, match="must be a directory"):
         OPTForCausalLM.from_pretrained(Path("opt-mini"))  # a Path is nothing but a path
@@ -90,7 +90,7 @@ def test_the_warning_names_the_command_that_ends_it(
     assert f"`{command}` measures them" in str(caught[0].message)
     brief = ["--rows", "2", "--prompt-len", "2", "--context", "8", "--prefill", "4", "--rounds", "1", "--quiet"]
     assert main([*shlex.split(command)[1:], *brief]) == 0
-    key = shape_key(loaded.config, str(dtype).removeprefix("torch."))
+    key = shape_key(loaded.decoder_config, str(dtype).removeprefix("torch."))
     assert str(cached_path(device_key(), key)) in capsys.readouterr().out
     with warnings.catch_warnings():
         warnings.simplefilter("error")

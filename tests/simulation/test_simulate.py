@@ -18,8 +18,8 @@ from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, PathMix
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
 from dynskip.measure import calibration
-from dynskip.measure.random_models import SHAPES
 from dynskip.measure.streams import Job
+from dynskip.models.opt import decoder_config
 from dynskip.paths import LayerPath
 from dynskip.scheduler.outcome import Outcome, Tally, percentiles
 from dynskip.scheduler.policies.make import POLICIES
@@ -303,7 +303,6 @@ def test_mistakes_end_in_one_line(arguments: list[str], part: str, capsys: pytes
 
 def test_the_commands_offer_what_there_is() -> None:
     assert simulate_command.POLICIES == POLICIES
-    assert simulate_command.SHAPES == calibrate_command.SHAPES == tuple(SHAPES)
     assert simulate_command.PATHS == PAPER_MIX
 
 
@@ -317,12 +316,12 @@ def test_calibrate_measures_keeps_and_simulates(
     sizes = ["--rows", "4", "--prompt-len", "4", "--context", "16", "--prefill", "16", "--rounds", "2"]
     assert main(["calibrate", "--backend", "torch", *sizes, "--out", str(tmp_path / "out.json"), "--quiet"]) == 0
     out = capsys.readouterr().out
-    config = tiny_hf().config
+    config = decoder_config(tiny_hf().config)
     kept = cached_path(device_key(), shape_key(config, "float32"))
     assert str(kept) in out
     costs = StepCosts.read(tmp_path / "out.json")
     assert costs == load_cached(device_key(), shape_key(config, "float32"))
-    assert not costs.predicted and costs.num_layers == config.num_hidden_layers
+    assert not costs.predicted and costs.num_layers == config.num_layers
     assert costs.decode.layer.num_rows == (1, 2, 3, 4) and costs.prefill.layer.num_rows == (4, 8, 16)
     assert 0 < costs.decode.layer.ms[0] <= costs.decode.layer.ms[-1]
     assert costs.conditions["backend"] == "torch"

@@ -16,11 +16,12 @@ from dynskip.cli import main
 from dynskip.cli import tune as tune_command
 from dynskip.kernels.configs import KEYS, get_config, read_table, use_configs
 from dynskip.measure.device import Cpu
+from dynskip.models.opt import opt_shape
+from dynskip.models.shapes import SHAPES
 from dynskip.ops import row_reference
 from dynskip.ops.backends import available_backends
 from dynskip.ops.row_ops import ROW_OP_NAMES, RowOps, get_row_ops
 from dynskip.tuning.compiling import CompilerPool, Usage
-from dynskip.tuning.dimensions import KNOWN, Dimensions, get_dimensions
 from dynskip.tuning.search import Outcome, Search
 from dynskip.tuning.space import REFINED, Constants, Limits, default_constants, num_programs, tiles, variations
 from dynskip.tuning.table import candidate_table, format_table, merge, write_table
@@ -28,7 +29,7 @@ from dynskip.tuning.tasks import TUNED_OPS, Task, plan_tasks
 from dynskip.tuning.workload import Workload
 
 H200 = Limits(132, 227 * 1024)
-TINY = Dimensions("tiny", 2, 32, 64, 2, 48)
+TINY = replace(opt_shape(2, 32, 2, 64), vocab_size=48)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = available_backends(DEVICE)["triton"]
 
@@ -40,32 +41,12 @@ def task(op: str, part: str | None = None, max_rows: int = 3, **changes: Any) ->
 # The candidates
 
 
-def test_a_model_is_a_known_size_or_a_folder(tmp_path: Path) -> None:
-    assert get_dimensions("opt-1.3b").matrices == {
-        "fc1": (8192, 2048),
-        "fc2": (2048, 8192),
-        "qkv": (6144, 2048),
-        "out_proj": (2048, 2048),
-        "head": (50272, 2048),
-    }
-    config = {"num_hidden_layers": 2, "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "vocab_size": 48}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt", **config}))
-    assert get_dimensions(str(tmp_path)) == replace(TINY, name=tmp_path.name)
-    with pytest.raises(ValueError, match=r"get_dimensions: model must be one of opt-125m, .*, got 'opt-9b'"):
-        get_dimensions("opt-9b")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="get_dimensions: model must be an OPT model, got 'llama'"):
-        get_dimensions(str(tmp_path))
-    with pytest.raises(ValueError, match="Dimensions: num_heads must divide hidden_size 10, got 3"):
-        Dimensions("odd", 1, 10, 40, 3)
-
-
 def test_tasks_stand_in_the_order_of_their_weight() -> None:
-    tasks = plan_tasks(KNOWN["opt-1.3b"], (16, 1, 16))
+    tasks = plan_tasks(SHAPES["opt-1.3b"], (16, 1, 16))
     assert [task.max_rows for task in tasks] == [16] * 9 + [1] * 9
     assert [task.part for task in tasks[:5]] == ["fc1", "fc2", "qkv", "out_proj", "head"]
     assert {task.op for task in tasks} == set(TUNED_OPS) <= set(KEYS)
-    assert [task.part for task in plan_tasks(KNOWN["opt-1.3b"], (1,), ("linear_add_rows",))] == ["fc2", "out_proj"]
+    assert [task.part for task in plan_tasks(SHAPES["opt-1.3b"], (1,), ("linear_add_rows",))] == ["fc2", "out_proj"]
     with pytest.raises(ValueError, match=r"plan_tasks: ops must be among linear_rows.*, got 'plan_rows'"):
         plan_tasks(TINY, (1,), ("plan_rows",))
     with pytest.raises(ValueError, match=r"plan_tasks: rows must be at least 1, got \[4, 0\]"):
@@ -73,16 +54,16 @@ def test_tasks_stand_in_the_order_of_their_weight() -> None:
 
 
 def test_what_runs_in_turn_is_more_than_a_cache_holds_and_less_than_a_card() -> None:
-    for planned in plan_tasks(KNOWN["opt-1.3b"]):
+    for planned in plan_tasks(SHAPES["opt-1.3b"]):
         assert planned.num_copies * planned.num_bytes <= 9 * 2**30
         if planned.matrix is not None or planned.op == "attend_rows":
             assert planned.num_copies * planned.num_bytes >= 150 * 2**20
-    assert plan_tasks(KNOWN["opt-1.3b"], (1,))[0].num_bytes == 8192 * 2048 * 2
+    assert plan_tasks(SHAPES["opt-1.3b"], (1,))[0].num_bytes == 8192 * 2048 * 2
 
 
-@pytest.mark.parametrize(("model", "dtype"), [*((model, "bfloat16") for model in KNOWN), ("opt-1.3b", "float32")])
+@pytest.mark.parametrize(("model", "dtype"), [*((model, "bfloat16") for model in SHAPES), ("opt-1.3b", "float32")])
 def test_every_candidate_has_all_constants_and_fits(model: str, dtype: str) -> None:
-    for planned in plan_tasks(KNOWN[model], dtype=dtype):
+    for planned in plan_tasks(SHAPES[model], dtype=dtype):
         candidates = tiles(planned, H200)
         candidates += [other for key in REFINED for other in variations(planned, default_constants(planned), key, H200)]
         assert len(candidates) >= 5
@@ -96,7 +77,7 @@ def test_every_candidate_has_all_constants_and_fits(model: str, dtype: str) -> N
 
 
 def test_tiles_give_every_multiprocessor_of_a_large_card_something_to_do() -> None:
-    for planned in plan_tasks(KNOWN["opt-1.3b"]):
+    for planned in plan_tasks(SHAPES["opt-1.3b"]):
         if planned.matrix is not None:
             programs = [num_programs(planned, constants) for constants in tiles(planned, H200)]
             assert min(programs) >= 0.45 * 132
@@ -105,7 +86,7 @@ def test_tiles_give_every_multiprocessor_of_a_large_card_something_to_do() -> No
 
 
 def test_variations_change_one_constant() -> None:
-    planned = plan_tasks(KNOWN["opt-1.3b"], (1,), ("linear_add_rows",))[0]
+    planned = plan_tasks(SHAPES["opt-1.3b"], (1,), ("linear_add_rows",))[0]
     default = default_constants(planned)
     for key in REFINED:
         for changed in variations(planned, default, key, H200):
@@ -295,7 +276,7 @@ def test_a_table_gives_what_was_found_for_its_matrix_and_the_default_for_others(
     table = made(table, many, num_stages=6)
     table = made(table, task("norm_rows", max_rows=8), num_warps=8)
     assert (table["device"], table["capability"], table["measured"]) == ("NVIDIA H200", 90, {"commit": "abc"})
-    cpu, fc1 = torch.device("cpu"), TINY.matrices["fc1"]
+    cpu, fc1 = torch.device("cpu"), TINY.layer_matrices["fc1"]
 
     def stages(max_rows: int, shape: tuple[int, int] = fc1) -> int:
         return get_config("linear_rows", cpu, torch.float32, max_rows, shape)["num_stages"]
@@ -312,8 +293,8 @@ def test_a_second_run_replaces_its_own_entries_only() -> None:
     fc1, head = task("linear_rows", "fc1", 4), task("linear_rows", "head", 4)
     table = made(made(made(None, fc1, num_stages=7), head, num_stages=6), fc1, num_stages=5)
     entries = {tuple(e["shape"]): e for e in table["ops"]["linear_rows"]["4"] if "shape" in e}
-    assert entries[TINY.matrices["fc1"]]["num_stages"] == 5 and entries[TINY.matrices["head"]]["num_stages"] == 6
-    assert entries[TINY.matrices["fc1"]]["measured"] == FIGURES
+    assert entries[TINY.layer_matrices["fc1"]]["num_stages"] == 5 and entries[TINY.head_matrix]["num_stages"] == 6
+    assert entries[TINY.layer_matrices["fc1"]]["measured"] == FIGURES
 
 
 def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +320,7 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
 
 def outcome(us: float | None) -> Outcome:
-    planned = plan_tasks(KNOWN["opt-1.3b"], (1,), ("qkv_rows",))[0]
+    planned = plan_tasks(SHAPES["opt-1.3b"], (1,), ("qkv_rows",))[0]
     default = default_constants(planned)
     default_us = None if us is None else us + 1
     return Outcome(planned, default, {**default, "num_stages": 7}, us, default_us, num_timed=4, num_untried=3)
@@ -384,7 +365,7 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--dry-run", "--rows", "1;2"], "--rows must list numbers of rows, such as 1,16, got '1;2'"),
         (["--dry-run", "--rows", "0"], "plan_tasks: rows must be at least 1"),
-        (["--dry-run", "--model", "gpt"], "get_dimensions: model must be one of"),
+        (["--dry-run", "--model", "gpt"], "read_decoder_config: model must be one of"),
     ],
 )
 def test_a_mistake_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

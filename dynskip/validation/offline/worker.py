@@ -25,6 +25,7 @@ from triton.runtime import driver
 from dynskip.kernels.configs import KEYS, get_entries, use_configs
 from dynskip.kernels.launches import compile_only
 from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation.offline.compile_kernels import MISALIGNED
@@ -34,27 +35,11 @@ from dynskip.validation.offline.waits import acts_before_wait
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 
 
-class Shape(NamedTuple):
-    """The shape of a model."""
-
-    name: str
-    hidden_size: int
-    num_heads: int
-
-
 # The smallest, the benchmarked one, the one whose heads fill no power of two, one of wider heads, the widest.
-SHAPES = (
-    Shape("125m", 768, 12),
-    Shape("1.3b", 2048, 32),
-    Shape("2.7b", 2560, 32),
-    Shape("6.7b", 4096, 32),
-    Shape("66b", 9216, 72),
-)
-
-
+COMPILED_SHAPES = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-66b")
 # Bounds of rows that steps are launched with; larger ones have the config of the last.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-FEWER_SHAPES = ("1.3b", "2.7b", "66b")
+FEWER_SHAPES = ("opt-1.3b", "opt-2.7b", "opt-66b")
 FEW_ROWS = 4
 
 
@@ -129,19 +114,19 @@ def describe(kernel: Any) -> dict[str, Any]:
 
 def make_calls(dtype: torch.dtype, everywhere: bool) -> Iterator[Call]:
     """Every launcher: see `CompileJob` for the shapes, and for the bounds of rows of row ops."""
-    for shape in SHAPES:
-        if everywhere or shape.name in FEWER_SHAPES:
-            yield from _op_calls(dtype, shape)
+    for name in COMPILED_SHAPES:
+        if everywhere or name in FEWER_SHAPES:
+            yield from _op_calls(dtype, name)
         if everywhere:
             for max_rows in ROW_BUCKETS:
                 for deterministic in (False, True):
-                    yield from _row_op_calls(dtype, shape, max_rows, deterministic)
-        elif shape.name == "1.3b":
+                    yield from _row_op_calls(dtype, name, max_rows, deterministic)
+        elif name == DEFAULT_SHAPE:
             for max_rows, deterministic, op_names in _entries(dtype):
-                calls = _row_op_calls(dtype, shape, max_rows, deterministic)
+                calls = _row_op_calls(dtype, name, max_rows, deterministic)
                 yield from (call for call in calls if call.op in op_names)
-        elif shape.name in FEWER_SHAPES:
-            yield from _row_op_calls(dtype, shape, FEW_ROWS, deterministic=False)
+        elif name in FEWER_SHAPES:
+            yield from _row_op_calls(dtype, name, FEW_ROWS, deterministic=False)
 
 
 def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
@@ -156,10 +141,11 @@ def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
         yield max_rows, deterministic, names
 
 
-def _op_calls(dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
+def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
     backend = get_backend("triton")
     floats = functools.partial(torch.empty, dtype=dtype)
-    size, head_size = shape.hidden_size, shape.hidden_size // shape.num_heads
+    shape = SHAPES[name]
+    size, head_size = shape.hidden_size, shape.head_size
     x, y, parameter = floats(8, size), floats(4, size), floats(size)
     qkv: Tensor = floats(8, 3, shape.num_heads, head_size)
     q, k, v = qkv.unbind(1)
@@ -167,7 +153,7 @@ def _op_calls(dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
     scale = head_size**-0.5
 
     def call(op: str, *args: object) -> Call:
-        return Call(op, f"OPT-{shape.name}", functools.partial(getattr(backend, op), *args))
+        return Call(op, f"{name}", functools.partial(getattr(backend, op), *args))
 
     yield call("gather_layer_norm", x, _index(4), parameter, parameter, 1e-5)
     yield call("gather_layer_norm", x, None, parameter, parameter, 1e-5)
@@ -177,11 +163,12 @@ def _op_calls(dtype: torch.dtype, shape: Shape) -> Iterator[Call]:
     yield call("prefill_attention", q, k, v, _index(5), _index(5), _index(8), scale)
 
 
-def _row_op_calls(dtype: torch.dtype, shape: Shape, max_rows: int, deterministic: bool) -> Iterator[Call]:
+def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: bool) -> Iterator[Call]:
     row_ops = get_row_ops("triton")
     floats = functools.partial(torch.empty, dtype=dtype)
-    size, head_size, num_slots, max_context_len = shape.hidden_size, shape.hidden_size // shape.num_heads, 64, 2048
-    ffn_size, vocab_size = 4 * size, 50272
+    shape = SHAPES[name]
+    size, head_size, num_slots, max_context_len = shape.hidden_size, shape.head_size, 64, shape.max_positions
+    ffn_size, vocab_size = shape.ffn_size, shape.vocab_size
     buffers, inner, parameter, wide = floats(max_rows, size), floats(max_rows, ffn_size), floats(size), floats(ffn_size)
     cache = floats(num_slots, shape.num_heads, head_size)
     norm = RowNorm(parameter, parameter, 1e-5)
@@ -197,7 +184,7 @@ def _row_op_calls(dtype: torch.dtype, shape: Shape, max_rows: int, deterministic
 
     # Lists and counts stand in buffers of all layers: those of one layer are aligned, those of the next are not.
     for offset in (0, 1):
-        case = f"OPT-{shape.name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
+        case = f"{name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
 
         def call(op: str, *args: object, case: str = case) -> Call:
             return Call(op, case, functools.partial(getattr(row_ops, op), *args))
@@ -207,12 +194,12 @@ def _row_op_calls(dtype: torch.dtype, shape: Shape, max_rows: int, deterministic
 
         rows = RowList(integers(max_rows), integers(1), max_rows)
         tokens = integers(max_rows, dtype=torch.int64)
-        yield call("embed_rows", tokens, tokens, rows, buffers, buffers, 2, buffers)
+        yield call("embed_rows", tokens, tokens, rows, buffers, buffers, shape.position_offset, buffers)
         yield call("norm_rows", buffers, rows, norm, buffers)
         for weight, relu in ((floats(ffn_size, size), True), (floats(vocab_size, size), False)):
             out, bias = (inner, wide) if relu else (floats(max_rows, vocab_size), None)
             yield call("linear_rows", buffers, rows, norm, weight, bias, relu, out, buffers, deterministic)
-        qkv_weight, qkv_bias = floats(3 * size, size), floats(3 * size)
+        qkv_weight, qkv_bias = floats(*shape.layer_matrices["qkv"]), floats(shape.layer_matrices["qkv"][0])
         stored = (cache, cache, integers(max_rows), buffers)
         yield call("qkv_rows", buffers, rows, integers(1), norm, qkv_weight, qkv_bias, buffers, *stored, deterministic)
         lookup = (integers(max_rows, max_context_len), integers(max_rows), integers(max_rows))
