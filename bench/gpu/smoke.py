@@ -150,7 +150,7 @@ class Smoke:
         workspace = workload.make_workspace()
         graph = self.device.captured(lambda: workload.launch_with(workspace))
         us = self.device.time(graph, self.sizes.num_timed) * 1e3 / len(workload.layers)
-        complaint = _complaint(result)
+        complaint = result.failure
         if workspace is not None and bool(workspace.counters.any()):
             complaint = "the counters of the workspace are not zero"
         self.journal.write(_name(task), task.max_rows, complaint, us, _found(result))
@@ -167,7 +167,7 @@ class Smoke:
             lengths.zero_()
 
         us = self.device.time(self.device.captured(launch), self.sizes.num_timed) * 1e3
-        self.journal.write("plan_rows", rows, _complaint(result), us, _found(result))
+        self.journal.write("plan_rows", rows, result.failure, us, _found(result))
 
     def check_step(self, rows: int, kept: dict[int, RepeatedStep]) -> None:
         """A step against float64, with dependent launches on and off, and replayed; its workspace afterwards."""
@@ -218,12 +218,6 @@ class Smoke:
 
 def _name(task: Task) -> str:
     return task.op if task.part == task.op else f"{task.op} {task.part}"
-
-
-def _complaint(result: Any) -> str | None:
-    if result.passed:
-        return None
-    return str(result.complaint or f"error {result.max_error:.1e}, allowed {result.allowed_error:.1e}")
 
 
 def _found(result: Any) -> str:

@@ -8,16 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from dynskip.models.config import DecoderConfig
+from dynskip.validation.op_arguments import MATRIX_OPS, OTHER_OPS
 
-MATRIX_OPS = {
-    "fc1": "linear_rows",
-    "fc2": "linear_add_rows",
-    "qkv": "qkv_rows",
-    "out_proj": "linear_add_rows",
-    "head": "linear_rows",
-}
-_OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows")
-TUNED_OPS = (*dict.fromkeys(MATRIX_OPS.values()), *_OTHER_OPS)
+TUNED_OPS = (*dict.fromkeys(MATRIX_OPS.values()), *OTHER_OPS)
 # What matters most comes first, since time may run out.
 ROW_BUCKETS = (1, 16, 64, 256, 8, 4, 32, 128, 2)
 
@@ -81,7 +74,7 @@ def plan_tasks(
             raise ValueError(f"plan_tasks: ops must be among {', '.join(TUNED_OPS)}, got {op!r}. Choose one of these.")
     if not rows or min(rows) < 1:
         raise ValueError(f"plan_tasks: rows must be at least 1, got {list(rows)}. Name row counts of a step.")
-    parts = [*MATRIX_OPS.items(), *((op, op) for op in _OTHER_OPS)]
+    parts = [*MATRIX_OPS.items(), *((op, op) for op in OTHER_OPS)]
     return [
         Task(op, part, max_rows, dtype, config) for max_rows in dict.fromkeys(rows) for part, op in parts if op in ops
     ]

@@ -31,6 +31,13 @@ class Result:
     def passed(self) -> bool:
         return self.complaint is None and self.max_error <= self.allowed_error
 
+    @property
+    def failure(self) -> str | None:
+        """Why the case did not pass; None if it did."""
+        if self.passed:
+            return None
+        return self.complaint or f"its error is {self.max_error:.1e}, allowed is {self.allowed_error:.1e}"
+
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:

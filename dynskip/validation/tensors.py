@@ -11,6 +11,9 @@ from torch import Tensor
 
 Arguments = dict[str, Any]
 
+POISON = -77
+"""What integers hold where an op has no business."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -58,7 +61,11 @@ class Draw:
         self.generator = torch.Generator().manual_seed(20241027)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.device, self.dtype)
+
+    def matrix(self, num_outputs: int, num_inputs: int) -> Tensor:
+        return self.normal(num_outputs, num_inputs)
 
     def strided(self, *shape: int) -> Tensor:
         """Normal values in rows that lie apart, with NaN in between."""
@@ -72,18 +79,66 @@ class Draw:
     def index(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def permutation(self, size: int) -> list[int]:
-        return torch.randperm(size, generator=self.generator).tolist()
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int32, from `low` to below `high`."""
+        place = self.generator.device
+        return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32, device=place).to(
+            self.device
+        )
 
-    def guarded(self, tensor: Tensor, filler: float = float("nan")) -> Tensor:
-        """A contiguous copy of `tensor` amid a storage of `filler`, where an op has no business either.
+    def permutation(self, size: int) -> list[int]:
+        return torch.randperm(size, generator=self.generator, device=self.generator.device).tolist()
+
+    def guarded(self, tensor: Tensor, filler: float | None = None) -> Tensor:
+        """A contiguous copy of `tensor` amid a storage of `filler`, by default NaN or POISON, where no op has business.
 
         The filler takes 64 elements on each side, so that the copy is aligned as a tensor of its own.
         """
         size = tensor.numel()
+        if filler is None:
+            filler = float("nan") if tensor.is_floating_point() else POISON
         storage = torch.full((size + 128,), filler, dtype=tensor.dtype, device=tensor.device)
         storage[64 : 64 + size] = tensor.reshape(-1)
         return storage[64 : 64 + size].view(tensor.shape)
 
     def row_ids(self, num_chosen: int, num_rows: int) -> Tensor:
         return self.index(*sorted(self.permutation(num_rows)[:num_chosen]))
+
+
+class PlainDraw(Draw):
+    """Tensors as a model has them: drawn on the device, without guards, products with unit rows about 1."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def matrix(self, num_outputs: int, num_inputs: int) -> Tensor:
+        return self.normal(num_outputs, num_inputs).mul_(num_inputs**-0.5)
+
+    def guarded(self, tensor: Tensor, filler: float | None = None) -> Tensor:
+        return tensor
+
+
+class EmptyDraw(PlainDraw):
+    """Tensors on the CPU that hold whatever they hold: for compiling only.
+
+    offset: where lists and other integers stand, in elements behind an aligned address.
+    """
+
+    def __init__(self, dtype: torch.dtype, offset: int = 0) -> None:
+        super().__init__(dtype, torch.device("cpu"))
+        self.offset = offset
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    nan = normal
+
+    def matrix(self, num_outputs: int, num_inputs: int) -> Tensor:
+        return self.normal(num_outputs, num_inputs)
+
+    def guarded(self, tensor: Tensor, filler: float | None = None) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor
+        place = torch.empty(tensor.numel() + self.offset, dtype=tensor.dtype)[self.offset :].view(tensor.shape)
+        return place.copy_(tensor)

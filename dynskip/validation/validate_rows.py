@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +21,7 @@ from dynskip.validation.errors import (
     storage_bytes,
     to_float64,
 )
+from dynskip.validation.op_arguments import make_workspace
 from dynskip.validation.tensors import Arguments, Case, copy_with_storage, map_tensors, tensors_in
 
 # Ops that move rows, add once, or decide: every bit is told by the specification in the working dtype.
@@ -46,8 +45,9 @@ def validate_row_case(row_ops: RowOps, dtype: torch.dtype, case: Case, falsify: 
     """The result of one case of `row_ops`; with `falsify` after one element of what the op computed was changed."""
     arguments = case.copy_arguments()
     with torch.no_grad(), poisoned_allocations():
-        workspace = _make_workspace(row_ops, arguments)
-        if "workspace" in arguments:
+        workspace = make_workspace(row_ops, arguments)
+        if workspace is not None:
+            workspace.partials.fill_(float("nan"))
             arguments["workspace"] = workspace
         getattr(row_ops, case.op)(*arguments.values())
     written = _places(case)
@@ -59,25 +59,6 @@ def validate_row_case(row_ops: RowOps, dtype: torch.dtype, case: Case, falsify: 
         complaint = "the counters of the workspace are not zero"
     error, allowed = _measure(case, arguments, written)
     return Result(row_ops.name, dtype_name(dtype), case.op, case.name, error, allowed, complaint)
-
-
-def _make_workspace(row_ops: RowOps, arguments: Arguments) -> Any:
-    """A workspace large enough for the op, its partial results poisoned; None where the op needs none."""
-    if "workspace" not in arguments:
-        return None
-    is_attention = "k_cache" in arguments
-    num_heads, head_size = arguments["k_cache"].shape[1:] if is_attention else (1, 16)
-    workspace = row_ops.workspace(
-        max_rows=arguments["rows"].ids.shape[0],
-        num_heads=num_heads,
-        head_size=head_size,
-        sizes=[(16, 16)] if is_attention else [tuple(arguments["weight"].shape)],
-        max_context_len=arguments["slot_table"].shape[1] if is_attention else 1,
-        device=arguments["rows"].ids.device,
-    )
-    if workspace is not None:
-        workspace.partials.fill_(float("nan"))
-    return workspace
 
 
 def _places(case: Case) -> dict[str, Tensor | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -24,13 +23,14 @@ from triton.runtime import driver
 
 from dynskip.kernels.configs import KEYS, get_entries, use_configs
 from dynskip.kernels.launches import compile_only
-from dynskip.kernels.row_list import RowList, RowNorm
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation.offline.compile_kernels import MISALIGNED
 from dynskip.validation.offline.resources import read_resources
 from dynskip.validation.offline.waits import acts_before_wait
+from dynskip.validation.op_arguments import MATRIX_OPS, RowArguments, draw_rows, make_workspace
+from dynskip.validation.tensors import Arguments, EmptyDraw
 
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 
@@ -41,6 +41,8 @@ COMPILED_SHAPES = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-66b")
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FEWER_SHAPES = ("opt-1.3b", "opt-2.7b", "opt-66b")
 FEW_ROWS = 4
+# In the order of a step.
+_PARTS = ("embed_rows", "norm_rows", "fc1", "head", "qkv", "attend_rows", "out_proj", "fc2", "gate_rows")
 
 
 class OfflineDriver:
@@ -164,52 +166,22 @@ def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
 
 
 def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: bool) -> Iterator[Call]:
-    row_ops = get_row_ops("triton")
-    floats = functools.partial(torch.empty, dtype=dtype)
-    shape = SHAPES[name]
-    size, head_size, num_slots, max_context_len = shape.hidden_size, shape.head_size, 64, shape.max_positions
-    ffn_size, vocab_size = shape.ffn_size, shape.vocab_size
-    buffers, inner, parameter, wide = floats(max_rows, size), floats(max_rows, ffn_size), floats(size), floats(ffn_size)
-    cache = floats(num_slots, shape.num_heads, head_size)
-    norm = RowNorm(parameter, parameter, 1e-5)
-    workspace = row_ops.workspace(
-        max_rows=max_rows,
-        num_heads=shape.num_heads,
-        head_size=head_size,
-        sizes=[(size, size), (size, ffn_size)],
-        max_context_len=max_context_len,
-        device="cpu",
-    )
+    row_ops, config = get_row_ops("triton"), SHAPES[name]
     mode = ", deterministic" if deterministic else ""
+
+    def run(op: str, arguments: Arguments) -> None:
+        changed = {"workspace": make_workspace(row_ops, arguments), "deterministic": deterministic}
+        getattr(row_ops, op)(*(changed.get(name, argument) for name, argument in arguments.items()))
 
     # Lists and counts stand in buffers of all layers: those of one layer are aligned, those of the next are not.
     for offset in (0, 1):
         case = f"{name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
-
-        def call(op: str, *args: object, case: str = case) -> Call:
-            return Call(op, case, functools.partial(getattr(row_ops, op), *args))
-
-        def integers(*sizes: int, dtype: torch.dtype = torch.int32, offset: int = offset) -> Tensor:
-            return torch.empty(math.prod(sizes) + offset, dtype=dtype)[offset:].view(sizes)
-
-        rows = RowList(integers(max_rows), integers(1), max_rows)
-        tokens = integers(max_rows, dtype=torch.int64)
-        yield call("embed_rows", tokens, tokens, rows, buffers, buffers, shape.position_offset, buffers)
-        yield call("norm_rows", buffers, rows, norm, buffers)
-        for weight, relu in ((floats(ffn_size, size), True), (floats(vocab_size, size), False)):
-            out, bias = (inner, wide) if relu else (floats(max_rows, vocab_size), None)
-            yield call("linear_rows", buffers, rows, norm, weight, bias, relu, out, buffers, deterministic)
-        qkv_weight, qkv_bias = floats(*shape.layer_matrices["qkv"]), floats(shape.layer_matrices["qkv"][0])
-        stored = (cache, cache, integers(max_rows), buffers)
-        yield call("qkv_rows", buffers, rows, integers(1), norm, qkv_weight, qkv_bias, buffers, *stored, deterministic)
-        lookup = (integers(max_rows, max_context_len), integers(max_rows), integers(max_rows))
-        ends = (head_size**-0.5, buffers, workspace, deterministic)
-        yield call("attend_rows", buffers, rows, cache, cache, *lookup, *ends)
-        for x in (buffers, inner):
-            weight = floats(size, x.shape[1])
-            yield call("linear_add_rows", x, rows, weight, parameter, buffers, workspace, deterministic)
-        gate = torch.empty(2, size)
-        yield call("gate_rows", buffers, rows, gate, gate[0, :2], integers(max_rows, dtype=torch.bool))
+        draw = EmptyDraw(dtype, offset)
+        rows = RowArguments(draw, draw_rows(draw, max_rows, max_rows))
+        for part in _PARTS:
+            op = MATRIX_OPS.get(part, part)
+            arguments = rows.of_decoder(part, config, num_keys=1, max_context_len=config.max_positions)
+            yield Call(op, case, functools.partial(run, op, arguments))
 
 
 def _index(*sizes: int) -> Tensor:

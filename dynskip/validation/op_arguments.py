@@ -1,0 +1,268 @@
+"""The arguments of the row ops, made in one place for what validates, tunes, compiles and times them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.models.config import DecoderConfig
+from dynskip.ops.row_ops import RowOps
+from dynskip.ops.row_reference import EVICT, listed
+from dynskip.validation.tensors import POISON, Arguments, Draw
+
+# The matrices of a decoder, and the op that multiplies by each.
+MATRIX_OPS = {
+    "fc1": "linear_rows",
+    "fc2": "linear_add_rows",
+    "qkv": "qkv_rows",
+    "out_proj": "linear_add_rows",
+    "head": "linear_rows",
+}
+OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows")
+
+
+def draw_rows(
+    draw: Draw, num_listed: int, num_rows: int, max_rows: int | None = None, shuffled: bool = False
+) -> RowList:
+    """Some of `num_rows` rows, increasing unless `shuffled`; behind `max_rows` in `ids` stand others."""
+    permutation = draw.permutation(num_rows)
+    rows = permutation[:num_listed] if shuffled else sorted(permutation[:num_listed])
+    bucket = 1
+    while bucket < num_listed:
+        bucket *= 2
+    max_rows = min(bucket, num_rows) if max_rows is None else max_rows
+    ends = [-1] * (max_rows - num_listed)
+    ids = draw.guarded(draw.index(*rows, *ends, *permutation[max_rows:]))
+    return RowList(ids, draw.guarded(draw.index(num_listed)), max_rows)
+
+
+def make_workspace(row_ops: RowOps, arguments: Arguments) -> Any:
+    """A workspace large enough for the op, with the constants that are in place; None where the op needs none."""
+    if "workspace" not in arguments:
+        return None
+    is_attention = "k_cache" in arguments
+    num_heads, head_size = arguments["k_cache"].shape[1:] if is_attention else (1, 16)
+    return row_ops.workspace(
+        max_rows=arguments["rows"].ids.shape[0],
+        num_heads=num_heads,
+        head_size=head_size,
+        sizes=[(16, 16)] if is_attention else [tuple(arguments["weight"].shape)],
+        max_context_len=arguments["slot_table"].shape[1] if is_attention else 1,
+        device=arguments["rows"].ids.device,
+    )
+
+
+class RowArguments:
+    """Makes the arguments of row ops for the rows of one list, by name, in the order in which an op takes them.
+
+    What the list does not name holds NaN where an op might read it, numbers where an op might write it, and the other
+    way round what it does name: so that a row too many is seen, and an element too few.
+    """
+
+    def __init__(self, draw: Draw, rows: RowList) -> None:
+        self.draw = draw
+        self.rows = rows
+        self.ids = listed(rows)
+        self.num_rows = rows.ids.shape[0]
+
+    def of_decoder(self, part: str, config: DecoderConfig, num_keys: int, max_context_len: int) -> Arguments:
+        """Those with which a decoder launches `part`: one of its matrices, or an op without a matrix by its own name.
+
+        num_keys: that a row attends to, of the `max_context_len` that a table has room for.
+        """
+        size = config.hidden_size
+        if part == "head":
+            return self.linear_rows(config.head_matrix, bias=False, relu=False)
+        if part == "qkv":
+            return self.qkv_rows(config.num_heads, config.head_size)
+        if part in config.layer_matrices:
+            return getattr(self, MATRIX_OPS[part])(config.layer_matrices[part])  # type: ignore[no-any-return]
+        if part == "attend_rows":
+            limits = [num_keys] * self.num_rows
+            return self.attend_rows(config.num_heads, config.head_size, limits, max_context_len)
+        if part == "embed_rows":
+            num_positions = config.max_positions + config.position_offset
+            return self.embed_rows(size, config.vocab_size, num_positions, config.position_offset)
+        assert part in ("norm_rows", "gate_rows"), part
+        return getattr(self, part)(size)  # type: ignore[no-any-return]
+
+    def embed_rows(
+        self, num_columns: int, num_tokens: int = 11, num_positions: int = 13, position_offset: int = 2
+    ) -> Arguments:
+        draw = self.draw
+        return {
+            "token_ids": draw.guarded(draw.integers(0, num_tokens, self.num_rows).long()),
+            "position_ids": draw.guarded(draw.integers(0, num_positions - position_offset, self.num_rows).long()),
+            "rows": self.rows,
+            "token_table": draw.guarded(draw.normal(num_tokens, num_columns)),
+            "position_table": draw.guarded(draw.normal(num_positions, num_columns)),
+            "position_offset": position_offset,
+            "out": self._output(num_columns),
+        }
+
+    def norm_rows(self, num_columns: int, affine: bool = True) -> Arguments:
+        norm = self._norm(num_columns, affine)
+        return {"x": self._input(num_columns), "rows": self.rows, "norm": norm, "out": self._output(num_columns)}
+
+    def linear_rows(
+        self, matrix: tuple[int, int], norm: bool = True, bias: bool = True, relu: bool = True, affine: bool = True
+    ) -> Arguments:
+        num_outputs, num_inputs = matrix
+        return {
+            "x": self._input(num_inputs),
+            "rows": self.rows,
+            "norm": self._norm(num_inputs, affine) if norm else None,
+            "weight": self.draw.guarded(self.draw.matrix(num_outputs, num_inputs)),
+            "bias": self.draw.normal(num_outputs) if bias else None,
+            "relu": relu,
+            "out": self._output(num_outputs),
+            "normed": self.draw.nan(self.num_rows, num_inputs),
+            "deterministic": False,
+        }
+
+    def qkv_rows(
+        self, num_heads: int, head_size: int, num_stored: int | None = None, num_run: int = 1, norm: bool = True
+    ) -> Arguments:
+        """num_stored: the first rows of the list, which alone have a slot; None: all have one."""
+        draw, size, num_slots = self.draw, num_heads * head_size, 2 * self.num_rows + 3
+        # Rows outside of the list have slots, too: nothing may be stored there.
+        slots = draw.index(*draw.permutation(num_slots)[: self.num_rows])
+        if num_stored is not None:
+            slots[self.ids[num_stored:]] = -1
+        k_cache, v_cache = (draw.guarded(draw.normal(num_slots, num_heads, head_size), 7.0) for _ in range(2))
+        targets = slots[self.ids].long()
+        for cache in (k_cache, v_cache):
+            cache[targets[targets >= 0]] = float("nan")
+        return {
+            "x": self._input(size),
+            "rows": self.rows,
+            "num_run": draw.guarded(draw.index(num_run)),
+            "norm": self._norm(size) if norm else None,
+            "weight": draw.guarded(draw.matrix(3 * size, size)),
+            "bias": draw.normal(3 * size) if norm else None,
+            "q": self._output(size),
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "slots": draw.guarded(slots),
+            "normed": draw.nan(self.num_rows, size),
+            "deterministic": False,
+        }
+
+    def attend_rows(
+        self, num_heads: int, head_size: int, limits: list[int], max_context_len: int, sharpness: float = 1.0
+    ) -> Arguments:
+        """limits: how many keys each row attends to, listed or not. max_context_len: of the table."""
+        draw, size, num_seqs = self.draw, num_heads * head_size, self.num_rows + 2
+        assert len(limits) == self.num_rows
+        seq_ids = draw.permutation(num_seqs)[: self.num_rows]
+        used = {row: limits[row] for row in self.ids.tolist()}
+        num_slots = sum(used.values()) + 5
+        k_cache, v_cache = (draw.nan(num_slots, num_heads, head_size) for _ in range(2))
+        free = draw.index(*draw.permutation(num_slots - 1))
+        # A table's entries behind the limit, and all of the tables of other sequences, name no slot: taken as an index
+        # from the end, they lead to NaN.
+        slot_table = torch.full((num_seqs, max_context_len), -1, dtype=torch.int32, device=draw.device)
+        for row, limit in used.items():
+            slots, free = free[:limit], free[limit:]
+            slot_table[seq_ids[row], :limit] = slots
+            for cache in (k_cache, v_cache):
+                cache[slots.long()] = draw.normal(limit, num_heads, head_size)
+        return {
+            "q": self._input(size),
+            "rows": self.rows,
+            "k_cache": draw.guarded(k_cache),
+            "v_cache": draw.guarded(v_cache),
+            "slot_table": draw.guarded(slot_table),
+            "seq_ids": draw.guarded(draw.index(*seq_ids)),
+            "key_limits": draw.guarded(draw.index(*limits)),
+            "scale": sharpness * head_size**-0.5,
+            "out": self._output(size),
+            "workspace": None,
+            "deterministic": False,
+        }
+
+    def linear_add_rows(self, matrix: tuple[int, int], bias: bool = True) -> Arguments:
+        num_outputs, num_inputs = matrix
+        return {
+            "x": self._input(num_inputs),
+            "rows": self.rows,
+            "weight": self.draw.guarded(self.draw.matrix(num_outputs, num_inputs)),
+            "bias": self.draw.normal(num_outputs) if bias else None,
+            "residual": self.draw.guarded(self.draw.normal(self.num_rows, num_outputs), filler=7.0),
+            "workspace": None,
+            "deterministic": False,
+        }
+
+    def gate_rows(self, num_columns: int, bias: bool = True) -> Arguments:
+        """Small integers: their products and sums are exact, whatever the order, and ties are ties."""
+        draw = self.draw
+        weight = draw.integers(-3, 4, 2, num_columns).float()
+        x = draw.nan(self.num_rows, num_columns)
+        x[self.ids] = draw.integers(-3, 4, len(self.ids), num_columns).to(draw.dtype)
+        if len(self.ids) > 1:
+            x[self.ids[1]] = 0  # a tie without bias
+        # What an op leaves unwritten is false in every second row and true in the others.
+        active = torch.arange(self.num_rows, device=draw.device) % 2 == 0
+        return {
+            "x": draw.guarded(x),
+            "rows": self.rows,
+            "weight": weight,
+            "bias": draw.integers(-3, 4, 2).float() if bias else None,
+            "active": draw.guarded(active, filler=1),
+        }
+
+    def _input(self, num_columns: int) -> Tensor:
+        """`[M, num_columns]`, numbers in the listed rows, NaN elsewhere."""
+        x = self.draw.nan(self.num_rows, num_columns)
+        x[self.ids] = self.draw.normal(len(self.ids), num_columns)
+        return self.draw.guarded(x)
+
+    def _output(self, num_columns: int) -> Tensor:
+        """`[M, num_columns]`, NaN in the listed rows, numbers elsewhere."""
+        out = self.draw.normal(self.num_rows, num_columns)
+        out[self.ids] = float("nan")
+        return self.draw.guarded(out, filler=7.0)
+
+    def _norm(self, num_columns: int, affine: bool = True) -> RowNorm:
+        weight, bias = (self.draw.normal(num_columns) if affine else None for _ in range(2))
+        return RowNorm(weight, bias, 1e-5)
+
+
+def plan_rows(
+    draw: Draw,
+    active: Tensor,
+    context_lens: Tensor,
+    free_slots: Tensor,
+    max_context_len: int,
+    slot_cursor: int = 0,
+    first_layer: int = 0,
+    kv_policy: int = EVICT,
+    cache_ids: Tensor | None = None,
+    row_slots: Tensor | None = None,
+) -> Arguments:
+    """The arguments of `plan_rows`, which names their shapes. cache_ids: None for each row's own number."""
+    num_rows, (num_layers, num_seqs) = active.shape[1], context_lens.shape
+
+    def unwritten(*shape: int) -> Tensor:
+        return draw.guarded(torch.full(shape, POISON, dtype=torch.int32, device=draw.device))
+
+    return {
+        "active": active,
+        "first_layer": first_layer,
+        "kv_policy": kv_policy,
+        "cache_ids": draw.index(*range(num_rows)) if cache_ids is None else cache_ids,
+        "context_lens": draw.guarded(context_lens),
+        "slot_tables": unwritten(num_layers, num_seqs, max_context_len),
+        "free_slots": draw.guarded(free_slots),
+        "slot_cursor": draw.guarded(draw.index(slot_cursor)),
+        "row_slots": unwritten(num_rows) if row_slots is None else draw.guarded(row_slots),
+        "run_ids": unwritten(num_layers, num_rows),
+        "num_run": unwritten(num_layers),
+        "kv_ids": unwritten(num_layers, num_rows),
+        "num_kv": unwritten(num_layers),
+        "slots": unwritten(num_layers, num_rows),
+        "key_limits": unwritten(num_layers, num_rows),
+    }
