@@ -20,10 +20,11 @@ from dynskip.measure.device import Device
 from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.models.shapes import SHAPES
 from dynskip.ops.row_ops import get_row_ops
-from dynskip.ops.row_reference import EVICT
 from dynskip.paths import LayerPath
 from dynskip.tuning.tasks import Task, plan_tasks
 from dynskip.tuning.workload import Workload as OpWorkload
+from dynskip.validation.op_arguments import plan_rows
+from dynskip.validation.tensors import Arguments, PlainDraw
 
 TILES = VARIANTS / "tiles-32.json"
 AS_IT_IS = "as-it-is"
@@ -56,31 +57,13 @@ def tasks(sizes: Sizes, rows: int, dtype: torch.dtype) -> list[Task]:
     return [replace(task, context_len=sizes.context_len) for task in planned]
 
 
-def plan_arguments(sizes: Sizes, rows: int, device: torch.device) -> dict[str, Any]:
+def plan_arguments(sizes: Sizes, rows: int, device: torch.device) -> Arguments:
     """The arguments of `plan_rows` for all layers, every second row of which runs a layer."""
     num_layers = SHAPES[sizes.shape].num_layers
-
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
     active = torch.arange(num_layers * rows, device=device).view(num_layers, rows) % 2 == 0
-    return {
-        "active": active,
-        "first_layer": 0,
-        "kv_policy": EVICT,
-        "cache_ids": torch.arange(rows, dtype=torch.int32, device=device),
-        "context_lens": integers(num_layers, rows),
-        "slot_tables": integers(num_layers, rows, 8),
-        "free_slots": torch.arange(num_layers * rows, dtype=torch.int32, device=device).flip(0).contiguous(),
-        "slot_cursor": integers(1),
-        "row_slots": integers(rows),
-        "run_ids": integers(num_layers, rows),
-        "num_run": integers(num_layers),
-        "kv_ids": integers(num_layers, rows),
-        "num_kv": integers(num_layers),
-        "slots": integers(num_layers, rows),
-        "key_limits": integers(num_layers, rows),
-    }
+    context_lens = torch.zeros(num_layers, rows, dtype=torch.int32, device=device)
+    free_slots = torch.arange(num_layers * rows, dtype=torch.int32, device=device).flip(0).contiguous()
+    return plan_rows(PlainDraw(torch.float32, device), active, context_lens, free_slots, max_context_len=8)
 
 
 def without_dependent_launches(device: torch.device) -> Table:

@@ -9,7 +9,7 @@ import torch
 
 from dynskip.ops.row_ops import RowOps
 from dynskip.tuning.tasks import Task
-from dynskip.validation.op_arguments import RowArguments, draw_rows, make_workspace
+from dynskip.validation.op_arguments import RowArguments, bind, draw_rows, make_workspace
 from dynskip.validation.tensors import Arguments, Case, EmptyDraw, PlainDraw, map_tensors
 from dynskip.validation.validate_rows import validate_row_case
 
@@ -39,9 +39,8 @@ class Workload:
 
     def launch_with(self, workspace: Any) -> None:
         """The same with a workspace made before: nothing is allocated."""
-        op = getattr(self.ops, self.task.op)
         for arguments in self.layers:
-            op(*({**arguments, "workspace": workspace} if "workspace" in arguments else arguments).values())
+            bind(self.ops, self.task.op, arguments, workspace)()
 
     def make_workspace(self) -> Any:
         """A workspace for the constants that are in place; None for an op without one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +55,14 @@ def make_workspace(row_ops: RowOps, arguments: Arguments) -> Any:
         max_context_len=arguments["slot_table"].shape[1] if is_attention else 1,
         device=arguments["rows"].ids.device,
     )
+
+
+def bind(
+    row_ops: RowOps, op: str, arguments: Arguments, workspace: Any = None, deterministic: bool = False
+) -> Callable[[], object]:
+    """The call of an op with `arguments`, but for the workspace and the mode, where it has them."""
+    changed = {"workspace": workspace, "deterministic": deterministic}
+    return partial(getattr(row_ops, op), *(changed.get(name, argument) for name, argument in arguments.items()))
 
 
 class RowArguments:

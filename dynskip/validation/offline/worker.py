@@ -29,8 +29,8 @@ from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation.offline.compile_kernels import MISALIGNED
 from dynskip.validation.offline.resources import read_resources
 from dynskip.validation.offline.waits import acts_before_wait
-from dynskip.validation.op_arguments import MATRIX_OPS, RowArguments, draw_rows, make_workspace
-from dynskip.validation.tensors import Arguments, EmptyDraw
+from dynskip.validation.op_arguments import MATRIX_OPS, RowArguments, bind, draw_rows, make_workspace
+from dynskip.validation.tensors import EmptyDraw
 
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 
@@ -169,10 +169,6 @@ def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: b
     row_ops, config = get_row_ops("triton"), SHAPES[name]
     mode = ", deterministic" if deterministic else ""
 
-    def run(op: str, arguments: Arguments) -> None:
-        changed = {"workspace": make_workspace(row_ops, arguments), "deterministic": deterministic}
-        getattr(row_ops, op)(*(changed.get(name, argument) for name, argument in arguments.items()))
-
     # Lists and counts stand in buffers of all layers: those of one layer are aligned, those of the next are not.
     for offset in (0, 1):
         case = f"{name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
@@ -181,7 +177,8 @@ def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: b
         for part in _PARTS:
             op = MATRIX_OPS.get(part, part)
             arguments = rows.of_decoder(part, config, num_keys=1, max_context_len=config.max_positions)
-            yield Call(op, case, functools.partial(run, op, arguments))
+            workspace = make_workspace(row_ops, arguments)
+            yield Call(op, case, bind(row_ops, op, arguments, workspace, deterministic))
 
 
 def _index(*sizes: int) -> Tensor:
