@@ -6,6 +6,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# Row counts that kernels are launched and graphs captured for. A count between two of them takes the larger one.
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Those with constants of their own; with more rows kernels have the constants of the last.
+TUNED_BUCKETS = ROW_BUCKETS[:9]
+
+
+def row_bucket(num_rows: int) -> int:
+    """The smallest bucket that holds ``num_rows`` rows; 0 for none."""
+    if num_rows == 0:
+        return 0
+    for bucket in ROW_BUCKETS:
+        if num_rows <= bucket:
+            return bucket
+    raise ValueError(f"row_bucket: num_rows must be at most {ROW_BUCKETS[-1]}, got {num_rows}. Split the batch.")
+
 
 class RowList(NamedTuple):
     """Rows of `[M, ...]` buffers that a kernel works on; their number is known on the device only.

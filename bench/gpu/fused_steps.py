@@ -12,7 +12,8 @@ from dynskip.controllers import HiddenStateGate
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import GraphedDecode
-from dynskip.execution.step_shape import StepWork, row_bucket
+from dynskip.execution.step_shape import StepWork
+from dynskip.kernels.row_list import row_bucket
 from dynskip.measure.device import Device
 from dynskip.ops.row_ops import get_row_ops
 

@@ -79,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
     from dynskip.models.registry import read_decoder_config
     from dynskip.tuning.compiling import CompilerPool
-    from dynskip.tuning.tasks import ROW_BUCKETS, plan_tasks
+    from dynskip.tuning.tasks import BUCKETS_BY_WEIGHT, plan_tasks
 
     tasks = plan_tasks(
         read_decoder_config(args.model),
-        ROW_BUCKETS if args.rows is None else _rows(args.rows),
+        BUCKETS_BY_WEIGHT if args.rows is None else _rows(args.rows),
         args.op or OPS,
         args.dtype,
     )

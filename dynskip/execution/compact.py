@@ -15,8 +15,8 @@ from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import GraphMemory, sum_memory
 from dynskip.execution.kv_cache import EntryIndex, KVCache
 from dynskip.execution.step import RowCounts, Step
-from dynskip.execution.step_shape import ROW_BUCKETS, row_bucket
 from dynskip.execution.threads import check_fork
+from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.models.linear import Linear
 from dynskip.ops import native, varlen_attention
 from dynskip.ops.backends import Backend, BackendWarning

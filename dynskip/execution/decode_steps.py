@@ -12,7 +12,8 @@ from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import CudaGraphs, GraphedDecode, GraphMemory
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import RowCounts, Step
-from dynskip.execution.step_shape import ROW_BUCKETS, LayerWork, StepWork, row_bucket
+from dynskip.execution.step_shape import LayerWork, StepWork
+from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.routing.plan import KVPolicy, Plan
 
 

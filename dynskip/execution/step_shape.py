@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dynskip.controllers import TokenController
+from dynskip.kernels.row_list import row_bucket
 from dynskip.routing.plan import KVPolicy, Plan
 from dynskip.routing.routes import ControllerDecision
-
-# Row counts that kernels are launched and graphs captured for. A count between two of them takes the larger one.
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,3 @@ class StepWork:
         bucket = row_bucket(num_rows)
         layers = tuple(LayerWork(layer, bucket, bucket) for layer in range(num_layers))
         return StepWork(bucket, kv_policy, layers, controller)
-
-
-def row_bucket(num_rows: int) -> int:
-    """The smallest bucket that holds ``num_rows`` rows; 0 for none."""
-    if num_rows == 0:
-        return 0
-    for bucket in ROW_BUCKETS:
-        if num_rows <= bucket:
-            return bucket
-    raise ValueError(f"row_bucket: num_rows must be at most {ROW_BUCKETS[-1]}, got {num_rows}. Split the batch.")

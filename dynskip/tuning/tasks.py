@@ -11,8 +11,8 @@ from dynskip.models.config import DecoderConfig
 from dynskip.validation.op_arguments import MATRIX_OPS, OTHER_OPS
 
 TUNED_OPS = (*dict.fromkeys(MATRIX_OPS.values()), *OTHER_OPS)
-# What matters most comes first, since time may run out.
-ROW_BUCKETS = (1, 16, 64, 256, 8, 4, 32, 128, 2)
+# `TUNED_BUCKETS`: what matters most comes first, since time may run out.
+BUCKETS_BY_WEIGHT = (1, 16, 64, 256, 8, 4, 32, 128, 2)
 
 _MAX_COPIES = 24
 _MAX_COPY_BYTES = 8 * 2**30
@@ -63,7 +63,10 @@ class Task:
 
 
 def plan_tasks(
-    config: DecoderConfig, rows: Sequence[int] = ROW_BUCKETS, ops: Sequence[str] = TUNED_OPS, dtype: str = "bfloat16"
+    config: DecoderConfig,
+    rows: Sequence[int] = BUCKETS_BY_WEIGHT,
+    ops: Sequence[str] = TUNED_OPS,
+    dtype: str = "bfloat16",
 ) -> list[Task]:
     """The tasks of a model, those that matter most first.
 

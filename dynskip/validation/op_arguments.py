@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.kernels.row_list import RowList, RowNorm, row_bucket
 from dynskip.models.config import DecoderConfig
 from dynskip.ops.row_ops import RowOps
 from dynskip.ops.row_reference import EVICT, listed
@@ -32,10 +32,7 @@ def draw_rows(
     """Some of `num_rows` rows, increasing unless `shuffled`; behind `max_rows` in `ids` stand others."""
     permutation = draw.permutation(num_rows)
     rows = permutation[:num_listed] if shuffled else sorted(permutation[:num_listed])
-    bucket = 1
-    while bucket < num_listed:
-        bucket *= 2
-    max_rows = min(bucket, num_rows) if max_rows is None else max_rows
+    max_rows = min(row_bucket(max(num_listed, 1)), num_rows) if max_rows is None else max_rows
     ends = [-1] * (max_rows - num_listed)
     ids = draw.guarded(draw.index(*rows, *ends, *permutation[max_rows:]))
     return RowList(ids, draw.guarded(draw.index(num_listed)), max_rows)

@@ -12,7 +12,7 @@ from models import NUM_LAYERS, VOCAB_SIZE, cpu_backend, random_prompts, tiny_mod
 from dynskip import LLM, LayerPath, OPTForCausalLM, SamplingParams
 from dynskip.controllers import HiddenStateGate
 from dynskip.engine.closed_batch import Generation
-from dynskip.execution.step_shape import row_bucket
+from dynskip.kernels.row_list import row_bucket
 
 PROMPTS = random_prompts([5, 1, 7])
 PATHS = [LayerPath.of(NUM_LAYERS, layers) for layers in ([0, 3, 5], [1], [0, 2, 3, 4])]

@@ -20,7 +20,8 @@ from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import WHOLE_STEP_AFTER, GraphedDecode
 from dynskip.execution.kv_cache import KVCache
-from dynskip.execution.step_shape import ROW_BUCKETS, StepWork, row_bucket
+from dynskip.execution.step_shape import StepWork
+from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
 

@@ -15,6 +15,7 @@ import torch
 from dynskip.cli import main
 from dynskip.cli import tune as tune_command
 from dynskip.kernels.configs import KEYS, get_config, read_table, use_configs
+from dynskip.kernels.row_list import TUNED_BUCKETS
 from dynskip.measure.device import Cpu
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
@@ -25,7 +26,7 @@ from dynskip.tuning.compiling import CompilerPool, Usage
 from dynskip.tuning.search import Outcome, Search
 from dynskip.tuning.space import REFINED, Constants, Limits, default_constants, num_programs, tiles, variations
 from dynskip.tuning.table import candidate_table, format_table, merge, write_table
-from dynskip.tuning.tasks import TUNED_OPS, Task, plan_tasks
+from dynskip.tuning.tasks import BUCKETS_BY_WEIGHT, TUNED_OPS, Task, plan_tasks
 from dynskip.tuning.workload import Workload
 
 H200 = Limits(132, 227 * 1024)
@@ -46,6 +47,7 @@ def test_tasks_stand_in_the_order_of_their_weight() -> None:
     assert [task.max_rows for task in tasks] == [16] * 9 + [1] * 9
     assert [task.part for task in tasks[:5]] == ["fc1", "fc2", "qkv", "out_proj", "head"]
     assert {task.op for task in tasks} == set(TUNED_OPS) <= set(KEYS)
+    assert sorted(BUCKETS_BY_WEIGHT) == list(TUNED_BUCKETS)
     assert [task.part for task in plan_tasks(SHAPES["opt-1.3b"], (1,), ("linear_add_rows",))] == ["fc2", "out_proj"]
     with pytest.raises(ValueError, match=r"plan_tasks: ops must be among linear_rows.*, got 'plan_rows'"):
         plan_tasks(TINY, (1,), ("plan_rows",))

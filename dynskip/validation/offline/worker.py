@@ -23,6 +23,7 @@ from triton.runtime import driver
 
 from dynskip.kernels.configs import KEYS, get_entries, use_configs
 from dynskip.kernels.launches import compile_only
+from dynskip.kernels.row_list import TUNED_BUCKETS
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
@@ -37,8 +38,6 @@ _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 
 # The smallest, the benchmarked one, the one whose heads fill no power of two, one of wider heads, the widest.
 COMPILED_SHAPES = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-66b")
-# Bounds of rows that steps are launched with; larger ones have the config of the last.
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FEWER_SHAPES = ("opt-1.3b", "opt-2.7b", "opt-66b")
 FEW_ROWS = 4
 # In the order of a step.
@@ -120,7 +119,7 @@ def make_calls(dtype: torch.dtype, everywhere: bool) -> Iterator[Call]:
         if everywhere or name in FEWER_SHAPES:
             yield from _op_calls(dtype, name)
         if everywhere:
-            for max_rows in ROW_BUCKETS:
+            for max_rows in TUNED_BUCKETS:
                 for deterministic in (False, True):
                     yield from _row_op_calls(dtype, name, max_rows, deterministic)
         elif name == DEFAULT_SHAPE:
@@ -137,7 +136,7 @@ def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
     for op in KEYS:
         for deterministic in (False, True):
             for entry in get_entries(op, torch.device("cpu"), dtype, deterministic):
-                met = (entry.max_rows or ROW_BUCKETS[-1], deterministic)
+                met = (entry.max_rows or TUNED_BUCKETS[-1], deterministic)
                 op_names.setdefault(met, set()).add(op)
     for (max_rows, deterministic), names in sorted(op_names.items()):
         yield max_rows, deterministic, names
