@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
+from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, kv_store, prefill_attention
 from dynskip.validation.row_cases import ROW_CASE_MAKERS
 from dynskip.validation.tensors import Arguments, Case, Draw
 
@@ -24,26 +24,31 @@ _HEADS = ((3, 16), (2, 48), (2, 64), (3, 80), (1, 128))
 
 
 def _gather_layer_norm(draw: Draw) -> Iterator[tuple[str, Arguments]]:
-    def arguments(x: Tensor, row_ids: Tensor | None, affine: bool = True) -> Arguments:
-        parameters = (draw.normal(x.shape[1]), draw.normal(x.shape[1])) if affine else (None, None)
-        return {"x": x, "row_ids": row_ids, "weight": parameters[0], "bias": parameters[1], "eps": 1e-5}
-
     for num_columns in (1, 16, 97, 192, 768):
-        yield f"all rows, C={num_columns}", arguments(draw.normal(_NUM_ROWS, num_columns), None)
+        yield f"all rows, C={num_columns}", gather_layer_norm(draw, draw.normal(_NUM_ROWS, num_columns), None)
         for num_chosen in _ROW_COUNTS:
             row_ids = draw.row_ids(num_chosen, _NUM_ROWS)
             x = draw.nan(_NUM_ROWS, num_columns)
             x[row_ids.long()] = draw.normal(num_chosen, num_columns)
-            yield f"R={num_chosen} of {_NUM_ROWS}, C={num_columns}, NaN in other rows", arguments(x, row_ids)
-    yield "strided rows", arguments(draw.strided(_NUM_ROWS, 97), draw.row_ids(5, _NUM_ROWS))
-    yield "strided rows, all", arguments(draw.strided(_NUM_ROWS, 192), None)
-    yield "rows in any order", arguments(draw.normal(_NUM_ROWS, 192), draw.index(*draw.permutation(_NUM_ROWS)))
-    yield "no weight, no bias", arguments(draw.normal(_NUM_ROWS, 97), draw.row_ids(5, _NUM_ROWS), affine=False)
-    no_bias = arguments(draw.normal(_NUM_ROWS, 97), None)
+            yield (
+                f"R={num_chosen} of {_NUM_ROWS}, C={num_columns}, NaN in other rows",
+                gather_layer_norm(draw, x, row_ids),
+            )
+    yield "strided rows", gather_layer_norm(draw, draw.strided(_NUM_ROWS, 97), draw.row_ids(5, _NUM_ROWS))
+    yield "strided rows, all", gather_layer_norm(draw, draw.strided(_NUM_ROWS, 192), None)
+    yield (
+        "rows in any order",
+        gather_layer_norm(draw, draw.normal(_NUM_ROWS, 192), draw.index(*draw.permutation(_NUM_ROWS))),
+    )
+    yield (
+        "no weight, no bias",
+        gather_layer_norm(draw, draw.normal(_NUM_ROWS, 97), draw.row_ids(5, _NUM_ROWS), affine=False),
+    )
+    no_bias = gather_layer_norm(draw, draw.normal(_NUM_ROWS, 97), None)
     yield "no bias", no_bias | {"bias": None}
-    yield "constant rows", arguments(draw.normal(_NUM_ROWS, 1).expand(-1, 192).contiguous(), None)
-    yield "mean far from zero", arguments(draw.normal(_NUM_ROWS, 192) + 300, None)
-    yield "tiny values", arguments(draw.normal(_NUM_ROWS, 192) * 1e-3, None)
+    yield "constant rows", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 1).expand(-1, 192).contiguous(), None)
+    yield "mean far from zero", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 192) + 300, None)
+    yield "tiny values", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 192) * 1e-3, None)
 
 
 def _scatter_add(draw: Draw) -> Iterator[tuple[str, Arguments]]:
@@ -63,108 +68,57 @@ def _scatter_add(draw: Draw) -> Iterator[tuple[str, Arguments]]:
 
 
 def _kv_store(draw: Draw) -> Iterator[tuple[str, Arguments]]:
-    def arguments(num_heads: int, head_size: int, slots: list[int], projection: bool = True) -> Arguments:
-        # In a model k and v are slices of the rows of one projection.
-        qkv = draw.normal(len(slots), 3, num_heads, head_size)
-        k, v = (qkv[:, 1], qkv[:, 2]) if projection else (qkv[:, 1].contiguous(), qkv[:, 2].contiguous())
-        k_cache, v_cache = (draw.nan(2 * _NUM_ROWS, num_heads, head_size) for _ in range(2))
-        return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": draw.index(*slots)}
-
     for num_heads, head_size in _HEADS:
         for num_rows in _ROW_COUNTS:
             slots = draw.permutation(2 * _NUM_ROWS)[:num_rows]
             yield (
                 f"R={num_rows}, H={num_heads}, D={head_size}, slots in any order",
-                arguments(num_heads, head_size, slots),
+                kv_store(draw, num_heads, head_size, slots),
             )
     some = [slot if slot % 3 else -1 for slot in draw.permutation(2 * _NUM_ROWS)[:_NUM_ROWS]]
-    yield "some rows not stored", arguments(3, 48, some)
-    yield "no row stored", arguments(3, 48, [-1] * 5)
-    yield "contiguous rows", arguments(4, 16, draw.permutation(2 * _NUM_ROWS)[:_NUM_ROWS], projection=False)
-    yield "more values than a block", arguments(20, 80, draw.permutation(2 * _NUM_ROWS)[:3])
+    yield "some rows not stored", kv_store(draw, 3, 48, some)
+    yield "no row stored", kv_store(draw, 3, 48, [-1] * 5)
+    yield "contiguous rows", kv_store(draw, 4, 16, draw.permutation(2 * _NUM_ROWS)[:_NUM_ROWS], projection=False)
+    yield "more values than a block", kv_store(draw, 20, 80, draw.permutation(2 * _NUM_ROWS)[:3])
 
 
 def _decode_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
-    def arguments(
-        num_heads: int, head_size: int, lengths: list[int], seq_ids: list[int], sharpness: float = 1
-    ) -> Arguments:
-        num_slots = sum(lengths) + 5
-        k_cache, v_cache = (draw.nan(num_slots, num_heads, head_size) for _ in range(2))
-        slots = draw.permutation(num_slots)[: sum(lengths)]
-        used = draw.index(*slots).long()
-        k_cache[used], v_cache[used] = (draw.normal(len(slots), num_heads, head_size) for _ in range(2))
-        # Rows end in unused entries, as the engine's do.
-        table = draw.index(*([-1] * (len(lengths) * (max(lengths) + 9)))).view(len(lengths), -1)
-        for sequence, length in enumerate(lengths):
-            table[sequence, :length] = draw.index(*slots[:length])
-            slots = slots[length:]
-        return {
-            "q": draw.strided(len(seq_ids), num_heads, head_size),
-            "k_cache": k_cache,
-            "v_cache": v_cache,
-            "slot_table": table,
-            "seq_ids": draw.index(*seq_ids),
-            "context_lens": draw.index(*(lengths[sequence] for sequence in seq_ids)),
-            "scale": sharpness * head_size**-0.5,
-        }
-
     lengths = [1, 2, 17, 63, 64, 65, 131]
     every = list(range(len(lengths)))
     for num_heads, head_size in _HEADS:
-        yield f"H={num_heads}, D={head_size}, ragged contexts", arguments(num_heads, head_size, lengths, every)
+        yield (
+            f"H={num_heads}, D={head_size}, ragged contexts",
+            decode_attention(draw, num_heads, head_size, lengths, every),
+        )
     for num_rows in (0, 1, len(lengths) - 1):
         seq_ids = sorted(draw.permutation(len(lengths))[:num_rows])
-        yield f"R={num_rows} of {len(lengths)}", arguments(2, 48, lengths, seq_ids)
-    yield "rows in any order", arguments(2, 48, lengths, draw.permutation(len(lengths)))
-    yield "sharp scores", arguments(2, 64, lengths, every, sharpness=20)
-    empty = arguments(2, 48, [5, 3, 70], [0, 1, 2])
+        yield f"R={num_rows} of {len(lengths)}", decode_attention(draw, 2, 48, lengths, seq_ids)
+    yield "rows in any order", decode_attention(draw, 2, 48, lengths, draw.permutation(len(lengths)))
+    yield "sharp scores", decode_attention(draw, 2, 64, lengths, every, sharpness=20)
+    empty = decode_attention(draw, 2, 48, [5, 3, 70], [0, 1, 2])
     yield "no context for one row", empty | {"context_lens": draw.index(5, 0, 70)}
-    shared = arguments(2, 48, [33, 33], [0, 1])
+    shared = decode_attention(draw, 2, 48, [33, 33], [0, 1])
     shared["slot_table"][1, :20] = shared["slot_table"][0, 5:25]
     yield "slots shared by two sequences", shared
-    shorter = arguments(2, 48, [9, 40], [1, 1, 0])
+    shorter = decode_attention(draw, 2, 48, [9, 40], [1, 1, 0])
     yield "two rows of one sequence, part of its context", shorter | {"context_lens": draw.index(40, 39, 3)}
 
 
 def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
-    def arguments(
-        num_heads: int,
-        head_size: int,
-        num_keys: list[int],
-        limits: list[list[int]] | None = None,
-        strided: bool = False,
-        sharpness: float = 1,
-    ) -> Arguments:
-        limits = [list(range(1, length + 1)) for length in num_keys] if limits is None else limits
-        starts_q, starts_k = [0], [0]
-        for length, of_sequence in zip(num_keys, limits, strict=True):
-            starts_q.append(starts_q[-1] + len(of_sequence))
-            starts_k.append(starts_k[-1] + length)
-        tensor = draw.strided if strided else draw.normal
-        return {
-            "q": tensor(starts_q[-1], num_heads, head_size),
-            "k": tensor(starts_k[-1], num_heads, head_size),
-            "v": tensor(starts_k[-1], num_heads, head_size),
-            "cu_seqlens_q": draw.index(*starts_q),
-            "cu_seqlens_k": draw.index(*starts_k),
-            "key_limits": draw.index(*(limit for of_sequence in limits for limit in of_sequence)),
-            "scale": sharpness * head_size**-0.5,
-        }
-
     for num_heads, head_size in _HEADS:
         name = f"H={num_heads}, D={head_size}, causal, ragged"
-        yield name, arguments(num_heads, head_size, [1, 7, 33, 67], strided=head_size == 64)
-    yield "one sequence of one token", arguments(2, 48, [1])
-    yield "no sequence", arguments(2, 48, [])
-    yield "sequences without tokens", arguments(2, 48, [0, 5, 0, 0, 3, 0])
-    yield "tile edges", arguments(2, 16, [31, 32, 33, 63, 64, 65])
-    yield "strided rows", arguments(2, 48, [5, 37], strided=True)
-    yield "sharp scores", arguments(2, 64, [5, 37], sharpness=20)
-    yield "fewer queries than keys", arguments(2, 48, [40, 9], [[38, 39, 40], [9]])
-    yield "more queries than keys", arguments(2, 48, [2, 3], [[0, 1, 1, 2], [0, 0, 3]])
-    yield "queries without keys", arguments(2, 48, [0, 3], [[0, 0], [1, 2, 3]])
-    yield "some queries missing", arguments(2, 48, [70], [[1, 2, 5, 33, 34, 64, 65, 70]])
-    yield "limits that do not increase", arguments(2, 48, [33], [[33, 1, 17, 0, 32, 5]])
+        yield name, prefill_attention(draw, num_heads, head_size, [1, 7, 33, 67], strided=head_size == 64)
+    yield "one sequence of one token", prefill_attention(draw, 2, 48, [1])
+    yield "no sequence", prefill_attention(draw, 2, 48, [])
+    yield "sequences without tokens", prefill_attention(draw, 2, 48, [0, 5, 0, 0, 3, 0])
+    yield "tile edges", prefill_attention(draw, 2, 16, [31, 32, 33, 63, 64, 65])
+    yield "strided rows", prefill_attention(draw, 2, 48, [5, 37], strided=True)
+    yield "sharp scores", prefill_attention(draw, 2, 64, [5, 37], sharpness=20)
+    yield "fewer queries than keys", prefill_attention(draw, 2, 48, [40, 9], [[38, 39, 40], [9]])
+    yield "more queries than keys", prefill_attention(draw, 2, 48, [2, 3], [[0, 1, 1, 2], [0, 0, 3]])
+    yield "queries without keys", prefill_attention(draw, 2, 48, [0, 3], [[0, 0], [1, 2, 3]])
+    yield "some queries missing", prefill_attention(draw, 2, 48, [70], [[1, 2, 5, 33, 34, 64, 65, 70]])
+    yield "limits that do not increase", prefill_attention(draw, 2, 48, [33], [[33, 1, 17, 0, 32, 5]])
 
 
 _makers: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = {

@@ -1,4 +1,4 @@
-"""The arguments of the row ops, made in one place for what validates, tunes, compiles and times them."""
+"""The arguments of the ops, made in one place for what validates, tunes, compiles and times them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RowArguments:
         if part == "qkv":
             return self.qkv_rows(config.num_heads, config.head_size)
         if part in config.layer_matrices:
-            return getattr(self, MATRIX_OPS[part])(config.layer_matrices[part])  # type: ignore[no-any-return]
+            return getattr(self, MATRIX_OPS[part])(config.layer_matrices[part])
         if part == "attend_rows":
             limits = [num_keys] * self.num_rows
             return self.attend_rows(config.num_heads, config.head_size, limits, max_context_len)
@@ -94,7 +94,7 @@ class RowArguments:
             num_positions = config.max_positions + config.position_offset
             return self.embed_rows(size, config.vocab_size, num_positions, config.position_offset)
         assert part in ("norm_rows", "gate_rows"), part
-        return getattr(self, part)(size)  # type: ignore[no-any-return]
+        return getattr(self, part)(size)
 
     def embed_rows(
         self, num_columns: int, num_tokens: int = 11, num_positions: int = 13, position_offset: int = 2
@@ -272,4 +272,70 @@ def plan_rows(
         "num_kv": unwritten(num_layers),
         "slots": unwritten(num_layers, num_rows),
         "key_limits": unwritten(num_layers, num_rows),
+    }
+
+
+def gather_layer_norm(draw: Draw, x: Tensor, row_ids: Tensor | None, affine: bool = True) -> Arguments:
+    weight, bias = (draw.normal(x.shape[1]) if affine else None for _ in range(2))
+    return {"x": x, "row_ids": row_ids, "weight": weight, "bias": bias, "eps": 1e-5}
+
+
+def kv_store(
+    draw: Draw, num_heads: int, head_size: int, slots: list[int], projection: bool = True, num_slots: int = 14
+) -> Arguments:
+    """projection: k and v are slices of the rows of one projection, as in a model."""
+    qkv = draw.normal(len(slots), 3, num_heads, head_size)
+    k, v = (qkv[:, 1], qkv[:, 2]) if projection else (qkv[:, 1].contiguous(), qkv[:, 2].contiguous())
+    k_cache, v_cache = (draw.nan(num_slots, num_heads, head_size) for _ in range(2))
+    return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": draw.index(*slots)}
+
+
+def decode_attention(
+    draw: Draw, num_heads: int, head_size: int, lengths: list[int], seq_ids: list[int], sharpness: float = 1
+) -> Arguments:
+    """lengths: of the sequences, all of which each of their rows attends to."""
+    num_slots = sum(lengths) + 5
+    k_cache, v_cache = (draw.nan(num_slots, num_heads, head_size) for _ in range(2))
+    slots = draw.index(*draw.permutation(num_slots)[: sum(lengths)])
+    for cache in (k_cache, v_cache):
+        cache[slots.long()] = draw.normal(len(slots), num_heads, head_size)
+    # Rows end in unused entries, as the engine's do.
+    table = torch.full((len(lengths), max(lengths) + 9), -1, dtype=torch.int32, device=draw.device)
+    for sequence, used in enumerate(torch.split(slots, lengths)):
+        table[sequence, : len(used)] = used
+    return {
+        "q": draw.strided(len(seq_ids), num_heads, head_size),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slot_table": table,
+        "seq_ids": draw.index(*seq_ids),
+        "context_lens": draw.index(*(lengths[sequence] for sequence in seq_ids)),
+        "scale": sharpness * head_size**-0.5,
+    }
+
+
+def prefill_attention(
+    draw: Draw,
+    num_heads: int,
+    head_size: int,
+    num_keys: list[int],
+    limits: list[list[int]] | None = None,
+    strided: bool = False,
+    sharpness: float = 1,
+) -> Arguments:
+    """num_keys: of each sequence. limits: of each of its queries; None: as many queries as keys, causal."""
+    limits = [list(range(1, length + 1)) for length in num_keys] if limits is None else limits
+    starts_q, starts_k = [0], [0]
+    for length, of_sequence in zip(num_keys, limits, strict=True):
+        starts_q.append(starts_q[-1] + len(of_sequence))
+        starts_k.append(starts_k[-1] + length)
+    tensor = draw.strided if strided else draw.normal
+    return {
+        "q": tensor(starts_q[-1], num_heads, head_size),
+        "k": tensor(starts_k[-1], num_heads, head_size),
+        "v": tensor(starts_k[-1], num_heads, head_size),
+        "cu_seqlens_q": draw.index(*starts_q),
+        "cu_seqlens_k": draw.index(*starts_k),
+        "key_limits": draw.index(*(limit for of_sequence in limits for limit in of_sequence)),
+        "scale": sharpness * head_size**-0.5,
     }

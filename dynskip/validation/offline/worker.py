@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -30,7 +29,17 @@ from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation.offline.compile_kernels import MISALIGNED
 from dynskip.validation.offline.resources import read_resources
 from dynskip.validation.offline.waits import acts_before_wait
-from dynskip.validation.op_arguments import MATRIX_OPS, RowArguments, bind, draw_rows, make_workspace
+from dynskip.validation.op_arguments import (
+    MATRIX_OPS,
+    RowArguments,
+    bind,
+    decode_attention,
+    draw_rows,
+    gather_layer_norm,
+    kv_store,
+    make_workspace,
+    prefill_attention,
+)
 from dynskip.validation.tensors import EmptyDraw
 
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
@@ -143,25 +152,18 @@ def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
 
 
 def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
-    backend = get_backend("triton")
-    floats = functools.partial(torch.empty, dtype=dtype)
-    shape = SHAPES[name]
-    size, head_size = shape.hidden_size, shape.head_size
-    x, y, parameter = floats(8, size), floats(4, size), floats(size)
-    qkv: Tensor = floats(8, 3, shape.num_heads, head_size)
-    q, k, v = qkv.unbind(1)
-    cache = floats(64, shape.num_heads, head_size)
-    scale = head_size**-0.5
-
-    def call(op: str, *args: object) -> Call:
-        return Call(op, f"{name}", functools.partial(getattr(backend, op), *args))
-
-    yield call("gather_layer_norm", x, _index(4), parameter, parameter, 1e-5)
-    yield call("gather_layer_norm", x, None, parameter, parameter, 1e-5)
-    yield call("scatter_add", x, _index(4), y)
-    yield call("kv_store", k, v, cache, cache, _index(8))
-    yield call("decode_attention", q, cache, cache, _index(4, 256), _index(8), _index(8), scale)
-    yield call("prefill_attention", q, k, v, _index(5), _index(5), _index(8), scale)
+    backend, shape, draw = get_backend("triton"), SHAPES[name], EmptyDraw(dtype)
+    heads, size = (shape.num_heads, shape.head_size), shape.hidden_size
+    x, row_ids = draw.normal(8, size), draw.index(*range(4))
+    for op, arguments in (
+        ("gather_layer_norm", gather_layer_norm(draw, x, row_ids)),
+        ("gather_layer_norm", gather_layer_norm(draw, x, None)),
+        ("scatter_add", {"x": x, "row_ids": row_ids, "y": draw.normal(4, size)}),
+        ("kv_store", kv_store(draw, *heads, list(range(8)))),
+        ("decode_attention", decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2)),
+        ("prefill_attention", prefill_attention(draw, *heads, [2] * 4, strided=True)),
+    ):
+        yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
 
 
 def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: bool) -> Iterator[Call]:
@@ -178,10 +180,6 @@ def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: b
             arguments = rows.of_decoder(part, config, num_keys=1, max_context_len=config.max_positions)
             workspace = make_workspace(row_ops, arguments)
             yield Call(op, case, bind(row_ops, op, arguments, workspace, deterministic))
-
-
-def _index(*sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=torch.int32)
 
 
 if __name__ == "__main__":
