@@ -135,7 +135,7 @@ ODD_MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a forward hook": (
         lambda m: layer(m).register_forward_hook(lambda module, args, output: 2 * output),
-        "layers.1 must have no forward hook, got test_source.*lambda.*Remove it",
+        "layers.1 must have no forward hook, got .*test_source.*lambda.*Remove it",
     ),
     "a forward pre-hook on the model": (
         lambda m: m.register_forward_pre_hook(lambda module, args: args),
@@ -152,7 +152,7 @@ ODD_MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "float8": (in_float8, "layers.1.fc1.weight of the model must be float32, .* got float8_e4m3fn"),
     "a tensor of another class": (
         wrapped_tensor,
-        "layers.1.fc1.weight .* must be a plain tensor, got test_source.Wrap",
+        "layers.1.fc1.weight .* must be a plain tensor, got .*test_source.Wrap",
     ),
     "two dtypes": (
         lambda m: layer(m).fc1.bfloat16(),

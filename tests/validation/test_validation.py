@@ -17,7 +17,7 @@ from dynskip import cli, ops
 from dynskip.cli.options import DTYPES
 from dynskip.cli.validate import OPS, ROW_OPS
 from dynskip.kernels.row_list import RowList, RowNorm, Workspace
-from dynskip.ops import row_reference
+from dynskip.ops import checked, row_reference
 from dynskip.ops.backends import Backend, available_backends, get_backend
 from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 from dynskip.validation.cases import make_cases
@@ -35,7 +35,7 @@ def validate_broken(
 ) -> list[Result]:
     """The results of `op` when a backend runs it as `broken`."""
     backend: Backend = dataclasses.replace(get_backend("torch"), **{op: broken})
-    monkeypatch.setattr(ops, "current_backend", lambda device: backend)
+    monkeypatch.setattr(checked, "current_backend", lambda device: backend)
     return validate("torch", dtype, progress=False, op_names=(op,))
 
 
