@@ -1,4 +1,4 @@
-"""`EXPERIMENTS`: what `dynskip eval` can run, by name, the most important first."""
+"""`TASKS` and `EXPERIMENTS`: what does each kind of work item, and what `dynskip eval` runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynskip.evaluation.experiments import controllers, depth, hidden_states, oracle, router, static
-from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.experiments.hidden_states import run_states
+from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.tasks.controller_runs import run_controlled, run_timed
+from dynskip.evaluation.tasks.generations import run_generate
+from dynskip.evaluation.tasks.prompt_facts import run_facts
+from dynskip.evaluation.tasks.router_cost import run_overhead
+from dynskip.evaluation.tasks.timing import run_time
+from dynskip.evaluation.tasks.trained_routes import run_route
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """run: does an item. alone: nothing else may run meanwhile."""
+
+    run: Callable[[WorkItem, Context], dict[str, Any]]
+    alone: bool = False
+
+
+TASKS = {
+    "generate": Task(run_generate),
+    "states": Task(run_states),
+    "facts": Task(run_facts),
+    "controlled": Task(run_controlled),
+    "route": Task(run_route),
+    "time-controlled": Task(run_timed, alone=True),
+    "overhead": Task(run_overhead, alone=True),
+    "time": Task(run_time, alone=True),
+}
+
+
+def run_item(item: WorkItem, context: Context) -> dict[str, Any]:
+    """The result of ``item``, as JSON holds it: a function of the item and of what its hashes name."""
+    if item.task not in TASKS:
+        raise ValueError(f"run_item: the task must be one of {', '.join(TASKS)}, got {item.task!r}.")
+    return TASKS[item.task].run(item, context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +16,11 @@ from tqdm import tqdm
 
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.data.provenance import write_json
-from dynskip.evaluation.registry import EXPERIMENTS
+from dynskip.evaluation.registry import EXPERIMENTS, TASKS
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.dataset import duplicates, read_splits
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.task_registry import TASKS
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.workers import run_here, run_in_processes
 from dynskip.measure import machine
 
@@ -112,41 +111,36 @@ class EvalRun:
         """Do the missing items of an experiment, those that need the machine for themselves at the end."""
         shared = [item for item in missing if not TASKS[item.task].alone]
         alone = [item for item in missing if TASKS[item.task].alone]
-        expected = self._estimate(missing)
         num_workers = min(self.num_workers, len(shared)) or 1
-        total_s = sum(expected[item] for item in shared) / num_workers + sum(expected[item] for item in alone)
-        line = f"{name}: {len(missing)} items to do, about {duration(total_s)} ({len(self.store)} are done)"
+        line = (
+            f"{name}: {len(missing)} items to do, {self._time_left(missing, num_workers)} ({len(self.store)} are done)"
+        )
         self.log(line)
         if self.progress:
             print(line, file=sys.stderr)
+        here = num_workers == 1
+        first = run_here(shared, self.context) if here else run_in_processes(shared, self.setup, num_workers)
+        left = set(missing)
         with tqdm(
-            total=sum(expected.values()),
+            total=len(missing),
             desc=name,
             disable=not self.progress,
-            bar_format="{desc} {percentage:5.1f}%|{bar}| {elapsed} < {remaining}{postfix}",
+            bar_format="{desc} {n_fmt}/{total_fmt} items|{bar}| {elapsed}{postfix}",
         ) as bar:
-            streams = [run_here(alone, self.context)]
-            if num_workers == 1:
-                streams.insert(0, run_here(shared, self.context))
-            else:
-                streams.insert(0, run_in_processes(shared, self.setup, num_workers))
-            num_done = 0
-            for stream in streams:
-                for item, result, seconds in stream:
-                    self.store.add(item, result, seconds)
-                    num_done += 1
-                    bar.set_postfix_str(f"{num_done}/{len(missing)} items", refresh=False)
-                    bar.update(min(expected[item], bar.total - bar.n))
+            for item, result, seconds in chain(first, run_here(alone, self.context)):
+                self.store.add(item, result, seconds)
+                left.remove(item)
+                bar.set_postfix_str(f"left: {self._time_left(left, num_workers)}" if left else "", refresh=False)
+                bar.update()
 
-    def _estimate(self, missing: Sequence[WorkItem]) -> dict[WorkItem, float]:
-        """The seconds of each item: of those like it that are done, or by a probe of one of its kind."""
-        known: dict[tuple[str, str, str, bool], float] = {}
-        kinds = [(item.task, item.checkpoint, item.path, item.seed == 0) for item in missing]
-        for kind, item in zip(kinds, missing, strict=True):
-            if kind not in known:
-                done = self.store.seconds_like(item)
-                known[kind] = done if done is not None else TASKS[item.task].probe(item, self.context)
-        return dict(zip(missing, (known[kind] for kind in kinds), strict=True))
+    def _time_left(self, items: Collection[WorkItem], num_workers: int) -> str:
+        """How long ``items`` should take, by the finished ones of their kinds; nothing is known of other kinds yet."""
+        known = {item: seconds for item in items if (seconds := self.store.seconds_like(item)) is not None}
+        if not known:
+            return "time not known yet"
+        total_s = sum(seconds / (1 if TASKS[item.task].alone else num_workers) for item, seconds in known.items())
+        new = len(items) - len(known)
+        return f"about {duration(total_s)}" + (f" and {new} of kinds not timed yet" if new else "")
 
     def _guard(self) -> None:
         """Record this start, unless the folder was begun with another setup."""

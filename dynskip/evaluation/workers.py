@@ -12,10 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
+from dynskip.evaluation.registry import run_item
 from dynskip.evaluation.sweep.context import Context
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.task_registry import run_item
+from dynskip.evaluation.sweep.store import WorkItem
 
 Finished = tuple[WorkItem, dict[str, Any], float]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynskip.evaluation.stats.correlation import (
+from dynskip.evaluation.stats.intervals import (
     correlations,
     explained_by_groups,
     pearson,
@@ -15,7 +15,7 @@ from dynskip.evaluation.stats.correlation import (
     ranks,
     spearman,
 )
-from dynskip.evaluation.tasks.task_types import FIRST_WORDS, OTHER, task_type
+from dynskip.evaluation.tasks.prompt_facts import FIRST_WORDS, OTHER, task_type
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
 

@@ -17,7 +17,7 @@ from dynskip import SamplingParams
 from dynskip.controllers import ModelSizes, TokenContext, make_controller, save_controller
 from dynskip.engine.closed_batch import Generation
 from dynskip.evaluation.experiments.controllers import Point, _over
-from dynskip.evaluation.sweep.controller_folder import ControllerFolder
+from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.tasks.controller_runs import SequenceCounter
 
 

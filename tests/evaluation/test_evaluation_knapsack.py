@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynskip.evaluation.stats.knapsack import Hulls, Knapsack, choose, smallest_budgets
-from dynskip.evaluation.stats.null_model import NullModel
+from dynskip.evaluation.stats.oracle_controls import NullModel
 
 PAPER_COSTS = (4, 8, 12, 24)
 PAPER_MEANS = (0.2493, 0.3085, 0.3208, 0.3418)

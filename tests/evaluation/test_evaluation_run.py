@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +21,10 @@ from models import tiny_hf, tiny_model
 from dynskip.assets import opt_mini_directory
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.cli import main
+from dynskip.evaluation.registry import EXPERIMENTS, run_item
 from dynskip.evaluation.run import EvalRun, duration, num_parameters
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.task_registry import run_item
 from dynskip.evaluation.tasks.generations import generate_items, read_generations
 
 pytest.importorskip("datasets", reason="datasets is not installed")
@@ -325,8 +327,13 @@ def test_workers_end_with_a_killed_parent_and_give_what_one_process_gives(
 def test_an_estimate_comes_first(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with EvalRun(tiny_setup(folder), tmp_path, progress=True) as evaluation:
         evaluation.run(["static"])
-    error = capsys.readouterr().err
-    assert error.index("static: 5 items to do, about ") < error.index("/5 items")
+        error = capsys.readouterr().err
+        assert error.index("static: 5 items to do, time not known yet (0 are done)") < error.index("5/5 items")
+        # Finished items tell how long others of their kinds take.
+        items = EXPERIMENTS["static"].plan(evaluation.setup, evaluation.store)
+        assert re.fullmatch(r"about \d+ s", evaluation._time_left(items, num_workers=1))
+        new = dataclasses.replace(items[0], path="uniform:1")
+        assert evaluation._time_left([items[0], new], num_workers=1).endswith(" s and 1 of kinds not timed yet")
     assert "static: 5 items to do" in (tmp_path / "log.txt").read_text()
     assert [duration(seconds) for seconds in (0.2, 80, 600, 9000)] == ["1 s", "80 s", "10 min", "2.5 h"]
 

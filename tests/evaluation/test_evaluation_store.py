@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynskip.evaluation.sweep.items import WorkItem
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 
 
 def item(shard: int, **changes: object) -> WorkItem:
@@ -57,7 +56,7 @@ def test_results_are_there_again(tmp_path: Path) -> None:
             store.add(item(shard), result(shard), seconds=1.5)
         assert store.missing([item(4), item(1), item(4)]) == [item(4)]
     with ItemStore(tmp_path / "items.jsonl") as store:
-        assert len(store) == 3 and store.result(item(2)) == result(2) and store.seconds(item(2)) == 1.5
+        assert len(store) == 3 and store.result(item(2)) == result(2)
         assert store.total_seconds == 4.5
         assert store.seconds_like(item(9)) == 1.5 and store.seconds_like(item(0, path="full")) is None
         with pytest.raises(ValueError, match="the item must be new"):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from evaluation_models import tiny_setup
 
+from dynskip.evaluation.registry import run_item
 from dynskip.evaluation.routers import prompt_transformer
 from dynskip.evaluation.routers.prompt_transformer import MAX_TOKENS, PromptTransformer
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.task_registry import run_item
 from dynskip.evaluation.tasks.trained_routes import read_chosen, route_item
 
 CLASSES = 3

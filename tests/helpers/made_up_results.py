@@ -13,9 +13,8 @@ from dynskip.evaluation.experiments.hidden_states import METRICS, num_prompts
 from dynskip.evaluation.registry import EXPERIMENTS
 from dynskip.evaluation.routers.path_router import PredictorName
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import stable_seed
 
 NUM_LAYERS = 24

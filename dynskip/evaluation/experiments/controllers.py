@@ -14,10 +14,9 @@ import numpy as np
 
 from dynskip.controllers.storage import load_controller
 from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, bootstrap_mean
-from dynskip.evaluation.sweep.controller_folder import ControllerFolder
-from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.setup import Setup, path_text
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.controller_runs import ARGMAX, controlled_items, timed_item
 from dynskip.evaluation.tasks.path_families import families, greedy, greedy_items
 from dynskip.evaluation.tasks.timing import read_savings, read_speedups, read_times

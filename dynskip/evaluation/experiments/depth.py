@@ -7,13 +7,20 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.routers.path_router import Integers
-from dynskip.evaluation.stats.correlation import correlations, explained_by_groups, permutation_p, spearman
-from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, bootstrap_mean
+from dynskip.evaluation.stats.intervals import (
+    Floats,
+    Interval,
+    bootstrap,
+    bootstrap_mean,
+    correlations,
+    explained_by_groups,
+    permutation_p,
+    spearman,
+)
 from dynskip.evaluation.stats.knapsack import Knapsack
 from dynskip.evaluation.stats.operating_points import operating_points
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import (
     Member,
     choices,

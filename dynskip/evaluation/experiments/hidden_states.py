@@ -6,7 +6,6 @@ skipping (ULS), random skipping (RLS, with and without the first layer kept) and
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.dataset import Row
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import stable_seed
 from dynskip.llm import LLM
 from dynskip.paths import LayerPath
@@ -77,18 +75,6 @@ def run_states(item: WorkItem, context: Context) -> dict[str, Any]:
     """By strategy and metric the mean over the response of each prompt in the shard; and how many tokens that were."""
     rows = _shard(item, context)
     return compare_states(context.llm(item.checkpoint, "float32"), rows, item.path.split(), item.seed)
-
-
-def probe_states(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take, from two of its prompts."""
-    rows = _shard(item, context)
-    llm = context.llm(item.checkpoint, "float32")
-    some = rows[:4]
-    compare_states(llm, some[:1], item.path.split()[:1], item.seed)
-    start = time.perf_counter()
-    compare_states(llm, some, item.path.split(), item.seed)
-    num_tokens = [sum(len(row.prompt_ids) + len(row.response_ids) for row in part) for part in (rows, some)]
-    return (time.perf_counter() - start) * num_tokens[0] / num_tokens[1]
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ import numpy as np
 
 from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean, point
 from dynskip.evaluation.stats.oracle_controls import OracleScores, dealt
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import (
     Member,
     choices,

@@ -13,9 +13,8 @@ import numpy as np
 from dynskip.evaluation.routers.gain_share import captured_share
 from dynskip.evaluation.routers.path_router import Integers
 from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import Member, choices, notes_on_choices
 from dynskip.evaluation.tasks.prompt_facts import facts_items
 from dynskip.evaluation.tasks.router_cost import overhead_items

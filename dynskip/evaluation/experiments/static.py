@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dynskip.evaluation.stats.intervals import Interval, bootstrap_mean
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, Member, families, greedy, greedy_items
 from dynskip.evaluation.tasks.timing import Part, read_savings, read_speedups, read_times, time_item
 

@@ -13,7 +13,7 @@ from dynskip.evaluation.report.claims import Summary
 from dynskip.evaluation.report.evidence import ceiling, direction, holm, kept_by_means, luck, negated, p_value
 from dynskip.evaluation.report.rows import Row, distinct, find, select
 from dynskip.evaluation.stats.knapsack import smallest_budgets
-from dynskip.evaluation.stats.null_model import NullModel
+from dynskip.evaluation.stats.oracle_controls import NullModel
 
 GRID_STEPS = 500  # mean budgets of the paper's oracle: 0.04 layers of 24
 NEAR_FLOOR = 0.1  # of the way from the cheapest path to full depth: below it a budget is near the cheapest path

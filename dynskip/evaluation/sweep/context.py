@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dynskip.evaluation.sweep.checkpoints import check_tokenizer
+from dynskip.evaluation.sweep.checkpoints import Checkpoint, check_tokenizer
 from dynskip.evaluation.sweep.dataset import Prompts, Row, encode_prompts, read_splits
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import Option, WorkItem
 from dynskip.llm import LLM
 
 # Items are ordered by checkpoint; siblings that are timed in turns have to be there together.
@@ -81,6 +81,17 @@ def num_rows(setup: Setup, split: str) -> int:
     return setup.train_prompts or setup.prompts if split == "train" else setup.prompts
 
 
-def num_shards(setup: Setup, split: str) -> int:
-    """How many items it takes to go through the prompts of ``split`` once."""
-    return -(-num_rows(setup, split) // setup.shard_size)
+def shard_items(
+    setup: Setup, task: str, checkpoint: Checkpoint, path: str, split: str, seed: int = 0, **options: Option
+) -> list[WorkItem]:
+    """The items of ``task`` that go through the prompts of ``split`` once, with ``options`` beside those of all."""
+    options |= {
+        "max_tokens": setup.max_tokens,
+        "num_rows": num_rows(setup, split),
+        "shard_size": setup.shard_size,
+        "split_seed": setup.split_seed,
+        "template": setup.template,
+    }
+    named = tuple(sorted(options.items()))
+    shards = range(-(-num_rows(setup, split) // setup.shard_size))
+    return [WorkItem(task, checkpoint.hash, path, setup.data_hash, split, seed, shard, named) for shard in shards]

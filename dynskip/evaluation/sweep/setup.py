@@ -10,8 +10,7 @@ from typing import Any
 
 from dynskip.data.provenance import file_hash
 from dynskip.data.templates import TEMPLATES
-from dynskip.evaluation.sweep.checkpoints import Checkpoint
-from dynskip.evaluation.sweep.controller_folder import ControllerFolder
+from dynskip.evaluation.sweep.checkpoints import Checkpoint, ControllerFolder
 from dynskip.evaluation.sweep.dataset import SPLITS
 from dynskip.paths import LayerPath
 

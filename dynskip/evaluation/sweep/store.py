@@ -1,15 +1,67 @@
-"""`ItemStore`: finished work items in one file, a line each, that a kill at any byte cannot damage."""
+"""`WorkItem`, one piece of a sweep as plain data, and `ItemStore`, which keeps finished ones through any kill."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynskip.evaluation.sweep.items import WorkItem
+Option = str | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """What one piece of work depends on; equal items give equal results, whoever asks for them.
+
+    task: the name of the function that does it. checkpoint: the hash of the weights.
+    path: the layer paths, or the controller, as text. data: the hash of the data file. split: "train", "validation",
+    "test". seed: what is drawn with; 0 where nothing is. shard: which prompts of the split.
+    options: what else a task needs to know, as sorted pairs.
+    """
+
+    task: str
+    checkpoint: str
+    path: str
+    data: str
+    split: str
+    seed: int
+    shard: int
+    options: tuple[tuple[str, Option], ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.options) != sorted(self.options):
+            raise ValueError(f"WorkItem: options must be sorted by name, got {self.options}. Use sorted(...).")
+
+    @property
+    def key(self) -> str:
+        """The SHA-256 of the item's content: the same in every process and on every machine."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def kind(self) -> tuple[str, str, str, bool]:
+        """What items have in common that should take equally long: all but shard, seed and options."""
+        return self.task, self.checkpoint, self.path, self.seed == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The item as JSON holds it."""
+        return dataclasses.asdict(self) | {"options": dict(self.options)}
+
+    @staticmethod
+    def from_dict(fields: dict[str, Any]) -> WorkItem:
+        """The item that :meth:`to_dict` wrote."""
+        return WorkItem(**{**fields, "options": tuple(sorted(fields["options"].items()))})
+
+    def option(self, name: str) -> Option:
+        """The option called ``name``; KeyError where the item has none."""
+        return dict(self.options)[name]
 
 
 class ItemStore:
@@ -24,6 +76,7 @@ class ItemStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines: dict[str, dict[str, Any]] = {}
+        self._seconds: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock()
@@ -55,10 +108,6 @@ class ItemStore:
         result: dict[str, Any] = self._lines[item.key]["result"]
         return result
 
-    def seconds(self, item: WorkItem) -> float:
-        """How long the item took."""
-        return float(self._lines[item.key]["seconds"])
-
     @property
     def total_seconds(self) -> float:
         """How long all items took, one after another."""
@@ -66,8 +115,7 @@ class ItemStore:
 
     def seconds_like(self, item: WorkItem) -> float | None:
         """How long finished items like ``item`` took, those of other shards and seeds; None without any."""
-        kind = _kind(item.to_dict())
-        found = [float(line["seconds"]) for line in self._lines.values() if _kind(line["item"]) == kind]
+        found = self._seconds.get(item.kind)
         return sum(found) / len(found) if found else None
 
     def missing(self, items: Iterable[WorkItem]) -> list[WorkItem]:
@@ -98,7 +146,7 @@ class ItemStore:
                 f"ItemStore.add: {self.path} must take {len(line)} bytes more, got: {error.strerror}. "
                 "Finished items are safe; make room and start the same command again",
             ) from error
-        self._lines[item.key] = entry
+        self._keep(item, entry)
 
     def _lock(self) -> None:
         try:
@@ -117,8 +165,8 @@ class ItemStore:
         for number, line in enumerate(content[:end].splitlines(), start=1):
             try:
                 entry = json.loads(line)
-                key = WorkItem.from_dict(entry["item"]).key
-                sound = key == entry["key"] and isinstance(entry["result"], dict) and entry["seconds"] >= 0
+                item = WorkItem.from_dict(entry["item"])
+                sound = item.key == entry["key"] and isinstance(entry["result"], dict) and entry["seconds"] >= 0
             except (ValueError, TypeError, KeyError):
                 sound = False
             if not sound:
@@ -126,8 +174,9 @@ class ItemStore:
                     f"ItemStore: {self.path} must hold a finished item in each line, got a damaged line {number}. "
                     "Remove that line; its item is then done again."
                 )
-            self._lines.setdefault(key, entry)
+            if item not in self:
+                self._keep(item, entry)
 
-
-def _kind(fields: dict[str, Any]) -> tuple[Any, ...]:
-    return fields["task"], fields["checkpoint"], fields["path"], fields["seed"] == 0
+    def _keep(self, item: WorkItem, entry: dict[str, Any]) -> None:
+        self._lines[item.key] = entry
+        self._seconds[item.kind].append(float(entry["seconds"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from dynskip.controllers import TokenContext, TokenController, load_controller
 from dynskip.engine.closed_batch import Generation
-from dynskip.evaluation.sweep.context import Context, num_rows, num_shards
-from dynskip.evaluation.sweep.controller_folder import ControllerFolder
-from dynskip.evaluation.sweep.items import WorkItem
+from dynskip.evaluation.sweep.checkpoints import ControllerFolder
+from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.setup import Setup, path_text
+from dynskip.evaluation.sweep.store import WorkItem
 from dynskip.evaluation.tasks.rouge import rouge_l
-from dynskip.evaluation.tasks.timing import decode_ms, machine_name
+from dynskip.evaluation.tasks.timing import decode_ms, machine_item
 from dynskip.llm import LLM
 from dynskip.measure.timing import interleave
 from dynskip.paths import LayerPath
@@ -57,33 +56,21 @@ class SequenceCounter:
 
 def controlled_items(setup: Setup, controller: ControllerFolder, seed: int) -> list[WorkItem]:
     """The items that generate greedily while ``controller`` decides: the likelier way for seed 0, else sampled."""
-    options: dict[str, str | int | float] = {
-        "controller": controller.hash,
-        "dtype": setup.dtype,
-        "kv_policy": controller.kv_policy or "",
-        "max_tokens": setup.max_tokens,
-        "num_rows": num_rows(setup, setup.split),
-        "prompt_depth": controller.prompt_depth,
-        "shard_size": setup.shard_size,
-        "split_seed": setup.split_seed,
-        "template": setup.template,
-    }
-    return [
-        WorkItem(
-            "controlled",
-            controller.checkpoint.hash,
-            controller.label,
-            setup.data_hash,
-            setup.split,
-            seed,
-            shard,
-            tuple(sorted(options.items())),
-        )
-        for shard in range(num_shards(setup, setup.split))
-    ]
+    return shard_items(
+        setup,
+        "controlled",
+        controller.checkpoint,
+        controller.label,
+        setup.split,
+        seed,
+        controller=controller.hash,
+        dtype=setup.dtype,
+        kv_policy=controller.kv_policy or "",
+        prompt_depth=controller.prompt_depth,
+    )
 
 
-def run_controlled(item: WorkItem, context: Context, max_tokens: int | None = None) -> dict[str, Any]:
+def run_controlled(item: WorkItem, context: Context) -> dict[str, Any]:
     """Row by row of the shard: ROUGE-L, number of new tokens, layers that decided tokens ran, and how many those were.
 
     The token that follows the prompt is not decided on, nor is the last one run.
@@ -92,7 +79,7 @@ def run_controlled(item: WorkItem, context: Context, max_tokens: int | None = No
     llm = context.llm(item.checkpoint)
     rows = context.shard(item)
     controller = loaded(setup, str(item.option("controller")), llm, item.seed)
-    params = [SamplingParams(max_tokens=max_tokens or setup.max_tokens)] * len(rows)
+    params = [SamplingParams(max_tokens=setup.max_tokens)] * len(rows)
     prompts = [list(row.prompt_ids) for row in rows]
     if isinstance(controller, TokenController):
         counter = SequenceCounter(controller)
@@ -122,19 +109,6 @@ def run_controlled(item: WorkItem, context: Context, max_tokens: int | None = No
     }
 
 
-def probe_controlled(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take, from its prompts and a few of its tokens."""
-
-    def elapsed(max_tokens: int) -> float:
-        start = time.perf_counter()
-        run_controlled(item, context, max_tokens)
-        return time.perf_counter() - start
-
-    elapsed(1)
-    first, few = elapsed(1), elapsed(9)
-    return first + max(0.0, few - first) / 8 * context.setup.max_tokens * 0.6
-
-
 def timed_item(setup: Setup, controllers: Sequence[ControllerFolder], batch: int) -> WorkItem:
     """The item that times decode steps of ``batch`` sequences, controllers and uniform paths in turns."""
     budgets = sorted({*setup.candidates, setup.num_layers})
@@ -142,16 +116,8 @@ def timed_item(setup: Setup, controllers: Sequence[ControllerFolder], batch: int
         "controllers": {controller.label: controller.hash for controller in controllers},
         "paths": {path: path for path in (path_text(budget, setup.num_layers) for budget in budgets)},
     }
-    options = (
-        ("batch", batch),
-        ("device", setup.device),
-        ("dtype", setup.dtype),
-        ("machine", machine_name(setup.device)),
-        ("rounds", setup.timed_rounds),
-        ("template", setup.template),
-    )
     text = json.dumps(content, sort_keys=True)
-    return WorkItem("time-controlled", setup.checkpoint.hash, text, setup.data_hash, setup.split, 0, 0, options)
+    return machine_item(setup, "time-controlled", text, batch=batch, dtype=setup.dtype, rounds=setup.timed_rounds)
 
 
 def run_timed(item: WorkItem, context: Context) -> dict[str, Any]:
@@ -179,16 +145,6 @@ def run_timed(item: WorkItem, context: Context) -> dict[str, Any]:
     tasks |= {label: steered(controller_hash) for label, controller_hash in content["controllers"].items()}
     samples = interleave(tasks, setup.timed_rounds)
     return {"ms_per_token": {label: [round(ms, 6) for (ms,) in sample.rounds] for label, sample in samples.items()}}
-
-
-def probe_timed(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take, from one batch at full depth."""
-    setup = context.setup
-    rows = context.prompts(setup.checkpoint.hash, item.split).rows
-    prompts = [list(rows[place % len(rows)].prompt_ids) for place in range(int(item.option("batch")))]
-    start = time.perf_counter()
-    decode_ms(context.llm(setup.checkpoint.hash), prompts, LayerPath.full(setup.num_layers))
-    return (time.perf_counter() - start) * sum(map(len, json.loads(item.path).values())) * setup.timed_rounds
 
 
 def folder_of(setup: Setup, controller_hash: str) -> ControllerFolder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
-from dynskip.evaluation.sweep.context import Context, num_rows, num_shards
+from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.rouge import rouge_l
 from dynskip.llm import Output
 from dynskip.paths import LayerPath
@@ -48,29 +46,8 @@ def generate_items(
 ) -> list[WorkItem]:
     """The items that generate for every prompt of ``split`` along each of ``paths``, greedily for seed 0."""
     split = split or setup.split
-    options: dict[str, str | int | float] = {
-        "dtype": setup.dtype,
-        "max_tokens": setup.max_tokens,
-        "num_rows": num_rows(setup, split),
-        "shard_size": setup.shard_size,
-        "split_seed": setup.split_seed,
-        "template": setup.template,
-    }
-    if seed != GREEDY:
-        options |= {"temperature": setup.temperature, "top_p": setup.top_p}
-    return [
-        WorkItem(
-            "generate",
-            checkpoint.hash,
-            " ".join(paths),
-            setup.data_hash,
-            split,
-            seed,
-            shard,
-            tuple(sorted(options.items())),
-        )
-        for shard in range(num_shards(setup, split))
-    ]
+    drawn = {} if seed == GREEDY else {"temperature": setup.temperature, "top_p": setup.top_p}
+    return shard_items(setup, "generate", checkpoint, " ".join(paths), split, seed, dtype=setup.dtype, **drawn)
 
 
 def run_generate(item: WorkItem, context: Context) -> dict[str, Any]:
@@ -80,7 +57,7 @@ def run_generate(item: WorkItem, context: Context) -> dict[str, Any]:
     """
     rows = context.shard(item)
     paths = item.path.split()
-    outputs = _generate(item, context, rows, context.setup.max_tokens)
+    outputs = _generate(item, context, rows)
     texts = [output.text or "" for output in outputs]
     scores = rouge_l([row.reference for row in rows for _ in paths], texts, num_processes=1)
     by_path = {}
@@ -94,28 +71,11 @@ def run_generate(item: WorkItem, context: Context) -> dict[str, Any]:
     return {"rows": [row.index for row in rows], "paths": by_path}
 
 
-def probe_generate(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take, from a few tokens of a few of its prompts."""
-    rows = context.shard(item)
-    some = rows[:16]
-
-    def elapsed(max_tokens: int) -> float:
-        start = time.perf_counter()
-        _generate(item, context, some, max_tokens)
-        return time.perf_counter() - start
-
-    elapsed(1)  # what is done once only
-    first, few = elapsed(1), elapsed(9)
-    # Half of the sequences have ended after about half of the steps.
-    seconds = first + max(0.0, few - first) / 8 * context.setup.max_tokens * 0.6
-    return seconds * len(rows) / len(some)
-
-
-def _generate(item: WorkItem, context: Context, rows: Sequence[Row], max_tokens: int) -> list[Output]:
+def _generate(item: WorkItem, context: Context, rows: Sequence[Row]) -> list[Output]:
     """The outputs of each row along each path, paths side by side."""
     llm = context.llm(item.checkpoint)
     paths = item.path.split()
-    params = [_params(item, row.index, path, context.setup, max_tokens) for row in rows for path in paths]
+    params = [_params(item, row.index, path, context.setup) for row in rows for path in paths]
     parsed = [LayerPath.parse(path, llm.model.num_layers) for path in paths]
     outputs = llm.generate([list(row.prompt_ids) for row in rows for _ in paths], params, parsed * len(rows))
     for output in outputs:
@@ -144,9 +104,9 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def _params(item: WorkItem, row: int, path: str, setup: Setup, max_tokens: int) -> SamplingParams:
+def _params(item: WorkItem, row: int, path: str, setup: Setup) -> SamplingParams:
     if item.seed == GREEDY:
-        return SamplingParams(max_tokens=max_tokens)
+        return SamplingParams(max_tokens=setup.max_tokens)
     # Every path draws its own numbers: equal ones would make the texts of two depths alike by chance.
     seed = stable_seed("generate", item.checkpoint, path, item.split, row, item.seed)
-    return SamplingParams(max_tokens=max_tokens, temperature=setup.temperature, top_p=setup.top_p, seed=seed)
+    return SamplingParams(max_tokens=setup.max_tokens, temperature=setup.temperature, top_p=setup.top_p, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,10 @@ from dynskip.data.templates import TEMPLATES
 from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
 from dynskip.evaluation.stats.intervals import Floats
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
-from dynskip.evaluation.sweep.context import Context, num_rows, num_shards
+from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.tasks.task_types import task_type
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.llm import LLM
 
 _TOKENS_PER_BATCH = 4096
@@ -28,17 +27,7 @@ NUMBERS = ("prompt_length", "response_length", "full_loss")
 
 def facts_items(setup: Setup, checkpoint: Checkpoint, split: str) -> list[WorkItem]:
     """The items that describe every prompt of ``split`` as ``checkpoint`` reads it at full depth."""
-    options = (
-        ("max_tokens", setup.max_tokens),
-        ("num_rows", num_rows(setup, split)),
-        ("shard_size", setup.shard_size),
-        ("split_seed", setup.split_seed),
-        ("template", setup.template),
-    )
-    return [
-        WorkItem("facts", checkpoint.hash, "full", setup.data_hash, split, 0, shard, options)
-        for shard in range(num_shards(setup, split))
-    ]
+    return shard_items(setup, "facts", checkpoint, "full", split)
 
 
 def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
@@ -60,18 +49,6 @@ def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
         "full_loss": [round(loss, 6) for loss in reference_losses(llm, rows)],
         "task_type": [task_type(row.instruction.instruction) for row in rows],
     }
-
-
-def probe_facts(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take, from its first few prompts."""
-    import time
-
-    rows = context.shard(item)
-    llm = context.llm(item.checkpoint)
-    reference_losses(llm, rows[:1])
-    start = time.perf_counter()
-    reference_losses(llm, rows[:4])
-    return (time.perf_counter() - start) * len(rows) / len(rows[:4])
 
 
 def read_features(store: ItemStore, items: Sequence[WorkItem]) -> Floats:
@@ -131,3 +108,46 @@ def reference_losses(llm: LLM, rows: Sequence[Row]) -> list[float]:
 def _column(store: ItemStore, items: Sequence[WorkItem], name: str) -> list[Any]:
     ordered = sorted(items, key=lambda item: item.shard)
     return [value for item in ordered for value in store.result(item)[name]]
+
+
+OTHER = "other"
+FIRST_WORDS = {
+    "write": "write compose create generate draft design construct develop make produce craft invent imagine tell "
+    "brainstorm devise form formulate come build",
+    "rewrite": "rewrite edit convert translate change fix correct revise rephrase paraphrase reword replace transform "
+    "modify improve add insert remove delete simplify reorder rearrange arrange sort complete fill combine update "
+    "adapt format reformat turn expand proofread restructure switch reverse extend finish",
+    "explain": "explain describe discuss define elaborate illustrate outline clarify interpret argue",
+    "summarise": "summarize summarise condense shorten abbreviate",
+    "list": "list name give provide suggest propose recommend state cite offer mention",
+    "classify": "classify identify categorize categorise detect determine select choose pick decide judge label rank "
+    "rate group match tag evaluate assess analyze analyse compare contrast find locate extract highlight recognize "
+    "predict estimate check verify spot distinguish",
+    "calculate": "calculate compute solve multiply divide count sum simulate",
+    "question": "what who whom whose which when where why how is are was were do does did can could should would will "
+    "has have if",
+}
+_WORD = re.compile(r"[A-Za-z]+")
+_TYPE_OF = {word: kind for kind, words in FIRST_WORDS.items() for word in words.split()}
+_POLITE = frozenset(("please", "kindly", "now", "then"))
+# "Given a list of names, sort it": the verb follows the comma.
+_OPENINGS = frozenset(("given", "in", "for", "using", "based", "from", "with", "as", "after", "considering", "suppose"))
+
+
+def task_type(instruction: str) -> str:
+    """The type of an instruction, a key of ``FIRST_WORDS``, by its first word; "other" for a word not listed there.
+
+    Polite words are passed over, and of an instruction that opens with "given", "in" and the like what stands before
+    the first comma is.
+    """
+    words = _words(instruction)
+    if words and words[0] in _OPENINGS:
+        words = _words(instruction.partition(",")[2])
+    return _TYPE_OF.get(words[0], OTHER) if words else OTHER
+
+
+def _words(text: str) -> list[str]:
+    words = [word.lower() for word in _WORD.findall(text)]
+    while words and words[0] in _POLITE:
+        words.pop(0)
+    return words

@@ -10,10 +10,10 @@ import torch
 
 from dynskip.evaluation.routers.path_router import PathRouter, PredictorName, RouterController, router_inputs
 from dynskip.evaluation.sweep.context import Context, num_rows
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import WorkItem
 from dynskip.evaluation.tasks.prompt_facts import embed, template_heads
-from dynskip.evaluation.tasks.timing import machine_name
+from dynskip.evaluation.tasks.timing import machine_item
 from dynskip.paths import LayerPath
 
 _NUM_ROUNDS = 30
@@ -22,17 +22,8 @@ _WARM_ROUNDS = 3
 
 def overhead_items(setup: Setup) -> list[WorkItem]:
     """One item for each predictor; on another machine they are other items."""
-    options = (
-        ("batch", setup.timed_batch),
-        ("device", setup.device),
-        ("machine", machine_name(setup.device)),
-        ("num_rows", num_rows(setup, "train")),
-        ("template", setup.template),
-    )
-    return [
-        WorkItem("overhead", setup.checkpoint.hash, name, setup.data_hash, setup.split, 0, 0, options)
-        for name in get_args(PredictorName)
-    ]
+    options = {"batch": setup.timed_batch, "num_rows": num_rows(setup, "train")}
+    return [machine_item(setup, "overhead", name, **options) for name in get_args(PredictorName)]
 
 
 def run_overhead(item: WorkItem, context: Context) -> dict[str, Any]:
@@ -66,8 +57,3 @@ def run_overhead(item: WorkItem, context: Context) -> dict[str, Any]:
     single = [route(place, 1) for place in rounds][_WARM_ROUNDS:]
     batched = [route(place * setup.timed_batch, setup.timed_batch) for place in rounds][_WARM_ROUNDS:]
     return {"single_ms": [round(ms, 6) for ms in single], "batched_ms": [round(ms, 6) for ms in batched]}
-
-
-def probe_overhead(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take: mostly the fit, which grows with the training prompts."""
-    return 2.0 + (0.04 if item.path == "transformer" else 0.01) * num_rows(context.setup, "train")

@@ -14,9 +14,8 @@ from dynskip.evaluation.stats.intervals import Floats
 from dynskip.evaluation.stats.knapsack import Knapsack
 from dynskip.evaluation.stats.operating_points import operating_points
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import generate_items, read_generations
 from dynskip.evaluation.tasks.path_families import Member, choices, greedy, greedy_items
 from dynskip.evaluation.tasks.prompt_facts import facts_items, read_features

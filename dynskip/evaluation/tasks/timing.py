@@ -14,9 +14,8 @@ import numpy as np
 from dynskip.engine.closed_batch import Generation
 from dynskip.evaluation.stats.intervals import Interval, bootstrap
 from dynskip.evaluation.sweep.context import Context
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.execution.compact import CompactExecutor
 from dynskip.llm import LLM
 from dynskip.measure.machine import cpu_model
@@ -39,16 +38,16 @@ class Part:
 
 
 def time_item(setup: Setup, batches: Mapping[str, Sequence[Part]]) -> WorkItem:
-    """The item that times decode steps of the batches, by label, in turns; on another machine it is another item."""
+    """The item that times decode steps of the batches, by label, in turns."""
     text = json.dumps({label: [[p.checkpoint, p.path, p.count] for p in parts] for label, parts in batches.items()})
-    options = (
-        ("device", setup.device),
-        ("dtype", setup.dtype),
-        ("machine", machine_name(setup.device)),
-        ("rounds", setup.timed_rounds),
-        ("template", setup.template),
-    )
-    return WorkItem("time", setup.checkpoint.hash, text, setup.data_hash, setup.split, 0, 0, options)
+    return machine_item(setup, "time", text, dtype=setup.dtype, rounds=setup.timed_rounds)
+
+
+def machine_item(setup: Setup, task: str, path: str, **options: Option) -> WorkItem:
+    """The one item of a task that measures this machine; on another machine it is another item."""
+    options |= {"device": setup.device, "machine": machine_name(setup.device), "template": setup.template}
+    named = tuple(sorted(options.items()))
+    return WorkItem(task, setup.checkpoint.hash, path, setup.data_hash, setup.split, 0, 0, named)
 
 
 def machine_name(device: str) -> str:
@@ -115,18 +114,6 @@ def decode_ms(
     if isinstance(generation.executor, CompactExecutor):
         generation.executor.retire(generation.cache)
     return elapsed_ms
-
-
-def probe_time(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take, from one batch at full depth."""
-    rows = context.prompts(context.setup.checkpoint.hash, item.split).rows
-    llm = context.llm(context.setup.checkpoint.hash)
-    batches = json.loads(item.path)
-    count = max(sum(int(part[2]) for part in parts) for parts in batches.values())
-    prompts = [list(rows[seq % len(rows)].prompt_ids) for seq in range(count)]
-    start = time.perf_counter()
-    decode_ms(llm, prompts, [LayerPath.full(llm.model.num_layers)] * count)
-    return (time.perf_counter() - start) * len(batches) * (context.setup.timed_rounds + 1) / 2
 
 
 def read_times(store: ItemStore, item: WorkItem, resamples: int = 1000) -> dict[str, Interval]:

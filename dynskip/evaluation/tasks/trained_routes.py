@@ -12,9 +12,8 @@ from dynskip.evaluation.routers.path_router import PathRouter, PredictorName, ro
 from dynskip.evaluation.stats.knapsack import Integers
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, num_rows
-from dynskip.evaluation.sweep.items import WorkItem
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.prompt_facts import embed, template_heads
 
 TRAIN = "train"
@@ -58,11 +57,6 @@ def run_route(item: WorkItem, context: Context) -> dict[str, Any]:
     chosen = np.eye(len(task["costs"]))[labels]
     router = PathRouter(task["predictor"], task["costs"], item.seed).fit(inputs[0], chosen, labels, task["at"])
     return {"chosen": router.choose(inputs[1]).tolist(), "price": router.price}
-
-
-def probe_route(item: WorkItem, context: Context) -> float:
-    """The seconds that the item should take: those of a few dozen passes over the training prompts, six times."""
-    return 2.0 + 0.025 * num_rows(context.setup, TRAIN)
 
 
 def read_chosen(store: ItemStore, items: Sequence[WorkItem]) -> Integers:
