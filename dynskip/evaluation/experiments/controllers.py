@@ -19,7 +19,7 @@ from dynskip.evaluation.sweep.setup import Setup, path_text
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.controller_runs import ARGMAX, controlled_items, timed_item
 from dynskip.evaluation.tasks.path_families import families, greedy, greedy_items
-from dynskip.evaluation.tasks.timing import read_savings, read_speedups, read_times
+from dynskip.evaluation.tasks.timing import read_timings
 
 FIXED, STATIC = "fixed", "static"
 _FULL = "full"
@@ -84,14 +84,13 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         for controller in setup.controllers
         for seed in range(setup.controller_seeds + 1)
     ]
-    timed = {batch: timed_item(setup, setup.controllers, batch) for batch in (setup.timed_batch, 1)}
+    batched, single = (
+        read_timings(store, timed_item(setup, setup.controllers, batch), _FULL) for batch in (setup.timed_batch, 1)
+    )
     times = {
-        "ms_per_token": read_times(store, timed[setup.timed_batch]),
-        "ms_per_token_single": read_times(store, timed[1]),
-        "speedup": read_speedups(store, timed[setup.timed_batch], _FULL),
-        "speedup_single": read_speedups(store, timed[1], _FULL),
-        "ms_saved": read_savings(store, timed[setup.timed_batch], _FULL),
-        "ms_saved_single": read_savings(store, timed[1], _FULL),
+        metric + suffix: timings[metric]
+        for metric in batched
+        for suffix, timings in (("", batched), ("_single", single))
     }
     rows: list[dict[str, Any]] = []
     for point in (*static, *learned):
@@ -101,9 +100,11 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             point.layers_interval(setup.resamples).row(metric="layers", **labels),
             bootstrap_mean(point.num_tokens, resamples=setup.resamples).row(metric="num_tokens", **labels),
         ]
-        for metric, by_label in times.items():
-            if point.labels["timed_as"] in by_label:
-                rows.append(by_label[point.labels["timed_as"]].row(metric=metric, **labels))
+        rows += [
+            by_label[point.labels["timed_as"]].row(metric=metric, **labels)
+            for metric, by_label in times.items()
+            if point.labels["timed_as"] in by_label
+        ]
         if point.labels["kind"] == STATIC:
             continue
         alike = [other for other in learned if other.labels["kind"] == FIXED and _comparable(other, point)]

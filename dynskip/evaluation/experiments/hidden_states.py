@@ -21,14 +21,13 @@ from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import stable_seed
+from dynskip.evaluation.tasks.prompt_facts import TOKENS_PER_BATCH, padded
 from dynskip.llm import LLM
 from dynskip.paths import LayerPath
 
 FIXED, DRAWN = ("uls", "exit"), ("rls", "rls-first")
 METRICS = ("cosine_final", "cosine_layers", "kl", "same_token")
 _SHARD_SIZE = 50
-# States of all layers and logits of all tokens of a batch are held at once, twice.
-_TOKENS_PER_BATCH = 4096
 
 
 def strategy_path(strategy: str, budget: int, num_layers: int, seed: int, row: int) -> LayerPath:
@@ -85,9 +84,9 @@ def compare_states(llm: LLM, rows: Sequence[Row], strategies: Sequence[str], see
         strategy: {metric: [0.0] * len(rows) for metric in METRICS} for strategy in strategies
     }
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    for indices in group_in_order(lengths, _TOKENS_PER_BATCH):
+    for indices in group_in_order(lengths, TOKENS_PER_BATCH):
         batch = [rows[index] for index in indices]
-        input_ids, attention_mask, scored = _padded(batch, model.device)
+        input_ids, attention_mask, scored = padded(batch, model.device)
         full_states, full_logits = _states(llm, input_ids, attention_mask, scored, None)
         counts = scored.sum(1).tolist()
         for strategy in strategies:
@@ -103,20 +102,6 @@ def compare_states(llm: LLM, rows: Sequence[Row], strategies: Sequence[str], see
         "num_tokens": [len(row.response_ids) for row in rows],
         "strategies": results,
     }
-
-
-def _padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids and attention_mask [B, T], and [B, T], bool, True at tokens that predict one of the response."""
-    longest = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    attention_mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for seq, row in enumerate(rows):
-        ids = torch.tensor(row.prompt_ids + row.response_ids)
-        input_ids[seq, : len(ids)] = ids
-        attention_mask[seq, : len(ids)] = 1
-        scored[seq, len(row.prompt_ids) - 1 : len(ids) - 1] = True
-    return input_ids.to(device), attention_mask.to(device), scored.to(device)
 
 
 def _states(
@@ -201,8 +186,8 @@ def _notes_on_weights(setup: Setup) -> list[str]:
         notes = [f"{paths} full-tuned: the sibling of {setup.num_layers} layers, tuned at full depth only."]
     if smaller:
         notes.append(
-            f"The siblings of {_listed(smaller)} layers are not compared: a model tuned for one shallower path has no "
-            "full pass to be close to."
+            f"The siblings of {', '.join(map(str, smaller))} layers are not compared: a model tuned for one shallower "
+            "path has no full pass to be close to."
         )
     return notes
 
@@ -225,7 +210,3 @@ def _read(store: ItemStore, items: Sequence[WorkItem]) -> tuple[dict[tuple[str, 
 
 def _mean(setup: Setup, values: Floats, tokens: Floats) -> Interval:
     return bootstrap_mean(values, tokens, resamples=setup.resamples)
-
-
-def _listed(budgets: Sequence[int]) -> str:
-    return ", ".join(map(str, budgets))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean, point
-from dynskip.evaluation.stats.oracle_controls import OracleScores, dealt
+from dynskip.evaluation.stats.oracle_controls import OracleScores
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import (
@@ -19,7 +19,7 @@ from dynskip.evaluation.tasks.path_families import (
     sampled,
     sampled_items,
 )
-from dynskip.evaluation.tasks.timing import Part, read_savings, read_speedups, read_times, time_item
+from dynskip.evaluation.tasks.timing import Part, mixed_batch, read_timings, time_item
 
 FAMILIES = ("paths", "siblings")
 MIX = "oracle at its matching budget"
@@ -70,19 +70,16 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     }
     for family, members in _families(setup).items():
         scores = _scores(setup, store, members)
-        item = _time_item(setup, store, members)
         _add_means(section, family, scores)
         _add_matching(section, family, scores)
         _add_gains(section, family, scores)
         _add_curves(section, family, scores)
-        full = str(setup.num_layers)
-        measured = {
-            "ms_per_token": read_times(store, item),
-            "speedup": read_speedups(store, item, full),
-            "ms_saved": read_savings(store, item, full),
-        }
-        for metric, by_mix in measured.items():
-            section["rows"] += [interval.row(metric=metric, family=family, mix=mix) for mix, interval in by_mix.items()]
+        timings = read_timings(store, _time_item(setup, store, members), str(setup.num_layers))
+        section["rows"] += [
+            interval.row(metric=metric, family=family, mix=mix)
+            for metric, by_mix in timings.items()
+            for mix, interval in by_mix.items()
+        ]
     return section
 
 
@@ -109,11 +106,8 @@ def _time_item(setup: Setup, store: ItemStore, members: list[Member]) -> WorkIte
         np.zeros((2, setup.prompts, len(members))),  # nothing drawn is asked for here
         resamples=1,
     )
-    counts = dealt(_matching_choice(scores), len(members), setup.timed_batch)
     batches = {str(member.budget): [Part(member.checkpoint.hash, member.path, setup.timed_batch)] for member in members}
-    mix = [
-        Part(member.checkpoint.hash, member.path, count) for member, count in zip(members, counts, strict=True) if count
-    ]
+    mix = mixed_batch(members, _matching_choice(scores), setup.timed_batch)
     return time_item(setup, {**batches, MIX: mix})
 
 

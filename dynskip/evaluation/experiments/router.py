@@ -6,16 +6,15 @@ Trained on the oracle's choices on prompts of the training split; the third of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dynskip.evaluation.routers.gain_share import captured_share
-from dynskip.evaluation.routers.path_router import Integers
 from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.path_families import Member, choices, notes_on_choices
+from dynskip.evaluation.tasks.path_families import choices, notes_on_choices
 from dynskip.evaluation.tasks.prompt_facts import facts_items
 from dynskip.evaluation.tasks.router_cost import overhead_items
 from dynskip.evaluation.tasks.routes import (
@@ -28,7 +27,7 @@ from dynskip.evaluation.tasks.routes import (
     split_items,
     trained_items,
 )
-from dynskip.evaluation.tasks.timing import Part, read_savings, read_speedups, read_times, time_item
+from dynskip.evaluation.tasks.timing import Part, mixed_batch, read_timings, time_item
 from dynskip.evaluation.tasks.trained_routes import TRAIN
 
 _FULL = "full"
@@ -58,7 +57,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     overhead = {item.path: store.result(item) for item in overhead_items(setup)}
     for name in choices(setup):
         fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
-        timed = {**_timed(setup, store, fitted), **_timed(setup, store, trained)}
+        timings = {found: read_timings(store, _time_item(setup, found), _FULL) for found in (fitted, trained)}
+        timed_as = {routed: timings[found] for found in timings for routed in found.routed}
         by_budget = sorted((*fitted.routed, *trained.routed), key=lambda routed: routed.at)
         found = FamilyRoutes(fitted.members, fitted.scores, tuple(by_budget))
         for routed in found.routed:
@@ -74,15 +74,13 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                 captured.gain.row(metric="gain", **labels),
                 over_mix.row(metric="over_static", **labels),
                 layers.row(metric="layers", **labels),
-                timed[routed].own.row(metric="ms_per_token", **labels),
-                timed[routed].speedup.row(metric="speedup", **labels),
-                timed[routed].saved.row(metric="ms_saved", **labels),
+                *(timed[routed.label].row(metric=metric, **labels) for metric, timed in timed_as[routed].items()),
                 single.row(metric="overhead_ms_single", **labels),
                 batched.row(metric="overhead_ms_batched", **labels),
             ]
             if captured.share is not None:
                 rows.append(captured.share.row(metric="captured_share", **labels))
-        full = read_times(store, _time_item(setup, fitted))[_FULL]
+        full = timings[fitted]["ms_per_token"][_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
     notes = [
         f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
@@ -104,44 +102,12 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     }
 
 
-def histogram_parts(members: Sequence[Member], chosen: Integers, batch: int) -> list[Part]:
-    """A batch of ``batch`` sequences whose paths are as frequent as in ``chosen``, to the nearest sequence."""
-    exact = np.bincount(chosen.ravel(), minlength=len(members)) / chosen.size * batch
-    counts = np.floor(exact).astype(int)
-    for column in np.argsort(counts - exact, kind="stable")[: batch - counts.sum()]:
-        counts[column] += 1
-    return [
-        Part(member.checkpoint.hash, member.path, int(count))
-        for member, count in zip(members, counts, strict=True)
-        if count
-    ]
-
-
-class Timed(NamedTuple):
-    """Milliseconds per token of a router's paths and of full passes timed in turns, their ratio and difference."""
-
-    own: Interval
-    full: Interval
-    speedup: Interval
-    saved: Interval
-
-
-def _timed(setup: Setup, store: ItemStore, found: FamilyRoutes) -> dict[Routed, Timed]:
-    item = _time_item(setup, found)
-    times = read_times(store, item)
-    speedups, savings = read_speedups(store, item, _FULL), read_savings(store, item, _FULL)
-    return {
-        routed: Timed(times[routed.label], times[_FULL], speedups[routed.label], savings[routed.label])
-        for routed in found.routed
-    }
-
-
 def _time_item(setup: Setup, found: FamilyRoutes) -> WorkItem:
     """The item that times batches with the histogram of each router's paths, in turns with full passes."""
     full = found.members[-1]
     batches = {_FULL: [Part(full.checkpoint.hash, full.path, setup.timed_batch)]}
     for routed in found.routed:
-        batches[routed.label] = histogram_parts(found.members, routed.chosen, setup.timed_batch)
+        batches[routed.label] = mixed_batch(found.members, routed.chosen, setup.timed_batch)
     return time_item(setup, batches)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynskip.evaluation.stats.intervals import Interval, bootstrap_mean
+from dynskip.evaluation.stats.intervals import bootstrap_mean
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, Member, families, greedy, greedy_items
-from dynskip.evaluation.tasks.timing import Part, read_savings, read_speedups, read_times, time_item
+from dynskip.evaluation.tasks.timing import Part, read_timings, time_item
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
@@ -34,13 +34,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     for family, members in families(setup).items():
         generations = greedy(setup, store, members)
         scores, lengths = generations.rouge_l, generations.num_tokens
-        full = str(setup.num_layers)
-        measured: dict[str, tuple[int, dict[str, Interval]]] = {}
-        for suffix, batch in (("", setup.timed_batch), ("_single", 1)):
-            item = time_item_of(setup, members, batch)
-            measured["ms_per_token" + suffix] = (batch, read_times(store, item))
-            measured["speedup" + suffix] = (batch, read_speedups(store, item, full))
-            measured["ms_saved" + suffix] = (batch, read_savings(store, item, full))
+        timings = {
+            suffix: (batch, read_timings(store, time_item_of(setup, members, batch), str(setup.num_layers)))
+            for suffix, batch in (("", setup.timed_batch), ("_single", 1))
+        }
         mean = bootstrap_mean(scores, resamples=setup.resamples)
         loss = bootstrap_mean(scores - scores[:, -1:], resamples=setup.resamples)
         length = bootstrap_mean(lengths, resamples=setup.resamples)
@@ -49,8 +46,11 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             rows.append(mean.at(column).row(metric="rouge_l", **labels))
             rows.append(loss.at(column).row(metric="rouge_l - full", **labels))
             rows.append(length.at(column).row(metric="num_tokens", **labels))
-            for name, (batch, by_budget) in measured.items():
-                rows.append(by_budget[str(member.budget)].row(metric=name, batch=batch, **labels))
+            rows += [
+                by_budget[str(member.budget)].row(metric=metric + suffix, batch=batch, **labels)
+                for suffix, (batch, measured) in timings.items()
+                for metric, by_budget in measured.items()
+            ]
     notes = [
         "Greedy, ROUGE-L F by rouge_score without stemmer, intervals by bootstrap over sequences.",
         f"ms_per_token is the time of a decode step of {setup.timed_batch} sequences over {setup.timed_batch}; "

@@ -255,8 +255,8 @@ class OracleScores:
 
 
 def dealt(choices: npt.NDArray[np.int64], num_paths: int, batch: int) -> list[int]:
-    """[K]: how many of ``batch`` sequences run each path so that their histogram is that of ``choices`` [N]."""
-    exact = np.bincount(choices, minlength=num_paths) * batch / len(choices)
+    """[K]: how many of ``batch`` sequences run each path, their histogram that of ``choices``, of any shape."""
+    exact = np.bincount(choices.ravel(), minlength=num_paths) * batch / choices.size
     counts = np.floor(exact).astype(int)
     for path in np.argsort(counts - exact, kind="stable")[: batch - counts.sum()]:
         counts[path] += 1

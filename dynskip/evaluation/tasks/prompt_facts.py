@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dynskip.data.batches import group_in_order
 from dynskip.data.templates import TEMPLATES
@@ -21,7 +22,8 @@ from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.llm import LLM
 
-_TOKENS_PER_BATCH = 4096
+# Logits of all tokens of a batch are held at once; where states are compared those of all layers, twice.
+TOKENS_PER_BATCH = 4096
 NUMBERS = ("prompt_length", "response_length", "full_loss")
 
 
@@ -76,7 +78,7 @@ def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(heads))
 
 
-def embed(llm: LLM, prompt_ids: Sequence[int]) -> torch.Tensor:
+def embed(llm: LLM, prompt_ids: Sequence[int]) -> Tensor:
     """[T, E]: the token embeddings of a prompt, without positions."""
     return llm.model.embed_tokens(torch.tensor(prompt_ids, device=llm.model.device))
 
@@ -86,23 +88,28 @@ def reference_losses(llm: LLM, rows: Sequence[Row]) -> list[float]:
     """Per row the mean negative log-likelihood of the tokens of its reference, its end token among them, in nats."""
     losses = [0.0] * len(rows)
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    for indices in group_in_order(lengths, _TOKENS_PER_BATCH):
+    for indices in group_in_order(lengths, TOKENS_PER_BATCH):
         batch = [rows[index] for index in indices]
-        longest = max(lengths[index] for index in indices)
-        input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for place, row in enumerate(batch):
-            tokens = (*row.prompt_ids, *row.response_ids)
-            input_ids[place, : len(tokens)] = torch.tensor(tokens)
-            attention_mask[place, : len(tokens)] = 1
-        device = llm.model.device
-        logits = llm.model(input_ids.to(device), attention_mask=attention_mask.to(device)).logits
+        input_ids, attention_mask, scored = padded(batch, llm.model.device)
+        logits = llm.model(input_ids, attention_mask=attention_mask).logits
         for place, (index, row) in enumerate(zip(indices, batch, strict=True)):
-            start = len(row.prompt_ids)
-            end = start + len(row.response_ids)
-            predicted = logits[place, start - 1 : end - 1].float().cpu()
-            losses[index] = float(torch.nn.functional.cross_entropy(predicted, input_ids[place, start:end]))
+            predicted = logits[place, scored[place]].float().cpu()
+            losses[index] = float(torch.nn.functional.cross_entropy(predicted, torch.tensor(row.response_ids)))
     return losses
+
+
+def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids and attention_mask [B, T], and [B, T], bool, True at tokens that predict one of the response."""
+    longest = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    attention_mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for seq, row in enumerate(rows):
+        ids = torch.tensor(row.prompt_ids + row.response_ids)
+        input_ids[seq, : len(ids)] = ids
+        attention_mask[seq, : len(ids)] = 1
+        scored[seq, len(row.prompt_ids) - 1 : len(ids) - 1] = True
+    return input_ids.to(device), attention_mask.to(device), scored.to(device)
 
 
 def _column(store: ItemStore, items: Sequence[WorkItem], name: str) -> list[Any]:

@@ -13,9 +13,12 @@ import numpy as np
 
 from dynskip.engine.closed_batch import Generation
 from dynskip.evaluation.stats.intervals import Interval, bootstrap
+from dynskip.evaluation.stats.knapsack import Integers
+from dynskip.evaluation.stats.oracle_controls import dealt
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
+from dynskip.evaluation.tasks.path_families import Member
 from dynskip.execution.compact import CompactExecutor
 from dynskip.llm import LLM
 from dynskip.measure.machine import cpu_model
@@ -35,6 +38,13 @@ class Part:
     checkpoint: str
     path: str
     count: int
+
+
+def mixed_batch(members: Sequence[Member], choices: Integers, batch: int) -> list[Part]:
+    """A batch whose paths are as frequent as in ``choices``, columns of ``members``, to the nearest sequence."""
+    counts = dealt(choices, len(members), batch)
+    parts = (Part(member.checkpoint.hash, member.path, num) for member, num in zip(members, counts, strict=True))
+    return [part for part in parts if part.count]
 
 
 def time_item(setup: Setup, batches: Mapping[str, Sequence[Part]]) -> WorkItem:
@@ -116,26 +126,18 @@ def decode_ms(
     return elapsed_ms
 
 
-def read_times(store: ItemStore, item: WorkItem, resamples: int = 1000) -> dict[str, Interval]:
-    """By label the median milliseconds per token with its interval over the rounds."""
-    times = store.result(item)["ms_per_token"]
-    return {
-        label: bootstrap(np.median, np.array(rounds, dtype=np.float64), resamples=resamples)
-        for label, rounds in times.items()
+def read_timings(store: ItemStore, item: WorkItem, baseline: str) -> dict[str, dict[str, Interval]]:
+    """By metric and label: milliseconds per token, how many times faster than ``baseline``, and how many fewer.
+
+    Medians over rounds with their intervals; a comparison is made round by round.
+    """
+    times = {label: np.array(rounds, dtype=np.float64) for label, rounds in store.result(item)["ms_per_token"].items()}
+    measured = {
+        "ms_per_token": times,
+        "speedup": {label: times[baseline] / rounds for label, rounds in times.items()},
+        "ms_saved": {label: times[baseline] - rounds for label, rounds in times.items()},
     }
-
-
-def read_speedups(store: ItemStore, item: WorkItem, baseline: str, resamples: int = 1000) -> dict[str, Interval]:
-    """By label how many times faster than ``baseline`` a token is, round by round, with its interval."""
-    times = {label: np.array(rounds) for label, rounds in store.result(item)["ms_per_token"].items()}
     return {
-        label: bootstrap(np.median, times[baseline] / rounds, resamples=resamples) for label, rounds in times.items()
-    }
-
-
-def read_savings(store: ItemStore, item: WorkItem, baseline: str, resamples: int = 1000) -> dict[str, Interval]:
-    """By label how many milliseconds less than ``baseline`` a token takes, round by round, with its interval."""
-    times = {label: np.array(rounds) for label, rounds in store.result(item)["ms_per_token"].items()}
-    return {
-        label: bootstrap(np.median, times[baseline] - rounds, resamples=resamples) for label, rounds in times.items()
+        metric: {label: bootstrap(np.median, values) for label, values in by_label.items()}
+        for metric, by_label in measured.items()
     }
