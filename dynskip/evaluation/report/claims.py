@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynskip.evaluation.report.evidence import apart, direction, holm, p_value
-from dynskip.evaluation.report.rows import Row, select
+from dynskip.evaluation.report.rows import Row, Summary, select
 
-Summary = Mapping[str, Any]
 # Repetitions from which on a comparison of controllers says something of their kind, not of one training or one draw.
 NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
 
@@ -130,7 +129,7 @@ def controllers(section: Row) -> Controllers:
         did.setdefault((*steered_alike(row), *numbers), set()).add(row["controller"])
     names = tuple(row["controller"] for row in rivals)
     adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in rivals])
-    signs = [direction_of(row) for row, p in zip(rivals, adjusted, strict=True) if p < 0.05]
+    apart_from_zero = [row["value"] for row, p in zip(rivals, adjusted, strict=True) if p < 0.05]
     sampled = {row.get("seed") for row in learned if row.get("choice") == "sampled"}
 
     def recipe(row: Row) -> tuple[Any, ...]:
@@ -148,11 +147,6 @@ def controllers(section: Row) -> Controllers:
         sum(row.get("choice") == "sampled" for row in rivals),
         len(sampled),
         min(trainings.values(), default=0),
-        signs.count(1),
-        signs.count(-1),
+        sum(value > 0 for value in apart_from_zero),
+        sum(value < 0 for value in apart_from_zero),
     )
-
-
-def direction_of(row: Row) -> int:
-    """The sign of the value of ``row``."""
-    return int(row["value"] > 0) - int(row["value"] < 0)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dynskip.evaluation.report.rows import Row
+from dynskip.evaluation.report.rows import Row, bounds
 
 # Every series has its own marker and its own line: colour, of Okabe and Ito's palette, only helps.
 STYLES: Sequence[dict[str, Any]] = (
@@ -75,11 +75,11 @@ def points(axes: Any, places: Sequence[float], rows: Sequence[Row], label: str, 
     """Draw the values of ``rows`` at ``places`` as one line with interval bars."""
     look = {**STYLES[style % len(STYLES)], **options}
     values = [row["value"] for row in rows]
-    below = [row["value"] - row["low"] if row.get("low") is not None else 0.0 for row in rows]
-    above = [row["high"] - row["value"] if row.get("high") is not None else 0.0 for row in rows]
+    ends = [bounds(row) or (row["value"], row["value"]) for row in rows]
     # A percentile interval may lie beside its value: a bar cannot be of negative length.
-    bars = [[max(size, 0.0) for size in below], [max(size, 0.0) for size in above]]
-    axes.errorbar(places, values, yerr=bars, label=label, capsize=2.5, elinewidth=1.0, **look)
+    below = [max(value - low, 0.0) for value, (low, _) in zip(values, ends, strict=True)]
+    above = [max(high - value, 0.0) for value, (_, high) in zip(values, ends, strict=True)]
+    axes.errorbar(places, values, yerr=[below, above], label=label, capsize=2.5, elinewidth=1.0, **look)
 
 
 def band(axes: Any, curve: Row, label: str, style: int, shaded: bool) -> None:
@@ -96,9 +96,7 @@ def forest(axes: Any, rows: Sequence[Row], labels: Sequence[str], reference: flo
     """Draw one value with its interval per line, the first on top, and a thin line at ``reference``."""
     places = list(range(len(rows)))[::-1]
     for place, row in zip(places, rows, strict=True):
-        low = row["low"] if row.get("low") is not None else row["value"]
-        high = row["high"] if row.get("high") is not None else row["value"]
-        axes.plot([low, high], [place, place], color="#000000", linewidth=1.4)
+        axes.plot(bounds(row) or [row["value"]] * 2, [place, place], color="#000000", linewidth=1.4)
         axes.plot([row["value"]], [place], color="#000000", marker="o", linestyle="none")
     if reference is not None:
         axes.axvline(reference, color="#000000", linewidth=0.8, linestyle="--")
@@ -121,7 +119,7 @@ def keep_in_view(axes: Any, rows: Sequence[Row], low: float = -1.0, high: float 
     Values themselves stay in view; intervals that go on beyond the edge are seen to do so.
     """
     values = [row["value"] for row in rows]
-    ends = [row[end] for row in rows for end in ("low", "high") if row.get(end) is not None]
+    ends = [end for row in rows for end in bounds(row) or ()]
     left = min([0.0, *values, max(low, min(ends, default=0.0))])
     right = max([1.0, *values, min(high, max(ends, default=1.0))])
     axes.set_xlim(left - 0.05 * (right - left), right + 0.05 * (right - left))

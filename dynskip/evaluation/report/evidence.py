@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
-from dynskip.evaluation.report.rows import Row
+from dynskip.evaluation.report.rows import Row, bounds
 
 _NORMAL = NormalDist()
 HALF_WIDTH = _NORMAL.inv_cdf(0.975)  # standard errors from the value of a 95 % interval to its bounds
@@ -18,30 +18,28 @@ DETECTABLE = HALF_WIDTH + _NORMAL.inv_cdf(POWER)
 
 def direction(row: Row) -> int:
     """1 where the interval of ``row`` lies above zero, -1 where it lies below, else 0; 0 without an interval."""
-    if row.get("low") is None or row.get("high") is None:
-        return 0
-    return int(row["low"] > 0) - int(row["high"] < 0)
+    ends = bounds(row)
+    return 0 if ends is None else int(ends[0] > 0) - int(ends[1] < 0)
 
 
 def apart(first: Row, second: Row) -> int:
     """1 where the interval of ``first`` lies above that of ``second``, -1 where below, 0 where they touch."""
-    if any(row.get(end) is None for row in (first, second) for end in ("low", "high")):
+    if bounds(first) is None or bounds(second) is None:
         return 0
     return int(first["low"] > second["high"]) - int(first["high"] < second["low"])
 
 
 def negated(row: Row) -> dict[str, Any]:
     """``row`` with its value and interval turned over."""
-    low, high = row.get("low"), row.get("high")
-    bounds = (None, None) if low is None or high is None else (-high, -low)
-    return {**row, "value": -row["value"], "low": bounds[0], "high": bounds[1]}
+    ends = bounds(row)
+    low, high = (None, None) if ends is None else (-ends[1], -ends[0])
+    return {**row, "value": -row["value"], "low": low, "high": high}
 
 
 def standard_error(row: Row) -> float | None:
     """The standard error that the width of the interval stands for; None without an interval."""
-    if row.get("low") is None or row.get("high") is None:
-        return None
-    return float(row["high"] - row["low"]) / (2 * HALF_WIDTH)
+    ends = bounds(row)
+    return None if ends is None else float(ends[1] - ends[0]) / (2 * HALF_WIDTH)
 
 
 def detectable(row: Row) -> float | None:

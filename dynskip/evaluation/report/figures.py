@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.drawing import band, count_layers, forest, keep_in_view, points, series, svg
-from dynskip.evaluation.report.rows import Row, distinct, find, select
+from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, select
 
 STRATEGIES = {
     "uls": "uniform skipping (ULS)",
@@ -70,11 +70,9 @@ def hidden_states(section: Row, weights: str) -> str:
             for style, (strategy, label) in enumerate(STRATEGIES.items()):
                 rows = select(section, metric=metric, strategy=strategy, weights=weights)
                 series(axes, rows, "budget", label, style)
-            axes.set_title(title)
-            axes.set_xlabel("layers executed")
+            axes.set(title=title, xlabel="layers executed")
             axes.set_xticks(distinct(select(section, metric=metric, weights=weights), "budget"))
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        _legend_below(figure, panels[0], columns=4)
 
     return svg(f"hidden-{weights}", draw, 10.0, 3.5)
 
@@ -96,14 +94,10 @@ def static_budgets(section: Row, num_layers: int) -> str:
             for budget, value in paper.STATIC_ROUGE_L.items()
         ]
         series(relative, at_paper, "share", "the paper, OPT-1.3B, weights per budget", 3)
-        absolute.set_ylabel("ROUGE-L")
-        absolute.set_title("ROUGE-L by budget")
-        absolute.set_xlabel("layers executed")
+        absolute.set(ylabel="ROUGE-L", title="ROUGE-L by budget", xlabel="layers executed")
         absolute.set_xticks(sorted({row["budget"] for row in select(section, metric="rouge_l")}))
-        relative.set_title("as a share of full depth")
-        relative.set_xlabel("share of the layers executed")
-        handles, labels = relative.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        relative.set(title="as a share of full depth", xlabel="share of the layers executed")
+        _legend_below(figure, relative, columns=2)
 
     return svg("static", draw, 9.0, 4.0)
 
@@ -124,14 +118,11 @@ def wall_clock(section: Row) -> str:
             if scores:
                 points(against_score, [times[row["budget"]] for row in scores], scores, label, style)
         for axes, title in ((in_batch, "ms per token, in a batch"), (alone, "ms per token, alone")):
-            axes.set_title(title)
-            axes.set_xlabel("layers executed")
+            axes.set(title=title, xlabel="layers executed")
             axes.set_ylim(bottom=0)
             axes.set_xticks(sorted(distinct(select(section, metric=batch), "budget")))
-        against_score.set_title("ROUGE-L")
-        against_score.set_xlabel("ms per token, in a batch")
-        handles, labels = in_batch.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        against_score.set(title="ROUGE-L", xlabel="ms per token, in a batch")
+        _legend_below(figure, in_batch, columns=3)
 
     return svg("wall-clock", draw, 10.0, 3.7)
 
@@ -160,13 +151,9 @@ def controllers(section: Row) -> str:
                     if placed:
                         points(axes, [place for place, _ in placed], [row for _, row in placed], label, style, **look)
         count_layers(panels[0])
-        panels[0].set_ylabel("ROUGE-L")
-        panels[0].set_title("against layers")
-        panels[0].set_xlabel("mean layers of a generated token")
-        panels[1].set_title("against time, likelier decisions")
-        panels[1].set_xlabel("ms per generated token, in a batch")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        panels[0].set(ylabel="ROUGE-L", title="against layers", xlabel="mean layers of a generated token")
+        panels[1].set(title="against time, likelier decisions", xlabel="ms per generated token, in a batch")
+        _legend_below(figure, panels[0], columns=3)
 
     return svg("controllers", draw, 9.0, 4.8)
 
@@ -198,7 +185,7 @@ def _kind_order(kind: str) -> tuple[int, int, str]:
 
 def oracle(section: Row, family: str) -> str:
     """The oracle's curve over mean budgets with its controls: on greedy outputs, and on sampled ones."""
-    curves = {curve["name"]: curve for curve in section.get("curves", ()) if curve["family"] == family}
+    curves = curves_of(section, family)
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(1, 2, sharey=True)
@@ -214,9 +201,8 @@ def oracle(section: Row, family: str) -> str:
             count_layers(axes)
             axes.set_xlabel("mean layers executed")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        panels[0].set_title("greedy outputs")
-        panels[1].set_title("sampled outputs")
-        panels[0].set_ylabel("mean ROUGE-L")
+        panels[0].set(title="greedy outputs", ylabel="mean ROUGE-L")
+        panels[1].set(title="sampled outputs")
 
     return svg(f"oracle-{family}", draw, 10.0, 5.2)
 
@@ -225,21 +211,18 @@ def surviving(section: Row, family: str) -> str:
     """What of the oracle's gain is left under each control."""
     rows = [row for row in select(section, metric="surviving_share", family=family) if row.get("place") != "full"]
     labels = [f"{CONTROLS.get(row['control'], row['control'])}, at {row['at']:g} layers" for row in rows]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots(1, 1)
-        forest(axes, rows, labels)
-        axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
-        keep_in_view(axes, rows)
-
-    return svg(f"surviving-{family}", draw, 9.6, 1.1 + 0.27 * len(rows))
+    return svg(f"surviving-{family}", _shares(rows, labels), 9.6, 1.1 + 0.27 * len(rows))
 
 
 def router(section: Row) -> str:
     """The share of the oracle's gain that each prompt-only router captures."""
     rows = select(section, metric="captured_share")
     labels = [f"{row['predictor']}, budget {row['at']:g} ({row.get('family', 'paths')})" for row in rows]
+    return svg("router", _shares(rows, labels), 9.0, 1.1 + 0.32 * len(rows))
+
+
+def _shares(rows: Sequence[Row], labels: Sequence[str]) -> Callable[[Any], None]:
+    """What draws shares of the oracle's gain."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, 1)
@@ -248,7 +231,7 @@ def router(section: Row) -> str:
         axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
         keep_in_view(axes, rows)
 
-    return svg("router", draw, 9.0, 1.1 + 0.32 * len(rows))
+    return draw
 
 
 def depth(section: Row, family: str) -> str:
@@ -266,8 +249,7 @@ def depth(section: Row, family: str) -> str:
                 points(axes, middles, chosen, f"mean budget {at:g}", style)
             axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
         panels[0].set_ylabel("mean chosen depth")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        _legend_below(figure, panels[0], columns=4)
 
     return svg(f"depth-{family}", draw, 10.0, 3.5)
 
@@ -282,3 +264,9 @@ def correlations(rows: Sequence[Row], name: str) -> str:
         axes.set_xlabel("Spearman's correlation with the chosen depth")
 
     return svg(name, draw, 9.0, 1.1 + 0.3 * len(rows))
+
+
+def _legend_below(figure: Any, axes: Any, columns: int) -> None:
+    """One legend under all panels, of the series of ``axes``."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -9,9 +9,8 @@ from functools import cache
 import numpy as np
 
 from dynskip.evaluation.report import paper_numbers as paper
-from dynskip.evaluation.report.claims import Summary
 from dynskip.evaluation.report.evidence import ceiling, direction, holm, kept_by_means, luck, negated, p_value
-from dynskip.evaluation.report.rows import Row, distinct, find, select
+from dynskip.evaluation.report.rows import Row, Summary, curves_of, find, select
 from dynskip.evaluation.stats.knapsack import smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
 
@@ -103,9 +102,7 @@ def matching(section: Row, family: str) -> Matching:
         for name in ("oracle", "null", "equal depth")
     }
     means = sorted(select(section, metric="mean_sampled", family=family), key=lambda row: row["budget"])
-    curve = next(
-        (each for each in section.get("curves", ()) if (each["family"], each["name"]) == (family, "in-sample")), None
-    )
+    curve = curves_of(section, family).get("in-sample")
     sampled = None
     if curve is not None and means:
         values, target = np.array([curve["values"]]), np.array([means[-1]["value"]])
@@ -190,7 +187,8 @@ def routers(section: Row, family: str) -> Routers:
     layers = {(row["predictor"], row["at"]): row["value"] for row in select(section, metric="layers", family=family)}
     cheapest = min(layers.values(), default=0.0)
     by_gain = {(row["predictor"], row["at"]): row["value"] for row in gains}
-    best = max(shares, key=lambda row: by_gain.get((row["predictor"], row["at"]), -np.inf), default=None)
+    known = [row for row in shares if (row["predictor"], row["at"]) in by_gain]
+    best = max(known, key=lambda row: by_gain[row["predictor"], row["at"]], default=None)
     return Routers(
         family,
         gains,
@@ -224,8 +222,3 @@ def correlations(section: Row) -> Correlations:
     rows = [row for row in select(section, metric="spearman") if row["feature"] not in YARDSTICKS]
     known = [(row, p) for row in rows if (p := p_value(row)) is not None]
     return Correlations([row for row, _ in known], holm([p for _, p in known]))
-
-
-def families_of(section: Row) -> list[str]:
-    """The families that a section has rows of."""
-    return distinct(select(section), "family")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dynskip.evaluation.report import figures, oracle_claims
 from dynskip.evaluation.report import paper_numbers as paper
-from dynskip.evaluation.report.claims import Summary
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table
 from dynskip.evaluation.report.evidence import ceiling, detectable
-from dynskip.evaluation.report.rows import MISSING, Row, distinct, find, interval, number, percent, select
+from dynskip.evaluation.report.rows import (
+    MISSING,
+    Row,
+    Summary,
+    cell,
+    distinct,
+    families_of,
+    find,
+    interval,
+    number,
+    percent,
+    select,
+)
 
 
 def oracle(section: Row, summary: Summary) -> list[Block]:
@@ -41,7 +52,7 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
             "**Seen from**: the true share that an interval as wide would leave zero out of in 80 % of runs."
         ),
     ]
-    for family in distinct(select(section), "family"):
+    for family in families_of(section):
         blocks += [
             Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
             Figure(
@@ -55,18 +66,16 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
 
 
 def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
-    def cell(metric: str, digits: int = 3, **labels: Any) -> str:
-        return interval(find(section, metric=metric, family=family, **labels), digits)
-
+    cells = partial(cell, section, family=family)
     candidates = [
         [
             str(budget),
-            cell("mean", budget=budget),
+            cells("mean", budget=budget),
             number(paper.at_budget(paper.STATIC_ROUGE_L, budget, num_layers), 4),
-            cell("best_up_to", budget=budget),
+            cells("best_up_to", budget=budget),
             number(paper.at_budget(paper.BEST_UP_TO, budget, num_layers), 4),
-            cell("mean_sampled", budget=budget),
-            cell("best_of_draws", budget=budget),
+            cells("mean_sampled", budget=budget),
+            cells("best_of_draws", budget=budget),
         ]
         for budget in sorted(distinct(select(section, metric="mean", family=family), "budget"))
     ]
@@ -86,8 +95,8 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         [
             str(figures.CONTROLS.get(row["control"], row["control"])),
             # A curve that never reaches the full depth's score has no budget where it does.
-            cell("matching_budget", 2, control=row["control"]) if row["value"] is not None else "nowhere",
-            cell("matching_share", control=row["control"]),
+            cells("matching_budget", 2, control=row["control"]) if row["value"] is not None else "nowhere",
+            cells("matching_share", control=row["control"]),
             papers.get(row["control"], MISSING),
         ]
         for row in section["rows"]
@@ -101,15 +110,15 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         [
             str(figures.CONTROLS.get(row["control"], row["control"])),
             f"{row['at']:g}",
-            cell("score", 4, control=row["control"], place=row.get("place")),
-            cell("random", 4, control=row["control"], place=row.get("place")),
+            cells("score", 4, control=row["control"], place=row.get("place")),
+            cells("random", 4, control=row["control"], place=row.get("place")),
             interval(row, 4),
             *_share_cells(find(section, **{**_labels(row), "metric": "surviving_share"})),
         ]
         for row in select(section, metric="gain", family=family)
     ]
     times = [
-        [_mix(row), interval(row), cell("ms_saved", mix=row.get("mix")), cell("speedup", 2, mix=row.get("mix"))]
+        [_mix(row), interval(row), cells("ms_saved", mix=row.get("mix")), cells("speedup", 2, mix=row.get("mix"))]
         for row in select(section, metric="ms_per_token", family=family)
     ]
     return [
@@ -161,19 +170,14 @@ def router(section: Row, summary: Summary) -> list[Block]:
     quality, cost = [], []
     for row in select(section, metric="rouge_l"):
         at = {"family": row.get("family"), "predictor": row["predictor"], "at": row["at"]}
-
-        def cell(metric: str, digits: int = 3, labels: Mapping[str, Any] = at) -> str:
-            return interval(find(section, metric=metric, **labels), digits)
-
-        def value(metric: str, digits: int = 3, labels: Mapping[str, Any] = at) -> str:
-            return number((find(section, metric=metric, **labels) or {}).get("value"), digits)
-
-        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", value("layers", 2)]
+        cells = partial(cell, section, **at)
+        plain = partial(_plain, section, **at)
+        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", plain("layers", 2)]
         share = find(section, metric="captured_share", **at)
-        scores = [interval(row), value("random"), value("oracle"), interval(share, 2), _seen_from(share, 2)]
-        scores.append(cell("over_static", 4))
-        times = [cell("ms_per_token"), cell("ms_saved"), value("speedup", 2)]
-        times += [cell("overhead_ms_single"), cell("overhead_ms_batched")]
+        scores = [interval(row), plain("random"), plain("oracle"), interval(share, 2), _seen_from(share, 2)]
+        scores.append(cells("over_static", 4))
+        times = [cells("ms_per_token"), cells("ms_saved"), plain("speedup", 2)]
+        times += [cells("overhead_ms_single"), cells("overhead_ms_batched")]
         quality.append([*name, *scores])
         cost.append([*name, *times])
     shared = ["weights", "predictor", "budget", "layers"]
@@ -201,6 +205,10 @@ def router(section: Row, summary: Summary) -> list[Block]:
     ]
 
 
+def _plain(section: Row, metric: str, digits: int = 3, **labels: Any) -> str:
+    return number((find(section, metric=metric, **labels) or {}).get("value"), digits)
+
+
 def depth(section: Row, summary: Summary) -> list[Block]:
     """Experiment 6."""
     blocks: list[Block] = [
@@ -219,7 +227,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
         (row["family"], row["at"], row["feature"]): number(p)
         for row, p in zip(tested.rows, tested.adjusted, strict=True)
     }
-    for family in distinct(select(section), "family"):
+    for family in families_of(section):
         spearman = select(section, metric="spearman", family=family)
         tasks = select(section, metric="mean_depth", family=family)
         blocks += [
@@ -236,7 +244,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
                     [
                         str(figures.FEATURES.get(row["feature"], row["feature"])),
                         f"{row['at']:g}",
-                        interval(find(section, metric="pearson", family=family, at=row["at"], feature=row["feature"])),
+                        cell(section, "pearson", family=family, at=row["at"], feature=row["feature"]),
                         interval(row),
                         adjusted.get((family, row["at"], row["feature"]), MISSING),
                         _seen_from(row, 2),

@@ -6,16 +6,15 @@ from statistics import median
 
 from dynskip.evaluation.report import oracle_claims as claims
 from dynskip.evaluation.report import paper_numbers as paper
-from dynskip.evaluation.report.claims import Summary
 from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.figures import FAMILIES, FEATURES
-from dynskip.evaluation.report.rows import Row, distinct, interval, number, percent, select, signed
+from dynskip.evaluation.report.rows import Row, Summary, families_of, interval, number, percent, signed
 
 
 def oracle(section: Row, summary: Summary) -> list[str]:
     """The null model on the paper's means, the floor, like beside like, and what survives."""
     lines = [paper_null(), papers_best()]
-    for family in claims.families_of(section):
+    for family in families_of(section):
         of = f"With {FAMILIES.get(family, family)}"
         near = claims.floor(summary, family)
         if near is not None:
@@ -110,7 +109,7 @@ def _surviving(found: claims.Surviving) -> list[str]:
 def router(section: Row, summary: Summary) -> list[str]:
     """How many routers gain, how many choose at all, and which share they could have shown."""
     lines = []
-    for family in distinct(select(section, metric="gain"), "family"):
+    for family in families_of(section, metric="gain"):
         found = claims.routers(section, family)
         of = f"With {FAMILIES.get(family, family)}"
         lines.append(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dynskip.evaluation.report.evidence import negated
 from dynskip.evaluation.report.figures import FAMILIES
-from dynskip.evaluation.report.rows import Row, distinct, find, interval, number, select
+from dynskip.evaluation.report.oracle_claims import routers
+from dynskip.evaluation.report.rows import Row, Summary, cell, families_of, find, interval, number, select
 
-Summary = Mapping[str, Any]
 ORACLE_MIX = "oracle at its matching budget"
 
 
@@ -24,7 +25,7 @@ def savings(summary: Summary) -> list[str]:
 
 
 def _static(section: Row, conditions: Mapping[str, Any]) -> list[str]:
-    family = next(iter(distinct(select(section, metric="ms_saved"), "family")), None)
+    family = next(iter(families_of(section, metric="ms_saved")), None)
     full = find(section, metric="ms_per_token", family=family, budget=conditions.get("num_layers"))
     if family is None or full is None:
         return []
@@ -53,24 +54,17 @@ def _oracle(section: Row) -> list[str]:
 
 def _router(section: Row) -> list[str]:
     lines = []
-    for family in distinct(select(section, metric="ms_saved"), "family"):
-        # As in the section: one path for all has no share, and is not the best even where others lose.
-        routers = [
-            {"family": family, "predictor": row["predictor"], "at": row["at"]}
-            for row in select(section, metric="captured_share", family=family)
-        ]
-        gains = [find(section, metric="gain", **labels) for labels in routers]
-        known = [(row["value"], labels) for row, labels in zip(gains, routers, strict=True) if row is not None]
-        if not known:
+    for family in families_of(section, metric="ms_saved"):
+        best = routers(section, family).best
+        if best is None:
             continue
-        _, labels = max(known, key=lambda pair: pair[0])
+        labels = {"family": family, "predictor": best["predictor"], "at": best["at"]}
         saved = find(section, metric="ms_saved", **labels)
-        spent = find(section, metric="overhead_ms_single", **labels)
         if saved is not None:
             lines.append(
-                f"With {FAMILIES.get(family, family)}, the router that gains most ({labels['predictor']} at a budget "
-                f"of {labels['at']:g} layers) {_saved(saved)} a token, and takes {interval(spent)} ms to choose the "
-                "path of a prompt."
+                f"With {FAMILIES.get(family, family)}, the router that gains most ({best['predictor']} at a budget "
+                f"of {best['at']:g} layers) {_saved(saved)} a token, and takes "
+                f"{cell(section, 'overhead_ms_single', **labels)} ms to choose the path of a prompt."
             )
     return lines
 
@@ -80,10 +74,10 @@ def _controllers(section: Row) -> list[str]:
     if not learned:
         return []
     fastest = max(learned, key=lambda row: row["value"])
-    layers = find(section, metric="layers", controller=fastest["controller"])
+    layers = cell(section, "layers", 1, controller=fastest["controller"])
     return [
         f"The fastest of {len(learned)} learned controllers ({fastest['controller']}) {_saved(fastest)} a token at "
-        f"{interval(layers, 1)} layers, its own decisions included."
+        f"{layers} layers, its own decisions included."
     ]
 
 
@@ -91,7 +85,4 @@ def _saved(row: Row, plural: bool = False) -> str:
     """What ``row`` saves as a predicate; a negative saving is a cost."""
     if row["value"] >= 0:
         return f"{'save' if plural else 'saves'} {interval(row)} ms"
-    cost = {"value": -row["value"]}
-    if row.get("low") is not None and row.get("high") is not None:
-        cost |= {"low": -row["high"], "high": -row["low"]}
-    return f"{'cost' if plural else 'costs'} {interval(cost)} ms more"
+    return f"{'cost' if plural else 'costs'} {interval(negated(row))} ms more"

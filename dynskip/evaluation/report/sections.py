@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from dynskip.evaluation.report import claims, figures, oracle_sections
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable
-from dynskip.evaluation.report.rows import MISSING, Row, distinct, find, interval, number, select, signed
+from dynskip.evaluation.report.rows import (
+    MISSING,
+    Row,
+    Summary,
+    cell,
+    distinct,
+    families_of,
+    find,
+    interval,
+    number,
+    select,
+    signed,
+)
 
-Summary = Mapping[str, Any]
+# What a token takes and what it saves, by metric.
+TIMES = {
+    "ms_per_token": "ms per token, batch",
+    "ms_saved": "ms saved",
+    "ms_per_token_single": "ms per token, alone",
+    "ms_saved_single": "ms saved",
+}
 
 
 def hidden_states(section: Row, summary: Summary) -> list[Block]:
@@ -26,10 +44,7 @@ def hidden_states(section: Row, summary: Summary) -> list[Block]:
         )
     ]
     for weights in distinct(select(section), "weights"):
-        named = {
-            "paths": "the weights shared by all paths",
-            "full-tuned": "weights tuned at full depth only",
-        }
+        named = {"paths": "the weights shared by all paths", "full-tuned": "weights tuned at full depth only"}
         blocks += [
             Figure(
                 figures.hidden_states(section, weights),
@@ -53,26 +68,23 @@ def _strategy_table(section: Row, weights: str) -> Table:
     for strategy, label in figures.STRATEGIES.items():
         for budget in distinct(select(section, weights=weights, strategy=strategy), "budget"):
             at = {"weights": weights, "strategy": strategy, "budget": budget}
-            cells = [interval(find(section, metric=metric, **at)) for metric in ("cosine_final", "cosine_layers", "kl")]
+            cells = [cell(section, metric, **at) for metric in ("cosine_final", "cosine_layers", "kl")]
             rows.append([label, str(budget), *cells])
-    return Table(
-        "All values", ["strategy", "layers", "cosine, final", "cosine, layers", "KL (nats)"], rows, folded=True
-    )
+    header = ["strategy", "layers", "cosine, final", "cosine, layers", "KL (nats)"]
+    return Table("All values", header, rows, folded=True)
 
 
 def static(section: Row, summary: Summary) -> list[Block]:
     """Experiment 2, and what the budgets cost in time."""
     num_layers = summary["conditions"]["num_layers"]
-    families = distinct(select(section, metric="rouge_l"), "family")
+    families = families_of(section, metric="rouge_l")
     budgets = sorted({row["budget"] for row in select(section, metric="rouge_l")})
     scores, times = [], []
     for budget in budgets:
-        cells = [interval(find(section, metric="rouge_l", family=family, budget=budget)) for family in families]
+        cells = [cell(section, "rouge_l", family=family, budget=budget) for family in families]
         scores.append([str(budget), *cells, number(paper.at_budget(paper.STATIC_ROUGE_L, budget, num_layers), 4)])
-        measured = ("ms_per_token", "ms_saved", "ms_per_token_single", "ms_saved_single")
-        times.append(
-            [str(budget), *(interval(_first(section, families, metric=metric, budget=budget)) for metric in measured)]
-        )
+        timed = (_first(section, families, metric=metric, budget=budget) for metric in TIMES)
+        times.append([str(budget), *map(interval, timed)])
     header = ["layers", *(figures.FAMILIES.get(family, family) for family in families), "the paper (OPT-1.3B)"]
     return [
         Paragraph(
@@ -97,11 +109,7 @@ def static(section: Row, summary: Summary) -> list[Block]:
             ["layers", *(text for family in families for text in (figures.FAMILIES.get(family, family), "seen from"))],
             [[str(budget), *_losses(section, families, budget)] for budget in budgets if budget != num_layers],
         ),
-        Table(
-            "Time by budget",
-            ["layers", "ms per token, batch", "ms saved", "ms per token, alone", "ms saved"],
-            times,
-        ),
+        Table("Time by budget", ["layers", *TIMES.values()], times),
     ]
 
 
@@ -124,15 +132,14 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
     found = claims.controllers(section)
     for row in select(section, metric="rouge_l"):
         name = {"controller": row["controller"]}
-        layers = interval(find(section, metric="layers", **name), 2)
         over = find(section, metric="over_fixed", **name)
         quality.append(
             [
                 str(row["controller"]),
-                layers,
+                cell(section, "layers", 2, **name),
                 interval(row),
                 MISSING if over is None else "untested" if row["controller"] in found.beyond else interval(over, 4),
-                interval(find(section, metric="over_static", **name), 4),
+                cell(section, "over_static", 4, **name),
             ]
         )
         cost.append(
@@ -140,10 +147,7 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
                 str(row["controller"]),
                 f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING,
                 str(row.get("kv_policy") or MISSING),
-                *(
-                    interval(find(section, metric=metric, **name))
-                    for metric in ("ms_per_token", "ms_saved", "ms_per_token_single", "ms_saved_single")
-                ),
+                *(cell(section, metric, **name) for metric in TIMES),
             ]
         )
     paper_rows = [
@@ -166,10 +170,7 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
         ),
         Table(
             "What controllers cost",
-            [
-                *("controller", "parameters", "skipped layers store"),
-                *("ms per token, batch", "ms saved", "ms per token, alone", "ms saved"),
-            ],
+            ["controller", "parameters", "skipped layers store", *TIMES.values()],
             cost,
         ),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),

@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynskip.evaluation.report import claims, oracle_sentences
-from dynskip.evaluation.report.claims import Summary
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES
-from dynskip.evaluation.report.rows import MISSING, Row, distinct, interval, number, select, signed
+from dynskip.evaluation.report.rows import (
+    MISSING,
+    Row,
+    Summary,
+    distinct,
+    families_of,
+    interval,
+    number,
+    select,
+    signed,
+)
 
 WEIGHTS = {"paths": "the weights shared by all paths", "full-tuned": "the weights tuned at full depth only"}
 
@@ -68,24 +77,18 @@ def static(section: Row, summary: Summary) -> list[str]:
     """The loss against full depth as a paired difference, and which loss would have been missed."""
     lines = []
     num_layers = summary["conditions"].get("num_layers")
-    for family in distinct(select(section, metric="rouge_l - full"), "family"):
+    for family in families_of(section, metric="rouge_l - full"):
         rows = [r for r in select(section, metric="rouge_l - full", family=family) if r["budget"] != num_layers]
         if not rows:
             continue
         of = f"With {FAMILIES.get(family, family)}"
-        lost = [row for row in rows if direction(row) < 0]
+        for sign, word in ((-1, "lower"), (1, "higher")):
+            if moved := [row for row in rows if direction(row) == sign]:
+                lines.append(
+                    f"{of}, ROUGE-L is {word} than at full depth at {_budgets(moved)} layers; the paired difference at "
+                    f"{moved[0]['budget']} layers is {signed(moved[0], 4)}."
+                )
         open_ = [row for row in rows if not direction(row)]
-        gained = [row for row in rows if direction(row) > 0]
-        if lost:
-            lines.append(
-                f"{of}, ROUGE-L is lower than at full depth at {_budgets(lost)} layers; the paired difference at "
-                f"{lost[0]['budget']} layers is {signed(lost[0], 4)}."
-            )
-        if gained:
-            lines.append(
-                f"{of}, ROUGE-L is higher than at full depth at {_budgets(gained)} layers; the paired difference at "
-                f"{gained[0]['budget']} layers is {signed(gained[0], 4)}."
-            )
         if open_:
             lines.append(
                 f"{of}, the paired difference to full depth is not told apart from zero at {_budgets(open_)} layers, "

@@ -6,10 +6,20 @@ from collections.abc import Callable
 from statistics import median
 
 from dynskip.evaluation.report import claims, oracle_claims, oracle_sentences, sentences
-from dynskip.evaluation.report.claims import Summary
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES
-from dynskip.evaluation.report.rows import Row, distinct, find, interval, number, percent, select, signed
+from dynskip.evaluation.report.rows import (
+    Row,
+    Summary,
+    distinct,
+    families_of,
+    find,
+    interval,
+    number,
+    percent,
+    select,
+    signed,
+)
 
 
 def in_short(summary: Summary) -> list[str]:
@@ -34,7 +44,7 @@ def _null(section: Row, summary: Summary) -> list[str]:
 
 
 def _floor(section: Row, summary: Summary) -> list[str]:
-    found = [(family, oracle_claims.floor(summary, family)) for family in oracle_claims.families_of(section)]
+    found = [(family, oracle_claims.floor(summary, family)) for family in families_of(section)]
     known = [(family, floor) for family, floor in found if floor is not None]
     if not known:
         return ["Here the oracle matches full depth at no budget."]
@@ -49,7 +59,7 @@ def _floor(section: Row, summary: Summary) -> list[str]:
 
 def _surviving(section: Row, summary: Summary) -> list[str]:
     lines = []
-    for family in oracle_claims.families_of(section):
+    for family in families_of(section):
         found = oracle_claims.surviving(section, family)
         if found is None:
             continue
@@ -64,7 +74,7 @@ def _surviving(section: Row, summary: Summary) -> list[str]:
 
 
 def _router(section: Row, summary: Summary) -> list[str]:
-    found = [oracle_claims.routers(section, family) for family in distinct(select(section, metric="gain"), "family")]
+    found = [oracle_claims.routers(section, family) for family in families_of(section, metric="gain")]
     sizes = [size for each in found for row in each.shares if (size := detectable(row)) is not None]
     num_routers, above = sum(len(each.gains) for each in found), sum(each.above for each in found)
     if not num_routers:
@@ -117,7 +127,7 @@ def _hidden_states(section: Row, summary: Summary) -> list[str]:
 
 def _loss(section: Row, summary: Summary) -> list[str]:
     lines = []
-    for family in [name for name in distinct(select(section), "family") if name != "untuned"]:
+    for family in [name for name in families_of(section) if name != "untuned"]:
         rows = select(section, metric="rouge_l - full", family=family)
         if len(rows) < 2:
             continue
