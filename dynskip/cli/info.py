@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.cli.options import DTYPES, torch_dtype
+from dynskip.host import cpu_fields, cpu_model, package_version
 from dynskip.kernels import switches
 from dynskip.version import __version__
 
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; exit status 0."""
     report = {
         "dynskip": {"version": __version__, "location": str(Path(__file__).parents[1])},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: package_version(name) or "not installed" for name in _PACKAGES},
+        },
         "cpu": _cpu(),
         "gpus": _gpus(),
         "backends": _backends(),
@@ -62,13 +65,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _cpu() -> dict[str, Any]:
     import psutil
     import torch
@@ -78,9 +74,10 @@ def _cpu() -> dict[str, Any]:
 
     memory = psutil.virtual_memory()
     group = cgroup_memory(machine_bytes=memory.total)
-    model, flags = _cpuinfo()
+    fields = cpu_fields()
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
     return {
-        "model": model,
+        "model": cpu_model(),
         "features": [name for name in _CPU_FEATURES if name in flags],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "num_cores": psutil.cpu_count(logical=False),
@@ -90,18 +87,6 @@ def _cpu() -> dict[str, Any]:
         "available_gib": round(available_bytes(torch.device("cpu")) / 2**30, 1),
         "cgroup_limit_gib": None if group is None else round(group.limit_bytes / 2**30, 1),
     }
-
-
-def _cpuinfo() -> tuple[str, set[str]]:
-    """The CPU's name and feature flags; only Linux has the file that lists flags."""
-    path = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    flags = fields.get("flags") or fields.get("Features") or ""
-    return fields.get("model name") or platform.processor() or platform.machine(), set(flags.split())
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -189,7 +189,7 @@ def save(
     import importlib.metadata
     import json
 
-    from dynskip.measure.machine import commit
+    from dynskip.host import commit
     from dynskip.tuning.table import merge, write_table
 
     found = {}

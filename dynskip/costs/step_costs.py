@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, ModelBytes
+from dynskip.files import write_text
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 from dynskip.paths import LayerPath
 
@@ -99,9 +100,7 @@ class StepCosts:
         values = asdict(self)
         del values["_layer_table"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps({"format": _FORMAT, **values}, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps({"format": _FORMAT, **values}, indent=1) + "\n")
 
     @staticmethod
     def read(path: Path) -> StepCosts:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 import warnings
 from pathlib import Path
 
 from dynskip.costs.step_costs import StepCosts
+from dynskip.host import cpu_model
 from dynskip.models.config import DecoderConfig
 
 
@@ -34,9 +33,11 @@ def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
     """The name of a device as a file name: a GPU's own, or the CPU's and the number of threads that torch uses."""
     import torch
 
+    from dynskip.kernels.configs import device_slug
+
     if torch.device(device).type == "cuda":
-        return _slug(torch.cuda.get_device_name(device))
-    return _slug(f"{_cpu_name()} {torch.get_num_threads() if num_threads is None else num_threads} threads")
+        return device_slug(torch.cuda.get_device_name(device))
+    return device_slug(f"{cpu_model()} {torch.get_num_threads() if num_threads is None else num_threads} threads")
 
 
 def shape_key(config: DecoderConfig, dtype: str) -> str:
@@ -76,17 +77,3 @@ def load_cached(device: str, shape: str) -> StepCosts | None:
         )
         return None
     return costs
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

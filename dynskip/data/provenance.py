@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,22 +11,8 @@ from typing import Any
 
 import torch
 
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file stands in, or None outside of one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
+from dynskip.files import file_hash
+from dynskip.host import commit
 
 
 def provenance(config: dict[str, Any], data: Sequence[Path]) -> dict[str, Any]:
@@ -44,10 +27,3 @@ def provenance(config: dict[str, Any], data: Sequence[Path]) -> dict[str, Any]:
         "data": {path.name: file_hash(path) for path in data},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write ``value`` so that a kill leaves either the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.rename(path)

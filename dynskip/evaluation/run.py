@@ -15,13 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from dynskip.causal_lm import OPTForCausalLM
-from dynskip.data.provenance import write_json
 from dynskip.evaluation.registry import EXPERIMENTS, TASKS
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.dataset import duplicates, read_splits
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.workers import run_here, run_in_processes
+from dynskip.files import write_json
 from dynskip.measure import machine
 
 SCHEMA = 1

@@ -5,8 +5,6 @@ A CPU stands in for a GPU so that every line of a benchmark can be run without o
 
 from __future__ import annotations
 
-import datetime
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
+from dynskip import host
 from dynskip.costs.layer_costs import MachineSpeed
+from dynskip.kernels.configs import device_slug
 from dynskip.measure import machine
 from dynskip.measure.timing import Samples, interleave
 
@@ -127,7 +127,7 @@ class Cpu:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.name = f"{machine.cpu_model()}, instead of a GPU"
+        self.name = f"{host.cpu_model()}, instead of a GPU"
 
     def time(self, task: Callable[[], object], num_repeats: int) -> float:
         """See `Device.time`."""
@@ -196,7 +196,7 @@ def describe_device(device: Device, commit: str | None) -> dict[str, Any]:
     is_gpu = device.device.type == "cuda"
     total = torch.cuda.get_device_properties(device.device).total_memory if is_gpu else 0
     return {
-        "machine": slug(device.name),
+        "machine": device_slug(device.name),
         "gpu": device.name,
         "gpu_memory_gib": round(total / 2**30, 1),
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(device.device)) if is_gpu else "none",
@@ -204,13 +204,8 @@ def describe_device(device: Device, commit: str | None) -> dict[str, Any]:
         "num_cores": described["num_cores"],
         "versions": versions,
         "commit": commit or described["commit"],
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": described["date"],
     }
-
-
-def slug(name: str) -> str:
-    """``name`` as the name of a file: nvidia-h200 for NVIDIA H200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _timer(device: Device, task: Callable[[], object], num_repeats: int) -> Callable[[], float]:

@@ -34,3 +34,13 @@ def read_tokenizer(source: str | Path, function: str, advice: str = "") -> Any:
             f"{function}: {source} must hold a tokenizer with a vocabulary, got special tokens only.{advice}"
         )
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int, source: str | Path, function: str) -> None:
+    """Raise ValueError, from ``function``, where the tokenizer of ``source`` knows ids that the model does not have."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{function}: tokenizer of {source} must know token ids below the model's {vocab_size}, got {largest}. "
+            "Checkpoint and tokenizer do not belong together."
+        )

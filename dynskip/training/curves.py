@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dynskip.data.provenance import write_json
+from dynskip.files import write_json
 
 
 def write_curves(directory: Path, history: Sequence[dict[str, Any]]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
+from dynskip.files import write_text
 from dynskip.training.finite import check_numbers, check_weights
 
 _COMPLETE = "complete.json"
@@ -76,10 +76,6 @@ class ResumableTrainer(Trainer):
             # A checkpoint counts only with this file in it, written last: a kill can leave a broken folder behind,
             # but the whole one before it is still there.
             directory = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-            partial = directory / (_COMPLETE + ".partial")
-            with partial.open("w") as file:
-                json.dump({"step": self.state.global_step, **self.checkpoint_note()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(directory / _COMPLETE)
+            note = {"step": self.state.global_step, **self.checkpoint_note()}
+            write_text(directory / _COMPLETE, json.dumps(note), sync=True)
         self.accelerator.wait_for_everyone()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from dynskip.files import write_text
 from dynskip.kernels.configs import DEFAULT, FOLDER, Table, read_table
 from dynskip.tuning.space import Constants
 from dynskip.tuning.tasks import Task
@@ -47,15 +46,7 @@ def write_table(path: Path, table: Table) -> None:
     """Puts `table` into the file at `path`, all of it or nothing. Raises: ValueError for one that cannot be read."""
     read_table(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(format_table(table))
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, format_table(table))
 
 
 def format_table(table: Table) -> str:

@@ -40,10 +40,10 @@ from bench.gpu.floors import WorkDone, floor_ms
 from bench.gpu.replays import RepeatedStep
 from bench.gpu.workloads import Truth, Workload
 from bench.report.device import DeviceReport
-from dynskip import LayerPath, OPTForCausalLM
+from dynskip import LayerPath, OPTForCausalLM, host
 from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, roofline_ms
 from dynskip.kernels.configs import FOLDER, KEYS, get_entries, use_configs
-from dynskip.measure import device, machine
+from dynskip.measure import device
 from dynskip.measure.device import get_device
 from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.models.opt import opt_shape
@@ -66,7 +66,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", opt_shape(4, 32, 2, 64))
     monkeypatch.setattr(device, "_COPY_BYTES", 2**16)
     monkeypatch.setattr(device, "_GEMM_SIZE", 16)
-    monkeypatch.setattr(machine, "cpu_model", lambda: "Test")
+    monkeypatch.setattr(host, "cpu_model", lambda: "Test")
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ ORDER = [
     # what to run: pure data, no device
     "version",
     "arguments",
+    "files",
+    "host",
     "paths",
     "sampling",
     "prompts",

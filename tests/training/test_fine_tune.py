@@ -37,12 +37,12 @@ from dynskip.data.batches import IGNORED, pad_examples
 from dynskip.data.corpus import split_instructions
 from dynskip.data.examples import encode_examples
 from dynskip.data.templates import CHAT_TEMPLATES, alpaca_prompt, prompt_text
-from dynskip.training import resumable
+from dynskip.models.tokenizer import check_vocabulary
 from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune import run as fine_tune
 from dynskip.training.fine_tune.config import paper, released_code
 from dynskip.training.fine_tune.row_order import StepPlan
-from dynskip.training.fine_tune.run import FineTuneRun, check_vocabulary, load_for_training, load_tokenizer, stages
+from dynskip.training.fine_tune.run import FineTuneRun, load_for_training, load_tokenizer, stages
 from dynskip.training.fine_tune.trainer import evaluations_since_best
 from dynskip.training.response_loss import ResponseLossOPT
 from dynskip.training.resumable import latest_checkpoint
@@ -243,7 +243,7 @@ import torch
 torch.set_num_threads(1)
 import training_runs
 from dynskip.training.fine_tune.run import FineTuneRun
-from dynskip.training import resumable, response_loss as step_model
+from dynskip.training import response_loss as step_model
 out, checkpoint, data, where, number = sys.argv[1:]
 num_calls = 0
 def killer(original):
@@ -257,7 +257,7 @@ def killer(original):
 if where == "step":
     step_model.head_loss = killer(step_model.head_loss)
 else:
-    resumable.os.fsync = killer(resumable.os.fsync)
+    os.fsync = killer(os.fsync)
 config = training_runs.small_config(Path(checkpoint))
 FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
 """
@@ -313,7 +313,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(checkpoint: Path, data: Path, who
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable.os, "fsync", fsync)
+        patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="No space left on device"):
             FineTuneRun(small_config(checkpoint), data, tmp_path, CPU, progress=False).train()
     left = latest_checkpoint(tmp_path / "full")
@@ -422,10 +422,8 @@ def test_rows_longer_than_the_positions_are_refused_before_data_is_read(checkpoi
 
 def test_a_foreign_tokenizer_is_refused(checkpoint: Path) -> None:
     tokenizer = load_tokenizer(str(checkpoint))
-    with pytest.raises(
-        ValueError, match=r"check_vocabulary: the tokenizer of here must have ids below .* 300, got 319"
-    ):
-        check_vocabulary(tokenizer, 300, "here")
+    with pytest.raises(ValueError, match=r"train: tokenizer of here must know token ids below .* 300, got 319"):
+        check_vocabulary(tokenizer, 300, "here", "train")
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from dynskip.assets import find_model, opt_mini_directory
 from dynskip.controllers.registry import controller_class
 from dynskip.controllers.storage import read_config
-from dynskip.data.provenance import file_hash
+from dynskip.files import file_hash
 from dynskip.models.source_files import read_end_tokens
+from dynskip.models.tokenizer import check_vocabulary
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -66,12 +67,7 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str | Path) -> None:
     """Raise ValueError where ``tokenizer`` makes or expects tokens that the model of ``config`` does not have."""
     if tokenizer is None:
         raise ValueError(f"eval: {name} must come with a tokenizer, got none. Export the model with its tokenizer.")
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"eval: tokenizer of {name} must know token ids below the model's {config.vocab_size}, got {largest}. "
-            "Checkpoint and tokenizer do not belong together."
-        )
+    check_vocabulary(tokenizer, config.vocab_size, name, "eval")
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer.eos_token_id not in ends:
         raise ValueError(

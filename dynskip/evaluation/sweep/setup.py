@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynskip.data.provenance import file_hash
 from dynskip.data.templates import TEMPLATES
 from dynskip.evaluation.sweep.checkpoints import Checkpoint, ControllerFolder
 from dynskip.evaluation.sweep.dataset import SPLITS
+from dynskip.files import file_hash
 from dynskip.paths import LayerPath
 
 PAPER_LAYERS = 24

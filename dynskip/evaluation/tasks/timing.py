@@ -20,8 +20,8 @@ from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.path_families import Member
 from dynskip.execution.compact import CompactExecutor
+from dynskip.host import cpu_model
 from dynskip.llm import LLM
-from dynskip.measure.machine import cpu_model
 from dynskip.measure.timing import interleave
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import Paths

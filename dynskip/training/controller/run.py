@@ -13,7 +13,9 @@ from transformers import OPTForCausalLM
 from dynskip.controllers.learned import ModelSizes
 from dynskip.controllers.registry import make_controller
 from dynskip.controllers.storage import save_controller
-from dynskip.data.provenance import provenance, write_json
+from dynskip.data.provenance import provenance
+from dynskip.files import write_json
+from dynskip.models.tokenizer import check_vocabulary
 from dynskip.paths import LayerPath
 from dynskip.training.controller.config import ControllerConfig
 from dynskip.training.controller.gated_model import ControlledModel
@@ -21,7 +23,6 @@ from dynskip.training.controller.trainer import ControllerTrainer
 from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune.run import (
     check_length,
-    check_vocabulary,
     export_model,
     is_first_process,
     load_for_training,
@@ -61,7 +62,7 @@ class ControllerRun:
             return self.directory
         backbone = load_for_training(training.model, self._device, OPTForCausalLM)
         shape = backbone.config
-        check_vocabulary(tokenizer, shape.vocab_size, training.model)
+        check_vocabulary(tokenizer, shape.vocab_size, training.model, "train")
         sizes = ModelSizes(shape.num_hidden_layers, shape.hidden_size, shape.word_embed_proj_dim or shape.hidden_size)
         controller = make_controller(self.config.controller, sizes)
         controller.temperature = self.config.temperature

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
 from dynskip.data.corpus import read_corpus
 from dynskip.data.examples import Example, encode_examples
-from dynskip.data.provenance import provenance, write_json
+from dynskip.data.provenance import provenance
 from dynskip.data.templates import CHAT_TEMPLATES
+from dynskip.files import whole_folder, write_json
 from dynskip.models.source_files import read_config, read_source
-from dynskip.models.tokenizer import read_tokenizer
+from dynskip.models.tokenizer import check_vocabulary, read_tokenizer
 from dynskip.paths import LayerPath
 from dynskip.training import attention
 from dynskip.training.curves import write_curves
@@ -71,16 +71,6 @@ def check_length(max_tokens: int, source: str) -> None:
         raise ValueError(
             f"train: --max-length must be at most {positions}, the positions of {source}, got {max_tokens}. "
             f"Pass --max-length {positions}."
-        )
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> None:
-    """Raise ValueError where the tokenizer knows ids that the model has no embedding for."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise ValueError(
-            f"check_vocabulary: the tokenizer of {source} must have ids below the model's vocabulary of {vocab_size}, "
-            f"got {largest}. Checkpoint and tokenizer do not belong together."
         )
 
 
@@ -138,17 +128,14 @@ def export_model(
     about: dict[str, Any] | None = None,
 ) -> None:
     """Write the model and its tokenizer so that the folder is there whole or not at all."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     # The Trainer switches the cache off, for its own passes; whoever generates wants it.
     model.config.use_cache = True
-    model.save_pretrained(partial)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATES[template]
-    tokenizer.save_pretrained(partial)
-    write_json(partial / "fine_tune.json", {"template": template, **(about or {})})
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with whole_folder(directory) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "fine_tune.json", {"template": template, **(about or {})})
 
 
 class FineTuneRun:
@@ -195,7 +182,7 @@ class FineTuneRun:
         if (directory / "done.json").exists():
             return directory / "model"
         model = load_for_training(source, self._device)
-        check_vocabulary(tokenizer, model.config.vocab_size, source)
+        check_vocabulary(tokenizer, model.config.vocab_size, source, "train")
         num_layers = model.config.num_hidden_layers
         paths = tuple(LayerPath.parse(path, num_layers) for path in stage.paths)
         used = {layer for path in paths for layer in path.layers}

@@ -16,7 +16,8 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from dynskip.data.batches import BatchPlan
 from dynskip.data.corpus import Corpus, read_corpus
 from dynskip.data.examples import Example, encode_examples, encode_windows
-from dynskip.data.provenance import provenance, write_json
+from dynskip.data.provenance import provenance
+from dynskip.files import write_json
 from dynskip.training import attention
 from dynskip.training.finite import check_numbers
 from dynskip.training.pretrain.config import ModelShape, Phase, RunConfig

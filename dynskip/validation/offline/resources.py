@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -12,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dynskip.files import write_text
 
 # Tensor cores: HMMA and its kin up to sm_89, HGMMA and its kin on sm_90, UTCHMMA and its kin on sm_100.
 _TENSOR_CORE = re.compile(r"[BDHIOQ]MMA|[BHIQ]GMMA|UTC[A-Z]*MMA")
@@ -36,10 +37,7 @@ def read_resources(cubin: bytes, multiplies: bool, folder: Path) -> Resources:
     kept = folder / f"{hashlib.sha256(cubin).hexdigest()}-{'all' if multiplies else 'usage'}.json"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as directory:
-            part = Path(directory) / "part.json"
-            part.write_text(json.dumps(_inspect(cubin, multiplies)), encoding="utf-8")
-            os.replace(part, kept)  # at once: another process may look for it
+        write_text(kept, json.dumps(_inspect(cubin, multiplies)))  # in one piece: another process may look for it
     said = json.loads(kept.read_text(encoding="utf-8"))
     return Resources(
         registers=int(said["usage"]["REG"]),
