@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dynskip.cli import train_controller
 from dynskip.cli.options import file_path, set_threads
 from dynskip.cli.train_fine_tune import OPTIONS as FINE_TUNE_OPTIONS
-from dynskip.cli.train_fine_tune import add_options, fine_tune_config, is_first_process, run_fine_tune
+from dynskip.cli.train_fine_tune import add_options, fine_tune_config, is_first_process
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -190,31 +190,39 @@ def run(args: argparse.Namespace) -> int:
 
         logging.disable_progress_bar()
     from dynskip.training.finite import NotFiniteError
+    from dynskip.training.stage import end_processes
 
     try:
-        return _train(args)
+        lines = _train(args)
     except NotFiniteError as error:
         if is_first_process():
             print(f"dynskip train: error: {error}", file=sys.stderr)
         return 1
-
-
-def _train(args: argparse.Namespace) -> int:
-    """Exit status 0 after a finished run of checked options."""
-    if args.preset != "opt-mini":
-        training = fine_tune_config(args, args.preset)
-        if args.controller is not None:
-            return train_controller.run_controller(
-                args, train_controller.controller_config(args, training), args.data[0]
-            )
-        return run_fine_tune(args, training, args.data[0])
-
-    from dynskip.training.pretrain.run import TrainingRun
-
-    config = _mini_config(args)
-    exported = TrainingRun(config, args.data, args.out, evaluator(not args.quiet), progress=not args.quiet).train()
-    print(f"{exported}: model, tokenizer, and bits per byte of each path in scores.json")
+    if is_first_process():
+        print("\n".join(lines))
+    end_processes()
     return 0
+
+
+def _train(args: argparse.Namespace) -> list[str]:
+    """What to say of a finished run of checked options: a line for each folder that it has left."""
+    progress = not args.quiet
+    if args.preset == "opt-mini":
+        from dynskip.training.pretrain.run import TrainingRun
+
+        exported = TrainingRun(_mini_config(args), args.data, args.out, evaluator(progress), progress).train()
+        return [f"{exported}: model, tokenizer, and bits per byte of each path in scores.json"]
+    training = fine_tune_config(args, args.preset)
+    if args.controller is None:
+        from dynskip.training.fine_tune.run import FineTuneRun
+
+        models = FineTuneRun(training, args.data[0], args.out, progress=progress).train()
+        return [f"{stage}: {folder}" for stage, folder in models.items()]
+    from dynskip.training.controller.run import ControllerRun
+
+    config = train_controller.controller_config(args, training)
+    folder = ControllerRun(config, args.data[0], args.out, progress=progress).train()
+    return [f"{folder}: controller.json and its weights"]
 
 
 if __name__ == "__main__":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from dynskip.cli.train_fine_tune import is_first_process
 
 if TYPE_CHECKING:
     from dynskip.training.controller.config import ControllerConfig
@@ -48,13 +45,3 @@ def controller_config(args: argparse.Namespace, training: FineTuneConfig) -> Con
         hard=not args.soft,
         backbone="joint" if args.joint else "frozen",
     )
-
-
-def run_controller(args: argparse.Namespace, config: ControllerConfig, data: Path) -> int:
-    """Exit status 0 after a finished training."""
-    from dynskip.training.controller.run import ControllerRun
-
-    folder = ControllerRun(config, data, args.out, progress=not args.quiet).train()
-    if is_first_process():
-        print(f"{folder}: controller.json and its weights")
-    return 0

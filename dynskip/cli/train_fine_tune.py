@@ -5,65 +5,56 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynskip.training.fine_tune.config import FineTuneConfig
 
-# Each option with the field of FineTuneConfig that it sets.
-_FIELDS = {
-    "model": "model",
-    "lr": "learning_rate",
-    "epochs": "num_epochs",
-    "batch_size": "batch_size",
-    "micro_batch": "micro_batch_size",
-    "max_length": "max_tokens",
-    "weight_decay": "weight_decay",
-    "warmup_steps": "warmup_steps",
-    "eval_every": "eval_every",
-    "patience": "patience",
-    "validation_rows": "num_validation_rows",
-    "template": "template",
-    "precision": "precision",
-    "path": "paths",
-    "menu": "menu",
-    "seed": "seed",
-    "save_every": "save_every_s",
+
+def _value(kind: type, metavar: str, text: str) -> dict[str, Any]:
+    return {"type": kind, "metavar": metavar, "help": text}
+
+
+# Each option of the presets that fine-tune: the field of FineTuneConfig that it sets, and how it is read.
+_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": (
+        "model",
+        {"metavar": "NAME", "help": "OPT checkpoint: folder, hub id or opt-mini (default: the preset's)"},
+    ),
+    "lr": ("learning_rate", _value(float, "X", "learning rate of AdamW")),
+    "epochs": ("num_epochs", _value(float, "N", "passes over the training rows, each stage")),
+    "batch_size": ("batch_size", _value(int, "N", "rows of a step, over all processes (64)")),
+    "micro_batch": ("micro_batch_size", _value(int, "N", "rows that a process computes at once (8)")),
+    "max_length": ("max_tokens", _value(int, "N", "tokens at which a row is cut (512)")),
+    "weight_decay": ("weight_decay", _value(float, "X", "weight decay of AdamW (0)")),
+    "warmup_steps": ("warmup_steps", _value(int, "N", "steps over which the learning rate rises (0)")),
+    "eval_every": ("eval_every", _value(int, "N", "steps between evaluations (default: an epoch)")),
+    "patience": ("patience", _value(int, "N", "evaluations without a new best before a stage ends; 0: never")),
+    "validation_rows": ("num_validation_rows", _value(int, "N", "score the first N only (default: all)")),
+    "template": ("template", {"choices": ["alpaca", "short"], "help": "how a prompt is written (alpaca)"}),
+    "precision": ("precision", {"choices": ["float32", "bfloat16"], "help": "bfloat16: autocast over fp32 weights"}),
+    "path": (
+        "paths",
+        {
+            "action": "append",
+            "metavar": "PATH",
+            "help": "a path that gets its own fine-tune from the full-depth one, `full` included; give it once a path "
+            "(default: uniform:12, uniform:8, uniform:4)",
+        },
+    ),
+    "menu": (
+        "menu",
+        {"action": "append", "metavar": "PATH", "help": "a path of one more fine-tune that draws a path each batch"},
+    ),
 }
-OPTIONS = frozenset(_FIELDS) - {"seed", "save_every"}
+OPTIONS = frozenset(_OPTIONS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the presets ``paper`` and ``released-code``."""
     group = parser.add_argument_group("presets paper and released-code")
-    group.add_argument(
-        "--model", metavar="NAME", help="OPT checkpoint: folder, hub id or opt-mini (default: the preset's)"
-    )
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate of AdamW")
-    group.add_argument("--epochs", type=float, metavar="N", help="passes over the training rows, each stage")
-    group.add_argument("--batch-size", type=int, metavar="N", help="rows of a step, over all processes (64)")
-    group.add_argument("--micro-batch", type=int, metavar="N", help="rows that a process computes at once (8)")
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens at which a row is cut (512)")
-    group.add_argument("--weight-decay", type=float, metavar="X", help="weight decay of AdamW (0)")
-    group.add_argument("--warmup-steps", type=int, metavar="N", help="steps over which the learning rate rises (0)")
-    group.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations (default: an epoch)")
-    group.add_argument(
-        "--patience", type=int, metavar="N", help="evaluations without a new best before a stage ends; 0: never"
-    )
-    group.add_argument("--validation-rows", type=int, metavar="N", help="score the first N only (default: all)")
-    group.add_argument("--template", choices=["alpaca", "short"], help="how a prompt is written (alpaca)")
-    group.add_argument("--precision", choices=["float32", "bfloat16"], help="bfloat16: autocast over fp32 weights")
-    group.add_argument(
-        "--path",
-        action="append",
-        metavar="PATH",
-        help="a path that gets its own fine-tune from the full-depth one, `full` included; give it once a path "
-        "(default: uniform:12, uniform:8, uniform:4)",
-    )
-    group.add_argument(
-        "--menu", action="append", metavar="PATH", help="a path of one more fine-tune that draws a path each batch"
-    )
+    for name, (_, how) in _OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", **how)
 
 
 def fine_tune_config(args: argparse.Namespace, preset: str) -> FineTuneConfig:
@@ -71,7 +62,8 @@ def fine_tune_config(args: argparse.Namespace, preset: str) -> FineTuneConfig:
     from dynskip.training.fine_tune.config import FINE_TUNE_PRESETS
 
     changes: dict[str, Any] = {}
-    for option, field in _FIELDS.items():
+    fields = {option: field for option, (field, _) in _OPTIONS.items()}
+    for option, field in {**fields, "seed": "seed", "save_every": "save_every_s"}.items():
         value = getattr(args, option)
         if value is not None:
             changes[field] = tuple(value) if isinstance(value, list) else value
@@ -95,15 +87,3 @@ def fine_tune_config(args: argparse.Namespace, preset: str) -> FineTuneConfig:
 def is_first_process() -> bool:
     """Whether this is the process that speaks, of those that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def run_fine_tune(args: argparse.Namespace, config: FineTuneConfig, data: Path) -> int:
-    """Exit status 0 after a finished fine-tune."""
-    from dynskip.training.fine_tune.run import FineTuneRun, end_processes
-
-    models = FineTuneRun(config, data, args.out, progress=not args.quiet).train()
-    if is_first_process():
-        for stage, folder in models.items():
-            print(f"{stage}: {folder}")
-    end_processes()
-    return 0

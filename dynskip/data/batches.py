@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch.utils.data import Dataset
@@ -59,64 +60,127 @@ def group_in_order(lengths: Sequence[int], tokens_per_batch: int) -> list[list[i
     return batches
 
 
-class BatchPlan(Dataset[Batch]):
-    """The batch of every step of one phase, up to ``num_steps``; ``first_step`` is the step that item 0 stands for.
+class Plan(Dataset[Batch]):
+    """The batches of one stage of training, for the Trainer of one process.
 
-    A step takes windows of passages with probability ``passage_share``, otherwise examples.
+    Item i is micro-batch ``i % num_micro_batches`` of step ``first_step + i // num_micro_batches``.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        windows: Sequence[tuple[int, ...]],
-        *,
-        pad_id: int,
-        tokens_per_batch: int,
-        passage_share: float,
-        response_only: bool,
-        seed: int,
-        num_steps: int,
-    ) -> None:
-        if passage_share > 0 and not windows:
+    num_steps: int
+    num_micro_batches = 1
+    first_step = 0
+
+    def __len__(self) -> int:
+        # As long from every first step: a Trainer that resumes counts its epochs by the length, and ends by its steps.
+        return self.num_steps * self.num_micro_batches
+
+    def __getitem__(self, item: int) -> Batch:
+        if not 0 <= item < len(self):
+            raise IndexError(f"{type(self).__name__}: item must lie in 0..{len(self) - 1}, got {item}.")
+        step, micro = divmod(item, self.num_micro_batches)
+        return self.micro_batch(self.first_step + step, micro)
+
+    def micro_batch(self, step: int, micro: int) -> Batch:
+        """A part of the batch of ``step``, of the process that the plan is for."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class BatchPlan(Plan):
+    """Batches of at most ``tokens_per_batch`` padded tokens, of examples or, with probability ``passage_share``, of
+    windows of passages."""
+
+    examples: Sequence[Example]
+    windows: Sequence[tuple[int, ...]]
+    _: KW_ONLY
+    pad_id: int
+    tokens_per_batch: int
+    passage_share: float
+    response_only: bool
+    seed: int
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        if self.passage_share > 0 and not self.windows:
             raise ValueError(
                 "BatchPlan: windows must not be empty when passage_share is positive, "
-                f"got passage_share {passage_share}. Give a T0 file or a share of 0."
+                f"got passage_share {self.passage_share}. Give a T0 file or a share of 0."
             )
-        self.first_step = 0
-        self._examples = examples
-        self._windows = windows
-        self._pad_id = pad_id
-        self._tokens_per_batch = tokens_per_batch
-        self._passage_share = passage_share
-        self._response_only = response_only
-        self._seed = seed
-        self._num_steps = num_steps
-        self._lengths = [example.num_tokens for example in examples]
-        self._window_lengths = [len(window) for window in windows]
-        self._choice = random.Random(f"{seed} source")
+        self._lengths = {
+            "examples": [example.num_tokens for example in self.examples],
+            "windows": [len(window) for window in self.windows],
+        }
+        self._choice = random.Random(f"{self.seed} source")
         self._epochs = {"examples": 0, "windows": 0}
         self._pending: dict[str, list[list[int]]] = {"examples": [], "windows": []}
         self._plan: list[tuple[str, list[int]]] = []
 
-    def __len__(self) -> int:
-        return self._num_steps - self.first_step
-
     def _extend(self) -> None:
-        source = "windows" if self._choice.random() < self._passage_share else "examples"
+        source = "windows" if self._choice.random() < self.passage_share else "examples"
         if not self._pending[source]:
-            generator = random.Random(f"{self._seed} {source} {self._epochs[source]}")
-            lengths = self._window_lengths if source == "windows" else self._lengths
-            self._pending[source] = group_by_length(lengths, self._tokens_per_batch, generator)
+            generator = random.Random(f"{self.seed} {source} {self._epochs[source]}")
+            self._pending[source] = group_by_length(self._lengths[source], self.tokens_per_batch, generator)
             self._epochs[source] += 1
         self._plan.append((source, self._pending[source].pop()))
 
-    def __getitem__(self, item: int) -> Batch:
-        step = self.first_step + item
+    def micro_batch(self, step: int, micro: int) -> Batch:
+        """The batch of ``step``."""
         while len(self._plan) <= step:
             self._extend()
         source, indices = self._plan[step]
         if source == "examples":
-            chosen = [self._examples[index] for index in indices]
-            return pad_examples(chosen, self._pad_id, self._response_only)
-        input_ids = torch.tensor([self._windows[index] for index in indices])
+            return pad_examples([self.examples[index] for index in indices], self.pad_id, self.response_only)
+        input_ids = torch.tensor([self.windows[index] for index in indices])
         return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+@dataclass(eq=False)
+class StepPlan(Plan):
+    """Batches of ``batch_size`` examples: step s takes rows s * batch_size and on of one shuffled pass after the other.
+
+    Every batch is full, and the same for any number of processes. Within a step the rows are sorted by length and
+    dealt to processes: less padding, the same sum of gradients.
+    """
+
+    examples: Sequence[Example]
+    _: KW_ONLY
+    pad_id: int
+    batch_size: int
+    micro_batch_size: int
+    num_steps: int
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ValueError("StepPlan: examples must not be empty, got 0 rows. Check the data file and the cut.")
+        share = self.micro_batch_size * self.num_processes
+        if self.batch_size % share:
+            raise ValueError(
+                f"StepPlan: batch_size must be a multiple of micro_batch_size * processes, got {self.batch_size} for "
+                f"{self.micro_batch_size} * {self.num_processes}. Choose a micro-batch that divides it."
+            )
+        self.num_micro_batches = self.batch_size // share
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def _row(self, place: int) -> int:
+        epoch, rank = divmod(place, len(self.examples))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = list(range(len(self.examples)))
+            random.Random(f"{self.seed} rows {epoch}").shuffle(self._order)
+        return self._order[rank]
+
+    def rows(self, step: int) -> list[int]:
+        """The indices of the examples of ``step``, over all processes, shortest first."""
+        first = step * self.batch_size
+        rows = [self._row(place) for place in range(first, first + self.batch_size)]
+        return sorted(rows, key=lambda row: (self.examples[row].num_tokens, row))
+
+    def micro_batch(self, step: int, micro: int) -> Batch:
+        """This process's share of the micro-batch."""
+        place = (micro * self.num_processes + self.rank) * self.micro_batch_size
+        rows = self.rows(step)[place : place + self.micro_batch_size]
+        return pad_examples([self.examples[row] for row in rows], self.pad_id, response_only=True, multiple=8)

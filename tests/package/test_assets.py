@@ -20,7 +20,7 @@ from dynskip.costs.defaults import UnmeasuredCostsWarning, calibrate_command, de
 from dynskip.costs.store import cached_path, device_key, shape_key
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.models.registry import read_decoder_config
-from dynskip.training.fine_tune.run import load_for_training, load_tokenizer
+from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
 
 
 @pytest.fixture

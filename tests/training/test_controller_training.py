@@ -27,7 +27,7 @@ from dynskip.data.examples import encode_examples
 from dynskip.training.controller.config import ControllerConfig
 from dynskip.training.controller.gated_model import ControlledModel
 from dynskip.training.controller.run import ControllerRun
-from dynskip.training.fine_tune.run import load_for_training, load_tokenizer
+from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
 from dynskip.training.resumable import latest_checkpoint
 
 __all__ = ["checkpoint", "data"]  # fixtures

@@ -33,16 +33,16 @@ from transformers import OPTForCausalLM
 
 from dynskip import LLM, LayerPath, SamplingParams
 from dynskip.cli import main
-from dynskip.data.batches import IGNORED, pad_examples
+from dynskip.data.batches import IGNORED, StepPlan, pad_examples
 from dynskip.data.corpus import split_instructions
 from dynskip.data.examples import encode_examples
 from dynskip.data.templates import CHAT_TEMPLATES, alpaca_prompt, prompt_text
 from dynskip.models.tokenizer import check_vocabulary
 from dynskip.training.curves import write_curves
-from dynskip.training.fine_tune import run as fine_tune
+from dynskip.training.fine_tune import checkpoint_run
+from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
 from dynskip.training.fine_tune.config import paper, released_code
-from dynskip.training.fine_tune.row_order import StepPlan
-from dynskip.training.fine_tune.run import FineTuneRun, load_for_training, load_tokenizer, stages
+from dynskip.training.fine_tune.run import FineTuneRun, stages
 from dynskip.training.fine_tune.trainer import evaluations_since_best
 from dynskip.training.response_loss import ResponseLossOPT
 from dynskip.training.resumable import latest_checkpoint
@@ -216,10 +216,10 @@ def test_skipped_layers_are_not_computed(checkpoint: Path, data: Path, tmp_path:
     class Counting(FineTuneRun):
         """Counts the passes through each kind of layer in the stage of uniform:2."""
 
-    original = fine_tune.load_for_training
+    original = checkpoint_run.load_for_training
 
-    def load(source: str, device: torch.device) -> Any:
-        model = original(source, device)
+    def load(*arguments: Any) -> Any:
+        model = original(*arguments)
         for index, layer in enumerate(model.model.decoder.layers):
             kind = "full" if index in (0, 2) else "skipped"
             layer.register_forward_pre_hook(lambda *_, kind=kind: calls.__setitem__(kind, calls[kind] + 1))
@@ -230,7 +230,7 @@ def test_skipped_layers_are_not_computed(checkpoint: Path, data: Path, tmp_path:
     for folder in (tmp_path / "uniform-2").glob("checkpoint-*"):
         (folder / "complete.json").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fine_tune, "load_for_training", load)
+        patch.setattr(checkpoint_run, "load_for_training", load)
         Counting(small_config(checkpoint), data, tmp_path, CPU, progress=False).train()
     assert calls["full"] > 0 and calls["skipped"] == 0
 
@@ -332,7 +332,7 @@ torch.set_num_threads(1)
 import training_runs
 from dynskip.training.fine_tune.run import FineTuneRun
 from dynskip.cli.train_fine_tune import is_first_process
-from dynskip.training.fine_tune.run import end_processes
+from dynskip.training.stage import end_processes
 out, checkpoint, data = sys.argv[1:]
 menu = ("uniform:2", "uniform:1")
 config = training_runs.small_config(Path(checkpoint), micro_batch_size=2, menu=menu, save_every_s=600.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from dynskip.data.templates import TEMPLATES
@@ -66,12 +67,19 @@ class FineTuneConfig:
         return given if given is not None else math.ceil(self.num_epochs * num_rows / self.batch_size)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps a run of the config ``new`` from going on with one of ``old``, a text for each field."""
-    names = sorted({*old, *new} - _FREE)
-    return [
-        f"{name} {old.get(name)!r} there, {new.get(name)!r} asked" for name in names if old.get(name) != new.get(name)
+def check_same_run(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+    """Raise ValueError, naming each difference, where a run of the record ``new`` cannot go on with one of ``old``."""
+    before, after = ({**record["config"], "data": record["data"]} for record in (old, new))
+    changed = [
+        f"{name} {before.get(name)!r} there, {after.get(name)!r} asked"
+        for name in sorted({*before, *after} - _FREE)
+        if before.get(name) != after.get(name)
     ]
+    if changed:
+        raise ValueError(
+            f"record_start: config must equal that of the run in {directory}, got {'; '.join(changed)}. "
+            "Give the run's own options or another folder."
+        )
 
 
 def paper() -> FineTuneConfig:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback
 
-from dynskip.data.batches import IGNORED, Batch, group_in_order, pad_examples
-from dynskip.data.examples import Example
+from dynskip.data.batches import IGNORED, Batch, StepPlan, group_in_order, pad_examples
 from dynskip.paths import LayerPath
-from dynskip.training.fine_tune.config import FineTuneConfig
-from dynskip.training.fine_tune.row_order import StepPlan
+from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
 from dynskip.training.finite import check_numbers
 from dynskip.training.response_loss import ResponseLossOPT, only_layers
-from dynskip.training.resumable import ResumableTrainer, clear_broken, latest_checkpoint, saved_note
+from dynskip.training.resumable import ResumableTrainer
 from dynskip.training.schedule import PathMenu
+from dynskip.training.stage import processes
 
 _EVAL_TOKENS_PER_BATCH = 8192
 _NEVER = 1_000_000_000
@@ -35,117 +31,78 @@ def evaluations_since_best(history: Sequence[dict[str, Any]]) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-class _Rhythm(TrainerCallback):
-    """Evaluates and saves every so many steps and at the end, saves by the clock in between, ends a stage early."""
-
-    def __init__(self, eval_every: int, patience: int | None, save_every_s: float) -> None:
-        self._eval_every = eval_every
-        self._patience = patience
-        self._save_every_s = save_every_s
-        self._saved = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self._eval_every == 0 or state.global_step == state.max_steps:
-            control.should_evaluate = control.should_save = True
-        late = torch.tensor(float(time.monotonic() - self._saved >= self._save_every_s), device=args.device)
-        # One process's clock decides for all, since all must take part in saving.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(late, src=0)
-        if control.should_save or late.item():
-            control.should_save = True
-            self._saved = time.monotonic()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._patience is not None and evaluations_since_best(state.log_history) >= self._patience:
-            control.should_training_stop = True
-
-
 class FineTuneTrainer(ResumableTrainer):
-    """A Trainer for one stage; its checkpoints, log and best step live in ``directory``."""
+    """The Trainer of one stage of ``run``, along ``paths``, of which each step draws one.
+
+    is_full: for as many steps as the full-depth stage has.
+    """
 
     def __init__(
         self,
+        run: CheckpointRun,
         model: nn.Module,
         directory: Path,
-        config: FineTuneConfig,
-        menu: PathMenu,
-        examples: Sequence[Example],
-        validation: Sequence[Example],
+        paths: Sequence[LayerPath],
         *,
-        pad_id: int,
-        num_steps: int,
+        is_full: bool,
         seed: int,
-        use_cpu: bool,
-        progress: bool,
     ) -> None:
+        config = run.training
         self.loss_model = model
-        self.directory = directory
-        self.menu = menu
-        self.validation = validation
-        self.pad_id = pad_id
+        self.menu = PathMenu(tuple(paths), (1.0,) * len(paths), (1.0,) * len(paths))
+        self.validation = run.validation
+        self.pad_id = run.tokenizer.pad_token_id
         self.path_seed = seed
         self.patience = config.patience
-        self.epochs_per_step = config.batch_size / len(examples)
-        self.history: list[dict[str, Any]] = []
-        arguments = TrainingArguments(
-            output_dir=str(directory),
-            max_steps=num_steps,
+        self.eval_every = config.eval_every or math.ceil(len(run.examples) / config.batch_size)
+        self.epochs_per_step = config.batch_size / len(run.examples)
+        use_cpu = run.device.type == "cpu"
+        started = processes(use_cpu)
+        plan = StepPlan(
+            run.examples,
+            pad_id=self.pad_id,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            num_steps=config.steps(len(run.examples), is_full),
+            seed=seed,
+            rank=started.process_index,
+            num_processes=started.num_processes,
+        )
+        if config.gradient_checkpointing:
+            enable: Any = model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        super().__init__(
+            model,
+            directory,
+            plan,
+            use_cpu=use_cpu,
+            save_every_s=config.save_every_s,
             per_device_train_batch_size=config.micro_batch_size,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             warmup_steps=config.warmup_steps,
             lr_scheduler_type="linear",
             optim="adamw_torch",
-            max_grad_norm=1.0,
             bf16=config.precision == "bfloat16",
-            use_cpu=use_cpu,
-            ddp_find_unused_parameters=len(menu.paths) > 1,
+            ddp_find_unused_parameters=len(paths) > 1,
             save_strategy="steps",
             save_steps=_NEVER,
             save_total_limit=3,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             logging_steps=1,
-            report_to="none",
-            disable_tqdm=not progress,
-            ignore_data_skip=True,
-            remove_unused_columns=False,
+            disable_tqdm=not run.progress,
             seed=seed,
         )
-        # Several GPUs in one process would be nn.DataParallel, which knows nothing of the shares of a StepPlan.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        plan = StepPlan(
-            examples,
-            pad_id=pad_id,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            num_steps=num_steps,
-            seed=seed,
-            rank=arguments.process_index,
-            num_processes=arguments.world_size,
-        )
-        arguments.gradient_accumulation_steps = plan.num_micro_batches
-        if config.gradient_checkpointing:
-            enable: Any = model.gradient_checkpointing_enable
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        super().__init__(model=model, args=arguments, train_dataset=plan)
-        self.plan = plan
         # The model divides by num_items_in_batch, which the Trainer counts over micro-batches and processes.
         self.model_accepts_loss_kwargs = True
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        if progress:
+        if run.progress:
             self.add_callback(_Bar)
-        eval_every = config.eval_every or math.ceil(len(examples) / config.batch_size)
-        self.add_callback(_Rhythm(eval_every, config.patience, config.save_every_s))
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """The batches of the plan, which does the batching and knows its process."""
-        # Starting a loader draws a number. From a generator of its own: the random state that a checkpoint brings back
-        # must be the one that the next step would have seen.
-        return DataLoader(
-            self.plan, batch_size=1, shuffle=False, collate_fn=lambda items: items[0], generator=torch.Generator()
-        )
+    def after_step(self, control: Any) -> None:
+        """Evaluate and save every so many steps and at the end."""
+        if self.state.global_step % self.eval_every == 0 or self.state.global_step == self.plan.num_steps:
+            control.should_evaluate = control.should_save = True
 
     def path(self, step: int) -> LayerPath:
         """The path of a step, the same in every process and micro-batch."""
@@ -184,6 +141,8 @@ class FineTuneTrainer(ResumableTrainer):
         check_numbers(metrics, self.state.global_step, self.directory)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._is_out_of_patience():
+            self.control.should_training_stop = True
         return metrics
 
     def validation_means(self, names: Sequence[str]) -> list[float]:
@@ -200,32 +159,33 @@ class FineTuneTrainer(ResumableTrainer):
         *sums, num_tokens = self.accelerator.reduce(total, "sum").tolist()
         return [value / num_tokens for value in sums]
 
-    def run(self) -> Path:
-        """The checkpoint of the best evaluation, after the stage has come to its end from wherever it was."""
-        directory = self.directory
-        checkpoint = latest_checkpoint(directory)
-        if self.is_world_process_zero():
-            clear_broken(directory)
-        self.accelerator.wait_for_everyone()
-        first_step, history = 0, []
-        if checkpoint is not None:
-            first_step = int(saved_note(checkpoint)["step"])
-            history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-        self.plan.first_step = first_step
-        if first_step < self.args.max_steps and not self._ended_early(history):
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            history = self.state.log_history
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train: all steps are done, or evaluations have long not been better."""
+        return super().is_finished() or self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
+        return self.patience is not None and evaluations_since_best(self.state.log_history) >= self.patience
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The log, an entry a step and an evaluation, with the epochs of the data."""
         # The Trainer's own epochs are those of the plan, which has but one.
-        self.history = [
+        return [
             {**entry, "epoch": round(entry["step"] * self.epochs_per_step, 6)}
-            for entry in history
+            for entry in self.state.log_history
             if "loss" in entry or "eval_loss" in entry
         ]
-        best = min((entry for entry in self.history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
-        return directory / f"checkpoint-{best['step']}"
 
-    def _ended_early(self, history: Sequence[dict[str, Any]]) -> bool:
-        return self.patience is not None and evaluations_since_best(history) >= self.patience
+    def result(self) -> dict[str, Any]:
+        """The ``step`` of the best evaluation, ``num_steps`` in all, and the ``validation`` of that step."""
+        history = self.history
+        best = min((entry for entry in history if "eval_loss" in entry), key=lambda entry: entry["eval_loss"])
+        return {"step": best["step"], "num_steps": max(entry["step"] for entry in history), "validation": best}
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """That of the best evaluation."""
+        return self.directory / f"checkpoint-{self.result()['step']}"
 
 
 class _Bar(ProgressCallback):

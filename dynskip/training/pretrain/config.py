@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from dynskip.paths import LayerPath
 from dynskip.training.schedule import LearningRate, PathMenu
@@ -68,6 +70,24 @@ class RunConfig:
     num_watched_rows: int = 128
     num_scored_rows: int = 2000
     preset: str = field(default="", compare=False)
+
+
+def check_same_run(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+    """Raise ValueError, naming the difference, where a run of the record ``new`` cannot go on with one of ``old``.
+
+    Length and rates of a phase may change between two starts.
+    """
+    for name in ("shape", "seed", "split_seed", "tokens_per_batch", "window"):
+        if old["config"][name] != new["config"][name]:
+            raise ValueError(
+                f"TrainingRun: {name} must equal the run's {old['config'][name]!r}, got {new['config'][name]!r}. "
+                f"Give the run's own options or another folder than {directory}."
+            )
+    if old["data"] != new["data"]:
+        raise ValueError(
+            f"TrainingRun: data must be the run's files {old['data']}, got {new['data']}. "
+            f"Give the same files or another folder than {directory}."
+        )
 
 
 def opt_mini() -> RunConfig:

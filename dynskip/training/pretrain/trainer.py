@@ -4,125 +4,108 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import OPTForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import OPTForCausalLM
 
 from dynskip.data.batches import Batch, BatchPlan
+from dynskip.data.examples import Example
+from dynskip.training.finite import check_numbers
 from dynskip.training.head_loss import head_loss
+from dynskip.training.pretrain.config import Phase, RunConfig
 from dynskip.training.pretrain.optimizer import MuonWithAdamW
 from dynskip.training.response_loss import only_layers
-from dynskip.training.resumable import ResumableTrainer, clear_broken, latest_checkpoint, saved_note
-from dynskip.training.schedule import Clock, LearningRate, PathMenu
+from dynskip.training.resumable import ResumableTrainer
+from dynskip.training.schedule import Clock
+
+# The step count of a phase that only minutes bound.
+_UNBOUNDED_STEPS = 1_000_000
 
 
-class StepLog:
-    """JSON lines, one a step; a resumed run first drops the lines of steps that it will repeat."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        kept: list[str] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that a kill cut short: nothing after it can be older than the checkpoint
-                if entry["step"] < first_step:
-                    kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-
-    def write(self, **entry: object) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(entry) + "\n")
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._file.close()
-
-
-class _Pace(TrainerCallback):
-    """Ends the phase when the clock says so, saves every few minutes, and reports after each step."""
-
-    def __init__(self, clock: Clock, save_every_s: float, on_step: Callable[[int, float], None]) -> None:
-        self._clock = clock
-        self._save_every_s = save_every_s
-        self._on_step = on_step
-        self._saved = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        progress = self._clock.progress(state.global_step)
-        self._on_step(state.global_step, progress)
-        control.should_training_stop = progress >= 1.0
-        if control.should_training_stop or time.monotonic() - self._saved >= self._save_every_s:
-            control.should_save = True
-            self._saved = time.monotonic()
+def cut_log(path: Path, first_step: int) -> None:
+    """Drop the lines of steps that a run which goes on at ``first_step`` will repeat; an empty log where none is."""
+    kept: list[str] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that a kill cut short: nothing after it can be older than the checkpoint
+            if entry["step"] < first_step:
+                kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept))
 
 
 class PathTrainer(ResumableTrainer):
-    """A Trainer for one phase: batches from a plan, a path from a menu for each, one line a step in the log."""
+    """A Trainer for one phase: a path from its menu for each batch, one line a step in ``steps.jsonl``.
+
+    score: the scores of the model as it is, kept in ``watched.jsonl`` now and then; None: nothing is watched.
+    """
 
     def __init__(
         self,
         model: OPTForCausalLM,
         directory: Path,
-        plan: BatchPlan,
+        config: RunConfig,
+        phase: Phase,
+        examples: Sequence[Example],
+        windows: Sequence[tuple[int, ...]],
         *,
-        menu: PathMenu,
-        learning_rate: LearningRate,
-        clock: Clock,
-        num_steps: int,
+        pad_id: int,
         seed: int,
-        muon_lr: float,
-        adamw_lr: float,
-        weight_decay: float,
-        autocast: bool = True,
-        use_cpu: bool = True,
-        save_every_s: float = 300.0,
-        on_step: Callable[[int, float], None] = lambda step, progress: None,
+        score: Callable[[OPTForCausalLM], dict[str, float]] | None,
+        progress: bool,
     ) -> None:
         self.decoder_model = model
-        self.directory = directory
-        self.menu = menu
-        self.plan = plan
-        self.rate = learning_rate
-        self.clock = clock
+        self.config = config
+        self.menu = phase.menu(config.shape.num_layers)
+        self.rate = phase.learning_rate
+        self.clock = Clock(phase.max_steps, phase.max_minutes)
         self.seed = seed
-        self.log_file: StepLog | None = None
-        self._rates = {"muon_lr": muon_lr, "adamw_lr": adamw_lr, "weight_decay": weight_decay}
-        arguments = TrainingArguments(
-            output_dir=str(directory),
-            max_steps=num_steps,
+        plan = BatchPlan(
+            examples,
+            windows,
+            pad_id=pad_id,
+            tokens_per_batch=config.tokens_per_batch,
+            passage_share=phase.passage_share,
+            response_only=phase.response_only,
+            seed=seed,
+            num_steps=phase.max_steps or _UNBOUNDED_STEPS,
+        )
+        super().__init__(
+            model,
+            directory,
+            plan,
+            use_cpu=not torch.cuda.is_available(),
+            save_every_s=config.save_every_s,
             per_device_train_batch_size=1,
-            bf16=autocast,
-            use_cpu=use_cpu,
+            bf16=True,
             save_strategy="no",
             save_total_limit=2,
             logging_strategy="no",
-            report_to="none",
             disable_tqdm=True,
-            ignore_data_skip=True,
-            remove_unused_columns=False,
             seed=seed,
-            max_grad_norm=1.0,
         )
-        super().__init__(model=model, args=arguments, train_dataset=plan)
-        self.remove_callback(PrinterCallback)
-        self.add_callback(_Pace(clock, save_every_s, on_step))
-
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """The batches of the plan, from its first step on; the plan does the batching."""
-        return DataLoader(self.plan, batch_size=1, shuffle=False, collate_fn=lambda items: items[0])
+        self._score = score
+        self._watched_at = time.monotonic()
+        self._bar = tqdm(
+            total=1000,
+            desc=phase.name,
+            disable=not progress,
+            bar_format="{desc} {percentage:5.1f}%|{bar}| {elapsed} < {remaining}{postfix}",
+            mininterval=5,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Muon and AdamW in one."""
         if self.optimizer is None:
-            self.optimizer = MuonWithAdamW(self.decoder_model, **self._rates)
+            rates = {name: getattr(self.config, name) for name in ("muon_lr", "adamw_lr", "weight_decay")}
+            self.optimizer = MuonWithAdamW(self.decoder_model, **rates)
         return self.optimizer
 
     def create_scheduler(
@@ -144,37 +127,55 @@ class PathTrainer(ResumableTrainer):
         with only_layers(self.decoder_model, path), self.accelerator.autocast():
             hidden_states = self.decoder_model.model(inputs["input_ids"], use_cache=False).last_hidden_state
             loss = head_loss(hidden_states, self.decoder_model.lm_head.weight, inputs["labels"])
-        if self.log_file is not None:
-            self.log_file.write(
-                step=step,
-                depth=path.budget,
-                loss=round(loss.item(), 6),
-                num_tokens=inputs["input_ids"].numel(),
-                lr_factor=round(self.rate.factor(step, self.clock.progress(step)), 6),
-                elapsed_s=round(self.clock.elapsed_s, 2),
-            )
+        self._append(
+            "steps.jsonl",
+            step=step,
+            depth=path.budget,
+            loss=round(loss.item(), 6),
+            num_tokens=inputs["input_ids"].numel(),
+            lr_factor=round(self.rate.factor(step, self.clock.progress(step)), 6),
+            elapsed_s=round(self.clock.elapsed_s, 2),
+        )
         return (loss, None) if return_outputs else loss
+
+    def after_step(self, control: Any) -> None:
+        """End the phase when the clock says so; show how far it is, and score the model now and then."""
+        step = self.state.global_step
+        progress = self.clock.progress(step)
+        if self._bar.n == 0:
+            self._bar.initial = round(1000 * progress)  # what a resumed phase has behind it is no guide to its pace
+        self._bar.n = round(1000 * progress)
+        self._bar.set_postfix_str(f"step {step}", refresh=False)
+        self._bar.update(0)
+        is_time = time.monotonic() - self._watched_at >= 2 * self.config.save_every_s
+        if self._score is not None and (progress >= 1.0 or is_time):
+            self._watched_at = time.monotonic()
+            scores = self._score(self.decoder_model)
+            check_numbers(scores, step, self.directory)
+            self._append("watched.jsonl", step=step, progress=round(progress, 4), **scores)
+        control.should_training_stop = progress >= 1.0
+        control.should_save |= control.should_training_stop
+
+    def _append(self, name: str, **entry: object) -> None:
+        with (self.directory / name).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def checkpoint_note(self) -> dict[str, Any]:
         """The seconds of training so far, for the clock of a resumed phase."""
         return {"elapsed_s": self.clock.elapsed_s}
 
-    def run(self) -> int:
-        """The number of steps of the phase, trained to its end: from the latest complete checkpoint if there is one."""
-        checkpoint = latest_checkpoint(self.directory)
-        clear_broken(self.directory)
-        saved = {"step": 0, "elapsed_s": 0.0}
-        if checkpoint is not None:
-            saved = saved_note(checkpoint)
-        self.plan.first_step = int(saved["step"])
-        self.log_file = StepLog(self.directory / "steps.jsonl", self.plan.first_step)
-        self.clock.start(saved["elapsed_s"])
+    def begin(self, note: dict[str, Any]) -> None:
+        """Start the clock, and the log after what a checkpoint knows of."""
+        cut_log(self.directory / "steps.jsonl", self.plan.first_step)
+        self.clock.start(note.get("elapsed_s", 0.0))
+
+    def is_finished(self) -> bool:
+        """Whether the clock has come to its end."""
+        return self.clock.progress(self.plan.first_step) >= 1.0
+
+    def run(self) -> None:
+        """Train to the end of the phase, from its latest whole checkpoint where there is one."""
         try:
-            if self.clock.progress(self.plan.first_step) < 1.0:
-                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            elif checkpoint is not None:
-                self._load_from_checkpoint(str(checkpoint))
-                self.state.global_step = int(saved["step"])
+            super().run()
         finally:
-            self.log_file.close()
-        return self.state.global_step
+            self._bar.close()
