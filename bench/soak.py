@@ -257,11 +257,11 @@ def verdict(samples: Sequence[Sample], left_bytes: int, mismatches: Sequence[Has
     if rss > _RSS_SHARE:
         wrong.append(f"resident memory grew by {rss:.1%}")
     if left_bytes:
-        wrong.append(f"{left_bytes} bytes of keys and values are held by nobody")
+        wrong.append(f"{left_bytes} bytes of keys and values are held by no sequence")
     if speed.change < 0 and not speed.is_noise:
         wrong.append(f"tokens per processor second fell by {-speed.change:.1%}, beyond the noise of {speed.noise:.1%}")
     if not samples or not samples[-1].num_preempted or not samples[-1].num_aborted:
-        wrong.append("nobody was preempted, or nobody aborted: the run says little")
+        wrong.append("nothing was preempted, or nothing aborted: the run says little")
     if mismatches:
         wrong.append(f"other tokens than alone: requests {', '.join(map(str, mismatches))}")
     return wrong

@@ -2,7 +2,7 @@
 
 On a CPU the specification runs, on a card the kernels as well. Each op is validated on the measured arguments before it
 is timed, so a wrong result has no time. On a card a round goes over the weights, or the caches, of 24 layers, which
-no L2 holds together; the kernels run as one captured graph, so that nobody times Python. Every line carries the bytes
+no L2 holds together; the kernels run as one captured graph, so that no Python is timed. Every line carries the bytes
 that one call must move, and the bandwidth that this makes.
 """
 

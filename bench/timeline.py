@@ -66,7 +66,7 @@ class Timeline:
     ends: dict[int, int] = field(default_factory=dict)
 
     def places(self) -> dict[int, int]:
-        """For each request a place that nobody else has while it is resident: the lowest that is free."""
+        """For each request a place that no other has while it is resident: the lowest that is free."""
         free = list(range(self.pool))
         places: dict[int, int] = {}
         for number, step in enumerate(self.steps):

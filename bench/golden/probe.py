@@ -36,7 +36,7 @@ from dynskip import LLM, AsyncLLM, Engine, LayerPath, OPTForCausalLM, SamplingPa
 from dynskip.assets import opt_mini_directory
 
 # A name, and what computes JSON or a tensor. Tensors are kept with a hash of their bits, unless NAMES_OF_ROUNDED says
-# that their last bits are nobody's promise.
+# that their last bits are not promised.
 Case = tuple[str, Callable[[], Any]]
 NAMES_OF_ROUNDED = re.compile("fast|reference|train")
 L, VOCAB = 6, 101

@@ -353,7 +353,7 @@ class DecodeBenchmark:
 
 
 def _free_memory() -> None:
-    """Give what nobody holds any more back to the device: caches are made as large as the device says is free."""
+    """Give memory that is held no more back to the device: caches are made as large as the device says is free."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

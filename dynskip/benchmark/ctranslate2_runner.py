@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-# Its OpenMP threads spin for 200 ms after their last work: whoever is timed next waits until they sleep.
+# Its OpenMP threads spin for 200 ms after their last work: what is timed next waits until they sleep.
 _SETTLE_S = 0.3
 
 

@@ -49,7 +49,7 @@ class PrefixIndex:
             if most == len(ours):
                 break
             theirs = other.prompt_ids
-            # Whoever shares more than the best so far has its next token in common, too: one look tells most apart.
+            # A longer common prefix has the best one's next token in common, too: one look tells most apart.
             if most < len(theirs) and theirs[most] == ours[most] and (count := _num_common(ours, theirs)) > most:
                 best, most = other, count
         most -= most % self.multiple

@@ -25,7 +25,7 @@ class MetricsWarning(UserWarning):
 
 
 class Ticket:
-    """What a request sends to whoever waits for it, in an event loop of theirs.
+    """What a request sends to the consumer that waits for it in an event loop.
 
     added: the id of the request once it is in the engine, or why it is not. At most max_tokens tokens wait here.
     request_id: that id; only for the worker.
@@ -88,7 +88,7 @@ class _Command:
 
 
 class EngineWorker:
-    """Owns an engine: nobody else touches it. Steps while there are requests, sleeps while there are none.
+    """Owns an engine, which no other thread touches. Steps while there are requests, sleeps while there are none.
 
     An exception that no request is to blame for ends the worker: all that wait get a RequestError with its cause, and
     so do all later calls. log: told of each step, and closed at the end. A log that cannot be written ends with a
@@ -134,7 +134,7 @@ class EngineWorker:
         return ticket
 
     def abandon(self, ticket: Ticket) -> None:
-        """Nobody waits for ``ticket`` any more: abort its request if it has not ended. Returns at once."""
+        """Abort the request of ``ticket``, which is waited for no more, if it has not ended. Returns at once."""
         ticket.added.cancel()
         if self._is_copy():
             return

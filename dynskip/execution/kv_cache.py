@@ -88,7 +88,7 @@ class KVCache:
     free_slots: [num_slots], int32: from place ``num_slots_used`` on the free slots.
     slot_cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
     num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
-    may_repeat: whether one sequence may have a slot in tables of several layers: whoever writes such tables says so.
+    may_repeat: whether one sequence may have a slot in tables of several layers; set by what writes such tables.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class KVCache:
     def release(self, cache_ids: Sequence[int]) -> int:
         """Forget all entries of these sequences; how many slots became free. Those that others own stay taken.
 
-        Settles first. Cost: linear in the entries, whatever the size of the pool; waits for the device.
+        Settles first. Cost: linear in the entries, independent of the size of the pool; waits for the device.
         """
         self.settle()
         ids = torch.tensor(list(dict.fromkeys(cache_ids)), dtype=torch.int64, device=self.context_lens.device)
@@ -252,7 +252,7 @@ class KVCache:
         self.sweep()
 
     def sweep(self) -> None:
-        """Find out from all tables which slots are taken: those that a failed step took for nobody are free again.
+        """Find out from all tables which slots are taken: those that only a failed step took are free again.
 
         Cost: linear in the entries of all sequences and in the pool.
         """

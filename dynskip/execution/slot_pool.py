@@ -33,7 +33,7 @@ class SlotPool:
         self.may_share = False
         self._seen_at = torch.zeros_like(self.free_slots)
         # The cursor is wrong once the host itself gives out slots or takes some back.
-        self._is_cursor_right = True
+        self._cursor_is_current = True
         self._is_num_used_exact = True
 
     @property
@@ -49,7 +49,7 @@ class SlotPool:
         self.cursor.zero_()
         self.num_used = 0
         self.may_share = False
-        self._is_cursor_right = self._is_num_used_exact = True
+        self._cursor_is_current = self._is_num_used_exact = True
 
     def take(self, num_slots: int, function: str) -> Tensor:
         """[num_slots], int32: free slots, each of which has one owner now. ``function`` asks, should there be too few.
@@ -59,18 +59,18 @@ class SlotPool:
         self.settle()
         first = self.num_used
         self._use(num_slots, function)
-        self._is_cursor_right = False
+        self._cursor_is_current = False
         return self.free_slots[first : self.num_used].clone()
 
     def reserve(self, num_slots: int, function: str, exact: bool) -> None:
         """Let the device take up to ``num_slots`` free slots from the cursor on, with ``exact`` all of them.
 
-        What the device leaves is given to its next steps, or to whoever takes next.
+        What the device leaves is given to its next steps, or to the next `take`.
         """
-        if not self._is_cursor_right:
+        if not self._cursor_is_current:
             self.cursor.fill_(self.num_used)
         self._use(num_slots, function)
-        self._is_cursor_right = True
+        self._cursor_is_current = True
         self._is_num_used_exact = self._is_num_used_exact and (exact or num_slots == 0)
 
     def settle(self) -> None:
@@ -82,7 +82,7 @@ class SlotPool:
     def distinct(self, slots: Tensor) -> Tensor:
         """``slots`` ([N], int32), each once."""
         order = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device)
-        # Of those that write to one slot's place one wins: whoever finds itself there. No sort, and no table to clear.
+        # Duplicates race for one cell; the entry that reads back its own index is kept. No sort, and no table to clear.
         self._seen_at.scatter_(0, slots.long(), order)
         has_won = self._seen_at.index_select(0, slots) == order
         return slots if bool(has_won.all()) else slots.masked_select(has_won)
@@ -107,7 +107,7 @@ class SlotPool:
         self.free_slots[self.num_used :] = free
         torch.clamp(num_owners - 1, min=0, out=self.num_extra_owners)
         self.may_share = bool(self.num_extra_owners.any())
-        self._is_cursor_right, self._is_num_used_exact = False, True
+        self._cursor_is_current, self._is_num_used_exact = False, True
 
     def _use(self, num_slots: int, function: str) -> None:
         if num_slots > self.num_slots - self.num_used:
@@ -126,4 +126,4 @@ class SlotPool:
         end = self.num_used
         self.num_used -= slots.numel()
         self.free_slots[self.num_used : end] = slots
-        self._is_cursor_right = False
+        self._cursor_is_current = False

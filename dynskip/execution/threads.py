@@ -55,7 +55,7 @@ def check_fork() -> None:
 
 def _before_fork() -> None:
     tasks = Path("/proc/self/task")
-    # A process of a single thread has no OpenMP threads. Where nobody tells, there may be some.
+    # A process of a single thread has no OpenMP threads. Where the number is unknown, there may be some.
     _Fork.had_threads = len(list(tasks.iterdir())) > 1 if tasks.is_dir() else True
 
 

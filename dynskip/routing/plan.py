@@ -234,7 +234,7 @@ class Plan:
                 return self.all_layers(device)[layer]
             # A layer's plan is cut out when it is asked for: the device works on the layers before meanwhile.
             cut = self._cut.setdefault(device, {})
-            # Layers that nobody runs are all alike.
+            # Layers without rows are all alike.
             key = layer if flat.indptr[layer] < flat.indptr[layer + 1] else -1
             if key not in cut:
                 cut[key] = LayerPlan.of_flat(flat, layer, self.rows.num_rows)

@@ -78,11 +78,6 @@ class PathGroups:
         """How many groups there have been."""
         return self._num_groups
 
-    @property
-    def num_resident_groups(self) -> int:
-        """How many groups have resident sequences."""
-        return len(self._resident)
-
     def resident_sequences(self) -> Iterator[SequenceState]:
         """All running sequences; those in prefill are the scheduler's."""
         for group in self._resident:
@@ -133,7 +128,7 @@ class PathGroups:
     def admit(self, group: PathGroup) -> SequenceState:
         """The head of ``group``, now in prefill."""
         sequence = group.head()
-        assert sequence is not None, "a group without a queue admits nobody"
+        assert sequence is not None, "a group without a queue admits none"
         group.waiting.popleft()
         group.num_waiting -= 1
         self.num_waiting -= 1

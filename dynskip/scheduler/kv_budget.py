@@ -23,7 +23,7 @@ class KVBudget:
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody holds."""
+        """Slots that are free."""
         return self.num_slots - self.num_used
 
     def slots(self, num_tokens: int, num_layers: int) -> int:
@@ -36,7 +36,7 @@ class KVBudget:
 
     def take(self, num_slots: int) -> None:
         """Count ``num_slots`` more as held."""
-        assert num_slots <= self.num_free, "whoever takes has looked at what is free"
+        assert num_slots <= self.num_free, "num_slots <= num_free"
         self.num_used += num_slots
         self.peak_used = max(self.peak_used, self.num_used)
 

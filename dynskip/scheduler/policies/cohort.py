@@ -28,7 +28,7 @@ class Cohort:
     path is opened for the request that arrived first. A burst of short prompts of one path costs less than each of
     them alone, so that with a full batch running, places are filled several at a time.
 
-    No running sequence waits more than ``max_wait`` steps from its own last token to its next: whoever could not be
+    No running sequence waits more than ``max_wait`` steps from its own last token to its next: one that could not be
     served in time if the steps to come were full of older ones, steps now (see `due`).
 
     costs: what a step takes. batch, pool: as in `Policy`. max_overtaken: how many requests may be admitted before the
@@ -77,12 +77,12 @@ class Cohort:
         return group
 
     def choose(self, groups: PathGroups, step: int) -> list[Part]:
-        """The best set of paths that holds everyone who is due; deeper paths first where the batch is too small."""
+        """The best set of paths that holds all that are due; deeper paths first where the batch is too small."""
         running = [group for group in groups.resident if group.running]
         if not running:
             return []
         if groups.num_running <= self.batch and not groups.num_waiting:
-            # Nobody will come whose company would be worth waiting for: each layer is read least often if all step.
+            # No request is left whose company would be worth waiting for: each layer is read least often if all step.
             return [(group, list(group.running)) for group in running]
         due = self.due(groups, step)
         if len(running) == 1:
@@ -109,10 +109,10 @@ class Cohort:
         """How many of each group, the oldest, must step in ``step`` for all to be in time.
 
         With d the steps that a sequence may still wait: if for some d more than batch * (d + 1) had to step by then,
-        somebody would be late. So whatever exceeds batch * d steps now. As long as the pool is no larger than
+        one would be late. So what exceeds batch * d steps now. As long as the pool is no larger than
         batch * max_wait, that is never more than a batch.
         """
-        # Whoever may wait for as many steps as the pool takes from end to end cannot be part of an excess.
+        # A sequence that may wait for as many steps as the pool takes from end to end cannot be part of an excess.
         latest = step - self.max_wait + -(-groups.num_running // self.batch)
         ages: list[tuple[int, PathGroup]] = []
         for group in groups.resident:
@@ -126,7 +126,7 @@ class Cohort:
         num_due = 0
         for rank, (last_step, _) in enumerate(ages):
             slack = last_step + self.max_wait - step
-            assert slack >= 0, "whoever was due has stepped"
+            assert slack >= 0, "all sequences that were due have stepped"
             num_due = max(num_due, rank + 1 - self.batch * slack)
         assert num_due <= self.batch, "the pool is no larger than batch * max_wait"
         due: dict[PathGroup, int] = {}
@@ -156,7 +156,7 @@ class Cohort:
     def _pays(self, groups: PathGroups, group: PathGroup, step: int) -> bool:
         """Whether to admit from ``group`` now: enough requests and places for a prefill at a good price.
 
-        Below a full batch anybody is welcome, and nobody waits for company for longer than `_PATIENCE`.
+        Below a full batch every request is admitted, and none waits for company for longer than `_PATIENCE`.
         """
         if groups.num_running < self.batch:
             return True
@@ -172,5 +172,5 @@ class Cohort:
 
 
 def _oldest_step(groups: list[PathGroup], members: int) -> int:
-    """The step of the last token of whoever in the set has waited for longest."""
+    """The step of the last token of the sequence in the set that has waited for longest."""
     return min(next(iter(group.running)).last_step for i, group in enumerate(groups) if members >> i & 1)

@@ -7,7 +7,7 @@ from dynskip.scheduler.policies.policy import Part, check_limits
 
 
 class Lockstep:
-    """What engines without paths do: whoever is resident steps, and a step pays for the union of all paths."""
+    """What engines without paths do: all residents step, and a step pays for the union of all paths."""
 
     name = "lockstep"
 

@@ -117,7 +117,7 @@ class PathSets:
                     chosen, score, value, left = chosen | 1 << i, tried, value + worth * added / count, left - added
                     union |= groups[i].mask
                     rows.append((groups[i].path, added))
-            if left:  # whoever needs no layer more rides along
+            if left:  # paths that need no more layers come along
                 for i, group in enumerate(groups):
                     if not group.mask & ~union:
                         chosen |= 1 << i

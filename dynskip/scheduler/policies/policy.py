@@ -26,7 +26,7 @@ class Policy(Protocol):
     pool: int
 
     def next_group(self, groups: PathGroups, step: int) -> PathGroup | None:
-        """The path whose head is admitted next; None: nobody more in this step. A place in the pool is free."""
+        """The path whose head is admitted next; None: none more in this step. A place in the pool is free."""
         ...
 
     def choose(self, groups: PathGroups, step: int) -> list[Part]:
