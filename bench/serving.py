@@ -166,13 +166,13 @@ def measure_stream(
 def measure_closed(
     model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, num_rounds: int = 5, least_s: float = 3.0
 ) -> list[dict[str, Any]]:
-    """A closed batch of 16: nobody comes after them. At least so many rounds, and seconds of each policy."""
+    """A closed batch of 16: no request comes after them. At least so many rounds, and seconds of each policy."""
     lines = []
     jobs = jobs[:16]
     seconds: dict[str, list[float]] = {"lockstep": [], "cohort": []}
     unions: dict[str, float] = {}
     while min(map(len, seconds.values())) < num_rounds or min(map(sum, seconds.values())) < least_s:
-        # Whoever is first in one round is last in the next.
+        # The first in one round is the last in the next.
         order = [*seconds] if len(seconds["lockstep"]) % 2 else [*seconds][::-1]
         for policy in order:
             times = seconds[policy]
@@ -307,7 +307,7 @@ def _scheduler_us(costs: StepCosts, pool: int, waiting: int, num_steps: int = 40
         elapsed_s = time.perf_counter() - begin_s
         for sequence in [*(chunk.sequence for chunk in decision.prefill if chunk.is_last), *decision.decode]:
             if sequence.num_generated >= sequence.max_tokens:
-                scheduler.finished(sequence.request_id)
+                scheduler.finished(sequence.owner)
         return elapsed_s
 
     for _ in range(100):
@@ -505,7 +505,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     def keep(more: list[dict[str, Any]]) -> None:
-        """Write what there is: whoever stops the rest keeps it."""
+        """Write what there is: it is kept where the rest is stopped."""
         lines.extend(more)
         (args.out / f"{args.name}.md").write_text(page(conditions, lines), encoding="utf-8")
         with (args.out / f"{args.name}.jsonl").open("w", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,7 @@ from torch import Tensor
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
-from dynskip.engine.request import OnToken, RequestError, RequestOutput
+from dynskip.engine.request import RequestError, RequestOutput
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.text_stream import TextStream
 from dynskip.engine.worker import Add, EngineWorker
@@ -41,22 +42,13 @@ class Piece:
     finish_reason: str | None
 
 
-@dataclass(frozen=True)
-class TextOutput(RequestOutput):
-    """What one request became, with its text.
-
-    text: the new text without special tokens and without the stop text; None without a tokenizer.
-    texts: those of all ``n`` outputs.
-    """
-
-    text: str | None
-    texts: tuple[str | None, ...]
+TextOutput = RequestOutput
 
 
 class AsyncLLM:
     """Serves any number of consumers at once from one model.
 
-    model: an LLM, or what LLM takes for one. Nobody else may run the model while requests are served.
+    model: an LLM, or what LLM takes for one. No other caller may run the model while requests are served.
     dtype, device, backend: as in LLM; not with an LLM or a model object.
     policy, engine_options: as in `Engine`.
     metrics_path, metrics_every_s, live: `path`, `every_s` and `live` of a `MetricsLog`.
@@ -103,12 +95,13 @@ class AsyncLLM:
 
         Arguments are copied by this call; the request is made when the first piece is asked for. Raises TypeError or
         ValueError for a prompt that is none; for other bad input these, or what a controller raises, before the first
-        piece; RequestError where it ends by an error later. Tokens that nobody asks for wait, at most max_tokens.
+        piece; RequestError where it ends by an error later. Tokens that were not asked for wait, at most max_tokens.
         """
         params = SamplingParams() if params is None else params
         if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"stream: n must be 1, got {params.n}. Use generate, or a stream for each output.")
-        return self._stream(self._adding("stream", prompt, params, path, request_id, kv_policy, prompt_depth), params)
+        options = {"request_id": request_id, "kv_policy": kv_policy, "prompt_depth": prompt_depth}
+        return self._stream(self._adding("stream", prompt, params, path, **options), params)
 
     def generate(
         self,
@@ -122,8 +115,8 @@ class AsyncLLM:
     ) -> Coroutine[Any, Any, TextOutput]:
         """What ``prompt`` becomes, to be awaited; arguments as in ``Engine.add_request``, errors as in `stream`."""
         params = SamplingParams() if params is None else params
-        add = self._adding("generate", prompt, params, path, request_id, kv_policy, prompt_depth)
-        return self._generate(add, params)
+        options = {"request_id": request_id, "kv_policy": kv_policy, "prompt_depth": prompt_depth}
+        return self._generate(self._adding("generate", prompt, params, path, **options), params)
 
     async def abort(self, request_id: Hashable) -> RequestOutput:
         """End a request where it stands; returns what it has become, which its consumer gets, too.
@@ -148,16 +141,7 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    def _adding(
-        self,
-        function: str,
-        prompt: Prompt,
-        params: SamplingParams,
-        path: Paths,
-        request_id: Hashable,
-        kv_policy: str | None,
-        prompt_depth: str,
-    ) -> Add:
+    def _adding(self, function: str, prompt: Prompt, params: SamplingParams, path: Paths, **options: Any) -> Add:
         """What adds the request, with copies of prompt and path; raises TypeError or ValueError for no prompt."""
         prompt_ids = self.llm.encode(prompt, f"{function}: prompt")
         # The worker's thread looks at the path later than the caller may write to it.
@@ -165,19 +149,7 @@ class AsyncLLM:
             path = path.detach().clone()
         elif isinstance(path, list):
             path = list(path)
-
-        def add(engine: Engine, on_token: OnToken | None) -> Hashable:
-            return engine.add_request(
-                prompt_ids,
-                params,
-                path,
-                request_id=request_id,
-                kv_policy=kv_policy,
-                prompt_depth=prompt_depth,
-                on_token=on_token,
-            )
-
-        return add
+        return lambda engine, on_token: engine.add_request(prompt_ids, params, path, on_token=on_token, **options)
 
     async def _stream(self, add: Add, params: SamplingParams) -> AsyncGenerator[Piece]:
         ticket = self._worker.submit(add, streams=True)
@@ -207,11 +179,7 @@ class AsyncLLM:
         finally:
             self._worker.abandon(ticket)
         _raise_error("generate", output)
-        return self._with_text(output, params)
-
-    def _with_text(self, output: RequestOutput, params: SamplingParams) -> TextOutput:
-        texts = tuple(self.llm.text(sample.token_ids, params.stop) for sample in output.samples)
-        return TextOutput(**vars(output), text=texts[0], texts=texts)
+        return output.with_text(partial(self.llm.text, stop=params.stop))
 
 
 def _raise_error(function: str, output: RequestOutput) -> None:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from dynskip.arguments import shown
 from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.executor import Executor
 from dynskip.execution.reference import ReferenceExecutor
 from dynskip.execution.step import Step, packed_positions
 from dynskip.models.decoder import OPTModel, check_config, embedding_size
@@ -55,7 +56,7 @@ class OPTForCausalLM(nn.Module):
         self._backend_name = backend
         self._backend: Backend | None = None
         self._compact: CompactExecutor | None = None
-        self._reference = ReferenceExecutor(self.model.decoder)
+        self._reference = ReferenceExecutor(self.model.decoder, self.lm_head)
 
     @staticmethod
     def from_pretrained(
@@ -173,8 +174,8 @@ class OPTForCausalLM(nn.Module):
         assert isinstance(weight, nn.Parameter), "an embedding is a parameter"
         self.lm_head.weight = weight
 
-    def executor(self, name: ExecutorName = "compact") -> CompactExecutor | ReferenceExecutor:
-        """The executor called ``name``: "compact" saves time, "reference" is the specification and differentiable."""
+    def executor(self, name: ExecutorName = "compact") -> Executor:
+        """The model's executor ``name``: "compact" saves time, "reference" is the specification and differentiable."""
         if name == "reference":
             return self._reference
         if name != "compact":
@@ -183,13 +184,15 @@ class OPTForCausalLM(nn.Module):
             self._compact = CompactExecutor(self.model.decoder, self.lm_head, self.backend, self.deterministic)
         return self._compact
 
+    def new_executor(self, name: ExecutorName, deterministic: bool) -> Executor:
+        """An executor whose buffers, graphs and row counts no other user of the model shares."""
+        if name == "reference":
+            return ReferenceExecutor(self.model.decoder, self.lm_head)
+        return CompactExecutor(self.model.decoder, self.lm_head, self.backend, deterministic)
+
     def head(self, hidden_states: Tensor, executor: ExecutorName = "compact") -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
-        if executor == "reference":
-            finished = self.model.decoder.finish(hidden_states)
-            return nn.functional.linear(finished, self.lm_head.dense_weight())
-        finished = self.model.decoder.finish(hidden_states, self.deterministic)
-        return self.lm_head(finished, deterministic=self.deterministic)
+        return self.executor(executor).head(hidden_states)
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """[T, E]: token embeddings without positions, as controllers that decide per sequence see them."""
@@ -243,8 +246,8 @@ class OPTForCausalLM(nn.Module):
         cache = runner.new_cache(num_seqs, max(counts), num_entries) if kv_policy == "share" else None
         inputs: list[Tensor] = []
         record = (lambda _, hidden_states: inputs.append(hidden_states.clone())) if output_hidden_states else None
-        hidden_states = runner.run(step, cache, record)  # type: ignore[arg-type]  # each executor makes its own cache
-        logits = _unpack(self.head(hidden_states, executor), keep)
+        hidden_states = runner.run(step, cache, record)
+        logits = _unpack(runner.head(hidden_states), keep)
         if not output_hidden_states:
             return CausalLMOutput(logits=logits)
         deterministic = self.deterministic and executor == "compact"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,9 +14,8 @@ from dynskip.arguments import as_token_ids, is_array
 from dynskip.assets import find_model, opt_mini_directory
 from dynskip.causal_lm import ExecutorName, OPTForCausalLM
 from dynskip.engine.closed_batch import Generation
-from dynskip.engine.request import OutputSequence
+from dynskip.engine.request import RequestOutput
 from dynskip.models.tokenizer import read_tokenizer
-from dynskip.paths import LayerPath
 from dynskip.prompts import Message, chat_ids, text_ids
 from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
@@ -30,38 +29,7 @@ if TYPE_CHECKING:
 Prompt: TypeAlias = "str | Sequence[int] | Tensor | NDArray[Any]"
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One output of a prompt; the fields are those of Output."""
-
-    token_ids: list[int]
-    text: str | None
-    finish_reason: str
-    logprobs: list[dict[int, float]] | None
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one prompt became.
-
-    prompt_ids: the prompt as the model saw it.
-    path: the layers that prompt and output ran, or None where each token had its own.
-    token_ids: the new tokens, with the end-of-sequence token if it came.
-    text: the new text without special tokens and without the stop text; None without a tokenizer.
-    finish_reason: "stop" (end of sequence, stop token or stop text), "length", or "error".
-    logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
-    samples: all ``n`` outputs; the fields above are those of the first.
-    error: why outputs ended with "error", a NonFiniteError that names the layer and the dtype; else None.
-    """
-
-    prompt_ids: list[int]
-    path: LayerPath | None
-    token_ids: list[int]
-    text: str | None
-    finish_reason: str
-    logprobs: list[dict[int, float]] | None
-    samples: tuple[Sample, ...]
-    error: Exception | None
+Output = RequestOutput
 
 
 class LLM:
@@ -137,12 +105,11 @@ class LLM:
         generation = Generation(
             self.model, prompt_ids, all_params, paths, kv_policy, prompt_depth, executor, self.tokenizer
         )
-        sequences = _run_with_bar(generation) if progress else generation.run()
-        outputs, first = [], 0
-        for ids, param in zip(prompt_ids, all_params, strict=True):
-            outputs.append(self._output(ids, sequences[first : first + param.n]))
-            first += param.n
-        return outputs
+        _run_with_bar(generation) if progress else generation.run()
+        return [
+            output.with_text(partial(self.text, stop=param.stop))
+            for output, param in zip(generation.outputs, all_params, strict=True)
+        ]
 
     def chat_prompt(self, messages: str | Sequence[Message], *, special_tokens: bool = True) -> list[int]:
         """The token ids of ``messages`` in the tokenizer's chat template, ready for ``generate`` to answer.
@@ -209,25 +176,6 @@ class LLM:
             raise ValueError("generate: stop must be left out without a tokenizer. Use stop_token_ids.")
         return all_params
 
-    def _output(self, prompt_ids: list[int], sequences: Sequence[OutputSequence]) -> Output:
-        samples = []
-        for sequence in sequences:
-            text = self.text(sequence.token_ids, sequence.params.stop)
-            assert sequence.finish_reason is not None, "generation runs every sequence to its end"
-            logprobs = None if sequence.params.logprobs is None else sequence.logprobs
-            samples.append(Sample(sequence.token_ids, text, sequence.finish_reason, logprobs))
-        first = samples[0]
-        return Output(
-            prompt_ids,
-            sequences[0].path,
-            first.token_ids,
-            first.text,
-            first.finish_reason,
-            first.logprobs,
-            tuple(samples),
-            sequences[0].request.error,
-        )
-
 
 def _prompt_list(prompts: object) -> list[Any]:
     """The prompts of a batch, one by one."""
@@ -254,7 +202,7 @@ def _load_tokenizer(source: str | Path) -> Any:
     return read_tokenizer(source, "LLM", " Pass tokenizer=, or an OPTForCausalLM for token ids.")
 
 
-def _run_with_bar(generation: Generation) -> list[OutputSequence]:
+def _run_with_bar(generation: Generation) -> None:
     from tqdm import tqdm
 
     total = sum(sequence.state.max_tokens for sequence in generation.sequences)
@@ -263,4 +211,4 @@ def _run_with_bar(generation: Generation) -> list[OutputSequence]:
         def update(state: Generation) -> None:
             bar.update(sum(len(sequence.token_ids) for sequence in state.sequences) - bar.n)
 
-        return generation.run(update)
+        generation.run(update)

@@ -12,7 +12,7 @@ from dynskip.controllers import HiddenStateGate
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import GraphedDecode
-from dynskip.execution.step_shape import StepWork
+from dynskip.execution.step_shape import StepShape
 from dynskip.kernels.row_list import row_bucket
 from dynskip.measure.device import Device
 from dynskip.ops.row_ops import get_row_ops
@@ -54,14 +54,14 @@ class FusedSteps:
         if workload.paths is not None:
             plan = workload.plan(workload.prompt_len, 1)
             assert plan.active is not None
-            self.work = StepWork.of(plan)
+            self.shape = StepShape.of(plan)
             self.fused.set_active(plan.active)
         elif gate is not None:
-            self.work = StepWork.unknown(batch, num_layers, policy, gate)
+            self.shape = StepShape.unknown(batch, num_layers, policy, gate)
             self.fused.prepare_gate(gate)
         else:
             assert workload.mask is not None
-            self.work = StepWork.unknown(batch, num_layers, policy)
+            self.shape = StepShape.unknown(batch, num_layers, policy)
             new_tokens = workload.mask[:, workload.prompt_len :]
             self.masks = new_tokens.permute(1, 2, 0).contiguous().to(buffers.active.device)
         self.chained = chained
@@ -79,9 +79,9 @@ class FusedSteps:
             self.fused.set_active(self.masks[self.num_steps])
         self.num_steps += 1
         if self.chained:
-            self.graphs.run_chain(self.work)
+            self.graphs.run_chain(self.shape)
         else:
-            self.graphs.run_whole(self.work)
+            self.graphs.run_whole(self.shape)
 
     def first_step(self) -> tuple[Tensor, Tensor]:
         """Run one step: its logits [B, V], and which layers its tokens ran, [L, B], bool."""

@@ -45,13 +45,13 @@ def launch_layer(device: Device, shape: str, vocab_size: int, batch: int, contex
     model = OPTForCausalLM.from_hf(hf_model, backend="triton" if ops == "triton" else "torch", pack=False)
     workload = Workload.along([LayerPath.full(1)] * batch, context_len, 4, vocab_size, device.device)
     steps = FusedSteps(device, model, workload, ops)
-    steps.fused.run(steps.work)
-    steps.fused.head(steps.work.max_rows)
+    steps.fused.run(steps.shape)
+    steps.fused.head(steps.shape.max_rows)
     device.synchronize()
     watched = torch.cuda.profiler.profile() if device.device.type == "cuda" else contextlib.nullcontext()
     with watched:
-        steps.fused.run(steps.work)
-        steps.fused.head(steps.work.max_rows)
+        steps.fused.run(steps.shape)
+        steps.fused.head(steps.shape.max_rows)
         device.synchronize()
     print(f"{batch} rows: one layer, plan and head launched")
 

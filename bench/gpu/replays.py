@@ -57,9 +57,9 @@ class RepeatedStep:
     def _run(self) -> None:
         for tensor, before in self._state:
             tensor.copy_(before)
-        fused, work = self.steps.fused, self.steps.work
-        fused.run(work)
-        fused.head(work.max_rows)
+        fused, shape = self.steps.fused, self.steps.shape
+        fused.run(shape)
+        fused.head(shape.max_rows)
 
     def _run_and_compare(self) -> None:
         self._run()

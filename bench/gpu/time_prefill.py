@@ -17,7 +17,7 @@ from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.causal_lm import OPTForCausalLM
 from dynskip.costs.layer_costs import ModelBytes
 from dynskip.engine.closed_batch import Generation
-from dynskip.engine.span import Span
+from dynskip.engine.request import Span
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.device import Device, time_in_turns
@@ -148,10 +148,8 @@ class PromptStep:
     """The prompts of a workload, whose ids are on the device: planning, cache, layers, head and greedy choice."""
 
     def __init__(self, model: OPTForCausalLM, workload: Workload) -> None:
-        executor = model.executor("compact")
-        assert isinstance(executor, CompactExecutor)
         self.model = model
-        self.executor = executor
+        self.executor = model.executor("compact")
         self.workload = workload
         self.num_tokens = workload.prompts.shape[1]
         self.num_entries = workload.num_entries()
@@ -166,7 +164,7 @@ class PromptStep:
         cache = self.executor.new_cache(self.workload.batch, self.num_tokens, self.num_entries)
         step = Step(self.token_ids, self.position_ids, self.cache_ids, plan, fresh=True)
         hidden_states = self.executor.run(step, cache)
-        self.logits = self.model.head(hidden_states[self.num_tokens - 1 :: self.num_tokens])
+        self.logits = self.executor.head(hidden_states[self.num_tokens - 1 :: self.num_tokens])
         self.chosen = self.logits.argmax(-1)
 
     def host_ms(self, device: Device) -> float:

@@ -12,26 +12,28 @@ from typing import Any
 
 from torch import Tensor
 
-from dynskip.engine import step as execution
-from dynskip.engine.model_runner import StepRunner
+from dynskip.engine import step as engine_step
+from dynskip.engine.model_runner import ModelRunner
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
 from dynskip.measure.runners import DynskipRunner
 from dynskip.models.linear import Linear
 from dynskip.ops.backends import Backend
+from dynskip.sampling import choose_tokens
 from dynskip.scheduler.scheduler import Scheduler
 
 # The parts that only choosing and compacting rows costs, and choosing tokens.
 OVERHEAD = ("planning", "gather", "scatter", "sampling")
 
-_HOOKS: tuple[tuple[Any, str, str], ...] = (
-    (StepRunner, "decode_step", "planning"),
-    (Scheduler, "schedule", "planning"),
-    (KVCache, "index", "planning"),
-    (KVCache, "allocate", "planning"),
-    (KVCache, "append", "planning"),
-    (execution, "choose_tokens", "sampling"),
-    (Linear, "forward", "products"),
+# What is timed, with the class or module whose attribute it is. A hook in the step itself would cost every step.
+_HOOKS: tuple[tuple[Any, Any, str], ...] = (
+    (ModelRunner, ModelRunner.decode_step, "planning"),
+    (Scheduler, Scheduler.schedule, "planning"),
+    (KVCache, KVCache.index, "planning"),
+    (KVCache, KVCache.allocate, "planning"),
+    (KVCache, KVCache.append, "planning"),
+    (engine_step, choose_tokens, "sampling"),
+    (Linear, Linear.forward, "products"),
 )
 
 
@@ -113,17 +115,17 @@ def _hooked(clock: _Clock, runner: DynskipRunner) -> Iterator[None]:
     assert runner.generation is not None
     executor = runner.generation.executor
     assert isinstance(executor, CompactExecutor), "the specification is not timed"
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in _HOOKS]
     backend = executor.backend
-    for (owner, name, original), (_, _, part) in zip(originals, _HOOKS, strict=True):
-        setattr(owner, name, clock.wrap(part, original))
+    for owner, function, part in _HOOKS:
+        assert getattr(owner, function.__name__) is function, f"{owner.__name__} must call {function.__name__}"
+        setattr(owner, function.__name__, clock.wrap(part, function))
     executor.backend = _timed_backend(clock, backend)
     try:
         yield
     finally:
         executor.backend = backend
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+        for owner, function, _ in _HOOKS:
+            setattr(owner, function.__name__, function)
 
 
 def _timed_backend(clock: _Clock, backend: Backend) -> Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +11,7 @@ from dynskip.causal_lm import ExecutorName, OPTForCausalLM, check_tokens
 from dynskip.engine.diagnosis import NonFiniteError
 from dynskip.engine.engine import Engine
 from dynskip.engine.kv_pool import KVPool
-from dynskip.engine.request import OutputSequence
-from dynskip.engine.span import Span
-from dynskip.execution.compact import CompactExecutor
+from dynskip.engine.request import OutputSequence, RequestOutput, Span
 from dynskip.execution.step import Step
 from dynskip.routing.routes import Paths, resolve
 from dynskip.sampling import SamplingParams
@@ -28,7 +26,7 @@ class Generation:
     model: what to run. prompts: token ids. params: one per prompt; without max_tokens, as many tokens as the model's
     positions hold. paths and the rest as in ``LLM.generate``.
     tokenizer: only for stop texts. sequences: the outputs, copies of a prompt side by side.
-    reads_late: as in `StepRunner`, for `run` only: whoever makes steps finds the tokens of each behind it.
+    reads_late: as in `ModelRunner`, for `run` only: after each `step` its tokens are known.
     """
 
     def __init__(
@@ -58,8 +56,8 @@ class Generation:
             num_slots += param.n * route.num_entries(total - 1) - (param.n - 1) * route.num_entries(len(prompt))
             num_counted += param.n * total * route.layers.budget
         num_seqs = sum(param.n for param in params)
-        self.executor: Any = model.executor(executor)
-        self.cache: Any = self.executor.new_cache(num_seqs, longest - 1, num_slots)
+        self.executor = model.executor(executor)
+        self.cache = self.executor.new_cache(num_seqs, longest - 1, num_slots)
         self.engine = Engine(
             model,
             policy="lockstep",
@@ -70,15 +68,20 @@ class Generation:
             kv=KVPool(self.cache, num_seqs, max(num_counted, 1)),
         )
         self.reads_late, self.engine.runner.reads_late = self.engine.runner.reads_late, False
-        self.sequences: list[OutputSequence] = []
-        for prompt, param, route in zip(prompts, params, routes, strict=True):
-            self.sequences += self.engine.add_route(list(prompt), param, route).sequences
+        batch = zip(prompts, params, routes, strict=True)
+        self._requests = [self.engine.add_route(list(prompt), param, route) for prompt, param, route in batch]
+        self.sequences = [sequence for request in self._requests for sequence in request.sequences]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
 
     @property
     def num_steps(self) -> int:
         """Steps so far, the prefill among them."""
         return self.engine.tally.num_steps
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """What the prompts became, one each, once all have ended."""
+        return [request.output for request in self._requests if request.output is not None]
 
     @property
     def running(self) -> list[int]:
@@ -109,8 +112,7 @@ class Generation:
                     raise output.error
             if on_step is not None:
                 on_step(self)
-        if isinstance(self.executor, CompactExecutor):
-            self.executor.retire(self.cache)
+        self.executor.retire(self.cache)
         return self.sequences
 
     def next_step(self) -> Step:
@@ -118,7 +120,4 @@ class Generation:
         return self.engine.runner.decode_step([Span(s, s.num_tokens - 1, 1) for s in self._rows()])
 
     def _rows(self) -> list[OutputSequence]:
-        groups = self.engine.scheduler.groups
-        states = [state for group in groups.resident for state in group.running]
-        sequences = {sequence.state: sequence for sequence in self.sequences}
-        return [sequences[state] for state in states]
+        return [state.owner for group in self.engine.scheduler.groups.resident for state in group.running]

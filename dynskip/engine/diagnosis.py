@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynskip.engine.model_runner import StepRunner
+from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import OutputSequence
 
 
@@ -13,7 +13,7 @@ class NonFiniteError(ArithmeticError):
     """The logits of a request are NaN or infinite; the message names the layer and the dtype."""
 
 
-def diagnose(runner: StepRunner, sequence: OutputSequence) -> NonFiniteError:
+def diagnose(runner: ModelRunner, sequence: OutputSequence) -> NonFiniteError:
     """The error of ``sequence``, the logits after whose last token are not finite.
 
     Runs prompt and output so far, all output tokens at once, into a cache of their own. Should that fail, what it

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from dynskip.arguments import as_int, as_token_ids, shown
+from dynskip.arguments import as_token_ids, shown
 from dynskip.causal_lm import ExecutorName, OPTForCausalLM, check_tokens
 from dynskip.costs.defaults import default_costs
 from dynskip.costs.step_costs import StepCosts
+from dynskip.engine.config import EngineConfig
 from dynskip.engine.kv_pool import KVPool
-from dynskip.engine.model_runner import StepRunner
+from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import OnToken, OutputSequence, Request, RequestOutput
 from dynskip.engine.stats import EngineStats
-from dynskip.engine.step import Execution, sequence_of
+from dynskip.engine.step import StepExecution
 from dynskip.engine.token_stream import TokenStream
-from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.routing.routes import Paths, Route, resolve
 from dynskip.sampling import Sampler, SamplingParams
@@ -48,8 +48,8 @@ class Engine:
     model: what to run. kv_bytes: for keys and values; None: what ``pool`` requests of ``max_context_len`` tokens can
         take at most, or half of the free memory if that is less.
     policy: "cohort", "lockstep" or "by_path"; see `make_policy` for it and for batch, pool and max_wait.
-    deterministic: every request gets the tokens that it would get alone, whatever the company and however often it is
-        preempted; None: as the model was made.
+    deterministic: every request gets the tokens that it would get alone, independent of its company and of preemptions;
+        None: as the model was made.
     max_prefill_tokens: most prompt tokens of a step; longer prompts run in chunks of that many. If ``deterministic``,
         requests share prefixes of whole chunks only: make it 128, say, where they have a system prompt in common.
     max_context_len: most tokens of a request, prompt and output; None: what the model's positions allow.
@@ -76,42 +76,43 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         kv: KVPool | None = None,
     ) -> None:
-        _check_types(model=model, deterministic=deterministic, costs=costs, tokenizer=tokenizer, clock=clock)
-        batch, max_prefill_tokens = _integer("batch", batch), _integer("max_prefill_tokens", max_prefill_tokens)
-        kv_bytes, pool = _optional_integer("kv_bytes", kv_bytes), _optional_integer("pool", pool)
-        max_wait = _optional_integer("max_wait", max_wait)
-        longest = model.config.max_position_embeddings
-        max_context_len = _optional_integer("max_context_len", max_context_len)
-        self.max_context_len = longest if max_context_len is None else max_context_len
-        if not 1 <= self.max_context_len <= longest:
-            raise ValueError(f"Engine: max_context_len must lie in 1..{longest}, got {shown(max_context_len)}.")
-        if max_prefill_tokens < 1:
-            raise ValueError(f"Engine: max_prefill_tokens must be at least 1, got {shown(max_prefill_tokens)}.")
+        config = self.config = EngineConfig(
+            model,
+            kv_bytes,
+            policy,
+            deterministic,
+            batch,
+            pool,
+            max_wait,
+            max_prefill_tokens,
+            max_context_len,
+            costs,
+            tokenizer,
+            executor,
+            clock,
+        )
         self.model = model
-        self.runner = StepRunner(model, executor, deterministic, alone=kv is None)
+        self.max_context_len = config.max_context_len or model.config.max_position_embeddings
+        self.runner = ModelRunner(model, executor, deterministic, own_executor=kv is None)
         if costs is None and policy == "cohort":
             costs = default_costs(model)
-        if costs is not None and costs.num_layers != model.num_layers:
-            raise ValueError(
-                f"Engine: costs must be of {model.num_layers} layers, got {costs.num_layers}. Run `dynskip calibrate`."
-            )
-        chosen = make_policy(policy, costs, batch, pool, max_wait)
+        chosen = make_policy(policy, costs, config.batch, config.pool, config.max_wait)
         self.entry_bytes = model.kv_entry_bytes
-        self.kv = self._make_pool(chosen.pool, batch, kv_bytes) if kv is None else kv
-        self.scheduler = Scheduler(chosen, self.kv, max_prefill_tokens)
+        self.kv = self._make_pool(chosen.pool) if kv is None else kv
+        self.scheduler = Scheduler(chosen, self.kv, config.max_prefill_tokens)
         self.tally = Tally()
-        self.execution = Execution(
+        self.execution = StepExecution(
             self.runner,
             self.kv,
             self.scheduler,
-            PrefixIndex(max_prefill_tokens if self.runner.deterministic else 1),
+            PrefixIndex(config.max_prefill_tokens if self.runner.deterministic else 1),
             self.tally,
             tokenizer,
             self._now,
             self._hand_over,
         )
         self._requests: dict[Hashable, Request] = {}
-        self._forsaken: deque[Request] = deque()
+        self._to_abort: deque[Request] = deque()
         self._outputs: dict[Hashable, RequestOutput] = {}
         self._num_ids = 0
         self._is_open = True
@@ -171,7 +172,7 @@ class Engine:
         on_token: OnToken | None = None,
     ) -> Request:
         """As `add_request`, for a prompt that has been checked and a route that has been found; returns the request."""
-        self._drop_forsaken()
+        self._abort_queued()
         if params.stop and self.execution.tokenizer is None:
             raise ValueError("add_request: stop must be left out without a tokenizer. Use stop_token_ids.")
         fitting = min(self.max_context_len, self.kv.most_tokens(route.layers))
@@ -231,32 +232,32 @@ class Engine:
         return self._outputs.pop(request_id)
 
     def discard(self, request: Request) -> None:
-        """Abort ``request`` unless it has ended, and hand its output to nobody."""
+        """Abort ``request`` unless it has ended, and drop its output."""
         request_id = request.request_id
         if self._requests.get(request_id) is request:
             self.abort(request_id)
         elif request.output is not None and self._outputs.get(request_id) is request.output:
             del self._outputs[request_id]
 
-    def forsake(self, request: Request) -> None:
-        """As `discard`, but later: from wherever nobody knows what the engine is doing, such as a destructor."""
-        self._forsaken.append(request)
+    def abort_later(self, request: Request) -> None:
+        """Queue a `discard`; safe in a destructor and inside a step."""
+        self._to_abort.append(request)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a request has not ended, or has and its output was not handed out yet."""
-        self._drop_forsaken()
+        self._abort_queued()
         return bool(self._requests or self._outputs)
 
     # Steps
 
     def step(self) -> list[RequestOutput]:
-        """Prefill whom the scheduler admits, decode a token of whom it chooses; returns the requests that have ended.
+        """Prefill and decode what the scheduler chooses; returns the requests that have ended.
 
         An exception in what belongs to a request (its controller, its callback, the choice of its token) ends that
-        request with finish_reason "error", and so do logits that are not finite, with a NonFiniteError. Whatever else
-        interrupts a step is raised; the next step goes on. On a GPU tokens that are chosen greedily, along a path and
-        without log-probabilities, are told one step late: while the next one runs.
+        request with finish_reason "error", and so do logits that are not finite, with a NonFiniteError. Anything
+        else that interrupts a step is raised; the next step goes on. On a GPU tokens that are chosen greedily, along a
+        path and without log-probabilities, are told one step late: while the next one runs.
         """
         self.advance()
         outputs = list(self._outputs.values())
@@ -285,11 +286,11 @@ class Engine:
         if params is not None and params.n != 1:
             raise ValueError(f"stream: n must be 1, got {params.n}. Add a request for each output.")
         request_id = self.add_request(token_ids, params, path, **options)  # type: ignore[arg-type]  # checked there
-        return TokenStream(self, self._requests[request_id])
+        return TokenStream(self._requests[request_id], self.advance, self.discard, self.abort_later)
 
     def stats(self) -> EngineStats:
         """What the engine did since it was made, and what it holds now."""
-        self._drop_forsaken()
+        self._abort_queued()
         return EngineStats.of(self.tally, self.scheduler, self.kv, self.entry_bytes)
 
     def close(self) -> None:
@@ -306,9 +307,7 @@ class Engine:
             self.execution.end(request, "abort")
         self.execution.in_flight = None
         self._outputs.clear()
-        release = getattr(self.runner.executor, "release", None)
-        if release is not None:
-            release()
+        self.runner.executor.release()
         self._is_open = False
         del self.kv.cache
 
@@ -326,7 +325,7 @@ class Engine:
         self._check_outside_step("step")
         if self._is_broken:
             self._recover()
-        self._drop_forsaken()
+        self._abort_queued()
         if self.scheduler.has_unfinished or self.execution.in_flight is not None:
             self._advance()
 
@@ -337,7 +336,7 @@ class Engine:
         try:
             decision = self.scheduler.schedule()
             for state in decision.preempt:
-                execution.prefixes.discard(sequence_of(state))
+                execution.prefixes.discard(state.owner)
             decide_s = time.perf_counter() - begin_s
             execution.prefill(decision.prefill)
             prefilled_s = time.perf_counter()
@@ -353,13 +352,13 @@ class Engine:
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
 
-    def _drop_forsaken(self) -> None:
-        while self._forsaken:
-            self.discard(self._forsaken.popleft())
+    def _abort_queued(self) -> None:
+        while self._to_abort:
+            self.discard(self._to_abort.popleft())
 
     def _check_outside_step(self, function: str) -> None:
         """Raise RuntimeError where a callback of this engine's own step calls ``function``."""
-        # The stack cannot be out of date, as a flag would be once Ctrl-C has kept somebody from taking it down.
+        # The stack cannot be out of date, as a flag would be once Ctrl-C has kept it from being reset.
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             if frame.f_code is Engine._advance.__code__ and frame.f_locals["self"] is self:
@@ -384,13 +383,13 @@ class Engine:
                     del waits[:_KEPT_WAITS]
 
     def _recover(self) -> None:
-        """After something was broken off: whoever has not ended waits again, and keeps its tokens."""
+        """After an interrupted step: what has not ended waits again, and keeps its tokens."""
         self._is_broken = True
         self.execution.prefixes.clear()
         self.kv.restart()
         self.execution.in_flight = None  # as if these tokens had not been chosen
-        everyone = [sequence for request in self._requests.values() for sequence in request.sequences]
-        live = [each for each in everyone if each.finish_reason is None or self.scheduler.knows(each)]
+        sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
+        live = [each for each in sequences if each.finish_reason is None or self.scheduler.knows(each)]
         self.scheduler.restart([sequence.state for sequence in live])
         for request in list(self._requests.values()):
             for sequence in request.sequences:
@@ -416,8 +415,9 @@ class Engine:
             has_finished = sequence.finish_reason in ("stop", "length")
             (self.scheduler.finished if has_finished else self.scheduler.abort)(sequence)
 
-    def _make_pool(self, num_seqs: int, batch: int, kv_bytes: int | None) -> KVPool:
+    def _make_pool(self, num_seqs: int) -> KVPool:
         most = num_seqs * self.max_context_len * self.model.num_layers
+        kv_bytes = self.config.kv_bytes
         if kv_bytes is None:
             kv_bytes = min(most * self.entry_bytes, int(_KV_SHARE * available_bytes(self.model.device)))
         num_slots = min(kv_bytes // self.entry_bytes, most)
@@ -425,8 +425,7 @@ class Engine:
             raise ValueError(f"Engine: kv_bytes must hold an entry of {self.entry_bytes} bytes, got {shown(kv_bytes)}.")
         executor = self.runner.executor
         cache = executor.new_cache(num_seqs, self.max_context_len, num_slots)
-        if isinstance(executor, CompactExecutor):
-            executor.warm_up(cache, batch)
+        executor.warm_up(cache, self.config.batch)
         return KVPool(cache, num_seqs, num_slots)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
@@ -435,29 +434,3 @@ class Engine:
     def _now(self) -> float:
         self._time_s = max(self._time_s, self._clock())
         return self._time_s
-
-
-def _check_types(**values: object) -> None:
-    """Raise TypeError for an option of an engine that is of another type than it can use."""
-    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "model": (lambda value: isinstance(value, OPTForCausalLM), "a dynskip.OPTForCausalLM"),
-        "deterministic": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
-        "costs": (lambda value: value is None or isinstance(value, StepCosts), "StepCosts or None"),
-        "tokenizer": (lambda value: value is None or hasattr(value, "decode"), "a transformers tokenizer or None"),
-        "clock": (callable, "callable"),
-    }
-    for name, value in values.items():
-        fits, requirement = wanted[name]
-        if not fits(value):
-            raise TypeError(f"Engine: {name} must be {requirement}, got {type(value).__name__}.")
-
-
-def _integer(name: str, value: object) -> int:
-    number = as_int(value)
-    if number is None:
-        raise TypeError(f"Engine: {name} must be an integer, got {shown(value)}.")
-    return number
-
-
-def _optional_integer(name: str, value: object) -> int | None:
-    return None if value is None else _integer(name, value)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynskip.engine.request import OutputSequence
-from dynskip.engine.span import Span, to_device
+from dynskip.engine.request import OutputSequence, Span
+from dynskip.execution.step import to_device
 from dynskip.sampling import most_likely
 
 
@@ -20,8 +20,8 @@ class TokensInFlight:
     that the scheduler has booked for it, and the next step finds it here.
 
     What a sequence ends by shows one step late; by then the step may have run one row of it for nothing. The entry of
-    that row fits, because whoever has its last token by count leaves the scheduler when that is chosen, not when it is
-    read.
+    that row fits, because a sequence that has its last token by count leaves the scheduler when that is chosen, not
+    when it is read.
 
     sequences: whose tokens they are. logits: [R, V], one row each; they may be overwritten afterwards.
     """

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dynskip.execution.kv_cache import KVCache
-from dynskip.execution.reference import ReferenceCache
+from dynskip.execution.executor import Cache
 from dynskip.scheduler.kv_budget import KVBudget
 from dynskip.scheduler.sequence import SequenceState, Status
 
@@ -21,7 +20,7 @@ class KVPool(KVBudget):
     cache: holds the entries. num_seqs: most sequences that it holds at a time. num_slots: most entries.
     """
 
-    def __init__(self, cache: KVCache | ReferenceCache, num_seqs: int, num_slots: int) -> None:
+    def __init__(self, cache: Cache, num_seqs: int, num_slots: int) -> None:
         super().__init__(num_slots, page_size=1)
         self.cache = cache
         self._num_seqs = num_seqs
@@ -42,7 +41,7 @@ class KVPool(KVBudget):
 
     def take(self, num_slots: int) -> None:
         """Count ``num_slots`` more as held."""
-        assert num_slots <= self.num_free, "whoever takes has looked at what is free"
+        assert num_slots <= self.num_free, "num_slots <= num_free"
         self.num_used += num_slots
 
     def open(self, sequence: SequenceState) -> None:
@@ -51,7 +50,7 @@ class KVPool(KVBudget):
         sequence.cache_id = self._free_ids.pop()
 
     def release(self, sequence: SequenceState) -> None:
-        """Forget the entries of ``sequence``; those that nobody else owns are free."""
+        """Forget the entries of ``sequence``; those that no other sequence owns are free."""
         if sequence.status is Status.PREFILLING:
             self.num_used -= _num_reserved(sequence)
         if sequence.cache_id >= 0:
@@ -62,7 +61,7 @@ class KVPool(KVBudget):
 
     def leave(self, sequence: SequenceState) -> None:
         """Forget the entries of ``sequence`` at the next `settle`, with those of all others that have left."""
-        assert sequence.cache_id >= 0 and sequence.status is Status.RUNNING, "whoever has ended was running"
+        assert sequence.cache_id >= 0 and sequence.status is Status.RUNNING, "only a running sequence ends by itself"
         self._left_ids.append(sequence.cache_id)
         sequence.cache_id = -1
         sequence.num_cached = 0

@@ -3,61 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynskip.causal_lm import ExecutorName, OPTForCausalLM
 from dynskip.engine.in_flight import TokensInFlight
-from dynskip.engine.request import OutputSequence
-from dynskip.engine.span import Span, to_device
-from dynskip.execution.compact import CompactExecutor
-from dynskip.execution.kv_cache import KVCache
-from dynskip.execution.reference import ReferenceCache, ReferenceExecutor
-from dynskip.execution.step import Step, packed_positions
+from dynskip.engine.request import OutputSequence, Span
+from dynskip.execution.executor import Cache, Executor
+from dynskip.execution.step import Step, packed_positions, to_device
 from dynskip.routing.routes import PathRoute, StepTokens
 
 
-class StepRunner:
+class ModelRunner:
     """Runs spans of sequences, whose routes have one key, and returns logits.
 
     deterministic: a row's bits do not depend on its neighbours; None: as the model was made.
-    alone: with an executor of its own, whose buffers and graphs no other user of the model takes away.
+    own_executor: with buffers and graphs that no other user of the model takes away.
     reads_late: whether the host may read a decode step's tokens while the next one runs, as it does on a GPU.
     """
 
     def __init__(
-        self, model: OPTForCausalLM, executor: ExecutorName, deterministic: bool | None = None, alone: bool = False
+        self,
+        model: OPTForCausalLM,
+        executor: ExecutorName,
+        deterministic: bool | None = None,
+        own_executor: bool = False,
     ) -> None:
         self.model = model
         self.deterministic = model.deterministic if deterministic is None else deterministic
         self.reads_late = model.device.type == "cuda"
-        self.executor: Any = model.executor(executor)  # with caches of its own kind
-        if executor == "compact" and (alone or self.deterministic != model.deterministic):
-            self.executor = self._compact_executor()
+        self._executor_name = executor
+        self.executor: Executor = model.executor(executor)
+        if own_executor or self.deterministic != model.deterministic:
+            self.executor = model.new_executor(executor, self.deterministic)
         self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
 
-    def prompt(self, spans: Sequence[Span], cache: KVCache | ReferenceCache) -> Tensor:
+    def prompt(self, spans: Sequence[Span], cache: Cache) -> Tensor:
         """[B, V]: the logits of the last token of each span: all begin their sequences, or none does."""
         step = self._spans_step(spans, [span.sequence.state.cache_id for span in spans], is_prompt=True)
         last_rows = torch.tensor([span.num_tokens for span in spans]).cumsum(0) - 1
-        return self._head(self.executor.run(step, cache)[to_device(last_rows, self.model.device)])
+        return self.executor.head(self.executor.run(step, cache)[to_device(last_rows, self.model.device)])
 
-    def decode(
-        self, spans: Sequence[Span], cache: KVCache | ReferenceCache, in_flight: TokensInFlight | None = None
-    ) -> Tensor:
+    def decode(self, spans: Sequence[Span], cache: Cache, in_flight: TokensInFlight | None = None) -> Tensor:
         """[B, V]: the logits of spans of one token each; the next step may overwrite them.
 
         in_flight: holds the tokens of those spans whose tokens the host does not know.
         """
-        step = self.decode_step(spans, in_flight)
-        if isinstance(self.executor, CompactExecutor):
-            assert isinstance(cache, KVCache), "each executor makes its own cache"
-            logits = self.executor.logits(step, cache)
-            if logits is not None:
-                return logits
-        return self._head(self.executor.run(step, cache))
+        return self.executor.logits(self.decode_step(spans, in_flight), cache)
 
     def decode_step(self, spans: Sequence[Span], in_flight: TokensInFlight | None = None) -> Step:
         """The decode step of ``spans``; its plan is kept while they and their paths stay the same."""
@@ -79,18 +72,17 @@ class StepRunner:
         return step
 
     def forget(self) -> None:
-        """Plan the next step anew, whoever takes part in it."""
+        """Plan the next step anew, even where its sequences stay the same."""
         self._decode = None
 
     @torch.no_grad()
     def run_alone(self, sequence: OutputSequence, on_layer: Callable[[int, Tensor], None]) -> tuple[Tensor, Tensor]:
         """[N, C] and [1, V]: the last layer's output, and the logits after the last token, of ``sequence`` run again.
 
-        Prompt and output, each in one step, in a cache and by an executor of their own: nothing else notices.
-        on_layer: as in `CompactExecutor.run`, of both steps.
+        Prompt and output, each in one step, in a cache and by an executor of their own: no other sequence is touched.
+        on_layer: as in `Executor.run`, of both steps.
         """
-        is_reference = isinstance(self.executor, ReferenceExecutor)
-        executor: Any = ReferenceExecutor(self.model.model.decoder) if is_reference else self._compact_executor()
+        executor = self.model.new_executor(self._executor_name, self.deterministic)
         num_prompt, num_tokens = len(sequence.prompt_ids), sequence.num_tokens
         cache = executor.new_cache(1, num_tokens, sequence.route.num_entries(num_tokens))
         spans = [Span(sequence, 0, num_prompt), Span(sequence, num_prompt, num_tokens - num_prompt)]
@@ -98,11 +90,7 @@ class StepRunner:
             if span.num_tokens:
                 step = self._spans_step([span], [0], is_prompt=span.first == 0)
                 hidden_states = executor.run(step, cache, on_layer)
-        return hidden_states, self._head(hidden_states[-1:])
-
-    def _compact_executor(self) -> CompactExecutor:
-        model = self.model
-        return CompactExecutor(model.model.decoder, model.lm_head, model.backend, self.deterministic)
+        return hidden_states, executor.head(hidden_states[-1:])
 
     def _spans_step(self, spans: Sequence[Span], cache_ids: Sequence[int], is_prompt: bool) -> Step:
         counts = tuple(span.num_tokens for span in spans)
@@ -116,9 +104,3 @@ class StepRunner:
         token_ids, position_ids = to_device(torch.stack([torch.tensor(tokens), positions]), device)
         plan = routes[0].plan(routes, StepTokens(firsts, counts, is_prompt=is_prompt))
         return Step(token_ids, position_ids, to_device(torch.tensor(cache_ids), device), plan, fresh=not any(firsts))
-
-    def _head(self, hidden_states: Tensor) -> Tensor:
-        if not isinstance(self.executor, CompactExecutor):
-            return self.model.head(hidden_states, "reference")
-        finished = self.model.model.decoder.finish(hidden_states, self.deterministic)
-        return self.model.lm_head(finished, deterministic=self.deterministic)

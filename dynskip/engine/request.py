@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import Route
@@ -62,6 +63,14 @@ class OutputSequence:
         return self.prompt_ids[first:] + self.token_ids[: first + count - num_prompt]
 
 
+class Span(NamedTuple):
+    """``num_tokens`` tokens of a sequence from its token ``first`` on, whose predecessors are in the cache."""
+
+    sequence: OutputSequence
+    first: int
+    num_tokens: int
+
+
 @dataclass(eq=False)
 class Request:
     """A request while it runs; output: what it has become. Times are those of the engine's clock, in seconds."""
@@ -89,24 +98,27 @@ class SequenceOutput:
     token_ids: list[int]
     finish_reason: str
     logprobs: list[dict[int, float]] | None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one request became.
+    """What one request became. Equal where prompt, path and what came of them are, whenever and however they ran.
 
+    prompt_ids: the prompt as the model saw it.
     path: the layers that prompt and output ran, or None where each token had its own.
     token_ids: the new tokens, with the end-of-sequence token if it came.
+    text: the new text without special tokens and without the stop text; None without a tokenizer, and of an `Engine`.
     finish_reason: "stop" (end of sequence, stop token or stop text), "length", "abort", or "error".
     logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
-    error: the exception that ended the request; None unless finish_reason is "error".
-    samples: all ``n`` outputs; token_ids, finish_reason and logprobs are those of the first.
+    error: the exception that ended the request, such as a NonFiniteError; None unless finish_reason is "error".
+    samples: all ``n`` outputs; token_ids, text, finish_reason and logprobs are those of the first.
     queue_s: from arrival to admission. ttft_s: from arrival to the first token. tpot_s: from the first token to the
         last, by the tokens after the first. latency_s: from arrival to the end. None where it did not come that far.
     num_preemptions: how often its keys and values were given up and computed again.
     """
 
-    request_id: Hashable
+    request_id: Hashable = field(compare=False)
     prompt_ids: list[int]
     path: LayerPath | None
     token_ids: list[int]
@@ -114,11 +126,22 @@ class RequestOutput:
     logprobs: list[dict[int, float]] | None
     error: Exception | None
     samples: tuple[SequenceOutput, ...]
-    queue_s: float | None
-    ttft_s: float | None
-    tpot_s: float | None
-    latency_s: float
-    num_preemptions: int
+    queue_s: float | None = field(compare=False)
+    ttft_s: float | None = field(compare=False)
+    tpot_s: float | None = field(compare=False)
+    latency_s: float = field(compare=False)
+    num_preemptions: int = field(compare=False)
+    text: str | None = None
+
+    @property
+    def texts(self) -> tuple[str | None, ...]:
+        """The texts of all ``n`` outputs."""
+        return tuple(sample.text for sample in self.samples)
+
+    def with_text(self, text_of: Callable[[list[int]], str | None]) -> RequestOutput:
+        """The same with the texts that ``text_of`` makes of the tokens."""
+        samples = tuple(replace(sample, text=text_of(sample.token_ids)) for sample in self.samples)
+        return replace(self, text=samples[0].text, samples=samples)
 
     @staticmethod
     def of(request: Request, end_s: float) -> RequestOutput:

@@ -12,10 +12,9 @@ from torch import Tensor
 from dynskip.engine.diagnosis import diagnose
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import KVPool
-from dynskip.engine.model_runner import StepRunner
+from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.prefixes import PrefixIndex
-from dynskip.engine.request import OutputSequence, Request
-from dynskip.engine.span import Span
+from dynskip.engine.request import OutputSequence, Request, Span
 from dynskip.routing.routes import PathRoute
 from dynskip.sampling import NOT_FINITE, choose_tokens
 from dynskip.scheduler.outcome import Tally
@@ -32,16 +31,16 @@ Logits = tuple[list[OutputSequence], Tensor]
 
 
 @dataclass
-class Execution:
+class StepExecution:
     """Runs the sequences of a decision, and books what becomes of them.
 
-    An exception in what belongs to a request ends that request; nobody else notices.
+    An exception in what belongs to a request ends that request and no other.
     now: the engine's clock. on_end: called with a request all of whose outputs have ended.
     model_s: how long the model and the choice of tokens took since it was set to zero.
-    in_flight: the tokens of the last decode step, where they were not read; see `StepRunner.reads_late`.
+    in_flight: the tokens of the last decode step, where they were not read; see `ModelRunner.reads_late`.
     """
 
-    runner: StepRunner
+    runner: ModelRunner
     kv: KVPool
     scheduler: Scheduler
     prefixes: PrefixIndex
@@ -64,7 +63,8 @@ class Execution:
         copies: dict[OutputSequence, list[OutputSequence]] = {}
         leaders: dict[Hashable, OutputSequence] = {}
         for chunk in chunks:
-            sequence, first, end = sequence_of(chunk.sequence), chunk.first, chunk.first + chunk.num_tokens
+            sequence: OutputSequence = chunk.sequence.owner
+            first, end = chunk.first, chunk.first + chunk.num_tokens
             if chunk.sequence.cache_id < 0:
                 self.kv.open(chunk.sequence)
                 chunk.sequence.num_shared = 0
@@ -79,19 +79,19 @@ class Execution:
             first = max(first, sequence.state.num_shared)
             if first < end:
                 (going_on if first else begun).append(Span(sequence, first, end - first))
-        complete = {sequence_of(chunk.sequence) for chunk in chunks if chunk.is_last}
+        complete = {chunk.sequence.owner for chunk in chunks if chunk.is_last}
         runs = [*_by_key(begun), *_by_key(going_on)]
         while runs:
             for same in runs:
                 self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
-            # Those whose prompt was to be that of another, which failed.
+            # Copies whose leader's prefill failed run on their own.
             runs = _by_key([Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest])
             copies = {}
 
     def decode(self, decision: Decision) -> None:
         """Run the last token of each decode row, and choose its next.
 
-        Tokens in flight are read behind it, and then its own, too, where nobody is left for a next step.
+        Tokens in flight are read behind it, and then its own, too, where no request is left for a next step.
         """
         before = self.in_flight
         self._decode_rows(decision)
@@ -110,12 +110,8 @@ class Execution:
         num_paths = 0
         self._union = 0
         for group, states in decision.parts:
-            # The step is booked: the last of a sequence's tokens is the one that this row gives it.
-            part = [
-                Span(sequence, state.num_tokens - 2, 1)
-                for state in states
-                if (sequence := sequence_of(state)).finish_reason is None
-            ]
+            # schedule() has already counted the token of this step, so the input token is num_tokens - 2.
+            part = [Span(s.owner, s.num_tokens - 2, 1) for s in states if s.owner.finish_reason is None]
             if part:
                 spans += part
                 num_paths += 1
@@ -162,7 +158,7 @@ class Execution:
             logits = run(spans)
         except Exception as error:
             self.kv.cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
-            self.read()  # whoever fails gets what was chosen before, and may have ended by it
+            self.read()  # a sequence that fails gets what was chosen before, and may have ended by it
             if len(spans) == 1:
                 if spans[0].sequence.finish_reason is None:
                     self._fail(spans[0].sequence, error)
@@ -337,12 +333,6 @@ class Execution:
             self.tally.num_shared_tokens += num_tokens
         else:
             sequence.state.num_shared = 0
-
-
-def sequence_of(state: SequenceState) -> OutputSequence:
-    sequence = state.request_id
-    assert isinstance(sequence, OutputSequence), "the engine gives the scheduler sequences for ids"
-    return sequence
 
 
 def _prompt_key(sequence: OutputSequence) -> Hashable:

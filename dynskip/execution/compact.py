@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dynskip.execution.decode_steps import DecodeSteps
 from dynskip.execution.fused import FusedDecode
-from dynskip.execution.graphs import GraphMemory, sum_memory
+from dynskip.execution.graphs import DecodeSteps, GraphMemory, sum_memory
 from dynskip.execution.kv_cache import EntryIndex, KVCache
 from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.threads import check_fork
@@ -34,7 +33,7 @@ class CompactExecutor:
     these kernels know (`OPTDecoder.why_not_fused`); all other steps run op by op through the backend's launchers.
 
     backend: whose launchers gather, scatter and attend.
-    deterministic: compute each row with the same bits whatever its neighbours are.
+    deterministic: compute each row with the same bits independent of its neighbours.
     """
 
     def __init__(self, decoder: OPTDecoder, lm_head: Linear, backend: Backend, deterministic: bool = False) -> None:
@@ -53,10 +52,7 @@ class CompactExecutor:
         self._steps: WeakKeyDictionary[KVCache, DecodeSteps] = WeakKeyDictionary()
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
-        """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all.
-
-        Graphs are made for one cache, so one that was retired is taken again where it is large enough.
-        """
+        """See `Executor.new_cache`. Graphs belong to one cache, so a retired one that is large enough is used again."""
         cache, self._retired = self._retired, None
         if cache is not None and cache.holds(num_seqs, max_context_len, num_slots):
             cache.clear()
@@ -76,7 +72,7 @@ class CompactExecutor:
         )
 
     def retire(self, cache: KVCache) -> None:
-        """Say that nobody needs ``cache`` any more. It is kept for the next batch where graphs were made for it."""
+        """Keep ``cache``, which is used no more, for the next batch where graphs were made for it."""
         if cache in self._steps:
             self._retired = cache
 
@@ -98,10 +94,14 @@ class CompactExecutor:
         """What graphs and static buffers of fused steps take on the device; None where there are none."""
         return sum_memory([steps.memory for steps in self._steps.values()]) if self._steps else None
 
-    def logits(self, step: Step, cache: KVCache) -> Tensor | None:
-        """[N, V]: the logits of a decode step that runs fused, head included; None where ``run`` has to be called."""
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
+        return self.lm_head(self.decoder.finish(hidden_states, self.deterministic), deterministic=self.deterministic)
+
+    def logits(self, step: Step, cache: KVCache) -> Tensor:
+        """[N, V]: the logits of a decode step; the next one may overwrite them."""
         steps = self._decode_steps(step, cache)
-        return None if steps is None else steps.run(step, cache, head=True)
+        return self.head(self.run(step, cache)) if steps is None else steps.run(step, cache, head=True)
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynskip.controllers import HiddenStateGate, TokenContext
 from dynskip.execution.kv_cache import KVCache
-from dynskip.execution.step_shape import LayerWork, StepWork
+from dynskip.execution.step_shape import LayerBounds, StepShape
 from dynskip.kernels.row_list import RowList
 from dynskip.models.linear import Linear
 from dynskip.ops.row_ops import RowOps
@@ -96,7 +96,7 @@ class FusedDecode:
     It has the cache's tensors, and leaves to others how long the cache itself is kept.
 
     Every method only launches: nothing is allocated, copied from the host or waited for, so that all of them can be
-    captured in a CUDA graph. What a step does is given by a `StepWork`; which rows do it stands on the device.
+    captured in a CUDA graph. What a step does is given by a `StepShape`; which rows do it stands on the device.
 
     max_rows: M, the most rows of a step. on_layer: called with each layer's index and input [M, C] before it runs.
     """
@@ -142,7 +142,7 @@ class FusedDecode:
         return self.buffers.num_bytes + sum(tensor.numel() * tensor.element_size() for tensor in workspace)
 
     def set_rows(self, cache_ids: Tensor) -> None:
-        """Put the sequences ``cache_ids`` ([N], int) into rows 0..N-1, and nobody into the others."""
+        """Put the sequences ``cache_ids`` ([N], int) into rows 0..N-1, and none into the others."""
         num_rows = cache_ids.shape[0]
         torch.arange(num_rows, out=self.buffers.all_ids[:num_rows])
         self.buffers.all_ids[num_rows:].fill_(-1)
@@ -167,62 +167,64 @@ class FusedDecode:
             bias = None if gate.bias is None else gate.bias.to(device, torch.float32).contiguous()
             self._gates[gate] = gate.weight.to(device, torch.float32).contiguous(), bias
 
-    def run(self, work: StepWork, on_layer: Callable[[int, Tensor], None] | None = None) -> None:
+    def run(self, shape: StepShape, on_layer: Callable[[int, Tensor], None] | None = None, head: bool = False) -> None:
         """Run all layers; the last one's output stands in ``buffers.hidden_states``, the new entries in the cache.
 
-        Only layers of ``work`` are launched. ``on_layer`` is asked about those left out, too.
+        head: leave logits in ``buffers.logits``, too.
+        Only layers of ``shape`` are launched. ``on_layer`` is called for those left out, too.
         """
-        self.begin(work)
-        layers = {layer.layer: layer for layer in work.layers}
+        self.plan_and_embed(shape)
+        layers = {layer.layer: layer for layer in shape.layers}
         for index in range(len(self.layers)):
             if on_layer is not None:
                 on_layer(index, self.buffers.hidden_states)
             if index in layers:
-                self.layer(work, layers[index])
+                self.layer(shape, layers[index])
+        if head:
+            self.head(shape.max_rows)
 
-    def warm_up(self, work: StepWork) -> None:
-        """Launch all that ``work`` launches, for no rows: kernels are compiled and loaded, and nothing changes."""
+    def warm_up(self, shape: StepShape) -> None:
+        """Launch all that ``shape`` launches, for no rows: kernels are compiled and loaded, and nothing changes."""
         buffers = self.buffers
         of_rows = (buffers.cache_ids, buffers.all_ids, buffers.num_rows)
         before = [tensor.clone() for tensor in of_rows]
         buffers.cache_ids.fill_(-1)
         buffers.all_ids.fill_(-1)
         buffers.num_rows.zero_()
-        if isinstance(work.controller, HiddenStateGate):
-            self.prepare_gate(work.controller)
-        self.run(work)
-        self.head(work.max_rows)
+        if isinstance(shape.controller, HiddenStateGate):
+            self.prepare_gate(shape.controller)
+        self.run(shape, head=True)
         for tensor, values in zip(of_rows, before, strict=True):
             tensor.copy_(values)
 
-    def begin(self, work: StepWork) -> None:
+    def plan_and_embed(self, shape: StepShape) -> None:
         """Embed the tokens, and plan all layers unless a controller is asked later."""
         buffers, ops = self.buffers, self.ops
-        if work.controller is None:
-            self._plan(work, 0, len(self.layers))
+        if shape.controller is None:
+            self._plan(shape, 0, len(self.layers))
         decoder = self.decoder
         ops.embed_rows(
             buffers.token_ids,
             buffers.position_ids,
-            self._all_rows(work.max_rows),
+            self._all_rows(shape.max_rows),
             decoder.embed_tokens.weight,
             decoder.embed_positions.weight,
             decoder.position_offset,
             buffers.hidden_states,
         )
 
-    def layer(self, work: StepWork, layer_work: LayerWork) -> None:
+    def layer(self, shape: StepShape, bounds: LayerBounds) -> None:
         """Run one layer for the rows that the plan, or the controller, gives it."""
-        index = layer_work.layer
-        if work.controller is not None:
-            self._decide(work, index)
+        index = bounds.layer
+        if shape.controller is not None:
+            self._decide(shape, index)
         buffers, ops, layer = self.buffers, self.ops, self.layers[index]
         hidden_states, normed = buffers.hidden_states, buffers.normed
         num_run, num_kv = buffers.counts[0, index : index + 1], buffers.counts[1, index : index + 1]
-        if layer_work.max_kv:
+        if bounds.max_kv:
             ops.qkv_rows(
                 hidden_states,
-                RowList(buffers.kv_ids[index], num_kv, layer_work.max_kv),
+                RowList(buffers.kv_ids[index], num_kv, bounds.max_kv),
                 num_run,
                 layer.attention_norm,
                 layer.qkv_weight,
@@ -234,9 +236,9 @@ class FusedDecode:
                 normed,
                 self.deterministic,
             )
-        if not layer_work.max_run:
+        if not bounds.max_run:
             return
-        run = RowList(buffers.run_ids[index], num_run, layer_work.max_run)
+        run = RowList(buffers.run_ids[index], num_run, bounds.max_run)
         ops.attend_rows(
             buffers.query,
             run,
@@ -287,8 +289,8 @@ class FusedDecode:
     def _all_rows(self, max_rows: int) -> RowList:
         return RowList(self.buffers.all_ids, self.buffers.num_rows, max_rows)
 
-    def _decide(self, work: StepWork, layer: int) -> None:
-        buffers, controller = self.buffers, work.controller
+    def _decide(self, shape: StepShape, layer: int) -> None:
+        buffers, controller = self.buffers, shape.controller
         active = buffers.active[layer]
         if isinstance(controller, HiddenStateGate):
             if layer in controller.always:
@@ -297,25 +299,25 @@ class FusedDecode:
                 weight, bias = self._gates[controller]
                 layer_bias = None if bias is None else bias[layer]
                 self.ops.gate_rows(
-                    buffers.hidden_states, self._all_rows(work.max_rows), weight[layer], layer_bias, active
+                    buffers.hidden_states, self._all_rows(shape.max_rows), weight[layer], layer_bias, active
                 )
         else:
             assert controller is not None
             # Rows behind those of the step hold old numbers; what is said of them is never looked at.
-            rows = slice(0, work.max_rows)
+            rows = slice(0, shape.max_rows)
             seq_ids = buffers.all_ids[rows].clamp(min=0)
             context = TokenContext(seq_ids, buffers.position_ids[rows], torch.zeros_like(buffers.active[0, rows]))
             active[rows].copy_(controller.active(layer, buffers.hidden_states[rows], context))
-        self._plan(work, layer, 1)
+        self._plan(shape, layer, 1)
 
-    def _plan(self, work: StepWork, first_layer: int, num_layers: int) -> None:
+    def _plan(self, shape: StepShape, first_layer: int, num_layers: int) -> None:
         # Of the buffers, which have a row for each sequence of the cache, no more than the step may use: one block of
         # threads goes over all of it.
-        buffers, rows = self.buffers, slice(0, work.max_rows)
+        buffers, rows = self.buffers, slice(0, shape.max_rows)
         self.ops.plan_rows(
             buffers.active[first_layer : first_layer + num_layers, rows],
             first_layer,
-            KV_POLICY_CODES[work.kv_policy],
+            KV_POLICY_CODES[shape.kv_policy],
             buffers.cache_ids[rows],
             self.context_lens,
             self.slot_tables,

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: a graph per layer and row bucket, chained from C++, and whole steps that come again."""
+"""Decode steps run fused, on a GPU from graphs: one per layer and row bucket, chained, and whole repeated steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from dynskip.controllers import HiddenStateGate
 from dynskip.execution.fused import FusedDecode
-from dynskip.execution.step_shape import StepWork
+from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.step import RowCounts, Step
+from dynskip.execution.step_shape import LayerBounds, StepShape
+from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops import native
+from dynskip.routing.plan import KVPolicy, Plan
 
 MAX_STEP_GRAPHS = 32
 # A step is captured whole when it comes for this time: a mix of paths that stays comes again, one that does not would
@@ -115,82 +120,73 @@ class GraphedDecode:
     Other controllers run their own code, which may wait for the device: their steps are launched without graphs.
     """
 
-    def __init__(self, decoder: FusedDecode, graphs: Graphs, max_step_graphs: int = MAX_STEP_GRAPHS) -> None:
+    def __init__(self, fused: FusedDecode, graphs: Graphs, max_step_graphs: int = MAX_STEP_GRAPHS) -> None:
         if max_step_graphs < 1:
             raise ValueError(f"GraphedDecode: max_step_graphs must be at least 1, got {max_step_graphs}.")
-        self.decoder = decoder
+        self.fused = fused
         self.graphs = graphs
         self.max_step_graphs = max_step_graphs
         self._parts: dict[Hashable, Any] = {}
-        self._steps: OrderedDict[tuple[StepWork, bool], Any] = OrderedDict()
-        self._seen: OrderedDict[tuple[StepWork, bool], _Seen] = OrderedDict()
-        self._chain: tuple[tuple[StepWork, bool], list[Any]] | None = None
+        self._steps: OrderedDict[tuple[StepShape, bool], Any] = OrderedDict()
+        self._seen: OrderedDict[tuple[StepShape, bool], _Seen] = OrderedDict()
+        self._chain: tuple[tuple[StepShape, bool], list[Any]] | None = None
 
-    def run(self, work: StepWork, head: bool = True) -> None:
-        """Run a step of ``work``: layers, and with ``head`` the logits. Tokens and rows were set before."""
-        key = (work, head)
+    def run(self, shape: StepShape, head: bool = True) -> None:
+        """Run a step of ``shape``: layers, and with ``head`` the logits. Tokens and rows were set before."""
+        key = (shape, head)
         graph = self._steps.get(key)
         if graph is not None:
             self._steps.move_to_end(key)
             self.graphs.replay([graph])
-        elif work.controller is not None:
-            self._run_controlled(work, head)
+        elif shape.controller is not None:
+            self._run_controlled(shape, head)
         elif self._comes_often(key):
-            self.graphs.replay([self._capture_step(work, head)])
+            self.graphs.replay([self._capture_step(shape, head)])
         else:
-            self.run_chain(work, head)
+            self.run_chain(shape, head)
 
-    def run_chain(self, work: StepWork, head: bool = True) -> None:
-        """Run a step of ``work``, whose mask is known, from the graphs of its layers, as for one that never came."""
-        key = (work, head)
+    def run_chain(self, shape: StepShape, head: bool = True) -> None:
+        """Run a step of ``shape``, whose mask is known, from the graphs of its layers, as for one that never came."""
+        key = (shape, head)
         if self._chain is None or self._chain[0] != key:
-            self._chain = (key, self._parts_of(work, head))
+            self._chain = (key, self._parts_of(shape, head))
         self.graphs.replay(self._chain[1])
 
-    def run_whole(self, work: StepWork, head: bool = True) -> None:
-        """Run a step of ``work`` from one graph, captured now where it is not there yet."""
-        if (work, head) not in self._steps:
-            self._capture_step(work, head)
-        self.run(work, head)
+    def run_whole(self, shape: StepShape, head: bool = True) -> None:
+        """Run a step of ``shape`` from one graph, captured now where it is not there yet."""
+        if (shape, head) not in self._steps:
+            self._capture_step(shape, head)
+        self.run(shape, head)
 
     @property
     def memory(self) -> GraphMemory:
         """What the graphs and buffers take."""
         num_graphs = len(self._parts) + len(self._steps)
-        return GraphMemory(num_graphs, self.graphs.num_bytes, self.decoder.num_bytes)
+        return GraphMemory(num_graphs, self.graphs.num_bytes, self.fused.num_bytes)
 
-    def _run_controlled(self, work: StepWork, head: bool) -> None:
-        if isinstance(work.controller, HiddenStateGate):
-            self.graphs.replay([self._capture_step(work, head)])
-            return
-        self.decoder.run(work)
-        if head:
-            self.decoder.head(work.max_rows)
+    def _run_controlled(self, shape: StepShape, head: bool) -> None:
+        if isinstance(shape.controller, HiddenStateGate):
+            self.graphs.replay([self._capture_step(shape, head)])
+        else:
+            self.fused.run(shape, head=head)
 
-    def _comes_often(self, key: tuple[StepWork, bool]) -> bool:
+    def _comes_often(self, key: tuple[StepShape, bool]) -> bool:
         """Whether the step, this time included, came often enough to be captured; only the last are remembered."""
         seen = self._remember(key)
         seen.num_left -= 1
         return seen.num_left <= 0
 
-    def _remember(self, key: tuple[StepWork, bool]) -> _Seen:
+    def _remember(self, key: tuple[StepShape, bool]) -> _Seen:
         seen = self._seen.setdefault(key, _Seen(WHOLE_STEP_AFTER, WHOLE_STEP_AFTER))
         self._seen.move_to_end(key)
         while len(self._seen) > _SEEN_PER_GRAPH * self.max_step_graphs:
             self._seen.popitem(last=False)
         return seen
 
-    def _capture_step(self, work: StepWork, head: bool) -> Any:
-        decoder = self.decoder
-        decoder.warm_up(work)
-
-        def launch() -> None:
-            decoder.run(work)
-            if head:
-                decoder.head(work.max_rows)
-
-        graph = self.graphs.capture(launch)
-        self._steps[(work, head)] = graph
+    def _capture_step(self, shape: StepShape, head: bool) -> Any:
+        self.fused.warm_up(shape)
+        graph = self.graphs.capture(functools.partial(self.fused.run, shape, head=head))
+        self._steps[(shape, head)] = graph
         while len(self._steps) > self.max_step_graphs:
             dropped, _ = self._steps.popitem(last=False)
             seen = self._remember(dropped)
@@ -198,19 +194,87 @@ class GraphedDecode:
             seen.num_left = seen.num_needed
         return graph
 
-    def _parts_of(self, work: StepWork, head: bool) -> list[Any]:
-        decoder, warm = self.decoder, False
+    def _parts_of(self, shape: StepShape, head: bool) -> list[Any]:
+        fused, warm = self.fused, False
         parts: list[tuple[Hashable, Callable[[], None]]] = [
-            (("begin", work.max_rows, work.kv_policy), lambda: decoder.begin(work))
+            (("begin", shape.max_rows, shape.kv_policy), lambda: fused.plan_and_embed(shape))
         ]
         # A layer's launches depend on its own bounds only: what the mask means is in the plan.
-        parts += [(layer, functools.partial(decoder.layer, work, layer)) for layer in work.layers]
+        parts += [(layer, functools.partial(fused.layer, shape, layer)) for layer in shape.layers]
         if head:
-            parts.append((("head", work.max_rows), lambda: decoder.head(work.max_rows)))
+            parts.append((("head", shape.max_rows), lambda: fused.head(shape.max_rows)))
         for key, launch in parts:
             if key not in self._parts:
                 if not warm:
-                    decoder.warm_up(work)
+                    fused.warm_up(shape)
                     warm = True
                 self._parts[key] = self.graphs.capture(launch)
         return [self._parts[key] for key, _ in parts]
+
+
+class DecodeSteps:
+    """Runs the decode steps of one cache by a `FusedDecode`, on a GPU from CUDA graphs."""
+
+    def __init__(self, fused: FusedDecode, row_counts: RowCounts) -> None:
+        self.fused = fused
+        self.row_counts = row_counts
+        device = fused.k_cache.device
+        self.graphs = GraphedDecode(fused, CudaGraphs(device)) if device.type == "cuda" else None
+        self._plan: Plan | None = None
+        self._shape: StepShape | None = None
+        self._cache_ids: Tensor | None = None
+
+    def run(
+        self, step: Step, cache: KVCache, head: bool, on_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Run ``step``: [N, C], the last layer's output, or with ``head`` [N, V], the logits.
+
+        cache: the one whose tensors `fused` has. What comes back is overwritten by the next step.
+        """
+        fused, buffers, plan = self.fused, self.fused.buffers, step.plan
+        num_rows = plan.rows.num_rows
+        if self._cache_ids is not step.cache_ids:
+            fused.set_rows(step.cache_ids)
+            self._cache_ids = step.cache_ids
+        fused.set_tokens(step.token_ids, step.position_ids)
+        if self._plan is not plan or self._shape is None:
+            self._plan, self._shape = plan, StepShape.of(plan)
+            if plan.active is not None:
+                fused.set_active(plan.active)
+            if isinstance(self._shape.controller, HiddenStateGate):
+                fused.prepare_gate(self._shape.controller)
+        shape = self._shape
+        if plan.active is None:
+            cache.reserve(plan.num_layers * num_rows)
+        else:
+            cache.reserve(sum(num_kv for _, num_kv in plan.num_rows_by_layer), exact=True)
+        if self.graphs is not None and on_layer is None:
+            self.graphs.run(shape, head)
+        else:
+            record = None if on_layer is None else lambda layer, states: on_layer(layer, states[:num_rows])
+            fused.run(shape, record, head)
+        self._count(plan)
+        return (buffers.logits if head else buffers.hidden_states)[:num_rows]
+
+    def warm_up(self, max_rows: int) -> None:
+        """Compile and load the kernels of steps of at most ``max_rows`` rows, for every bucket; nothing changes."""
+        largest = min(row_bucket(max_rows), self.fused.max_rows)
+        for bucket in ROW_BUCKETS:
+            if bucket <= largest:
+                # One layer stands for all: they have the same kernels.
+                self.fused.warm_up(StepShape(bucket, KVPolicy.EVICT, (LayerBounds(0, bucket, bucket),)))
+
+    @property
+    def memory(self) -> GraphMemory:
+        """What graphs and static buffers take."""
+        return GraphMemory(0, 0, self.fused.num_bytes) if self.graphs is None else self.graphs.memory
+
+    def _count(self, plan: Plan) -> None:
+        counts = self.row_counts
+        if plan.active is None:
+            if counts.on_device is None:
+                counts.on_device = torch.zeros_like(self.fused.buffers.counts, dtype=torch.int64)
+            counts.on_device.add_(self.fused.buffers.counts)
+            return
+        for layer, (num_run, num_kv) in enumerate(plan.num_rows_by_layer):
+            counts.add(layer, num_run, num_kv)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynskip.execution.step import RowCounts, Step
 from dynskip.ops import reference
@@ -15,6 +15,7 @@ from dynskip.routing.plan import LayerPlan, RowSet
 
 if TYPE_CHECKING:
     from dynskip.models.decoder import OPTDecoder, OPTDecoderLayer
+    from dynskip.models.linear import Linear
 
 
 class ReferenceCache:
@@ -79,9 +80,6 @@ class ReferenceCache:
             self.release(mark.cache_ids)
             self.entries.update(mark.entries)
 
-    def sweep(self) -> None:
-        """Nothing: there are no entries but those of a sequence."""
-
     def _begin(self, source: int, target: int, num_tokens: int | None) -> None:
         assert all(seq != target for _, seq in self.entries), "the target of a fork holds entries"
         for (layer, seq), (key, value) in list(self.entries.items()):
@@ -100,71 +98,81 @@ class ReferenceMark:
 class ReferenceExecutor:
     """Runs steps one sequence at a time with F.linear and F.layer_norm: slow, obvious, and differentiable."""
 
-    def __init__(self, decoder: OPTDecoder) -> None:
+    def __init__(self, decoder: OPTDecoder, lm_head: Linear) -> None:
         self.decoder = decoder
+        self.lm_head = lm_head
         self.row_counts = RowCounts(len(decoder.layers))
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> ReferenceCache:
-        """An empty cache; it grows as it is used, whatever the arguments."""
+        """An empty cache, which grows as it is used."""
         return ReferenceCache()
 
     def run(
         self, step: Step, cache: ReferenceCache | None, on_layer: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
-        """[N, C]: the last layer's output for every row of ``step``; the arguments are those of CompactExecutor.run."""
-        rows = step.plan.rows
-        bounds = rows.cu_seqlens.tolist()
+        """[N, C]: the last layer's output for every row of ``step``; the arguments are those of `Executor.run`."""
+        num_seqs = step.plan.rows.num_seqs
+        bounds = step.plan.rows.cu_seqlens.tolist()
         cache_ids = step.cache_ids.tolist()
         cache = ReferenceCache() if cache is None else cache
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids)
         # Keys and values by row, [N, H, D]: SHARE reuses those of the last layer that a row ran.
-        last: list[tuple[Tensor, Tensor] | None] = [None] * rows.num_seqs
+        last: list[tuple[Tensor, Tensor] | None] = [None] * num_seqs
         for index, layer in enumerate(self.decoder.stack()):
             if on_layer is not None:
                 on_layer(index, hidden_states)
             plan = step.plan.layer(index, hidden_states)
             parts = []
-            for seq in range(rows.num_seqs):
+            for seq in range(num_seqs):
                 begin, end = bounds[seq], bounds[seq + 1]
-                alone = _Alone.of(plan, seq, begin)
-                part, last[seq] = self._run_layer(
-                    index,
-                    layer,
-                    alone,
-                    hidden_states[begin:end],
-                    last[seq],
-                    cache,
-                    cache_ids[seq],
-                )
-                parts.append(part)
+                part, rows = _SequencePart.of(plan, seq, begin), hidden_states[begin:end]
+                done, last[seq] = self._run_layer(index, layer, part, rows, last[seq], cache, cache_ids[seq])
+                parts.append(done)
             hidden_states = torch.cat(parts)
         return hidden_states
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
+        return nn.functional.linear(self.decoder.finish(hidden_states), self.lm_head.dense_weight())
+
+    def logits(self, step: Step, cache: ReferenceCache) -> Tensor:
+        """[N, V]: the logits of the rows of ``step``."""
+        return self.head(self.run(step, cache))
+
+    def warm_up(self, cache: ReferenceCache, max_rows: int) -> None:
+        """Nothing: there is nothing to compile."""
+
+    def retire(self, cache: ReferenceCache) -> None:
+        """Nothing: caches are not used again."""
+
+    def release(self) -> None:
+        """Nothing: no memory is kept."""
 
     def _run_layer(
         self,
         index: int,
         layer: OPTDecoderLayer,
-        alone: _Alone,
+        part: _SequencePart,
         rows: Tensor,
         last: tuple[Tensor, Tensor] | None,
         cache: ReferenceCache,
         cache_id: int,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        if not alone.entries.numel():
+        if not part.entries.numel():
             return rows, last
-        key, value = layer.key_value(rows[alone.kv])
+        key, value = layer.key_value(rows[part.kv])
         self.row_counts.add(index, num_kv=key.shape[0])
         if last is None:
             shape = (rows.shape[0], *key.shape[1:])
             last = rows.new_zeros(shape), rows.new_zeros(shape)
         # index_copy, not assignment: the caller may want gradients through every key and value.
-        last = last[0].index_copy(0, alone.kv, key), last[1].index_copy(0, alone.kv, value)
-        new_keys, new_values = last[0][alone.entries], last[1][alone.entries]
+        last = last[0].index_copy(0, part.kv, key), last[1].index_copy(0, part.kv, value)
+        new_keys, new_values = last[0][part.entries], last[1][part.entries]
         keys, values = cache.append(index, cache_id, new_keys, new_values)
-        if not alone.run.numel():
+        if not part.run.numel():
             return rows, last
         num_old = keys.shape[0] - new_keys.shape[0]
-        query = layer.query(rows[alone.run])
+        query = layer.query(rows[part.run])
         self.row_counts.add(index, num_run=query.shape[0])
         attention = reference.prefill_attention(
             query,
@@ -172,23 +180,25 @@ class ReferenceExecutor:
             values,
             torch.tensor([0, query.shape[0]], dtype=torch.int32, device=rows.device),
             torch.tensor([0, keys.shape[0]], dtype=torch.int32, device=rows.device),
-            alone.key_ranks + num_old,
+            part.key_ranks + num_old,
             layer.scale,
         )
-        return rows.index_copy(0, alone.run, layer.output(rows[alone.run], attention)), last
+        return rows.index_copy(0, part.run, layer.output(rows[part.run], attention)), last
 
 
-class _Alone:
+class _SequencePart(NamedTuple):
     """The part of a layer's plan that concerns one sequence, in rows counted from the sequence's first."""
 
-    def __init__(self, run: Tensor, kv: Tensor, entries: Tensor, key_ranks: Tensor) -> None:
-        self.run, self.kv, self.entries, self.key_ranks = run, kv, entries, key_ranks
+    run: Tensor
+    kv: Tensor
+    entries: Tensor
+    key_ranks: Tensor
 
     @staticmethod
-    def of(plan: LayerPlan, seq: int, first_row: int) -> _Alone:
+    def of(plan: LayerPlan, seq: int, first_row: int) -> _SequencePart:
         begin, end = int(plan.run.cu_seqlens[seq]), int(plan.run.cu_seqlens[seq + 1])
         run, kv, entries = (_rows_of(row_set, seq, first_row) for row_set in (plan.run, plan.kv, plan.entries))
-        return _Alone(run, kv, entries, plan.key_ranks[begin:end])
+        return _SequencePart(run, kv, entries, plan.key_ranks[begin:end])
 
 
 def _rows_of(row_set: RowSet, seq: int, first_row: int) -> Tensor:

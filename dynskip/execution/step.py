@@ -34,7 +34,7 @@ class Step:
 class RowCounts:
     """How many rows an executor really computed, layer by layer, since it was made or reset.
 
-    Counts that only a device knows stay there until somebody asks: asking for them waits for the device.
+    Counts that only a device knows stay there until they are read: reading waits for the device.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -72,6 +72,11 @@ class RowCounts:
         for layer, (num_run, num_kv) in enumerate(self.on_device.t().tolist()):
             self.add(layer, num_run, num_kv)
         self.on_device.zero_()
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on ``device``, by a copy that is not waited for."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def packed_positions(num_new_tokens: Sequence[int], device: torch.device) -> Tensor:

@@ -155,16 +155,16 @@ class MaskRoute:
 
 @dataclass(eq=False)
 class ControllerDecision:
-    """Asks ``controller`` at each layer of a step which rows run it; if ``everything``, all do and nobody is asked."""
+    """Asks ``controller`` at each layer of a step which rows run it; if ``run_all``, all do and it is not asked."""
 
     controller: TokenController
     tokens: StepTokens
-    everything: bool
+    run_all: bool
     _context: TokenContext | None = field(default=None, repr=False)
 
     def __call__(self, layer: int, hidden_states: Tensor) -> Tensor:
         """[N], bool: True where the row runs ``layer``; ``hidden_states`` is the layer's input, [N, C]."""
-        if self.everything:
+        if self.run_all:
             return torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         if self._context is None:
             self._context = self._make_context(hidden_states.device)
@@ -181,7 +181,7 @@ class ControllerDecision:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GateRoute:
+class ControllerRoute:
     """A controller that decides at each layer which rows run it."""
 
     controller: TokenController
@@ -192,7 +192,7 @@ class GateRoute:
     @property
     def key(self) -> Hashable:
         """The same where one controller decides and leaves the same entries."""
-        return GateRoute, id(self.controller), self.kv_policy, self.full_prompt
+        return ControllerRoute, id(self.controller), self.kv_policy, self.full_prompt
 
     @property
     def path(self) -> None:
@@ -214,7 +214,7 @@ class GateRoute:
         """``limit``."""
         return limit
 
-    def plan(self, routes: Sequence[GateRoute], tokens: StepTokens) -> Plan:
+    def plan(self, routes: Sequence[ControllerRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens``; the controller is asked while the step runs."""
         decide = ControllerDecision(self.controller, tokens, tokens.is_prompt and self.full_prompt)
         return Plan.decided(decide, self.num_layers, tokens.num_new_tokens, self.kv_policy)
@@ -247,7 +247,7 @@ def resolve(
         known = getattr(paths, "num_layers", num_layers)
         if known != num_layers:
             raise ValueError(f"{function}: the controller must decide for {num_layers} layers, got {known}.")
-        gate = GateRoute(paths, num_layers, KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
+        gate = ControllerRoute(paths, num_layers, KVPolicy.per_token(kv_policy, function), prompt_depth == "full")
         return [gate] * num_seqs
     if isinstance(paths, Tensor) and paths.dim() == 3:
         masks = _check_mask(paths, num_layers, num_seqs, function)

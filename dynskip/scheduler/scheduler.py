@@ -70,7 +70,7 @@ class Scheduler:
     """Requests of one engine from arrival to end.
 
     policy: who is admitted, who steps. kv: the memory; a sequence is admitted when its tokens so far fit beside one
-    more token of everyone resident, and where memory runs out nevertheless, those that arrived last are preempted.
+    more token of every resident, and where memory runs out nevertheless, those that arrived last are preempted.
     max_prefill_tokens: most prompt tokens of one step. A prompt is cut at multiples of it and nowhere else, so that its
         chunks do not depend on the company that it runs in.
     """
@@ -103,38 +103,36 @@ class Scheduler:
 
         Raises ValueError where its id is in use, or where it would not fit into the memory even alone.
         """
-        if sequence.request_id in self._sequences:
-            raise ValueError(
-                f"Scheduler.add: request_id must be new, got {sequence.request_id!r}, which has not ended yet."
-            )
+        if sequence.owner in self._sequences:
+            raise ValueError(f"Scheduler.add: request_id must be new, got {sequence.owner!r}, which has not ended yet.")
         self.kv.check_fits(sequence)
         sequence.order = self._num_orders
         self._num_orders += 1
         sequence.queued_step = self.step
-        self._sequences[sequence.request_id] = sequence
+        self._sequences[sequence.owner] = sequence
         self.groups.enqueue(sequence)
         self.counters.num_added += 1
 
-    def knows(self, request_id: Hashable) -> bool:
+    def knows(self, owner: Hashable) -> bool:
         """Whether a request of that id has not ended."""
-        return request_id in self._sequences
+        return owner in self._sequences
 
-    def sequence(self, request_id: Hashable) -> SequenceState:
+    def sequence(self, owner: Hashable) -> SequenceState:
         """The state of a request that has not ended; raises ValueError for any other."""
-        sequence = self._sequences.get(request_id)
+        sequence = self._sequences.get(owner)
         if sequence is None:
-            raise ValueError(f"Scheduler: request_id must be of a request that has not ended, got {request_id!r}.")
+            raise ValueError(f"Scheduler: request_id must be of a request that has not ended, got {owner!r}.")
         return sequence
 
-    def finished(self, request_id: Hashable) -> SequenceState:
+    def finished(self, owner: Hashable) -> SequenceState:
         """The sequence, whose last token was its last: its memory is free from the next step on."""
-        sequence = self._end(request_id, Status.FINISHED, self.kv.leave)
+        sequence = self._end(owner, Status.FINISHED, self.kv.leave)
         self.counters.num_finished += 1
         return sequence
 
-    def abort(self, request_id: Hashable) -> SequenceState:
+    def abort(self, owner: Hashable) -> SequenceState:
         """The sequence, which is over wherever it stood: its memory is free."""
-        sequence = self._end(request_id, Status.ABORTED, self.kv.release)
+        sequence = self._end(owner, Status.ABORTED, self.kv.release)
         self.counters.num_aborted += 1
         return sequence
 
@@ -144,8 +142,8 @@ class Scheduler:
         Those that had finished are back. All others are forgotten: their arrival was broken off.
         """
         known = self._sequences
-        self._sequences = {state.request_id: state for state in sorted(sequences, key=lambda state: state.order)}
-        self.counters.num_finished -= sum(request_id not in known for request_id in self._sequences)
+        self._sequences = {state.owner: state for state in sorted(sequences, key=lambda state: state.order)}
+        self.counters.num_finished -= sum(owner not in known for owner in self._sequences)
         self.groups = PathGroups(self.groups.num_groups)
         self._prefilling = []
         for sequence in self._sequences.values():
@@ -257,9 +255,9 @@ class Scheduler:
         num_layers = head.path.budget + sum(group.path.budget * group.num_resident for group in self.groups.resident)
         return num_layers * self.kv.page_size
 
-    def _end(self, request_id: Hashable, status: Status, free: Callable[[SequenceState], None]) -> SequenceState:
-        sequence = self.sequence(request_id)
-        del self._sequences[request_id]
+    def _end(self, owner: Hashable, status: Status, free: Callable[[SequenceState], None]) -> SequenceState:
+        sequence = self.sequence(owner)
+        del self._sequences[owner]
         if sequence.status is Status.PREFILLING:
             self._prefilling.remove(sequence)
         if sequence.is_resident:

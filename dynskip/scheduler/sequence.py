@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from dynskip.paths import LayerPath
 
@@ -23,6 +23,7 @@ class Status(Enum):
 class SequenceState:
     """A request from its arrival to its end.
 
+    owner: what the scheduler knows it by, such as the engine's `OutputSequence`; hashable.
     path: the layers that its tokens may run, which are the layers that hold its keys and values. A controller that
         decides for each token may run any: such a request has the full path.
     arrival_s: the caller's clock when the request came; for reports only.
@@ -40,7 +41,7 @@ class SequenceState:
     admitted_step: the step in which it became resident last. last_step: the step of its own last token.
     """
 
-    request_id: Hashable
+    owner: Any
     path: LayerPath
     num_prompt_tokens: int
     max_tokens: int

@@ -160,7 +160,7 @@ class SimulatedEngine:
         tally.last_s = self.clock_s
         self.num_of_path[sequence.path] -= 1
         self.work_ms -= self.row_ms(sequence.path)
-        self.scheduler.finished(sequence.request_id)
+        self.scheduler.finished(sequence.owner)
 
 
 def check_engines(num_engines: int) -> None:

@@ -457,7 +457,7 @@ class Steps:
     def __init__(self, drift: float = 0.0) -> None:
         integers = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
         self.workload = SimpleNamespace(batch=1)
-        self.work = SimpleNamespace(max_rows=1)
+        self.shape = SimpleNamespace(max_rows=1)
         self.cache = SimpleNamespace(
             context_lens=integers[0],
             slot_cursor=integers[1],

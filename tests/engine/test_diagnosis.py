@@ -14,7 +14,7 @@ from torch import Tensor
 from dynskip import LLM, LayerPath, NonFiniteError, OPTForCausalLM, SamplingParams
 from dynskip.controllers import TokenContext
 from dynskip.engine.closed_batch import Generation
-from dynskip.engine.model_runner import StepRunner
+from dynskip.engine.model_runner import ModelRunner
 
 PROMPTS = random_prompts([5, 1, 7])
 CHOICES = [greedy(4), greedy(4, logprobs=None), greedy(4, temperature=1.0, seed=0)]
@@ -113,9 +113,9 @@ def test_tokens_with_layers_of_their_own(kind: str, prompt_depth: str, kv_policy
 
 
 def test_what_a_run_alone_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode, num_calls = StepRunner.decode, 0
+    decode, num_calls = ModelRunner.decode, 0
 
-    def flipping(self: StepRunner, *args: Any) -> Tensor:
+    def flipping(self: ModelRunner, *args: Any) -> Tensor:
         nonlocal num_calls
         num_calls += 1
         logits = decode(self, *args)
@@ -125,7 +125,7 @@ def test_what_a_run_alone_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None
 
     llm = LLM(tiny_model(deterministic=True))
     whole = llm.generate(PROMPTS, greedy(5))
-    monkeypatch.setattr(StepRunner, "decode", flipping)
+    monkeypatch.setattr(ModelRunner, "decode", flipping)
     outputs = llm.generate(PROMPTS, greedy(5))
     assert outputs[0] == whole[0] and outputs[2] == whole[2]
     assert outputs[1].token_ids == whole[1].token_ids[:2]

@@ -16,8 +16,7 @@ from torch import Tensor
 from dynskip import NonFiniteError, OPTForCausalLM, SamplingParams
 from dynskip.controllers import TokenContext
 from dynskip.engine.engine import Engine
-from dynskip.engine.request import RequestError, RequestOutput
-from dynskip.engine.span import Span
+from dynskip.engine.request import RequestError, RequestOutput, Span
 from dynskip.execution.kv_cache import KVCacheMemoryError
 
 SERVERS: list[tuple[str, dict[str, Any]]] = [

@@ -186,7 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
         step = self.served.scheduler.step
         before, self.last_steps = self.last_steps, {}
         for state in self.served.scheduler.groups.resident_sequences():
-            sequence: Any = state.request_id
+            sequence: Any = state.owner
             num_tokens, last_step = before.get(sequence, (-1, step))
             if state.num_generated != num_tokens:
                 last_step = step
@@ -212,7 +212,7 @@ class EngineMachine(RuleBasedStateMachine):
         lens = kv.cache.context_lens
         assert kv.cache.num_slots_used <= int(lens.sum())
         for state in residents:
-            sequence: Any = state.request_id
+            sequence: Any = state.owner
             if sequence.path is not None:
                 begun = max(state.num_prefilled, state.num_shared)
                 held = begun if state.status is Status.PREFILLING else state.num_tokens - 1

@@ -16,7 +16,7 @@ from dynskip import LLM, AsyncLLM, NonFiniteError, SamplingParams
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
 from dynskip.engine.in_flight import TokensInFlight
-from dynskip.engine.model_runner import StepRunner
+from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import RequestOutput
 from dynskip.scheduler.policies.make import POLICIES
 
@@ -137,9 +137,9 @@ def test_an_end_that_nobody_knew_costs_one_row() -> None:
 
 def test_the_host_reads_a_step_once_the_next_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     served, events = late(), []
-    decode, read = StepRunner.decode, TokensInFlight.read
+    decode, read = ModelRunner.decode, TokensInFlight.read
 
-    def decoding(self: StepRunner, *args: Any) -> Any:
+    def decoding(self: ModelRunner, *args: Any) -> Any:
         events.append("decode")
         return decode(self, *args)
 
@@ -147,7 +147,7 @@ def test_the_host_reads_a_step_once_the_next_is_under_way(monkeypatch: pytest.Mo
         events.append("read")
         return read(self)
 
-    monkeypatch.setattr(StepRunner, "decode", decoding)
+    monkeypatch.setattr(ModelRunner, "decode", decoding)
     monkeypatch.setattr(TokensInFlight, "read", reading)
     Ask(PROMPTS[0], plain(5)).add(served)
     told: list[int] = []
@@ -368,13 +368,13 @@ def test_ctrl_c_in_a_callback(at: int) -> None:
 
 def always_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every engine reads late from now on, as on a GPU."""
-    make = StepRunner.__init__
+    make = ModelRunner.__init__
 
-    def init(self: StepRunner, *args: Any, **options: Any) -> None:
+    def init(self: ModelRunner, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         self.reads_late = True
 
-    monkeypatch.setattr(StepRunner, "__init__", init)
+    monkeypatch.setattr(ModelRunner, "__init__", init)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import WHOLE_STEP_AFTER, GraphedDecode
 from dynskip.execution.kv_cache import KVCache
-from dynskip.execution.step_shape import StepWork
+from dynskip.execution.step_shape import StepShape
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
@@ -63,7 +63,7 @@ def fuse(model: Any, monkeypatch: pytest.MonkeyPatch, graphs: EagerGraphs | None
         def with_graphs(step: Any, cache: Any) -> Any:
             steps = make(step, cache)
             if steps is not None and steps.graphs is None:
-                steps.graphs = GraphedDecode(steps.decoder, graphs)
+                steps.graphs = GraphedDecode(steps.fused, graphs)
             return steps
 
         monkeypatch.setattr(executor, "_decode_steps", with_graphs)
@@ -311,35 +311,35 @@ class TestGraphs:
         decoder.set_rows(torch.arange(max_rows))
         return decoder
 
-    def work(self, *paths: str) -> StepWork:
+    def shape(self, *paths: str) -> StepShape:
         plan = Plan.per_sequence([LayerPath.parse(f"layers:{path}", NUM_LAYERS) for path in paths], [1] * len(paths))
-        return StepWork.of(plan)
+        return StepShape.of(plan)
 
     def test_layers_without_rows_are_not_launched_and_graphs_are_shared(self) -> None:
         graphs = EagerGraphs()
         graphed = GraphedDecode(self.decoder(), graphs)
-        graphed.run(self.work("0,5", "0", "0,5"))
+        graphed.run(self.shape("0,5", "0", "0,5"))
         assert graphs.replays == [4]  # begin, two layers, head
-        graphed.run(self.work("0,5", "0,3", "0,5"))
+        graphed.run(self.shape("0,5", "0,3", "0,5"))
         assert graphs.replays == [4, 5] and graphs.num_captured == 5
 
     def test_a_step_that_comes_again_is_captured_whole(self) -> None:
         graphs = EagerGraphs()
         graphed = GraphedDecode(self.decoder(), graphs)
         for _ in range(WHOLE_STEP_AFTER + 2):
-            graphed.run(self.work("0,5", "0"))
+            graphed.run(self.shape("0,5", "0"))
         assert graphs.replays == [4] * (WHOLE_STEP_AFTER - 1) + [1] * 3
 
     def test_more_mixes_than_graphs_drive_each_other_out_less_and_less(self) -> None:
         graphs = EagerGraphs()
         graphed = GraphedDecode(self.decoder(), graphs, max_step_graphs=2)
-        works = [self.work(str(layer)) for layer in range(3)]
+        shapes = [self.shape(str(layer)) for layer in range(3)]
 
         def num_captured(num_rounds: int) -> int:
             before = graphs.num_captured
             for _ in range(num_rounds):
-                for work in works:
-                    graphed.run(work)
+                for shape in shapes:
+                    graphed.run(shape)
             return graphs.num_captured - before
 
         num_captured(1)  # the graphs of the layers
@@ -350,7 +350,7 @@ class TestGraphs:
     def test_a_step_that_was_dropped_has_to_come_again_twice_as_often(self) -> None:
         graphs = EagerGraphs()
         graphed = GraphedDecode(self.decoder(), graphs, max_step_graphs=1)
-        one, other = self.work("0"), self.work("1")
+        one, other = self.shape("0"), self.shape("1")
         needed = []
         for _ in range(3):
             count, before = 0, len(graphs.replays)
@@ -365,7 +365,7 @@ class TestGraphs:
         graphs = EagerGraphs()
         graphed = GraphedDecode(self.decoder(), graphs, max_step_graphs=2)
         for layer in (0, 1, 0, 2, 0, 1):
-            graphed.run_whole(self.work(str(layer)))
+            graphed.run_whole(self.shape(str(layer)))
         assert graphs.num_captured == 4 and graphed.memory.num_graphs == 2
         with pytest.raises(ValueError, match="max_step_graphs must be at least 1, got 0"):
             GraphedDecode(self.decoder(), graphs, max_step_graphs=0)
@@ -378,7 +378,7 @@ class TestGraphs:
         watched = (buffers.hidden_states, buffers.cache_ids, buffers.all_ids, buffers.num_rows)
         watched += (decoder.k_cache, decoder.v_cache, decoder.slot_tables, decoder.context_lens, decoder.slot_cursor)
         before = [tensor.clone() for tensor in watched]
-        decoder.warm_up(StepWork.unknown(4, NUM_LAYERS, KVPolicy.PROPAGATE))
+        decoder.warm_up(StepShape.unknown(4, NUM_LAYERS, KVPolicy.PROPAGATE))
         assert all(map(torch.equal, watched, before))
 
 
@@ -390,8 +390,8 @@ def test_buckets() -> None:
 
 def test_steps_of_one_gate_are_equal_and_of_two_are_not() -> None:
     other = HiddenStateGate(GATE.weight)
-    works = [StepWork.unknown(3, NUM_LAYERS, KVPolicy.EVICT, gate) for gate in (GATE, GATE, other)]
-    assert works[0] == works[1] != works[2] != StepWork.unknown(3, NUM_LAYERS, KVPolicy.EVICT)
+    shapes = [StepShape.unknown(3, NUM_LAYERS, KVPolicy.EVICT, gate) for gate in (GATE, GATE, other)]
+    assert shapes[0] == shapes[1] != shapes[2] != StepShape.unknown(3, NUM_LAYERS, KVPolicy.EVICT)
 
 
 @pytest.mark.parametrize("policy", list(KVPolicy))

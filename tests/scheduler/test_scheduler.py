@@ -60,17 +60,17 @@ class Ledger:
 
     def add(self, sequence: SequenceState) -> None:
         self.scheduler.add(sequence)
-        self.outputs[sequence.request_id] = 0
+        self.outputs[sequence.owner] = 0
 
     def step(self) -> Decision:
         decision = self.scheduler.schedule()
         for sequence in decision.preempt:
             self.num_preempted += 1
-            del self.cached[sequence.request_id]
-            self.last_step.pop(sequence.request_id, None)
+            del self.cached[sequence.owner]
+            self.last_step.pop(sequence.owner, None)
             assert sequence.status is Status.WAITING
-        decoding = [sequence.request_id for sequence in decision.decode]
-        prefilling = [chunk.sequence.request_id for chunk in decision.prefill]
+        decoding = [sequence.owner for sequence in decision.decode]
+        prefilling = [chunk.sequence.owner for chunk in decision.prefill]
         assert len(set(decoding + prefilling)) == len(decoding) + len(prefilling), "somebody steps twice"
         assert len(decoding) <= self.scheduler.policy.batch
         assert sum(chunk.num_tokens for chunk in decision.prefill) <= self.scheduler.max_prefill_tokens
@@ -79,21 +79,21 @@ class Ledger:
             for sequence in sequences:
                 assert sequence.path == group.path
                 # Everything but the last token has been run.
-                known = sequence.num_prompt_tokens + self.outputs[sequence.request_id]
-                assert self.cached[sequence.request_id] == known - 1
-                self.cached[sequence.request_id] += 1
+                known = sequence.num_prompt_tokens + self.outputs[sequence.owner]
+                assert self.cached[sequence.owner] == known - 1
+                self.cached[sequence.owner] += 1
                 self._got_token(sequence)
         for chunk in decision.prefill:
             sequence = chunk.sequence
             if chunk.first == 0:
-                assert sequence.request_id not in self.cached
+                assert sequence.owner not in self.cached
                 self.admissions.append(sequence)
-            assert self.cached.get(sequence.request_id, 0) == chunk.first, "a chunk begins where the last one ended"
+            assert self.cached.get(sequence.owner, 0) == chunk.first, "a chunk begins where the last one ended"
             assert chunk.num_tokens > 0
-            self.cached[sequence.request_id] = chunk.first + chunk.num_tokens
-            known = sequence.num_prompt_tokens + self.outputs[sequence.request_id]
-            assert self.cached[sequence.request_id] <= known
-            assert chunk.is_last == (self.cached[sequence.request_id] == known)
+            self.cached[sequence.owner] = chunk.first + chunk.num_tokens
+            known = sequence.num_prompt_tokens + self.outputs[sequence.owner]
+            assert self.cached[sequence.owner] <= known
+            assert chunk.is_last == (self.cached[sequence.owner] == known)
             if chunk.is_last:
                 self._got_token(sequence)
         if self.max_wait is not None:
@@ -141,11 +141,11 @@ class Ledger:
         raise AssertionError(f"{len(self.outputs)} requests are left after {limit} steps")
 
     def _got_token(self, sequence: SequenceState) -> None:
-        self.outputs[sequence.request_id] += 1
-        last = self.last_step.get(sequence.request_id)
+        self.outputs[sequence.owner] += 1
+        last = self.last_step.get(sequence.owner)
         if last is not None and self.max_wait is not None:
             assert self.scheduler.step - last <= self.max_wait, "somebody waited for too long"
-        self.last_step[sequence.request_id] = self.scheduler.step
+        self.last_step[sequence.owner] = self.scheduler.step
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -315,7 +315,7 @@ def test_the_bound_on_waiting_is_reached_and_never_exceeded(max_wait: int) -> No
     steps = []
     while ledger.scheduler.has_unfinished:
         decision = ledger.step()
-        steps += [decision.step for sequence in decision.decode if sequence.request_id == 0]
+        steps += [decision.step for sequence in decision.decode if sequence.owner == 0]
     waits = [after - before for before, after in pairwise(steps)]
     assert max(waits) == max_wait
 
@@ -376,7 +376,7 @@ def test_prompts_of_one_path_are_admitted_several_at_a_time() -> None:
             sizes.append(len(decision.prefill))
         for sequence in [*decision.decode, *(chunk.sequence for chunk in decision.prefill)]:
             if sequence.num_generated >= sequence.max_tokens:
-                scheduler.finished(sequence.request_id)
+                scheduler.finished(sequence.owner)
     assert sizes[0] == 64
     assert min(sizes[1:-1]) >= 4
 
@@ -453,7 +453,7 @@ def test_preemption_beside_a_queue_leaves_nothing_behind() -> None:
         decision = scheduler.schedule()
         for sequence in [*(chunk.sequence for chunk in decision.prefill if chunk.is_last), *decision.decode]:
             if sequence.num_generated >= sequence.max_tokens:
-                scheduler.finished(sequence.request_id)
+                scheduler.finished(sequence.owner)
         # One entry for the head of the only path, and outdated ones of heads that have left since.
         assert len(scheduler.groups._heads) <= 8
 

@@ -19,7 +19,6 @@ from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.path_families import Member
-from dynskip.execution.compact import CompactExecutor
 from dynskip.host import cpu_model
 from dynskip.llm import LLM
 from dynskip.measure.timing import interleave
@@ -121,8 +120,7 @@ def decode_ms(
     for _ in range(_NUM_STEPS):
         generation.step()
     elapsed_ms = (time.perf_counter() - start) * 1e3 / _NUM_STEPS
-    if isinstance(generation.executor, CompactExecutor):
-        generation.executor.retire(generation.cache)
+    generation.executor.retire(generation.cache)
     return elapsed_ms
 
 
