@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ class OPTForCausalLM(nn.Module):
         assert isinstance(weight, nn.Parameter), "an embedding is a parameter"
         self.lm_head.weight = weight
 
-    def executor(self, name: ExecutorName = "compact") -> Executor:
+    def executor(self, name: ExecutorName = "compact") -> Executor[Any]:
         """The model's executor ``name``: "compact" saves time, "reference" is the specification and differentiable."""
         if name == "reference":
             return self._reference
@@ -184,7 +184,7 @@ class OPTForCausalLM(nn.Module):
             self._compact = CompactExecutor(self.model.decoder, self.lm_head, self.backend, self.deterministic)
         return self._compact
 
-    def new_executor(self, name: ExecutorName, deterministic: bool) -> Executor:
+    def new_executor(self, name: ExecutorName, deterministic: bool) -> Executor[Any]:
         """An executor whose buffers, graphs and row counts no other user of the model shares."""
         if name == "reference":
             return ReferenceExecutor(self.model.decoder, self.lm_head)

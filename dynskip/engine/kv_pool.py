@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
-from dynskip.execution.executor import Cache
+from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.reference import ReferenceCache
 from dynskip.scheduler.kv_budget import KVBudget
 from dynskip.scheduler.sequence import SequenceState, Status
+
+Cache: TypeAlias = KVCache | ReferenceCache
 
 
 class KVPool(KVBudget):

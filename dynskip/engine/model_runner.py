@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dynskip.causal_lm import ExecutorName, OPTForCausalLM
 from dynskip.engine.in_flight import TokensInFlight
+from dynskip.engine.kv_pool import Cache
 from dynskip.engine.request import OutputSequence, Span
-from dynskip.execution.executor import Cache, Executor
 from dynskip.execution.step import Step, packed_positions, to_device
 from dynskip.routing.routes import PathRoute, StepTokens
 
@@ -34,7 +34,7 @@ class ModelRunner:
         self.deterministic = model.deterministic if deterministic is None else deterministic
         self.reads_late = model.device.type == "cuda"
         self._executor_name = executor
-        self.executor: Executor = model.executor(executor)
+        self.executor = model.executor(executor)
         if own_executor or self.deterministic != model.deterministic:
             self.executor = model.new_executor(executor, self.deterministic)
         self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None

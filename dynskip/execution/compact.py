@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dynskip.execution.executor import Executor
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import DecodeSteps, GraphMemory, sum_memory
 from dynskip.execution.kv_cache import EntryIndex, KVCache
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dynskip.models.decoder import OPTDecoder, OPTDecoderLayer
 
 
-class CompactExecutor:
+class CompactExecutor(Executor[KVCache]):
     """Runs steps of many sequences, each layer once, on the compact rows that the plan gives it.
 
     Decode steps run by the fused kernels, on a GPU from CUDA graphs, where the backend is triton and the model one that
@@ -101,7 +102,7 @@ class CompactExecutor:
     def logits(self, step: Step, cache: KVCache) -> Tensor:
         """[N, V]: the logits of a decode step; the next one may overwrite them."""
         steps = self._decode_steps(step, cache)
-        return self.head(self.run(step, cache)) if steps is None else steps.run(step, cache, head=True)
+        return super().logits(step, cache) if steps is None else steps.run(step, cache, head=True)
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from dynskip.execution.kv_cache import KVCache
-from dynskip.execution.reference import ReferenceCache
 from dynskip.execution.step import RowCounts, Step
 
-Cache: TypeAlias = KVCache | ReferenceCache
+CacheT = TypeVar("CacheT")
 
 
-class Executor(Protocol):
-    """Runs steps and counts the rows of each layer that it computes. ``cache``: one that this executor made."""
+class Executor(Protocol[CacheT]):
+    """Runs steps and counts the rows of each layer that it computes. ``cache``: one that this executor made.
+
+    What warms up, retires and releases does nothing unless an executor has something to keep.
+    """
 
     row_counts: RowCounts
 
-    def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> Cache:
+    def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> CacheT:
         """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all."""
         ...
 
-    def run(self, step: Step, cache: Any, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def run(self, step: Step, cache: CacheT | None, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """[N, C]: the last layer's output for every row of ``step``.
 
         cache: takes the new entries; None where nothing will be decoded from them.
@@ -35,18 +36,18 @@ class Executor(Protocol):
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
         ...
 
-    def logits(self, step: Step, cache: Any) -> Tensor:
+    def logits(self, step: Step, cache: CacheT) -> Tensor:
         """[N, V]: the logits of the rows of a decode step; the next step may overwrite them."""
-        ...
+        return self.head(self.run(step, cache))
 
-    def warm_up(self, cache: Any, max_rows: int) -> None:
+    def warm_up(self, cache: CacheT, max_rows: int) -> None:
         """Compile and load what decode steps of at most ``max_rows`` rows launch: no step waits for it later."""
-        ...
+        return
 
-    def retire(self, cache: Any) -> None:
+    def retire(self, cache: CacheT) -> None:
         """Keep ``cache``, which is used no more, where the next batch gains by it."""
-        ...
+        return
 
     def release(self) -> None:
         """Give back the memory of retired caches, static buffers and graphs."""
-        ...
+        return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynskip.execution.executor import Executor
 from dynskip.execution.step import RowCounts, Step
 from dynskip.ops import reference
 from dynskip.routing.plan import LayerPlan, RowSet
@@ -95,7 +96,7 @@ class ReferenceMark:
     entries: dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
-class ReferenceExecutor:
+class ReferenceExecutor(Executor[ReferenceCache]):
     """Runs steps one sequence at a time with F.linear and F.layer_norm: slow, obvious, and differentiable."""
 
     def __init__(self, decoder: OPTDecoder, lm_head: Linear) -> None:
@@ -134,19 +135,6 @@ class ReferenceExecutor:
     def head(self, hidden_states: Tensor) -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
         return nn.functional.linear(self.decoder.finish(hidden_states), self.lm_head.dense_weight())
-
-    def logits(self, step: Step, cache: ReferenceCache) -> Tensor:
-        """[N, V]: the logits of the rows of ``step``."""
-        return self.head(self.run(step, cache))
-
-    def warm_up(self, cache: ReferenceCache, max_rows: int) -> None:
-        """Nothing: there is nothing to compile."""
-
-    def retire(self, cache: ReferenceCache) -> None:
-        """Nothing: caches are not used again."""
-
-    def release(self) -> None:
-        """Nothing: no memory is kept."""
 
     def _run_layer(
         self,

@@ -405,7 +405,7 @@ def test_ctrl_c_at_any_line_loses_nothing() -> None:
     assert whole.num_lines > 3000
     # A prime step meets every line of every loop sooner or later.
     places = set()
-    for at in range(1, whole.num_lines, 149):
+    for at in range(1, whole.num_lines, 97):
         interrupt = Interrupt(at)
         served, ids = make()
         assert interrupt.advance(served)
