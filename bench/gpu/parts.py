@@ -216,5 +216,5 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
 
 def marked_test_files() -> list[str]:
     """The files with tests that say something about a card, relative to the checkout."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{path.name}" for path in files if MARK in path.read_text(encoding="utf-8")]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if MARK in path.read_text(encoding="utf-8")]

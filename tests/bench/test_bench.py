@@ -136,7 +136,7 @@ def test_random_models_repeat_and_tie_their_head(tiny: str) -> None:
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert random_models.weight_bytes(config) == sum(p.numel() * 2 for p in first.parameters())
     assert not first.model.decoder.final_layer_norm.weight.isnan().any()
-    with pytest.raises(ValueError, match=r"shape must be one of opt-1.3b, .*, got 'opt-13'"):
+    with pytest.raises(ValueError, match=r"get_shape: name must be one of opt-1.3b, .*, got 'opt-13'"):
         opt_config("opt-13")
 
 

@@ -555,7 +555,7 @@ def test_what_the_tests_and_the_deterministic_algorithms_need_on_a_card(tmp_path
 
 def test_every_test_that_needs_a_card_is_marked() -> None:
     files = parts.marked_test_files()
-    for path in sorted((run.ROOT / "tests").glob("test_*.py")):
+    for path in sorted((run.ROOT / "tests").rglob("test_*.py")):
         if path == Path(__file__):
             continue
         text = path.read_text(encoding="utf-8")

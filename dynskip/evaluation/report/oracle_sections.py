@@ -170,14 +170,22 @@ def router(section: Row, summary: Summary) -> list[Block]:
     quality, cost = [], []
     for row in select(section, metric="rouge_l"):
         at = {"family": row.get("family"), "predictor": row["predictor"], "at": row["at"]}
-        cells = partial(cell, section, **at)
-        plain = partial(_plain, section, **at)
-        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", plain("layers", 2)]
+        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", _plain(section, "layers", 2, **at)]
         share = find(section, metric="captured_share", **at)
-        scores = [interval(row), plain("random"), plain("oracle"), interval(share, 2), _seen_from(share, 2)]
-        scores.append(cells("over_static", 4))
-        times = [cells("ms_per_token"), cells("ms_saved"), plain("speedup", 2)]
-        times += [cells("overhead_ms_single"), cells("overhead_ms_batched")]
+        scores = [
+            interval(row),
+            _plain(section, "random", **at),
+            _plain(section, "oracle", **at),
+            interval(share, 2),
+            _seen_from(share, 2),
+        ]
+        scores.append(cell(section, "over_static", 4, **at))
+        times = [
+            cell(section, "ms_per_token", **at),
+            cell(section, "ms_saved", **at),
+            _plain(section, "speedup", 2, **at),
+        ]
+        times += [cell(section, "overhead_ms_single", **at), cell(section, "overhead_ms_batched", **at)]
         quality.append([*name, *scores])
         cost.append([*name, *times])
     shared = ["weights", "predictor", "budget", "layers"]
