@@ -12,7 +12,7 @@ import pytest
 from dynskip.execution.threads import most_threads
 from dynskip.ops.native import unavailable_reason
 
-SCRIPT = Path(__file__).with_name("forking.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "forking.py"
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dynskip import ops
-from dynskip.ops import backends, native
+from dynskip.ops import backends, checked, native
 from dynskip.ops.backends import BackendWarning, available_backends, get_backend, resolve_backend
 
 
@@ -78,15 +78,15 @@ def test_use_backend_nests_and_ends() -> None:
     with ops.use_backend("torch"):
         assert ops.current_backend().name == "torch"
         with ops.use_backend("triton"):
-            assert ops._backend_name.get() == "triton"
+            assert checked._backend_name.get() == "triton"
         assert ops.current_backend("cpu").name == "torch"
-    assert ops._backend_name.get() == "auto"
+    assert checked._backend_name.get() == "auto"
 
 
 def test_use_backend_ends_with_an_error() -> None:
     with pytest.raises(KeyError), ops.use_backend("torch"):
         raise KeyError
-    assert ops._backend_name.get() == "auto"
+    assert checked._backend_name.get() == "auto"
 
 
 @pytest.mark.parametrize("when", ["never", "too late"])

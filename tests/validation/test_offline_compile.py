@@ -185,7 +185,7 @@ def test_a_table_that_asks_too_much_is_noticed(
     assert any(re.fullmatch(complaint, kernel["complaint"] or "") for kernel in report["kernels"])
     assert cli.main(command) == 1
     out = capsys.readouterr().out
-    assert "greedy" in out and "FAILED" in out and re.search(f"failed: OPT-.*: {complaint}", out)
+    assert "greedy" in out and "FAILED" in out and re.search(f"failed: opt-.*: {complaint}", out)
 
 
 @pytest.mark.parametrize(

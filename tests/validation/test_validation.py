@@ -282,7 +282,7 @@ def test_the_state_of_torch_is_restored() -> None:
     validate("torch", torch.float32, progress=False, op_names=("kv_store",))
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
-    assert ops._backend_name.get() == "auto"
+    assert checked._backend_name.get() == "auto"
 
 
 def test_products_are_allowed_where_deterministic_algorithms_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
