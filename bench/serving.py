@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.cli.options import in_range
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
@@ -93,7 +93,7 @@ def full_depth(jobs: Sequence[Job]) -> list[Job]:
     return [Job(job.prompt_ids, request) for job, request in zip(jobs, deep, strict=True)]
 
 
-def check(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts) -> str:
+def check(model: CausalLM, jobs: Sequence[Job], costs: StepCosts) -> str:
     """That a stream through the engine gets the tokens that each request gets alone, in the deterministic mode."""
     jobs = [Job(job.prompt_ids, replace(job.request, num_output=min(job.request.num_output, 6))) for job in jobs]
     engine = Engine(model, costs=costs, batch=4, deterministic=True)
@@ -114,7 +114,7 @@ def check(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts) -> str:
 
 
 def measure_stream(
-    model: OPTForCausalLM,
+    model: CausalLM,
     jobs: Sequence[Job],
     costs: StepCosts,
     batch: int,
@@ -164,7 +164,7 @@ def measure_stream(
 
 
 def measure_closed(
-    model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, num_rounds: int = 5, least_s: float = 3.0
+    model: CausalLM, jobs: Sequence[Job], costs: StepCosts, num_rounds: int = 5, least_s: float = 3.0
 ) -> list[dict[str, Any]]:
     """A closed batch of 16: no request comes after them. At least so many rounds, and seconds of each policy."""
     lines = []
@@ -200,7 +200,7 @@ def measure_closed(
 
 
 def measure_static(
-    model: OPTForCausalLM, hf_model: Any, jobs: Sequence[Job], costs: StepCosts, batch: int = 16
+    model: CausalLM, hf_model: Any, jobs: Sequence[Job], costs: StepCosts, batch: int = 16
 ) -> list[dict[str, Any]]:
     """Full depth: the engine, static batches of the same requests, and transformers' generate in such batches."""
     jobs = full_depth(jobs)
@@ -253,7 +253,7 @@ def measure_static(
     ]
 
 
-def measure_overhead(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts) -> list[dict[str, Any]]:
+def measure_overhead(model: CausalLM, jobs: Sequence[Job], costs: StepCosts) -> list[dict[str, Any]]:
     """What a step takes besides the model, with 256 resident sequences; and the scheduler alone, by how many wait."""
     lines = []
     served = Served("cohort", model, jobs, costs, policy="cohort", batch=64, pool=256)
@@ -467,7 +467,7 @@ def main() -> int:
         model = llm.model
     else:
         hf_model = random_hf_model(opt_config(args.shape))
-        model = OPTForCausalLM.from_hf(hf_model)
+        model = CausalLM.from_hf(hf_model)
         llm = LLM(model)
     dtype = str(model.dtype).removeprefix("torch.")
     device, shape = device_key(str(model.device)), shape_key(model.decoder_config, dtype)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dynskip.assets import opt_mini_directory
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.cli.options import in_range
 from dynskip.controllers import TokenContext
 from dynskip.costs.defaults import default_costs
@@ -94,7 +94,7 @@ class Sample:
 class Requests:
     """Random requests for a model: most along one of a few paths, some with a controller; some prompts begin alike."""
 
-    model: OPTForCausalLM
+    model: CausalLM
     seed: int
     max_context_len: int
     draw: random.Random = field(init=False)
@@ -134,7 +134,7 @@ class Requests:
 class Soak:
     """An engine under a stream that never dries up: requests come in bursts, some are aborted at some time."""
 
-    def __init__(self, model: OPTForCausalLM, options: dict[str, Any], max_context_len: int, seed: int) -> None:
+    def __init__(self, model: CausalLM, options: dict[str, Any], max_context_len: int, seed: int) -> None:
         fixed = {"max_context_len": max_context_len, "max_prefill_tokens": _PREFIX, "deterministic": True}
         self.options = {**options, **fixed}
         self.engine = Engine(model, **self.options)
@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.interval:g}"
         )
 
-    model = OPTForCausalLM.from_pretrained(options.model or opt_mini_directory())
+    model = CausalLM.from_pretrained(options.model or opt_mini_directory())
     kv_bytes = options.kv_tokens * model.num_layers * model.kv_entry_bytes
     engine_options = {"kv_bytes": kv_bytes, "policy": options.policy, "batch": options.batch}
     if options.policy == "cohort":

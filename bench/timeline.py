@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.cli.demo_serving import draw_jobs
 from dynskip.cli.options import in_range
 from dynskip.costs.step_costs import StepCosts
@@ -92,7 +92,7 @@ class Timeline:
         return sum(len(step.prefilled) + len(step.decoded) for step in self.steps if begin_ms < step.end_ms <= end_ms)
 
 
-def record(model: OPTForCausalLM, jobs: Sequence[Job], costs: StepCosts, policy: str, batch: int) -> Timeline:
+def record(model: CausalLM, jobs: Sequence[Job], costs: StepCosts, policy: str, batch: int) -> Timeline:
     """Serve ``jobs``, all there at the beginning, and write down each step."""
     longest = max(len(job.prompt_ids) + job.request.num_output for job in jobs)
     engine = Engine(model, policy=policy, batch=batch, costs=costs, max_context_len=longest)

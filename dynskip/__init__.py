@@ -10,7 +10,7 @@ from dynskip.version import __version__
 if TYPE_CHECKING:
     from dynskip import ops
     from dynskip.async_llm import AsyncLLM, Piece, TextOutput
-    from dynskip.causal_lm import OPTForCausalLM
+    from dynskip.causal_lm import CausalLM, OPTForCausalLM
     from dynskip.costs.defaults import UnmeasuredCostsWarning
     from dynskip.engine.diagnosis import NonFiniteError
     from dynskip.engine.engine import Engine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "CausalLM",
     "Engine",
     "EngineStats",
     "KVCacheMemoryError",
@@ -50,6 +51,7 @@ __all__ = [
 # Resolved on first use: `import dynskip` stays quick, and needs neither transformers nor a compiler nor Triton.
 _HOME = {
     "AsyncLLM": "dynskip.async_llm",
+    "CausalLM": "dynskip.causal_lm",
     "Engine": "dynskip.engine.engine",
     "EngineStats": "dynskip.engine.stats",
     "KVCacheMemoryError": "dynskip.execution.slot_pool",

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import RequestError, RequestOutput
@@ -60,7 +60,7 @@ class AsyncLLM:
 
     def __init__(
         self,
-        model: LLM | OPTForCausalLM | str | Path | None = None,
+        model: LLM | CausalLM | str | Path | None = None,
         policy: str = "cohort",
         *,
         dtype: torch.dtype | str | None = None,

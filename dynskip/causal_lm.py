@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 ExecutorName = Literal["compact", "reference"]
 
 
-class OPTForCausalLM(nn.Module):
-    """OPT with a language-modelling head, every sequence along its own layer path.
+class CausalLM(nn.Module):
+    """A decoder with a language-modelling head, every sequence along its own layer path.
 
     Make one with :meth:`from_pretrained` or :meth:`from_hf`. The constructor leaves the weights uninitialised.
 
@@ -44,7 +44,7 @@ class OPTForCausalLM(nn.Module):
         check_config(config)
         if backend not in ("auto", *BACKEND_NAMES):
             raise ValueError(
-                f"OPTForCausalLM: backend must be one of {', '.join(('auto', *BACKEND_NAMES))}, got {backend!r}."
+                f"CausalLM: backend must be one of {', '.join(('auto', *BACKEND_NAMES))}, got {backend!r}."
             )
         self.config = config
         self.decoder_config = decoder_config(config)
@@ -66,7 +66,7 @@ class OPTForCausalLM(nn.Module):
         backend: str = "auto",
         deterministic: bool = False,
         pack: bool = True,
-    ) -> OPTForCausalLM:
+    ) -> CausalLM:
         """The model of a checkpoint, ready for inference; ``"opt-mini"`` is the one shipped with the package.
 
         dtype: float32, bfloat16 or float16, or its name.
@@ -79,7 +79,7 @@ class OPTForCausalLM(nn.Module):
         from dynskip.models.checkpoint import load
 
         return load(
-            lambda config: OPTForCausalLM(config, backend, deterministic),
+            lambda config: CausalLM(config, backend, deterministic),
             directory_or_hub_id,
             dtype,
             device,
@@ -90,7 +90,7 @@ class OPTForCausalLM(nn.Module):
     @staticmethod
     def from_hf(
         transformers_model: HFOPTForCausalLM, backend: str = "auto", deterministic: bool = False, pack: bool = True
-    ) -> OPTForCausalLM:
+    ) -> CausalLM:
         """A model with copies of the weights of a transformers OPT model, in its dtype and on its device.
 
         Raises ValueError, naming the part, for a model that computes anything else than plain OPT of its config: with
@@ -98,7 +98,7 @@ class OPTForCausalLM(nn.Module):
         """
         from dynskip.models.checkpoint import convert
 
-        return convert(lambda config: OPTForCausalLM(config, backend, deterministic), transformers_model, backend, pack)
+        return convert(lambda config: CausalLM(config, backend, deterministic), transformers_model, backend, pack)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write both configs and safetensors that this class and transformers load; ``~`` is the home directory."""
@@ -148,7 +148,7 @@ class OPTForCausalLM(nn.Module):
         """What the weights take, and what the process holds now and held at its peak, in bytes."""
         return MemoryReport.of(self)
 
-    def pack_(self) -> OPTForCausalLM:
+    def pack_(self) -> CausalLM:
         """Replace every matrix by its packed form where the device has one; drops the dense copies.
 
         The native backend also multiplies few rows by its own product; the other backends leave products to oneDNN.
@@ -159,7 +159,7 @@ class OPTForCausalLM(nn.Module):
                 module.pack_(use_native)
         return self.requires_grad_(False)
 
-    def unpack_(self) -> OPTForCausalLM:
+    def unpack_(self) -> CausalLM:
         """Bring back dense, trainable parameters; a tied head is tied again."""
         for module in self.modules():
             if isinstance(module, Linear):
@@ -179,7 +179,7 @@ class OPTForCausalLM(nn.Module):
         if name == "reference":
             return self._reference
         if name != "compact":
-            raise ValueError(f"OPTForCausalLM: executor must be 'compact' or 'reference', got {name!r}.")
+            raise ValueError(f"CausalLM: executor must be 'compact' or 'reference', got {name!r}.")
         if self._compact is None or self._compact.deterministic != self.deterministic:
             self._compact = CompactExecutor(self.model.decoder, self.lm_head, self.backend, self.deterministic)
         return self._compact
@@ -221,7 +221,7 @@ class OPTForCausalLM(nn.Module):
         """
         if executor == "compact" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError(
-                "OPTForCausalLM.forward: executor must be 'reference' while gradients are recorded, got 'compact', "
+                "CausalLM.forward: executor must be 'reference' while gradients are recorded, got 'compact', "
                 "which has none. Pass executor='reference' to train, or call under torch.no_grad()."
             )
         keep = self._check_inputs(input_ids, attention_mask)
@@ -276,6 +276,10 @@ class OPTForCausalLM(nn.Module):
             check_tokens(input_ids[seq][keep[seq]].tolist(), 0, self.config, f"forward: sequence {seq}")
             assert count, "check_tokens refuses an empty sequence"
         return keep
+
+
+OPTForCausalLM = CausalLM
+"""The name of the class in transformers, for models of that architecture."""
 
 
 def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: OPTConfig, what: str) -> None:

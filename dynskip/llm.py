@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynskip.arguments import as_token_ids, is_array
 from dynskip.assets import find_model, opt_mini_directory
-from dynskip.causal_lm import ExecutorName, OPTForCausalLM
+from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.request import RequestOutput
 from dynskip.models.tokenizer import read_tokenizer
@@ -35,15 +35,15 @@ Output = RequestOutput
 class LLM:
     """A model and its tokenizer.
 
-    model: an OPTForCausalLM, a directory, a hub id, or None: "opt-mini", the small model shipped with the package.
+    model: an CausalLM, a directory, a hub id, or None: "opt-mini", the small model shipped with the package.
     tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object, or a
         directory without tokenizer files, takes token ids only then; ``.tokenizer`` is None.
-    dtype, device, backend, deterministic: as in OPTForCausalLM.from_pretrained; not with a model object.
+    dtype, device, backend, deterministic: as in CausalLM.from_pretrained; not with a model object.
     """
 
     def __init__(
         self,
-        model: OPTForCausalLM | str | Path | None = None,
+        model: CausalLM | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -52,7 +52,7 @@ class LLM:
     ) -> None:
         options = {"dtype": dtype, "device": device, "backend": backend, "deterministic": deterministic}
         given = {name: value for name, value in options.items() if value is not None}
-        if isinstance(model, OPTForCausalLM):
+        if isinstance(model, CausalLM):
             if given:
                 raise ValueError(f"LLM: {next(iter(given))} must be left out with a model object, got both.")
             self.model = model
@@ -60,11 +60,11 @@ class LLM:
             model = opt_mini_directory() if model is None else model
             if not isinstance(model, str | Path):
                 raise TypeError(
-                    f"LLM: model must be a dynskip.OPTForCausalLM, a directory, a hub id or None, got {type(model)}. "
-                    "OPTForCausalLM.from_hf converts a transformers model."
+                    f"LLM: model must be a dynskip.CausalLM, a directory, a hub id or None, got {type(model)}. "
+                    "CausalLM.from_hf converts a transformers model."
                 )
             model = find_model(model)
-            self.model = OPTForCausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
+            self.model = CausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
             if tokenizer is None and _may_have_tokenizer(Path(model)):
                 tokenizer = model
         self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
@@ -199,7 +199,7 @@ def _may_have_tokenizer(source: Path) -> bool:
 
 
 def _load_tokenizer(source: str | Path) -> Any:
-    return read_tokenizer(source, "LLM", " Pass tokenizer=, or an OPTForCausalLM for token ids.")
+    return read_tokenizer(source, "LLM", " Pass tokenizer=, or an CausalLM for token ids.")
 
 
 def _run_with_bar(generation: Generation) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.workloads import Workload
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.execution.compact import CompactExecutor
 from dynskip.measure.device import Device
 from dynskip.models.decoder import POSITION_OFFSET, OPTDecoderLayer
@@ -19,7 +19,7 @@ from dynskip.models.linear import Linear
 class _PaddedCache:
     """Keys and values of a workload along paths, each [B, H, S, D] a layer, filled by running its prompts."""
 
-    def __init__(self, model: OPTForCausalLM, workload: Workload) -> None:
+    def __init__(self, model: CausalLM, workload: Workload) -> None:
         assert workload.paths is not None, "these baselines know paths, not masks per token"
         executor = cast(CompactExecutor, model.executor("compact"))
         num_tokens = workload.prompt_len + workload.num_steps
@@ -46,7 +46,7 @@ class MaskEverything:
 
     name = "mask-everything"
 
-    def __init__(self, device: Device, model: OPTForCausalLM, workload: Workload) -> None:
+    def __init__(self, device: Device, model: CausalLM, workload: Workload) -> None:
         assert workload.paths is not None
         self.model = model
         self.cache = _PaddedCache(model, workload)
@@ -88,7 +88,7 @@ class GatherWithToList:
 
     name = "a gather with one .tolist() a layer"
 
-    def __init__(self, device: Device, model: OPTForCausalLM, workload: Workload) -> None:
+    def __init__(self, device: Device, model: CausalLM, workload: Workload) -> None:
         assert workload.paths is not None
         self.model = model
         self.cache = _PaddedCache(model, workload)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.gpu.floors import WorkDone
 from bench.gpu.workloads import Workload
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.controllers import HiddenStateGate
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.fused import FusedDecode
@@ -28,7 +28,7 @@ class FusedSteps:
     def __init__(
         self,
         device: Device,
-        model: OPTForCausalLM,
+        model: CausalLM,
         workload: Workload,
         ops: str,
         gate: HiddenStateGate | None = None,
@@ -111,7 +111,7 @@ class FusedSteps:
         buffers.position_ids[:batch].add_(1)
 
 
-def random_gate(model: OPTForCausalLM, workload: Workload, share: float) -> HiddenStateGate:
+def random_gate(model: CausalLM, workload: Workload, share: float) -> HiddenStateGate:
     """A gate with random weights, whose biases let ``share`` of the last tokens of the prompts run each layer.
 
     They run the layers of the workload's mask meanwhile, so that new tokens run about as many, not exactly.

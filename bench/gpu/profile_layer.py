@@ -14,7 +14,7 @@ import torch
 from bench.gpu.fused_steps import FusedSteps
 from bench.gpu.recorder import make_tiny, numbers
 from bench.gpu.workloads import Workload
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.measure.device import Device, get_device
 from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.models.shapes import SHAPES
@@ -42,7 +42,7 @@ def launch_layer(device: Device, shape: str, vocab_size: int, batch: int, contex
     config = opt_config(shape, vocab_size)
     config.num_hidden_layers = 1
     hf_model = random_hf_model(config, device=device.device)
-    model = OPTForCausalLM.from_hf(hf_model, backend="triton" if ops == "triton" else "torch", pack=False)
+    model = CausalLM.from_hf(hf_model, backend="triton" if ops == "triton" else "torch", pack=False)
     workload = Workload.along([LayerPath.full(1)] * batch, context_len, 4, vocab_size, device.device)
     steps = FusedSteps(device, model, workload, ops)
     steps.fused.run(steps.shape)

@@ -14,7 +14,7 @@ from bench.gpu.fused_steps import FusedSteps
 from bench.gpu.parts import VARIANTS
 from bench.gpu.replays import RepeatedStep
 from bench.gpu.workloads import Truth, Workload, in_float64
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
 from dynskip.measure.device import Device
 from dynskip.measure.random_models import opt_config, random_hf_model
@@ -86,7 +86,7 @@ def make_steps(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int) -> t
     config = opt_config(sizes.shape, sizes.vocab_size)
     config.num_hidden_layers = sizes.num_layers
     hf_model = random_hf_model(config, dtype=dtype, device=device.device)
-    model = OPTForCausalLM.from_hf(hf_model, backend="triton", pack=False)
+    model = CausalLM.from_hf(hf_model, backend="triton", pack=False)
     paths = [LayerPath.full(sizes.num_layers)] * rows
     workload = Workload.along(paths, sizes.context_len, 2, sizes.vocab_size, device.device)
     truth = Truth(model, lambda: in_float64(config, dtype, device.device))

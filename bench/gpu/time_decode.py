@@ -19,7 +19,7 @@ from bench.gpu.fused_steps import FusedSteps, random_gate
 from bench.gpu.recorder import OutOfTimeError, Question, Recorder, chosen_sections, numbers, run_part
 from bench.gpu.transformers_steps import TransformersCompiled, TransformersEager
 from bench.gpu.workloads import Truth, Verdict, Workload, in_float64
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import ModelBytes
 from dynskip.measure.device import Device, time_in_turns
 from dynskip.measure.random_models import opt_config, random_hf_model
@@ -159,7 +159,7 @@ class DecodeBenchmark:
         self.backend = backend
         self.config = opt_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(self.config, dtype=recorder.dtype, device=device.device)
-        self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
+        self.model = CausalLM.from_hf(self.hf_model, backend=backend, pack=False)
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         self.truth = Truth(self.model, lambda: in_float64(self.config, recorder.dtype, device.device))
         self._complaints: dict[str, str] = {}
@@ -230,7 +230,7 @@ class DecodeBenchmark:
         config = opt_config(self.sizes.shape, self.sizes.vocab_size)
         config.num_hidden_layers = half
         hf_model = random_hf_model(config, 1, self.recorder.dtype, self.device.device)
-        shallow = OPTForCausalLM.from_hf(hf_model, backend=self.backend, pack=False)
+        shallow = CausalLM.from_hf(hf_model, backend=self.backend, pack=False)
         skipping = self._along([LayerPath.uniform(num_layers, half)])
         plain = self._along([LayerPath.full(half)])
         self.truth.learn(skipping)

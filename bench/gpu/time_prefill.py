@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.gpu.recorder import Question, Recorder, run_part
 from bench.gpu.workloads import Truth, Workload, in_float64
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import ModelBytes
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.request import Span
@@ -69,7 +69,7 @@ class PrefillBenchmark:
         self.sizes = sizes
         config = opt_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
-        self.model = OPTForCausalLM.from_hf(self.hf_model, backend=backend, pack=False)
+        self.model = CausalLM.from_hf(self.hf_model, backend=backend, pack=False)
         self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         executor = self.model.executor("compact")
@@ -147,7 +147,7 @@ class PrefillBenchmark:
 class PromptStep:
     """The prompts of a workload, whose ids are on the device: planning, cache, layers, head and greedy choice."""
 
-    def __init__(self, model: OPTForCausalLM, workload: Workload) -> None:
+    def __init__(self, model: CausalLM, workload: Workload) -> None:
         self.model = model
         self.executor = model.executor("compact")
         self.workload = workload
@@ -180,7 +180,7 @@ class PromptStep:
 class Prefill:
     """The prompts of a workload as ``LLM.generate`` runs them: planning, cache, layers, head and the first choice."""
 
-    def __init__(self, model: OPTForCausalLM, workload: Workload) -> None:
+    def __init__(self, model: CausalLM, workload: Workload) -> None:
         self.model = model
         self.prompts: list[list[int]] = workload.prompts.tolist()
         self.params = [SamplingParams(max_tokens=1, ignore_eos=True)] * workload.batch

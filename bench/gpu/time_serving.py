@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.recorder import Question, Recorder, run_part
 from bench.serving import check, draw_jobs, measure_stream
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.measure.calibration import add_stream_costs, measure_step_costs
 from dynskip.measure.device import Device
 from dynskip.measure.random_models import opt_config, random_hf_model
@@ -48,7 +48,7 @@ class ServingBenchmark:
         self.sizes = sizes
         config = opt_config(sizes.shape, sizes.vocab_size)
         hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
-        self.model = OPTForCausalLM.from_hf(hf_model, backend=backend, pack=False)
+        self.model = CausalLM.from_hf(hf_model, backend=backend, pack=False)
         recorder.note(f"backend {self.model.backend.name}")
 
     def run(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.random_models import random_hf_model
 from dynskip.paths import LayerPath
@@ -135,7 +135,7 @@ class Truth:
     it is let go of after each question, so that what is timed has the memory.
     """
 
-    def __init__(self, model: OPTForCausalLM, make_exact: Callable[[], OPTForCausalLM]) -> None:
+    def __init__(self, model: CausalLM, make_exact: Callable[[], CausalLM]) -> None:
         self.model = model
         self.make_exact = make_exact
         self._known: list[_Expected] = []
@@ -158,12 +158,12 @@ class Truth:
             complaint = f"{what}: the logits must be within {expected.allowed:.3g} of float64, got {error:.3g}."
         return Verdict(error / expected.allowed, complaint)
 
-    def _expected(self, exact: OPTForCausalLM, workload: Workload, last: Tensor | None = None) -> _Expected:
+    def _expected(self, exact: CausalLM, workload: Workload, last: Tensor | None = None) -> _Expected:
         rows = sorted({round(index * (workload.batch - 1) / (NUM_CHECKED - 1)) for index in range(NUM_CHECKED)})
         mask = workload.token_mask(rows, last)
         policy = "propagate" if workload.kv_policy is KVPolicy.PROPAGATE else "evict"
 
-        def run(model: OPTForCausalLM) -> Tensor:
+        def run(model: CausalLM) -> Tensor:
             output = model(workload.prompts[rows], paths=mask, kv_policy=policy, executor="reference")
             return output.logits[:, -1].double()
 
@@ -173,10 +173,10 @@ class Truth:
         return _Expected(workload, rows, truth, max(2 * float((eager - truth).abs().max()), rounding))
 
 
-def in_float64(config: OPTConfig, dtype: torch.dtype, device: torch.device) -> OPTForCausalLM:
+def in_float64(config: OPTConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:
     """The model with the weights that `random_hf_model` makes in ``dtype``, in float64."""
     hf_model = random_hf_model(config, dtype=dtype, device=device).double()
-    return OPTForCausalLM.from_hf(hf_model, backend="torch", pack=False)
+    return CausalLM.from_hf(hf_model, backend="torch", pack=False)
 
 
 def _random_prompts(batch: int, prompt_len: int, vocab_size: int, device: torch.device) -> Tensor:

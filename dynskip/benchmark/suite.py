@@ -18,7 +18,7 @@ from transformers import OPTForCausalLM as HFOPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner
 from dynskip.benchmark.parts import measure_parts
 from dynskip.benchmark.report import SECTIONS, Report, Row
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, roofline_ms
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
@@ -109,7 +109,7 @@ class Suite:
             hf_model: HFOPTForCausalLM | None = random_hf_model(config)
             assert hf_model is not None
             bar.update()
-            model = OPTForCausalLM.from_hf(hf_model, backend=options.backend)
+            model = CausalLM.from_hf(hf_model, backend=options.backend)
             bar.update()
             gate = Gate(hf_model, self._gate_paths(config.num_hidden_layers))
             self.agreements = gate.check_model(model)
@@ -135,7 +135,7 @@ class Suite:
         rows = sorted(self.rows, key=lambda row: SECTIONS.index(row.section))
         return Report(self.conditions, tuple(rows), self.skipped)
 
-    def _describe(self, model: OPTForCausalLM, speed: MachineSpeed) -> None:
+    def _describe(self, model: CausalLM, speed: MachineSpeed) -> None:
         options = self.options
         shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
         floors = {}
@@ -160,7 +160,7 @@ class Suite:
         shared = [LayerPath.uniform(num_layers, _budget(num_layers, depth)) for depth in self.options.depths]
         return [LayerPath.full(num_layers), *shared]
 
-    def _measure_batch(self, size: int, model: OPTForCausalLM, hf_model: HFOPTForCausalLM) -> _Batch:
+    def _measure_batch(self, size: int, model: CausalLM, hf_model: HFOPTForCausalLM) -> _Batch:
         options = self.options
         num_layers, new = model.num_layers, options.max_new_tokens
         generator = torch.Generator().manual_seed(size)
@@ -188,7 +188,7 @@ class Suite:
     def _has_mix(self, size: int) -> bool:
         return size == self.options.mix_batch and bool({"mix", "overhead"} & set(self.options.sections))
 
-    def _measure_prefill(self, batch: _Batch, model: OPTForCausalLM) -> None:
+    def _measure_prefill(self, batch: _Batch, model: CausalLM) -> None:
         """Time prefills; leaves every runner ready to decode, whether or not its prefill was timed."""
         options = self.options
         timed = [name for name in batch.runners if self._prefill_matters(name)]
@@ -224,7 +224,7 @@ class Suite:
             return "prefill" in sections or "paths" in sections
         return name != "mix" and "paths" in sections
 
-    def _measure_decode(self, batch: _Batch, model: OPTForCausalLM) -> None:
+    def _measure_decode(self, batch: _Batch, model: CausalLM) -> None:
         options = self.options
         if not {"decode", "paths", "mix"} & set(options.sections):
             return
@@ -292,7 +292,7 @@ class Suite:
         finally:
             process.close()
 
-    def _embed_ms(self, model: OPTForCausalLM, num_rows: int) -> float:
+    def _embed_ms(self, model: CausalLM, num_rows: int) -> float:
         task = Embedding(model, num_rows).run
         return interleave({"embedding": task}, 5)["embedding"].ms
 
@@ -358,7 +358,7 @@ def _budget(num_layers: int, depth: float) -> int:
     return max(1, round(num_layers * depth))
 
 
-def _bytes_read(model: OPTForCausalLM) -> int:
+def _bytes_read(model: CausalLM) -> int:
     """Bytes of weights that a decode step reads: every matrix once; of the embedding only the rows it looks up."""
     shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
     return shape.num_layers * shape.layer_bytes + shape.head_bytes

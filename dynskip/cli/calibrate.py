@@ -144,11 +144,11 @@ def _model(args: argparse.Namespace) -> Any:
             backend=args.backend,
             deterministic=args.deterministic or None,
         ).model
-    from dynskip.causal_lm import OPTForCausalLM
+    from dynskip.causal_lm import CausalLM
     from dynskip.measure.random_models import opt_config, random_hf_model
 
     dtype, device = torch_dtype(args.dtype or "bfloat16"), torch_device(args.device or "cpu")
     assert dtype is not None and device is not None, "both are named"
     config = opt_config(args.shape or DEFAULT_SHAPE)
     hf_model = random_hf_model(config, dtype=dtype, device=device)
-    return OPTForCausalLM.from_hf(hf_model, backend=args.backend or "auto", deterministic=args.deterministic)
+    return CausalLM.from_hf(hf_model, backend=args.backend or "auto", deterministic=args.deterministic)

@@ -154,13 +154,13 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
     """What a checkpoint takes once loaded, and what this process held before and at its peak."""
     import psutil
 
-    from dynskip.causal_lm import OPTForCausalLM
+    from dynskip.causal_lm import CausalLM
     from dynskip.execution.compact import CompactExecutor
 
     weights_dtype = torch_dtype(dtype)
     assert weights_dtype is not None, "--dtype has a default"
     before_bytes = psutil.Process().memory_info().rss
-    model = OPTForCausalLM.from_pretrained(name, dtype=weights_dtype)
+    model = CausalLM.from_pretrained(name, dtype=weights_dtype)
     memory, executor = model.memory, model.executor()
     assert isinstance(executor, CompactExecutor), "the default"
     return {

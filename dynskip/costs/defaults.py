@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from dynskip.assets import OPT_MINI, opt_mini_directory
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import LayerCosts, MachineSpeed, ModelBytes
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import device_key, load_cached, shape_key
@@ -21,7 +21,7 @@ class UnmeasuredCostsWarning(UserWarning):
     """The scheduler works with predicted costs, because none were measured."""
 
 
-def default_costs(model: OPTForCausalLM) -> StepCosts:
+def default_costs(model: CausalLM) -> StepCosts:
     """What `dynskip calibrate` measured on this device for models of this shape; else a prediction, with a warning."""
     device = device_key(str(model.device))
     shape = shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
@@ -38,7 +38,7 @@ def default_costs(model: OPTForCausalLM) -> StepCosts:
     return StepCosts(model.num_layers, costs, costs, device=device, predicted=True)
 
 
-def calibrate_command(model: OPTForCausalLM, name: str | None = None) -> str:
+def calibrate_command(model: CausalLM, name: str | None = None) -> str:
     """The command that measures costs for models of this shape and dtype on this device, with as many threads.
 
     name: of a folder or hub id that holds such a model; None: where this one came from.
@@ -57,7 +57,7 @@ def calibrate_command(model: OPTForCausalLM, name: str | None = None) -> str:
     return shlex.join(words)
 
 
-def _advice(model: OPTForCausalLM) -> str:
+def _advice(model: CausalLM) -> str:
     """What to run; a model made in memory is to be saved first."""
     if model.config.name_or_path:
         return f"`{calibrate_command(model)}`"

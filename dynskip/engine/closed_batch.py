@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dynskip.causal_lm import ExecutorName, OPTForCausalLM, check_tokens
+from dynskip.causal_lm import CausalLM, ExecutorName, check_tokens
 from dynskip.engine.diagnosis import NonFiniteError
 from dynskip.engine.engine import Engine
 from dynskip.engine.kv_pool import KVPool
@@ -31,7 +31,7 @@ class Generation:
 
     def __init__(
         self,
-        model: OPTForCausalLM,
+        model: CausalLM,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         paths: Paths = None,

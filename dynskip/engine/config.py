@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dynskip.arguments import as_int, shown
-from dynskip.causal_lm import ExecutorName, OPTForCausalLM
+from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.costs.step_costs import StepCosts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, OPTForCausalLM), "a dynskip.OPTForCausalLM"),
+    "model": (lambda value: isinstance(value, CausalLM), "a dynskip.CausalLM"),
     "deterministic": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
     "costs": (lambda value: value is None or isinstance(value, StepCosts), "StepCosts or None"),
     "tokenizer": (lambda value: value is None or hasattr(value, "decode"), "a transformers tokenizer or None"),
@@ -31,7 +31,7 @@ class EngineConfig:
     Raises TypeError or ValueError for an option that is wrong by itself or does not fit the model.
     """
 
-    model: OPTForCausalLM
+    model: CausalLM
     kv_bytes: int | None
     policy: str
     deterministic: bool | None

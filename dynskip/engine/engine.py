@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynskip.arguments import as_token_ids, shown
-from dynskip.causal_lm import ExecutorName, OPTForCausalLM, check_tokens
+from dynskip.causal_lm import CausalLM, ExecutorName, check_tokens
 from dynskip.costs.defaults import default_costs
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.config import EngineConfig
@@ -60,7 +60,7 @@ class Engine:
 
     def __init__(
         self,
-        model: OPTForCausalLM,
+        model: CausalLM,
         kv_bytes: int | None = None,
         policy: str = "cohort",
         deterministic: bool | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dynskip.causal_lm import ExecutorName, OPTForCausalLM
+from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import Cache
 from dynskip.engine.request import OutputSequence, Span
@@ -25,7 +25,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: OPTForCausalLM,
+        model: CausalLM,
         executor: ExecutorName,
         deterministic: bool | None = None,
         own_executor: bool = False,

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.evaluation.registry import EXPERIMENTS, TASKS
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.dataset import duplicates, read_splits
@@ -180,7 +180,7 @@ class EvalRun:
         return {"schema": SCHEMA, **summary}
 
 
-def num_parameters(model: OPTForCausalLM) -> int:
+def num_parameters(model: CausalLM) -> int:
     """How many numbers the weights of ``model`` hold; a head that is the embedding counts once."""
     weights = model.state_dict()
     if model.config.tie_word_embeddings:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.engine.closed_batch import Generation
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
@@ -64,7 +64,7 @@ class Gate:
         return agreement
 
     @torch.no_grad()
-    def check_model(self, model: OPTForCausalLM) -> list[Agreement]:
+    def check_model(self, model: CausalLM) -> list[Agreement]:
         """How ``model`` agrees, all prompts in one batch: on whole prompts, and on a token decoded from the cache."""
         whole = model(self.prompts, paths=self.paths).logits
         params = [SamplingParams(max_tokens=2, ignore_eos=True)] * len(self.paths)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import device_key, load_cached, shape_key
@@ -40,7 +40,7 @@ def check_context(num_positions: int, prompt_len: int, context_len: int, num_rou
 
 
 def measure_step_costs(
-    model: OPTForCausalLM,
+    model: CausalLM,
     device: str,
     num_rows: int = 64,
     prompt_len: int = 32,
@@ -109,7 +109,7 @@ def measure_step_costs(
 
 
 def add_stream_costs(
-    model: OPTForCausalLM,
+    model: CausalLM,
     costs: StepCosts,
     batches: Sequence[int],
     prompt_len: int = 32,
@@ -140,7 +140,7 @@ def add_stream_costs(
     return replace(costs, step_ms=step_ms, step_row_ms=row_ms, prefill_step_ms=max(median(prefill_ms), 0.0))
 
 
-def known_step_costs(model: OPTForCausalLM, num_rows: int, prompt_len: int) -> StepCosts:
+def known_step_costs(model: CausalLM, num_rows: int, prompt_len: int) -> StepCosts:
     """What `dynskip calibrate` has left for this device and shape; else measured now: coarsely, and not kept."""
     device = device_key(str(model.device))
     known = load_cached(device, shape_key(model.decoder_config, str(model.dtype).removeprefix("torch.")))
@@ -150,7 +150,7 @@ def known_step_costs(model: OPTForCausalLM, num_rows: int, prompt_len: int) -> S
     return measure_step_costs(model, device, num_rows, prompt_len, prompt_len, prefill_tokens, num_rounds=3)
 
 
-def _runner(model: OPTForCausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:
+def _runner(model: CausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.config.vocab_size, (rows, prompt_len), generator=generator)
     return DynskipRunner(model, prompts, [path] * rows, num_steps + 2)
@@ -168,7 +168,7 @@ def _planned(runner: DynskipRunner) -> Task:
 
 
 def _stream(
-    model: OPTForCausalLM, costs: StepCosts, batch: int, prompt_len: int, prefill_tokens: int
+    model: CausalLM, costs: StepCosts, batch: int, prompt_len: int, prefill_tokens: int
 ) -> tuple[Outcome, Outcome]:
     """What a stream of shallow requests and a few deep ones came to in batches of ``batch``, and what was predicted."""
     num_layers = model.num_layers

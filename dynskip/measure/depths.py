@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import OPTConfig
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import PathMix
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
@@ -116,7 +116,7 @@ def compare_depths(
     with _stage("random weights", progress):
         hf_model = random_hf_model(config)
     with _stage("packing", progress):
-        model = OPTForCausalLM.from_hf(hf_model, backend=backend)
+        model = CausalLM.from_hf(hf_model, backend=backend)
     counts = [max(1, round(num_layers * share)) for share in budgets]
     paths = {FULL: [LayerPath.full(num_layers)] * batch}
     for count in counts:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import Curve, LayerCosts, ModelBytes, PathMix
 from dynskip.measure.products import Products
 from dynskip.measure.timing import Task, interleave
 
 
 def measure_layer_costs(
-    model: OPTForCausalLM,
+    model: CausalLM,
     row_counts: Sequence[int],
     bandwidth_gbps: float,
     num_rounds: int = 3,

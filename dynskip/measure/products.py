@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import PathMix
 from dynskip.models.linear import Linear
 
@@ -17,7 +17,7 @@ class Products:
     onednn: leave all products to oneDNN, also those that the model's backend would multiply by its own code.
     """
 
-    def __init__(self, model: OPTForCausalLM, mix: PathMix, onednn: bool = False) -> None:
+    def __init__(self, model: CausalLM, mix: PathMix, onednn: bool = False) -> None:
         self.mix = mix
         self.onednn = onednn
         self._work: list[tuple[Linear, str, Tensor]] = []
@@ -63,7 +63,7 @@ class Products:
 class Embedding:
     """The embedding of a step's tokens: the part of it that is neither product nor overhead."""
 
-    def __init__(self, model: OPTForCausalLM, num_rows: int) -> None:
+    def __init__(self, model: CausalLM, num_rows: int) -> None:
         self._decoder = model.model.decoder
         self._token_ids = torch.randint(0, model.config.vocab_size, (num_rows,))
         self._position_ids = torch.arange(num_rows) % model.config.max_position_embeddings

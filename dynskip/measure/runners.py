@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.engine.closed_batch import Generation
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
@@ -34,7 +34,7 @@ class DynskipRunner:
     prompts: [B, T]. paths: one per sequence. max_new_tokens: how often step may be called after a prefill, plus one.
     """
 
-    def __init__(self, model: OPTForCausalLM, prompts: Tensor, paths: Sequence[LayerPath], max_new_tokens: int) -> None:
+    def __init__(self, model: CausalLM, prompts: Tensor, paths: Sequence[LayerPath], max_new_tokens: int) -> None:
         self.model = model
         self.prompts: list[list[int]] = prompts.tolist()
         self.paths = list(paths)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dynskip.causal_lm import OPTForCausalLM
+from dynskip.causal_lm import CausalLM
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.sampling import SamplingParams
@@ -55,7 +55,7 @@ class Served:
     def __init__(
         self,
         name: str,
-        model: OPTForCausalLM,
+        model: CausalLM,
         jobs: Sequence[Job],
         costs: StepCosts,
         turn_s: float = TURN_S,

@@ -29,20 +29,20 @@ def load(
     backend: str,
     pack: bool,
 ) -> _Model:
-    """The model of a local directory or hub id; see OPTForCausalLM.from_pretrained. make_model: makes an empty one."""
+    """The model of a local directory or hub id; see CausalLM.from_pretrained. make_model: makes an empty one."""
     found_dtype, found_device = find_dtype("from_pretrained", dtype), _find_device(device)
     return _convert(make_model, read_source(source), found_dtype, found_device, backend, pack, from_files=True)
 
 
 def convert(make_model: Callable[[OPTConfig], _Model], hf_model: HFOPTForCausalLM, backend: str, pack: bool) -> _Model:
-    """The model with copies of a transformers model's weights; see OPTForCausalLM.from_hf."""
+    """The model with copies of a transformers model's weights; see CausalLM.from_hf."""
     source = source_of(hf_model)
     like = source.tensors[EMBEDDING]
     return _convert(make_model, source, like.dtype, like.device, backend, pack, from_files=False)
 
 
 def save(weights: Mapping[str, Tensor], config: OPTConfig, dtype: torch.dtype, directory: Path) -> None:
-    """Write configs and safetensors, sharded above 5 GB; see OPTForCausalLM.save_pretrained."""
+    """Write configs and safetensors, sharded above 5 GB; see CausalLM.save_pretrained."""
     from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -278,21 +278,21 @@ def check_config(config: OPTConfig) -> None:
     """Raise ValueError where ``config`` describes no OPT decoder that can be built."""
     if config.model_type != "opt":
         raise ValueError(
-            f"OPTForCausalLM: config must describe an OPT model, got model_type {config.model_type!r}. "
+            f"CausalLM: config must describe an OPT model, got model_type {config.model_type!r}. "
             "Other architectures are not supported."
         )
     for size in _SIZES:
         value = getattr(config, size)
         if type(value) is not int or value < 1:
-            raise ValueError(f"OPTForCausalLM: {size} must be an integer of at least 1, got {value!r}.")
+            raise ValueError(f"CausalLM: {size} must be an integer of at least 1, got {value!r}.")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"OPTForCausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "
+            f"CausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "
             f"got {config.num_attention_heads}."
         )
     if config.activation_function not in ACT2FN:
         raise ValueError(
-            f"OPTForCausalLM: activation_function must be known to transformers, got {config.activation_function!r}."
+            f"CausalLM: activation_function must be known to transformers, got {config.activation_function!r}."
         )
 
 

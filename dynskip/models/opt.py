@@ -13,10 +13,10 @@ POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
 def decoder_config(config: Any) -> DecoderConfig:
     """The decoder of transformers' ``OPTConfig``. Raises ValueError where none can be built of it."""
     if config.num_hidden_layers < 1:
-        raise ValueError(f"OPTForCausalLM: num_hidden_layers must be at least 1, got {config.num_hidden_layers}.")
+        raise ValueError(f"CausalLM: num_hidden_layers must be at least 1, got {config.num_hidden_layers}.")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"OPTForCausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "
+            f"CausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "
             f"got {config.num_attention_heads}."
         )
     return DecoderConfig(

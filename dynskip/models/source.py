@@ -32,7 +32,7 @@ class Source:
 
     function: what asks for it; errors begin with it. name: what they call the source.
     config: untied where the tensors hold a head of their own.
-    tensors: every parameter of OPTForCausalLM by its name, in the shape that the config says; a tied head is left out.
+    tensors: every parameter of CausalLM by its name, in the shape that the config says; a tied head is left out.
     """
 
     function: str

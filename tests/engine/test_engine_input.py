@@ -207,7 +207,7 @@ def test_only_what_has_not_ended_can_be_aborted() -> None:
 
 
 ENGINE_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "another model": ({"model": "opt-mini"}, TypeError, "Engine: model must be a dynskip.OPTForCausalLM, got str"),
+    "another model": ({"model": "opt-mini"}, TypeError, "Engine: model must be a dynskip.CausalLM, got str"),
     "another policy": ({"policy": "fair"}, ValueError, "name must be one of cohort, lockstep, by_path, got 'fair'"),
     "no batch": ({"batch": 0}, ValueError, "Cohort: batch must be at least 1, got 0"),
     "half a row": ({"batch": 2.5}, TypeError, r"Engine: batch must be an integer, got 2\.5"),

@@ -188,6 +188,7 @@ def test_the_facade_has_what_it_names_and_loads_it_late() -> None:
     assert dir(dynskip) == sorted(dynskip.__all__)
     for name, home in dynskip._HOME.items():
         assert getattr(dynskip, name) is vars(importlib.import_module(home))[name]
+    assert dynskip.OPTForCausalLM is dynskip.CausalLM
     for name, home in dynskip._MODULES.items():
         assert getattr(dynskip, name) is importlib.import_module(home)
 
