@@ -1,7 +1,7 @@
 """Writes the tables of results into README.md and docs/serving.md: no number there is typed by hand.
 
-python bench/table.py          writes them
-python bench/table.py --check  exit status 1 where a page shows something else than bench/results holds
+python -m bench.table          writes them
+python -m bench.table --check  exit status 1 where a page shows something else than bench/results holds
 """
 
 from __future__ import annotations

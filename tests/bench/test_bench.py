@@ -369,7 +369,7 @@ def test_readme_and_serving_page_show_the_committed_results(capsys: pytest.Captu
     assert sorted(path.name for path in table.PAGES) == ["README.md", "serving.md"]
     for path, fill in table.PAGES.items():
         text = path.read_text(encoding="utf-8")
-        assert fill(text, ROOT / "bench" / "results") == text, f"{path.name}: run `python bench/table.py`"
+        assert fill(text, ROOT / "bench" / "results") == text, f"{path.name}: run `python -m bench.table`"
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
     assert table.main(["--check"]) == 0
