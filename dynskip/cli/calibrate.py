@@ -51,9 +51,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--context",
         type=in_range(1, 2048),
-        default=512,
         metavar="S",
-        help="tokens cached, to time reads of them (default: 512)",
+        help="tokens cached, to time reads of them (default: 512, or what fits)",
     )
     parser.add_argument(
         "--prefill", type=in_range(1, 2**16), default=512, metavar="T", help="most tokens of a prefill (default: 512)"
@@ -83,8 +82,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model is None:  # random weights take their time
         positions = opt_config(args.shape or DEFAULT_SHAPE).max_position_embeddings
-        check_context(positions, args.prompt_len, args.context, args.rounds)
+        check_context(positions, args.prompt_len, args.context or 1, args.rounds)
     model = _model(args)
+    if args.context is None:
+        room = model.decoder_config.max_positions - args.prompt_len - args.rounds - 2
+        args.context = max(1, min(512, room))
     device = device_key(str(model.device))
     shape = shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
     written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]

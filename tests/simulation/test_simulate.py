@@ -358,7 +358,7 @@ def test_a_model_or_context_that_cannot_be_measured_is_refused() -> None:
         (["--rounds", "1000000000"], "--rounds: must be a whole number in 1..1000"),
         (["--prefill", "1000000000"], "--prefill: must be a whole number in 1..65536"),
         (["--context", "2040"], "context_len must leave room in 2048 positions, got 2040, behind prompts of 32 tokens"),
-        (["--prompt-len", "2048"], "context_len must leave room in 2048 positions, got 512, behind prompts of 2048"),
+        (["--prompt-len", "2048"], "context_len must leave room in 2048 positions, got 1, behind prompts of 2048"),
     ],
 )
 def test_calibrate_refuses_what_cannot_be_before_it_makes_a_model(
@@ -412,3 +412,12 @@ def test_what_streams_take_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.step_ms, found.step_row_ms) == pytest.approx((0.5, 0.25))
     with pytest.raises(ValueError, match="batches must hold at least one size, got none"):
         calibration.add_stream_costs(model, costs, [])
+
+
+def test_calibrate_fits_its_context_to_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path / "cache"))
+    sizes = ["--rows", "1", "--prompt-len", "4", "--prefill", "4", "--rounds", "1", "--quiet"]
+    assert main(["calibrate", "--model", "opt-mini", *sizes, "--out", str(tmp_path / "out.json")]) == 0
+    assert StepCosts.read(tmp_path / "out.json").conditions["context_len"] == 512 - 4 - 1 - 2
