@@ -36,11 +36,12 @@ class RowList(NamedTuple):
 
 
 class RowNorm(NamedTuple):
-    """A LayerNorm: weight and bias, `[C]` or None, and what is added to the variance."""
+    """A LayerNorm, or with `rms` an RMSNorm: weight and bias, `[C]` or None, and what is added to the variance."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    rms: bool = False
 
 
 class Workspace(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dynskip.kernels.row_list import RowList, RowNorm
-from dynskip.ops.reference import accumulation_dtype, decode_attention, gather_layer_norm
+from dynskip.ops.reference import accumulation_dtype, activate, decode_attention, gather_layer_norm, rotated
 from dynskip.routing.plan import KVPolicy
 
 # What a token leaves in a layer that it skips, as `plan_rows` is told it.
@@ -30,23 +30,24 @@ def embed_rows(
     position_ids: Tensor,
     rows: RowList,
     token_table: Tensor,
-    position_table: Tensor,
+    position_table: Tensor | None,
     position_offset: int,
     out: Tensor,
 ) -> None:
     """Writes to `out[row]` the sum of two embeddings: of `token_ids[row]` and `position_ids[row] + position_offset`.
 
-    token_ids, position_ids: `[M], int64`. token_table: `[V, C]`. position_table: `[P, C]`. out: `[M, C]`, mutated. The
-    sum is float32, rounded once.
+    token_ids, position_ids: `[M], int64`. token_table: `[V, C]`. position_table: `[P, C]`, or None: the token's
+    embedding alone is written. out: `[M, C]`, mutated. The sum is float32, rounded once.
     """
     ids = listed(rows)
-    accumulation = accumulation_dtype(out.dtype)
-    tokens = token_table[token_ids[ids]].to(accumulation)
-    out[ids] = (tokens + position_table[position_ids[ids] + position_offset].to(accumulation)).to(out.dtype)
+    tokens = token_table[token_ids[ids]].to(accumulation_dtype(out.dtype))
+    if position_table is not None:
+        tokens = tokens + position_table[position_ids[ids] + position_offset].to(tokens.dtype)
+    out[ids] = tokens.to(out.dtype)
 
 
 def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor) -> None:
-    """Writes the LayerNorm of `x[row]` to `out[row]`. x: `[M, C]`. out: `[M, C]`, mutated, not `x`."""
+    """Writes the norm of `x[row]` to `out[row]`. x: `[M, C]`. out: `[M, C]`, mutated; it may be `x`."""
     ids = listed(rows)
     out[ids] = gather_layer_norm(x, ids.int(), *norm)
 
@@ -57,20 +58,22 @@ def linear_rows(
     norm: RowNorm | None,
     weight: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    activation: str,
+    gated: bool,
     out: Tensor,
     normed: Tensor,
     deterministic: bool = False,
 ) -> None:
-    """Writes to `out[row]` the product of the (normalised) `x[row]` with `weight`, plus `bias`, through ReLU if wanted.
+    """Writes to `out[row]` the product of the (normalised) `x[row]` with `weight`, plus `bias`, through `activation`.
 
-    x: `[M, K]`. norm: the LayerNorm before the product, or None. weight: `[N, K]`, contiguous. bias: `[N]` or None.
-    out: `[M, N]`, mutated. normed: `[M, K]`, scratch, for normalised rows; undefined afterwards. deterministic: the
-    bits of a row depend on that row alone. Cost: reads `weight` once, 2 * N * K FLOPs a row.
+    x: `[M, K]`. norm: before the product, or None. weight: `[N, K]`, contiguous. bias: `[N]` or None. activation: one
+    of `reference.ACTIVATIONS`. gated: weight `[2 * N, K]` and bias `[2 * N]`: the first N go through the activation
+    and are multiplied by the others. out: `[M, N]`, mutated. normed: `[M, K]`, scratch, for normalised rows; undefined
+    afterwards. deterministic: the bits of a row depend on that row alone. Cost: reads `weight` once, 2 FLOPs a value of
+    it and row.
     """
     ids = listed(rows)
-    product = _product(x[ids], norm, weight, bias)
-    out[ids] = (product.relu() if relu else product).to(out.dtype)
+    out[ids] = activate(_product(x[ids], norm, weight, bias), activation, gated).to(out.dtype)
 
 
 def qkv_rows(
@@ -90,19 +93,55 @@ def qkv_rows(
     """Writes the queries of the listed rows to `q[row]`, and their keys and values to slot `slots[row]` of the caches.
 
     x: `[M, C]`. num_run: `[1], int32`: how many of the rows attend; if none, no query is computed and `q` keeps its
-    values. weight: `[3 * C, C]`, contiguous, and bias: `[3 * C]` or None: of query, key and value. q: `[M, C]`,
-    mutated. k_cache, v_cache: `[num_slots, H, D]`, contiguous, mutated. slots: `[M], int32`; a row of the list whose
-    slot is -1 stores nothing. normed, deterministic: as in `linear_rows`.
+    values. weight: `[(H + 2 * G) * D, C]`, contiguous, and bias, of as many or None: of H query heads, G key heads and
+    G value heads. q: `[M, H * D]`, mutated. k_cache, v_cache: `[num_slots, G, D]`, contiguous, mutated. slots: `[M],
+    int32`; a row of the list whose slot is -1 stores nothing. normed, deterministic: as in `linear_rows`.
     """
     ids = listed(rows)
     product = _product(x[ids], norm, weight, bias).to(q.dtype)
-    query, key, value = product.chunk(3, dim=1)
+    key_size = k_cache.shape[1] * k_cache.shape[2]
+    query, key, value = product.split([q.shape[1], key_size, key_size], dim=1)
     if int(num_run):
         q[ids] = query
     stored = slots[ids] >= 0
     targets = slots[ids][stored].long()
     k_cache[targets] = key[stored].view(-1, *k_cache.shape[1:])
     v_cache[targets] = value[stored].view(-1, *v_cache.shape[1:])
+
+
+def rotate_rows(
+    q: Tensor,
+    rows: RowList,
+    k_cache: Tensor,
+    slots: Tensor,
+    position_ids: Tensor,
+    cos_sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Turns `q[row]`, and the key in slot `slots[row]`, to the position of the row, as `reference.rotated` does.
+
+    q: `[M, H * D]`, mutated. k_cache: `[num_slots, G, D]`, contiguous, mutated in the slots of the listed rows; a slot
+    of -1 is none. position_ids: `[M], int64`. cos_sin: `[P, E], float32`. q_weight, k_weight: `[D]`, of the RMSNorm of
+    each head, with `eps`, or None.
+    """
+    ids = listed(rows)
+    heads = q.unflatten(1, (-1, k_cache.shape[2]))[ids]
+    q[ids] = rotated(heads, position_ids[ids], cos_sin, q_weight, eps).flatten(1)
+    ids = ids[slots[ids] >= 0]
+    targets = slots[ids].long()
+    k_cache[targets] = rotated(k_cache[targets], position_ids[ids], cos_sin, k_weight, eps)
+
+
+def place_rows(rows: RowList, slots: Tensor, position_ids: Tensor, slot_positions: Tensor) -> None:
+    """Writes `position_ids[row]` to `slot_positions[slots[row]]` for the listed rows; a slot of -1 is none.
+
+    slots: `[M], int32`. position_ids: `[M], int64`. slot_positions: `[num_slots], int32`, mutated.
+    """
+    ids = listed(rows)
+    ids = ids[slots[ids] >= 0]
+    slot_positions[slots[ids].long()] = position_ids[ids].int()
 
 
 def attend_rows(
@@ -117,17 +156,31 @@ def attend_rows(
     out: Tensor,
     workspace: object = None,
     deterministic: bool = False,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> None:
     """Writes to `out[row]` the attention of `q[row]` over the cached tokens of its sequence.
 
     q, out: `[M, H * D]`; `out` is mutated. slot_table: `[B, S_max], int32`. seq_ids, key_limits: `[M], int32`: the row
     attends to the slots in the first `key_limits[row]` entries of `slot_table[seq_ids[row]]`; without any, its result
-    is zero. workspace: what the programs of the kernel share; the reference needs none.
+    is zero. workspace: what the programs of the kernel share; the reference needs none. slopes, window, slot_positions:
+    as in `reference.decode_attention`, with position_ids `[M], int64`.
     """
     ids = listed(rows)
-    heads = k_cache.shape[1:]
     attention = decode_attention(
-        q[ids].view(-1, *heads), k_cache, v_cache, slot_table, seq_ids[ids], key_limits[ids], scale
+        q.unflatten(1, (-1, k_cache.shape[2]))[ids],
+        k_cache,
+        v_cache,
+        slot_table,
+        seq_ids[ids],
+        key_limits[ids],
+        scale,
+        slopes,
+        window,
+        None if position_ids is None else position_ids[ids],
+        slot_positions,
     )
     out[ids] = attention.flatten(1)
 
