@@ -1,15 +1,14 @@
-"""The OPT language model that runs each sequence, or each token, through its own subset of the layers."""
+"""The language model that runs each sequence, or each token, through its own subset of the layers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from dynskip.arguments import shown
@@ -17,15 +16,13 @@ from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.executor import Executor
 from dynskip.execution.reference import ReferenceExecutor
 from dynskip.execution.step import Step, packed_positions
-from dynskip.models.decoder import OPTModel, check_config, embedding_size
+from dynskip.models.config import DecoderConfig
+from dynskip.models.decoder import Decoder
 from dynskip.models.linear import Linear
 from dynskip.models.memory import MemoryReport
 from dynskip.models.registry import decoder_config
 from dynskip.ops.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.routing.routes import Paths, StepTokens, resolve
-
-if TYPE_CHECKING:
-    from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 ExecutorName = Literal["compact", "reference"]
 
@@ -39,24 +36,24 @@ class CausalLM(nn.Module):
     deterministic: a row's bits do not depend on its neighbours; slower.
     """
 
-    def __init__(self, config: OPTConfig, backend: str = "auto", deterministic: bool = False) -> None:
+    def __init__(self, config: Any, backend: str = "auto", deterministic: bool = False) -> None:
         super().__init__()
-        check_config(config)
+        decoder = decoder_config(config)
         if backend not in ("auto", *BACKEND_NAMES):
             raise ValueError(
                 f"CausalLM: backend must be one of {', '.join(('auto', *BACKEND_NAMES))}, got {backend!r}."
             )
         self.config = config
-        self.decoder_config = decoder_config(config)
-        self.model = OPTModel(config)
-        self.lm_head = Linear(embedding_size(config), config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.decoder_config = decoder
+        self.decoder = Decoder(decoder)
+        self.lm_head = Linear(decoder.embedding_size, decoder.vocab_size, bias=decoder.head_bias)
+        if decoder.is_head_tied:
             self.tie_head_()
         self.deterministic = deterministic
         self._backend_name = backend
         self._backend: Backend | None = None
         self._compact: CompactExecutor | None = None
-        self._reference = ReferenceExecutor(self.model.decoder, self.lm_head)
+        self._reference = ReferenceExecutor(self.decoder, self.lm_head)
 
     @staticmethod
     def from_pretrained(
@@ -89,12 +86,13 @@ class CausalLM(nn.Module):
 
     @staticmethod
     def from_hf(
-        transformers_model: HFOPTForCausalLM, backend: str = "auto", deterministic: bool = False, pack: bool = True
+        transformers_model: nn.Module, backend: str = "auto", deterministic: bool = False, pack: bool = True
     ) -> CausalLM:
-        """A model with copies of the weights of a transformers OPT model, in its dtype and on its device.
+        """A model with copies of the weights of one of transformers, in its dtype and on its device.
 
-        Raises ValueError, naming the part, for a model that computes anything else than plain OPT of its config: with
-        adapters, quantised or offloaded weights, hooks, or parameters that OPT has not.
+        transformers_model: of a class with a language-modelling head. Raises TypeError for another class; ValueError,
+        naming the part, for a model that computes anything else than that class does of its config: with adapters,
+        quantised or offloaded weights, hooks, or parameters of its own.
         """
         from dynskip.models.checkpoint import convert
 
@@ -104,12 +102,12 @@ class CausalLM(nn.Module):
         """Write both configs and safetensors that this class and transformers load; ``~`` is the home directory."""
         from dynskip.models.checkpoint import save
 
-        save(self.state_dict(), self.config, self.dtype, Path(os.path.expanduser(directory)))
+        save(self.state_dict(), self.config, self.decoder_config, self.dtype, Path(os.path.expanduser(directory)))
 
     @property
     def num_layers(self) -> int:
         """L, the number of decoder layers."""
-        return len(self.model.decoder.layers)
+        return len(self.decoder.layers)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -124,12 +122,12 @@ class CausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights, hidden states and key-value cache."""
-        return self.model.decoder.embed_tokens.weight.dtype
+        return self.decoder.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.decoder.embed_tokens.weight.device
+        return self.decoder.device
 
     @property
     def kv_entry_bytes(self) -> int:
@@ -164,13 +162,13 @@ class CausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.unpack_()
-        if self.config.tie_word_embeddings:
+        if self.decoder_config.is_head_tied:
             self.tie_head_()
         return self.requires_grad_(True)
 
     def tie_head_(self) -> None:
         """Make the dense head and the token embedding one parameter."""
-        weight = self.model.decoder.embed_tokens.weight
+        weight = self.decoder.embed_tokens.weight
         assert isinstance(weight, nn.Parameter), "an embedding is a parameter"
         self.lm_head.weight = weight
 
@@ -181,14 +179,14 @@ class CausalLM(nn.Module):
         if name != "compact":
             raise ValueError(f"CausalLM: executor must be 'compact' or 'reference', got {name!r}.")
         if self._compact is None or self._compact.deterministic != self.deterministic:
-            self._compact = CompactExecutor(self.model.decoder, self.lm_head, self.backend, self.deterministic)
+            self._compact = CompactExecutor(self.decoder, self.lm_head, self.backend, self.deterministic)
         return self._compact
 
     def new_executor(self, name: ExecutorName, deterministic: bool) -> Executor[Any]:
         """An executor whose buffers, graphs and row counts no other user of the model shares."""
         if name == "reference":
-            return ReferenceExecutor(self.model.decoder, self.lm_head)
-        return CompactExecutor(self.model.decoder, self.lm_head, self.backend, deterministic)
+            return ReferenceExecutor(self.decoder, self.lm_head)
+        return CompactExecutor(self.decoder, self.lm_head, self.backend, deterministic)
 
     def head(self, hidden_states: Tensor, executor: ExecutorName = "compact") -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
@@ -196,7 +194,7 @@ class CausalLM(nn.Module):
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """[T, E]: token embeddings without positions, as controllers that decide per sequence see them."""
-        return self.model.decoder.embed_tokens(token_ids)
+        return self.decoder.embed_tokens(token_ids)
 
     def forward(
         self,
@@ -251,7 +249,7 @@ class CausalLM(nn.Module):
         if not output_hidden_states:
             return CausalLMOutput(logits=logits)
         deterministic = self.deterministic and executor == "compact"
-        last = self.model.decoder.finish(hidden_states, deterministic)
+        last = self.decoder.finish(hidden_states, deterministic)
         return CausalLMOutput(logits=logits, hidden_states=tuple(_unpack(state, keep) for state in (*inputs, last)))
 
     def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -273,16 +271,16 @@ class CausalLM(nn.Module):
         else:
             keep = attention_mask.bool()
         for seq, count in enumerate(keep.sum(1).tolist()):
-            check_tokens(input_ids[seq][keep[seq]].tolist(), 0, self.config, f"forward: sequence {seq}")
+            check_tokens(input_ids[seq][keep[seq]].tolist(), 0, self.decoder_config, f"forward: sequence {seq}")
             assert count, "check_tokens refuses an empty sequence"
         return keep
 
 
 OPTForCausalLM = CausalLM
-"""The name of the class in transformers, for models of that architecture."""
+"""The class by a name of transformers'."""
 
 
-def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: OPTConfig, what: str) -> None:
+def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: DecoderConfig, what: str) -> None:
     """Raise ValueError, beginning with ``what``, where a prompt and its new tokens do not fit the model."""
     if not len(token_ids):
         raise ValueError(f"{what} must hold at least one token, got none.")
@@ -290,10 +288,10 @@ def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: OPTConfi
         if not 0 <= token_id < config.vocab_size:
             raise ValueError(f"{what} must hold token ids in 0..{config.vocab_size - 1}, got {shown(token_id)}.")
     total = len(token_ids) + num_new_tokens
-    if total > config.max_position_embeddings:
+    if total > config.max_positions:
         new = f" prompt and {shown(num_new_tokens)} new" if num_new_tokens else ""
         raise ValueError(
-            f"{what} must fit {config.max_position_embeddings} positions, got {len(token_ids)}{new} tokens. "
+            f"{what} must fit {config.max_positions} positions, got {len(token_ids)}{new} tokens. "
             "Shorten the prompt or lower max_tokens."
         )
 

@@ -12,8 +12,8 @@ from bench.gpu.workloads import Workload
 from dynskip.causal_lm import CausalLM
 from dynskip.execution.compact import CompactExecutor
 from dynskip.measure.device import Device
-from dynskip.models.decoder import POSITION_OFFSET, OPTDecoderLayer
-from dynskip.models.linear import Linear
+from dynskip.models.decoder import DecoderLayer, Positions
+from dynskip.ops.backends import get_backend
 
 
 class _PaddedCache:
@@ -25,8 +25,8 @@ class _PaddedCache:
         num_tokens = workload.prompt_len + workload.num_steps
         cache = executor.new_cache(workload.batch, workload.prompt_len, workload.num_entries())
         executor.run(workload.prompt_step(), cache)
-        layer = model.model.decoder.stack()[0]
-        shape = (workload.batch, layer.num_heads, num_tokens, layer.head_size)
+        config = model.decoder_config
+        shape = (workload.batch, config.num_kv_heads, num_tokens, config.head_size)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for index in range(model.num_layers):
@@ -52,7 +52,8 @@ class MaskEverything:
         self.cache = _PaddedCache(model, workload)
         self.active = torch.stack([path.mask for path in workload.paths], dim=1).to(model.device)
         self.places = torch.arange(self.cache.keys[0].shape[2], device=model.device)
-        self.logits = torch.empty(workload.batch, model.config.vocab_size, dtype=model.dtype, device=model.device)
+        shape = (workload.batch, model.decoder_config.vocab_size)
+        self.logits = torch.empty(shape, dtype=model.dtype, device=model.device)
         state = self.cache.position_ids.clone(), self.cache.token_ids.clone()
         self._step = device.captured(self._step_eagerly)
         self.cache.position_ids.copy_(state[0])
@@ -68,16 +69,17 @@ class MaskEverything:
         return self.logits.clone()
 
     def _step_eagerly(self) -> None:
-        cache, decoder = self.cache, self.model.model.decoder
+        cache, decoder = self.cache, self.model.decoder
         place = cache.position_ids[:1]
         mask = (self.places <= place)[None, None, None]
-        x = decoder.embed_tokens(cache.token_ids) + decoder.embed_positions(cache.position_ids + POSITION_OFFSET)
+        x = decoder.embed(cache.token_ids, cache.position_ids)
+        positions = Positions(cache.position_ids, decoder.cos_sin)
         for index, layer in enumerate(decoder.stack()):
-            q, k, v = _project(layer, x)
+            q, k, v = _project(layer, x, positions)
             cache.keys[index].index_copy_(2, place, k[:, :, None])
             cache.values[index].index_copy_(2, place, v[:, :, None])
             attended = _attend(q, cache.keys[index], cache.values[index], mask, layer.scale)
-            x = torch.where(self.active[index][:, None], _finish(layer, x, attended), x)
+            x = torch.where(self.active[index][:, None], layer.output(x, attended), x)
         self.logits.copy_(self.model.head(x))
         cache.token_ids.copy_(self.logits.argmax(-1))
         cache.position_ids.add_(1)
@@ -98,23 +100,24 @@ class GatherWithToList:
 
     def step(self) -> None:
         """Run the last token of each sequence and choose the next one."""
-        cache, decoder = self.cache, self.model.model.decoder
+        cache, decoder = self.cache, self.model.decoder
         place = self.context_len
-        x = decoder.embed_tokens(cache.token_ids) + decoder.embed_positions(cache.position_ids + POSITION_OFFSET)
+        x = decoder.embed(cache.token_ids, cache.position_ids)
+        positions = Positions(cache.position_ids, decoder.cos_sin)
         for index, layer in enumerate(decoder.stack()):
             rows = self.active[index].nonzero().flatten().tolist()
             if not rows:
                 continue
             chosen = torch.tensor(rows, device=x.device)
             gathered = x[chosen]
-            q, k, v = _project(layer, gathered)
+            q, k, v = _project(layer, gathered, positions.of(chosen))
             keys, values = cache.keys[index], cache.values[index]
             keys[chosen, :, place], values[chosen, :, place] = k, v
             if len(rows) < x.shape[0]:
                 keys, values = keys[chosen, :, : place + 1], values[chosen, :, : place + 1]
             else:
                 keys, values = keys[:, :, : place + 1], values[:, :, : place + 1]
-            x[chosen] = _finish(layer, gathered, _attend(q, keys, values, None, layer.scale))
+            x[chosen] = layer.output(gathered, _attend(q, keys, values, None, layer.scale))
         self.logits = self.model.head(x)
         cache.token_ids = self.logits.argmax(-1)
         cache.position_ids.add_(1)
@@ -126,25 +129,11 @@ class GatherWithToList:
         return self.logits
 
 
-def _project(layer: OPTDecoderLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each [R, H, D]: one product, as a careful baseline would."""
-    norm, (weight, bias) = layer.self_attn_layer_norm, layer.self_attn.merged()
-    normed = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
-    projected = F.linear(normed, weight, bias).view(x.shape[0], 3, layer.num_heads, layer.head_size)
-    return projected[:, 0], projected[:, 1], projected[:, 2]
+def _project(layer: DecoderLayer, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each [R, heads, D]: one product, as a careful baseline would."""
+    return layer.project(layer.attention_norm(x), positions, get_backend("torch"), deterministic=False)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, scale=scale)
-    return attended.reshape(q.shape[0], -1)
-
-
-def _finish(layer: OPTDecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
-    norm = layer.final_layer_norm
-    x = x + _linear(layer.self_attn.out_proj, attended)
-    normed = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
-    return x + _linear(layer.fc2, layer.fc1(normed, activation="relu"))
-
-
-def _linear(linear: Linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.dense_weight(), linear.bias)
+    query = q[:, :, None]
+    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)[:, :, 0]

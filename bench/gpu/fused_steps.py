@@ -39,7 +39,7 @@ class FusedSteps:
         assert isinstance(executor, CompactExecutor)
         batch, num_tokens = workload.batch, workload.prompt_len + workload.num_steps
         self.cache = executor.new_cache(batch, num_tokens, workload.num_entries())
-        decoder = model.model.decoder
+        decoder = model.decoder
         self.fused = FusedDecode(decoder, model.lm_head, self.cache, row_bucket(batch), get_row_ops(ops))
         self.graphs = GraphedDecode(self.fused, device.graphs())
         buffers = self.fused.buffers

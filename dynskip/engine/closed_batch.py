@@ -41,7 +41,7 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-            check_tokens(prompt, param.num_new_tokens(1), model.config, f"generate: prompt {index}")
+            check_tokens(prompt, param.num_new_tokens(1), model.decoder_config, f"generate: prompt {index}")
             param.check_vocabulary(model.config.vocab_size, f"generate: prompt {index}")
         packed = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
         prompt_ids = torch.split(packed, [len(prompt) for prompt in prompts])

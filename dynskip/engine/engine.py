@@ -154,7 +154,7 @@ class Engine:
             raise TypeError(f"add_request: params must be SamplingParams, got {type(params).__name__}.")
         if on_token is not None and not callable(on_token):
             raise TypeError(f"add_request: on_token must be callable or None, got {type(on_token).__name__}.")
-        check_tokens(prompt_ids, params.num_new_tokens(1), self.model.config, "add_request: token_ids")
+        check_tokens(prompt_ids, params.num_new_tokens(1), self.model.decoder_config, "add_request: token_ids")
         params.check_vocabulary(self.model.config.vocab_size, "add_request")
         paths = path[None] if isinstance(path, Tensor) else path
         prompt = torch.tensor(prompt_ids, device=self.model.device)

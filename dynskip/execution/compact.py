@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,37 +16,34 @@ from dynskip.execution.kv_cache import EntryIndex, KVCache
 from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.threads import check_fork
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
+from dynskip.models.decoder import Decoder, DecoderLayer, Positions
 from dynskip.models.linear import Linear
 from dynskip.ops import native, varlen_attention
-from dynskip.ops.backends import Backend, BackendWarning
+from dynskip.ops.backends import Backend
 from dynskip.ops.row_ops import get_row_ops, why_not_triton
 from dynskip.routing.plan import KVPolicy, LayerPlan
-
-if TYPE_CHECKING:
-    from dynskip.models.decoder import OPTDecoder, OPTDecoderLayer
 
 
 class CompactExecutor(Executor[KVCache]):
     """Runs steps of many sequences, each layer once, on the compact rows that the plan gives it.
 
-    Decode steps run by the fused kernels, on a GPU from CUDA graphs, where the backend is triton and the model one that
-    these kernels know (`OPTDecoder.why_not_fused`); all other steps run op by op through the backend's launchers.
+    The triton backend runs decode steps by its row ops, on a GPU from CUDA graphs. All other steps run op by op
+    through the backend's launchers.
 
-    backend: whose launchers gather, scatter and attend.
+    backend: whose launchers gather, scatter and attend. Raises RuntimeError where it is triton, and lacks its row ops.
     deterministic: compute each row with the same bits independent of its neighbours.
     """
 
-    def __init__(self, decoder: OPTDecoder, lm_head: Linear, backend: Backend, deterministic: bool = False) -> None:
+    def __init__(self, decoder: Decoder, lm_head: Linear, backend: Backend, deterministic: bool = False) -> None:
         self.decoder = decoder
         self.lm_head = lm_head
         self.backend = backend
         self.deterministic = deterministic
         self.row_counts = RowCounts(len(decoder.layers))
-        self.fuses = backend.name == "triton" and decoder.why_not_fused() is None
-        reason = why_not_triton(decoder.embed_positions.weight.device) if self.fuses else None
+        self.fuses = backend.name == "triton"
+        reason = why_not_triton(decoder.device) if self.fuses else None
         if reason is not None:
-            self.fuses = False
-            warnings.warn(f"Decode steps run op by op, not fused. {reason}", BackendWarning, stacklevel=3)
+            raise RuntimeError(f"CompactExecutor: decode steps must have the triton row ops, got none. {reason}")
         self._retired: KVCache | None = None
         # Several batches may take turns, each with a cache of its own; what was made for one lives as long as it.
         self._steps: WeakKeyDictionary[KVCache, DecodeSteps] = WeakKeyDictionary()
@@ -59,17 +55,17 @@ class CompactExecutor(Executor[KVCache]):
             cache.clear()
             return cache
         del cache  # the new one may need its memory
-        layer = self.decoder.stack()[0]
-        table = self.decoder.embed_positions.weight
+        config = self.decoder.config
         return KVCache(
-            len(self.decoder.layers),
+            config.num_layers,
             num_seqs,
             max_context_len,
             num_slots,
-            layer.num_heads,
-            layer.head_size,
-            table.dtype,
-            table.device,
+            config.num_kv_heads,
+            config.head_size,
+            self.decoder.dtype,
+            self.decoder.device,
+            has_positions=config.attends_by_position,
         )
 
     def retire(self, cache: KVCache) -> None:
@@ -106,14 +102,19 @@ class CompactExecutor(Executor[KVCache]):
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""
-        table, layer = self.decoder.embed_positions.weight, self.decoder.stack()[0]
+        decoder, config = self.decoder, self.decoder.config
         return varlen_attention.attention_name(
-            self.backend, table.dtype, table.device, layer.head_size, self.deterministic
+            self.backend,
+            decoder.dtype,
+            decoder.device,
+            config.head_size,
+            self.deterministic,
+            config.attends_by_position,
         )
 
     def decode_attention(self) -> str:
         """Which attention decode steps run, and whether the head size slows it down, for people to read."""
-        head_size = self.decoder.stack()[0].head_size
+        head_size = self.decoder.config.head_size
         if self.backend.name != "native" or head_size % native.WHOLE_HEADS == 0:
             return self.backend.name
         return f"native, slower because heads of {head_size} elements are no multiple of {native.WHOLE_HEADS}"
@@ -135,18 +136,17 @@ class CompactExecutor(Executor[KVCache]):
             return steps.run(step, cache, head=False, on_layer=on_layer)
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic)
         entries = _Entries(self, step, cache) if cache is not None else None
+        positions = Positions(step.position_ids, self.decoder.cos_sin)
         for index, layer in enumerate(self.decoder.stack()):
             if on_layer is not None:
                 on_layer(index, hidden_states)
             plan = step.plan.layer(index, hidden_states)
             if plan.entries.num_rows:
-                self._run_layer(index, layer, plan, hidden_states, step, entries)
+                self._run_layer(index, layer, plan, hidden_states, step, positions, entries)
         return hidden_states
 
     def _decode_steps(self, step: Step, cache: KVCache | None) -> DecodeSteps | None:
-        if not (self.fuses and step.decode and cache is not None and step.plan.rows.num_rows <= ROW_BUCKETS[-1]):
-            return None
-        return self._steps_of(cache)
+        return self._steps_of(cache) if self.fuses and step.decode and cache is not None else None
 
     def _steps_of(self, cache: KVCache) -> DecodeSteps:
         steps = self._steps.get(cache)
@@ -160,39 +160,48 @@ class CompactExecutor(Executor[KVCache]):
     def _run_layer(
         self,
         index: int,
-        layer: OPTDecoderLayer,
+        layer: DecoderLayer,
         plan: LayerPlan,
         hidden_states: Tensor,
         step: Step,
+        positions: Positions,
         entries: _Entries | None,
     ) -> None:
         backend, deterministic = self.backend, self.deterministic
         run, kv = plan.run, plan.kv
-        attention_input = query = key = value = None
+        query = key = value = None
         if kv.num_rows:
-            attention_input = layer.attention_input(hidden_states, kv.row_ids, backend)
+            rows = layer.attention_input(hidden_states, kv.row_ids, backend)
             if kv is run:
-                query, key, value = layer.project(attention_input, deterministic)
+                query, key, value = layer.project(rows, positions.of(kv.row_ids), backend, deterministic)
             else:
-                key, value = layer.project_key_value(attention_input, deterministic)
+                key, value = layer.project_key_value(rows, positions.of(kv.row_ids), backend, deterministic)
             self.row_counts.add(index, num_kv=key.shape[0])
         placed = entries.add(index, plan, key, value) if entries is not None else None
         if not run.num_rows:
             return
         if query is None:
-            attention_input = layer.attention_input(hidden_states, run.row_ids, backend)
-            query = layer.project_query(attention_input, deterministic)
+            rows = layer.attention_input(hidden_states, run.row_ids, backend)
+            query = layer.project_query(rows, positions.of(run.row_ids), backend, deterministic)
         self.row_counts.add(index, num_run=query.shape[0])
         if step.decode:
             assert entries is not None and placed is not None, "decoding needs a cache"
             cache = entries.cache
-            tables = cache.slot_tables[index]
             attention = backend.decode_attention(
-                query, cache.k_cache, cache.v_cache, tables, placed.seq_ids, placed.key_limits, layer.scale
+                query,
+                cache.k_cache,
+                cache.v_cache,
+                cache.slot_tables[index],
+                placed.seq_ids,
+                placed.key_limits,
+                layer.scale,
+                *self._by_position(layer, step, run.row_ids, cache.slot_positions),
             )
         else:
-            keys, values, cu_seqlens_k = (
-                entries.visible(index, plan, key, value) if entries is not None else (key, value, kv.cu_seqlens)
+            keys, values, cu_seqlens_k, key_positions = (
+                entries.visible(index, plan, key, value)
+                if entries is not None
+                else (key, value, kv.cu_seqlens, _rows(step.position_ids, kv.row_ids))
             )
             assert keys is not None and values is not None, "a row that runs a layer has a key and a value there"
             key_limits = placed.key_limits if placed is not None else plan.key_ranks
@@ -208,9 +217,18 @@ class CompactExecutor(Executor[KVCache]):
                 max(step.plan.rows.num_new_tokens),
                 causal=kv is run and keys is key,
                 deterministic=deterministic,
+                by_position=self._by_position(layer, step, run.row_ids, key_positions),
             )
-        layer.add_attention_(hidden_states, run.row_ids, attention, backend, deterministic)
-        layer.add_feed_forward_(hidden_states, run.row_ids, backend, deterministic)
+        layer.finish_(hidden_states, run.row_ids, attention, backend, deterministic)
+
+    def _by_position(
+        self, layer: DecoderLayer, step: Step, row_ids: Tensor | None, key_positions: Tensor | None
+    ) -> tuple[Tensor | None, int, Tensor, Tensor] | tuple[()]:
+        """Slopes, window and positions of the rows and of the keys, as attention takes them; nothing without them."""
+        if self.decoder.slopes is None and not layer.window:
+            return ()
+        assert key_positions is not None, "the cache of such a model knows where its tokens stand"
+        return self.decoder.slopes, layer.window, _rows(step.position_ids, row_ids), key_positions
 
 
 class _Placed(NamedTuple):
@@ -247,15 +265,18 @@ class _Entries:
             key_limits = self.key_limits
         if key is not None and value is not None:
             self.backend.kv_store(key, value, self.cache.k_cache, self.cache.v_cache, slots)
+            if self.cache.slot_positions is not None:
+                positions = _rows(self.step.position_ids, plan.kv.row_ids)
+                self.cache.slot_positions.index_copy_(0, slots.long(), positions.int())
         begin, end = index.run_indptr[part], index.run_indptr[part + 1]
         return _Placed(index.run_cache_ids[begin:end], key_limits[begin:end])
 
     def visible(
         self, layer: int, plan: LayerPlan, key: Tensor | None, value: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Keys, values and their cu_seqlens that the run rows of ``layer`` attend to in a prefill step."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Keys, values, their cu_seqlens and positions that the run rows of ``layer`` attend to in a prefill step."""
         if self.step.fresh and plan.entries is plan.kv:
-            return key, value, plan.kv.cu_seqlens
+            return key, value, plan.kv.cu_seqlens, _rows(self.step.position_ids, plan.kv.row_ids)
         return self.cache.gather(layer, self.step.cache_ids)
 
     def _entry_slots(self, plan: LayerPlan, slots: Tensor) -> Tensor:
@@ -264,3 +285,8 @@ class _Entries:
         else:
             self.row_slots[plan.kv.row_ids.long()] = slots
         return slots if plan.entries is plan.kv else self.row_slots
+
+
+def _rows(tensor: Tensor, row_ids: Tensor | None) -> Tensor:
+    """Some rows of ``tensor``; all for None."""
+    return tensor if row_ids is None else tensor.index_select(0, row_ids)

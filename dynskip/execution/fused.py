@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from torch import Tensor
 from dynskip.controllers import HiddenStateGate, TokenContext
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step_shape import LayerBounds, StepShape
-from dynskip.kernels.row_list import RowList
+from dynskip.kernels.row_list import RowList, RowNorm
+from dynskip.models.decoder import Decoder, FusedLayer
 from dynskip.models.linear import Linear
 from dynskip.ops.row_ops import RowOps
 from dynskip.ops.row_reference import KV_POLICY_CODES
-
-if TYPE_CHECKING:
-    from dynskip.models.decoder import FusedLayer, OPTDecoder
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,9 @@ class DecodeBuffers:
     """The state of a decode step of up to M rows; row r of each buffer belongs to the sequence in row r.
 
     token_ids, position_ids: [M], int64. cache_ids: [M], int32, each row's sequence in the cache, -1 for an empty row.
-    hidden_states: [M, C], the residual stream. normed, query, attention: [M, C]. inner: [M, F]. logits: [M, V].
+    hidden_states: [M, C], the residual stream. normed: [M, C]. query, attention: [M, H * D]. inner: [M, F].
+    embedded: [M, E], between the residual stream and embedding or head, where these have another size; else empty.
+    logits: [M, V].
     active: [L, M], bool, which rows run which layer. all_ids: [M], int32, the rows of the step, then -1. The rest is
         what `plan_rows` makes of it.
     """
@@ -39,6 +38,7 @@ class DecodeBuffers:
     query: Tensor
     attention: Tensor
     inner: Tensor
+    embedded: Tensor
     logits: Tensor
     active: Tensor
     all_ids: Tensor
@@ -51,17 +51,16 @@ class DecodeBuffers:
     key_limits: Tensor
 
     @staticmethod
-    def of(decoder: OPTDecoder, vocab_size: int, max_rows: int) -> DecodeBuffers:
+    def of(decoder: Decoder, max_rows: int) -> DecodeBuffers:
         """Buffers of ``max_rows`` rows, on the device and in the dtype of ``decoder``; every row is empty."""
-        table = decoder.embed_positions.weight
-        layers = decoder.stack()
-        num_layers, size, ffn_size = len(layers), table.shape[1], layers[0].fc1.out_features
+        config, device = decoder.config, decoder.device
+        num_layers, size, heads_size = config.num_layers, config.hidden_size, config.num_heads * config.head_size
 
         def rows(*shape: int) -> Tensor:
-            return torch.zeros(max_rows, *shape, dtype=table.dtype, device=table.device)
+            return torch.zeros(max_rows, *shape, dtype=decoder.dtype, device=device)
 
         def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=table.device)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return DecodeBuffers(
             token_ids=integers(max_rows, dtype=torch.int64),
@@ -69,10 +68,11 @@ class DecodeBuffers:
             cache_ids=integers(max_rows).fill_(-1),
             hidden_states=rows(size),
             normed=rows(size),
-            query=rows(size),
-            attention=rows(size),
-            inner=rows(ffn_size),
-            logits=rows(vocab_size),
+            query=rows(heads_size),
+            attention=rows(heads_size),
+            inner=rows(config.ffn_size),
+            embedded=rows(config.embedding_size if decoder.project_in is not None else 0),
+            logits=rows(config.vocab_size),
             active=integers(num_layers, max_rows, dtype=torch.bool),
             all_ids=integers(max_rows).fill_(-1),
             num_rows=integers(1),
@@ -103,28 +103,31 @@ class FusedDecode:
 
     def __init__(
         self,
-        decoder: OPTDecoder,
+        decoder: Decoder,
         lm_head: Linear,
         cache: KVCache,
         max_rows: int,
         ops: RowOps,
         deterministic: bool = False,
     ) -> None:
-        reason = decoder.why_not_fused()
-        if reason is not None:
-            raise ValueError(f"FusedDecode: the model must be one that the fused kernels know, but {reason}.")
         self.decoder = decoder
-        self.k_cache, self.v_cache = cache.k_cache, cache.v_cache
+        self.config = decoder.config
+        self.k_cache, self.v_cache, self.slot_positions = cache.k_cache, cache.v_cache, cache.slot_positions
         self.slot_tables, self.context_lens = cache.slot_tables, cache.context_lens
         self.free_slots, self.slot_cursor = cache.free_slots, cache.slot_cursor
         self.max_rows = max_rows
         self.ops = ops
         self.deterministic = deterministic
-        self.layers: list[FusedLayer] = [layer.fused() for layer in decoder.stack()]
-        self.final_norm = decoder.final_norm()
-        self.head_weight = lm_head.dense_weight()
-        self.buffers = DecodeBuffers.of(decoder, lm_head.out_features, max_rows)
-        first = self.layers[0]
+        self.layers = decoder.stack()
+        self.weights: list[FusedLayer] = [layer.fused() for layer in self.layers]
+        self.final_norm = None if decoder.final_norm is None else decoder.final_norm.of_rows()
+        self.head_weight, self.head_bias = lm_head.dense_weight(), lm_head.bias
+        self.project_in, self.project_out = (
+            None if linear is None else linear.dense_weight() for linear in (decoder.project_in, decoder.project_out)
+        )
+        self.cos_sin, self.slopes = decoder.cos_sin, decoder.slopes
+        self.buffers = DecodeBuffers.of(decoder, max_rows)
+        first = self.weights[0]
         self.workspace = ops.workspace(
             max_rows=max_rows,
             num_heads=cache.k_cache.shape[1],
@@ -202,46 +205,88 @@ class FusedDecode:
         buffers, ops = self.buffers, self.ops
         if shape.controller is None:
             self._plan(shape, 0, len(self.layers))
-        decoder = self.decoder
-        ops.embed_rows(
-            buffers.token_ids,
-            buffers.position_ids,
-            self._all_rows(shape.max_rows),
-            decoder.embed_tokens.weight,
-            decoder.embed_positions.weight,
-            decoder.position_offset,
-            buffers.hidden_states,
-        )
+        decoder, rows = self.decoder, self._all_rows(shape.max_rows)
+        tokens, table, offset = decoder.embed_tokens.weight, decoder.embed_positions, self.config.position_offset
+        positions, states = buffers.position_ids, buffers.hidden_states
+        if self.project_in is None:
+            table_weight = None if table is None else table.weight
+            ops.embed_rows(buffers.token_ids, positions, rows, tokens, table_weight, offset, states)
+        else:
+            ops.embed_rows(buffers.token_ids, positions, rows, tokens, None, 0, buffers.embedded)
+            if table is None:
+                states.zero_()
+            else:
+                ops.embed_rows(positions, positions, rows, table.weight[offset:], None, 0, states)
+            ops.linear_add_rows(
+                buffers.embedded, rows, self.project_in, None, states, self.workspace, self.deterministic
+            )
+        if decoder.embed_norm is not None:
+            ops.norm_rows(states, rows, decoder.embed_norm.of_rows(), states)
 
     def layer(self, shape: StepShape, bounds: LayerBounds) -> None:
         """Run one layer for the rows that the plan, or the controller, gives it."""
         index = bounds.layer
         if shape.controller is not None:
             self._decide(shape, index)
-        buffers, ops, layer = self.buffers, self.ops, self.layers[index]
-        hidden_states, normed = buffers.hidden_states, buffers.normed
-        num_run, num_kv = buffers.counts[0, index : index + 1], buffers.counts[1, index : index + 1]
+        counts = self.buffers.counts
+        num_run, num_kv = counts[0, index : index + 1], counts[1, index : index + 1]
         if bounds.max_kv:
-            ops.qkv_rows(
-                hidden_states,
-                RowList(buffers.kv_ids[index], num_kv, bounds.max_kv),
-                num_run,
-                layer.attention_norm,
-                layer.qkv_weight,
-                layer.qkv_bias,
-                buffers.query,
-                self.k_cache,
-                self.v_cache,
-                buffers.slots[index],
-                normed,
-                self.deterministic,
-            )
-        if not bounds.max_run:
-            return
-        run = RowList(buffers.run_ids[index], num_run, bounds.max_run)
-        ops.attend_rows(
+            self._project(index, RowList(self.buffers.kv_ids[index], num_kv, bounds.max_kv), num_run)
+        if bounds.max_run:
+            run = RowList(self.buffers.run_ids[index], num_run, bounds.max_run)
+            self._attend(index, run)
+            self._finish(index, run)
+
+    def head(self, max_rows: int) -> None:
+        """Leave the logits of every row in ``buffers.logits``; max_rows: the bucket of the step."""
+        buffers, rows = self.buffers, self._all_rows(max_rows)
+        states, norm = buffers.hidden_states, self.final_norm
+        if self.project_out is not None:
+            self._multiply(states, rows, norm, self.project_out, None, buffers.embedded)
+            states, norm = buffers.embedded, None
+        self._multiply(states, rows, norm, self.head_weight, self.head_bias, buffers.logits)
+
+    def _project(self, index: int, rows: RowList, num_run: Tensor) -> None:
+        """Queries of the rows of a layer into ``buffers.query``, keys and values into the cache."""
+        buffers, ops, layer, weights = self.buffers, self.ops, self.layers[index], self.weights[index]
+        ops.qkv_rows(
+            buffers.hidden_states,
+            rows,
+            num_run,
+            layer.attention_norm.of_rows() if self.config.norm_first else None,
+            weights.qkv_weight,
+            weights.qkv_bias,
             buffers.query,
-            run,
+            self.k_cache,
+            self.v_cache,
+            buffers.slots[index],
+            buffers.normed,
+            self.deterministic,
+        )
+        if self.cos_sin is not None:
+            q_norm, k_norm = layer.q_norm, layer.k_norm
+            ops.rotate_rows(
+                buffers.query,
+                rows,
+                self.k_cache,
+                buffers.slots[index],
+                buffers.position_ids,
+                self.cos_sin,
+                None if q_norm is None else q_norm.weight,
+                None if k_norm is None else k_norm.weight,
+                self.config.norm_eps,
+            )
+        if self.slot_positions is not None:
+            ops.place_rows(rows, buffers.slots[index], buffers.position_ids, self.slot_positions)
+
+    def _attend(self, index: int, rows: RowList) -> None:
+        buffers, layer = self.buffers, self.layers[index]
+        by_position: tuple[Tensor | int | None, ...] = ()
+        if self.slopes is not None or layer.window:
+            by_position = (self.slopes, layer.window, buffers.position_ids, self.slot_positions)
+        self.ops.attend_rows(
+            buffers.query,
+            rows,
             self.k_cache,
             self.v_cache,
             self.slot_tables[index],
@@ -251,42 +296,52 @@ class FusedDecode:
             buffers.attention,
             self.workspace,
             self.deterministic,
-        )
-        attended = buffers.attention
-        ops.linear_add_rows(
-            attended, run, layer.out_weight, layer.out_bias, hidden_states, self.workspace, self.deterministic
-        )
-        ops.linear_rows(
-            hidden_states,
-            run,
-            layer.ffn_norm,
-            layer.fc1_weight,
-            layer.fc1_bias,
-            "relu",
-            False,
-            buffers.inner,
-            normed,
-            self.deterministic,
-        )
-        ops.linear_add_rows(
-            buffers.inner, run, layer.fc2_weight, layer.fc2_bias, hidden_states, self.workspace, self.deterministic
+            *by_position,
         )
 
-    def head(self, max_rows: int) -> None:
-        """Leave the logits of every row in ``buffers.logits``; max_rows: the bucket of the step."""
-        buffers = self.buffers
-        self.ops.linear_rows(
-            buffers.hidden_states,
-            self._all_rows(max_rows),
-            self.final_norm,
-            self.head_weight,
-            None,
-            "none",
-            False,
-            buffers.logits,
-            buffers.normed,
-            self.deterministic,
+    def _finish(self, index: int, rows: RowList) -> None:
+        """Add attention and feed-forward of a layer to the residual stream."""
+        buffers, config, weights = self.buffers, self.config, self.weights[index]
+        states = buffers.hidden_states
+        attention_norm, ffn_norm = (
+            norm.of_rows() for norm in (self.layers[index].attention_norm, self.layers[index].feed_forward_norm)
         )
+        if not config.parallel:
+            self._add(buffers.attention, rows, weights.out_weight, weights.out_bias, attention_norm)
+        self._multiply(
+            states,
+            rows,
+            ffn_norm if config.norm_first else None,
+            weights.fc1_weight,
+            weights.fc1_bias,
+            buffers.inner,
+            config.activation,
+            config.gated,
+        )
+        if config.parallel:
+            self._add(buffers.attention, rows, weights.out_weight, weights.out_bias, attention_norm)
+        self._add(buffers.inner, rows, weights.fc2_weight, weights.fc2_bias, ffn_norm)
+
+    def _multiply(
+        self,
+        x: Tensor,
+        rows: RowList,
+        norm: RowNorm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        activation: str = "none",
+        gated: bool = False,
+    ) -> None:
+        normed = self.buffers.normed
+        self.ops.linear_rows(x, rows, norm, weight, bias, activation, gated, out, normed, self.deterministic)
+
+    def _add(self, x: Tensor, rows: RowList, weight: Tensor, bias: Tensor | None, norm: RowNorm) -> None:
+        """Add a product to the residual stream; norm: that of post-norm models, which follows it."""
+        states = self.buffers.hidden_states
+        self.ops.linear_add_rows(x, rows, weight, bias, states, self.workspace, self.deterministic)
+        if not self.config.norm_first:
+            self.ops.norm_rows(states, rows, norm, states)
 
     def _all_rows(self, max_rows: int) -> RowList:
         return RowList(self.buffers.all_ids, self.buffers.num_rows, max_rows)

@@ -82,7 +82,8 @@ class KVCache:
     two layers may share an entry. ``slot_tables[l, b, i]`` is the pool slot of the i-th entry of sequence b in layer l.
     Sequences may share entries, too: a slot is free again when the last of its owners is released.
 
-    k_cache, v_cache: [num_slots, H, D], the pool.
+    k_cache, v_cache: [num_slots, G, D], the pool.
+    slot_positions: [num_slots], int32, where the token of each slot stands, or None where attention does not ask.
     slot_tables: [L, B, S_max], int32, undefined behind a sequence's entries; -1 where nothing was ever stored.
     context_lens: [L, B], int32, the number of entries.
     free_slots: [num_slots], int32: from place ``num_slots_used`` on the free slots.
@@ -101,11 +102,13 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        has_positions: bool = False,
     ) -> None:
         check_fork()
         shape = (num_slots, num_heads, head_size)
         table_bytes = num_layers * num_seqs * max_context_len * 4
-        needed_bytes = num_slots * (2 * num_heads * head_size * dtype.itemsize + BYTES_PER_SLOT) + table_bytes
+        entry_bytes = 2 * num_heads * head_size * dtype.itemsize + BYTES_PER_SLOT + (4 if has_positions else 0)
+        needed_bytes = num_slots * entry_bytes + table_bytes
         free_bytes = available_bytes(device)
         if needed_bytes > free_bytes:
             slot_bytes = needed_bytes / max(num_slots, 1)
@@ -117,6 +120,7 @@ class KVCache:
             )
         self.k_cache = torch.empty(shape, dtype=dtype, device=device)
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
+        self.slot_positions = torch.zeros(num_slots, dtype=torch.int32, device=device) if has_positions else None
         self.slot_tables = torch.full((num_layers, num_seqs, max_context_len), -1, dtype=torch.int32, device=device)
         self.context_lens = torch.zeros((num_layers, num_seqs), dtype=torch.int32, device=device)
         self.num_slots = num_slots
@@ -135,8 +139,15 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes held by entries, tables and the list of slots."""
-        tensors = (self.k_cache, self.v_cache, self.slot_tables, self.context_lens, self._places)
-        return self.pool.num_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = (
+            self.k_cache,
+            self.v_cache,
+            self.slot_positions,
+            self.slot_tables,
+            self.context_lens,
+            self._places,
+        )
+        return self.pool.num_bytes + sum(held.numel() * held.element_size() for held in tensors if held is not None)
 
     def holds(self, num_seqs: int, max_context_len: int, num_slots: int) -> bool:
         """Whether the whole cache would do for a batch of that size."""
@@ -214,8 +225,9 @@ class KVCache:
         context_lens.index_add_(0, index.table_ids, torch.ones_like(slots))
         return key_limits
 
-    def gather(self, layer: int, cache_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of all keys and values, each [S, H, D], of some sequences in one layer, and their cu_seqlens [B + 1].
+    def gather(self, layer: int, cache_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Copies of all keys and values, each [S, G, D], of some sequences in one layer, their cu_seqlens [B + 1], and
+        their positions [S], int32, or None where the cache has none.
 
         cache_ids: [B], int64, the sequences.
         """
@@ -223,7 +235,8 @@ class KVCache:
         cu_seqlens = torch.zeros(len(cache_ids) + 1, dtype=torch.int32, device=context_lens.device)
         torch.cumsum(context_lens, 0, dtype=torch.int32, out=cu_seqlens[1:])
         slots = self.slot_tables[layer, cache_ids][self._places < context_lens[:, None]].long()
-        return self.k_cache[slots], self.v_cache[slots], cu_seqlens
+        positions = None if self.slot_positions is None else self.slot_positions[slots]
+        return self.k_cache[slots], self.v_cache[slots], cu_seqlens, positions
 
     def fork(self, source: int, target: int) -> None:
         """Make the empty sequence ``target`` begin with all entries of ``source``: shared, not copied."""

@@ -4,44 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynskip.execution.executor import Executor
 from dynskip.execution.step import RowCounts, Step
+from dynskip.models.decoder import Decoder, DecoderLayer, Positions
+from dynskip.models.linear import Linear
 from dynskip.ops import reference
 from dynskip.routing.plan import LayerPlan, RowSet
 
-if TYPE_CHECKING:
-    from dynskip.models.decoder import OPTDecoder, OPTDecoderLayer
-    from dynskip.models.linear import Linear
+# The keys and values, each [S, G, D], and the positions, [S], int64, of some entries.
+Entries = tuple[Tensor, Tensor, Tensor]
 
 
 class ReferenceCache:
-    """Keys and values, each [S, H, D], of every (layer, cache sequence) that has any."""
+    """The entries of every (layer, cache sequence) that has any."""
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.entries: dict[tuple[int, int], Entries] = {}
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(2 * key.numel() * key.element_size() for key, _ in self.entries.values())
+        return sum(2 * key.numel() * key.element_size() for key, _, _ in self.entries.values())
 
-    def append(self, layer: int, seq: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of ``seq`` in ``layer``, the new ones ([R, H, D] each) last."""
-        if (layer, seq) in self.entries:
-            old_key, old_value = self.entries[layer, seq]
-            key, value = torch.cat([old_key, key]), torch.cat([old_value, value])
-        self.entries[layer, seq] = key, value
-        return key, value
+    def append(self, layer: int, seq: int, new: Entries) -> Entries:
+        """All entries of ``seq`` in ``layer``, the ``new`` ones last."""
+        old = self.entries.get((layer, seq), ())
+        key, value, positions = (torch.cat(parts) for parts in zip(old, new, strict=True)) if old else new
+        self.entries[layer, seq] = key, value, positions
+        return key, value, positions
 
     @property
     def num_slots_used(self) -> int:
         """How many entries all sequences hold; one that several hold counts once for each."""
-        return sum(key.shape[0] for key, _ in self.entries.values())
+        return sum(key.shape[0] for key, _, _ in self.entries.values())
 
     def clear(self) -> None:
         """Forget all entries."""
@@ -65,7 +65,7 @@ class ReferenceCache:
 
         For sequences with a fixed path, whose layers hold entries of all their tokens, or none.
         """
-        lengths = {key.shape[0] for (_, seq), (key, _) in self.entries.items() if seq == source}
+        lengths = {key.shape[0] for (_, seq), (key, _, _) in self.entries.items() if seq == source}
         assert len(lengths) <= 1, "layers of the source hold different tokens"
         assert all(length >= num_tokens for length in lengths), "the source holds fewer tokens"
         self._begin(source, target, num_tokens)
@@ -83,23 +83,23 @@ class ReferenceCache:
 
     def _begin(self, source: int, target: int, num_tokens: int | None) -> None:
         assert all(seq != target for _, seq in self.entries), "the target of a fork holds entries"
-        for (layer, seq), (key, value) in list(self.entries.items()):
+        for (layer, seq), (key, value, positions) in list(self.entries.items()):
             if seq == source:
-                self.entries[layer, target] = key[:num_tokens], value[:num_tokens]
+                self.entries[layer, target] = key[:num_tokens], value[:num_tokens], positions[:num_tokens]
 
 
 @dataclass(frozen=True)
 class ReferenceMark:
-    """The keys and values of some sequences at one time: see `ReferenceCache.mark`."""
+    """The entries of some sequences at one time: see `ReferenceCache.mark`."""
 
     cache_ids: tuple[int, ...]
-    entries: dict[tuple[int, int], tuple[Tensor, Tensor]]
+    entries: dict[tuple[int, int], Entries]
 
 
 class ReferenceExecutor(Executor[ReferenceCache]):
     """Runs steps one sequence at a time with F.linear and F.layer_norm: slow, obvious, and differentiable."""
 
-    def __init__(self, decoder: OPTDecoder, lm_head: Linear) -> None:
+    def __init__(self, decoder: Decoder, lm_head: Linear) -> None:
         self.decoder = decoder
         self.lm_head = lm_head
         self.row_counts = RowCounts(len(decoder.layers))
@@ -117,7 +117,7 @@ class ReferenceExecutor(Executor[ReferenceCache]):
         cache_ids = step.cache_ids.tolist()
         cache = ReferenceCache() if cache is None else cache
         hidden_states = self.decoder.embed(step.token_ids, step.position_ids)
-        # Keys and values by row, [N, H, D]: SHARE reuses those of the last layer that a row ran.
+        # Keys and values by row, [N, G, D]: SHARE reuses those of the last layer that a row ran.
         last: list[tuple[Tensor, Tensor] | None] = [None] * num_seqs
         for index, layer in enumerate(self.decoder.stack()):
             if on_layer is not None:
@@ -127,40 +127,43 @@ class ReferenceExecutor(Executor[ReferenceCache]):
             for seq in range(num_seqs):
                 begin, end = bounds[seq], bounds[seq + 1]
                 part, rows = _SequencePart.of(plan, seq, begin), hidden_states[begin:end]
-                done, last[seq] = self._run_layer(index, layer, part, rows, last[seq], cache, cache_ids[seq])
+                positions = Positions(step.position_ids[begin:end], self.decoder.cos_sin)
+                done, last[seq] = self._run_layer(index, layer, part, rows, positions, last[seq], cache, cache_ids[seq])
                 parts.append(done)
             hidden_states = torch.cat(parts)
         return hidden_states
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
-        return nn.functional.linear(self.decoder.finish(hidden_states), self.lm_head.dense_weight())
+        states = self.decoder.finish(hidden_states)
+        return nn.functional.linear(states, self.lm_head.dense_weight(), self.lm_head.bias)
 
     def _run_layer(
         self,
         index: int,
-        layer: OPTDecoderLayer,
+        layer: DecoderLayer,
         part: _SequencePart,
         rows: Tensor,
+        positions: Positions,
         last: tuple[Tensor, Tensor] | None,
         cache: ReferenceCache,
         cache_id: int,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         if not part.entries.numel():
             return rows, last
-        key, value = layer.key_value(rows[part.kv])
+        key, value = layer.key_value(rows[part.kv], positions.of(part.kv))
         self.row_counts.add(index, num_kv=key.shape[0])
         if last is None:
             shape = (rows.shape[0], *key.shape[1:])
             last = rows.new_zeros(shape), rows.new_zeros(shape)
         # index_copy, not assignment: the caller may want gradients through every key and value.
         last = last[0].index_copy(0, part.kv, key), last[1].index_copy(0, part.kv, value)
-        new_keys, new_values = last[0][part.entries], last[1][part.entries]
-        keys, values = cache.append(index, cache_id, new_keys, new_values)
+        new = last[0][part.entries], last[1][part.entries], positions.ids[part.entries]
+        keys, values, key_positions = cache.append(index, cache_id, new)
         if not part.run.numel():
             return rows, last
-        num_old = keys.shape[0] - new_keys.shape[0]
-        query = layer.query(rows[part.run])
+        num_old = keys.shape[0] - new[0].shape[0]
+        query = layer.query(rows[part.run], positions.of(part.run))
         self.row_counts.add(index, num_run=query.shape[0])
         attention = reference.prefill_attention(
             query,
@@ -170,6 +173,10 @@ class ReferenceExecutor(Executor[ReferenceCache]):
             torch.tensor([0, keys.shape[0]], dtype=torch.int32, device=rows.device),
             part.key_ranks + num_old,
             layer.scale,
+            self.decoder.slopes,
+            layer.window,
+            positions.ids[part.run],
+            key_positions,
         )
         return rows.index_copy(0, part.run, layer.output(rows[part.run], attention)), last
 

@@ -29,14 +29,16 @@ class Products:
                 rows[size] = torch.randn(size).to(model.dtype)
             self._work.append((linear, activation, rows[size]))
 
-        for layer, num_rows in zip(model.model.decoder.layers, mix.rows_per_layer, strict=True):
+        for layer, num_rows in zip(model.decoder.layers, mix.rows_per_layer, strict=True):
             if num_rows:
                 for linear in matrices(layer):
-                    activation = "relu" if linear is layer.fc1 and layer.fused_relu else "none"
+                    config = model.decoder_config
+                    is_inner = linear is layer.fc1 and not config.gated
+                    activation = config.activation if is_inner else "none"
                     add(linear, num_rows, activation)
         for projection, num_rows in (
-            (model.model.decoder.project_in, mix.num_rows),
-            (model.model.decoder.project_out, mix.num_head_rows),
+            (model.decoder.project_in, mix.num_rows),
+            (model.decoder.project_out, mix.num_head_rows),
         ):
             if projection is not None and num_rows:
                 add(projection, num_rows)
@@ -64,9 +66,9 @@ class Embedding:
     """The embedding of a step's tokens: the part of it that is neither product nor overhead."""
 
     def __init__(self, model: CausalLM, num_rows: int) -> None:
-        self._decoder = model.model.decoder
-        self._token_ids = torch.randint(0, model.config.vocab_size, (num_rows,))
-        self._position_ids = torch.arange(num_rows) % model.config.max_position_embeddings
+        self._decoder = model.decoder
+        self._token_ids = torch.randint(0, model.decoder_config.vocab_size, (num_rows,))
+        self._position_ids = torch.arange(num_rows) % model.decoder_config.max_positions
 
     @torch.no_grad()
     def run(self) -> None:

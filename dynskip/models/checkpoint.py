@@ -8,13 +8,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, OPTConfig
-from transformers import OPTForCausalLM as HFOPTForCausalLM
+from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dynskip.models.config import DecoderConfig
 from dynskip.models.linear import Linear
-from dynskip.models.source import EMBEDDING, HEAD, Source
+from dynskip.models.registry import get_architecture
+from dynskip.models.source import Source
 from dynskip.models.source_files import one_line, read_source
 from dynskip.models.source_model import source_of
+from dynskip.models.weights import EMBEDDING, HEAD, StoredWeights, stored_names, to_stored
 from dynskip.ops.backends import resolve_backend
 from dynskip.ops.checks import find_dtype
 
@@ -22,7 +25,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def load(
-    make_model: Callable[[OPTConfig], _Model],
+    make_model: Callable[[Any], _Model],
     source: str | Path,
     dtype: torch.dtype | str,
     device: torch.device | str,
@@ -34,24 +37,27 @@ def load(
     return _convert(make_model, read_source(source), found_dtype, found_device, backend, pack, from_files=True)
 
 
-def convert(make_model: Callable[[OPTConfig], _Model], hf_model: HFOPTForCausalLM, backend: str, pack: bool) -> _Model:
+def convert(make_model: Callable[[Any], _Model], hf_model: nn.Module, backend: str, pack: bool) -> _Model:
     """The model with copies of a transformers model's weights; see CausalLM.from_hf."""
     source = source_of(hf_model)
-    like = source.tensors[EMBEDDING]
+    like = source.tensors[stored_names(source.architecture, EMBEDDING)[0]]
     return _convert(make_model, source, like.dtype, like.device, backend, pack, from_files=False)
 
 
-def save(weights: Mapping[str, Tensor], config: OPTConfig, dtype: torch.dtype, directory: Path) -> None:
+def save(
+    weights: Mapping[str, Tensor], config: Any, decoder_config: DecoderConfig, dtype: torch.dtype, directory: Path
+) -> None:
     """Write configs and safetensors, sharded above 5 GB; see CausalLM.save_pretrained."""
     from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
-    state = {key: _own_storage(value) for key, value in weights.items()}
+    architecture = get_architecture(config.model_type)
+    if decoder_config.is_head_tied:
+        weights = {key: tensor for key, tensor in weights.items() if key != HEAD}
+    state = {name: _own_storage(held) for name, held in to_stored(architecture, decoder_config, weights)}
     config = type(config).from_dict(config.to_dict())
-    if config.tie_word_embeddings:
-        del state[HEAD]
     config.dtype = dtype
-    config.architectures = ["OPTForCausalLM"]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(directory)
     # The ends that the config names: an older file in the folder would overrule them.
     ends = GenerationConfig(
@@ -64,7 +70,7 @@ def save(weights: Mapping[str, Tensor], config: OPTConfig, dtype: torch.dtype, d
 def _own_storage(tensor: Tensor) -> Tensor:
     """``tensor``, or a copy where it is a part of something larger, which safetensors does not write."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor.detach() if whole else tensor.detach().clone()
+    return tensor.detach().contiguous() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _find_device(device: torch.device | str) -> torch.device:
@@ -79,7 +85,7 @@ def _find_device(device: torch.device | str) -> torch.device:
 
 
 def _convert(
-    make_model: Callable[[OPTConfig], _Model],
+    make_model: Callable[[Any], _Model],
     source: Source,
     dtype: torch.dtype,
     device: torch.device,
@@ -91,18 +97,22 @@ def _convert(
     with torch.device("meta"):
         model: Any = make_model(source.config)  # with a head called lm_head, which may be tied
     use_native = resolve_backend(backend, device).name == "native"
+    is_tied = source.decoder_config.is_head_tied
+    keys = [key for key, _ in model.named_parameters() if not (is_tied and key == HEAD)]
+    stored = StoredWeights(source.architecture, source.decoder_config, source.tensors, keys)
     for module_name, module in model.named_modules():
         for name in [name for name, _ in module.named_parameters(recurse=False)]:
             key = f"{module_name}.{name}"
-            if key == HEAD and source.config.tie_word_embeddings:
+            if key == HEAD and is_tied:
                 continue
             # A loaded weight may be a view of the mapped file, which stays resident as long as any view lives.
             to_be_packed = pack and isinstance(module, Linear) and name == "weight"
-            tensor = source.tensors.pop(key).detach()
-            held = tensor.to(device, dtype, copy=not (from_files and to_be_packed))
+            tensor = stored.take(key)
+            held = tensor.to(device, dtype, copy=not (from_files and to_be_packed)).contiguous()
             if not torch.isfinite(held).all():
+                name_there = stored_names(source.architecture, key)[0]
                 raise ValueError(
-                    f"{source.function}: {key} must hold finite numbers only, got NaN or infinity. "
+                    f"{source.function}: {name_there} must hold finite numbers only, got NaN or infinity. "
                     "The checkpoint is damaged, or its numbers do not fit the dtype."
                 )
             del tensor
@@ -110,7 +120,7 @@ def _convert(
         if pack and isinstance(module, Linear) and module is not model.lm_head:
             module.pack_(use_native)
     assert not source.tensors, "every tensor of a source is a parameter of the model"
-    if source.config.tie_word_embeddings:
+    if is_tied:
         model.tie_head_()
     if pack:
         model.lm_head.pack_(use_native)

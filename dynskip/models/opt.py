@@ -1,31 +1,24 @@
-"""What is OPT's own, as data: its config read into a `DecoderConfig`."""
+"""What is OPT's own (arXiv 2205.01068)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from dynskip.models.architecture import Architecture, activation_of, head_size_of
 from dynskip.models.config import DecoderConfig
 
-MODEL_TYPE = "opt"
 POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """The decoder of transformers' ``OPTConfig``. Raises ValueError where none can be built of it."""
-    if config.num_hidden_layers < 1:
-        raise ValueError(f"CausalLM: num_hidden_layers must be at least 1, got {config.num_hidden_layers}.")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"CausalLM: num_attention_heads must divide hidden_size {config.hidden_size}, "
-            f"got {config.num_attention_heads}."
-        )
+    """The decoder of transformers' ``OPTConfig``."""
     return DecoderConfig(
-        architecture=MODEL_TYPE,
+        architecture="opt",
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
-        head_size=config.hidden_size // config.num_attention_heads,
+        head_size=head_size_of(config),
         ffn_size=config.ffn_dim,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
@@ -34,16 +27,53 @@ def decoder_config(config: Any) -> DecoderConfig:
         norm_first=config.do_layer_norm_before,
         final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm,
         position_offset=POSITION_OFFSET,
-        activation=config.activation_function,
-        has_bias=config.enable_bias,
+        activation=activation_of(config, "activation_function"),
+        qkv_bias=config.enable_bias,
+        out_bias=config.enable_bias,
+        mlp_bias=config.enable_bias,
         is_head_tied=config.tie_word_embeddings,
     )
+
+
+OPT = Architecture(
+    model_type="opt",
+    decoder_config=decoder_config,
+    sizes=(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "ffn_dim",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "word_embed_proj_dim",
+    ),
+    prefix="model.",
+    layers="decoder.layers",
+    base={
+        "embed_tokens": "decoder.embed_tokens",
+        "embed_positions": "decoder.embed_positions",
+        "project_in": "decoder.project_in",
+        "project_out": "decoder.project_out",
+        "final_norm": "decoder.final_layer_norm",
+    },
+    layer={
+        "attention_norm": "self_attn_layer_norm",
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
+        "v_proj": "self_attn.v_proj",
+        "out_proj": "self_attn.out_proj",
+        "ffn_norm": "final_layer_norm",
+        "fc1": "fc1",
+        "fc2": "fc2",
+    },
+    derived=("decoder.version",),
+)
 
 
 def opt_shape(num_layers: int, hidden_size: int, num_heads: int, ffn_size: int | None = None) -> DecoderConfig:
     """The decoder of a published OPT model of these sizes; ffn_size: None for four times the hidden size."""
     return DecoderConfig(
-        architecture=MODEL_TYPE,
+        architecture="opt",
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,

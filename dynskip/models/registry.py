@@ -6,21 +6,47 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.assets import find_model
-from dynskip.models import opt
+from dynskip.models.architecture import Architecture
+from dynskip.models.bloom import BLOOM
 from dynskip.models.config import DecoderConfig
+from dynskip.models.gpt2 import GPT2
+from dynskip.models.gpt_neox import GPT_NEOX
+from dynskip.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from dynskip.models.opt import OPT
 from dynskip.models.shapes import SHAPES
 
-ARCHITECTURES = {opt.MODEL_TYPE: opt}
+ARCHITECTURES = {
+    architecture.model_type: architecture for architecture in (OPT, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BLOOM, GPT2)
+}
+
+
+def get_architecture(model_type: str) -> Architecture:
+    """The architecture of that name. Raises ValueError for an unknown one."""
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"CausalLM: config must describe a model of type {', '.join(ARCHITECTURES)}, got model_type "
+            f"{model_type!r}. Other architectures are not supported."
+        )
+    return ARCHITECTURES[model_type]
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """The decoder that a config of transformers describes. Raises ValueError where it is none of ``ARCHITECTURES``."""
-    if config.model_type not in ARCHITECTURES:
+    """The decoder that a config of transformers describes.
+
+    Raises ValueError where it is none of ``ARCHITECTURES``, or cannot be built.
+    """
+    architecture = get_architecture(config.model_type)
+    for size in architecture.sizes:
+        value = getattr(config, size)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"CausalLM: {size} must be an integer of at least 1, got {value!r}.")
+    decoder = architecture.decoder_config(config)
+    if decoder.num_heads % decoder.num_kv_heads:
         raise ValueError(
-            f"CausalLM: config must describe a model of type {', '.join(ARCHITECTURES)}, got model_type "
-            f"{config.model_type!r}. Other architectures are not supported."
+            f"CausalLM: num_key_value_heads must divide num_attention_heads {decoder.num_heads}, "
+            f"got {decoder.num_kv_heads}."
         )
-    return ARCHITECTURES[config.model_type].decoder_config(config)
+    return decoder
 
 
 def read_decoder_config(model: str) -> DecoderConfig:

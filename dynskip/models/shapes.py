@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dynskip.models.bloom import bloom_shape
 from dynskip.models.config import DecoderConfig
+from dynskip.models.gpt2 import gpt2_shape
+from dynskip.models.gpt_neox import gpt_neox_shape
+from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape
 
-# The published models whose layers all have one size (350m's embedding has another), and two that were not published:
+# OPT: the published models whose layers all have one size (350m's embedding has another), and two that were not published:
 # they have opt-1.3b's depth, so that the same paths apply, and fit into less memory.
 DEFAULT_SHAPE = "opt-1.3b"
 SHAPES = {
@@ -18,6 +22,13 @@ SHAPES = {
     "opt-13b": opt_shape(40, 5120, 40),
     "opt-30b": opt_shape(48, 7168, 56),
     "opt-66b": opt_shape(64, 9216, 72),
+    "smollm2-135m": llama_shape(30, 576, 9, 3, 1536, 49152, 8192, 1e5),
+    "llama-3.2-1b": llama_shape(16, 2048, 32, 8, 8192, 128256, 131072, 5e5),
+    "llama-3-8b": llama_shape(32, 4096, 32, 8, 14336, 128256, 8192, 5e5, is_head_tied=False),
+    "qwen3-1.7b": llama_shape(28, 2048, 16, 8, 6144, 151936, 40960, 1e6, architecture="qwen3", head_size=128),
+    "pythia-1.4b": gpt_neox_shape(24, 2048, 16, 8192, 50304),
+    "bloom-1b7": bloom_shape(24, 2048, 16),
+    "gpt2": gpt2_shape(12, 768, 12),
 }
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTConfig
 
-from dynskip.models.decoder import OPTModel
+from dynskip.models.architecture import Architecture
+from dynskip.models.config import DecoderConfig
+from dynskip.models.decoder import Decoder
+from dynskip.models.linear import Linear
+from dynskip.models.registry import decoder_config, get_architecture
+from dynskip.models.weights import EMBEDDING, HEAD, stored_names, stored_shapes
 from dynskip.ops.checks import dtype_name
 
-HEAD, EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
-# Tensors that carry nothing of the model: the number of the format that a file was converted from.
-IGNORED = frozenset({"model.decoder.version"})
 # float64 is what results are compared with; the ops take the others.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What a config may say that plain OPT knows nothing of, and what to do about it.
@@ -31,32 +32,43 @@ class Source:
     """A model that is to be converted. Made by `Source.of`, which checks its parts.
 
     function: what asks for it; errors begin with it. name: what they call the source.
-    config: untied where the tensors hold a head of their own.
-    tensors: every parameter of CausalLM by its name, in the shape that the config says; a tied head is left out.
+    config: transformers', untied where the tensors hold a head of their own. decoder_config: ours, of it.
+    tensors: by transformers' names, every one that the config says, in its shape; a tied head is left out.
     """
 
     function: str
     name: str
-    config: OPTConfig
-    tensors: dict[str, Tensor]
+    config: Any
+    architecture: Architecture
+    decoder_config: DecoderConfig
+    tensors: MutableMapping[str, Tensor]
 
     @staticmethod
-    def of(function: str, name: str, config: OPTConfig, tensors: Mapping[str, Tensor]) -> Source:
+    def of(function: str, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Source:
         """The source of a config and of all tensors, buffers included, that came with it; reads values of heads only.
 
-        Raises ValueError that names the tensor where one is missing, has another shape, is no plain tensor in memory,
-        or has no place in the model. A head beside a tied config unties the model, unless it is the embedding.
+        Names may lack the base's prefix, as where the model was saved without its head. Raises ValueError that names
+        the tensor where one is missing, has another shape, is no plain tensor in memory, or has no place in the model.
+        A head beside a tied config unties the model, unless it is the embedding.
         """
-        held = {key: tensor for key, tensor in tensors.items() if key not in IGNORED}
+        architecture = get_architecture(config.model_type)
+        [head], [embedding] = stored_names(architecture, HEAD), stored_names(architecture, EMBEDDING)
+        is_base = not any(key.startswith(architecture.prefix) for key in tensors)
+        held = {}
+        for key, tensor in tensors.items():
+            stored = head if key == HEAD else architecture.prefix + key if is_base and key != head else key
+            if not key.endswith(architecture.derived):
+                held[stored] = tensor
         for key in sorted(held):
             _check_tensor(f"{function}: {key} of {name}", held[key])
-        if config.tie_word_embeddings and HEAD in held:
-            if EMBEDDING not in held or _equal(held[HEAD], held[EMBEDDING]):
-                held[EMBEDDING] = held.pop(HEAD)
+        if config.tie_word_embeddings and head in held:
+            if embedding not in held or _equal(held[head], held[embedding]):
+                held[embedding] = held.pop(head)
             else:
                 config.tie_word_embeddings = False
-        _check_complete(function, name, held, _shapes(config))
-        return Source(function, name, config, held)
+        decoder = decoder_config(config)
+        _check_complete(function, name, held, _shapes(architecture, decoder))
+        return Source(function, name, config, architecture, decoder, held)
 
 
 def check_keys(function: str, name: str, config: Mapping[str, Any]) -> None:
@@ -64,7 +76,7 @@ def check_keys(function: str, name: str, config: Mapping[str, Any]) -> None:
     for key, remedy in _FOREIGN_KEYS.items():
         if config.get(key) is not None:
             raise ValueError(
-                f"{function}: config of {name} must describe a plain OPT model, got {key} {str(config[key])[:100]}. "
+                f"{function}: config of {name} must describe a plain model, got {key} {str(config[key])[:100]}. "
                 f"{remedy}"
             )
 
@@ -101,14 +113,13 @@ def _check_tensor(what: str, tensor: object) -> None:
         )
 
 
-def _shapes(config: OPTConfig) -> dict[str, torch.Size]:
+def _shapes(architecture: Architecture, config: DecoderConfig) -> dict[str, torch.Size]:
     """The shape of every tensor that a source of ``config`` holds, by name; a tied head is none of its own."""
     with torch.device("meta"):
-        model = OPTModel(config)
-    shapes = {f"model.{name}": parameter.shape for name, parameter in model.named_parameters()}
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = shapes[EMBEDDING]
-    return shapes
+        model = nn.ModuleDict({"decoder": Decoder(config)})
+        if not config.is_head_tied:
+            model["lm_head"] = Linear(config.embedding_size, config.vocab_size, bias=config.head_bias)
+    return stored_shapes(architecture, config, model)
 
 
 def _check_complete(function: str, name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

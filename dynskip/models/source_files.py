@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import OPTConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from dynskip.assets import find_model
-from dynskip.models.decoder import check_config
+from dynskip.models.registry import ARCHITECTURES, decoder_config
 from dynskip.models.source import Source, check_end_tokens, check_keys
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -35,7 +35,7 @@ def read_source(source: str | Path, function: str = "from_pretrained") -> Source
     return Source.of(function, name, config, _read_tensors(name, function))
 
 
-def read_config(source: str | Path, function: str) -> OPTConfig:
+def read_config(source: str | Path, function: str) -> Any:
     """The config in a directory or at a hub id, without its tensors; raises what `read_source` does."""
     return _read_config(_check_name(source, function), function)
 
@@ -85,26 +85,32 @@ def _refuse_adapter(name: str, file: str, function: str) -> NoReturn:
     )
 
 
-def _read_config(name: str, function: str) -> OPTConfig:
+def _read_config(name: str, function: str) -> Any:
     try:
-        values, _ = OPTConfig.get_config_dict(name)
+        values, _ = PreTrainedConfig.get_config_dict(name)
     except Exception as error:  # transformers and the hub raise types of their own: all say why in their text
         if Path(name).is_dir():
-            raise ValueError(f"{function}: {name} must hold an OPT config, got: {one_line(error)}") from error
+            raise ValueError(f"{function}: {name} must hold a config, got: {one_line(error)}") from error
         raise FileNotFoundError(
             f"{function}: {name} must be a directory, or a hub id within reach, got neither: {one_line(error)}"
         ) from error
     check_keys(function, name, values)
-    if values.get("model_type") != "opt":
+    return make_config(values, name, function)
+
+
+def make_config(values: dict[str, Any], name: str, function: str) -> Any:
+    """The config of transformers of these ``values``. Raises ValueError where no decoder can be built of it."""
+    model_type = values.get("model_type")
+    if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"{function}: {name} must hold an OPT model, got model_type {values.get('model_type')!r}. "
+            f"{function}: {name} must hold a model of type {', '.join(ARCHITECTURES)}, got model_type {model_type!r}. "
             "Other architectures are not supported."
         )
     try:
-        config = OPTConfig.from_dict(values)
+        config = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # the validators of transformers raise types of their own
-        raise ValueError(f"{function}: {name} must hold an OPT config, got: {one_line(error)}") from error
-    check_config(config)
+        raise ValueError(f"{function}: {name} must hold a config of {model_type}, got: {one_line(error)}") from error
+    decoder_config(config)
     config.name_or_path = name
     return config
 
@@ -128,12 +134,10 @@ def _read_tensors(name: str, function: str) -> dict[str, Tensor]:
             raise ValueError(
                 f"{function}: {name} must hold readable weights, got in {file.name}: {one_line(error)}"
             ) from error
-        # The decoder saved without its head is a level less deep.
-        prefix = "model." if all(key.startswith("decoder.") for key in held) else ""
         for key, tensor in held.items():
-            if prefix + key in tensors:
-                raise ValueError(f"{function}: {name} must hold {prefix + key} once, got another in {file.name}.")
-            tensors[prefix + key] = tensor
+            if key in tensors:
+                raise ValueError(f"{function}: {name} must hold {key} once, got another in {file.name}.")
+            tensors[key] = tensor
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""What a model of transformers holds, and whether it computes what plain OPT does."""
+"""What a model of transformers holds, and whether it computes what the plain class of its config does."""
 
 from __future__ import annotations
 
@@ -7,34 +7,53 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import OPTConfig
-from transformers import OPTForCausalLM as HFOPTForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dynskip.models.decoder import check_config
+from dynskip.models.registry import decoder_config
 from dynskip.models.source import Source, check_end_tokens, check_keys
 from dynskip.ops.checks import dtype_name
 
 _FUNCTION, _NAME = "from_hf", "the model"
-# What a module of OPT computes with besides its tensors.
-_SETTINGS = ("eps", "max_norm", "scaling", "num_heads", "do_layer_norm_before", "offset")
+# What a module computes with besides its tensors.
+_SETTINGS = (
+    "attention_scaling",
+    "do_layer_norm_before",
+    "eps",
+    "head_dim",
+    "head_size",
+    "inv_norm_factor",
+    "layer_type",
+    "max_norm",
+    "num_heads",
+    "offset",
+    "rotary_ndims",
+    "scaling",
+    "sliding_window",
+    "use_parallel_residual",
+    "variance_epsilon",
+)
 # transformers leaves these on a model that was once asked for hidden states; they change nothing.
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 
-def source_of(hf_model: HFOPTForCausalLM) -> Source:
+def source_of(hf_model: nn.Module) -> Source:
     """The source of a model in memory: its own tensors, and a config of its own.
 
-    Raises TypeError for another class of model; ValueError, naming the part, where the model is no plain OPT.
+    Raises TypeError for another class than the one with a language-modelling head; ValueError, naming the part, where
+    the model does not compute what that class does.
     """
-    if not isinstance(hf_model, HFOPTForCausalLM):
+    config: Any = getattr(hf_model, "config", None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or not isinstance(hf_model, kind):
         merge = " Merge its adapter with merge_and_unload() first." if hasattr(hf_model, "merge_and_unload") else ""
         raise TypeError(
-            f"{_FUNCTION}: the model must be a transformers OPTForCausalLM, got {type(hf_model).__name__}.{merge}"
+            f"{_FUNCTION}: the model must be a transformers model with a language-modelling head, such as "
+            f"{'LlamaForCausalLM' if kind is None else kind.__name__}, got {type(hf_model).__name__}.{merge}"
         )
-    values = hf_model.config.to_dict()
+    values = config.to_dict()
     check_keys(_FUNCTION, _NAME, values)
-    config = OPTConfig.from_dict(values)
-    check_config(config)
+    config = type(config).from_dict(values)
+    decoder_config(config)
     ends = getattr(hf_model.generation_config, "eos_token_id", None)
     check_end_tokens(f"{_FUNCTION}: eos_token_id in generation_config", ends)
     config.eos_token_id = ends or config.eos_token_id
@@ -44,7 +63,7 @@ def source_of(hf_model: HFOPTForCausalLM) -> Source:
         **dict(hf_model.named_buffers(remove_duplicate=False)),
     }
     source = Source.of(_FUNCTION, _NAME, config, tensors)
-    dtype = hf_model.model.decoder.embed_tokens.weight.dtype
+    dtype = hf_model.get_input_embeddings().weight.dtype
     for key, tensor in sorted(source.tensors.items()):
         if tensor.dtype != dtype:
             raise ValueError(
@@ -54,10 +73,11 @@ def source_of(hf_model: HFOPTForCausalLM) -> Source:
     return source
 
 
-def _check_modules(hf_model: HFOPTForCausalLM, config: OPTConfig) -> None:
+def _check_modules(hf_model: nn.Module, config: Any) -> None:
     """Raise ValueError unless the modules are those that transformers makes of the config, as it makes them."""
     with torch.device("meta"):
-        plain = dict(HFOPTForCausalLM(config).named_modules())
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        plain = dict(model(config).named_modules())
     modules = dict(hf_model.named_modules())
     for name, module in modules.items():
         if name not in plain:

@@ -100,7 +100,7 @@ def qkv_rows(
     ids = listed(rows)
     product = _product(x[ids], norm, weight, bias).to(q.dtype)
     key_size = k_cache.shape[1] * k_cache.shape[2]
-    query, key, value = product.split([q.shape[1], key_size, key_size], dim=1)
+    query, key, value = torch.split(product, [q.shape[1], key_size, key_size], dim=1)
     if int(num_run):
         q[ids] = query
     stored = slots[ids] >= 0
@@ -127,7 +127,7 @@ def rotate_rows(
     each head, with `eps`, or None.
     """
     ids = listed(rows)
-    heads = q.unflatten(1, (-1, k_cache.shape[2]))[ids]
+    heads = _heads(q, k_cache)[ids]
     q[ids] = rotated(heads, position_ids[ids], cos_sin, q_weight, eps).flatten(1)
     ids = ids[slots[ids] >= 0]
     targets = slots[ids].long()
@@ -170,7 +170,7 @@ def attend_rows(
     """
     ids = listed(rows)
     attention = decode_attention(
-        q.unflatten(1, (-1, k_cache.shape[2]))[ids],
+        _heads(q, k_cache)[ids],
         k_cache,
         v_cache,
         slot_table,
@@ -290,6 +290,11 @@ def plan_rows(
 def listed(rows: RowList) -> Tensor:
     """`[R], int64`: the rows of the list."""
     return rows.ids[: int(rows.num)].long()
+
+
+def _heads(q: Tensor, k_cache: Tensor) -> Tensor:
+    head_size = k_cache.shape[2]
+    return q.view(q.shape[0], q.shape[1] // head_size, head_size)
 
 
 def _product(x: Tensor, norm: RowNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:

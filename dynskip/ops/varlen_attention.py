@@ -28,20 +28,32 @@ _HEAD_STEP, _MAX_HEAD_SIZE = 8, 256
 _MIN_CAPABILITY = (8, 0)
 
 
-def why_not_varlen(backend: Backend, dtype: torch.dtype, device: torch.device, head_size: int) -> str | None:
-    """Why prompts do not run PyTorch's attention, in words; None where those in a batch's first step do."""
+def why_not_varlen(
+    backend: Backend, dtype: torch.dtype, device: torch.device, head_size: int, by_position: bool = False
+) -> str | None:
+    """Why prompts do not run PyTorch's attention, in words; None where those in a batch's first step do.
+
+    by_position: whether attention asks where tokens stand, for slopes or a window.
+    """
     if backend.name != "triton":
         return f"the backend {backend.name} runs its own"
+    if by_position:
+        return "PyTorch's attention of packed sequences knows no positions of tokens"
     return _why_not(dtype, device, head_size)
 
 
 def attention_name(
-    backend: Backend, dtype: torch.dtype, device: torch.device, head_size: int, deterministic: bool
+    backend: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_size: int,
+    deterministic: bool,
+    by_position: bool = False,
 ) -> str:
-    """Which attention whole prompts run, with the reason, for people to read."""
+    """Which attention whole prompts run, with the reason, for people to read; arguments as in `why_not_varlen`."""
     if deterministic:
         return f"{backend.name}, because of the deterministic mode"
-    reason = why_not_varlen(backend, dtype, device, head_size)
+    reason = why_not_varlen(backend, dtype, device, head_size, by_position)
     return VARLEN if reason is None else f"{backend.name}, because {reason}"
 
 
@@ -57,20 +69,27 @@ def attend(
     max_seqlen: int,
     causal: bool,
     deterministic: bool,
+    by_position: tuple[Tensor | None, int, Tensor, Tensor] | tuple[()] = (),
 ) -> Tensor:
     """[R, H, D]: the attention of the rows that run a layer of a prefill step.
 
-    query: [R, H, D]. key, value: [S, H, D], each sequence's from ``cu_seqlens_k`` on. key_limits: [R], int32.
+    query: [R, H, D]. key, value: [S, G, D], each sequence's from ``cu_seqlens_k`` on. key_limits: [R], int32.
     max_seqlen: no sequence brings more rows. causal: key and value are those of the running rows themselves, so that
-    each row attends to the rows of its sequence up to itself, which is also what ``key_limits`` says.
+    each row attends to the rows of its sequence up to itself, which is also what ``key_limits`` says. by_position:
+    slopes, window and positions as `reference.prefill_attention` takes them, where the model has any.
     """
-    reason = why_not_varlen(backend, query.dtype, query.device, query.shape[2])
+    reason = why_not_varlen(backend, query.dtype, query.device, query.shape[2], bool(by_position))
     if causal and not deterministic and reason is None:
         starts = plan.run.cu_seqlens
+        group = query.shape[1] // key.shape[1]
+        if group > 1:
+            # A copy, small beside the products around it: not every torch takes fewer heads of keys.
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         return varlen_attention()(
             query, key, value, starts, starts, max_seqlen, max_seqlen, scale=scale, window_size=_CAUSAL
         )
-    return backend.prefill_attention(query, key, value, plan.run.cu_seqlens, cu_seqlens_k, key_limits, scale)
+    starts = plan.run.cu_seqlens
+    return backend.prefill_attention(query, key, value, starts, cu_seqlens_k, key_limits, scale, *by_position)
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def test_a_controller_per_sequence_sees_prompts_and_embeddings() -> None:
     outputs = LLM(model()).generate(PROMPTS, PARAMS, controller)
     assert [output.path for output in outputs] == [LayerPath.uniform(NUM_LAYERS, budget=b) for b in (5, 1, 6)]
     ids, embeddings = controller.shown
-    table = model().model.decoder.embed_tokens.weight
+    table = model().decoder.embed_tokens.weight
     for prompt, shown, embedding in zip(PROMPTS, ids, embeddings, strict=True):
         assert shown.dtype == torch.int64 and shown.tolist() == prompt
         assert torch.equal(embedding, table[prompt])

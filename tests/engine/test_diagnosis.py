@@ -23,7 +23,7 @@ CHOICES = [greedy(4), greedy(4, logprobs=None), greedy(4, temperature=1.0, seed=
 def broken_at(layer: int) -> OPTForCausalLM:
     """A model one of whose layers adds NaN to all tokens that run it."""
     broken = tiny_model("untied", deterministic=True)
-    bias = broken.model.decoder.layers[layer].fc2.bias
+    bias = broken.decoder.layers[layer].fc2.bias
     with torch.no_grad():
         bias[3] = torch.nan
     return broken
@@ -71,7 +71,7 @@ def test_outputs_keep_what_was_finite() -> None:
     hit = whole.token_ids[place]
     assert hit not in [*PROMPTS[0], *whole.token_ids[:place]]
     with torch.no_grad():
-        sound.model.decoder.embed_tokens.weight[hit] = torch.nan
+        sound.decoder.embed_tokens.weight[hit] = torch.nan
     (failed,) = LLM(sound).generate(PROMPTS[:1], greedy(6))
     assert failed.finish_reason == "error" and "NaN first in the embedding" in str(failed.error)
     assert failed.token_ids == whole.token_ids[: place + 1]

@@ -145,7 +145,7 @@ def nan_model(token: int) -> OPTForCausalLM:
     """A model in which whoever reads ``token`` gets logits that are no numbers."""
     broken = tiny_model("untied", deterministic=True)
     with torch.no_grad():
-        broken.model.decoder.embed_tokens.weight[token] = torch.nan
+        broken.decoder.embed_tokens.weight[token] = torch.nan
     return broken
 
 

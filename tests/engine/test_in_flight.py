@@ -188,7 +188,7 @@ def test_numbers_that_are_not_finite_are_found_late(policy: str) -> None:
     place = 3  # whoever reads the token that stands there gets no numbers
     assert whole[place] not in whole[:place]
     with torch.no_grad():
-        worse.model.decoder.embed_tokens.weight[whole[place]] = torch.nan
+        worse.decoder.embed_tokens.weight[whole[place]] = torch.nan
     others = [Ask(prompt, plain(9), path) for prompt in PROMPTS[1:] for path in PATHS]
     alone = []
     for other in others:

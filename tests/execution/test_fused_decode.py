@@ -25,7 +25,6 @@ from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
 
-FUSED_VARIANTS = [name for name in VARIANTS if "post" not in name and "projected" not in name and name != "gelu"]
 PROMPTS = random_prompts([5, 1, 9, 3, 7])
 PARAMS = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (6, 9, 1, 4, 9)]
 PATHS = [LayerPath.parse(text, NUM_LAYERS) for text in ("full", "uniform:3", "exit:2", "layers:0,5", "uniform:3")]
@@ -95,20 +94,11 @@ def test_texts_and_row_counts_are_those_of_the_ops(
         assert executor.row_counts.kv == plain.executor().row_counts.kv
 
 
-@pytest.mark.parametrize("variant", FUSED_VARIANTS)
-def test_every_variant_that_the_kernels_know(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fused = (tiny_model(variant, dtype=torch.float64) for _ in range(2))
     fuse(fused, monkeypatch)
     assert texts(fused, PATHS) == texts(plain, PATHS)
-
-
-@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - set(FUSED_VARIANTS)))
-def test_other_variants_say_why_not(variant: str) -> None:
-    model = tiny_model(variant)
-    assert model.model.decoder.why_not_fused()
-    cache = model.executor().new_cache(1, 4, 24)
-    with pytest.raises(ValueError, match="FusedDecode: the model must be one that the fused kernels know, but its"):
-        FusedDecode(model.model.decoder, model.lm_head, cache, 1, get_row_ops("reference"))
 
 
 def test_a_controller_of_somebody_else_runs_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +297,7 @@ class TestGraphs:
     def decoder(self, max_rows: int = 4) -> FusedDecode:
         model = tiny_model()
         cache = model.executor().new_cache(max_rows, 8, 8 * max_rows * NUM_LAYERS)
-        decoder = FusedDecode(model.model.decoder, model.lm_head, cache, max_rows, get_row_ops("reference"))
+        decoder = FusedDecode(model.decoder, model.lm_head, cache, max_rows, get_row_ops("reference"))
         decoder.set_rows(torch.arange(max_rows))
         return decoder
 

@@ -84,10 +84,10 @@ def test_gather_returns_the_entries_of_each_sequence_in_order() -> None:
     mask = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], dtype=torch.bool)
     append(cache, Plan.per_token(mask, [2, 1, 1], KVPolicy.EVICT), [2, 0, 1])
     # Slots are handed out layer by layer: layer 0 takes 0 and 1, layer 1 takes 2 to 4.
-    key, value, cu_seqlens = cache.gather(1, torch.tensor([0, 1, 2]))
+    key, value, cu_seqlens, _ = cache.gather(1, torch.tensor([0, 1, 2]))
     assert key.flatten().tolist() == [4, 2, 3] and value.flatten().tolist() == [-4, -2, -3]
     assert cu_seqlens.tolist() == [0, 1, 1, 3] and cu_seqlens.dtype == torch.int32
-    key, _, cu_seqlens = cache.gather(2, torch.tensor([0, 1, 2]))
+    key, _, cu_seqlens, _ = cache.gather(2, torch.tensor([0, 1, 2]))
     assert key.shape == (0, 1, 1) and cu_seqlens.tolist() == [0, 0, 0, 0]
 
 
@@ -390,14 +390,14 @@ def test_both_caches_hold_the_same_after_the_same() -> None:
             slots = compact.allocate(count)
             compact.k_cache[slots.long()], compact.v_cache[slots.long()] = keys, -keys
             append_shared(compact, seq, slots, [layer])
-            plain.append(layer, seq, keys, -keys)
+            plain.append(layer, seq, (keys, -keys, torch.arange(count)))
 
     def check(num_shared: int = 0) -> None:
         for layer in range(2):
             for seq in range(4):
-                key, value, _ = compact.gather(layer, torch.tensor([seq]))
+                key, value, _, _ = compact.gather(layer, torch.tensor([seq]))
                 empty = torch.empty(0, 1, 1)
-                wanted_key, wanted_value = plain.entries.get((layer, seq), (empty, empty))
+                wanted_key, wanted_value, _ = plain.entries.get((layer, seq), (empty, empty, empty))
                 assert torch.equal(key, wanted_key) and torch.equal(value, wanted_value)
         # The reference counts an entry once for each of its owners.
         assert plain.num_slots_used == compact.num_slots_used + num_shared

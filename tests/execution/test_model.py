@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import NUM_LAYERS, VARIANTS, cpu_backend, cut, ragged_batch, tiny_hf, tiny_model, within_budget
+from models import (
+    NUM_LAYERS,
+    VARIANTS,
+    cpu_backend,
+    cut,
+    ragged_batch,
+    stored_state,
+    tiny_hf,
+    tiny_model,
+    within_budget,
+)
 from torch import Tensor
 
 from dynskip import LayerPath, OPTForCausalLM
@@ -187,11 +197,12 @@ def test_pack_and_unpack_keep_every_bit() -> None:
     for name, weight in dense.state_dict().items():
         assert torch.equal(packed.state_dict()[name], weight), name
     packed.unpack_()
-    assert packed.lm_head.weight is packed.model.decoder.embed_tokens.weight
+    assert packed.lm_head.weight is packed.decoder.embed_tokens.weight
     assert all(parameter.requires_grad for parameter in packed.parameters())
-    assert {name for name, _ in packed.named_parameters()} == {name for name, _ in hf_model.named_parameters()}
+    state = stored_state(packed)
+    assert state.keys() == hf_model.state_dict().keys()
     for name, weight in hf_model.named_parameters():
-        assert torch.equal(packed.get_parameter(name), weight), name
+        assert torch.equal(state[name], weight), name
 
 
 def test_properties() -> None:

@@ -122,7 +122,7 @@ def test_the_reference_stores_as_many_entries() -> None:
         caches.append(generation.cache)
     compact, reference = caches
     lengths = torch.zeros_like(compact.context_lens)
-    for (layer, seq), (key, value) in reference.entries.items():
+    for (layer, seq), (key, value, _) in reference.entries.items():
         assert key.shape == value.shape
         lengths[layer, seq] = key.shape[0]
     assert torch.equal(lengths, compact.context_lens)

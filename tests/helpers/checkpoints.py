@@ -65,4 +65,4 @@ def check_untied(model: OPTForCausalLM, hf_model: Any, tmp_path: Path) -> None:
     same_logits(OPTForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32", backend="torch"), hf_model)
     same_logits(model, HFOPTForCausalLM.from_pretrained(tmp_path / "saved").eval())
     model.unpack_()
-    assert model.lm_head.weight is not model.model.decoder.embed_tokens.weight
+    assert model.lm_head.weight is not model.decoder.embed_tokens.weight

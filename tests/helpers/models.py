@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import OPTConfig, PreTrainedTokenizerFast
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-from dynskip import LayerPath, OPTForCausalLM
+from dynskip import CausalLM, LayerPath, OPTForCausalLM
+from dynskip.models.registry import get_architecture
+from dynskip.models.weights import to_stored
 from dynskip.ops.backends import available_backends
 
 NUM_LAYERS = 6
@@ -48,6 +50,12 @@ def tiny_config(**changes: Any) -> OPTConfig:
         "dropout": 0.0,
     }
     return OPTConfig(**{**options, **changes})
+
+
+def stored_state(model: CausalLM) -> dict[str, Tensor]:
+    """The weights of ``model`` by transformers' names, a tied head among them."""
+    architecture = get_architecture(model.config.model_type)
+    return dict(to_stored(architecture, model.decoder_config, model.state_dict()))
 
 
 def tiny_hf(variant: str = "pre-norm", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

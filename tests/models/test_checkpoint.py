@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import NUM_LAYERS, VARIANTS, ragged_batch, tiny_hf
+from models import NUM_LAYERS, VARIANTS, ragged_batch, stored_state, tiny_hf
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip import LayerPath, OPTForCausalLM
@@ -53,7 +53,7 @@ def test_a_round_trip_keeps_every_bit_of_packed_weights(dtype: torch.dtype, tmp_
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     again = OPTForCausalLM.from_pretrained(tmp_path, dtype=dtype, backend="torch")
     assert again.dtype == dtype
-    state = again.state_dict()
+    state = stored_state(again)
     for name, weight in hf_model.state_dict().items():
         assert torch.equal(state[name], weight), name
 
@@ -64,7 +64,7 @@ def test_loading_in_another_dtype_rounds_once(tmp_path: Path) -> None:
     model = OPTForCausalLM.from_pretrained(tmp_path, backend="torch")
     assert model.dtype == torch.bfloat16, "the default"
     for name, weight in hf_model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight.bfloat16()), name
+        assert torch.equal(stored_state(model)[name], weight.bfloat16()), name
 
 
 def test_sharded_checkpoints(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_sharded_checkpoints(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     model = OPTForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, backend="torch")
     for name, weight in hf_model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight), name
+        assert torch.equal(stored_state(model)[name], weight), name
 
 
 def test_a_path_object_or_its_text_name_the_directory(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_model_cut_to_a_path_can_be_saved_by_hand(tmp_path: Path) -> None:
     path = LayerPath.of(NUM_LAYERS, [0, 2, 5])
     expected = model(input_ids, paths=path).logits
     model.unpack_()
-    decoder: Any = model.model.decoder
+    decoder: Any = model.decoder
     decoder.layers = torch.nn.ModuleList([decoder.layers[layer] for layer in path.layers])
     model.config.num_hidden_layers = path.budget
     model.save_pretrained(tmp_path)
@@ -199,20 +199,20 @@ def test_a_model_cut_to_a_path_can_be_saved_by_hand(tmp_path: Path) -> None:
 def test_merged_projections_are_saved_copied_and_pickled_apart(variant: str, tmp_path: Path) -> None:
     hf_model = tiny_hf(variant)
     model = OPTForCausalLM.from_hf(hf_model, backend="torch", pack=False)
-    for layer in model.model.decoder.stack():
-        weight, bias = layer.self_attn.merged()
-        projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    for layer in model.decoder.stack():
+        weight, bias = layer.merged()
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         assert torch.equal(weight, torch.cat([projection.dense_weight() for projection in projections]))
         assert (bias is None) == (variant == "no-bias")
-    same_state(dict(model.state_dict()), {name: hf_model.state_dict()[name] for name in model.state_dict()})
+    same_state(stored_state(model), dict(hf_model.state_dict()))
     model.save_pretrained(tmp_path / "saved")
     loaded = HFOPTForCausalLM.from_pretrained(tmp_path / "saved")
     same_state(dict(loaded.named_parameters()), dict(hf_model.named_parameters()))
     torch.save(model, tmp_path / "pickled")
     for other in (copy.deepcopy(model), torch.load(tmp_path / "pickled", weights_only=False)):
         same_state(other.state_dict(), model.state_dict())
-        weight = other.model.decoder.stack()[0].self_attn.q_proj.dense_weight()
+        weight = other.decoder.stack()[0].q_proj.dense_weight()
         assert weight.untyped_storage().nbytes() == weight.nbytes
-        assert other.lm_head.weight is other.model.decoder.embed_tokens.weight
+        assert other.lm_head.weight is other.decoder.embed_tokens.weight
     with pytest.raises(RuntimeError, match="merge: linears must be dense"):
-        OPTForCausalLM.from_hf(hf_model, backend="torch").model.decoder.stack()[0].self_attn.merged()
+        OPTForCausalLM.from_hf(hf_model, backend="torch").decoder.stack()[0].merged()

@@ -37,7 +37,7 @@ def test_a_model_is_a_known_shape_or_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"read_decoder_config: model must be one of opt-1.3b, .*, got 'opt-9b'"):
         read_decoder_config("opt-9b")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="config must describe a model of type opt, got model_type 'bert'"):
+    with pytest.raises(ValueError, match=r"config must describe a model of type opt, .*, got model_type 'bert'"):
         read_decoder_config(str(tmp_path))
 
 

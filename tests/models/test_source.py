@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import INPUT_IDS, PEFT_WARNS, check_untied, logits, other_head, same_logits
-from models import tiny_config, tiny_hf
+from models import stored_state, tiny_config, tiny_hf
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from dynskip import OPTForCausalLM
-from dynskip.models.source import HEAD, Source
+from dynskip.models.source import Source
+from dynskip.models.weights import HEAD
 
 
 def layer(hf_model: Any, index: int = 1) -> Any:
@@ -168,7 +169,7 @@ ODD_MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a quantised config": (
         lambda m: setattr(m.config, "quantization_config", {"bits": 4}),
-        r"config of the model must describe a plain OPT model, got quantization_config {'bits': 4}",
+        r"config of the model must describe a plain model, got quantization_config {'bits': 4}",
     ),
     "ends that are no tokens": (
         lambda m: setattr(m.generation_config, "eos_token_id", [2, "</s>"]),
@@ -247,7 +248,7 @@ def test_each_tensor_is_needed_and_none_is_unknown(variant: str) -> None:
             Source.of("f", "it", copy.deepcopy(hf_model.config), rest)
         with pytest.raises(ValueError, match=f"^f: it must hold .* config only, got 1 more, such as {name}_scale"):
             Source.of("f", "it", copy.deepcopy(hf_model.config), {**tensors, f"{name}_scale": torch.ones(1)})
-    state = OPTForCausalLM.from_hf(hf_model, backend="torch").state_dict()
+    state = stored_state(OPTForCausalLM.from_hf(hf_model, backend="torch"))
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 

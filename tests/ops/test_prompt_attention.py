@@ -144,7 +144,7 @@ def test_one_product_gives_queries_keys_and_values(variant: str, packed: bool, m
     ).logits
     expected = model(input_ids, attention_mask, executor="reference", **arguments).logits
     within_budget(logits, expected, exact)
-    projection = model.model.decoder.stack()[0].self_attn.q_proj
+    projection = model.decoder.stack()[0].q_proj
     if not packed:
         assert projection.dense_weight().untyped_storage().nbytes() == 3 * projection.dense_weight().nbytes
 

@@ -111,7 +111,7 @@ def _states(
     output = llm.model(input_ids, attention_mask, paths, output_hidden_states=True)
     # Each entry is the input of a layer, so the output of the one before; the last has its LayerNorm behind it.
     *inputs, last = output.hidden_states
-    finish = llm.model.model.decoder.finish
+    finish = llm.model.decoder.finish
     return [finish(state[scored]) for state in inputs[1:]] + [last[scored]], output.logits[scored]
 
 

@@ -1,0 +1,83 @@
+"""What is GPT-NeoX's own (arXiv 2204.06745), Pythia's architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynskip.models.architecture import Architecture, activation_of, head_size_of, qkv_parts, rotary_of
+from dynskip.models.config import DecoderConfig, Rotary
+
+
+def decoder_config(config: Any) -> DecoderConfig:
+    """The decoder of transformers' ``GPTNeoXConfig``."""
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+
+    return DecoderConfig(
+        architecture="gpt_neox",
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_size=head_size_of(config),
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        embedding_size=config.hidden_size,
+        norm_eps=config.layer_norm_eps,
+        activation=activation_of(config, "hidden_act"),
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        is_head_tied=config.tie_word_embeddings,
+        parallel=config.use_parallel_residual,
+        rotary=rotary_of(config, GPTNeoXRotaryEmbedding),
+    )
+
+
+GPT_NEOX = Architecture(
+    model_type="gpt_neox",
+    decoder_config=decoder_config,
+    sizes=(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ),
+    prefix="gpt_neox.",
+    layers="layers",
+    base={"embed_tokens": "embed_in", "final_norm": "final_layer_norm"},
+    layer={
+        "attention_norm": "input_layernorm",
+        **qkv_parts("attention.query_key_value", by_head=True),
+        "out_proj": "attention.dense",
+        "ffn_norm": "post_attention_layernorm",
+        "fc1": "mlp.dense_h_to_4h",
+        "fc2": "mlp.dense_4h_to_h",
+    },
+    head="embed_out",
+    derived=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq", "rotary_emb.original_inv_freq"),
+)
+
+
+def gpt_neox_shape(
+    num_layers: int, hidden_size: int, num_heads: int, ffn_size: int, vocab_size: int, rotary_share: float = 0.25
+) -> DecoderConfig:
+    """The decoder of a published model of these sizes."""
+    head_size = hidden_size // num_heads
+    return DecoderConfig(
+        architecture="gpt_neox",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_size=head_size,
+        ffn_size=ffn_size,
+        vocab_size=vocab_size,
+        max_positions=2048,
+        embedding_size=hidden_size,
+        activation="gelu",
+        is_head_tied=False,
+        parallel=True,
+        rotary=Rotary.plain(int(head_size * rotary_share), 10000),
+    )

@@ -1,0 +1,125 @@
+"""What is Llama's own (arXiv 2302.13971), and that of Mistral, Qwen2 and Qwen3, which differ in little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynskip.models.architecture import Architecture, Stored, activation_of, head_size_of, rotary_of
+from dynskip.models.config import DecoderConfig, Rotary
+
+
+def decoder_config(config: Any) -> DecoderConfig:
+    """The decoder of a config of transformers of one of the four types."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    kind = config.model_type
+    has_bias = getattr(config, "attention_bias", False)
+    layer_types = getattr(config, "layer_types", None) if kind in ("qwen2", "qwen3") else None
+    return DecoderConfig(
+        architecture=kind,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=head_size_of(config),
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        embedding_size=config.hidden_size,
+        norm="rms",
+        norm_eps=config.rms_norm_eps,
+        activation=activation_of(config, "hidden_act"),
+        gated=True,
+        qkv_bias=kind == "qwen2" or has_bias,
+        out_bias=kind != "qwen2" and has_bias,
+        mlp_bias=getattr(config, "mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        is_head_tied=config.tie_word_embeddings,
+        rotary=rotary_of(config, LlamaRotaryEmbedding),
+        window=(getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0,
+        window_layers=_window_layers(layer_types),
+    )
+
+
+def _window_layers(layer_types: list[str] | None) -> tuple[int, ...] | None:
+    if layer_types is None:
+        return None
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(
+            f"CausalLM: layer_types must be full_attention or sliding_attention, got {', '.join(sorted(unknown))}."
+        )
+    return tuple(layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention")
+
+
+def _architecture(model_type: str) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        decoder_config=decoder_config,
+        sizes=(
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ),
+        prefix="model.",
+        layers="layers",
+        base={"embed_tokens": "embed_tokens", "final_norm": "norm"},
+        layer={
+            "attention_norm": "input_layernorm",
+            "q_proj": "self_attn.q_proj",
+            "k_proj": "self_attn.k_proj",
+            "v_proj": "self_attn.v_proj",
+            "q_norm": "self_attn.q_norm",
+            "k_norm": "self_attn.k_norm",
+            "out_proj": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "fc1": Stored(("mlp.gate_proj", "mlp.up_proj")),
+            "fc2": "mlp.down_proj",
+        },
+        derived=("rotary_emb.inv_freq", "rotary_emb.original_inv_freq"),
+    )
+
+
+LLAMA, MISTRAL, QWEN2, QWEN3 = map(_architecture, ("llama", "mistral", "qwen2", "qwen3"))
+
+
+def llama_shape(
+    num_layers: int,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    ffn_size: int,
+    vocab_size: int,
+    max_positions: int,
+    theta: float,
+    is_head_tied: bool = True,
+    architecture: str = "llama",
+    head_size: int | None = None,
+) -> DecoderConfig:
+    """The decoder of a published model of these sizes; frequencies as they are before any scaling."""
+    head_size = hidden_size // num_heads if head_size is None else head_size
+    return DecoderConfig(
+        architecture=architecture,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        ffn_size=ffn_size,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        embedding_size=hidden_size,
+        norm="rms",
+        activation="silu",
+        gated=True,
+        qkv_bias=architecture == "qwen2",
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=architecture == "qwen3",
+        is_head_tied=is_head_tied,
+        rotary=Rotary.plain(head_size, theta),
+    )
