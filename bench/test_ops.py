@@ -14,7 +14,7 @@ import torch
 
 from dynskip import ops
 from dynskip.ops.backends import BACKEND_NAMES, available_backends, get_backend
-from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, kv_store, prefill_attention
+from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, kv_store, prefill_attention, rotate
 from dynskip.validation.tensors import Arguments, Case, PlainDraw
 from dynskip.validation.validate import validate_case
 
@@ -52,6 +52,10 @@ def make_arguments(op: str) -> Arguments:
         return kv_store(draw, *heads, draw.permutation(4096)[:NUM_ACTIVE], num_slots=4096)
     if op == "decode_attention":
         return decode_attention(draw, *heads, [CONTEXT_LEN] * NUM_ACTIVE, list(range(NUM_ACTIVE)))
+    if op == "rotate":
+        return rotate(draw, draw.normal(NUM_ACTIVE, *heads), num_positions=CONTEXT_LEN, weight=True)
+    if op == "activate":
+        return {"x": draw.normal(NUM_ACTIVE, 8 * HIDDEN_SIZE), "activation": "silu", "gated": True}
     return prefill_attention(draw, *heads, [PROMPT_LEN] * NUM_ACTIVE, strided=True)
 
 
@@ -62,6 +66,8 @@ NUM_VALUES = {
     "kv_store": 4 * NUM_ACTIVE * HIDDEN_SIZE,
     "decode_attention": 2 * NUM_ACTIVE * (CONTEXT_LEN + 1) * HIDDEN_SIZE,
     "prefill_attention": 4 * NUM_ACTIVE * PROMPT_LEN * HIDDEN_SIZE,
+    "rotate": 2 * NUM_ACTIVE * HIDDEN_SIZE,
+    "activate": 12 * NUM_ACTIVE * HIDDEN_SIZE,
 }
 PREFILL_FLOPS = 4 * (NUM_ACTIVE * PROMPT_LEN * (PROMPT_LEN + 1) // 2) * HIDDEN_SIZE
 

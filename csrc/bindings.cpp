@@ -5,12 +5,15 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(dynskip_native, m) {
-  m.def("gather_layer_norm(Tensor x, Tensor? row_ids, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("gather_layer_norm(Tensor x, Tensor? row_ids, Tensor? weight, Tensor? bias, float eps, bool rms=False) -> Tensor");
   m.def("scatter_add(Tensor(a!) x, Tensor? row_ids, Tensor y) -> ()");
   m.def("kv_store(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot_table, Tensor seq_ids, "
-      "Tensor context_lens, float scale) -> Tensor");
+      "Tensor context_lens, float scale, Tensor? slopes=None, int window=0, Tensor? position_ids=None, "
+      "Tensor? slot_positions=None) -> Tensor");
+  m.def("rotate(Tensor(a!) x, Tensor position_ids, Tensor cos_sin, Tensor? weight=None, float eps=0.0) -> ()");
+  m.def("activate(Tensor x, int activation, bool gated=False) -> Tensor");
   m.def(
       "plan_rows(Tensor active, int first_layer, int kv_policy, Tensor cache_ids, Tensor(a!) context_lens, "
       "Tensor(b!) slot_tables, Tensor free_slots, Tensor(c!) slot_cursor, Tensor(d!) row_slots, Tensor(e!) run_ids, "
@@ -18,7 +21,7 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
       "bool overlaps=True, int carveout=-1) -> ()");
   m.def("has_packed_linear() -> bool");
   m.def("is_packed_linear_layout(Tensor weight, int packed_data, int packed_bytes) -> bool");
-  m.def("packed_linear(Tensor x, int packed_data, int num_outputs, Tensor? bias, bool relu) -> Tensor");
+  m.def("packed_linear(Tensor x, int packed_data, int num_outputs, Tensor? bias, int activation) -> Tensor");
   m.def("has_cuda() -> bool");
   m.def("replay(int[] graph_execs, int device_index) -> ()");
   m.def("instruction_set() -> str");
@@ -37,6 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("scatter_add", TORCH_BOX(&dynskip::scatter_add));
   m.impl("kv_store", TORCH_BOX(&dynskip::kv_store));
   m.impl("decode_attention", TORCH_BOX(&dynskip::decode_attention));
+  m.impl("rotate", TORCH_BOX(&dynskip::rotate));
+  m.impl("activate", TORCH_BOX(&dynskip::activate));
   m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
   m.impl("is_packed_linear_layout", TORCH_BOX(&dynskip::is_packed_linear_layout));
   m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));

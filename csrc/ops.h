@@ -16,7 +16,8 @@ torch::stable::Tensor gather_layer_norm(
     const std::optional<torch::stable::Tensor>& row_ids,
     const std::optional<torch::stable::Tensor>& weight,
     const std::optional<torch::stable::Tensor>& bias,
-    double eps);
+    double eps,
+    bool rms);
 
 void scatter_add(
     const torch::stable::Tensor& x,
@@ -37,7 +38,21 @@ torch::stable::Tensor decode_attention(
     const torch::stable::Tensor& slot_table,
     const torch::stable::Tensor& seq_ids,
     const torch::stable::Tensor& context_lens,
-    double scale);
+    double scale,
+    const std::optional<torch::stable::Tensor>& slopes,
+    int64_t window,
+    const std::optional<torch::stable::Tensor>& position_ids,
+    const std::optional<torch::stable::Tensor>& slot_positions);
+
+void rotate(
+    const torch::stable::Tensor& x,
+    const torch::stable::Tensor& position_ids,
+    const torch::stable::Tensor& cos_sin,
+    const std::optional<torch::stable::Tensor>& weight,
+    double eps);
+
+// activation: a number of `Activation`.
+torch::stable::Tensor activate(const torch::stable::Tensor& x, int64_t activation, bool gated);
 
 // Whether the extension was built with its CUDA sources: the CUDA part of plan_rows, and replay.
 bool has_cuda();
@@ -51,13 +66,14 @@ bool has_packed_linear();
 // Whether the packed_bytes at packed_data hold weight [out, in] bfloat16 in the layout that packed_linear reads.
 bool is_packed_linear_layout(const torch::stable::Tensor& weight, int64_t packed_data, int64_t packed_bytes);
 
-// x [R, in] times the packed matrix [num_outputs, in] at packed_data, plus bias [num_outputs], through ReLU if wanted.
+// x [R, in] times the packed matrix [num_outputs, in] at packed_data, plus bias [num_outputs], through
+// the activation of that number in `Activation`.
 torch::stable::Tensor packed_linear(
     const torch::stable::Tensor& x,
     int64_t packed_data,
     int64_t num_outputs,
     const std::optional<torch::stable::Tensor>& bias,
-    bool relu);
+    int64_t activation);
 
 // num_threads: how many threads share the work, 0 for the device's own choice; the result is the same. On a GPU that can,
 // the kernel overlaps with the one before it; carveout: the percentage of L1 that it asks for as shared memory, or -1.

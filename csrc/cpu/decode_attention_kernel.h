@@ -1,7 +1,7 @@
 // Attention of one query row over cached tokens; compiled once for each instruction set.
 //
 // A head's result depends on its own query, keys and values alone, and they are always added in the same order: tokens
-// in the order of the table, in chunks of kChunkTokens.
+// in the order of the table, in chunks of kChunkTokens, those outside of a window left out.
 
 #pragma once
 
@@ -133,6 +133,143 @@ DYNSKIP_INLINE void add_values(
   }
 }
 
+// The same for up to four query heads that share a key-value head, whose elements are then read and converted once.
+template <int num_heads, typename Element>
+DYNSKIP_INLINE void score_shared_tile(
+    int64_t head_size, float scale, const Element* const rows[kTileTokens], const float* query, float* scores) {
+  Lanes sums[kNumLanes] = {};
+  int64_t d = 0;
+  for (; d + kPairLanes <= head_size; d += kPairLanes) {
+    Pair keys[kTileTokens];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileTokens; ++i) {
+      keys[i] = load_pair(rows[i] + d);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < num_heads; ++h) {
+      const Lanes query_a = load(query + h * head_size + d);
+      const Lanes query_b = load(query + h * head_size + d + kNumLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileTokens; ++i) {
+        sums[h * kTileTokens + i] += query_a * keys[i].a;
+        sums[h * kTileTokens + i] += query_b * keys[i].b;
+      }
+    }
+  }
+  if (d < head_size) {
+#pragma GCC unroll 4
+    for (int h = 0; h < num_heads; ++h) {
+      const Lanes q = load(query + h * head_size + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileTokens; ++i) {
+        sums[h * kTileTokens + i] += q * load(rows[i] + d);
+      }
+    }
+  }
+  float tile[kNumLanes];
+  store(tile, sum_each(sums) * scale);
+  for (int h = 0; h < num_heads; ++h) {
+    std::memcpy(scores + h * kChunkTokens, tile + h * kTileTokens, kTileTokens * sizeof(float));
+  }
+}
+
+template <typename Element>
+DYNSKIP_INLINE void score_shared(
+    int64_t num_heads,
+    int64_t head_size,
+    float scale,
+    const Element* const rows[kTileTokens],
+    const float* query,
+    float* scores) {
+  for (int64_t head = 0; head < num_heads; head += kTileHeads) {
+    const float* q = query + head * head_size;
+    float* s = scores + head * kChunkTokens;
+    switch (num_heads - head) {
+      case 1:
+        score_shared_tile<1>(head_size, scale, rows, q, s);
+        break;
+      case 2:
+        score_shared_tile<2>(head_size, scale, rows, q, s);
+        break;
+      case 3:
+        score_shared_tile<3>(head_size, scale, rows, q, s);
+        break;
+      default:
+        score_shared_tile<kTileHeads>(head_size, scale, rows, q, s);
+    }
+  }
+}
+
+// Adds weights[head][i] * rows[i] for every query head that shares the key-value head of these rows.
+template <int num_rows, typename Element>
+DYNSKIP_INLINE void add_shared_values(
+    int64_t num_heads, int64_t head_size, const Element* const rows[num_rows], const float* weights, float* accumulator) {
+  int64_t d = 0;
+  for (; d + kPairLanes <= head_size; d += kPairLanes) {
+    Pair values[num_rows];
+#pragma GCC unroll 4
+    for (int i = 0; i < num_rows; ++i) {
+      values[i] = load_pair(rows[i] + d);
+    }
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const float* w = weights + head * kChunkTokens;
+      Pair total = load_pair(accumulator + head * head_size + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < num_rows; ++i) {
+        total.a += w[i] * values[i].a;
+        total.b += w[i] * values[i].b;
+      }
+      store_pair(accumulator + head * head_size + d, total);
+    }
+  }
+  if (d < head_size) {
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const float* w = weights + head * kChunkTokens;
+      Lanes total = load(accumulator + head * head_size + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < num_rows; ++i) {
+        total += w[i] * load(rows[i] + d);
+      }
+      store(accumulator + head * head_size + d, total);
+    }
+  }
+}
+
+// Tokens that the query attends to, up to kChunkTokens: their slots and, with slopes or a window, how many positions they
+// stand before the query.
+struct Chunk {
+  const int32_t* slots;
+  int64_t num_tokens;
+  int32_t kept[kChunkTokens];
+  float distances[kChunkTokens] = {};
+};
+
+// Reads the next chunk of a task from token on, and moves token behind it; the chunk is empty where no token is left.
+template <typename Element>
+DYNSKIP_INLINE void read_chunk(const DecodeAttentionTask<Element>& task, int64_t& token, Chunk& chunk) {
+  if (task.slopes == nullptr && task.window == 0) {
+    chunk.slots = task.slots + token;
+    chunk.num_tokens = task.num_tokens - token < kChunkTokens ? task.num_tokens - token : kChunkTokens;
+    token += chunk.num_tokens;
+    return;
+  }
+  chunk.slots = chunk.kept;
+  chunk.num_tokens = 0;
+  for (; token < task.num_tokens && chunk.num_tokens < kChunkTokens; ++token) {
+    const int64_t distance = task.position - task.slot_positions[task.slots[token]];
+    if (task.window == 0 || distance < task.window) {
+      chunk.kept[chunk.num_tokens] = task.slots[token];
+      chunk.distances[chunk.num_tokens++] = static_cast<float>(distance);
+    }
+  }
+}
+
+DYNSKIP_INLINE void lessen_scores(float* scores, int64_t num_tokens, float slope, const float* distances) {
+  for (int64_t t = 0; t < num_tokens; t += kNumLanes) {
+    store(scores + t, load(scores + t) - slope * load(distances + t));
+  }
+}
+
 // Turns the scores of a chunk into weights, which the maximum so far is taken from. Returns the factor by which sums over
 // earlier chunks shrink, and has shrunk their total; without earlier chunks it is 1.
 DYNSKIP_INLINE float weigh_chunk(float* s, int64_t num_tokens, bool is_first, float& largest, float& total) {
@@ -167,6 +304,9 @@ template <typename Element>
 DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64_t head_size) {
   const int64_t num_floats = task.num_heads * head_size;
   const int64_t offset = task.first_head * head_size;
+  const int64_t first_kv_head = task.first_head / task.group_size;
+  const int64_t end_kv_head = (task.first_head + task.num_heads - 1) / task.group_size + 1;
+  const int64_t kv_offset = first_kv_head * head_size;
   float* scores = task.scratch;
   float* accumulator = scores + task.num_heads * kChunkTokens;
   float* query = accumulator + num_floats;
@@ -193,31 +333,60 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
 
   const Element* rows[kTileTokens];
   const Element* next_rows[kTileTokens];
-  // Places without a token of their own repeat the chunk's last one.
-  const auto locate = [&](const Element* cache, int64_t first, int64_t end, const Element* found[]) {
+  // Places without a token of their own repeat the last one.
+  const auto locate = [&](const Element* cache, const int32_t* slots, int64_t first, int64_t end, const Element* found[]) {
     for (int64_t i = 0; i < kTileTokens; ++i) {
       const int64_t token = first + i < end ? first + i : end - 1;
-      found[i] = cache + task.slots[token] * task.slot_stride + offset;
+      found[i] = cache + slots[token] * task.slot_stride + kv_offset;
     }
   };
-  for (int64_t begin = 0; begin < task.num_tokens; begin += kChunkTokens) {
-    const int64_t end = begin + kChunkTokens < task.num_tokens ? begin + kChunkTokens : task.num_tokens;
-    const int64_t num_tokens = end - begin;
+  // Calls run(head, num_heads, offset) for the query heads of each key-value head.
+  const auto for_each_group = [&](const auto& run) {
+    for (int64_t head = 0, kv_head = first_kv_head; kv_head < end_kv_head; ++kv_head) {
+      const int64_t behind = (kv_head + 1) * task.group_size - task.first_head;
+      const int64_t end_head = behind < task.num_heads ? behind : task.num_heads;
+      run(head, end_head - head, (kv_head - first_kv_head) * head_size);
+      head = end_head;
+    }
+  };
+  const auto shift = [&](const Element* const all_rows[], int64_t by, const Element* shifted[]) {
+    for (int64_t i = 0; i < kTileTokens; ++i) {
+      shifted[i] = all_rows[i] + by;
+    }
+  };
+  Chunk chunk;
+  int64_t token = 0;
+  bool is_first = true;
+  for (read_chunk(task, token, chunk); chunk.num_tokens > 0; read_chunk(task, token, chunk)) {
+    const int32_t* slots = chunk.slots;
+    const int64_t num_tokens = chunk.num_tokens;
 
     for (int64_t t = 0; t < num_tokens; t += kTileTokens) {
-      locate(task.k_cache, begin + t, end, rows);
+      locate(task.k_cache, slots, t, num_tokens, rows);
       if (t + kTileTokens < num_tokens) {
-        locate(task.k_cache, begin + t + kTileTokens, end, next_rows);
+        locate(task.k_cache, slots, t + kTileTokens, num_tokens, next_rows);
       } else {
-        locate(task.v_cache, begin, end, next_rows);
+        locate(task.v_cache, slots, 0, num_tokens, next_rows);
       }
-      score_tile(task.num_heads, head_size, task.scale, rows, next_rows, query, scores + t);
+      if (task.group_size == 1) {
+        score_tile(task.num_heads, head_size, task.scale, rows, next_rows, query, scores + t);
+        continue;
+      }
+      for_each_group([&](int64_t head, int64_t num_heads, int64_t row_offset) {
+        const Element* group_rows[kTileTokens];
+        shift(rows, row_offset, group_rows);
+        prefetch(next_rows, row_offset, row_offset + head_size);
+        score_shared(
+            num_heads, head_size, task.scale, group_rows, query + head * head_size, scores + head * kChunkTokens + t);
+      });
     }
 
     for (int64_t head = 0; head < task.num_heads; ++head) {
-      const float shrink =
-          weigh_chunk(scores + head * kChunkTokens, num_tokens, begin == 0, largest[head], total[head]);
-      if (begin > 0) {
+      if (task.slopes != nullptr) {
+        lessen_scores(scores + head * kChunkTokens, num_tokens, task.slopes[task.first_head + head], chunk.distances);
+      }
+      const float shrink = weigh_chunk(scores + head * kChunkTokens, num_tokens, is_first, largest[head], total[head]);
+      if (!is_first) {
         for (int64_t d = head * head_size; d < (head + 1) * head_size; d += kNumLanes) {
           store(accumulator + d, load(accumulator + d) * shrink);
         }
@@ -225,26 +394,46 @@ DYNSKIP_INLINE void attend_heads(const DecodeAttentionTask<Element>& task, int64
     }
 
     const auto locate_next = [&](int64_t t) {
-      if (t + kTileTokens < num_tokens || end == task.num_tokens) {
-        locate(task.v_cache, begin + t + kTileTokens, end, next_rows);
+      if (t + kTileTokens < num_tokens || token == task.num_tokens) {
+        locate(task.v_cache, slots, t + kTileTokens, num_tokens, next_rows);
       } else {
-        locate(task.k_cache, end, task.num_tokens, next_rows);
+        // Some of these may lie outside of the window: they are fetched in vain.
+        locate(task.k_cache, task.slots, token, task.num_tokens, next_rows);
       }
     };
     int64_t t = 0;
     for (; t + kTileTokens <= num_tokens; t += kTileTokens) {
-      locate(task.v_cache, begin + t, end, rows);
+      locate(task.v_cache, slots, t, num_tokens, rows);
       locate_next(t);
-      add_values<kTileTokens>(task.num_heads, head_size, rows, next_rows, scores + t, accumulator);
+      if (task.group_size == 1) {
+        add_values<kTileTokens>(task.num_heads, head_size, rows, next_rows, scores + t, accumulator);
+        continue;
+      }
+      for_each_group([&](int64_t head, int64_t num_heads, int64_t row_offset) {
+        const Element* group_rows[kTileTokens];
+        shift(rows, row_offset, group_rows);
+        prefetch(next_rows, row_offset, row_offset + head_size);
+        add_shared_values<kTileTokens>(
+            num_heads, head_size, group_rows, scores + head * kChunkTokens + t, accumulator + head * head_size);
+      });
     }
     for (; t < num_tokens; ++t) {
-      locate(task.v_cache, begin + t, end, rows);
-      add_values<1>(task.num_heads, head_size, rows, rows, scores + t, accumulator);
+      locate(task.v_cache, slots, t, num_tokens, rows);
+      if (task.group_size == 1) {
+        add_values<1>(task.num_heads, head_size, rows, rows, scores + t, accumulator);
+        continue;
+      }
+      for_each_group([&](int64_t head, int64_t num_heads, int64_t row_offset) {
+        const Element* group_row[1] = {rows[0] + row_offset};
+        add_shared_values<1>(
+            num_heads, head_size, group_row, scores + head * kChunkTokens + t, accumulator + head * head_size);
+      });
     }
+    is_first = false;
   }
 
   for (int64_t head = 0; head < task.num_heads; ++head) {
-    const float factor = task.num_tokens > 0 ? 1.0f / total[head] : 0.0f;
+    const float factor = is_first ? 0.0f : 1.0f / total[head];
     int64_t d = head * head_size;
     const int64_t end = d + head_size;
     for (; d + kPairLanes <= end; d += kPairLanes) {
@@ -269,8 +458,7 @@ DYNSKIP_INLINE void attend_heads_of_any_size(const DecodeAttentionTask<Element>&
 
   for (int64_t head = task.first_head; head < task.first_head + task.num_heads; ++head) {
     const int64_t offset = head * head_size;
-    const auto key_of = [&](int64_t token) { return task.k_cache + task.slots[token] * task.slot_stride + offset; };
-    const auto value_of = [&](int64_t token) { return task.v_cache + task.slots[token] * task.slot_stride + offset; };
+    const int64_t kv_offset = head / task.group_size * head_size;
     for (int64_t d = 0; d < whole; d += kNumLanes) {
       store(query + d, load(task.query + offset + d));
     }
@@ -280,29 +468,36 @@ DYNSKIP_INLINE void attend_heads_of_any_size(const DecodeAttentionTask<Element>&
     }
     float largest = -INFINITY;
     float total = 0.0f;
-    for (int64_t begin = 0; begin < task.num_tokens; begin += kChunkTokens) {
-      const int64_t num_tokens = task.num_tokens - begin < kChunkTokens ? task.num_tokens - begin : kChunkTokens;
+    Chunk chunk;
+    int64_t token = 0;
+    bool is_first = true;
+    for (read_chunk(task, token, chunk); chunk.num_tokens > 0; read_chunk(task, token, chunk)) {
+      const int64_t num_tokens = chunk.num_tokens;
       for (int64_t t = 0; t < num_tokens; ++t) {
-        const Element* key = key_of(begin + t);
+        const Element* key = task.k_cache + chunk.slots[t] * task.slot_stride + kv_offset;
         Lanes products = load(query + whole) * load_some(key + whole, rest);
         for (int64_t d = 0; d < whole; d += kNumLanes) {
           products += load(query + d) * load(key + d);
         }
         scores[t] = sum(products) * task.scale;
       }
-      const float shrink = weigh_chunk(scores, num_tokens, begin == 0, largest, total);
+      if (task.slopes != nullptr) {
+        lessen_scores(scores, num_tokens, task.slopes[head], chunk.distances);
+      }
+      const float shrink = weigh_chunk(scores, num_tokens, is_first, largest, total);
+      is_first = false;
       for (int64_t d = 0; d < head_size; d += kNumLanes) {
         store(accumulator + d, load(accumulator + d) * shrink);
       }
       for (int64_t t = 0; t < num_tokens; ++t) {
-        const Element* value = value_of(begin + t);
+        const Element* value = task.v_cache + chunk.slots[t] * task.slot_stride + kv_offset;
         for (int64_t d = 0; d < whole; d += kNumLanes) {
           store(accumulator + d, load(accumulator + d) + scores[t] * load(value + d));
         }
         store(accumulator + whole, load(accumulator + whole) + scores[t] * load_some(value + whole, rest));
       }
     }
-    const float factor = task.num_tokens > 0 ? 1.0f / total : 0.0f;
+    const float factor = is_first ? 0.0f : 1.0f / total;
     for (int64_t d = 0; d < whole; d += kNumLanes) {
       store(task.out + offset + d, load(accumulator + d) * factor);
     }

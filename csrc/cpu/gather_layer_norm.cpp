@@ -14,7 +14,8 @@ Tensor gather_layer_norm(
     const std::optional<Tensor>& row_ids,
     const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias,
-    double eps) {
+    double eps,
+    bool rms) {
   DYNSKIP_CHECK(
       x.dim() == 2 && (x.size(1) == 1 || x.stride(1) == 1),
       "gather_layer_norm: x must be [N, C] with contiguous rows, got ", shape_of(x), ".");
@@ -40,6 +41,7 @@ Tensor gather_layer_norm(
     common.size = size;
     const int64_t stride = x.stride(0);
     common.eps = static_cast<float>(eps);
+    common.rms = rms;
     for_each_row(num_rows, size, [&](int64_t row) {
       LayerNormRow<Element> task = common;
       task.x += (ids != nullptr ? ids[row] : row) * stride;

@@ -1,4 +1,4 @@
-// Sixteen float32 lanes and what the kernels need of them: loads, stores, sums, exp.
+// Sixteen float32 lanes and what the kernels need of them: loads, stores, sums, exp, activations.
 //
 // Included once by each isa_*.cpp, after it has set its target: the compiler's vector extension turns the same source
 // into AVX-512, AVX2 or whatever the machine has. Everything is static and inlined, so that no code compiled for one
@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "element.h"
+#include "kernels.h"
 
 #define DYNSKIP_INLINE static inline __attribute__((always_inline))
 
@@ -193,8 +194,10 @@ DYNSKIP_INLINE float maximum(Lanes x) {
   return largest;
 }
 
-// e^x for x <= 0, error below 2 ulp; zero below -87, where float32 would be subnormal.
-DYNSKIP_INLINE Lanes exp_nonpositive(Lanes x) {
+// e^(x + tail), without has_tail e^x, for x <= 0 and a tail near 0, error below 2 ulp; zero for x below -87, where float32
+// would be subnormal.
+template <bool has_tail>
+DYNSKIP_INLINE Lanes exp_of_sum(Lanes x, Lanes tail) {
   constexpr float kLowest = -87.0f;
   constexpr float kRoundToInteger = 0x1.8p23f;
   const IntLanes vanishes = x < kLowest;
@@ -202,13 +205,66 @@ DYNSKIP_INLINE Lanes exp_nonpositive(Lanes x) {
   const Lanes shifted = x * 0x1.715476p0f + kRoundToInteger;
   const Lanes n = shifted - kRoundToInteger;
   // ln 2 in two parts, the first short enough for its product with n to be exact.
-  const Lanes r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Lanes r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  if (has_tail) {
+    r += tail;
+  }
   Lanes y = broadcast(1.0f / 5040);
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
     y = y * r + coefficient;
   }
   const Lanes scaled = (Lanes)((IntLanes)y + ((IntLanes)shifted << 23));
   return select(vanishes, Lanes{}, select(x != x, x, scaled));
+}
+
+DYNSKIP_INLINE Lanes exp_nonpositive(Lanes x) {
+  return exp_of_sum<false>(x, Lanes{});
+}
+
+DYNSKIP_INLINE Lanes magnitude(Lanes x) {
+  return (Lanes)((BitLanes)x & 0x7fffffffu);
+}
+
+// 1 / (1 + e^-x).
+DYNSKIP_INLINE Lanes sigmoid(Lanes x) {
+  const Lanes e = exp_nonpositive(-magnitude(x));
+  return select(x < 0.0f, e, broadcast(1.0f)) / (1.0f + e);
+}
+
+// The share of the standard normal distribution below x. The error of the smaller of the two shares beside x is relative.
+DYNSKIP_INLINE Lanes normal_share(Lanes x) {
+  const Lanes size = magnitude(x);
+  // Where it is small, the share is e^(-x^2 / 2) times a function that a polynomial in t follows to 4e-9.
+  const Lanes t = 1.0f / (1.0f + 0.3f * size);
+  Lanes y = broadcast(-0x1.51586p-6f);
+  for (const float coefficient :
+       {0x1.cbc34ep-4f, -0x1.d26fbap-3f, 0x1.877608p-3f, -0x1.4308bp-4f, 0x1.889284p-4f, 0x1.418d34p-4f, 0x1.c36b2cp-4f,
+        0x1.e9c792p-4f, 0x1.ea3c68p-4f}) {
+    y = y * t + coefficient;
+  }
+  // A number of twelve bits has an exact square.
+  const Lanes head = (Lanes)((BitLanes)size & 0xfffff000u);
+  const Lanes rest = (size - head) * (size + head);
+  const Lanes smaller = y * t * exp_of_sum<true>(-0.5f * (head * head), -0.5f * rest);
+  return select(x > 0.0f, 1.0f - smaller, smaller);
+}
+
+// The functions of `Activation`, in float32: errors are units in the last place of the larger of x and the result.
+template <Activation activation>
+DYNSKIP_INLINE Lanes activated(Lanes x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return select(x < 0.0f, Lanes{}, x); // a NaN stays one
+    case Activation::kGelu:
+      return x * normal_share(x);
+    case Activation::kGeluTanh:
+      // (1 + tanh(u)) / 2 is the sigmoid of 2 * u.
+      return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    case Activation::kSilu:
+      return x * sigmoid(x);
+    default:
+      return x;
+  }
 }
 
 } // namespace

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 _BACKENDS = ("torch", "native", "triton")
 # As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
-OPS = ("gather_layer_norm", "scatter_add", "kv_store", "decode_attention", "prefill_attention")
+OPS = (
+    "gather_layer_norm",
+    "scatter_add",
+    "kv_store",
+    "decode_attention",
+    "prefill_attention",
+    "rotate",
+    "activate",
+)
 # As in dynskip.ops.row_ops.ROW_OP_NAMES: the parts of a decode step, which only the triton backend has.
 ROW_OPS = (
     "embed_rows",

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dynskip.ops import native
+from dynskip.ops import native, torch_backend
+from dynskip.ops.reference import ACTIVATIONS
 
-ACTIVATIONS = ("none", "relu")
-
+# oneDNN's names of the activations and of the algorithms that compute them, in float32 before the result is rounded.
+_POINTWISE = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
 # Rows of one call in deterministic mode. The libraries choose a kernel by the row count, so one count means one
 # kernel, and inside it each row is summed in the same order.
 DETERMINISTIC_ROWS = 16
@@ -118,8 +125,8 @@ class Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor, activation: str = "none", deterministic: bool = False) -> torch.Tensor:
         """``activation(x @ weight.T + bias)``, [..., out_features], x.dtype.
 
-        ``x`` [..., in_features]. ``activation`` is "none" or "relu". With ``deterministic`` the bits of a row do not
-        depend on how many other rows there are, on what they hold, or on the row's position among them.
+        ``x`` [..., in_features]. ``activation`` is one of ``ACTIVATIONS``. With ``deterministic`` the bits of a row do
+        not depend on how many other rows there are, on what they hold, or on the row's position among them.
 
         Raises: ValueError for an unknown activation or a packed weight under autograd.
         """
@@ -146,14 +153,15 @@ class Linear(torch.nn.Module):
 
     def _multiply(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         if self.native_rows and x.shape[0] <= self.native_rows:
-            return native.packed_linear(x, self._packed_data, self.out_features, self.bias, activation == "relu")
+            return native.packed_linear(x, self._packed_data, self.out_features, self.bias, activation)
         if self._packed_weight is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed_weight, self.bias, activation, [], "")
+            name, algorithm = _POINTWISE[activation]
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed_weight, self.bias, name, [], algorithm)
         weight = self._dense()
         if activation == "relu" and self.bias is not None and fuses_relu(x.device):
             return torch._addmm_activation(self.bias, x, weight.t())
         y = functional.linear(x, weight, self.bias)
-        return torch.relu(y) if activation == "relu" else y
+        return y if activation == "none" else torch_backend.activate(y, activation)
 
     def _multiply_in_tiles(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         num_rows = x.shape[0]

@@ -1,23 +1,27 @@
-"""The ops of a step. Public are the five checked ops and `use_backend`; `dynskip.ops.reference` specifies them."""
+"""The ops of a step. Public are the checked ops and `use_backend`; `dynskip.ops.reference` specifies them."""
 
 from dynskip.ops.checked import (
     OP_NAMES,
+    activate,
     current_backend,
     decode_attention,
     gather_layer_norm,
     kv_store,
     prefill_attention,
+    rotate,
     scatter_add,
     use_backend,
 )
 
 __all__ = [
     "OP_NAMES",
+    "activate",
     "current_backend",
     "decode_attention",
     "gather_layer_norm",
     "kv_store",
     "prefill_attention",
+    "rotate",
     "scatter_add",
     "use_backend",
 ]

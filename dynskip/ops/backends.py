@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,14 +21,19 @@ class BackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """The five launchers of one backend. They check nothing: `dynskip.ops` does, for callers from outside."""
+    """The launchers of one backend, as `dynskip.ops.reference` specifies them.
+
+    They check nothing: `dynskip.ops` does, for callers from outside.
+    """
 
     name: str
-    gather_layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, float], Tensor]
+    gather_layer_norm: Callable[..., Tensor]
     scatter_add: Callable[[Tensor, Tensor | None, Tensor], None]
     kv_store: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    decode_attention: Callable[..., Tensor]
+    prefill_attention: Callable[..., Tensor]
+    rotate: Callable[..., None]
+    activate: Callable[..., Tensor]
 
 
 @functools.cache
@@ -87,18 +92,22 @@ def _resolve(name: str, kind: str) -> Backend:
 
 
 def _collect(name: str, module: object) -> Backend:
-    launchers = ("gather_layer_norm", "scatter_add", "kv_store", "decode_attention", "prefill_attention")
+    launchers = (field.name for field in fields(Backend) if field.name != "name")
     return Backend(name, *(getattr(module, launcher) for launcher in launchers))
 
 
 def _load_triton() -> Backend:
+    from dynskip.kernels.activate import activate
     from dynskip.kernels.decode_attention import decode_attention
     from dynskip.kernels.gather_layer_norm import gather_layer_norm
     from dynskip.kernels.kv_store import kv_store
     from dynskip.kernels.prefill_attention import prefill_attention
+    from dynskip.kernels.rotate_rows import rotate
     from dynskip.kernels.scatter_add import scatter_add
 
-    return Backend("triton", gather_layer_norm, scatter_add, kv_store, decode_attention, prefill_attention)
+    return Backend(
+        "triton", gather_layer_norm, scatter_add, kv_store, decode_attention, prefill_attention, rotate, activate
+    )
 
 
 def _why_not_triton(kind: str) -> str | None:

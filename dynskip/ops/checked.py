@@ -1,4 +1,4 @@
-"""The five ops, checked and dispatched: same signatures as `dynskip.reference`, run by the backend in use.
+"""The ops, checked and dispatched: same signatures as `dynskip.reference`, run by the backend in use.
 
 Each op is registered with torch.library in the namespace `dynskip`, with a fake, so that torch.compile and torch.export
 take it. The ops are for inference: with grad enabled they refuse inputs that require grad.
@@ -14,9 +14,27 @@ import torch
 from torch import Tensor
 
 from dynskip.ops.backends import BACKEND_NAMES, Backend, resolve_backend
-from dynskip.ops.checks import check_float, check_index, check_no_grad, check_packed, check_tensor
+from dynskip.ops.checks import (
+    check_caches,
+    check_float,
+    check_groups,
+    check_index,
+    check_no_grad,
+    check_packed,
+    check_positions,
+    check_tensor,
+)
+from dynskip.ops.reference import ACTIVATIONS
 
-OP_NAMES = ("gather_layer_norm", "scatter_add", "kv_store", "decode_attention", "prefill_attention")
+OP_NAMES = (
+    "gather_layer_norm",
+    "scatter_add",
+    "kv_store",
+    "decode_attention",
+    "prefill_attention",
+    "rotate",
+    "activate",
+)
 
 _backend_name: ContextVar[str] = ContextVar("dynskip_backend", default="auto")
 
@@ -43,13 +61,13 @@ def current_backend(device: torch.device | str = "cpu") -> Backend:
 
 
 def gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
 ) -> Tensor:
-    """Returns the LayerNorm of the chosen rows of `x`, packed: `[R, C]`, dtype of `x`, contiguous.
+    """Returns the LayerNorm of the chosen rows of `x`, with `rms` their RMSNorm, packed: `[R, C]`, dtype of `x`.
 
     x: `[N, C]`, float32, bfloat16 or float16, row stride free. row_ids: `[R], int32`, values in 0..N-1, or None for all
-    rows. weight, bias: `[C]`, dtype of `x`, or None. eps: added to the (biased) variance. Statistics are float32. Cost:
-    reads R * C values once, writes R * C.
+    rows. weight, bias: `[C]`, dtype of `x`, or None. eps: added to the (biased) variance. rms: leaves the mean where
+    it is. Statistics are float32; the result is contiguous. Cost: reads R * C values once, writes R * C.
     """
     function = "gather_layer_norm"
     check_tensor(function, "x", x, ("N", "C"))
@@ -68,7 +86,7 @@ def gather_layer_norm(
     if eps < 0:
         raise ValueError(f"gather_layer_norm: eps must be at least 0, got {eps}. LayerNorm in OPT uses 1e-5.")
     check_no_grad(function, x=x, weight=weight, bias=bias)
-    return torch.ops.dynskip.gather_layer_norm(x, row_ids, weight, bias, eps)
+    return torch.ops.dynskip.gather_layer_norm(x, row_ids, weight, bias, eps, rms)
 
 
 def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
@@ -105,51 +123,85 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     check_tensor(function, "v", v, tuple(k.shape), like=k)
     for name, rows in (("k", k), ("v", v)):
         check_packed(function, name, rows, num_dims=2)
-    _check_caches(function, k_cache, v_cache, k)
+    check_caches(function, k_cache, v_cache, ("num_slots", k.shape[1], k.shape[2]), k)
     check_index(function, "slot_mapping", slot_mapping, (k.shape[0],), k)
     check_no_grad(function, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     torch.ops.dynskip.kv_store(k, v, k_cache, v_cache, slot_mapping)
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> Tensor:
     """Returns the attention of one query a row over its sequence's cached tokens: `[R, H, D]`, dtype of `q`.
 
-    q: `[R, H, D]`, float32, bfloat16 or float16, row stride free. k_cache, v_cache: `[num_slots, H, D]`, contiguous.
-    slot_table: `[B, S_max], int32`, contiguous. seq_ids, context_lens: `[R], int32`. Row r attends to the slots in
-    the first `context_lens[r]` entries of `slot_table[seq_ids[r]]`; without any, its result is zero. Scores are q . k *
-    scale. The result of a row does not depend, to the bit, on the other rows. Cost: reads 2 * H * D values for each
-    attended token.
+    q: `[R, H, D]`, float32, bfloat16 or float16, row stride free. k_cache, v_cache: `[num_slots, G, D]`, contiguous:
+    G key-value heads, a divisor of H; query head h reads head h // (H / G). slot_table: `[B, S_max], int32`,
+    contiguous. seq_ids, context_lens: `[R], int32`. Row r attends to the slots in the first `context_lens[r]` entries
+    of `slot_table[seq_ids[r]]`; without any, its result is zero. Scores are q . k * scale.
+
+    slopes: `[H], float32`, or None: the score of a key that stands n positions before the query is lessened by n *
+    slope. window: in tokens, 0 for none: keys that stand as many positions before the query, or more, are left out.
+    Both need positions, which count from 0 in a sequence: position_ids: `[R], int64`, of the queries; slot_positions:
+    `[num_slots], int32`, of the token in each slot.
+
+    The result of a row does not depend, to the bit, on the other rows. Cost: reads 2 * G * D values for each attended
+    token.
     """
     function = "decode_attention"
     check_tensor(function, "q", q, ("R", "H", "D"))
     check_float(function, "q", q)
     check_packed(function, "q", q, num_dims=2)
-    _check_caches(function, k_cache, v_cache, q)
+    check_caches(function, k_cache, v_cache, ("num_slots", "G", q.shape[2]), q)
+    check_groups(function, "k_cache", k_cache, q)
     check_index(function, "slot_table", slot_table, ("B", "S_max"), q)
     check_packed(function, "slot_table", slot_table, num_dims=2)
     for name, index in (("seq_ids", seq_ids), ("context_lens", context_lens)):
         check_index(function, name, index, (q.shape[0],), q)
-    check_no_grad(function, q=q, k_cache=k_cache, v_cache=v_cache)
-    return torch.ops.dynskip.decode_attention(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale)
+    check_positions(function, q, slopes, window, position_ids, "slot_positions", slot_positions, k_cache)
+    check_no_grad(function, q=q, k_cache=k_cache, v_cache=v_cache, slopes=slopes)
+    return torch.ops.dynskip.decode_attention(
+        q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale, slopes, window, position_ids, slot_positions
+    )
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_limits: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> Tensor:
     """Returns the attention of packed queries over their sequence's packed keys: `[R, H, D]`, dtype of `q`.
 
-    q: `[R, H, D]`. k, v: `[S, H, D]`, dtype of `q`: float32, bfloat16 or float16, row strides free. cu_seqlens_q,
-    cu_seqlens_k: `[B + 1], int32`, from 0 to R and from 0 to S: where the queries and keys of each sequence begin.
-    key_limits: `[R], int32`: row r attends to the first `key_limits[r]` keys of its sequence; without any, its result
-    is zero. Limits 1..T are the causal mask. The result of a sequence does not depend, to the bit, on the other
-    sequences. Cost: 4 * H * D FLOPs a query and key.
+    q: `[R, H, D]`. k, v: `[S, G, D]`, dtype of `q`: float32, bfloat16 or float16, row strides free, heads as in
+    `decode_attention`. cu_seqlens_q, cu_seqlens_k: `[B + 1], int32`, from 0 to R and from 0 to S: where the queries and
+    keys of each sequence begin. key_limits: `[R], int32`: row r attends to the first `key_limits[r]` keys of its
+    sequence; without any, its result is zero. Limits 1..T are the causal mask. slopes, window: as in
+    `decode_attention`, with position_ids: `[R], int64`, of the queries, and key_positions: `[S]`, int32 or int64, of
+    the keys. The result of a sequence does not depend, to the bit, on the other sequences. Cost: 4 * H * D FLOPs a
+    query and key.
     """
     function = "prefill_attention"
     check_tensor(function, "q", q, ("R", "H", "D"))
     check_float(function, "q", q)
-    check_tensor(function, "k", k, ("S", q.shape[1], q.shape[2]), like=q)
+    check_tensor(function, "k", k, ("S", "G", q.shape[2]), like=q)
+    check_groups(function, "k", k, q)
     check_tensor(function, "v", v, tuple(k.shape), like=q)
     for name, rows in (("q", q), ("k", k), ("v", v)):
         check_packed(function, name, rows, num_dims=2)
@@ -160,26 +212,77 @@ def prefill_attention(
         )
     check_index(function, "cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), q)
     check_index(function, "key_limits", key_limits, (q.shape[0],), q)
-    check_no_grad(function, q=q, k=k, v=v)
-    return torch.ops.dynskip.prefill_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_limits, scale)
+    check_positions(function, q, slopes, window, position_ids, "key_positions", key_positions, k)
+    check_no_grad(function, q=q, k=k, v=v, slopes=slopes)
+    return torch.ops.dynskip.prefill_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, key_limits, scale, slopes, window, position_ids, key_positions
+    )
 
 
-def _check_caches(function: str, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
-    check_tensor(function, "k_cache", k_cache, ("num_slots", rows.shape[1], rows.shape[2]), like=rows)
-    check_tensor(function, "v_cache", v_cache, tuple(k_cache.shape), like=rows)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_packed(function, name, cache, num_dims=3)
+def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
+    """Turns each head of `x` to the position of its row (arXiv 2104.09864), in place.
+
+    x: `[R, H, D]`, float32, bfloat16 or float16, row stride free, mutated. position_ids: `[R], int64`, values in
+    0..P-1. cos_sin: `[P, E], float32`, contiguous, E even and at most D: E/2 cosines, then E/2 sines, of each position.
+    Value i of a head makes a pair with value i + E/2; values from E on stay as they are. weight: `[D]`, dtype of `x`,
+    or None: each head is replaced by its RMSNorm first, with `eps`. All in float32, rounded once. Cost: reads and
+    writes R * H * E values, with a weight R * H * D.
+    """
+    function = "rotate"
+    check_tensor(function, "x", x, ("R", "H", "D"))
+    check_float(function, "x", x)
+    check_packed(function, "x", x, num_dims=2)
+    check_index(function, "position_ids", position_ids, (x.shape[0],), x, torch.int64)
+    check_index(function, "cos_sin", cos_sin, ("P", "E"), x, torch.float32)
+    check_packed(function, "cos_sin", cos_sin, num_dims=2)
+    if cos_sin.shape[1] % 2 or not 2 <= cos_sin.shape[1] <= x.shape[2]:
+        raise ValueError(
+            f"rotate: cos_sin must have an even number of columns from 2 to {x.shape[2]}, got {cos_sin.shape[1]}. "
+            "Pass a cosine and a sine for each pair of values that is turned."
+        )
+    if weight is not None:
+        check_tensor(function, "weight", weight, (x.shape[2],), like=x)
+        check_packed(function, "weight", weight, num_dims=1)
+    if eps < 0:
+        raise ValueError(f"rotate: eps must be at least 0, got {eps}. RMSNorms use 1e-6 or 1e-5.")
+    check_no_grad(function, x=x, cos_sin=cos_sin, weight=weight)
+    torch.ops.dynskip.rotate(x, position_ids, cos_sin, weight, eps)
+
+
+def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
+    """Returns `x` through `activation`; with `gated`, its first half so, times its second: `[R, F]`, dtype of `x`.
+
+    x: `[R, F]`, with `gated` `[R, 2 * F]`, float32, bfloat16 or float16, row stride free. activation: "none", "relu",
+    "gelu", "gelu_tanh" (arXiv 1606.08415, by tanh) or "silu". The result is contiguous and its memory its own. Cost:
+    reads the values once, writes R * F.
+    """
+    function = "activate"
+    check_tensor(function, "x", x, ("R", "2 * F" if gated else "F"))
+    check_float(function, "x", x)
+    check_packed(function, "x", x, num_dims=1)
+    if activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activate: activation must be one of {names}, got {activation!r}. Choose one of these.")
+    if gated and x.shape[1] % 2:
+        raise ValueError(
+            f"activate: x must have an even number of columns with a gate, got {x.shape[1]}. Pass the values that go "
+            "through the activation and their factors side by side."
+        )
+    check_no_grad(function, x=x)
+    return torch.ops.dynskip.activate(x, activation, gated)
 
 
 @torch.library.custom_op("dynskip::gather_layer_norm", mutates_args=())
 def _gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
 ) -> Tensor:
-    return current_backend(x.device).gather_layer_norm(x, row_ids, weight, bias, eps)
+    return current_backend(x.device).gather_layer_norm(x, row_ids, weight, bias, eps, rms)
 
 
 @_gather_layer_norm.register_fake
-def _(x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _(
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+) -> Tensor:
     return x.new_empty((x.shape[0] if row_ids is None else row_ids.shape[0], x.shape[1]))
 
 
@@ -205,27 +308,91 @@ def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tens
 
 @torch.library.custom_op("dynskip::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> Tensor:
-    return current_backend(q.device).decode_attention(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale)
+    return current_backend(q.device).decode_attention(
+        q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale, slopes, window, position_ids, slot_positions
+    )
 
 
 @_decode_attention.register_fake
 def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("dynskip::prefill_attention", mutates_args=())
 def _prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_limits: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> Tensor:
-    return current_backend(q.device).prefill_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_limits, scale)
+    return current_backend(q.device).prefill_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, key_limits, scale, slopes, window, position_ids, key_positions
+    )
 
 
 @_prefill_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_limits: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("dynskip::rotate", mutates_args=("x",))
+def _rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
+    current_backend(x.device).rotate(x, position_ids, cos_sin, weight, eps)
+
+
+@_rotate.register_fake
+def _(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
+    return None
+
+
+@torch.library.custom_op("dynskip::activate", mutates_args=())
+def _activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
+    return current_backend(x.device).activate(x, activation, gated)
+
+
+@_activate.register_fake
+def _(x: Tensor, activation: str, gated: bool = False) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] // 2 if gated else x.shape[1]))

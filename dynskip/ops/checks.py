@@ -76,11 +76,21 @@ def check_float(function: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def check_index(function: str, name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
-    """Raises unless `tensor` has `shape`, int32, the device of `like`, and a contiguous last dimension."""
+def check_index(
+    function: str,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | str, ...],
+    like: Tensor,
+    dtype: torch.dtype = torch.int32,
+) -> None:
+    """Raises unless `tensor` has `shape`, `dtype`, the device of `like`, and a contiguous last dimension."""
     check_tensor(function, name, tensor, shape)
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{function}: {name} must be int32, got {dtype_name(tensor.dtype)}. Use {name}.int().")
+    if tensor.dtype != dtype:
+        cast = {torch.int32: "int", torch.int64: "long", torch.float32: "float"}[dtype]
+        raise TypeError(
+            f"{function}: {name} must be {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}. Use {name}.{cast}()."
+        )
     check_device(function, name, tensor, like)
     check_packed(function, name, tensor, num_dims=1)
 
@@ -93,3 +103,50 @@ def check_packed(function: str, name: str, tensor: Tensor, num_dims: int) -> Non
             what = "be contiguous" if num_dims == tensor.dim() else f"be contiguous in its last {num_dims} dimension(s)"
             raise ValueError(f"{function}: {name} must {what}, got strides {tensor.stride()}. Use {name}.contiguous().")
         expected *= tensor.shape[dim]
+
+
+def check_groups(function: str, name: str, keys: Tensor, q: Tensor) -> None:
+    """Raises ValueError unless the heads of `keys`, `[*, G, D]`, divide those of `q`, `[R, H, D]`."""
+    num_heads, num_kv_heads = q.shape[1], keys.shape[1]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{function}: {name} must have a number of heads that divides the {num_heads} of q, got {num_kv_heads}. "
+            "Each of them serves equally many query heads."
+        )
+
+
+def check_positions(
+    function: str,
+    q: Tensor,
+    slopes: Tensor | None,
+    window: int,
+    position_ids: Tensor | None,
+    keys_name: str,
+    key_positions: Tensor | None,
+    keys: Tensor,
+) -> None:
+    """Checks what scores depend on beside queries and keys. keys_name: of `key_positions`, which `keys` stand at."""
+    if slopes is not None:
+        check_index(function, "slopes", slopes, (q.shape[1],), q, torch.float32)
+    if window < 0:
+        raise ValueError(f"{function}: window must be at least 0, got {window}. Pass 0 for attention without a window.")
+    for name, positions in (("position_ids", position_ids), (keys_name, key_positions)):
+        if positions is None:
+            if slopes is not None or window:
+                raise ValueError(
+                    f"{function}: {name} must be given with slopes or a window, got None. Pass the positions of the "
+                    f"{'queries' if name == 'position_ids' else 'keys'}."
+                )
+        elif name == "position_ids":
+            check_index(function, name, positions, (q.shape[0],), q, torch.int64)
+        else:
+            takes_int64 = name == "key_positions" and positions.dtype == torch.int64
+            check_index(function, name, positions, (keys.shape[0],), q, torch.int64 if takes_int64 else torch.int32)
+
+
+def check_caches(function: str, k_cache: Tensor, v_cache: Tensor, shape: tuple[int | str, ...], rows: Tensor) -> None:
+    """Raises unless both caches are contiguous, of one `shape`, and of the dtype and on the device of `rows`."""
+    check_tensor(function, "k_cache", k_cache, shape, like=rows)
+    check_tensor(function, "v_cache", v_cache, tuple(k_cache.shape), like=rows)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_packed(function, name, cache, num_dims=3)

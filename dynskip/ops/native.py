@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from dynskip.kernels import switches
+from dynskip.ops.reference import ACTIVATIONS
 from dynskip.ops.torch_backend import prefill_attention
 
 __all__ = [
     "WHOLE_HEADS",
+    "activate",
     "decode_attention",
     "gather_layer_norm",
     "has_cuda",
@@ -28,6 +30,7 @@ __all__ = [
     "prefill_attention",
     "reads_packed_weight",
     "replay",
+    "rotate",
     "scatter_add",
     "unavailable_reason",
 ]
@@ -45,6 +48,8 @@ _OPS = (
     "scatter_add",
     "kv_store",
     "decode_attention",
+    "rotate",
+    "activate",
     "packed_linear",
     "has_packed_linear",
     "is_packed_linear_layout",
@@ -68,10 +73,10 @@ def unavailable_reason() -> str | None:
 
 
 def gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
 ) -> Tensor:
     """See `reference.gather_layer_norm`."""
-    return _op("gather_layer_norm")(x, row_ids, weight, bias, eps)
+    return _op("gather_layer_norm")(x, row_ids, weight, bias, eps, rms)
 
 
 def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
@@ -84,15 +89,47 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     _op("kv_store")(k, v, k_cache, v_cache, slot_mapping)
 
 
+def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
+    """See `reference.rotate`."""
+    _op("rotate")(x, position_ids, cos_sin, weight, eps)
+
+
+def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
+    """See `reference.activate`."""
+    return _op("activate")(x, ACTIVATIONS.index(activation), gated)
+
+
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> Tensor:
     """See `reference.decode_attention`. Needs `slot_table` to be contiguous.
 
-    Cost: reads 2 * sum(context_lens) * H * D elements once, fast where D is a multiple of `WHOLE_HEADS`. The bits of
-    one head of one row depend on nothing else.
+    Cost: reads 2 * sum(context_lens) * G * D elements once, fast where D is a multiple of `WHOLE_HEADS`; of those
+    outside of a window only the positions. The bits of one head of one row depend on nothing else.
     """
-    return _op("decode_attention")(q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale)
+    return _op("decode_attention")(
+        q,
+        k_cache,
+        v_cache,
+        slot_table,
+        seq_ids,
+        context_lens,
+        scale,
+        slopes,
+        window,
+        position_ids,
+        slot_positions,
+    )
 
 
 def reads_packed_weight(weight: Tensor, packed_weight: Tensor) -> bool:
@@ -114,14 +151,15 @@ def packed_data(packed_weight: Tensor) -> int:
     return int(torch.ops.mkldnn.data_ptr(packed_weight))
 
 
-def packed_linear(x: Tensor, data: int, num_outputs: int, bias: Tensor | None, relu: bool) -> Tensor:
-    """Returns `x` times the packed matrix at the address `data`, plus `bias`, through ReLU if wanted: `[R, out]`.
+def packed_linear(x: Tensor, data: int, num_outputs: int, bias: Tensor | None, activation: str) -> Tensor:
+    """Returns `x` times the packed matrix at the address `data`, plus `bias`, through `activation`: `[R, out]`.
 
     x: `[R, in], bfloat16`, rows contiguous. The matrix is one that `reads_packed_weight` accepted and still exists.
+    activation: one of `reference.ACTIVATIONS`, in float32 before the result is rounded.
 
     Cost: reads the matrix once. Fastest to about 50 rows. The bits of a row depend on that row alone.
     """
-    return _op("packed_linear")(x, data, num_outputs, bias, relu)
+    return _op("packed_linear")(x, data, num_outputs, bias, ACTIVATIONS.index(activation))
 
 
 def plan_rows(

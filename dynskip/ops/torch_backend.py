@@ -1,21 +1,38 @@
-"""The five ops out of PyTorch's own fast operators, on any device. No checks: `dynskip.ops` has them.
+"""The ops out of PyTorch's own fast operators, on any device. No checks: `dynskip.ops` has them.
 
 The attention ops read lengths on the host, so on a GPU they synchronise; the `triton` backend does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.clone,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+# Of a mask by head, in float32: 64 MiB.
+_MASK_ELEMENTS = 2**24
+
 
 def gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
 ) -> Tensor:
-    """See `reference.gather_layer_norm`. PyTorch's LayerNorm takes its statistics in float32 on every device."""
+    """See `reference.gather_layer_norm`. PyTorch's norms take their statistics in float32 on every device."""
     rows = x if row_ids is None else x.index_select(0, row_ids)
-    return F.layer_norm(rows, rows.shape[1:], weight, bias, eps)
+    if not rms:
+        return F.layer_norm(rows, rows.shape[1:], weight, bias, eps)
+    if bias is None:
+        return F.rms_norm(rows, rows.shape[1:], weight, eps)
+    normed = F.rms_norm(rows.float(), rows.shape[1:], None if weight is None else weight.float(), eps)
+    return (normed + bias.float()).to(x.dtype)
 
 
 def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
@@ -36,32 +53,102 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     v_cache.index_put_((slots,), v)
 
 
+def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
+    """See `reference.rotate`. In float32, rounded once."""
+    heads = x.float()
+    if weight is not None:
+        heads = F.rms_norm(heads, x.shape[2:], weight.float(), eps)
+    cos, sin = cos_sin.index_select(0, position_ids)[:, None].chunk(2, dim=-1)
+    half = cos_sin.shape[1] // 2
+    one, other = heads[..., :half], heads[..., half : 2 * half]
+    turned = one * cos - other * sin, other * cos + one * sin  # in float32 `heads` may be `x`
+    x[..., :half], x[..., half : 2 * half] = turned
+    if weight is not None:
+        x[..., 2 * half :] = heads[..., 2 * half :]
+
+
+def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
+    """See `reference.activate`. With a gate the activation is rounded before the product. Differentiable."""
+    values, factors = x.chunk(2, dim=-1) if gated else (x, None)
+    values = _apply(activation, values)
+    return values if factors is None else values * factors
+
+
+def _apply(activation: str, x: Tensor) -> Tensor:
+    function = _ACTIVATIONS[activation]
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if activation in ("none", "relu") or x.device.type != "cpu" or needs_grad:
+        return function(x)
+    # On a CPU PyTorch has other functions for elements that fill no vector, and which these are depends on all of a
+    # tensor: row by row, the bits of a row depend on that row alone.
+    out = torch.empty(x.shape, dtype=x.dtype)
+    for row, values in enumerate(x):
+        out[row] = function(values)
+    return out
+
+
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot_table: Tensor, seq_ids: Tensor, context_lens: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_table: Tensor,
+    seq_ids: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> Tensor:
     """See `reference.decode_attention`. One call of PyTorch's attention a row, so that no row sees another's length."""
-    # On a CPU PyTorch's attention of one query takes 25 times as long over strided bfloat16 as over strided float32.
-    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+    # On a CPU PyTorch's attention of one query takes 25 times as long over strided bfloat16 as over strided float32;
+    # a slope times a distance needs float32 anywhere.
+    dtype = torch.float32 if q.device.type == "cpu" or slopes is not None else q.dtype
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shares_keys = k_cache.shape[1] != q.shape[1]
     for row, (sequence, length) in enumerate(zip(seq_ids.tolist(), context_lens.tolist(), strict=True)):
-        if length == 0:
+        slots, mask = slot_table[sequence, :length], None
+        if slopes is not None or window:
+            assert position_ids is not None and slot_positions is not None, "slopes and windows are ones of positions"
+            distances = position_ids[row] - slot_positions.index_select(0, slots)
+            if window:
+                inside = distances < window
+                slots, distances = slots[inside], distances[inside]
+            mask = None if slopes is None else -slopes[:, None] * distances
+        if slots.numel() == 0:
             out[row] = 0
             continue
-        slots = slot_table[sequence, :length]
         k = k_cache.index_select(0, slots).to(dtype).transpose(0, 1)
         v = v_cache.index_select(0, slots).to(dtype).transpose(0, 1)
         query = q[row].to(dtype)[:, None]
-        out[row] = F.scaled_dot_product_attention(query[None], k[None], v[None], scale=scale)[0, :, 0]
+        out[row] = F.scaled_dot_product_attention(
+            query[None],
+            k[None],
+            v[None],
+            attn_mask=None if mask is None else mask[None, :, None],
+            scale=scale,
+            enable_gqa=shares_keys,
+        )[0, :, 0]
     return out
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_limits: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.prefill_attention`. One call of PyTorch's attention a sequence: none sees another."""
+    """See `reference.prefill_attention`. Calls PyTorch's attention for each sequence: none sees another."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.dtype == torch.float16 and q.device.type == "cpu":
-        # A CPU multiplies float16 at less than half the speed of float32.
+    if slopes is not None or (q.dtype == torch.float16 and q.device.type == "cpu"):
+        # A slope times a distance needs float32; a CPU multiplies float16 at less than half the speed of float32.
         q, k, v = q.float(), k.float(), v.float()
     query_starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for sequence in range(len(query_starts) - 1):
@@ -73,14 +160,68 @@ def prefill_attention(
         if num_keys == 0:
             out[rows] = 0
             continue
-        queries, key_rows, value_rows = (tensor.transpose(0, 1)[None] for tensor in (q[rows], k[keys], v[keys]))
-        limits = key_limits[rows]
-        positions = torch.arange(num_keys, dtype=limits.dtype, device=limits.device)
-        if num_rows == num_keys and torch.equal(limits, positions + 1):
-            attended = F.scaled_dot_product_attention(queries, key_rows, value_rows, is_causal=True, scale=scale)
+        limits, tensors = key_limits[rows], (q[rows], k[keys], v[keys])
+        if slopes is None and not window:
+            out[rows] = _attend_sequence(*tensors, limits, scale)
+            continue
+        assert position_ids is not None and key_positions is not None, "slopes and windows are ones of positions"
+        place, key_place = position_ids[rows], key_positions[keys]
+        if slopes is None and int(place.max()) - int(key_place.min()) < window:
+            out[rows] = _attend_sequence(*tensors, limits, scale)
         else:
-            mask = positions < limits[:, None]
-            attended = F.scaled_dot_product_attention(queries, key_rows, value_rows, attn_mask=mask, scale=scale)
-            attended = attended.masked_fill((limits == 0)[:, None], 0)
-        out[rows] = attended[0].transpose(0, 1)
+            out[rows] = _attend_by_position(*tensors, limits, scale, slopes, window, place, key_place)
     return out
+
+
+def _attend_sequence(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, scale: float) -> Tensor:
+    """[T, H, D]: the attention of the queries of one sequence, at least one, over its keys, at least one."""
+    queries, keys, values = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    shares_keys = k.shape[1] != q.shape[1]
+    positions = torch.arange(len(k), dtype=limits.dtype, device=limits.device)
+    if len(q) == len(k) and torch.equal(limits, positions + 1):
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=shares_keys
+        )
+    else:
+        mask = positions < limits[:, None]
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=shares_keys
+        )
+        attended = attended.masked_fill((limits == 0)[:, None], 0)
+    return attended[0].transpose(0, 1)
+
+
+def _attend_by_position(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    limits: Tensor,
+    scale: float,
+    slopes: Tensor | None,
+    window: int,
+    position_ids: Tensor,
+    key_positions: Tensor,
+) -> Tensor:
+    """As `_attend_sequence`, with slopes or a window. position_ids: `[T]`. key_positions: `[S]`."""
+    keys, values = (tensor.transpose(0, 1)[None] for tensor in (k, v))
+    numbers = torch.arange(len(k), dtype=limits.dtype, device=limits.device)
+    # A slope makes the mask as large as all scores: some rows at a time.
+    num_masks = 1 if slopes is None else q.shape[1]
+    num_block_rows = max(1, _MASK_ELEMENTS // (num_masks * len(k)))
+    blocks = []
+    for rows in (slice(first, first + num_block_rows) for first in range(0, len(q), num_block_rows)):
+        distances = position_ids[rows, None] - key_positions
+        mask = numbers < limits[rows, None]
+        if window:
+            mask = mask & (distances < window)
+        lessening = mask if slopes is None else (-slopes[:, None, None] * distances).masked_fill(~mask, float("-inf"))
+        attended = F.scaled_dot_product_attention(
+            q[rows].transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=lessening[None],
+            scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )[0]
+        blocks.append(attended.masked_fill(~mask.any(dim=1)[:, None], 0).transpose(0, 1))
+    return torch.cat(blocks)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, kv_store, prefill_attention
+from dynskip.ops.reference import ACTIVATIONS
+from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, kv_store, prefill_attention, rotate
 from dynskip.validation.row_cases import ROW_CASE_MAKERS
 from dynskip.validation.tensors import Arguments, Case, Draw
 
@@ -21,6 +22,9 @@ _NUM_ROWS = 7
 _ROW_COUNTS = (0, 1, _NUM_ROWS - 1, _NUM_ROWS)
 # Heads and head sizes: OPT's 64, 80 and 128, opt-mini's 48 and the smallest, with odd and even numbers of heads.
 _HEADS = ((3, 16), (2, 48), (2, 64), (3, 80), (1, 128))
+
+# Query heads that share key-value heads, and key-value heads: Llama's, SmolLM's, one for all, and groups of five.
+_GROUPS = ((8, 2, 64), (9, 3, 64), (4, 1, 128), (10, 2, 48), (6, 2, 20))
 
 
 def _gather_layer_norm(draw: Draw) -> Iterator[tuple[str, Arguments]]:
@@ -49,6 +53,14 @@ def _gather_layer_norm(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "constant rows", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 1).expand(-1, 192).contiguous(), None)
     yield "mean far from zero", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 192) + 300, None)
     yield "tiny values", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 192) * 1e-3, None)
+    for num_chosen in _ROW_COUNTS:
+        x, row_ids = draw.nan(_NUM_ROWS, 192), draw.row_ids(num_chosen, _NUM_ROWS)
+        x[row_ids.long()] = draw.normal(num_chosen, 192) + 1
+        yield f"R={num_chosen} of {_NUM_ROWS}, RMS", gather_layer_norm(draw, x, row_ids, rms=True) | {"bias": None}
+    for num_columns in (1, 16, 97, 768):
+        x = draw.strided(_NUM_ROWS, num_columns)
+        yield f"RMS with a bias, strided rows, C={num_columns}", gather_layer_norm(draw, x, None, rms=True)
+    yield "RMS alone", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 97) * 1e-3, None, affine=False, rms=True)
 
 
 def _scatter_add(draw: Draw) -> Iterator[tuple[str, Arguments]]:
@@ -103,6 +115,28 @@ def _decode_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     shorter = decode_attention(draw, 2, 48, [9, 40], [1, 1, 0])
     yield "two rows of one sequence, part of its context", shorter | {"context_lens": draw.index(40, 39, 3)}
 
+    for num_heads, num_kv_heads, head_size in _GROUPS:
+        groups = {"num_kv_heads": num_kv_heads}
+        name = f"H={num_heads}, G={num_kv_heads}, D={head_size}"
+        yield name, decode_attention(draw, num_heads, head_size, lengths, every, **groups)
+        yield f"{name}, slopes", decode_attention(draw, num_heads, head_size, lengths, every, slopes=True, **groups)
+        yield f"{name}, a window", decode_attention(draw, num_heads, head_size, lengths, every, window=50, **groups)
+    both = decode_attention(draw, 4, 64, [*lengths, 300], [0, 7, 3], slopes=True, window=140, num_kv_heads=2)
+    yield "slopes and a window, rows in any order", both
+    far = decode_attention(draw, 2, 48, lengths, every, window=3)
+    far["position_ids"][::2] += 9
+    yield "no key within the window of some rows", _without_keys(far, slice(None, None, 2))
+
+
+def _without_keys(arguments: Arguments, rows: slice) -> Arguments:
+    """The arguments of decode attention with NaN in every slot of the sequences of some rows."""
+    seq_ids, context_lens = (arguments[name][rows].tolist() for name in ("seq_ids", "context_lens"))
+    for sequence, length in zip(seq_ids, context_lens, strict=True):
+        slots = arguments["slot_table"][sequence, :length].long()
+        for cache in (arguments["k_cache"], arguments["v_cache"]):
+            cache[slots] = float("nan")
+    return arguments
+
 
 def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     for num_heads, head_size in _HEADS:
@@ -119,6 +153,48 @@ def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "queries without keys", prefill_attention(draw, 2, 48, [0, 3], [[0, 0], [1, 2, 3]])
     yield "some queries missing", prefill_attention(draw, 2, 48, [70], [[1, 2, 5, 33, 34, 64, 65, 70]])
     yield "limits that do not increase", prefill_attention(draw, 2, 48, [33], [[33, 1, 17, 0, 32, 5]])
+    for num_heads, num_kv_heads, head_size in _GROUPS:
+        groups = {"num_kv_heads": num_kv_heads}
+        name, lengths = f"H={num_heads}, G={num_kv_heads}, D={head_size}", [1, 7, 67]
+        yield name, prefill_attention(draw, num_heads, head_size, lengths, strided=True, **groups)
+        yield f"{name}, slopes", prefill_attention(draw, num_heads, head_size, lengths, slopes=True, **groups)
+        yield f"{name}, a window", prefill_attention(draw, num_heads, head_size, lengths, window=20, **groups)
+    yield "a window that nothing is outside of", prefill_attention(draw, 2, 48, [5, 37], window=200)
+    missing = [[0, 1, 2, 5, 33, 34, 64, 65, 70], [0, 0]]
+    some = prefill_attention(draw, 4, 64, [70, 3], missing, slopes=True, window=40, num_kv_heads=2)
+    yield "slopes and a window, some queries missing", some
+    far = prefill_attention(draw, 2, 48, [9, 4], window=4)
+    far["position_ids"][::2] += 9
+    yield "no key within the window of some queries", far
+
+
+def _rotate(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+    for num_heads, head_size in _HEADS:
+        for num_rows in _ROW_COUNTS:
+            x = draw.normal(num_rows, num_heads, head_size)
+            yield f"R={num_rows}, H={num_heads}, D={head_size}", rotate(draw, x)
+        yield f"H={num_heads}, D={head_size}, norm", rotate(draw, draw.strided(7, num_heads, head_size), weight=True)
+    for rotary_size in (2, 32, 66, 128):
+        for weight in (False, True):
+            x = draw.strided(_NUM_ROWS, 3, 128)
+            name = f"{rotary_size} of 128 values{', norm' if weight else ''}, strided rows"
+            yield name, rotate(draw, x, rotary_size, weight=weight)
+    yield "an odd head", rotate(draw, draw.normal(5, 3, 11), 6)
+    yield "large values, norm", rotate(draw, draw.normal(5, 3, 64) * 100, weight=True)
+
+
+def _activate(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+    for activation in ACTIVATIONS:
+        for gated in (False, True):
+            name, parts = f"{activation}{', gated' if gated else ''}", 2 if gated else 1
+            for num_rows in (0, 1, _NUM_ROWS):
+                x = draw.normal(num_rows, parts * 192)
+                yield f"R={num_rows}, F=192, {name}", {"x": x, "activation": activation, "gated": gated}
+            for num_columns in (1, 97, 1500):
+                x = draw.strided(_NUM_ROWS, parts * num_columns).mul_(5)
+                yield f"F={num_columns}, {name}, strided rows", {"x": x, "activation": activation, "gated": gated}
+        far = torch.linspace(-30, 30, 4 * 1001, device=draw.device).view(4, 1001).to(draw.dtype)
+        yield f"from -30 to 30, {activation}", {"x": far, "activation": activation, "gated": False}
 
 
 _makers: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = {
@@ -127,4 +203,6 @@ _makers: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = {
     "kv_store": _kv_store,
     "decode_attention": _decode_attention,
     "prefill_attention": _prefill_attention,
+    "rotate": _rotate,
+    "activate": _activate,
 }

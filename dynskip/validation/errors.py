@@ -109,31 +109,75 @@ def storage_error(result: Tensor, expected: Tensor) -> float:
 
 
 def eager_layer_norm(arguments: Arguments) -> tuple[Tensor, float]:
-    """PyTorch's LayerNorm, and how large its result would be without centering: what float32 rounds there stays."""
-    row_ids, weight = arguments["row_ids"], arguments["weight"]
+    """PyTorch's LayerNorm, and how large its result would be without centering: what float32 rounds there stays.
+
+    With `rms` the textbook formula of RMSNorm, which centers nothing.
+    """
+    row_ids, weight, bias, eps = (arguments[name] for name in ("row_ids", "weight", "bias", "eps"))
     rows = arguments["x"] if row_ids is None else arguments["x"][row_ids.long()]
+    if arguments["rms"]:
+        normed = eager_rms_norm(rows, weight, eps)
+        return normed if bias is None else normed + bias, 0.0
     exact = rows.double()
-    uncentered = (exact.abs().amax(1) / torch.sqrt(exact.var(1, correction=0) + arguments["eps"])).max().item()
+    uncentered = (exact.abs().amax(1) / torch.sqrt(exact.var(1, correction=0) + eps)).max().item()
     magnified = uncentered if weight is None else uncentered * weight.abs().max().item()
-    return F.layer_norm(rows, rows.shape[1:], weight, arguments["bias"], arguments["eps"]), magnified
+    return F.layer_norm(rows, rows.shape[1:], weight, bias, eps), magnified
+
+
+def eager_rms_norm(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm as models write it: statistics in float32, the rest in the working dtype."""
+    mean = rows.float().pow(2).mean(dim=-1, keepdim=True)
+    normed = (rows.float() * torch.rsqrt(mean + eps)).to(rows.dtype)
+    return normed if weight is None else normed * weight
+
+
+def eager_rotate(arguments: Arguments) -> tuple[Tensor, float]:
+    """The rotation as models write it, in the working dtype, after the RMSNorm of each head where there is one."""
+    x, weight, cos_sin = (arguments[name] for name in ("x", "weight", "cos_sin"))
+    heads = x if weight is None else eager_rms_norm(x, weight, arguments["eps"])
+    cos, sin = cos_sin[arguments["position_ids"]].to(x.dtype)[:, None].chunk(2, dim=-1)
+    one, other, rest = heads.tensor_split([cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1), 0.0
+
+
+def eager_activate(arguments: Arguments) -> tuple[Tensor, float]:
+    """PyTorch's activation, and the product of its rounded result with the factors."""
+    x, activation, gated = (arguments[name] for name in ("x", "activation", "gated"))
+    values, factors = x.chunk(2, dim=-1) if gated else (x, None)
+    if activation in ("gelu", "gelu_tanh"):
+        values = F.gelu(values, approximate="tanh" if activation == "gelu_tanh" else "none")
+    elif activation in ("relu", "silu"):
+        values = getattr(F, activation)(values)
+    return values if factors is None else values * factors, 0.0
 
 
 def eager_attention(arguments: Arguments) -> tuple[Tensor, float]:
     """softmax(q k^T scale) v, row by row, each step rounded to the working dtype, and its largest score times value.
 
-    The absolute error of a score becomes a relative error of its weight.
+    The absolute error of a score becomes a relative error of its weight. What slopes take from scores is float32.
     """
     is_decode = "slot_table" in arguments
-    k_name, v_name = ("k_cache", "v_cache") if is_decode else ("k", "v")
-    q = arguments["q"]
+    k_name, v_name, place_name = ("k_cache", "v_cache", "slot_positions") if is_decode else ("k", "v", "key_positions")
+    q, slopes, window = arguments["q"], arguments["slopes"], arguments["window"]
+    group = q.shape[1] // arguments[k_name].shape[1]
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     magnified = 0.0
     for row, keys in enumerate((_decode_key_ids if is_decode else _prefill_key_ids)(arguments)):
+        distances = None
+        if slopes is not None or window:
+            distances = arguments["position_ids"][row] - arguments[place_name][keys]
+            if window:
+                keys, distances = keys[distances < window], distances[distances < window]
         if len(keys):
-            k, v = (arguments[name][keys].transpose(0, 1) for name in (k_name, v_name))
+            k, v = (arguments[name][keys].transpose(0, 1).repeat_interleave(group, dim=0) for name in (k_name, v_name))
             scores = q[row, :, None] @ k.transpose(1, 2) * arguments["scale"]
+            largest = scores.abs().max().item()
+            if slopes is not None:
+                lessening = slopes[:, None, None] * distances
+                scores = (scores.float() - lessening).to(q.dtype)
+                largest = max(largest, lessening.abs().max().item())
             out[row] = (scores.softmax(dim=-1) @ v)[:, 0]
-            magnified = max(magnified, scores.abs().max().item() * out[row].abs().max().item())
+            magnified = max(magnified, largest * out[row].abs().max().item())
     return out, magnified
 
 

@@ -275,9 +275,11 @@ def plan_rows(
     }
 
 
-def gather_layer_norm(draw: Draw, x: Tensor, row_ids: Tensor | None, affine: bool = True) -> Arguments:
+def gather_layer_norm(
+    draw: Draw, x: Tensor, row_ids: Tensor | None, affine: bool = True, rms: bool = False
+) -> Arguments:
     weight, bias = (draw.normal(x.shape[1]) if affine else None for _ in range(2))
-    return {"x": x, "row_ids": row_ids, "weight": weight, "bias": bias, "eps": 1e-5}
+    return {"x": x, "row_ids": row_ids, "weight": weight, "bias": bias, "eps": 1e-5, "rms": rms}
 
 
 def kv_store(
@@ -290,27 +292,83 @@ def kv_store(
     return {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": draw.index(*slots)}
 
 
-def decode_attention(
-    draw: Draw, num_heads: int, head_size: int, lengths: list[int], seq_ids: list[int], sharpness: float = 1
+def rotary_table(draw: Draw, num_positions: int, rotary_size: int) -> Tensor:
+    """`[P, E], float32`: cosines and sines of random angles."""
+    angles = draw.normal(num_positions, rotary_size // 2).float() * 3
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def rotate(
+    draw: Draw,
+    x: Tensor,
+    rotary_size: int | None = None,
+    num_positions: int = 50,
+    weight: bool = False,
 ) -> Arguments:
-    """lengths: of the sequences, all of which each of their rows attends to."""
-    num_slots = sum(lengths) + 5
-    k_cache, v_cache = (draw.nan(num_slots, num_heads, head_size) for _ in range(2))
+    """rotary_size: None for whole heads."""
+    head_size = x.shape[2]
+    return {
+        "x": x,
+        "position_ids": draw.guarded(draw.integers(0, num_positions, len(x)).long()),
+        "cos_sin": draw.guarded(rotary_table(draw, num_positions, head_size if rotary_size is None else rotary_size)),
+        "weight": draw.normal(head_size) if weight else None,
+        "eps": 1e-6,
+    }
+
+
+def draw_slopes(draw: Draw, num_heads: int) -> Tensor:
+    """`[H], float32`: slopes as ALiBi has them, for any number of heads."""
+    return torch.tensor([2.0 ** (-8 * (head + 1) / num_heads) for head in range(num_heads)], device=draw.device)
+
+
+def decode_attention(
+    draw: Draw,
+    num_heads: int,
+    head_size: int,
+    lengths: list[int],
+    seq_ids: list[int],
+    sharpness: float = 1,
+    num_kv_heads: int | None = None,
+    slopes: bool = False,
+    window: int = 0,
+) -> Arguments:
+    """lengths: of the sequences, all of which each of their rows attends to, but for those outside of the window.
+
+    With slopes or a window every third position has no entry, as in a layer that some tokens skip.
+    """
+    num_slots, num_kv_heads = sum(lengths) + 5, num_heads if num_kv_heads is None else num_kv_heads
+    k_cache, v_cache = (draw.nan(num_slots, num_kv_heads, head_size) for _ in range(2))
     slots = draw.index(*draw.permutation(num_slots)[: sum(lengths)])
     for cache in (k_cache, v_cache):
-        cache[slots.long()] = draw.normal(len(slots), num_heads, head_size)
+        cache[slots.long()] = draw.normal(len(slots), num_kv_heads, head_size)
     # Rows end in unused entries, as the engine's do.
     table = torch.full((len(lengths), max(lengths) + 9), -1, dtype=torch.int32, device=draw.device)
     for sequence, used in enumerate(torch.split(slots, lengths)):
         table[sequence, : len(used)] = used
+    context_lens = [lengths[sequence] for sequence in seq_ids]
+    positions: dict[str, Tensor | None] = {"position_ids": None, "slot_positions": None}
+    if slopes or window:
+        slot_positions = torch.full((num_slots,), POISON, dtype=torch.int32, device=draw.device)
+        for used in torch.split(slots, lengths):
+            slot_positions[used.long()] = _places(draw, len(used))
+        position_ids = [_position(length - 1) for length in context_lens]
+        positions = {"position_ids": draw.index(*position_ids).long(), "slot_positions": draw.guarded(slot_positions)}
+        if window:
+            for sequence, used in enumerate(torch.split(slots, lengths)):
+                outside = _position(lengths[sequence] - 1) - slot_positions[used.long()] >= window
+                for cache in (k_cache, v_cache):
+                    cache[used[outside].long()] = float("nan")
     return {
         "q": draw.strided(len(seq_ids), num_heads, head_size),
         "k_cache": k_cache,
         "v_cache": v_cache,
         "slot_table": table,
         "seq_ids": draw.index(*seq_ids),
-        "context_lens": draw.index(*(lengths[sequence] for sequence in seq_ids)),
+        "context_lens": draw.index(*context_lens),
         "scale": sharpness * head_size**-0.5,
+        "slopes": draw_slopes(draw, num_heads) if slopes else None,
+        "window": window,
+        **positions,
     }
 
 
@@ -322,20 +380,46 @@ def prefill_attention(
     limits: list[list[int]] | None = None,
     strided: bool = False,
     sharpness: float = 1,
+    num_kv_heads: int | None = None,
+    slopes: bool = False,
+    window: int = 0,
 ) -> Arguments:
-    """num_keys: of each sequence. limits: of each of its queries; None: as many queries as keys, causal."""
+    """num_keys: of each sequence. limits: of each of its queries; None: as many queries as keys, causal.
+
+    With slopes or a window every third position has no key; a query stands where its last key does.
+    """
     limits = [list(range(1, length + 1)) for length in num_keys] if limits is None else limits
     starts_q, starts_k = [0], [0]
     for length, of_sequence in zip(num_keys, limits, strict=True):
         starts_q.append(starts_q[-1] + len(of_sequence))
         starts_k.append(starts_k[-1] + length)
-    tensor = draw.strided if strided else draw.normal
+    tensor, num_kv_heads = draw.strided if strided else draw.normal, num_heads if num_kv_heads is None else num_kv_heads
+    positions: dict[str, Tensor | None] = {"position_ids": None, "key_positions": None}
+    if slopes or window:
+        last_keys = [max(limit - 1, 0) for of_sequence in limits for limit in of_sequence]
+        places = [_places(draw, length) for length in num_keys] or [draw.index()]
+        positions = {
+            "position_ids": draw.index(*map(_position, last_keys)).long(),
+            "key_positions": draw.guarded(torch.cat(places)),
+        }
     return {
         "q": tensor(starts_q[-1], num_heads, head_size),
-        "k": tensor(starts_k[-1], num_heads, head_size),
-        "v": tensor(starts_k[-1], num_heads, head_size),
+        "k": tensor(starts_k[-1], num_kv_heads, head_size),
+        "v": tensor(starts_k[-1], num_kv_heads, head_size),
         "cu_seqlens_q": draw.index(*starts_q),
         "cu_seqlens_k": draw.index(*starts_k),
         "key_limits": draw.index(*(limit for of_sequence in limits for limit in of_sequence)),
         "scale": sharpness * head_size**-0.5,
+        "slopes": draw_slopes(draw, num_heads) if slopes else None,
+        "window": window,
+        **positions,
     }
+
+
+def _position(rank: int) -> int:
+    """Where the entry of that rank in a sequence stands: every third position has none."""
+    return rank + rank // 2
+
+
+def _places(draw: Draw, num_entries: int) -> Tensor:
+    return draw.index(*map(_position, range(num_entries)))

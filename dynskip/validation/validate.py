@@ -21,18 +21,28 @@ from dynskip.validation.errors import (
     Result,
     allowed_error,
     change_one_element,
+    eager_activate,
     eager_attention,
     eager_layer_norm,
+    eager_rotate,
     max_error,
     poisoned_allocations,
     storage_bytes,
     storage_error,
     to_float64,
 )
-from dynskip.validation.tensors import Arguments, Case
+from dynskip.validation.tensors import Arguments, Case, copy_with_storage
 from dynskip.validation.validate_rows import validate_row_case
 
-_MUTATED = {"scatter_add": ("x",), "kv_store": ("k_cache", "v_cache")}
+_MUTATED = {"scatter_add": ("x",), "kv_store": ("k_cache", "v_cache"), "rotate": ("x",)}
+_EXACT = ("scatter_add", "kv_store")
+_EAGER = {
+    "gather_layer_norm": eager_layer_norm,
+    "decode_attention": eager_attention,
+    "prefill_attention": eager_attention,
+    "rotate": eager_rotate,
+    "activate": eager_activate,
+}
 
 
 def validate(
@@ -74,11 +84,13 @@ def validate_case(backend: str, dtype: torch.dtype, case: Case, falsify: bool = 
         for result in results:
             change_one_element(result)
     complaint = _find_complaint(case, arguments, results)
-    if case.op in _MUTATED:
+    if case.op in _EXACT:
         expected = _call(reference, case.op, case.copy_arguments())
         error, allowed = max(map(storage_error, results, expected)), 0.0
     else:
         error, allowed = _measure(case, results[0])
+        if case.op in _MUTATED:
+            complaint = complaint or _find_write_beside(case, arguments)
     return Result(backend, dtype_name(dtype), case.op, case.name, error, allowed, complaint)
 
 
@@ -101,6 +113,14 @@ def _find_complaint(case: Case, arguments: Arguments, results: tuple[Tensor, ...
     return None
 
 
+def _find_write_beside(case: Case, arguments: Arguments) -> str | None:
+    for name in _MUTATED[case.op]:
+        expected = copy_with_storage(case.arguments[name]).copy_(arguments[name])
+        if not torch.equal(storage_bytes(expected), storage_bytes(arguments[name])):
+            return f"{name} was written to beside its elements"
+    return None
+
+
 def _measure(case: Case, result: Tensor) -> tuple[float, float]:
     """The error of `result` against float64, and the error that it may have."""
     arguments = case.copy_arguments()
@@ -109,5 +129,5 @@ def _measure(case: Case, result: Tensor) -> tuple[float, float]:
         return float("inf"), 0.0
     if exact.numel() == 0:
         return 0.0, 0.0
-    eager, magnified = (eager_layer_norm if case.op == "gather_layer_norm" else eager_attention)(arguments)
+    eager, magnified = _EAGER[case.op](arguments)
     return max_error(result.double(), exact), allowed_error(exact, eager, magnified)

@@ -44,4 +44,12 @@ def arguments_of(op: str) -> dict[str, Any]:
             "key_limits": index(1, 1, 2),
             "scale": 0.25,
         },
+        "rotate": {
+            "x": rows.clone(),
+            "position_ids": torch.tensor([0, 4, 2]),
+            "cos_sin": torch.ones(5, 16),
+            "weight": torch.ones(16),
+            "eps": 1e-6,
+        },
+        "activate": {"x": torch.ones(4, 8), "activation": "silu", "gated": True},
     }[op]

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from dynskip.models.linear import Linear, merge, packing_obstacle
-from dynskip.ops import native
+from dynskip.ops import native, torch_backend
+from dynskip.ops.reference import ACTIVATIONS, activate
 
 SHAPES = [(192, 192), (768, 192), (4096, 192), (2048, 2048)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -91,7 +92,7 @@ def test_packing_and_unpacking_keep_every_bit(shape: tuple[int, int], dtype: tor
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 33])
@@ -108,8 +109,7 @@ def test_forward_stays_within_twice_the_error_of_eager(
     magnitude = x.double().abs() @ weight.double().abs().T
     largest, largest_sum = (float(t.abs().max()) if num_rows else 0.0 for t in (exact, magnitude))
     rounding = torch.finfo(dtype).eps * largest + 2 * torch.finfo(torch.float32).eps * largest_sum
-    if activation == "relu":
-        exact, eager = exact.relu(), eager.relu()
+    exact, eager = activate(exact, activation), torch_backend.activate(eager, activation)
     if packed:
         pack_or_skip(linear)
     for deterministic in (False, True):
@@ -143,11 +143,48 @@ def test_deterministic_rows_do_not_depend_on_their_neighbours(
     assert torch.equal(linear(x[order], "relu", deterministic=True), expected[order])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@torch.no_grad()
+def test_activated_rows_do_not_depend_on_their_neighbours(activation: str, packed: bool, dtype: torch.dtype) -> None:
+    linear = make(301, 40, dtype)
+    if packed:
+        pack_or_skip(linear)
+    x = torch.randn(37, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = linear(x, activation, deterministic=True)
+    for first, end in ((0, 1), (0, 16), (1, 37), (15, 17), (36, 37)):
+        assert torch.equal(linear(x[first:end], activation, deterministic=True), expected[first:end])
+
+
 def test_leading_dimensions_are_kept() -> None:
     linear = make(32, 48, torch.float32)
     x = torch.randn(2, 3, 48)
     for deterministic in (False, True):
         assert linear(x, deterministic=deterministic).shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_a_dense_weight_is_differentiable(activation: str) -> None:
+    linear = make(6, 5, torch.float64)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda rows: linear(rows, activation), (x,))
+    torch.testing.assert_close(linear(x, activation), activate(linear(x), activation), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_activations_of_a_packed_weight_are_as_exact_as_those_of_pytorch(dtype: torch.dtype, activation: str) -> None:
+    """Behind the unit matrix the activation is all that is computed."""
+    linear = pack_or_skip(Linear.of(torch.eye(64, dtype=dtype)))
+    x = torch.linspace(-12, 12, 64 * 800).view(-1, 64).to(dtype)
+    for num_rows in (7, len(x)):
+        exact = activate(x[:num_rows].double(), activation)
+        eager = torch_backend.activate(x[:num_rows], activation)
+        error = (linear(x[:num_rows], activation).double() - exact).abs()
+        allowed = 2 * (eager.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs()
+        assert (error <= allowed).all()
 
 
 def test_dense_weight_is_differentiable_and_packed_says_the_way_out() -> None:
@@ -189,8 +226,8 @@ def test_obstacles_are_named() -> None:
 
 def test_bad_arguments() -> None:
     linear = make(8, 4, torch.float32)
-    with pytest.raises(ValueError, match="activation must be one of none, relu, got 'gelu'"):
-        linear(torch.randn(1, 4), "gelu")
+    with pytest.raises(ValueError, match="activation must be one of none, relu, gelu, gelu_tanh, silu, got 'swish'"):
+        linear(torch.randn(1, 4), "swish")
     with pytest.raises(ValueError, match="weight must have 2 dimensions"):
         Linear.of(torch.randn(4))
     with pytest.raises(ValueError, match=r"bias must be \[8\]"):
@@ -223,10 +260,10 @@ def test_native_product_reads_the_packed_layout(shape: tuple[int, int]) -> None:
     assert linear._packed_weight is not None
     assert not native.reads_packed_weight(weight.flip(0), linear._packed_weight)
     strided = torch.randn(linear.native_rows, shape[1] + 3).bfloat16()[:, : shape[1]]
-    for activation in ("none", "relu"):
+    for activation in ACTIVATIONS:
         y = linear(strided, activation)
         exact = functional.linear(strided.double(), weight.double(), linear.bias.double())  # type: ignore[union-attr]
-        exact = exact.relu() if activation == "relu" else exact
+        exact = activate(exact, activation)
         assert (y.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
     strided[:] = torch.nan
     assert linear(strided, "relu").isnan().all()

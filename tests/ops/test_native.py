@@ -50,12 +50,18 @@ class Case:
         projection = torch.randn(num_rows, 3, num_heads, head_size, generator=generator).to(dtype)
         self.q = projection[:, 1]
         self.scale = head_size**-0.5
+        self.slopes: torch.Tensor | None = None
+        self.window = 0
+        self.position_ids: torch.Tensor | None = None
+        self.slot_positions: torch.Tensor | None = None
 
     def arguments(self) -> tuple[torch.Tensor, ...]:
         return self.q, self.k_cache, self.v_cache, self.slot_table, self.seq_ids, self.context_lens
 
     def run(self) -> torch.Tensor:
-        return native.decode_attention(*self.arguments(), self.scale)
+        return native.decode_attention(
+            *self.arguments(), self.scale, self.slopes, self.window, self.position_ids, self.slot_positions
+        )
 
 
 def within_budget(case: Case, y: torch.Tensor, num_ulp: int = 4) -> None:
@@ -155,7 +161,19 @@ def test_nan_in_one_row_stays_there() -> None:
         (lambda c: setattr(c, "seq_ids", c.seq_ids.long()), r"seq_ids must be contiguous \[2\] int32"),
         (lambda c: setattr(c, "context_lens", c.context_lens.long()), r"context_lens must be contiguous \[2\] int32"),
         (lambda c: setattr(c, "slot_table", c.slot_table.long()), "slot_table must be contiguous"),
-        (lambda c: setattr(c, "q", c.q[..., :10].contiguous()), r"\[num_slots, 2, 10\] of q's dtype"),
+        (lambda c: setattr(c, "q", c.q[..., :10].contiguous()), r"\[num_slots, G, 10\] of q's dtype"),
+        (lambda c: setattr(c, "q", c.q[:, :1].repeat(1, 3, 1)), "equally many and divide the 3 heads of q, got 2"),
+        (
+            lambda c: setattr(c, "v_cache", c.v_cache[:, :1].contiguous()),
+            "equally many and divide the 2 heads .* got 1",
+        ),
+        (lambda c: setattr(c, "slopes", torch.ones(2)), r"position_ids must be contiguous \[2\] int64 with slopes"),
+        (lambda c: setattr(c, "slopes", torch.ones(3)), r"slopes must be contiguous \[2\] float32"),
+        (lambda c: setattr(c, "window", -1), "window must be at least 0, got -1"),
+        (
+            lambda c: (setattr(c, "window", 3), setattr(c, "position_ids", torch.arange(2))),
+            r"slot_positions must be contiguous \[75\] int32 with slopes or a window",
+        ),
         (lambda c: setattr(c, "q", c.q[0]), r"q must be \[R, H, D\]"),
         (lambda c: setattr(c, "q", c.q.double()), "of q's dtype"),
         (lambda c: setattr(c, "v_cache", c.v_cache[:-1]), "equally many slots"),
@@ -261,3 +279,168 @@ def test_an_extension_of_older_sources_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, "_OPS", ("kv_store", "an_op_of_tomorrow"))
     reason = native.unavailable_reason.__wrapped__()
     assert reason.startswith("The C++ extension was built from older sources and lacks an_op_of_tomorrow. Build it:")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [20, 48, 64, 128])
+@pytest.mark.parametrize("groups", [(2, 1), (3, 2), (4, 2), (7, 1), (4, 8)])
+def test_shared_heads_are_heads_of_their_own_to_the_bit(
+    groups: tuple[int, int], head_size: int, dtype: torch.dtype
+) -> None:
+    group_size, num_kv_heads = groups
+    case = Case([90, 1, 300, 0, 5], num_kv_heads, head_size, dtype)
+    case.q = torch.randn(5, num_kv_heads * group_size, head_size).to(dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 7):
+            torch.set_num_threads(num_threads)
+            results.append(case.run())
+    finally:
+        torch.set_num_threads(before)
+    case.k_cache, case.v_cache = (cache.repeat_interleave(group_size, dim=1) for cache in (case.k_cache, case.v_cache))
+    results.append(case.run())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("head_size", [20, 64])
+@pytest.mark.parametrize("window", [1, 7, 127, 128, 129, 1000])
+def test_a_window_is_a_table_without_what_lies_outside(window: int, head_size: int) -> None:
+    lengths = [300, 1, 129, 700]
+    case = Case(lengths, 4, head_size, torch.float32)
+    case.q = torch.randn(4, 8, head_size)
+    case.window, case.position_ids = window, torch.tensor([length + 2 for length in lengths])
+    case.slot_positions = torch.full((len(case.k_cache),), -9, dtype=torch.int32)
+    # Positions stand in the table in any order, and the last of a sequence are none of its entries'.
+    for row, length in enumerate(lengths):
+        slots = case.slot_table[case.seq_ids[row], :length].long()
+        case.slot_positions[slots] = torch.randperm(length).int()
+    found = case.run()
+    case.window, table = 0, torch.full_like(case.slot_table, -1)
+    for row, length in enumerate(lengths):
+        slots = case.slot_table[case.seq_ids[row], :length]
+        inside = slots[case.position_ids[row] - case.slot_positions[slots.long()] < window]
+        table[case.seq_ids[row], : len(inside)] = inside
+        case.context_lens[row] = len(inside)
+    case.slot_table = table
+    assert torch.equal(found, case.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [20, 64])
+def test_slopes_of_zero_change_no_bit(head_size: int, dtype: torch.dtype) -> None:
+    case = Case([90, 1, 300], 4, head_size, dtype)
+    expected = case.run()
+    case.slopes, case.position_ids = torch.zeros(4), torch.tensor([400, 3, 900])
+    case.slot_positions = torch.arange(len(case.k_cache), dtype=torch.int32)
+    assert torch.equal(case.run(), expected)
+    case.slopes = torch.full((4,), 1e4)  # the nearest key alone keeps its weight
+    nearest = case.run()
+    for row, length in enumerate([90, 1, 300]):
+        slots = case.slot_table[case.seq_ids[row], :length].long()
+        assert torch.equal(nearest[row], case.v_cache[slots.max()])
+
+
+def exact_activation(x: torch.Tensor, activation: str) -> torch.Tensor:
+    return reference.activate(x.double(), activation)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_are_exact_to_a_few_units_in_the_last_place(activation: str) -> None:
+    x = torch.cat(
+        [torch.linspace(-13, 13, 200_001), torch.linspace(-1e-3, 1e-3, 2001), torch.tensor([-90.0, 1e4, 1e30])]
+    )
+    y, exact = native.activate(x[None], activation)[0], exact_activation(x, activation)
+    unit = torch.finfo(torch.float32).eps
+    assert ((y.double() - exact).abs() <= 2 * unit * torch.maximum(x.abs().double(), exact.abs())).all()
+    # Where little is left of x, the error is one of what is left.
+    num_units = {"gelu": 4, "gelu_tanh": 40, "silu": 2}.get(activation, 0)
+    assert ((y.double() - exact).abs() <= num_units * unit * exact.abs())[x > -6].all()
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_of_what_is_no_number(activation: str) -> None:
+    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0, -0.0]])
+    for dtype in DTYPES:
+        y, expected = native.activate(x.to(dtype), activation), exact_activation(x, activation).to(dtype)
+        assert y.isnan()[0, 0] and torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_rotation_does_not_reach_keeps_its_bits(dtype: torch.dtype) -> None:
+    projection = torch.randn(5, 3, 4, 40).to(dtype)
+    before = projection.clone()
+    native.rotate(projection[:, 1], torch.arange(5), torch.randn(5, 24))
+    assert torch.equal(projection[:, ::2], before[:, ::2])
+    assert torch.equal(projection[:, 1, :, 24:], before[:, 1, :, 24:])
+    assert not torch.equal(projection[:, 1, :, :24], before[:, 1, :, :24])
+
+
+@pytest.mark.parametrize("positions", [[0, -1], [5, 0]])
+def test_positions_outside_of_the_table_are_refused(positions: list[int]) -> None:
+    with pytest.raises(RuntimeError, match=r"rotate: position_ids must lie in 0\.\.4, got (-1|5) in row (1|0)"):
+        native.rotate(torch.ones(2, 1, 16), torch.tensor(positions), torch.ones(5, 16))
+
+
+def test_rotations_and_activations_of_other_shapes_and_dtypes_are_refused() -> None:
+    x, positions, table = torch.ones(2, 1, 16), torch.zeros(2, dtype=torch.int64), torch.ones(5, 16)
+    for arguments, message in (
+        ((x[0], positions, table), r"x must be \[R, H, D\] with contiguous rows"),
+        ((x, positions.int(), table), r"position_ids must be contiguous \[2\] int64"),
+        ((x, positions, table.double()), r"cos_sin must be contiguous \[P, E\] float32"),
+        ((x, positions, torch.ones(5, 18)), r"E even and at most 16, got \[5, 18\]"),
+        ((x, positions, table, torch.ones(8)), r"weight must be contiguous \[16\] of x's dtype"),
+        ((x.double(), positions, table), r"must be float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"rotate: .*{message}"):
+            native.rotate(*arguments)
+    with pytest.raises(RuntimeError, match="activate: x must have an even number of columns with a gate, got 7"):
+        native.activate(torch.ones(2, 7), "silu", True)
+    with pytest.raises(RuntimeError, match=r"activate: x must be \[R, F\] with contiguous rows"):
+        native.activate(torch.ones(7, 2).t(), "silu")
+    with pytest.raises(RuntimeError, match=r"activate: activation must be one of the numbers of .*, got 5"):
+        torch.ops.dynskip_native.activate(torch.ones(2, 4), 5)
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` [out, in] as packed_linear reads it: panels of 64 outputs, in them pairs of inputs side by side."""
+    num_outputs, num_inputs = weight.shape
+    padded = torch.zeros(-(-num_outputs // 64) * 64, -(-num_inputs // 32) * 32, dtype=weight.dtype)
+    padded[:num_outputs, :num_inputs] = weight
+    return padded.view(-1, 64, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+needs_packed_linear = pytest.mark.skipif(
+    not torch.ops.dynskip_native.has_packed_linear(), reason="needs a CPU with AVX-512 BF16"
+)
+
+
+@needs_packed_linear
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (130, 513)])
+def test_a_packed_product_goes_through_its_activation_unrounded(shape: tuple[int, int], activation: str) -> None:
+    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+    layout = packed(weight)
+    is_layout = torch.ops.dynskip_native.is_packed_linear_layout
+    assert is_layout(weight, layout.data_ptr(), layout.nbytes)
+    x = torch.randn(48, shape[1]).bfloat16()
+    for offset in (bias, None):
+        together = native.packed_linear(x, layout.data_ptr(), shape[0], offset, activation)
+        product = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
+        exact = reference.activate(product, activation)
+        # Rounded once, after a float32 sum in the order of the inputs.
+        sums = x.double().abs() @ weight.double().abs().t() * torch.finfo(torch.float32).eps * 2
+        assert ((together.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + sums).all()
+        for num_rows in (1, 6, 7):
+            alone = native.packed_linear(x[:num_rows], layout.data_ptr(), shape[0], offset, activation)
+            assert torch.equal(alone, together[:num_rows])
+    x[3] = torch.nan
+    y = native.packed_linear(x, layout.data_ptr(), shape[0], bias, activation)
+    assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+@needs_packed_linear
+def test_an_activation_without_a_number_is_refused() -> None:
+    layout = packed(torch.ones(5, 7).bfloat16())
+    with pytest.raises(RuntimeError, match=r"packed_linear: activation must be one of the numbers of .*, got -1"):
+        torch.ops.dynskip_native.packed_linear(torch.ones(1, 7).bfloat16(), layout.data_ptr(), 5, None, -1)

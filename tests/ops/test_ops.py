@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -29,35 +30,52 @@ def test_errors_stay_within_the_budget(backend: str, op: str, dtype: torch.dtype
     assert not failed
 
 
+ATTENTIONS = ["H=2, D=48", "H=8, G=2, D=64", "H=9, G=3, D=64, slopes", "H=4, G=1, D=128, a window"]
+
+
+def attention_case(op: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    return next(case for case in make_cases(op, dtype, "cpu") if case.name.startswith(name)).arguments
+
+
+def slices(arguments: dict[str, Any], names: tuple[str, ...], rows: slice) -> dict[str, Any]:
+    return {name: arguments[name][rows] for name in names if arguments[name] is not None}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_a_row_of_attention_does_not_depend_on_the_other_rows(backend: str, dtype: torch.dtype) -> None:
-    case = make_cases("decode_attention", dtype, "cpu")[1]
+def test_a_row_of_attention_does_not_depend_on_the_other_rows(backend: str, name: str, dtype: torch.dtype) -> None:
+    arguments = attention_case("decode_attention", name, dtype)
     with torch.no_grad(), ops.use_backend(backend):
-        together = ops.decode_attention(**case.arguments)
+        together = ops.decode_attention(**arguments)
         for row in torch.randperm(len(together)).tolist():
-            alone = {name: case.arguments[name][row : row + 1] for name in ("q", "seq_ids", "context_lens")}
-            assert torch.equal(ops.decode_attention(**case.arguments | alone)[0], together[row])
+            alone = slices(arguments, ("q", "seq_ids", "context_lens", "position_ids"), slice(row, row + 1))
+            assert torch.equal(ops.decode_attention(**arguments | alone)[0], together[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_a_sequence_of_prefill_does_not_depend_on_the_other_sequences(backend: str, dtype: torch.dtype) -> None:
-    arguments = make_cases("prefill_attention", dtype, "cpu")[1].arguments
+def test_a_sequence_of_prefill_does_not_depend_on_the_other_sequences(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
+    arguments = attention_case("prefill_attention", name, dtype)
     starts = arguments["cu_seqlens_q"].tolist()
     with torch.no_grad(), ops.use_backend(backend):
         together = ops.prefill_attention(**arguments)
         for begin, end in itertools.pairwise(starts):
-            alone = {name: arguments[name][begin:end] for name in ("q", "k", "v", "key_limits")}
+            names = ("q", "k", "v", "key_limits", "position_ids", "key_positions")
+            alone = slices(arguments, names, slice(begin, end))
             lengths = {name: index(0, end - begin) for name in ("cu_seqlens_q", "cu_seqlens_k")}
             assert torch.equal(ops.prefill_attention(**arguments | alone | lengths), together[begin:end])
 
 
+@pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_a_row_of_layer_norm_does_not_depend_on_the_other_rows(backend: str) -> None:
+def test_a_row_of_a_norm_does_not_depend_on_the_other_rows(backend: str, rms: bool) -> None:
     arguments = next(
         c for c in make_cases("gather_layer_norm", torch.float32, "cpu") if c.name == "strided rows"
-    ).arguments
+    ).arguments | {"rms": rms}
     with torch.no_grad(), ops.use_backend(backend):
         together = ops.gather_layer_norm(**arguments)
         for row, row_id in enumerate(arguments["row_ids"]):
@@ -65,12 +83,39 @@ def test_a_row_of_layer_norm_does_not_depend_on_the_other_rows(backend: str) -> 
             assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_row_is_turned_and_activated_alone_as_among_others(backend: str, dtype: torch.dtype) -> None:
+    turned = next(c for c in make_cases("rotate", dtype, "cpu") if c.name == "32 of 128 values, norm, strided rows")
+    arguments, x = turned.copy_arguments(), turned.arguments["x"]
+    with torch.no_grad(), ops.use_backend(backend):
+        ops.rotate(**arguments)
+        for row in range(len(x)):
+            alone = x[row : row + 1].clone()
+            ops.rotate(**arguments | {"x": alone, "position_ids": arguments["position_ids"][row : row + 1]})
+            assert torch.equal(alone[0], arguments["x"][row])
+        for activation in reference.ACTIVATIONS:
+            x = torch.randn(33, 2 * 97).to(dtype)
+            for gated in (False, True):
+                together = ops.activate(x, activation, gated)
+                for row in range(len(x)):
+                    assert torch.equal(ops.activate(x[row : row + 1], activation, gated)[0], together[row])
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_activated_rows_have_memory_of_their_own(backend: str) -> None:
+    x = torch.ones(2, 8)
+    with torch.no_grad(), ops.use_backend(backend):
+        for activation in reference.ACTIVATIONS:
+            assert ops.activate(x, activation).data_ptr() != x.data_ptr()
+
+
 @pytest.mark.parametrize("op", ops.OP_NAMES)
 def test_registration(op: str) -> None:
-    prefixes = ("all", "strided", "R=1 ")
+    prefixes = ("all", "strided", "R=1 ", "slopes", "RMS")
     # opcheck itself cannot copy slices of no rows: it takes the size of their storage for negative.
     cases = [case for case in make_cases(op, torch.float32, "cpu") if not case.name.startswith("R=0")]
-    chosen = [cases[0], cases[1], cases[-1], *(c for c in cases if c.name.startswith(prefixes))][:5]
+    chosen = [cases[0], cases[1], cases[-1], *(c for c in cases if c.name.startswith(prefixes))][:8]
     with ops.use_backend("torch"):
         for case in chosen:
             torch.library.opcheck(getattr(torch.ops.dynskip, op).default, tuple(case.copy_arguments().values()))
@@ -119,6 +164,10 @@ def test_ops_and_reference_take_the_same_arguments(op: str) -> None:
         ("prefill_attention", "q"),
         ("prefill_attention", "k"),
         ("prefill_attention", "v"),
+        ("rotate", "x"),
+        ("rotate", "cos_sin"),
+        ("rotate", "weight"),
+        ("activate", "x"),
     ],
 )
 def test_inputs_that_require_grad_are_refused_with_the_way_out(op: str, name: str) -> None:

@@ -45,12 +45,19 @@ def failures(results: list[Result]) -> list[Result]:
 
 @pytest.mark.parametrize("op", ops.OP_NAMES)
 def test_an_injected_fault_is_noticed(op: str) -> None:
-    results = validate("torch", torch.bfloat16, inject_fault=op, progress=False)
+    others = tuple(other for other in ops.OP_NAMES if other != op)
+    results = validate("torch", torch.bfloat16, inject_fault=op, progress=False, op_names=(op, others[0]))
     failed = failures(results)
     assert {result.op for result in failed} == {op}
     # Every case but those without results to falsify.
-    num_empty = {"gather_layer_norm": 5, "scatter_add": 0, "kv_store": 0, "decode_attention": 1, "prefill_attention": 1}
-    assert len(failed) == sum(result.op == op for result in results) - num_empty[op]
+    num_empty = {
+        "gather_layer_norm": 6,
+        "decode_attention": 1,
+        "prefill_attention": 1,
+        "rotate": 5,
+        "activate": 10,
+    }
+    assert len(failed) == sum(result.op == op for result in results) - num_empty.get(op, 0)
 
 
 def test_an_unwritten_element_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +85,63 @@ def test_a_changed_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {result.complaint for result in failures(results)} == {"q was written to"}
 
 
+def test_a_write_beside_a_rotated_tensor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").rotate
+
+    def careless(x: Tensor, *others: Any) -> None:
+        right(x, *others)
+        if not x.is_contiguous():
+            x.as_strided((1,), (1,), 0).zero_()
+
+    results = failures(validate_broken(monkeypatch, "rotate", careless, torch.float32))
+    assert {result.complaint for result in results} == {"x was written to beside its elements"}
+    assert all("strided" in result.case or result.case.endswith("norm") for result in results)
+
+
+@pytest.mark.parametrize("name", ["slopes", "window"])
+@pytest.mark.parametrize("op", ["decode_attention", "prefill_attention"])
+def test_forgotten_positions_are_noticed(monkeypatch: pytest.MonkeyPatch, op: str, name: str) -> None:
+    right, forgotten = getattr(get_backend("torch"), op), {"slopes": (7, None), "window": (8, 0)}[name]
+
+    def forgetful(*arguments: Any) -> Tensor:
+        changed = list(arguments)
+        changed[forgotten[0]] = forgotten[1]
+        return right(*changed)
+
+    failed = {result.case for result in failures(validate_broken(monkeypatch, op, forgetful, torch.bfloat16))}
+    expected = f"H=8, G=2, D=64, {'slopes' if name == 'slopes' else 'a window'}"
+    assert expected in failed and "H=8, G=2, D=64" not in failed
+
+
+def test_a_rotation_the_other_way_and_a_forgotten_norm_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").rotate
+
+    def backwards(x: Tensor, position_ids: Tensor, cos_sin: Tensor, *others: Any) -> None:
+        cos, sin = cos_sin.chunk(2, dim=1)
+        right(x, position_ids, torch.cat([cos, -sin], dim=1), *others)
+
+    results = validate_broken(monkeypatch, "rotate", backwards, torch.bfloat16)
+    assert {result.case for result in results if result.passed} == {
+        result.case for result in results if result.case.startswith("R=0")
+    }
+
+    def without_norm(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None, eps: float) -> None:
+        right(x, position_ids, cos_sin, None, eps)
+
+    results = validate_broken(monkeypatch, "rotate", without_norm, torch.bfloat16)
+    assert {result.case for result in failures(results)} == {r.case for r in results if "norm" in r.case}
+
+
+def test_another_activation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = get_backend("torch").activate
+
+    def by_tanh(x: Tensor, activation: str, gated: bool) -> Tensor:
+        return right(x, "gelu_tanh" if activation == "gelu" else activation, gated)
+
+    failed = failures(validate_broken(monkeypatch, "activate", by_tanh, torch.float32))
+    assert failed and all("gelu" in result.case and "tanh" not in result.case for result in failed)
+
+
 def test_a_write_beside_a_strided_tensor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = get_backend("torch").scatter_add
 
@@ -92,7 +156,7 @@ def test_a_write_beside_a_strided_tensor_is_noticed(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lost_precision_is_noticed(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     def one_pass_in_working_dtype(
-        x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+        x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
     ) -> Tensor:
         rows = x if row_ids is None else x[row_ids.long()]
         mean = rows.mean(1, keepdim=True)
@@ -111,7 +175,7 @@ def test_a_key_too_many_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         cu_seqlens_q, limits = arguments[3], arguments[5].clone()
         rows = slice(cu_seqlens_q[-2], cu_seqlens_q[-1]) if len(cu_seqlens_q) > 1 else slice(0)
         limits[rows][:-1] += 1
-        return right(*arguments[:5], limits, arguments[6])
+        return right(*arguments[:5], limits, *arguments[6:])
 
     failed = failures(validate_broken(monkeypatch, "prefill_attention", off_by_one, torch.float16))
     assert "tile edges" in {result.case for result in failed}

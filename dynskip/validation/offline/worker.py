@@ -39,6 +39,7 @@ from dynskip.validation.op_arguments import (
     kv_store,
     make_workspace,
     prefill_attention,
+    rotate,
 )
 from dynskip.validation.tensors import EmptyDraw
 
@@ -162,6 +163,8 @@ def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
         ("kv_store", kv_store(draw, *heads, list(range(8)))),
         ("decode_attention", decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2)),
         ("prefill_attention", prefill_attention(draw, *heads, [2] * 4, strided=True)),
+        ("rotate", rotate(draw, draw.normal(8, *heads))),
+        ("activate", {"x": draw.normal(8, 8 * size), "activation": "silu", "gated": True}),
     ):
         yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
 
