@@ -481,7 +481,7 @@ def main() -> int:
     else:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(
-            3, model.config.vocab_size, (args.requests, args.prompt_len), generator=generator
+            3, model.decoder_config.vocab_size, (args.requests, args.prompt_len), generator=generator
         ).tolist()
     jobs = draw_jobs(workload, prompts)
     by_depth: dict[LayerPath, Job] = {}

@@ -128,7 +128,7 @@ class Requests:
         return Ask(prompt, params, draw.choices(self.paths, self.weights)[0], None)
 
     def _tokens(self, count: int) -> list[int]:
-        return [self.draw.randrange(4, self.model.config.vocab_size) for _ in range(count)]
+        return [self.draw.randrange(4, self.model.decoder_config.vocab_size) for _ in range(count)]
 
 
 class Soak:

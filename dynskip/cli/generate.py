@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
         deterministic=args.deterministic or None,
     )
-    num_layers = llm.model.config.num_hidden_layers
+    num_layers = llm.model.num_layers
     chosen = [LayerPath.parse(text, num_layers) for text in paths]
     if args.chat and getattr(llm.tokenizer, "chat_template", None) is None:
         raise UserError("--chat must be left out: the tokenizer of this model has no chat template")

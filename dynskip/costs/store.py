@@ -41,9 +41,11 @@ def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
 
 
 def shape_key(config: DecoderConfig, dtype: str) -> str:
-    """What of a model decides its costs, layers, sizes, vocabulary, dtype."""
-    sizes = (config.num_layers, config.hidden_size, config.ffn_size, config.vocab_size)
-    return "-".join(f"{letter}{size}" for letter, size in zip("lcfv", sizes, strict=True)) + f"-{dtype}"
+    """What of a model decides its costs: layers, sizes, vocabulary, dtype; heads where they are not as wide as the rest."""
+    sizes = {"l": config.num_layers, "c": config.hidden_size, "f": config.ffn_size, "v": config.vocab_size}
+    if config.kv_entry_size != 2 * config.hidden_size:
+        sizes["k"] = config.kv_entry_size // 2
+    return "-".join(f"{letter}{size}" for letter, size in sizes.items()) + f"-{dtype}"
 
 
 def cached_path(device: str, shape: str) -> Path:

@@ -42,13 +42,13 @@ class Generation:
     ) -> None:
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             check_tokens(prompt, param.num_new_tokens(1), model.decoder_config, f"generate: prompt {index}")
-            param.check_vocabulary(model.config.vocab_size, f"generate: prompt {index}")
+            param.check_vocabulary(model.decoder_config.vocab_size, f"generate: prompt {index}")
         packed = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
         prompt_ids = torch.split(packed, [len(prompt) for prompt in prompts])
         routes = resolve(paths, model.num_layers, prompt_ids, model.embed_tokens, kv_policy, prompt_depth)
         num_slots = num_counted = longest = 0
         for index, (prompt, param, route) in enumerate(zip(prompts, params, routes, strict=True)):
-            fitting = route.most_tokens(model.config.max_position_embeddings)
+            fitting = route.most_tokens(model.decoder_config.max_positions)
             total = len(prompt) + param.num_new_tokens(fitting - len(prompt))
             longest = max(longest, total)
             route.check_covers(total - 1, f"generate: prompt {index}")

@@ -56,7 +56,7 @@ class EngineConfig:
             if number is None and (value is not None or name in _INTEGERS):
                 raise TypeError(f"Engine: {name} must be an integer, got {shown(value)}.")
             object.__setattr__(self, name, number)
-        longest = self.model.config.max_position_embeddings
+        longest = self.model.decoder_config.max_positions
         if self.max_context_len is not None and not 1 <= self.max_context_len <= longest:
             raise ValueError(f"Engine: max_context_len must lie in 1..{longest}, got {shown(self.max_context_len)}.")
         if self.max_prefill_tokens < 1:

@@ -92,7 +92,7 @@ class Engine:
             clock,
         )
         self.model = model
-        self.max_context_len = config.max_context_len or model.config.max_position_embeddings
+        self.max_context_len = config.max_context_len or model.decoder_config.max_positions
         self.runner = ModelRunner(model, executor, deterministic, own_executor=kv is None)
         if costs is None and policy == "cohort":
             costs = default_costs(model)
@@ -155,7 +155,7 @@ class Engine:
         if on_token is not None and not callable(on_token):
             raise TypeError(f"add_request: on_token must be callable or None, got {type(on_token).__name__}.")
         check_tokens(prompt_ids, params.num_new_tokens(1), self.model.decoder_config, "add_request: token_ids")
-        params.check_vocabulary(self.model.config.vocab_size, "add_request")
+        params.check_vocabulary(self.model.decoder_config.vocab_size, "add_request")
         paths = path[None] if isinstance(path, Tensor) else path
         prompt = torch.tensor(prompt_ids, device=self.model.device)
         routes = resolve(

@@ -42,8 +42,8 @@ class Architecture:
     model_type: its name there. decoder_config: reads its config; raises ValueError for one that cannot be built.
     sizes: the integers of the config that must be at least 1. prefix: of all names but the head's; checkpoints of the
         model without its head lack it. base, layer: where the modules of the decoder, and of a layer, are kept, by our
-        names. layers: where transformers keeps the list of layers, from the prefix on. head: its name in checkpoints, also where transformers
-        calls its module lm_head.
+        names. layers: where transformers keeps the list of layers, from the prefix on. head: its name in checkpoints,
+        also where transformers calls its module lm_head.
     transposed: matrices of layers are kept [in, out]. derived: how names of tensors end that hold nothing of their own.
     """
 

@@ -216,14 +216,14 @@ class DecoderLayer(nn.Module):
 
     def _input(self, norm: Norm, hidden_states: Tensor, row_ids: Tensor | None, backend: Backend) -> Tensor:
         if self.config.norm_first:
-            return backend.gather_layer_norm(hidden_states, row_ids, *norm.of_rows()[: 4 if norm.rms else 3])  # TEMP
+            return backend.gather_layer_norm(hidden_states, row_ids, *norm.of_rows())
         return hidden_states if row_ids is None else hidden_states.index_select(0, row_ids)
 
     def _add_(self, norm: Norm, hidden_states: Tensor, row_ids: Tensor | None, delta: Tensor, backend: Backend) -> None:
         backend.scatter_add(hidden_states, row_ids, delta)
         if self.config.norm_first:
             return
-        normed = backend.gather_layer_norm(hidden_states, row_ids, *norm.of_rows()[: 4 if norm.rms else 3])  # TEMP
+        normed = backend.gather_layer_norm(hidden_states, row_ids, *norm.of_rows())
         if row_ids is None:
             hidden_states.copy_(normed)
         else:

@@ -9,8 +9,8 @@ from dynskip.models.gpt_neox import gpt_neox_shape
 from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape
 
-# OPT: the published models whose layers all have one size (350m's embedding has another), and two that were not published:
-# they have opt-1.3b's depth, so that the same paths apply, and fit into less memory.
+# Published models; of OPT those whose layers all have one size (350m's embedding has another), and two that were not
+# published: they have opt-1.3b's depth, so that the same paths apply, and fit into less memory.
 DEFAULT_SHAPE = "opt-1.3b"
 SHAPES = {
     "opt-1.3b": opt_shape(24, 2048, 32),

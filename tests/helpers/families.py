@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture, in named variants and random draws, and transformers' model cut to a path."""
+"""Tiny random models of every architecture, in variants and random draws, and transformers' model cut to a path."""
 
 from __future__ import annotations
 

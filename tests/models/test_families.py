@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from families import ALL_VARIANTS, FAMILIES, NUM_DRAWS, cut_family, draws, family_hf
-from models import NUM_LAYERS, cpu_backend, ragged_batch, random_prompts, stored_state, within_budget
+from models import NUM_LAYERS, cpu_backend, ragged_batch, random_prompts, within_budget
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dynskip import LLM, CausalLM, LayerPath, SamplingParams
+from dynskip import CausalLM, LayerPath, SamplingParams
+from dynskip.engine.closed_batch import Generation
 
 LENGTHS = [7, 1, 12, 4]
 PATHS = [
@@ -45,7 +46,40 @@ def test_logits_along_paths_are_those_of_transformers(family: str, changes: dict
     input_ids, attention_mask = ragged_batch(LENGTHS, "left")
     expected = hf_logits(hf_model, input_ids, attention_mask)
     exact = hf_logits(family_hf(family, dtype=torch.float64, **changes), input_ids, attention_mask)
-    model = CausalLM.from_hf(hf_model, backend="torch")
-    for executor in ("reference",):
-        logits = model(input_ids, attention_mask, PATHS, executor=executor).logits
-        within_budget(logits, expected, exact)
+    for backend in ("torch", "native"):
+        model = CausalLM.from_hf(hf_model, backend=cpu_backend(backend))
+        within_budget(model(input_ids, attention_mask, PATHS).logits, expected, exact)
+    within_budget(model(input_ids, attention_mask, PATHS, executor="reference").logits, expected, exact)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_greedy_tokens_along_paths_are_those_of_transformers(family: str, changes: dict[str, Any]) -> None:
+    hf_model = family_hf(family, **changes)
+    prompts = random_prompts(LENGTHS)
+    model = CausalLM.from_hf(hf_model, backend=cpu_backend("native"))
+    params = [SamplingParams(max_tokens=8, ignore_eos=True)] * len(prompts)
+    outputs = Generation(model, prompts, params, PATHS).run()
+    for prompt, path, output in zip(prompts, PATHS, outputs, strict=True):
+        cut = cut_family(hf_model, path)
+        token_ids = list(prompt)
+        for _ in range(8):
+            with torch.no_grad():
+                token_ids.append(int(cut(torch.tensor([token_ids]), use_cache=False).logits[0, -1].argmax()))
+        assert output.token_ids == token_ids[len(prompt) :], f"{family}, along {path}"
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_weights_come_back_from_a_round_trip(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    hf_model = family_hf(family, **changes)
+    hf_model.save_pretrained(tmp_path / "theirs")
+    model = CausalLM.from_pretrained(tmp_path / "theirs", dtype="float32")
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert type(again) is type(hf_model)
+    state = again.state_dict()
+    for name, weight in hf_model.state_dict().items():
+        assert torch.equal(state[name], weight), name
+    expected = CausalLM.from_hf(hf_model).state_dict()
+    loaded = CausalLM.from_pretrained(tmp_path / "ours", dtype="float32").state_dict()
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
