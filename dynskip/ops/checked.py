@@ -161,8 +161,9 @@ def decode_attention(
     check_tensor(function, "q", q, ("R", "H", "D"))
     check_float(function, "q", q)
     check_packed(function, "q", q, num_dims=2)
-    check_caches(function, k_cache, v_cache, ("num_slots", "G", q.shape[2]), q)
+    check_tensor(function, "k_cache", k_cache, ("num_slots", "G", q.shape[2]), like=q)
     check_groups(function, "k_cache", k_cache, q)
+    check_caches(function, k_cache, v_cache, tuple(k_cache.shape), q)
     check_index(function, "slot_table", slot_table, ("B", "S_max"), q)
     check_packed(function, "slot_table", slot_table, num_dims=2)
     for name, index in (("seq_ids", seq_ids), ("context_lens", context_lens)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -116,11 +117,11 @@ def _decode_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "two rows of one sequence, part of its context", shorter | {"context_lens": draw.index(40, 39, 3)}
 
     for num_heads, num_kv_heads, head_size in _GROUPS:
-        groups = {"num_kv_heads": num_kv_heads}
         name = f"H={num_heads}, G={num_kv_heads}, D={head_size}"
-        yield name, decode_attention(draw, num_heads, head_size, lengths, every, **groups)
-        yield f"{name}, slopes", decode_attention(draw, num_heads, head_size, lengths, every, slopes=True, **groups)
-        yield f"{name}, a window", decode_attention(draw, num_heads, head_size, lengths, every, window=50, **groups)
+        make = partial(decode_attention, draw, num_heads, head_size, lengths, every, num_kv_heads=num_kv_heads)
+        yield name, make()
+        yield f"{name}, slopes", make(slopes=True)
+        yield f"{name}, a window", make(window=50)
     both = decode_attention(draw, 4, 64, [*lengths, 300], [0, 7, 3], slopes=True, window=140, num_kv_heads=2)
     yield "slopes and a window, rows in any order", both
     far = decode_attention(draw, 2, 48, lengths, every, window=3)
@@ -154,11 +155,11 @@ def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "some queries missing", prefill_attention(draw, 2, 48, [70], [[1, 2, 5, 33, 34, 64, 65, 70]])
     yield "limits that do not increase", prefill_attention(draw, 2, 48, [33], [[33, 1, 17, 0, 32, 5]])
     for num_heads, num_kv_heads, head_size in _GROUPS:
-        groups = {"num_kv_heads": num_kv_heads}
         name, lengths = f"H={num_heads}, G={num_kv_heads}, D={head_size}", [1, 7, 67]
-        yield name, prefill_attention(draw, num_heads, head_size, lengths, strided=True, **groups)
-        yield f"{name}, slopes", prefill_attention(draw, num_heads, head_size, lengths, slopes=True, **groups)
-        yield f"{name}, a window", prefill_attention(draw, num_heads, head_size, lengths, window=20, **groups)
+        make = partial(prefill_attention, draw, num_heads, head_size, lengths, num_kv_heads=num_kv_heads)
+        yield name, make(strided=True)
+        yield f"{name}, slopes", make(slopes=True)
+        yield f"{name}, a window", make(window=20)
     yield "a window that nothing is outside of", prefill_attention(draw, 2, 48, [5, 37], window=200)
     missing = [[0, 1, 2, 5, 33, 34, 64, 65, 70], [0, 0]]
     some = prefill_attention(draw, 4, 64, [70, 3], missing, slopes=True, window=40, num_kv_heads=2)

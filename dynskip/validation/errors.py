@@ -158,7 +158,7 @@ def eager_attention(arguments: Arguments) -> tuple[Tensor, float]:
     """
     is_decode = "slot_table" in arguments
     k_name, v_name, place_name = ("k_cache", "v_cache", "slot_positions") if is_decode else ("k", "v", "key_positions")
-    q, slopes, window = arguments["q"], arguments["slopes"], arguments["window"]
+    q, slopes, window = arguments["q"], arguments.get("slopes"), arguments.get("window", 0)
     group = q.shape[1] // arguments[k_name].shape[1]
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     magnified = 0.0

@@ -11,9 +11,9 @@ from op_arguments import arguments_of, index
 from torch import Tensor
 
 from dynskip import ops
-from dynskip.ops import native, reference
+from dynskip.ops import native, reference, torch_backend
 from dynskip.validation.cases import make_cases
-from dynskip.validation.validate import validate
+from dynskip.validation.validate import validate, validate_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_native = pytest.mark.skipif(
@@ -100,6 +100,13 @@ def test_a_row_is_turned_and_activated_alone_as_among_others(backend: str, dtype
                 together = ops.activate(x, activation, gated)
                 for row in range(len(x)):
                     assert torch.equal(ops.activate(x[row : row + 1], activation, gated)[0], together[row])
+
+
+@pytest.mark.parametrize("num_elements", [1, 500])
+def test_masks_are_made_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, num_elements: int) -> None:
+    monkeypatch.setattr(torch_backend, "_MASK_ELEMENTS", num_elements)
+    cases = [case for case in make_cases("prefill_attention", torch.float32, "cpu") if "H=8, G=2" in case.name]
+    assert len(cases) == 3 and all(validate_case("torch", torch.float32, case).passed for case in cases)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,76 @@ def test_prefill_attention_of_the_last_token_is_decode_attention() -> None:
         assert torch.equal(prefill, reference.decode_attention(q, k, v, table, index(0), index(limit), 0.3))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gather_layer_norm_is_torch_rms_norm_of_the_rows(bias: bool) -> None:
+    x, weight, offset = normal(5, 19) + 2, normal(19), normal(19) if bias else None
+    expected = F.rms_norm(x[[4, 1]], (19,), weight, 1e-5)
+    expected = expected if offset is None else expected + offset
+    found = reference.gather_layer_norm(x, index(4, 1), weight, offset, 1e-5, rms=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("rotary_size", [4, 12, 16])
+def test_rotated_is_a_product_with_rotation_matrices(rotary_size: int) -> None:
+    x, angles, positions = normal(3, 2, 16), normal(5, rotary_size // 2), torch.tensor([4, 0, 4])
+    turned = reference.rotated(x, positions, torch.cat([angles.cos(), angles.sin()], dim=1))
+    half = rotary_size // 2
+    # One complex number a pair.
+    pairs = torch.complex(x[..., :half], x[..., half:rotary_size]) * torch.exp(1j * angles)[positions][:, None]
+    expected = torch.cat([pairs.real, pairs.imag, x[..., rotary_size:]], dim=-1)
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-14)
+    reference.rotate(x, positions, torch.cat([angles.cos(), angles.sin()], dim=1))
+    assert torch.equal(x, turned)
+
+
+def test_rotated_takes_the_rms_norm_of_each_head_first() -> None:
+    x, angles, weight, positions = normal(3, 2, 16), normal(5, 8), normal(16), torch.tensor([4, 0, 1])
+    table = torch.cat([angles.cos(), angles.sin()], dim=1)
+    expected = reference.rotated(F.rms_norm(x, (16,), weight, 1e-6), positions, table)
+    torch.testing.assert_close(reference.rotated(x, positions, table, weight, 1e-6), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        ("none", lambda x: x),
+        ("relu", F.relu),
+        ("gelu", lambda x: x * torch.special.ndtr(x)),
+        ("gelu_tanh", lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+        ("silu", lambda x: x / (1 + torch.exp(-x))),
+    ],
+)
+def test_activate_is_the_function_of_its_name(activation: str, function: Callable[[Tensor], Tensor]) -> None:
+    x = normal(7, 10) * 3
+    torch.testing.assert_close(reference.activate(x, activation), function(x), rtol=0, atol=1e-14)
+    gated = function(x[:, :5]) * x[:, 5:]
+    torch.testing.assert_close(reference.activate(x, activation, gated=True), gated, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("slopes", [None, (0.5, 0.25, 0.125, 0.0625)])
+@pytest.mark.parametrize("window", [0, 3, 100])
+def test_attention_with_shared_heads_slopes_and_a_window_is_torch_attention_with_a_mask(
+    window: int, slopes: tuple[float, ...] | None
+) -> None:
+    q, k, v = normal(6, 4, 16), normal(6, 2, 16) + 1, normal(6, 2, 16) - 1
+    places = torch.tensor([0, 2, 3, 5, 8, 9])
+    distances = places[:, None] - places
+    allowed = (distances >= 0) & (distances < (window or 1000))
+    mask = torch.zeros(4, 6, 6).double()
+    if slopes is not None:
+        mask -= torch.tensor(slopes)[:, None, None] * distances
+    mask = mask.masked_fill(~allowed, float("-inf"))
+    heads = [tensor.transpose(0, 1) for tensor in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))]
+    expected = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, scale=0.3).transpose(0, 1)
+    given = None if slopes is None else torch.tensor(slopes)
+    starts, limits = index(0, 6), index(1, 2, 3, 4, 5, 6)
+    found = reference.prefill_attention(q, k, v, starts, starts, limits, 0.3, given, window, places, places)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    table, seq_ids = index(*range(6))[None], index(0, 0, 0, 0, 0, 0)
+    decoded = reference.decode_attention(q, k, v, table, seq_ids, limits, 0.3, given, window, places, places.int())
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-14)
+
+
 def test_no_rows_give_no_rows() -> None:
     nothing, cache = normal(0, 2, 16), normal(5, 2, 16)
     decoded = reference.decode_attention(nothing, cache, cache, index(0, 1)[None], index(), index(), 1.0)
@@ -121,4 +193,21 @@ def test_gradients_pass_through_a_residual_stream_that_is_updated_in_place() -> 
     inputs = (normal(4, 4), normal(4) + 1, normal(4), normal(4, 12))
     for tensor in inputs:
         tensor.requires_grad_()
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_gradients_pass_through_rotations_gates_and_shared_heads() -> None:
+    starts, places = index(0, 3), torch.tensor([0, 1, 3])
+    angles = normal(4, 2)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        normed = reference.gather_layer_norm(x, None, None, None, 1e-5, rms=True)
+        q, k, v = normed.view(3, 4, 4).split([2, 1, 1], dim=1)
+        q, k = (reference.rotated(heads, places, table, weight, 1e-6) for heads in (q, k))
+        slopes = torch.tensor([0.5, 0.25])
+        attended = reference.prefill_attention(q, k, v, starts, starts, index(1, 2, 3), 0.5, slopes, 3, places, places)
+        return reference.activate(attended.flatten(1), "silu", gated=True)
+
+    inputs = normal(3, 16).requires_grad_(), (normal(4) + 1).detach().requires_grad_()
     assert torch.autograd.gradcheck(run, inputs)
