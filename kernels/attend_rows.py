@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynskip.kernels.attend_tokens import NO_SCORE, attend_tokens, attend_tokens_of_group, join_softmaxes
 from dynskip.kernels.configs import Config, get_config, pdl_options
-from dynskip.kernels.context_splits import Splits, find_item, find_item_of_fixed_size, plan_splits
+from dynskip.kernels.context_splits import LEAST_DOT, Splits, find_item, find_item_of_fixed_size, plan_splits
 from dynskip.kernels.launches import launch
 from dynskip.kernels.row_list import RowList, Workspace
 
-# Stands for minus infinity in scores: the difference of two of it is a number.
-NO_SCORE = tl.constexpr(-3.0e38)
-# A weight is a power of two: e ** x = 2 ** (x * log2(e)).
-LOG2_E = tl.constexpr(1.4426950408889634)
+
+class Bias(NamedTuple):
+    """What the scores of `attend_rows` know of positions: see `reference.decode_attention`."""
+
+    slopes: Tensor | None = None
+    window: int = 0
+    position_ids: Tensor | None = None
+    slot_positions: Tensor | None = None
 
 
 @triton.jit(
-    do_not_specialize=["max_rows", "stride_table_row"],
-    do_not_specialize_on_alignment=["ids_ptr", "slot_table_ptr", "seq_ids_ptr", "key_limits_ptr"],
+    do_not_specialize=["max_rows", "stride_table_row", "window"],
+    do_not_specialize_on_alignment=[
+        "ids_ptr",
+        "slot_table_ptr",
+        "seq_ids_ptr",
+        "key_limits_ptr",
+        "position_ids_ptr",
+        "slot_positions_ptr",
+    ],
 )
 def attend_rows_kernel(
     q_ptr,
@@ -29,6 +44,9 @@ def attend_rows_kernel(
     slot_table_ptr,
     seq_ids_ptr,
     key_limits_ptr,
+    slopes_ptr,
+    position_ids_ptr,
+    slot_positions_ptr,
     out_ptr,
     partials_ptr,
     counters_ptr,
@@ -37,14 +55,19 @@ def attend_rows_kernel(
     stride_out_row,
     max_rows,
     scale,
+    window,
     NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     TARGET_ITEMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LANES: tl.constexpr,
@@ -52,11 +75,13 @@ def attend_rows_kernel(
 ):
     """One program for BLOCK_H heads and one item: some consecutive cached tokens of one row.
 
+    Each of NUM_HEADS heads of keys and values serves GROUP heads of queries. GROUP > 1: the program's heads are those
+    that share one of keys and values, padded to BLOCK_H, and to BLOCK_Q for matrix units.
     A row that is one item is done with it; otherwise whichever program of the row ends last puts its items together,
     always in their order. Items beyond those needed end at once. Heads vary fastest, so that the programs that read the
     same slots run side by side; all on the one axis of the grid that may be longer than 65,535.
     """
-    num_groups: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    num_groups: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H if GROUP == 1 else NUM_HEADS
     num_items = tl.num_programs(0) // num_groups
     group = tl.program_id(0) % num_groups
     item = tl.program_id(0) // num_groups
@@ -74,39 +99,72 @@ def attend_rows_kernel(
     if split >= num_splits:
         return
 
-    # A head after the other, as they lie in a slot; [BLOCK_H, BLOCK_D] where heads matter.
-    columns = tl.arange(0, BLOCK_H * BLOCK_D)
-    heads = group * BLOCK_H + columns // BLOCK_D
-    dims = columns % BLOCK_D
-    inside = (heads < NUM_HEADS) & (dims < HEAD_SIZE)
-    places = group * (BLOCK_H * BLOCK_D) + columns
-    if HEAD_SIZE != BLOCK_D:
-        places = heads * HEAD_SIZE + dims
     row = row.to(tl.int64)
     start = split * split_tokens
-    maximum, total, attended = attend_tokens(
-        q_ptr + row * stride_q_row,
-        k_cache_ptr,
-        v_cache_ptr,
-        slot_table_ptr + sequence.to(tl.int64) * stride_table_row,
-        start,
-        tl.minimum(start + split_tokens, limit),
-        places,
-        inside,
-        scale,
-        NUM_HEADS,
-        HEAD_SIZE,
-        BLOCK_S,
-        BLOCK_H,
-        BLOCK_D,
-        LANES,
-    )
+    end = tl.minimum(start + split_tokens, limit)
+    q_row_ptr = q_ptr + row * stride_q_row
+    table_row_ptr = slot_table_ptr + sequence.to(tl.int64) * stride_table_row
+    position = 0
+    if HAS_SLOPES or HAS_WINDOW:
+        position = tl.load(position_ids_ptr + row).to(tl.int32)
+    # A head after the other, as they lie in a row; [BLOCK_Q, BLOCK_D] where heads matter.
+    columns = tl.arange(0, BLOCK_Q * BLOCK_D)
+    if GROUP == 1:
+        places, inside = find_places(columns, group * BLOCK_H, NUM_HEADS, HEAD_SIZE, BLOCK_D)
+        maximum, total, attended = attend_tokens(
+            q_row_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            table_row_ptr,
+            slopes_ptr,
+            slot_positions_ptr,
+            start,
+            end,
+            places,
+            inside,
+            group * BLOCK_H,
+            position,
+            window,
+            scale,
+            NUM_HEADS,
+            HEAD_SIZE,
+            HAS_SLOPES,
+            HAS_WINDOW,
+            BLOCK_S,
+            BLOCK_H,
+            BLOCK_D,
+            LANES,
+        )
+    else:
+        places, inside = find_places(columns, group * GROUP, (group + 1) * GROUP, HEAD_SIZE, BLOCK_D)
+        maximum, total, attended = attend_tokens_of_group(
+            q_row_ptr,
+            k_cache_ptr,
+            v_cache_ptr,
+            table_row_ptr,
+            slopes_ptr,
+            slot_positions_ptr,
+            start,
+            end,
+            group,
+            position,
+            window,
+            scale,
+            NUM_HEADS,
+            GROUP,
+            HEAD_SIZE,
+            HAS_SLOPES,
+            HAS_WINDOW,
+            BLOCK_S,
+            BLOCK_Q,
+            BLOCK_D,
+        )
 
-    out_ptrs = out_ptr + row * stride_out_row + places
+    out_row_ptr = out_ptr + row * stride_out_row
     if num_splits == 1:
         # Without tokens the total is zero and so is the result.
         out = attended / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out_ptrs, tl.reshape(out, [BLOCK_H * BLOCK_D]).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_row_ptr + places, tl.reshape(out, [BLOCK_Q * BLOCK_D]).to(out_ptr.dtype.element_ty), mask=inside)
         return
 
     # Partials: [items, groups, BLOCK_H, BLOCK_D] sums, then [items, groups, BLOCK_H] maxima, and as many totals.
@@ -114,87 +172,54 @@ def attend_rows_kernel(
     maxima_ptr = partials_ptr + num_parts * (BLOCK_H * BLOCK_D)
     totals_ptr = maxima_ptr + num_parts * BLOCK_H
     part = item * num_groups + group
-    in_part = tl.arange(0, BLOCK_H)
+    maxima_ptr += part * BLOCK_H
+    totals_ptr += part * BLOCK_H
+    queries = tl.arange(0, BLOCK_Q)
     sums_ptrs = partials_ptr + part * (BLOCK_H * BLOCK_D) + columns
-    tl.store(sums_ptrs, tl.reshape(attended, [BLOCK_H * BLOCK_D]))
-    tl.store(maxima_ptr + part * BLOCK_H + in_part, maximum)
-    tl.store(totals_ptr + part * BLOCK_H + in_part, total)
+    if BLOCK_Q == BLOCK_H:
+        tl.store(sums_ptrs, tl.reshape(attended, [BLOCK_H * BLOCK_D]))
+        tl.store(maxima_ptr + queries, maximum)
+        tl.store(totals_ptr + queries, total)
+    else:
+        tl.store(sums_ptrs, tl.reshape(attended, [BLOCK_Q * BLOCK_D]), mask=columns < BLOCK_H * BLOCK_D)
+        tl.store(maxima_ptr + queries, maximum, mask=queries < BLOCK_H)
+        tl.store(totals_ptr + queries, total, mask=queries < BLOCK_H)
     tl.debug_barrier()
     counter_ptr = counters_ptr + index * num_groups + group
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-        first_part = part - split * num_groups
-        total, attended = join_parts(
-            partials_ptr + first_part * (BLOCK_H * BLOCK_D) + columns,
-            maxima_ptr + first_part * BLOCK_H + in_part,
-            totals_ptr + first_part * BLOCK_H + in_part,
+        to_first_part = split * num_groups
+        in_part = tl.arange(0, BLOCK_H)
+        part_columns = tl.arange(0, BLOCK_H * BLOCK_D)
+        joined_total, joined = join_parts(
+            partials_ptr + (part - to_first_part) * (BLOCK_H * BLOCK_D) + part_columns,
+            maxima_ptr - to_first_part * BLOCK_H + in_part,
+            totals_ptr - to_first_part * BLOCK_H + in_part,
             num_groups,
             num_splits,
             BLOCK_P,
             BLOCK_H,
             BLOCK_D,
         )
-        out = tl.reshape(attended / total[:, None], [BLOCK_H * BLOCK_D])
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+        if GROUP == 1:
+            out_places, in_out = find_places(part_columns, group * BLOCK_H, NUM_HEADS, HEAD_SIZE, BLOCK_D)
+        else:
+            out_places, in_out = find_places(part_columns, group * GROUP, (group + 1) * GROUP, HEAD_SIZE, BLOCK_D)
+        joined = tl.reshape(joined / tl.where(joined_total > 0.0, joined_total, 1.0)[:, None], [BLOCK_H * BLOCK_D])
+        tl.store(out_row_ptr + out_places, joined.to(out_ptr.dtype.element_ty), mask=in_out)
         tl.store(counter_ptr, 0)
 
 
 @triton.jit
-def attend_tokens(
-    q_row_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_row_ptr,
-    start,
-    end,
-    places,
-    inside,
-    scale,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Largest score, sum of weights and weighted sum of values over the tokens start to end - 1 of a table's row.
-
-    LANES tokens go by side by side, every lane with a softmax of its own: so threads exchange nothing in the loop but
-    the parts of a score.
-    """
-    # Each lane reads the query for itself, and so finds it laid out like the keys.
-    q = tl.load(
-        q_row_ptr + tl.broadcast_to(places[None, :], [LANES, BLOCK_H * BLOCK_D]), mask=inside[None, :], other=0.0
-    )
-    q = tl.reshape(q, [1, LANES, BLOCK_H, BLOCK_D]).to(tl.float32) * (scale * LOG2_E)
-    in_block = tl.arange(0, BLOCK_S)
-    in_lanes = tl.arange(0, BLOCK_S // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    maxima = tl.full([LANES, BLOCK_H], NO_SCORE, tl.float32)
-    totals = tl.zeros([LANES, BLOCK_H], tl.float32)
-    sums = tl.zeros([LANES, BLOCK_H, BLOCK_D], tl.float32)
-    # Behind the end the last token is read again and counts for nothing: so no load of keys needs a mask.
-    positions = tl.minimum(start + in_block, end - 1)
-    slots = tl.load(table_row_ptr + positions, mask=positions >= 0, other=0)
-    for first in range(start, end, BLOCK_S):
-        offsets = slots.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_SIZE) + places[None, :]
-        if NUM_HEADS % BLOCK_H == 0 and HEAD_SIZE == BLOCK_D:
-            k = tl.load(k_cache_ptr + offsets)
-            v = tl.load(v_cache_ptr + offsets)
-        else:
-            k = tl.load(k_cache_ptr + offsets, mask=inside[None, :], other=0.0)
-            v = tl.load(v_cache_ptr + offsets, mask=inside[None, :], other=0.0)
-        slots = tl.load(table_row_ptr + tl.minimum(first + BLOCK_S + in_block, end - 1))
-        k = tl.reshape(k, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
-        v = tl.reshape(v, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
-        # One query a head: a matrix product would waste 15 of its 16 rows, so multiply and sum.
-        scores = tl.sum(q * k.to(tl.float32), axis=3)
-        scores = tl.where((first + in_lanes < end)[:, :, None], scores, NO_SCORE)
-        new_maxima = tl.maximum(maxima, tl.max(scores, axis=0))
-        rescale = tl.exp2(maxima - new_maxima)
-        weights = tl.exp2(scores - new_maxima[None, :, :])
-        totals = totals * rescale + tl.sum(weights, axis=0)
-        sums = sums * rescale[:, :, None] + tl.sum(weights[:, :, :, None] * v.to(tl.float32), axis=0)
-        maxima = new_maxima
-    return join_softmaxes(maxima, totals, sums)
+def find_places(columns, first_head, end_head, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where in a row the columns of heads from first_head on lie, BLOCK_D columns each, and which are of a head."""
+    heads = first_head + columns // BLOCK_D
+    dims = columns % BLOCK_D
+    inside = (heads < end_head) & (dims < HEAD_SIZE)
+    if HEAD_SIZE != BLOCK_D:
+        places = heads * HEAD_SIZE + dims
+    else:
+        places = first_head * BLOCK_D + columns
+    return places, inside
 
 
 @triton.jit
@@ -230,14 +255,6 @@ def join_parts(
     return total, attended
 
 
-@triton.jit
-def join_softmaxes(maxima, totals, sums):
-    """One softmax's largest score, sum of weights and weighted sum out of several: `[n, H]`, `[n, H]`, `[n, H, D]`."""
-    maximum = tl.max(maxima, axis=0)
-    rescale = tl.exp2(maxima - maximum[None, :])
-    return maximum, tl.sum(totals * rescale, axis=0), tl.sum(sums * rescale[:, :, None], axis=0)
-
-
 def attend_rows(
     q: Tensor,
     rows: RowList,
@@ -250,19 +267,37 @@ def attend_rows(
     out: Tensor,
     workspace: Workspace,
     deterministic: bool = False,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> None:
     """Writes to `out[row]` the attention of `q[row]` over its cached tokens. See `row_reference.attend_rows`.
 
-    Softmax and sums are float32. Cost: reads 2 * H * D values and 4 FLOPs for each of them, for each attended token;
+    Softmax and sums are float32. Cost: for each attended token reads 2 * G * D values, and has 4 * H * D FLOPs;
     with many splits of few tokens H * (D + 2) float32 values are written and read again for each split.
     """
-    num_heads, head_size = k_cache.shape[1:]
+    num_kv_heads, head_size = k_cache.shape[1:]
+    num_heads = q.shape[1] // head_size
     config = get_config("attend_rows", q.device, q.dtype, rows.max_rows, deterministic=deterministic)
-    splits = plan_splits(config, rows.max_rows, num_heads, head_size, slot_table.shape[1], deterministic)
+    splits = plan_splits(config, rows.max_rows, num_heads, num_kv_heads, head_size, slot_table.shape[1], deterministic)
     assert workspace.partials.numel() >= splits.num_partials, (workspace.partials.shape, splits)
     assert workspace.counters.numel() >= rows.max_rows * splits.num_groups, (workspace.counters.shape, splits)
     launch_attention(
-        "attend_rows", config, splits, q, rows, k_cache, v_cache, slot_table, seq_ids, key_limits, scale, out, workspace
+        "attend_rows",
+        config,
+        splits,
+        q,
+        rows,
+        k_cache,
+        v_cache,
+        slot_table,
+        seq_ids,
+        key_limits,
+        scale,
+        out,
+        workspace,
+        Bias(slopes, window, position_ids, slot_positions),
     )
 
 
@@ -280,11 +315,18 @@ def launch_attention(
     scale: float,
     out: Tensor,
     workspace: Workspace,
+    bias: Bias,
 ) -> None:
     """Launches `attend_rows_kernel` for the op called `op`. rows: a list of them, or the number of all."""
     ids, max_rows = (None, rows) if isinstance(rows, int) else (rows.ids, rows.max_rows)
-    num_heads, head_size = k_cache.shape[1:]
-    num_lanes = config["num_warps"] * 32 * (16 // q.itemsize) // (splits.block_h * splits.block_d)
+    num_kv_heads, head_size = k_cache.shape[1:]
+    group = math.prod(q.shape[1:]) // (num_kv_heads * head_size)
+    part_size = splits.block_h * splits.block_d
+    block_p = config["BLOCK_P"]
+    if group > 1:
+        # Of parts wider than BLOCK_C fewer are joined at a time, in as many registers.
+        block_p = max(block_p * config["BLOCK_C"] // max(config["BLOCK_C"], part_size), 1)
+    num_lanes = config["num_warps"] * 32 * (16 // q.itemsize) // part_size
     launch(
         op,
         attend_rows_kernel,
@@ -297,6 +339,9 @@ def launch_attention(
         slot_table,
         seq_ids,
         key_limits,
+        bias.slopes,
+        bias.position_ids,
+        bias.slot_positions,
         out,
         workspace.partials,
         workspace.counters,
@@ -305,17 +350,22 @@ def launch_attention(
         out.stride(0),
         max_rows,
         scale,
-        NUM_HEADS=num_heads,
+        bias.window,
+        NUM_HEADS=num_kv_heads,
+        GROUP=group,
         HEAD_SIZE=head_size,
+        HAS_SLOPES=bias.slopes is not None,
+        HAS_WINDOW=bias.window > 0,
         HAS_ROWS=ids is not None,
         SPLIT_TOKENS=splits.split_tokens,
         TARGET_ITEMS=splits.target_items,
         BLOCK_R=1 if splits.split_tokens else triton.next_power_of_2(max_rows),
-        BLOCK_S=config["BLOCK_S"],
+        BLOCK_S=splits.block_s,
         BLOCK_H=splits.block_h,
+        BLOCK_Q=splits.block_h if group == 1 else max(splits.block_h, LEAST_DOT),
         BLOCK_D=splits.block_d,
-        BLOCK_P=config["BLOCK_P"],
-        LANES=min(max(num_lanes, 1), config["BLOCK_S"]),
+        BLOCK_P=block_p,
+        LANES=min(max(num_lanes, 1), splits.block_s),
         num_warps=config["num_warps"],
         # Left to itself ptxas may spill to make room for one program more than these registers do.
         maxnreg=config["maxnreg"],

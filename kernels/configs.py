@@ -30,6 +30,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "norm_rows": ("PDL", "num_warps"),
     "linear_rows": (*_LINEAR, "FUSE_NORM"),
     "qkv_rows": (*_LINEAR, "FUSE_NORM"),
+    "rotate_rows": ("PDL", "num_warps"),
+    "place_rows": ("PDL", "num_warps"),
     "attend_rows": ("BLOCK_S", "BLOCK_C", "BLOCK_P", "TARGET_PROGRAMS", "SPLIT_TOKENS", "PDL", "num_warps", "maxnreg"),
     "linear_add_rows": (*_LINEAR, "SPLIT_K"),
     "gate_rows": ("PDL", "num_warps"),

@@ -10,9 +10,16 @@ import triton.language as tl
 
 from dynskip.kernels.configs import Config, get_entries
 
+LEAST_DOT = 16
+"""The least size of a matrix that tensor cores multiply, along each of its sides."""
+
 
 class Splits(NamedTuple):
-    """How many programs a launch has, and how their items are cut: see `attend_rows_kernel`."""
+    """How many programs a launch has, and how their items are cut: see `attend_rows_kernel`.
+
+    num_groups: programs that share an item, each with its share of the heads. block_h: query heads of a program.
+    block_s: tokens that it takes at a time.
+    """
 
     num_groups: int
     num_items: int
@@ -20,6 +27,7 @@ class Splits(NamedTuple):
     split_tokens: int
     block_h: int
     block_d: int
+    block_s: int
 
     @property
     def num_partials(self) -> int:
@@ -28,26 +36,43 @@ class Splits(NamedTuple):
 
 
 def plan_splits(
-    config: Config, max_rows: int, num_heads: int, head_size: int, max_context_len: int, deterministic: bool
+    config: Config,
+    max_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_context_len: int,
+    deterministic: bool,
 ) -> Splits:
-    """The programs that attend for at most `max_rows` rows to at most `max_context_len` tokens each."""
+    """The programs that attend for at most `max_rows` rows to at most `max_context_len` tokens each.
+
+    A program has BLOCK_C values of a token: so many heads; or, where several queries share a head of keys and values,
+    that head alone, and of as many tokens more.
+    """
     block_d = triton.next_power_of_2(head_size)
-    block_h = min(max(config["BLOCK_C"] // block_d, 1), triton.next_power_of_2(num_heads))
-    num_groups = triton.cdiv(num_heads, block_h)
+    block_s = config["BLOCK_S"]
+    if num_heads == num_kv_heads:
+        block_h = min(max(config["BLOCK_C"] // block_d, 1), triton.next_power_of_2(num_heads))
+        num_groups = triton.cdiv(num_heads, block_h)
+    else:
+        block_d = max(block_d, LEAST_DOT)
+        block_h = triton.next_power_of_2(num_heads // num_kv_heads)
+        num_groups = num_kv_heads
+        block_s = max(block_s * max(config["BLOCK_C"] // block_d, 1), LEAST_DOT)
     target_items = max(config["TARGET_PROGRAMS"] // num_groups, 1)
     split_tokens = config["SPLIT_TOKENS"] if deterministic else 0
-    num_items = max_rows * max(triton.cdiv(max_context_len, split_tokens or config["BLOCK_S"]), 1)
+    num_items = max_rows * max(triton.cdiv(max_context_len, split_tokens or block_s), 1)
     if not deterministic:
         num_items = min(num_items, target_items + max_rows)
-    return Splits(num_groups, num_items, target_items, split_tokens, block_h, block_d)
+    return Splits(num_groups, num_items, target_items, split_tokens, block_h, block_d, block_s)
 
 
 def workspace_sizes(
-    max_rows: int, num_heads: int, head_size: int, max_context_len: int, device: torch.device
+    max_rows: int, num_heads: int, num_kv_heads: int, head_size: int, max_context_len: int, device: torch.device
 ) -> tuple[int, int]:
     """How many partials and counters `attend_rows` may need for at most `max_rows` rows, in any dtype and mode."""
     splits = [
-        plan_splits(entry.config, max_rows, num_heads, head_size, max_context_len, deterministic)
+        plan_splits(entry.config, max_rows, num_heads, num_kv_heads, head_size, max_context_len, deterministic)
         for dtype in (torch.float16, torch.float32)
         for deterministic in (False, True)
         for entry in get_entries("attend_rows", device, dtype, deterministic)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynskip.kernels.attend_rows import launch_attention
+from dynskip.kernels.attend_rows import Bias, launch_attention
 from dynskip.kernels.configs import get_config
 from dynskip.kernels.context_splits import plan_splits
 from dynskip.kernels.row_list import Workspace
@@ -19,16 +19,22 @@ def decode_attention(
     seq_ids: Tensor,
     context_lens: Tensor,
     scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    slot_positions: Tensor | None = None,
 ) -> Tensor:
     """Returns the attention of each row over its cached tokens: `[R, H, D]`. See `reference.decode_attention`.
 
     Contexts are split at fixed lengths, so a row's bits do not depend on the other rows. Softmax and sums are float32.
-    Cost: reads 2 * H * D values and 4 FLOPs for each of them, for each attended token.
+    Cost: for each attended token reads 2 * G * D values, and has 4 * H * D FLOPs.
     """
     num_rows, num_heads, head_size = q.shape
     out = torch.empty((num_rows, num_heads, head_size), dtype=q.dtype, device=q.device)
     config = get_config("attend_rows", q.device, q.dtype, num_rows, deterministic=True)
-    splits = plan_splits(config, num_rows, num_heads, head_size, slot_table.shape[1], deterministic=True)
+    splits = plan_splits(
+        config, num_rows, num_heads, k_cache.shape[1], head_size, slot_table.shape[1], deterministic=True
+    )
     # Where no row can be longer than one split, no program waits for another.
     needs_workspace = splits.num_items > num_rows
     workspace = Workspace(
@@ -49,5 +55,6 @@ def decode_attention(
         scale,
         out,
         workspace,
+        Bias(slopes, window, position_ids, slot_positions),
     )
     return out

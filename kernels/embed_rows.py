@@ -27,6 +27,7 @@ def embed_rows_kernel(
     stride_position,
     stride_out_row,
     num_columns,
+    HAS_POSITIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -40,9 +41,11 @@ def embed_rows_kernel(
     if row < 0:
         return
     token = tl.load(token_ids_ptr + row) * stride_token
-    position = (tl.load(position_ids_ptr + row) + position_offset) * stride_position
+    if HAS_POSITIONS:
+        position = (tl.load(position_ids_ptr + row) + position_offset) * stride_position
     embedded = tl.load(token_table_ptr + token + columns, mask=inside, other=0.0).to(tl.float32)
-    embedded += tl.load(position_table_ptr + position + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_POSITIONS:
+        embedded += tl.load(position_table_ptr + position + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * stride_out_row + columns, embedded.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -51,13 +54,13 @@ def embed_rows(
     position_ids: Tensor,
     rows: RowList,
     token_table: Tensor,
-    position_table: Tensor,
+    position_table: Tensor | None,
     position_offset: int,
     out: Tensor,
 ) -> None:
-    """Writes to `out[row]` the sum of the row's two embeddings. See `row_reference.embed_rows`.
+    """Writes to `out[row]` the row's embedding, or the sum of its two. See `row_reference.embed_rows`.
 
-    The sum is float32, rounded once. Cost: reads 2 * C values a row, writes C.
+    The sum is float32, rounded once. Cost: reads C values a row, or 2 * C, and writes C.
     """
     num_columns = out.shape[1]
     config = get_config("embed_rows", out.device, out.dtype, rows.max_rows)
@@ -75,9 +78,10 @@ def embed_rows(
         position_offset,
         out,
         token_table.stride(0),
-        position_table.stride(0),
+        0 if position_table is None else position_table.stride(0),
         out.stride(0),
         num_columns,
+        HAS_POSITIONS=position_table is not None,
         BLOCK_C=block,
         num_warps=config["num_warps"],
         **pdl_options(config, out.device),

@@ -1,4 +1,4 @@
-"""Gather and LayerNorm in one kernel: a chosen row is read once and written once, normalised."""
+"""Gather and LayerNorm, or RMSNorm, in one kernel: a chosen row is read once and written once, normalised."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def gather_layer_norm_kernel(
     stride_x_row,
     num_columns,
     eps,
+    RMS: tl.constexpr,
     HAS_ROW_IDS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -33,8 +34,11 @@ def gather_layer_norm_kernel(
     columns = tl.arange(0, BLOCK_C)
     inside = columns < num_columns
     x = tl.load(x_ptr + row * stride_x_row + columns, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / num_columns
-    centered = tl.where(inside, x - mean, 0.0)
+    if RMS:
+        centered = x
+    else:
+        mean = tl.sum(x, axis=0) / num_columns
+        centered = tl.where(inside, x - mean, 0.0)
     variance = tl.sum(centered * centered, axis=0) / num_columns
     normed = centered / tl.sqrt(variance + eps)
     if HAS_WEIGHT:
@@ -45,9 +49,9 @@ def gather_layer_norm_kernel(
 
 
 def gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
 ) -> Tensor:
-    """Returns the LayerNorm of the chosen rows of `x`: `[R, C]`, dtype of `x`. See `reference.gather_layer_norm`.
+    """Returns the norm of the chosen rows of `x`: `[R, C]`, dtype of `x`. See `reference.gather_layer_norm`.
 
     Statistics are float32. Cost: reads R * C values and the parameters, writes R * C.
     """
@@ -68,6 +72,7 @@ def gather_layer_norm(
         x.stride(0),
         num_columns,
         eps,
+        RMS=rms,
         HAS_ROW_IDS=row_ids is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,

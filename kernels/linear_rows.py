@@ -1,4 +1,4 @@
-"""Products of listed rows with a matrix, and what goes before and after them: LayerNorm, bias, ReLU, a cache."""
+"""Products of listed rows with a matrix, and what goes before and after them: a norm, bias, activation, a cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynskip.kernels.activate import activated
 from dynskip.kernels.configs import get_config, pdl_options
 from dynskip.kernels.launches import launch
 from dynskip.kernels.norm_rows import norm_rows, normalise_rows
@@ -42,13 +43,16 @@ def linear_rows_kernel(
     stride_out_row,
     N,
     K,
-    part_size,
+    query_size,
+    key_size,
     eps,
     max_rows,
+    RMS: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     IS_QKV: tl.constexpr,
     FUSE_NORM: tl.constexpr,
     NORM_ROWS: tl.constexpr,
@@ -67,12 +71,18 @@ def linear_rows_kernel(
 ):
     """One program for BLOCK_M listed rows and BLOCK_N columns; those beyond the number of rows end at once.
 
-    Tiles of rows vary fastest, so that the second one finds the weights of the first in L2.
+    Tiles of rows vary fastest, so that the second one finds the weights of the first in L2. GATED: of 2 * N rows of
+    weights the program has those of BLOCK_N / 2 gates and of what they gate, each pair side by side: so a thread finds
+    both in its registers, and the product is made as any other.
     """
     tile = tl.program_id(0)
     first_column = tl.program_id(1) * BLOCK_N
     columns = (first_column + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_matrix = columns < N
+    if GATED:
+        in_matrix = columns < 2 * N
+        columns = columns // 2 + columns % 2 * N
+    else:
+        in_matrix = columns < N
     if USE_PDL:
         wait_for_earlier_kernels(num_ptr, tile, weight_ptr, columns, in_matrix, K, 0, K, PREFETCH_K)
     rows, is_row, has_rows = find_rows(ids_ptr, max_rows, tile, BLOCK_M)
@@ -83,7 +93,7 @@ def linear_rows_kernel(
             norm_rows, is_norm_row, has_rows = find_rows(ids_ptr, max_rows, tile, NORM_ROWS)
     if IS_QKV:
         num_run = tl.load(num_run_ptr)
-        if (num_run == 0) & (first_column + BLOCK_N <= part_size):
+        if (num_run == 0) & (first_column + BLOCK_N <= query_size):
             return
     if not has_rows:
         return
@@ -104,6 +114,7 @@ def linear_rows_kernel(
             stride_normed_row,
             K,
             eps,
+            RMS,
             HAS_NORM_WEIGHT,
             HAS_NORM_BIAS,
             NORM_CHUNK,
@@ -131,8 +142,13 @@ def linear_rows_kernel(
     )
     if HAS_BIAS:
         products += bias[None, :]
-    if RELU:
-        products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if GATED:
+        gates, products = tl.split(tl.reshape(products, [BLOCK_M, BLOCK_N // 2, 2]))
+        products *= activated(gates, ACTIVATION)
+        columns = first_column // 2 + tl.arange(0, BLOCK_N // 2)
+        in_matrix = columns < N
+    else:
+        products = activated(products, ACTIVATION)
     results = products.to(out_ptr.dtype.element_ty)
     if IS_QKV:
         store_parts(
@@ -140,7 +156,8 @@ def linear_rows_kernel(
             rows,
             is_row,
             first_column,
-            part_size,
+            query_size,
+            key_size,
             num_run,
             out_ptr,
             k_cache_ptr,
@@ -162,7 +179,8 @@ def store_parts(
     rows,
     is_row,
     first_column,
-    size,
+    query_size,
+    key_size,
     num_run,
     q_ptr,
     k_cache_ptr,
@@ -171,7 +189,7 @@ def store_parts(
     stride_q_row,
     EVEN_PARTS: tl.constexpr,
 ):
-    """Stores a tile of queries, keys and values, `size` columns each: queries to rows, the others to slots.
+    """Stores a tile of queries, keys and values: queries to rows, the others, key_size columns each, to slots.
 
     EVEN_PARTS: no tile of columns has two of the three.
     """
@@ -179,24 +197,26 @@ def store_parts(
     columns = first_column + tl.arange(0, BLOCK_N)
     slots = tl.load(slots_ptr + rows, mask=is_row, other=-1).to(tl.int64)
     if EVEN_PARTS:
-        part = first_column // size
-        part_columns = (columns - part * size)[None, :]
-        if part == 0:
-            tl.store(q_ptr + rows[:, None] * stride_q_row + part_columns, results, mask=is_row[:, None])
+        if first_column < query_size:
+            tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None])
         else:
             cache_ptr = k_cache_ptr
-            if part == 2:
+            first_of_part = query_size
+            if first_column >= query_size + key_size:
                 cache_ptr = v_cache_ptr
-            tl.store(cache_ptr + slots[:, None] * size + part_columns, results, mask=(slots >= 0)[:, None])
+                first_of_part = query_size + key_size
+            in_cache = slots[:, None] * key_size + (columns - first_of_part)[None, :]
+            tl.store(cache_ptr + in_cache, results, mask=(slots >= 0)[:, None])
     else:
-        is_query = (columns < tl.where(num_run > 0, size, 0))[None, :]
-        is_key = ((columns >= size) & (columns < 2 * size))[None, :]
-        is_value = ((columns >= 2 * size) & (columns < 3 * size))[None, :]
-        in_cache = slots[:, None] * size + columns[None, :]
+        first_value = query_size + key_size
+        is_query = (columns < tl.where(num_run > 0, query_size, 0))[None, :]
+        is_key = ((columns >= query_size) & (columns < first_value))[None, :]
+        is_value = ((columns >= first_value) & (columns < first_value + key_size))[None, :]
+        in_cache = slots[:, None] * key_size + columns[None, :]
         is_stored = (slots >= 0)[:, None]
         tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None] & is_query)
-        tl.store(k_cache_ptr + in_cache - size, results, mask=is_stored & is_key)
-        tl.store(v_cache_ptr + in_cache - 2 * size, results, mask=is_stored & is_value)
+        tl.store(k_cache_ptr + in_cache - query_size, results, mask=is_stored & is_key)
+        tl.store(v_cache_ptr + in_cache - first_value, results, mask=is_stored & is_value)
 
 
 def linear_rows(
@@ -205,16 +225,17 @@ def linear_rows(
     norm: RowNorm | None,
     weight: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    activation: str,
+    gated: bool,
     out: Tensor,
     normed: Tensor,
     deterministic: bool = False,
 ) -> None:
-    """Writes to `out[row]` the product of the (normalised) `x[row]` with `weight`. See `row_reference.linear_rows`.
+    """Writes to `out[row]` the activated product of `x[row]` with `weight`. See `row_reference.linear_rows`.
 
-    Sums are float32. Cost: reads `weight` once, 2 * N * K FLOPs a row.
+    Sums are float32, and so are activation and gate: one rounding. Cost: reads `weight` once, 2 * N * K FLOPs a row.
     """
-    _launch("linear_rows", x, rows, norm, weight, bias, out, normed, deterministic, relu=relu)
+    _launch("linear_rows", x, rows, norm, weight, bias, out, normed, deterministic, activation, gated)
 
 
 def qkv_rows(
@@ -233,7 +254,7 @@ def qkv_rows(
 ) -> None:
     """Writes queries to `q[row]`, keys and values to slot `slots[row]` of the caches. See `row_reference.qkv_rows`.
 
-    Sums are float32. Cost: reads `weight` once, two thirds of it if no row attends; 2 * N * K FLOPs a row.
+    Sums are float32. Cost: reads `weight` once, if no row attends without its queries; 2 * N * K FLOPs a row.
     """
     caches = _Caches(num_run, k_cache, v_cache, slots)
     _launch("qkv_rows", x, rows, norm, weight, bias, q, normed, deterministic, caches=caches)
@@ -258,7 +279,8 @@ def _launch(
     out: Tensor,
     normed: Tensor,
     deterministic: bool,
-    relu: bool = False,
+    activation: str = "none",
+    gated: bool = False,
     caches: _Caches | None = None,
 ) -> None:
     num_columns, depth = weight.shape
@@ -266,6 +288,10 @@ def _launch(
     if norm is not None and not config["FUSE_NORM"]:
         norm_rows(x, rows, norm, normed, deterministic)
         x, norm = normed, None
+    query_size, key_size = 0, 0
+    if caches is not None:
+        key_size = caches.k_cache.shape[1] * caches.k_cache.shape[2]
+        query_size = num_columns - 2 * key_size
     norm_tile_rows = min(config["BLOCK_M"], triton.next_power_of_2(rows.max_rows))
     norm_chunk = triton.next_power_of_2(depth)
     if norm_chunk * norm_tile_rows > MAX_NORM_TILE:
@@ -288,17 +314,20 @@ def _launch(
         x.stride(0),
         normed.stride(0),
         out.stride(0),
-        num_columns,
+        num_columns // 2 if gated else num_columns,
         depth,
-        num_columns // 3 if caches is not None else 0,
+        query_size,
+        key_size,
         0.0 if norm is None else norm.eps,
         rows.max_rows,
+        RMS=norm is not None and norm.rms,
         HAS_NORM_WEIGHT=norm is not None and norm.weight is not None,
         HAS_NORM_BIAS=norm is not None and norm.bias is not None,
         HAS_BIAS=bias is not None,
-        RELU=relu,
+        ACTIVATION=activation,
+        GATED=gated,
         IS_QKV=caches is not None,
-        EVEN_PARTS=num_columns // 3 % config["BLOCK_N"] == 0,
+        EVEN_PARTS=query_size % config["BLOCK_N"] == 0 and key_size % config["BLOCK_N"] == 0,
         FUSE_NORM=norm is not None,
         NORM_ROWS=norm_tile_rows if norm is not None else 1,
         NORM_CHUNK=norm_chunk if norm is not None else 1,

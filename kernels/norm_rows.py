@@ -1,4 +1,4 @@
-"""LayerNorm of listed rows."""
+"""LayerNorm or RMSNorm of listed rows."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def norm_rows_kernel(
     stride_out_row,
     num_columns,
     eps,
+    RMS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -46,6 +47,7 @@ def norm_rows_kernel(
         stride_out_row,
         num_columns,
         eps,
+        RMS,
         HAS_WEIGHT,
         HAS_BIAS,
         BLOCK_C,
@@ -65,14 +67,15 @@ def normalise_rows(
     stride_out_row,
     num_columns,
     eps,
+    RMS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
 ):
-    """Writes to the `rows` of out the LayerNorm of the `rows` of x, in chunks of BLOCK_C columns.
+    """Writes to the `rows` of out the LayerNorm, with RMS the RMSNorm, of the `rows` of x, BLOCK_C columns at a time.
 
-    ONE_CHUNK: BLOCK_C columns are all; they stay in registers, and are read once.
+    ONE_CHUNK: BLOCK_C columns are all; they stay in registers, and are read once, before any is written.
     """
     BLOCK_R: tl.constexpr = rows.shape[0]
     columns = tl.arange(0, BLOCK_C)
@@ -87,8 +90,11 @@ def normalise_rows(
             weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
-        mean = tl.sum(x, axis=1) / num_columns
-        centered = tl.where(inside, x - mean[:, None], 0.0)
+        if RMS:
+            centered = x
+        else:
+            mean = tl.sum(x, axis=1) / num_columns
+            centered = tl.where(inside, x - mean[:, None], 0.0)
         variance = tl.sum(centered * centered, axis=1) / num_columns
         normed = centered / tl.sqrt(variance + eps)[:, None]
         if HAS_WEIGHT:
@@ -105,20 +111,26 @@ def normalise_rows(
         for start in range(0, num_columns, BLOCK_C):
             inside = (start + columns < num_columns)[None, :]
             x = tl.load(x_ptrs + start, mask=is_row[:, None] & inside, other=0.0).to(tl.float32)
-            size = tl.minimum(num_columns - start, BLOCK_C).to(tl.float32)
-            chunk_mean = tl.sum(x, axis=1) / size
-            centered = tl.where(inside, x - chunk_mean[:, None], 0.0)
-            difference = chunk_mean - mean
-            total = seen + size
-            mean += difference * (size / total)
-            squares += tl.sum(centered * centered, axis=1) + difference * difference * (seen * size / total)
-            seen = total
+            if RMS:
+                squares += tl.sum(x * x, axis=1)
+            else:
+                size = tl.minimum(num_columns - start, BLOCK_C).to(tl.float32)
+                chunk_mean = tl.sum(x, axis=1) / size
+                centered = tl.where(inside, x - chunk_mean[:, None], 0.0)
+                difference = chunk_mean - mean
+                total = seen + size
+                mean += difference * (size / total)
+                squares += tl.sum(centered * centered, axis=1) + difference * difference * (seen * size / total)
+                seen = total
         deviation = tl.sqrt(squares / num_columns + eps)
         for start in range(0, num_columns, BLOCK_C):
             in_row = start + columns < num_columns
             mask = is_row[:, None] & in_row[None, :]
             x = tl.load(x_ptrs + start, mask=mask, other=0.0).to(tl.float32)
-            normed = (x - mean[:, None]) / deviation[:, None]
+            if RMS:
+                normed = x / deviation[:, None]
+            else:
+                normed = (x - mean[:, None]) / deviation[:, None]
             if HAS_WEIGHT:
                 normed *= tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
             if HAS_BIAS:
@@ -127,7 +139,7 @@ def normalise_rows(
 
 
 def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor, deterministic: bool = False) -> None:
-    """Writes the LayerNorm of `x[row]` to `out[row]`. See `row_reference.norm_rows`.
+    """Writes the norm of `x[row]` to `out[row]`, which may be the same. See `row_reference.norm_rows`.
 
     Statistics are float32. Cost: reads R * C values and the parameters, writes R * C.
     """
@@ -148,6 +160,7 @@ def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor, deterministi
         out.stride(0),
         num_columns,
         norm.eps,
+        RMS=norm.rms,
         HAS_WEIGHT=norm.weight is not None,
         HAS_BIAS=norm.bias is not None,
         BLOCK_C=block,

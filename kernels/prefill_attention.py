@@ -22,8 +22,14 @@ _BLOCK_B = 512
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences"],
-    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_limits_ptr"],
+    do_not_specialize=["num_sequences", "window"],
+    do_not_specialize_on_alignment=[
+        "cu_seqlens_q_ptr",
+        "cu_seqlens_k_ptr",
+        "key_limits_ptr",
+        "position_ids_ptr",
+        "key_positions_ptr",
+    ],
 )
 def prefill_attention_kernel(
     q_ptr,
@@ -32,13 +38,20 @@ def prefill_attention_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     key_limits_ptr,
+    slopes_ptr,
+    position_ids_ptr,
+    key_positions_ptr,
     out_ptr,
     stride_q_row,
     stride_k_row,
     stride_v_row,
     num_sequences,
     scale,
+    window,
+    GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -78,8 +91,16 @@ def prefill_attention_kernel(
     num_keys = tl.max(limits, axis=0)
     # Blocks of keys that every row of the tile sees need no mask; the blocks are the same, whichever loop they fall in.
     num_seen_by_all = tl.min(tl.where(in_rows, limits, num_keys), axis=0) // BLOCK_N * BLOCK_N
-    k_ptr += first_key * stride_k_row + head * HEAD_SIZE
-    v_ptr += first_key * stride_v_row + head * HEAD_SIZE
+    kv_head = head // GROUP
+    k_ptr += first_key * stride_k_row + kv_head * HEAD_SIZE
+    v_ptr += first_key * stride_v_row + kv_head * HEAD_SIZE
+    slope = 0.0
+    positions = limits
+    if HAS_SLOPES:
+        slope = tl.load(slopes_ptr + head) * LOG2_E
+    if HAS_SLOPES or HAS_WINDOW:
+        positions = tl.load(position_ids_ptr + rows, mask=in_rows, other=0).to(tl.int32)
+        key_positions_ptr += first_key
     maxima, totals, attended = attend_keys(
         q,
         k_ptr,
@@ -87,6 +108,10 @@ def prefill_attention_kernel(
         stride_k_row,
         stride_v_row,
         limits,
+        positions,
+        key_positions_ptr,
+        slope,
+        window,
         0,
         num_seen_by_all,
         scale * LOG2_E,
@@ -94,6 +119,8 @@ def prefill_attention_kernel(
         totals,
         attended,
         HEAD_SIZE,
+        HAS_SLOPES,
+        HAS_WINDOW,
         BLOCK_N,
         BLOCK_D,
         HAS_LIMITS=False,
@@ -105,6 +132,10 @@ def prefill_attention_kernel(
         stride_k_row,
         stride_v_row,
         limits,
+        positions,
+        key_positions_ptr,
+        slope,
+        window,
         num_seen_by_all,
         num_keys,
         scale * LOG2_E,
@@ -112,12 +143,14 @@ def prefill_attention_kernel(
         totals,
         attended,
         HEAD_SIZE,
+        HAS_SLOPES,
+        HAS_WINDOW,
         BLOCK_N,
         BLOCK_D,
         HAS_LIMITS=True,
     )
 
-    out = attended / tl.where(limits > 0, totals, 1.0)[:, None]
+    out = attended / tl.where(totals > 0.0, totals, 1.0)[:, None]
     out_offsets = rows[:, None] * (tl.num_programs(1) * HEAD_SIZE) + head_offset[None, :]
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
@@ -130,6 +163,10 @@ def attend_keys(
     stride_k_row,
     stride_v_row,
     limits,
+    positions,
+    key_positions_ptr,
+    slope,
+    window,
     start,
     end,
     scale,
@@ -137,28 +174,43 @@ def attend_keys(
     totals,
     attended,
     HEAD_SIZE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_LIMITS: tl.constexpr,
 ):
-    """The softmaxes of a tile of queries, taken on over the keys start to end - 1, each row's up to its limit."""
+    """The softmaxes of a tile of queries, taken on over the keys start to end - 1, each row's up to its limit.
+
+    positions: of the rows, which a slope and a window need.
+    """
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_SIZE
     for first in range(start, end, BLOCK_N):
-        positions = first + tl.arange(0, BLOCK_N)
+        places = first + tl.arange(0, BLOCK_N)
         k_mask = in_head[:, None]
         v_mask = in_head[None, :]
         if HAS_LIMITS:
-            k_mask = k_mask & (positions < end)[None, :]
-            v_mask = v_mask & (positions < end)[:, None]
-        keys = positions.to(tl.int64)
+            k_mask = k_mask & (places < end)[None, :]
+            v_mask = v_mask & (places < end)[:, None]
+        keys = places.to(tl.int64)
         k = tl.load(k_ptr + keys[None, :] * stride_k_row + dims[:, None], mask=k_mask, other=0.0)
         products = tl.dot(q, k, input_precision="ieee")
         if HAS_LIMITS:
-            products = tl.where(positions[None, :] < limits[:, None], products, float("-inf"))
-        new_maxima = tl.maximum(maxima, tl.max(products, axis=1) * scale)
+            products = tl.where(places[None, :] < limits[:, None], products, float("-inf"))
+        if HAS_SLOPES or HAS_WINDOW:
+            key_positions = tl.load(key_positions_ptr + keys, mask=places < end, other=0).to(tl.int32)
+            distances = positions[:, None] - key_positions[None, :]
+            if HAS_WINDOW:
+                products = tl.where(distances < window, products, float("-inf"))
+        if HAS_SLOPES:
+            scores = products * scale - slope * distances.to(tl.float32)
+            new_maxima = tl.maximum(maxima, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_maxima[:, None])
+        else:
+            new_maxima = tl.maximum(maxima, tl.max(products, axis=1) * scale)
+            weights = tl.exp2(tl.fma(products, scale, -new_maxima[:, None]))
         rescale = tl.exp2(maxima - new_maxima)
-        weights = tl.exp2(tl.fma(products, scale, -new_maxima[:, None]))
         v = tl.load(v_ptr + keys[:, None] * stride_v_row + dims[None, :], mask=v_mask, other=0.0)
         totals = totals * rescale + tl.sum(weights, axis=1)
         attended = attended * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -167,7 +219,17 @@ def attend_keys(
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_limits: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    key_limits: Tensor,
+    scale: float,
+    slopes: Tensor | None = None,
+    window: int = 0,
+    position_ids: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> Tensor:
     """Returns the attention of packed queries over their keys: `[R, H, D]`. See `reference.prefill_attention`.
 
@@ -193,6 +255,9 @@ def prefill_attention(
         cu_seqlens_q,
         cu_seqlens_k,
         key_limits,
+        slopes,
+        position_ids,
+        key_positions,
         out,
         q.stride(0),
         k.stride(0),
@@ -200,7 +265,11 @@ def prefill_attention(
         num_sequences,
         # Keys beyond a limit have the product minus infinity, whose score must not become NaN.
         max(scale, 1e-30),
+        window,
+        GROUP=num_heads // k.shape[1],
         HEAD_SIZE=head_size,
+        HAS_SLOPES=slopes is not None,
+        HAS_WINDOW=window > 0,
         BLOCK_M=block_m,
         # BLOCK_N is for heads of at most 64: wider ones take as many keys fewer, in as many registers.
         BLOCK_N=max(config["BLOCK_N"] * 64 // max(block_d, 64), 16),

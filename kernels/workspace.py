@@ -22,16 +22,18 @@ def make_workspace(
     sizes: Sequence[tuple[int, int]],
     max_context_len: int,
     device: torch.device | str,
+    num_kv_heads: int | None = None,
 ) -> Workspace:
     """A workspace on `device` that is large enough for every op, whatever config of the device's table it runs with.
 
     max_rows: the most rows of a launch. sizes: (N, K) of the matrices of `linear_add_rows`. max_context_len: the most
-    cached tokens of a sequence. A table that is put in place later may ask for more.
+    cached tokens of a sequence. num_kv_heads: None for as many as there are heads of queries. A table that is put in
+    place later may ask for more.
     """
     device = torch.device(device)
     needs = [
         *_linear_add_needs(max_rows, sizes, device),
-        attention_workspace(max_rows, num_heads, head_size, max_context_len, device),
+        attention_workspace(max_rows, num_heads, num_kv_heads or num_heads, head_size, max_context_len, device),
     ]
     return Workspace(
         torch.empty(max(num_floats for num_floats, _ in needs), dtype=torch.float32, device=device),

@@ -32,6 +32,8 @@ ROW_OPS = (
     "norm_rows",
     "linear_rows",
     "qkv_rows",
+    "rotate_rows",
+    "place_rows",
     "attend_rows",
     "linear_add_rows",
     "gate_rows",

@@ -41,7 +41,7 @@ def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
 
 
 def shape_key(config: DecoderConfig, dtype: str) -> str:
-    """What of a model decides its costs: layers, sizes, vocabulary, dtype; heads where they are not as wide as the rest."""
+    """What of a model decides its costs: layers, sizes, vocabulary, dtype; of keys where they are not as wide."""
     sizes = {"l": config.num_layers, "c": config.hidden_size, "f": config.ffn_size, "v": config.vocab_size}
     if config.kv_entry_size != 2 * config.hidden_size:
         sizes["k"] = config.kv_entry_size // 2

@@ -15,6 +15,8 @@ ROW_OP_NAMES = (
     "norm_rows",
     "linear_rows",
     "qkv_rows",
+    "rotate_rows",
+    "place_rows",
     "attend_rows",
     "linear_add_rows",
     "gate_rows",
@@ -31,6 +33,8 @@ class RowOps:
     norm_rows: Callable[..., None]
     linear_rows: Callable[..., None]
     qkv_rows: Callable[..., None]
+    rotate_rows: Callable[..., None]
+    place_rows: Callable[..., None]
     attend_rows: Callable[..., None]
     linear_add_rows: Callable[..., None]
     gate_rows: Callable[..., None]
@@ -65,6 +69,8 @@ def _load_triton() -> RowOps:
     from dynskip.kernels.linear_add_rows import linear_add_rows
     from dynskip.kernels.linear_rows import linear_rows, qkv_rows
     from dynskip.kernels.norm_rows import norm_rows
+    from dynskip.kernels.place_rows import place_rows
+    from dynskip.kernels.rotate_rows import rotate_rows
     from dynskip.kernels.workspace import make_workspace
 
     return RowOps(
@@ -73,6 +79,8 @@ def _load_triton() -> RowOps:
         norm_rows,
         linear_rows,
         qkv_rows,
+        rotate_rows,
+        place_rows,
         attend_rows,
         linear_add_rows,
         gate_rows,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,13 +143,28 @@ def eager_rotate(arguments: Arguments) -> tuple[Tensor, float]:
 
 def eager_activate(arguments: Arguments) -> tuple[Tensor, float]:
     """PyTorch's activation, and the product of its rounded result with the factors."""
-    x, activation, gated = (arguments[name] for name in ("x", "activation", "gated"))
-    values, factors = x.chunk(2, dim=-1) if gated else (x, None)
-    if activation in ("gelu", "gelu_tanh"):
-        values = F.gelu(values, approximate="tanh" if activation == "gelu_tanh" else "none")
-    elif activation in ("relu", "silu"):
-        values = getattr(F, activation)(values)
-    return values if factors is None else values * factors, 0.0
+    return eager_activation(arguments["x"], arguments["activation"], arguments["gated"], 0.0)
+
+
+def eager_activation(values: Tensor, activation: str, gated: bool, magnified: float) -> tuple[Tensor, float]:
+    """PyTorch's activation of `values`, each step rounded, and what is left of a rounding of size `magnified` in them.
+
+    No activation is steeper than 9/8. A gate passes on the rounding of what it gates, and its own times that.
+    """
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "none": lambda x: x,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "silu": F.silu,
+    }
+    magnified *= 1.0 if activation in ("none", "relu") else 1.125
+    if not gated:
+        return functions[activation](values), magnified
+    gates, gated_values = values.chunk(2, dim=-1)
+    gates = functions[activation](gates)
+    magnified *= gates.abs().max().item() + gated_values.abs().max().item()
+    return gates * gated_values, magnified
 
 
 def eager_attention(arguments: Arguments) -> tuple[Tensor, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,50 @@ MATRIX_OPS = {
     "out_proj": "linear_add_rows",
     "head": "linear_rows",
 }
-OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows")
+OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows", "rotate_rows", "place_rows")
+
+
+class LayerKind(NamedTuple):
+    """What the layers of a decoder ask of the ops, beside the sizes of their matrices."""
+
+    rms: bool
+    affine: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    activation: str
+    gated: bool
+    has_positions: bool
+    rotary_size: int
+    qk_norm: bool
+    alibi: bool
+    window: int
+
+
+def layer_kind(config: DecoderConfig) -> LayerKind:
+    """The kind of the layers of a decoder."""
+    return LayerKind(
+        rms=config.norm == "rms",
+        affine=config.norm_affine,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        mlp_bias=config.mlp_bias,
+        activation=config.activation,
+        gated=config.gated,
+        has_positions=config.has_position_table,
+        rotary_size=config.rotary_size,
+        qk_norm=config.qk_norm,
+        alibi=config.alibi,
+        window=config.window,
+    )
+
+
+def parts_of(config: DecoderConfig) -> tuple[str, ...]:
+    """Which matrices and other ops a step of the decoder launches, those of a gate included."""
+    kind = layer_kind(config)
+    absent = () if kind.rotary_size else ("rotate_rows",)
+    absent += () if kind.alibi or kind.window else ("place_rows",)
+    return tuple(part for part in (*MATRIX_OPS, *OTHER_OPS) if part not in absent)
 
 
 def draw_rows(
@@ -43,10 +86,11 @@ def make_workspace(row_ops: RowOps, arguments: Arguments) -> Any:
     if "workspace" not in arguments:
         return None
     is_attention = "k_cache" in arguments
-    num_heads, head_size = arguments["k_cache"].shape[1:] if is_attention else (1, 16)
+    num_kv_heads, head_size = arguments["k_cache"].shape[1:] if is_attention else (1, 16)
     return row_ops.workspace(
         max_rows=arguments["rows"].ids.shape[0],
-        num_heads=num_heads,
+        num_heads=arguments["q"].shape[1] // head_size if is_attention else 1,
+        num_kv_heads=num_kv_heads,
         head_size=head_size,
         sizes=[(16, 16)] if is_attention else [tuple(arguments["weight"].shape)],
         max_context_len=arguments["slot_table"].shape[1] if is_attention else 1,
@@ -80,94 +124,189 @@ class RowArguments:
 
         num_keys: that a row attends to, of the `max_context_len` that a table has room for.
         """
-        size = config.hidden_size
+        size, kind = config.hidden_size, layer_kind(config)
+        heads = config.num_heads, config.head_size
+        norm = {"affine": kind.affine, "rms": kind.rms}
         if part == "head":
-            return self.linear_rows(config.head_matrix, bias=False, relu=False)
+            return self.linear_rows(config.head_matrix, bias=config.head_bias, activation="none", **norm)
         if part == "qkv":
-            return self.qkv_rows(config.num_heads, config.head_size)
+            return self.qkv_rows(*heads, kind.qkv_bias, num_kv_heads=config.num_kv_heads, hidden_size=size, **norm)
+        if part == "fc1":
+            matrix = config.layer_matrices["fc1"]
+            return self.linear_rows(matrix, bias=kind.mlp_bias, activation=kind.activation, gated=kind.gated, **norm)
         if part in config.layer_matrices:
-            return getattr(self, MATRIX_OPS[part])(config.layer_matrices[part])
+            bias = kind.mlp_bias if part == "fc2" else kind.out_bias
+            return self.linear_add_rows(config.layer_matrices[part], bias)
+        if part == "rotate_rows":
+            return self.rotate_rows(*heads, config.num_kv_heads, kind.rotary_size, kind.qk_norm, config.max_positions)
+        if part == "place_rows":
+            return self.place_rows()
         if part == "attend_rows":
             limits = [num_keys] * self.num_rows
-            return self.attend_rows(config.num_heads, config.head_size, limits, max_context_len)
+            return self.attend_rows(
+                *heads,
+                limits,
+                max_context_len,
+                num_kv_heads=config.num_kv_heads,
+                slopes=kind.alibi,
+                window=kind.window,
+            )
         if part == "embed_rows":
-            num_positions = config.max_positions + config.position_offset
+            num_positions = config.max_positions + config.position_offset if kind.has_positions else None
             return self.embed_rows(size, config.vocab_size, num_positions, config.position_offset)
-        assert part in ("norm_rows", "gate_rows"), part
-        return getattr(self, part)(size)
+        if part == "norm_rows":
+            return self.norm_rows(size, **norm)
+        assert part == "gate_rows", part
+        return self.gate_rows(size)
 
     def embed_rows(
-        self, num_columns: int, num_tokens: int = 11, num_positions: int = 13, position_offset: int = 2
+        self, num_columns: int, num_tokens: int = 11, num_positions: int | None = 13, position_offset: int = 2
     ) -> Arguments:
+        """num_positions: of the table; None: there is none."""
         draw = self.draw
+        largest = (num_positions or 13) - position_offset
+        table = None if num_positions is None else draw.guarded(draw.normal(num_positions, num_columns))
         return {
             "token_ids": draw.guarded(draw.integers(0, num_tokens, self.num_rows).long()),
-            "position_ids": draw.guarded(draw.integers(0, num_positions - position_offset, self.num_rows).long()),
+            "position_ids": draw.guarded(draw.integers(0, largest, self.num_rows).long()),
             "rows": self.rows,
             "token_table": draw.guarded(draw.normal(num_tokens, num_columns)),
-            "position_table": draw.guarded(draw.normal(num_positions, num_columns)),
+            "position_table": table,
             "position_offset": position_offset,
             "out": self._output(num_columns),
         }
 
-    def norm_rows(self, num_columns: int, affine: bool = True) -> Arguments:
-        norm = self._norm(num_columns, affine)
+    def norm_rows(self, num_columns: int, affine: bool = True, rms: bool = False) -> Arguments:
+        norm = self._norm(num_columns, affine, rms)
         return {"x": self._input(num_columns), "rows": self.rows, "norm": norm, "out": self._output(num_columns)}
 
     def linear_rows(
-        self, matrix: tuple[int, int], norm: bool = True, bias: bool = True, relu: bool = True, affine: bool = True
+        self,
+        matrix: tuple[int, int],
+        norm: bool = True,
+        bias: bool = True,
+        activation: str = "relu",
+        gated: bool = False,
+        affine: bool = True,
+        rms: bool = False,
     ) -> Arguments:
         num_outputs, num_inputs = matrix
         return {
             "x": self._input(num_inputs),
             "rows": self.rows,
-            "norm": self._norm(num_inputs, affine) if norm else None,
+            "norm": self._norm(num_inputs, affine, rms) if norm else None,
             "weight": self.draw.guarded(self.draw.matrix(num_outputs, num_inputs)),
             "bias": self.draw.normal(num_outputs) if bias else None,
-            "relu": relu,
-            "out": self._output(num_outputs),
+            "activation": activation,
+            "gated": gated,
+            "out": self._output(num_outputs // 2 if gated else num_outputs),
             "normed": self.draw.nan(self.num_rows, num_inputs),
             "deterministic": False,
         }
 
     def qkv_rows(
-        self, num_heads: int, head_size: int, num_stored: int | None = None, num_run: int = 1, norm: bool = True
+        self,
+        num_heads: int,
+        head_size: int,
+        num_stored: int | None = None,
+        num_run: int = 1,
+        norm: bool = True,
+        bias: bool = True,
+        num_kv_heads: int | None = None,
+        hidden_size: int | None = None,
+        affine: bool = True,
+        rms: bool = False,
     ) -> Arguments:
-        """num_stored: the first rows of the list, which alone have a slot; None: all have one."""
-        draw, size, num_slots = self.draw, num_heads * head_size, 2 * self.num_rows + 3
-        # Rows outside of the list have slots, too: nothing may be stored there.
-        slots = draw.index(*draw.permutation(num_slots)[: self.num_rows])
-        if num_stored is not None:
-            slots[self.ids[num_stored:]] = -1
-        k_cache, v_cache = (draw.guarded(draw.normal(num_slots, num_heads, head_size), 7.0) for _ in range(2))
+        """num_stored: the first rows of the list, which alone have a slot; None: all have one.
+
+        num_kv_heads: None for num_heads. hidden_size: None for that of all query heads.
+        """
+        draw, size = self.draw, num_heads * head_size
+        num_kv_heads = num_kv_heads or num_heads
+        num_inputs = hidden_size or size
+        num_outputs = size + 2 * num_kv_heads * head_size
+        slots, num_slots = self._slots(num_stored)
+        k_cache, v_cache = (draw.guarded(draw.normal(num_slots, num_kv_heads, head_size), 7.0) for _ in range(2))
         targets = slots[self.ids].long()
         for cache in (k_cache, v_cache):
             cache[targets[targets >= 0]] = float("nan")
         return {
-            "x": self._input(size),
+            "x": self._input(num_inputs),
             "rows": self.rows,
             "num_run": draw.guarded(draw.index(num_run)),
-            "norm": self._norm(size) if norm else None,
-            "weight": draw.guarded(draw.matrix(3 * size, size)),
-            "bias": draw.normal(3 * size) if norm else None,
+            "norm": self._norm(num_inputs, affine, rms) if norm else None,
+            "weight": draw.guarded(draw.matrix(num_outputs, num_inputs)),
+            "bias": draw.normal(num_outputs) if bias else None,
             "q": self._output(size),
             "k_cache": k_cache,
             "v_cache": v_cache,
             "slots": draw.guarded(slots),
-            "normed": draw.nan(self.num_rows, size),
+            "normed": draw.nan(self.num_rows, num_inputs),
             "deterministic": False,
         }
 
-    def attend_rows(
-        self, num_heads: int, head_size: int, limits: list[int], max_context_len: int, sharpness: float = 1.0
+    def rotate_rows(
+        self,
+        num_heads: int,
+        head_size: int,
+        num_kv_heads: int,
+        rotary_size: int,
+        norm: bool = False,
+        max_positions: int = 50,
+        num_stored: int | None = None,
     ) -> Arguments:
-        """limits: how many keys each row attends to, listed or not. max_context_len: of the table."""
+        """Rows outside of the list, and slots of none of its rows, hold numbers: turned, they would be others."""
+        draw = self.draw
+        slots, num_slots = self._slots(num_stored)
+        angles = draw.normal(max_positions, rotary_size // 2).float() * 3
+        return {
+            "q": draw.guarded(draw.normal(self.num_rows, num_heads * head_size), 7.0),
+            "rows": self.rows,
+            "k_cache": draw.guarded(draw.normal(num_slots, num_kv_heads, head_size), 7.0),
+            "slots": draw.guarded(slots),
+            "position_ids": draw.guarded(draw.integers(0, max_positions, self.num_rows).long()),
+            "cos_sin": draw.guarded(torch.cat([angles.cos(), angles.sin()], dim=1)),
+            "q_weight": draw.normal(head_size) if norm else None,
+            "k_weight": draw.normal(head_size) if norm else None,
+            "eps": 1e-6 if norm else 0.0,
+        }
+
+    def place_rows(self, num_stored: int | None = None) -> Arguments:
+        draw = self.draw
+        slots, num_slots = self._slots(num_stored)
+        return {
+            "rows": self.rows,
+            "slots": draw.guarded(slots),
+            "position_ids": draw.guarded(draw.integers(0, 2**30, self.num_rows).long()),
+            "slot_positions": draw.guarded(draw.integers(0, 2**30, num_slots)),
+        }
+
+    def attend_rows(
+        self,
+        num_heads: int,
+        head_size: int,
+        limits: list[int],
+        max_context_len: int,
+        sharpness: float = 1.0,
+        num_kv_heads: int | None = None,
+        slopes: bool = False,
+        window: int = 0,
+    ) -> Arguments:
+        """limits: how many keys each row attends to, listed or not. max_context_len: of the table.
+
+        num_kv_heads: None for num_heads. slopes, window: rows and slots have positions, which rise in a table by one or
+        more from entry to entry.
+        """
         draw, size, num_seqs = self.draw, num_heads * head_size, self.num_rows + 2
+        num_kv_heads = num_kv_heads or num_heads
         assert len(limits) == self.num_rows
         seq_ids = draw.permutation(num_seqs)[: self.num_rows]
         used = {row: limits[row] for row in self.ids.tolist()}
         num_slots = sum(used.values()) + 5
-        k_cache, v_cache = (draw.nan(num_slots, num_heads, head_size) for _ in range(2))
+        k_cache, v_cache = (draw.nan(num_slots, num_kv_heads, head_size) for _ in range(2))
+        position_ids = torch.full((self.num_rows,), POISON, dtype=torch.int64, device=draw.device)
+        slot_positions = torch.full((num_slots,), POISON, dtype=torch.int32, device=draw.device)
+        has_positions = slopes or window > 0
         free = draw.index(*draw.permutation(num_slots - 1))
         # A table's entries behind the limit, and all of the tables of other sequences, name no slot: taken as an index
         # from the end, they lead to NaN.
@@ -176,7 +315,11 @@ class RowArguments:
             slots, free = free[:limit], free[limit:]
             slot_table[seq_ids[row], :limit] = slots
             for cache in (k_cache, v_cache):
-                cache[slots.long()] = draw.normal(limit, num_heads, head_size)
+                cache[slots.long()] = draw.normal(limit, num_kv_heads, head_size)
+            if has_positions:
+                positions = draw.integers(1, 4, limit).cumsum(0)
+                slot_positions[slots.long()] = positions.int()
+                position_ids[row] = positions[-1] if limit else 0
         return {
             "q": self._input(size),
             "rows": self.rows,
@@ -189,6 +332,10 @@ class RowArguments:
             "out": self._output(size),
             "workspace": None,
             "deterministic": False,
+            "slopes": draw.guarded(draw_slopes(draw, num_heads)) if slopes else None,
+            "window": window,
+            "position_ids": draw.guarded(position_ids) if has_positions else None,
+            "slot_positions": draw.guarded(slot_positions) if has_positions else None,
         }
 
     def linear_add_rows(self, matrix: tuple[int, int], bias: bool = True) -> Arguments:
@@ -221,6 +368,17 @@ class RowArguments:
             "active": draw.guarded(active, filler=1),
         }
 
+    def _slots(self, num_stored: int | None) -> tuple[Tensor, int]:
+        """A slot for each row, and how many there are; -1 for listed rows from `num_stored` on, None: for none.
+
+        Rows outside of the list have slots, too: nothing may be stored there.
+        """
+        num_slots = 2 * self.num_rows + 3
+        slots = self.draw.index(*self.draw.permutation(num_slots)[: self.num_rows])
+        if num_stored is not None:
+            slots[self.ids[num_stored:]] = -1
+        return slots, num_slots
+
     def _input(self, num_columns: int) -> Tensor:
         """`[M, num_columns]`, numbers in the listed rows, NaN elsewhere."""
         x = self.draw.nan(self.num_rows, num_columns)
@@ -233,9 +391,10 @@ class RowArguments:
         out[self.ids] = float("nan")
         return self.draw.guarded(out, filler=7.0)
 
-    def _norm(self, num_columns: int, affine: bool = True) -> RowNorm:
-        weight, bias = (self.draw.normal(num_columns) if affine else None for _ in range(2))
-        return RowNorm(weight, bias, 1e-5)
+    def _norm(self, num_columns: int, affine: bool = True, rms: bool = False) -> RowNorm:
+        weight = self.draw.normal(num_columns) if affine else None
+        bias = self.draw.normal(num_columns) if affine and not rms else None
+        return RowNorm(weight, bias, 1e-5, rms)
 
 
 def plan_rows(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from dynskip.kernels.row_list import RowList
+from dynskip.ops.reference import ACTIVATIONS
 from dynskip.ops.row_reference import ABSENT, EVICT, PROPAGATE, SHARE
 from dynskip.validation.op_arguments import RowArguments, draw_rows, plan_rows
 from dynskip.validation.tensors import Arguments, Draw
@@ -14,6 +16,8 @@ from dynskip.validation.tensors import Arguments, Draw
 _NUM_ROWS = 7
 _ROW_COUNTS = (0, 1, 5, _NUM_ROWS)
 _HEADS = ((3, 16), (2, 48), (2, 64), (3, 80), (1, 128))
+# Heads, their size, and heads of keys and values.
+_GROUPED_HEADS = ((6, 48, 2), (9, 64, 3), (8, 128, 2), (34, 8, 2))
 # Of matrices, [N, K]: OPT's own are multiples of 64; tiles of the kernels are 16 to 128 wide.
 _SHAPES = ((96, 192), (33, 97), (130, 130), (16, 600))
 
@@ -69,6 +73,9 @@ def _norm_rows(draw: Draw) -> Cases:
     tiny = _some(draw).norm_rows(192)
     tiny["x"] *= 1e-3
     yield "tiny values", tiny
+    for num_columns in (1, 97, 192):
+        yield f"RMS, C={num_columns}", _some(draw).norm_rows(num_columns, rms=True)
+    yield "RMS, no weight", _some(draw).norm_rows(97, affine=False, rms=True)
 
 
 def _linear_rows(draw: Draw) -> Cases:
@@ -77,33 +84,73 @@ def _linear_rows(draw: Draw) -> Cases:
     for size in _SHAPES[1:]:
         yield f"N, K = {size[0]}, {size[1]}", _some(draw).linear_rows(size)
     yield "several tiles of rows", _some(draw, 37, 40).linear_rows((40, 64))
-    yield "no norm, no bias, no ReLU", _some(draw).linear_rows((48, 96), norm=False, bias=False, relu=False)
+    yield "no norm, no bias, no ReLU", _some(draw).linear_rows((48, 96), norm=False, bias=False, activation="none")
     yield "norm without weight and bias", _some(draw).linear_rows((48, 96), affine=False)
     for name, rows in _unusual_lists(draw):
         yield name, rows.linear_rows((48, 96))
-    far = _some(draw, 1).linear_rows((48, 192), relu=False)
+    far = _some(draw, 1).linear_rows((48, 192), activation="none")
     far["x"] += 300
     yield "mean far from zero", far
+    for activation in ACTIVATIONS[2:]:
+        yield activation, _some(draw).linear_rows((33, 97), activation=activation)
+    for activation in ACTIVATIONS:
+        yield f"{activation}, gated", _some(draw).linear_rows((66, 97), activation=activation, gated=True, rms=True)
+    for num_listed in _ROW_COUNTS:
+        rows = _some(draw, num_listed)
+        name = f"R={num_listed} of {_NUM_ROWS}, gated, no bias"
+        yield name, rows.linear_rows((96, 64), bias=False, activation="silu", gated=True, rms=True)
+    yield "gated, one column", _some(draw, 1).linear_rows((2, 40), activation="silu", gated=True)
+    yield "gated, several tiles of rows", _some(draw, 37, 40).linear_rows((80, 64), activation="silu", gated=True)
 
 
 def _qkv_rows(draw: Draw) -> Cases:
     for name, rows in _each_count(draw):
         yield f"{name}, H, D = 2, 48", rows.qkv_rows(2, 48)
     yield "H, D = 3, 16", _some(draw).qkv_rows(3, 16)
-    yield "H, D = 1, 80, no norm, no bias", _some(draw).qkv_rows(1, 80, norm=False)
+    yield "H, D = 1, 80, no norm, no bias", _some(draw).qkv_rows(1, 80, norm=False, bias=False)
     yield "some rows not stored", _some(draw).qkv_rows(2, 48, num_stored=2)
     yield "no row stored", _some(draw).qkv_rows(2, 16, num_stored=0)
     yield "no row attends", _some(draw).qkv_rows(2, 48, num_run=0)
     yield "several tiles of rows", _some(draw, 37, 40).qkv_rows(2, 16)
     for name, rows in _unusual_lists(draw):
         yield name, rows.qkv_rows(2, 16)
+    for heads in ((4, 16, 2), (6, 48, 2), (9, 7, 3), (8, 16, 1)):
+        name = "H, D, G = {}, {}, {}".format(*heads)
+        yield name, _some(draw).qkv_rows(*heads[:2], num_kv_heads=heads[2], hidden_size=80, rms=True)
+    yield "G = 1, no row attends", _some(draw).qkv_rows(4, 16, num_run=0, num_kv_heads=1)
+    yield "G = 1, some rows not stored", _some(draw).qkv_rows(4, 16, num_stored=2, num_kv_heads=1, bias=False)
+
+
+def _rotate_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, H, D, G, E = 4, 16, 2, 16", rows.rotate_rows(4, 16, 2, 16)
+    for heads in ((2, 64, 2, 64), (3, 80, 1, 20), (9, 12, 3, 6), (1, 2, 1, 2), (20, 128, 4, 32)):
+        for norm in (False, True):
+            name = "H, D, G, E = {}, {}, {}, {}".format(*heads) + (", norms" if norm else "")
+            yield name, _some(draw).rotate_rows(*heads, norm=norm)
+    yield "some rows not stored", _some(draw).rotate_rows(4, 16, 2, 16, num_stored=2)
+    yield "no row stored", _some(draw).rotate_rows(4, 16, 2, 16, num_stored=0)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.rotate_rows(4, 16, 2, 8, norm=True)
+    only_keys = _some(draw).rotate_rows(4, 16, 2, 16, norm=True)
+    yield "no norm of queries", only_keys | {"q_weight": None}
+
+
+def _place_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield name, rows.place_rows()
+    yield "some rows not stored", _some(draw).place_rows(num_stored=2)
+    yield "no row stored", _some(draw).place_rows(num_stored=0)
+    yield "more rows than a block", _some(draw, 201, 203).place_rows()
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.place_rows()
 
 
 def _attend_rows(draw: Draw) -> Cases:
     def arguments(
-        rows: RowArguments, num_heads: int, head_size: int, limits: list[int], sharpness: float = 1.0
+        rows: RowArguments, num_heads: int, head_size: int, limits: list[int], sharpness: float = 1.0, **more: Any
     ) -> Arguments:
-        return rows.attend_rows(num_heads, head_size, limits, max(limits) + 9, sharpness)
+        return rows.attend_rows(num_heads, head_size, limits, max(limits) + 9, sharpness, **more)
 
     limits = [1, 2, 17, 63, 64, 65, 300]
     for num_heads, head_size in _HEADS:
@@ -117,6 +164,27 @@ def _attend_rows(draw: Draw) -> Cases:
     yield "no context for some rows", arguments(_some(draw, _NUM_ROWS), 2, 48, [0, 5, 0, 0, 70, 1, 0])
     yield "one long context", arguments(_some(draw, 1, 1), 2, 16, [700])
     yield "many rows", arguments(_some(draw, 37, 40), 2, 16, [1 + row % 9 for row in range(40)])
+    for num_heads, head_size, num_kv_heads in _GROUPED_HEADS:
+        name = f"H={num_heads}, D={head_size}, G={num_kv_heads}, ragged contexts"
+        yield name, arguments(_some(draw, _NUM_ROWS), num_heads, head_size, limits, num_kv_heads=num_kv_heads)
+    for num_listed in _ROW_COUNTS[:-1]:
+        yield f"R={num_listed} of {_NUM_ROWS}, G=2", arguments(_some(draw, num_listed), 4, 16, limits, num_kv_heads=2)
+    limits = [1, 2, 17, 33, 64, 65, 90]
+    yield "sharp scores, G=1", arguments(_some(draw, _NUM_ROWS), 4, 64, limits, sharpness=20, num_kv_heads=1)
+    empty = [0, 5, 0, 0, 70, 1, 0]
+    yield "no context for some rows, G=1", arguments(_some(draw, _NUM_ROWS), 3, 16, empty, num_kv_heads=1)
+    for num_kv_heads in (4, 2):
+        heads = f"H=4, G={num_kv_heads}"
+        for words, num_listed, bias in (
+            ("slopes", 3, {"slopes": True}),
+            ("window", _NUM_ROWS, {"window": 40}),
+            ("slopes and window", _NUM_ROWS, {"slopes": True, "window": 40}),
+        ):
+            rows = _some(draw, num_listed)
+            yield f"{heads}, {words}", arguments(rows, 4, 16, limits, num_kv_heads=num_kv_heads, **bias)
+        outside = arguments(_some(draw, _NUM_ROWS), 4, 16, limits, num_kv_heads=num_kv_heads, window=5)
+        outside["position_ids"] += 1000
+        yield f"{heads}, no token in the window", outside
 
 
 def _linear_add_rows(draw: Draw) -> Cases:
@@ -175,6 +243,8 @@ ROW_CASE_MAKERS: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = 
     "norm_rows": _norm_rows,
     "linear_rows": lambda draw: _both_modes(_linear_rows(draw)),
     "qkv_rows": lambda draw: _both_modes(_qkv_rows(draw)),
+    "rotate_rows": _rotate_rows,
+    "place_rows": _place_rows,
     "attend_rows": lambda draw: _both_modes(_attend_rows(draw)),
     "linear_add_rows": lambda draw: _both_modes(_linear_add_rows(draw)),
     "gate_rows": _gate_rows,

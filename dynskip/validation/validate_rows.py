@@ -14,6 +14,7 @@ from dynskip.validation.errors import (
     Result,
     allowed_error,
     change_one_element,
+    eager_activation,
     eager_attention,
     eager_layer_norm,
     max_error,
@@ -25,7 +26,7 @@ from dynskip.validation.op_arguments import make_workspace
 from dynskip.validation.tensors import Arguments, Case, copy_with_storage, map_tensors, tensors_in
 
 # Ops that move rows, add once, or decide: every bit is told by the specification in the working dtype.
-_EXACT_OPS = ("embed_rows", "gate_rows", "plan_rows")
+_EXACT_OPS = ("embed_rows", "place_rows", "gate_rows", "plan_rows")
 _SCRATCH = ("normed", "workspace")
 _PLAN = (
     "context_lens",
@@ -71,10 +72,14 @@ def _places(case: Case) -> dict[str, Tensor | None]:
         return {"residual": ids}
     if case.op == "gate_rows":
         return {"active": ids}
-    if case.op != "qkv_rows":
+    if case.op not in ("qkv_rows", "rotate_rows", "place_rows"):
         return {"out": ids}
     slots = arguments["slots"][ids].long()
     targets = slots[slots >= 0]
+    if case.op == "place_rows":
+        return {"slot_positions": targets}
+    if case.op == "rotate_rows":
+        return {"q": ids, "k_cache": targets}
     return {"q": ids if int(arguments["num_run"]) else ids[:0], "k_cache": targets, "v_cache": targets}
 
 
@@ -148,14 +153,17 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
     if case.op == "norm_rows":
         return {"out": eager_layer_norm(_norm_arguments(arguments["x"][ids], arguments["norm"]))}
     if case.op == "attend_rows":
-        heads = arguments["k_cache"].shape[1:]
         decode = arguments | {
-            "q": arguments["q"][ids].view(-1, *heads),
+            "q": arguments["q"][ids].unflatten(1, (-1, arguments["k_cache"].shape[2])),
             "seq_ids": arguments["seq_ids"][ids],
             "context_lens": arguments["key_limits"][ids],
         }
+        if arguments["position_ids"] is not None:
+            decode["position_ids"] = arguments["position_ids"][ids]
         attended, magnified = eager_attention(decode)
         return {"out": (attended.flatten(1), magnified)}
+    if case.op == "rotate_rows":
+        return _eager_rotation(arguments, ids)
     x, norm, weight, bias = arguments["x"][ids], arguments.get("norm"), arguments["weight"], arguments["bias"]
     magnified = 0.0
     if norm is not None:
@@ -164,14 +172,34 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
     product = F.linear(x, weight, bias)
     magnified += (x.double().square() @ weight.double().square().T).sqrt().max().item()
     if case.op == "linear_rows":
-        return {"out": (product.relu() if arguments["relu"] else product, magnified)}
+        return {"out": eager_activation(product, arguments["activation"], arguments["gated"], magnified)}
     if case.op == "linear_add_rows":
         return {"residual": (arguments["residual"][ids] + product, magnified)}
-    q, k, v = product.chunk(3, dim=1)
-    is_stored = arguments["slots"][ids] >= 0
     heads = arguments["k_cache"].shape[1:]
+    key_size = heads.numel()
+    q, k, v = product.split([product.shape[1] - 2 * key_size, key_size, key_size], dim=1)
+    is_stored = arguments["slots"][ids] >= 0
     stored = {name: (rows[is_stored].view(-1, *heads), magnified) for name, rows in (("k_cache", k), ("v_cache", v))}
     return {"q": (q, magnified), **stored}
+
+
+def _eager_rotation(arguments: Arguments, ids: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """The queries and keys of `rotate_rows`. With a norm, what float32 rounds there stays."""
+    stored = ids[arguments["slots"][ids] >= 0]
+    q = arguments["q"].unflatten(1, (-1, arguments["k_cache"].shape[2]))[ids]
+    found: dict[str, tuple[Tensor, float]] = {}
+    for name, heads, rows, weight in (
+        ("q", q, ids, arguments["q_weight"]),
+        ("k_cache", arguments["k_cache"][arguments["slots"][stored].long()], stored, arguments["k_weight"]),
+    ):
+        if weight is not None:
+            heads = F.rms_norm(heads, heads.shape[-1:], weight, arguments["eps"])
+        cos, sin = arguments["cos_sin"][arguments["position_ids"][rows]].to(heads.dtype)[:, None].chunk(2, dim=-1)
+        one, other, rest = heads.split([cos.shape[-1], cos.shape[-1], heads.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+        turned = torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1)
+        magnified = heads.abs().max().item() if len(rows) else 0.0
+        found[name] = (turned.flatten(1) if name == "q" else turned), magnified
+    return found
 
 
 def _norm_arguments(x: Tensor, norm: RowNorm) -> Arguments:

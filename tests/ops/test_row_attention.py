@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynskip.kernels.attend_rows import attend_rows, launch_attention
+from dynskip.kernels.attend_rows import Bias, attend_rows, launch_attention
 from dynskip.kernels.configs import get_config, use_configs
 from dynskip.kernels.context_splits import Splits, plan_splits, workspace_sizes
 from dynskip.kernels.decode_attention import decode_attention
@@ -61,7 +61,8 @@ class Case:
         max_rows = len(self.q) if max_rows is None else max_rows
         rows = RowList(index(*ids, *[-1] * (len(self.q) - len(ids))), index(len(ids)), max_rows)
         num_heads, head_size = self.q.shape[1:]
-        sizes = workspace_sizes(max_rows, num_heads, head_size, self.slot_table.shape[1], DEVICE)
+        num_kv_heads = self.k_cache.shape[1]
+        sizes = workspace_sizes(max_rows, num_heads, num_kv_heads, head_size, self.slot_table.shape[1], DEVICE)
         workspace = Workspace(
             torch.full((sizes[0],), float("nan"), device=DEVICE),
             torch.zeros(sizes[1], dtype=torch.int32, device=DEVICE),
@@ -73,7 +74,9 @@ class Case:
 
     def splits(self, deterministic: bool = False) -> Splits:
         config = get_config("attend_rows", DEVICE, self.q.dtype, len(self.q), deterministic=deterministic)
-        return plan_splits(config, *self.q.shape, self.slot_table.shape[1], deterministic)
+        num_rows, num_heads, head_size = self.q.shape
+        heads = num_heads, self.k_cache.shape[1], head_size
+        return plan_splits(config, num_rows, *heads, self.slot_table.shape[1], deterministic)
 
     def exact(self) -> Tensor:
         """`[M, H, D], float64`: the right results, NaN for rows that are not listed."""
@@ -252,7 +255,7 @@ def test_rows_of_buffers_may_lie_apart() -> None:
     exact = case.exact()
     wide = torch.full((2, 3 * 48), float("nan"), device=DEVICE)
     wide[:, 48:96] = case.q.flatten(1)
-    sizes = workspace_sizes(2, 3, 16, 40, DEVICE)
+    sizes = workspace_sizes(2, 3, 3, 16, 40, DEVICE)
     workspace = Workspace(torch.empty(sizes[0], device=DEVICE), torch.zeros(sizes[1], dtype=torch.int32, device=DEVICE))
     cache = (case.k_cache, case.v_cache, case.slot_table, case.seq_ids, case.key_limits)
     attend_rows(wide[:, 48:96], RowList(index(1, 0), index(2), 2), *cache, case.scale, wide[:, 96:], workspace)
@@ -262,7 +265,7 @@ def test_rows_of_buffers_may_lie_apart() -> None:
 
 def test_a_workspace_too_small_is_refused() -> None:
     case = make_case([70], [0])
-    num_partials, num_counters = workspace_sizes(1, 2, 16, 70, DEVICE)
+    num_partials, num_counters = workspace_sizes(1, 2, 2, 16, 70, DEVICE)
     out = torch.empty_like(case.q).flatten(1)
     cache = (case.k_cache, case.v_cache, case.slot_table, case.seq_ids, case.key_limits)
     partials = torch.empty(num_partials, device=DEVICE)
@@ -291,10 +294,10 @@ def test_items_beyond_65535_stand_on_the_axis_that_holds_them(monkeypatch: pytes
     q = torch.empty(num_rows, 12 * 64, device="meta")
     cache, table = torch.empty(1, 12, 64, device="meta"), torch.empty(num_rows, context_len, device="meta")
     config = get_config("attend_rows", DEVICE, torch.float32, num_rows, deterministic=True)
-    splits = plan_splits(config, num_rows, 12, 64, context_len, deterministic=True)
+    splits = plan_splits(config, num_rows, 12, 12, 64, context_len, deterministic=True)
     workspace = Workspace(torch.empty(0), torch.empty(0))
     launch_attention(
-        *("attend_rows", config, splits, q, num_rows, cache, cache, table, table, table, 1.0, q, workspace)
+        *("attend_rows", config, splits, q, num_rows, cache, cache, table, table, table, 1.0, q, workspace, Bias())
     )
     assert splits.num_items > 65535
     assert grids == [(splits.num_groups * splits.num_items,)]
@@ -303,9 +306,9 @@ def test_items_beyond_65535_stand_on_the_axis_that_holds_them(monkeypatch: pytes
 def test_items_grow_with_the_target_and_never_beyond_it() -> None:
     with constants(TARGET_PROGRAMS=64, BLOCK_C=128):
         config = get_config("attend_rows", DEVICE, torch.float32, 8)
-        splits = plan_splits(config, 8, 12, 64, 2048, deterministic=False)
-        assert splits == Splits(6, 10 + 8, 10, 0, 2, 64)
-        fixed = plan_splits(config, 8, 12, 64, 2048, deterministic=True)
-        assert fixed == Splits(6, 8 * 64, 10, 32, 2, 64)
-        sizes = [workspace_sizes(max_rows, 12, 64, 2048, DEVICE) for max_rows in (1, 2, 8, 256)]
+        splits = plan_splits(config, 8, 12, 12, 64, 2048, deterministic=False)
+        assert splits == Splits(6, 10 + 8, 10, 0, 2, 64, BLOCK_S)
+        fixed = plan_splits(config, 8, 12, 12, 64, 2048, deterministic=True)
+        assert fixed == Splits(6, 8 * 64, 10, 32, 2, 64, BLOCK_S)
+        sizes = [workspace_sizes(max_rows, 12, 12, 64, 2048, DEVICE) for max_rows in (1, 2, 8, 256)]
         assert all(first < second for first, second in pairwise(sizes))

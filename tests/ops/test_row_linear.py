@@ -19,6 +19,7 @@ from dynskip.kernels.norm_rows import norm_rows
 from dynskip.kernels.row_list import RowList, RowNorm, Workspace
 from dynskip.ops import row_reference
 from dynskip.ops.backends import available_backends
+from dynskip.validation.errors import eager_activation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = available_backends(DEVICE)["triton"]
@@ -81,8 +82,10 @@ class Draw:
         x[ids] = self.normal(len(ids), width)
         return x
 
-    def norm(self, width: int, affine: bool = True) -> RowNorm:
-        return RowNorm(self.normal(width), self.normal(width), 1e-5) if affine else RowNorm(None, None, 1e-5)
+    def norm(self, width: int, affine: bool = True, rms: bool = False) -> RowNorm:
+        if not affine:
+            return RowNorm(None, None, 1e-5, rms)
+        return RowNorm(self.normal(width), None if rms else self.normal(width), 1e-5, rms)
 
     def product(self, num_columns: int, depth: int, bias: bool = True) -> tuple[Tensor, Tensor | None]:
         return self.normal(num_columns, depth, scale=depth**-0.5), self.normal(num_columns) if bias else None
@@ -123,24 +126,41 @@ def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor, magnitude
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
+def eager_norm(x: Tensor, norm: RowNorm) -> Tensor:
+    if norm.rms:
+        return F.rms_norm(x, x.shape[1:], norm.weight, norm.eps)
+    return F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
+
+
 def eager_product(x: Tensor, norm: RowNorm | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The textbook formula in the dtype of `x`, and the magnitude of its sums."""
     if norm is not None:
-        x = F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, norm.eps)
+        x = eager_norm(x, norm)
     return F.linear(x, weight, bias), x.double().abs() @ weight.double().abs().T
 
 
-def check_linear(draw: Draw, x: Tensor, rows: RowList, norm: RowNorm | None, num_columns: int, **options: Any) -> None:
-    bias, relu = options.get("bias", True), options.get("relu", False)
-    product = draw.product(num_columns, x.shape[1], bias)
+def check_linear(
+    draw: Draw,
+    x: Tensor,
+    rows: RowList,
+    norm: RowNorm | None,
+    num_columns: int,
+    bias: bool = True,
+    activation: str = "none",
+    gated: bool = False,
+) -> None:
+    product = draw.product(2 * num_columns if gated else num_columns, x.shape[1], bias)
     out, normed = draw.nan(M, num_columns), draw.nan(*x.shape)
-    linear_rows(x, rows, norm, *product, relu, out, normed)
+    linear_rows(x, rows, norm, *product, activation, gated, out, normed)
 
     ids = row_reference.listed(rows)
     exact = out.double()
-    row_reference.linear_rows(double(x), rows, double(norm), *map(double, product), relu, exact, normed)
+    row_reference.linear_rows(double(x), rows, double(norm), *map(double, product), activation, gated, exact, normed)
     eager, magnitude = eager_product(x[ids], norm, *product)
-    assert_within_budget(out[ids], eager.relu() if relu else eager, exact[ids], magnitude)
+    if len(ids):
+        eager, magnified = eager_activation(eager, activation, gated, magnitude.max().item())
+        magnitude = torch.tensor(magnified)
+    assert_within_budget(out[ids], eager, exact[ids], magnitude)
     others = torch.ones(M, dtype=torch.bool, device=DEVICE).index_fill(0, ids, False)
     assert out[others].isnan().all()
 
@@ -154,19 +174,25 @@ class Case(NamedTuple):
     num_columns: int
     norm: str = "affine"
     bias: bool = True
-    relu: bool = False
+    activation: str = "none"
+    gated: bool = False
 
 
 CASES = [
     Case(0, 1, 32, 16),
     Case(1, 1, 32, 16),
-    Case(1, 4, 64, 48, relu=True),
+    Case(1, 4, 64, 48, activation="relu"),
     Case(3, 4, 97, 35),
     Case(3, 16, 33, 1, norm="none"),
     Case(5, 8, 1, 7, norm="none", bias=False),
     Case(7, 8, 80, 40, norm="plain"),
-    Case(M - 1, 32, 64, 33, norm="plain", bias=False, relu=True),
+    Case(M - 1, 32, 64, 33, norm="plain", bias=False, activation="relu"),
     Case(M, M, 45, 32),
+    Case(3, 4, 48, 35, norm="rms", activation="gelu"),
+    Case(0, 1, 32, 16, norm="rms", activation="silu", gated=True),
+    Case(1, 1, 97, 24, norm="rms", activation="silu", gated=True),
+    Case(M - 1, 32, 40, 33, norm="rms", bias=False, activation="gelu_tanh", gated=True),
+    Case(M, M, 64, 1, norm="none", gated=True),
 ]
 
 
@@ -176,80 +202,91 @@ CASES = [
 def test_products_of_rows_stay_within_the_budget(case: Case, fused: bool, block_m: int, dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     rows = draw.rows(case.num, case.max_rows)
-    norm = None if case.norm == "none" else draw.norm(case.depth, case.norm == "affine")
+    norm = None if case.norm == "none" else draw.norm(case.depth, case.norm != "plain", case.norm == "rms")
     x = draw.listed(rows, case.depth)
     with tiles(FUSE_NORM=fused, WEIGHTS_LEFT=fused, BLOCK_M=block_m):
-        check_linear(draw, x, rows, norm, case.num_columns, bias=case.bias, relu=case.relu)
+        check_linear(draw, x, rows, norm, case.num_columns, case.bias, case.activation, case.gated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [16, 8192])
-@pytest.mark.parametrize("shift", [0.0, 300.0])
+@pytest.mark.parametrize(("shift", "rms"), [(0.0, False), (300.0, False), (0.0, True)])
 def test_a_row_may_be_normalised_in_chunks_and_lie_far_from_zero(
-    shift: float, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shift: float, rms: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sums about each chunk's own mean keep what a difference of squares would lose."""
     monkeypatch.setattr(linear_module, "MAX_NORM_TILE", chunk)
     draw = Draw(dtype)
     rows = draw.rows(3, 4)
     x = draw.listed(rows, 83) + shift
-    norm = draw.norm(83)
+    norm = draw.norm(83, rms=rms)
     normed, out = draw.nan(M, 83), draw.nan(M, 83)
     identity = torch.eye(83, dtype=dtype, device=DEVICE)
     with tiles(FUSE_NORM=True):
-        linear_rows(x, rows, norm, identity, None, False, out, normed)
+        linear_rows(x, rows, norm, identity, None, "none", False, out, normed)
     ids = row_reference.listed(rows)
     exact = double(x)
     row_reference.norm_rows(double(x), rows, double(norm), exact)
-    eager = F.layer_norm(x[ids], (83,), norm.weight, norm.bias, norm.eps)
+    eager = eager_norm(x[ids], norm)
     uncentered = x[ids].double().abs().amax() / x[ids].double().std(1, correction=0).amin() * norm.weight.double().abs()
     assert_within_budget(out[ids], eager, exact[ids], uncentered)
     assert same_bits(out[ids], normed[ids])  # an identity passes on what was normalised
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_norm_of_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rms", [False, True])
+def test_norms_of_rows(rms: bool, dtype: torch.dtype) -> None:
     for num, max_rows, width, affine in ((0, 4, 16, True), (1, 1, 97, True), (M, 32, 192, False), (5, 8, 1, True)):
         draw = Draw(dtype)
-        rows, norm = draw.rows(num, max_rows), draw.norm(width, affine)
+        rows, norm = draw.rows(num, max_rows), draw.norm(width, affine, rms)
         x, out = draw.listed(rows, width), draw.nan(M, width)
         norm_rows(x, rows, norm, out)
         ids = row_reference.listed(rows)
         exact = out.double()
         row_reference.norm_rows(double(x), rows, double(norm), exact)
-        eager = F.layer_norm(x[ids], (width,), norm.weight, norm.bias, norm.eps)
+        eager = eager_norm(x[ids], norm)
         assert_within_budget(out[ids], eager, exact[ids], x[ids].double().abs())
         assert int(out.isnan().all(1).sum()) == M - num
+        in_place = x.clone()
+        norm_rows(in_place, rows, norm, in_place)
+        assert same_bits(in_place[ids], out[ids])
+        others = torch.ones(M, dtype=torch.bool, device=DEVICE).index_fill(0, ids, False)
+        assert same_bits(in_place[others], x[others])
 
 
-def make_qkv(draw: Draw, rows: RowList, num_heads: int, head_size: int) -> dict[str, Any]:
-    size = num_heads * head_size
-    weight, bias = draw.product(3 * size, size)
+def make_qkv(draw: Draw, rows: RowList, num_heads: int, head_size: int, num_kv_heads: int) -> dict[str, Any]:
+    """With heads of their own for all keys, LayerNorm; else RMSNorm, and another hidden size than all heads have."""
+    size, rms = num_heads * head_size, num_heads != num_kv_heads
+    num_inputs = size + 5 if rms else size
+    weight, bias = draw.product(size + 2 * num_kv_heads * head_size, num_inputs)
     return {
-        "x": draw.listed(rows, size),
+        "x": draw.listed(rows, num_inputs),
         "rows": rows,
         "num_run": rows.num,
-        "norm": draw.norm(size),
+        "norm": draw.norm(num_inputs, rms=rms),
         "weight": weight,
         "bias": bias,
         "q": draw.nan(M, size),
-        "k_cache": draw.nan(2 * M, num_heads, head_size),
-        "v_cache": draw.nan(2 * M, num_heads, head_size),
+        "k_cache": draw.nan(2 * M, num_kv_heads, head_size),
+        "v_cache": draw.nan(2 * M, num_kv_heads, head_size),
         "slots": index(*torch.randperm(2 * M, generator=draw.generator)[:M].tolist()),
-        "normed": draw.nan(M, size),
+        "normed": draw.nan(M, num_inputs),
     }
+
+
+# The last ones: tiles of 16 columns have parts of two kinds, or of all three.
+HEADS = [(2, 16, 2), (4, 16, 1), (6, 16, 3), (3, 7, 3), (9, 7, 3), (4, 3, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize(("num", "max_rows"), [(0, 2), (1, 1), (5, 8), (M, M)])
-@pytest.mark.parametrize(("num_heads", "head_size"), [(2, 16), (3, 7)])
+@pytest.mark.parametrize(("num_heads", "head_size", "num_kv_heads"), HEADS)
 def test_queries_go_to_their_rows_and_keys_and_values_to_their_slots(
-    num_heads: int, head_size: int, num: int, max_rows: int, fused: bool, dtype: torch.dtype
+    num_heads: int, head_size: int, num_kv_heads: int, num: int, max_rows: int, fused: bool, dtype: torch.dtype
 ) -> None:
-    """With 3 heads of 7, one tile of columns holds queries and keys, another keys and values."""
     draw = Draw(dtype)
-    arguments = make_qkv(draw, draw.rows(num, max_rows), num_heads, head_size)
+    arguments = make_qkv(draw, draw.rows(num, max_rows), num_heads, head_size, num_kv_heads)
     ids = row_reference.listed(arguments["rows"])
     arguments["slots"][ids[1::2]] = -1
     exact = {name: double(argument) for name, argument in arguments.items()}
@@ -260,18 +297,20 @@ def test_queries_go_to_their_rows_and_keys_and_values_to_their_slots(
     stored = ids[::2]
     slots = arguments["slots"][stored].long()
     places = {"q": ids, "k_cache": slots, "v_cache": slots}
-    for index_of_part, (name, written) in enumerate(places.items()):
-        part = slice(index_of_part * num_heads * head_size, (index_of_part + 1) * num_heads * head_size)
+    end = 0
+    for name, written in places.items():
+        part = slice(end, end + arguments[name][0].numel())
+        end = part.stop
         actual, expected = arguments[name].flatten(1), exact[name].flatten(1)
         assert torch.equal(actual.isnan(), expected.isnan())
         listed = ids if name == "q" else stored
         assert_within_budget(actual[written], eager[listed, part], expected[written], magnitude[listed, part])
 
 
-@pytest.mark.parametrize(("num_heads", "head_size"), [(2, 16), (3, 7)])
-def test_no_query_is_written_where_no_row_attends(num_heads: int, head_size: int) -> None:
+@pytest.mark.parametrize(("num_heads", "head_size", "num_kv_heads"), HEADS)
+def test_no_query_is_written_where_no_row_attends(num_heads: int, head_size: int, num_kv_heads: int) -> None:
     draw = Draw(torch.float32)
-    arguments = make_qkv(draw, draw.rows(5, 8), num_heads, head_size)
+    arguments = make_qkv(draw, draw.rows(5, 8), num_heads, head_size, num_kv_heads)
     both = {
         name: argument.clone() if isinstance(argument, Tensor) else argument for name, argument in arguments.items()
     }
@@ -331,18 +370,27 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_the_bucket(dtype: torch.
     """In deterministic mode: alone, in another place of the list, and in every bucket, each row has the same bits."""
     draw = Draw(dtype)
     together = draw.rows(M, M)
-    x, norm, product = draw.normal(M, 97), draw.norm(97), draw.product(35, 97)
-    qkv = make_qkv(draw, together, 2, 16)
+    x, norm, product = draw.normal(M, 97), draw.norm(97), draw.product(36, 97)
+    qkv = make_qkv(draw, together, 4, 16, 2)
     order = together.ids.tolist()
 
     def run(rows: RowList) -> list[Tensor]:
-        out, normed, residual = draw.nan(M, 35), draw.nan(M, 97), torch.ones(M, 35, dtype=dtype, device=DEVICE)
+        out, normed, residual = draw.nan(M, 36), draw.nan(M, 97), torch.ones(M, 36, dtype=dtype, device=DEVICE)
+        gated = draw.nan(M, 18)
         caches = {name: draw.nan(*qkv[name].shape) for name in ("q", "k_cache", "v_cache", "normed")}
-        linear_rows(x, rows, norm, *product, True, out, normed, deterministic=True)
+        linear_rows(x, rows, norm, *product, "relu", False, out, normed, deterministic=True)
+        linear_rows(x, rows, norm, *product, "silu", True, gated, normed, deterministic=True)
         linear_add_rows(x, rows, *product, residual, workspace(), deterministic=True)
         qkv_rows(**qkv | caches | {"rows": rows}, deterministic=True)
         slots = qkv["slots"].long()
-        return [out, residual, caches["q"], caches["k_cache"][slots].flatten(1), caches["v_cache"][slots].flatten(1)]
+        return [
+            out,
+            gated,
+            residual,
+            caches["q"],
+            caches["k_cache"][slots].flatten(1),
+            caches["v_cache"][slots].flatten(1),
+        ]
 
     with default_tiles():
         expected = run(together)
@@ -357,16 +405,16 @@ def test_launches_are_counted() -> None:
     draw = Draw(torch.float32)
     rows = draw.rows(2, 2)
     x, norm, product, out = draw.listed(rows, 32), draw.norm(32), draw.product(32, 32), draw.nan(M, 32)
-    qkv = make_qkv(draw, rows, 2, 16)
+    qkv = make_qkv(draw, rows, 2, 16, 2)
     LAUNCHES.clear()
     with tiles(FUSE_NORM=False):
-        linear_rows(x, rows, norm, *product, True, out, draw.nan(M, 32))
-        linear_rows(x, rows, None, *product, True, out, draw.nan(M, 32))
+        linear_rows(x, rows, norm, *product, "relu", False, out, draw.nan(M, 32))
+        linear_rows(x, rows, None, *product, "relu", False, out, draw.nan(M, 32))
         qkv_rows(**qkv)
     assert LAUNCHES == {"norm_rows": 2, "linear_rows": 2, "qkv_rows": 1}
     LAUNCHES.clear()
     with tiles(FUSE_NORM=True):
-        linear_rows(x, rows, norm, *product, True, out, draw.nan(M, 32))
+        linear_rows(x, rows, norm, *product, "relu", False, out, draw.nan(M, 32))
         qkv_rows(**qkv)
     linear_add_rows(x, rows, *product, out, workspace())
     assert LAUNCHES == {"linear_rows": 1, "qkv_rows": 1, "linear_add_rows": 1}
@@ -383,12 +431,12 @@ def test_the_default_tiles_compute_the_same() -> None:
                 x, norm = draw.listed(rows, depth), draw.norm(depth)
                 ids = row_reference.listed(rows)
                 out, residual = draw.nan(M, num_columns), torch.zeros_like(draw.nan(M, num_columns))
-                linear_rows(x, rows, norm, *product, False, out, draw.nan(M, depth))
+                linear_rows(x, rows, norm, *product, "none", False, out, draw.nan(M, depth))
                 linear_add_rows(x, rows, *product, residual, workspace())
                 for actual, before in ((out, norm), (residual, None)):
                     exact = out.double()
                     row_reference.linear_rows(
-                        double(x), rows, double(before), *map(double, product), False, exact, double(x)
+                        double(x), rows, double(before), *map(double, product), "none", False, exact, double(x)
                     )
                     assert_within_budget(actual[ids], *_budget(x[ids], before, product, exact[ids]))
 
@@ -407,5 +455,5 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     rows = RowList(index(2), index(1), 1)
     linear_add_rows(far, rows, identity, None, far, workspace())
     assert torch.equal(far[2].cpu(), 2 * torch.arange(32).half())
-    linear_rows(far, rows, None, identity, None, False, far, far)
+    linear_rows(far, rows, None, identity, None, "none", False, far, far)
     assert torch.equal(far[2].cpu(), 2 * torch.arange(32).half())

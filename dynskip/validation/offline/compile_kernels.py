@@ -96,7 +96,8 @@ class CompileJob:
     """What one process compiles: kernels in one dtype, from one table of configurations, for one capability.
 
     everywhere: for five shapes of OPT and every bound of rows; otherwise OPT-1.3B with every entry of the table, and
-    a shape with narrower and one with wider heads at few rows.
+    a shape with narrower and one with wider heads at few rows. shapes: names of `models.shapes` and `offline.shapes`,
+    instead of these, each at 1, 8 and 32 rows.
     """
 
     capability: int
@@ -104,6 +105,7 @@ class CompileJob:
     dtype_name: str
     op_names: tuple[str, ...]
     everywhere: bool
+    shapes: tuple[str, ...] = ()
 
 
 def plan_jobs(
@@ -112,6 +114,7 @@ def plan_jobs(
     op_names: tuple[str, ...] = TRITON_OP_NAMES,
     config_paths: tuple[Path, ...] | None = None,
     everywhere: bool = True,
+    shapes: tuple[str, ...] = (),
 ) -> list[CompileJob]:
     """The generic table for each of `capabilities`, and each tuned table for the one that it was tuned on.
 
@@ -134,7 +137,7 @@ def plan_jobs(
                     f"plan_jobs: capabilities must be among {known}, got {capability}. Choose one of these."
                 )
             if tuned_for in (None, capability):
-                jobs += [CompileJob(capability, path, name, op_names, everywhere) for name in dtype_names]
+                jobs += [CompileJob(capability, path, name, op_names, everywhere, shapes) for name in dtype_names]
     return jobs
 
 

@@ -1,6 +1,6 @@
 """The process that compiles kernels for a GPU that need not be there: see `offline_compile`, which starts it.
 
-The launchers themselves are called, on CPU tensors of OPT's shapes that nothing reads, and each launch becomes a
+The launchers themselves are called, on CPU tensors of decoders' shapes that nothing reads, and each launch becomes a
 compilation: so what is compiled has the constants and the alignment hints of a real run. Triton's interpreter must be
 off here: python -m dynskip.validation.offline.worker '{"capability": 90, ...}' prints a JSON list, one object a kernel.
 """
@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation.offline.compile_kernels import MISALIGNED
 from dynskip.validation.offline.resources import read_resources
+from dynskip.validation.offline.shapes import OTHER_SHAPES
 from dynskip.validation.offline.waits import acts_before_wait
 from dynskip.validation.op_arguments import (
     MATRIX_OPS,
@@ -37,7 +38,9 @@ from dynskip.validation.op_arguments import (
     draw_rows,
     gather_layer_norm,
     kv_store,
+    layer_kind,
     make_workspace,
+    parts_of,
     prefill_attention,
     rotate,
 )
@@ -50,8 +53,8 @@ _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 COMPILED_SHAPES = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-66b")
 FEWER_SHAPES = ("opt-1.3b", "opt-2.7b", "opt-66b")
 FEW_ROWS = 4
-# In the order of a step.
-_PARTS = ("embed_rows", "norm_rows", "fc1", "head", "qkv", "attend_rows", "out_proj", "fc2", "gate_rows")
+# Bounds of rows that shapes are compiled for which a job names.
+NAMED_ROWS = (1, 8, 32)
 
 
 class OfflineDriver:
@@ -79,13 +82,13 @@ class Call(NamedTuple):
 
 
 def compile_all(
-    capability: int, config_path: str, dtype_name: str, op_names: list[str], everywhere: bool
+    capability: int, config_path: str, dtype_name: str, op_names: list[str], everywhere: bool, shapes: list[str]
 ) -> list[dict[str, Any]]:
     """What each kernel that a launch may need takes of a GPU, or why it does not compile."""
     driver.set_active(OfflineDriver(capability))
     found: dict[str, dict[str, Any]] = {}
     with use_configs(config_path):
-        for call in make_calls(getattr(torch, dtype_name), everywhere):
+        for call in make_calls(getattr(torch, dtype_name), everywhere, shapes):
             if call.op not in op_names:
                 continue
             about = {"op": call.op, "dtype": dtype_name, "case": call.case}
@@ -123,8 +126,15 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
-def make_calls(dtype: torch.dtype, everywhere: bool) -> Iterator[Call]:
+def make_calls(dtype: torch.dtype, everywhere: bool, shapes: Sequence[str] = ()) -> Iterator[Call]:
     """Every launcher: see `CompileJob` for the shapes, and for the bounds of rows of row ops."""
+    for name in shapes:
+        yield from _op_calls(dtype, name)
+        for max_rows in NAMED_ROWS:
+            yield from _row_op_calls(dtype, name, max_rows, deterministic=False)
+        yield from _row_op_calls(dtype, name, NAMED_ROWS[-1], deterministic=True)
+    if shapes:
+        return
     for name in COMPILED_SHAPES:
         if everywhere or name in FEWER_SHAPES:
             yield from _op_calls(dtype, name)
@@ -154,17 +164,19 @@ def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
 
 def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
     backend, shape, draw = get_backend("triton"), SHAPES[name], EmptyDraw(dtype)
-    heads, size = (shape.num_heads, shape.head_size), shape.hidden_size
+    heads, size, kind = (shape.num_heads, shape.head_size), shape.hidden_size, layer_kind(shape)
+    kv_heads = shape.num_kv_heads, shape.head_size
+    seen = {"num_kv_heads": shape.num_kv_heads, "slopes": kind.alibi, "window": kind.window}
     x, row_ids = draw.normal(8, size), draw.index(*range(4))
     for op, arguments in (
-        ("gather_layer_norm", gather_layer_norm(draw, x, row_ids)),
-        ("gather_layer_norm", gather_layer_norm(draw, x, None)),
+        ("gather_layer_norm", gather_layer_norm(draw, x, row_ids) | {"rms": kind.rms}),
+        ("gather_layer_norm", gather_layer_norm(draw, x, None) | {"rms": kind.rms}),
         ("scatter_add", {"x": x, "row_ids": row_ids, "y": draw.normal(4, size)}),
-        ("kv_store", kv_store(draw, *heads, list(range(8)))),
-        ("decode_attention", decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2)),
-        ("prefill_attention", prefill_attention(draw, *heads, [2] * 4, strided=True)),
-        ("rotate", rotate(draw, draw.normal(8, *heads))),
-        ("activate", {"x": draw.normal(8, 8 * size), "activation": "silu", "gated": True}),
+        ("kv_store", kv_store(draw, *kv_heads, list(range(8)))),
+        ("decode_attention", decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2, **seen)),
+        ("prefill_attention", prefill_attention(draw, *heads, [2] * 4, strided=True, **seen)),
+        ("rotate", rotate(draw, draw.normal(8, *heads), kind.rotary_size or None, weight=kind.qk_norm)),
+        ("activate", {"x": draw.normal(8, 8 * size), "activation": kind.activation, "gated": kind.gated}),
     ):
         yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
 
@@ -178,7 +190,7 @@ def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: b
         case = f"{name}, {max_rows} rows{mode}{MISALIGNED if offset else ''}"
         draw = EmptyDraw(dtype, offset)
         rows = RowArguments(draw, draw_rows(draw, max_rows, max_rows))
-        for part in _PARTS:
+        for part in parts_of(config):
             op = MATRIX_OPS.get(part, part)
             arguments = rows.of_decoder(part, config, num_keys=1, max_context_len=config.max_positions)
             workspace = make_workspace(row_ops, arguments)
