@@ -53,7 +53,11 @@ TINY = Sizes("tiny", 64, (2,), 2, 5, 1, 1, 2, 1, 1)
 def tasks(sizes: Sizes, rows: int, dtype: torch.dtype) -> list[Task]:
     """Every op that is launched for each layer, and the head, for ``rows`` rows."""
     config = replace(SHAPES[sizes.shape], num_layers=sizes.num_copies, vocab_size=sizes.vocab_size)
-    planned = plan_tasks(config, (rows,), dtype=str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    planned = plan_tasks(config, (rows,), dtype=name)
+    # What OPT has not: heads that turn, and positions beside slots.
+    others = replace(config, rotary_size=config.head_size, qk_norm=True, alibi=True)
+    planned += plan_tasks(others, (rows,), ("rotate_rows", "place_rows"), name)
     return [replace(task, context_len=sizes.context_len) for task in planned]
 
 

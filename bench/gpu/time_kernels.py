@@ -150,8 +150,8 @@ class KernelBenchmark:
     def _attention(self, num_rows: int, context_len: int) -> None:
         arguments = self._arguments("attend_rows", num_rows, context_len)
         # As many pools as it takes that none is still in the cache when its turn comes again.
-        row_bytes = self.hidden_size * self.recorder.dtype.itemsize
-        pool_bytes = 2 * num_rows * context_len * row_bytes
+        itemsize, config = self.recorder.dtype.itemsize, self.config
+        pool_bytes = num_rows * context_len * config.kv_entry_size * itemsize
         num_pools = max(1, self.sizes.movement_bytes // 4 // pool_bytes)
         wrong = self._why_wrong("attend_rows", arguments)
         caches = ("k_cache", "v_cache")
@@ -159,6 +159,7 @@ class KernelBenchmark:
         workspace = make_workspace(self.ops, arguments)
         calls = [bind(self.ops, "attend_rows", pool, workspace) for pool in (arguments, *copies)]
         samples = self._time({"attention": _graph(self.device, calls)})["attention"]
+        row_bytes = config.num_heads * config.head_size * itemsize
         num_bytes = num_pools * (pool_bytes + 2 * num_rows * row_bytes)
         what = f"decode attention, context {context_len}, share of bandwidth"
         self.recorder.share(num_rows, what, samples, num_bytes / self.recorder.speed.bandwidth_gbps / 1e6, wrong)

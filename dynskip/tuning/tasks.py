@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dynskip.models.config import DecoderConfig
-from dynskip.validation.op_arguments import MATRIX_OPS, OTHER_OPS
+from dynskip.validation.op_arguments import MATRIX_OPS, OTHER_OPS, parts_of
 
 TUNED_OPS = (*dict.fromkeys(MATRIX_OPS.values()), *OTHER_OPS)
 # `TUNED_BUCKETS`: what matters most comes first, since time may run out.
@@ -51,7 +51,7 @@ class Task:
         if self.matrix is not None:
             num_items = self.matrix[0] * self.matrix[1]
         elif self.op == "attend_rows":
-            num_items = 2 * self.max_rows * self.context_len * size
+            num_items = self.max_rows * self.context_len * self.config.kv_entry_size
         else:
             num_items = 2 * self.max_rows * size
         return num_items * self.dtype.itemsize
@@ -68,7 +68,7 @@ def plan_tasks(
     ops: Sequence[str] = TUNED_OPS,
     dtype: str = "bfloat16",
 ) -> list[Task]:
-    """The tasks of a model, those that matter most first.
+    """The tasks of a model, those that matter most first; ops that its steps do not launch are left out.
 
     rows: the row counts, in order of importance. Raises: ValueError for an op that is not tuned, or rows < 1.
     """
@@ -77,7 +77,7 @@ def plan_tasks(
             raise ValueError(f"plan_tasks: ops must be among {', '.join(TUNED_OPS)}, got {op!r}. Choose one of these.")
     if not rows or min(rows) < 1:
         raise ValueError(f"plan_tasks: rows must be at least 1, got {list(rows)}. Name row counts of a step.")
-    parts = [*MATRIX_OPS.items(), *((op, op) for op in OTHER_OPS)]
+    parts = [(part, MATRIX_OPS.get(part, part)) for part in parts_of(config)]
     return [
         Task(op, part, max_rows, dtype, config) for max_rows in dict.fromkeys(rows) for part, op in parts if op in ops
     ]

@@ -305,7 +305,8 @@ class RowArguments:
         num_slots = sum(used.values()) + 5
         k_cache, v_cache = (draw.nan(num_slots, num_kv_heads, head_size) for _ in range(2))
         position_ids = torch.full((self.num_rows,), POISON, dtype=torch.int64, device=draw.device)
-        slot_positions = torch.full((num_slots,), POISON, dtype=torch.int32, device=draw.device)
+        # A slot of no row would stand in every window.
+        slot_positions = torch.full((num_slots,), 2**30, dtype=torch.int32, device=draw.device)
         has_positions = slopes or window > 0
         free = draw.index(*draw.permutation(num_slots - 1))
         # A table's entries behind the limit, and all of the tables of other sequences, name no slot: taken as an index

@@ -95,7 +95,7 @@ def _linear_rows(draw: Draw) -> Cases:
         yield activation, _some(draw).linear_rows((33, 97), activation=activation)
     for activation in ACTIVATIONS:
         yield f"{activation}, gated", _some(draw).linear_rows((66, 97), activation=activation, gated=True, rms=True)
-    for num_listed in _ROW_COUNTS:
+    for num_listed in _ROW_COUNTS[1:]:
         rows = _some(draw, num_listed)
         name = f"R={num_listed} of {_NUM_ROWS}, gated, no bias"
         yield name, rows.linear_rows((96, 64), bias=False, activation="silu", gated=True, rms=True)
@@ -140,7 +140,6 @@ def _place_rows(draw: Draw) -> Cases:
     for name, rows in _each_count(draw):
         yield name, rows.place_rows()
     yield "some rows not stored", _some(draw).place_rows(num_stored=2)
-    yield "no row stored", _some(draw).place_rows(num_stored=0)
     yield "more rows than a block", _some(draw, 201, 203).place_rows()
     for name, rows in _unusual_lists(draw):
         yield name, rows.place_rows()
@@ -167,7 +166,7 @@ def _attend_rows(draw: Draw) -> Cases:
     for num_heads, head_size, num_kv_heads in _GROUPED_HEADS:
         name = f"H={num_heads}, D={head_size}, G={num_kv_heads}, ragged contexts"
         yield name, arguments(_some(draw, _NUM_ROWS), num_heads, head_size, limits, num_kv_heads=num_kv_heads)
-    for num_listed in _ROW_COUNTS[:-1]:
+    for num_listed in _ROW_COUNTS[1:-1]:
         yield f"R={num_listed} of {_NUM_ROWS}, G=2", arguments(_some(draw, num_listed), 4, 16, limits, num_kv_heads=2)
     limits = [1, 2, 17, 33, 64, 65, 90]
     yield "sharp scores, G=1", arguments(_some(draw, _NUM_ROWS), 4, 64, limits, sharpness=20, num_kv_heads=1)

@@ -170,3 +170,7 @@ def test_the_workspace_holds_what_the_largest_config_needs() -> None:
     small = workspace.make_workspace(sizes=[(8, 8)], **sizes)
     large = workspace.make_workspace(sizes=[(8, 8)], **sizes | {"max_context_len": 100_000})
     assert small.partials.numel() < large.partials.numel()
+    # Queries that share two heads of keys: a program has the parts of a whole group.
+    long = sizes | {"max_context_len": 100_000}
+    grouped = workspace.make_workspace(sizes=[(8, 8)], **long | {"num_heads": 16, "num_kv_heads": 2})
+    assert large.partials.numel() < grouped.partials.numel()

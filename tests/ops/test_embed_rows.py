@@ -27,12 +27,16 @@ def index(*values: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ids", [[], [4], [5, 0, 3], list(range(NUM_ROWS))], ids=str)
 @pytest.mark.parametrize("num_columns", [1, 97, 1500])
-def test_listed_rows_get_the_reference_bits(num_columns: int, ids: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("positions", [True, False], ids=["positions", "tokens"])
+def test_listed_rows_get_the_reference_bits(
+    positions: bool, num_columns: int, ids: list[int], dtype: torch.dtype
+) -> None:
     """One sum, rounded once: equal to the bit. Rows that are not listed have no token, and keep what they hold."""
     generator = torch.Generator().manual_seed(num_columns)
-    tables = [
+    tables: list[Tensor | None] = [
         torch.randn(size, num_columns, generator=generator).to(DEVICE, dtype) for size in (NUM_TOKENS, NUM_POSITIONS)
     ]
+    tables[1] = tables[1] if positions else None
     token_ids, position_ids = (torch.full((NUM_ROWS,), 2**40, device=DEVICE) for _ in range(2))
     token_ids[ids] = torch.randint(0, NUM_TOKENS, (len(ids),), generator=generator).to(DEVICE)
     position_ids[ids] = torch.randint(0, NUM_POSITIONS - 2, (len(ids),), generator=generator).to(DEVICE)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from dynskip.kernels.launches import LAUNCHES
 from dynskip.kernels.row_list import RowList, Workspace
 from dynskip.ops import row_reference
 from dynskip.ops.backends import available_backends
+from dynskip.validation.errors import allowed_error, eager_attention
+from dynskip.validation.op_arguments import alibi_slopes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = available_backends(DEVICE)["triton"]
@@ -52,6 +55,7 @@ class Case:
     seq_ids: Tensor
     key_limits: Tensor
     scale: float
+    bias: Bias
 
     def attend(
         self, ids: list[int] | None = None, max_rows: int | None = None, deterministic: bool = False
@@ -69,7 +73,7 @@ class Case:
         )
         out = torch.full_like(self.q.flatten(1), float("nan"))
         cache = (self.k_cache, self.v_cache, self.slot_table, self.seq_ids, self.key_limits)
-        attend_rows(self.q.flatten(1), rows, *cache, self.scale, out, workspace, deterministic)
+        attend_rows(self.q.flatten(1), rows, *cache, self.scale, out, workspace, deterministic, *self.bias)
         return out.view(self.q.shape), workspace
 
     def splits(self, deterministic: bool = False) -> Splits:
@@ -84,23 +88,18 @@ class Case:
         rows = RowList(index(*self.ids), index(len(self.ids)), len(self.q))
         out = torch.full_like(q.flatten(1), float("nan"))
         cache = (k_cache, v_cache, self.slot_table, self.seq_ids, self.key_limits)
-        row_reference.attend_rows(q.flatten(1), rows, *cache, self.scale, out)
+        row_reference.attend_rows(q.flatten(1), rows, *cache, self.scale, out, None, False, *self.bias)
         return out.view(q.shape)
 
     def allowed_error(self, exact: Tensor) -> float:
         """Twice the error of eager PyTorch in the dtype, or what rounding the result and float32 sums may cost."""
-        largest = largest_score = eager_error = 0.0
-        for row in self.ids:
-            slots = self.slot_table[self.seq_ids[row], : self.key_limits[row]].long()
-            if len(slots):
-                k, v = self.k_cache[slots].transpose(0, 1), self.v_cache[slots].transpose(0, 1)
-                scores = self.q[row, :, None] @ k.transpose(1, 2) * self.scale
-                error = (scores.softmax(dim=-1) @ v)[:, 0].double() - exact[row]
-                eager_error = max(eager_error, error.abs().max().item())
-                largest = max(largest, exact[row].abs().max().item())
-                largest_score = max(largest_score, scores.abs().max().item())
-        rounding = torch.finfo(self.q.dtype).eps / 2 * largest
-        return max(2 * eager_error, rounding + torch.finfo(torch.float32).eps * largest * (4 + 2 * largest_score))
+        if not self.ids:
+            return 0.0
+        arguments = vars(self) | self.bias._asdict() | {"q": self.q[self.ids], "seq_ids": self.seq_ids[self.ids]}
+        arguments["context_lens"] = self.key_limits[self.ids]
+        if self.bias.position_ids is not None:
+            arguments["position_ids"] = self.bias.position_ids[self.ids]
+        return allowed_error(exact[self.ids], *eager_attention(arguments))
 
 
 def index(*values: int) -> Tensor:
@@ -114,6 +113,9 @@ def make_case(
     head_size: int = 16,
     dtype: torch.dtype = torch.float32,
     max_context_len: int | None = None,
+    num_kv_heads: int | None = None,
+    alibi: bool = False,
+    window: int = 0,
 ) -> Case:
     """A sequence for each of `lengths`, in a row of its own, of which `listed` take part."""
     generator = torch.Generator().manual_seed(sum(lengths) + head_size)
@@ -123,13 +125,17 @@ def make_case(
 
     num_rows, num_slots = len(lengths), sum(lengths) + 3
     max_context_len = max(lengths) if max_context_len is None else max_context_len
+    num_kv_heads = num_kv_heads or num_heads
     q = torch.full((num_rows, num_heads, head_size), float("nan"), dtype=dtype)
     q[listed] = normal(len(listed), num_heads, head_size)
-    k_cache, v_cache = (torch.full((num_slots, num_heads, head_size), float("nan"), dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full((num_slots, num_kv_heads, head_size), float("nan"), dtype=dtype) for _ in range(2))
     slots = torch.randperm(num_slots, generator=generator)[: sum(lengths)]
     seq_ids = torch.randperm(num_rows, generator=generator)
     table = torch.full((num_rows, max_context_len), -(2**30), dtype=torch.int32)
+    # A slot of no row would stand in every window.
+    slot_positions = torch.full((num_slots,), 2**30, dtype=torch.int32)
     for row, own in enumerate(slots.split(lengths)):
+        slot_positions[own] = torch.arange(len(own), dtype=torch.int32)
         table[seq_ids[row], : lengths[row]] = own.int()
         if row in listed:
             k_cache[own], v_cache[own] = normal(*k_cache[own].shape), normal(*k_cache[own].shape)
@@ -138,7 +144,11 @@ def make_case(
     seq_ids[unlisted], key_limits[unlisted] = 2**30, 2**30
     q, k_cache, v_cache = (tensor.to(DEVICE) for tensor in (q, k_cache, v_cache))
     table, seq_ids, key_limits = (tensor.to(DEVICE, torch.int32) for tensor in (table, seq_ids, key_limits))
-    return Case(q, listed, k_cache, v_cache, table, seq_ids, key_limits, head_size**-0.5)
+    bias = Bias()
+    if alibi or window:
+        slopes = alibi_slopes(num_heads, DEVICE) if alibi else None
+        bias = Bias(slopes, window, torch.tensor(lengths, device=DEVICE) - 1, slot_positions.to(DEVICE))
+    return Case(q, listed, k_cache, v_cache, table, seq_ids, key_limits, head_size**-0.5, bias)
 
 
 def check(case: Case, deterministic: bool = False) -> int:
@@ -166,6 +176,33 @@ def test_errors_stay_within_the_budget(num_heads: int, head_size: int, dtype: to
     with constants(TARGET_PROGRAMS=12, BLOCK_C=256, SPLIT_TOKENS=64):
         assert check(case) > 0
         assert check(case, deterministic=True) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_size"), [(4, 2, 16), (6, 2, 48), (8, 1, 128), (34, 2, 8), (3, 1, 80)]
+)
+def test_queries_that_share_keys_stay_within_the_budget(
+    num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+) -> None:
+    case = make_case(RAGGED, [0, 1, 2, 4, 5, 6], num_heads, head_size, dtype, num_kv_heads=num_kv_heads)
+    with constants(TARGET_PROGRAMS=12, BLOCK_C=16, SPLIT_TOKENS=64):
+        assert check(case) > 0
+        assert check(case, deterministic=True) > 0
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize(("alibi", "window"), [(True, 0), (False, 20), (True, 1)])
+def test_slopes_and_windows_go_by_positions(alibi: bool, window: int, num_kv_heads: int) -> None:
+    """The window leaves whole splits of the long contexts without a token."""
+    case = make_case(RAGGED, [0, 1, 4, 5, 6], 4, num_kv_heads=num_kv_heads, alibi=alibi, window=window)
+    with constants(BLOCK_C=16, TARGET_PROGRAMS=24):
+        assert check(case) > 0
+        assert check(case, deterministic=True) > 0
+        far = case.bias._replace(position_ids=case.bias.position_ids + 10_000)
+        if window:
+            case.bias = far
+            assert not case.attend()[0][case.ids].any()
 
 
 @pytest.mark.parametrize("listed", [[], [3], [5, 0, 2], [0, 1, 2, 3, 4, 5, 6]], ids=str)
@@ -218,8 +255,10 @@ def test_every_row_of_every_length_is_attended() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_deterministic_bits_depend_on_the_row_alone(dtype: torch.dtype) -> None:
-    case = make_case(RAGGED, [0, 2, 3, 4, 5, 6], num_heads=3, dtype=dtype, max_context_len=100)
+@pytest.mark.parametrize("num_kv_heads", [3, 1])
+def test_deterministic_bits_depend_on_the_row_alone(num_kv_heads: int, dtype: torch.dtype) -> None:
+    listed = [0, 2, 3, 4, 5, 6]
+    case = make_case(RAGGED, listed, 3, dtype=dtype, max_context_len=100, num_kv_heads=num_kv_heads, alibi=True)
     with constants():
         together, _ = case.attend(deterministic=True)
         for ids, max_rows in (([0], 1), ([4], 2), ([6], 1), ([6, 2], 2), ([5, 3, 6], 4)):
@@ -229,12 +268,13 @@ def test_deterministic_bits_depend_on_the_row_alone(dtype: torch.dtype) -> None:
         assert torch.equal(case.attend(deterministic=True)[0][case.ids], together[case.ids])
 
 
-def test_the_op_without_a_list_gives_the_same_bits() -> None:
-    case = make_case(RAGGED, list(range(len(RAGGED))), num_heads=3, dtype=torch.float16)
+@pytest.mark.parametrize("more", [{}, {"num_kv_heads": 1}, {"alibi": True, "window": 20}], ids=str)
+def test_the_op_without_a_list_gives_the_same_bits(more: dict[str, Any]) -> None:
+    case = make_case(RAGGED, list(range(len(RAGGED))), num_heads=3, dtype=torch.float16, **more)
     with constants():
         out, _ = case.attend(deterministic=True)
         cache = (case.k_cache, case.v_cache, case.slot_table, case.seq_ids, case.key_limits)
-        assert torch.equal(decode_attention(case.q, *cache, case.scale), out)
+        assert torch.equal(decode_attention(case.q, *cache, case.scale, *case.bias), out)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

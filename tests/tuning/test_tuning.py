@@ -31,6 +31,20 @@ from dynskip.tuning.workload import Workload
 
 H200 = Limits(132, 227 * 1024)
 TINY = replace(opt_shape(2, 32, 2, 64), vocab_size=48)
+OTHER = replace(
+    TINY,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=16,
+    norm="rms",
+    gated=True,
+    activation="silu",
+    has_bias=False,
+    rotary_size=8,
+    qk_norm=True,
+    alibi=True,
+    window=6,
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = available_backends(DEVICE)["triton"]
 
@@ -46,7 +60,9 @@ def test_tasks_stand_in_the_order_of_their_weight() -> None:
     tasks = plan_tasks(SHAPES["opt-1.3b"], (16, 1, 16))
     assert [task.max_rows for task in tasks] == [16] * 9 + [1] * 9
     assert [task.part for task in tasks[:5]] == ["fc1", "fc2", "qkv", "out_proj", "head"]
-    assert {task.op for task in tasks} == set(TUNED_OPS) <= set(KEYS)
+    assert {task.op for task in tasks} == set(TUNED_OPS) - {"rotate_rows", "place_rows"}
+    assert set(TUNED_OPS) <= set(KEYS)
+    assert {task.op for task in plan_tasks(OTHER, (1,))} == set(TUNED_OPS)
     assert sorted(BUCKETS_BY_WEIGHT) == list(TUNED_BUCKETS)
     assert [task.part for task in plan_tasks(SHAPES["opt-1.3b"], (1,), ("linear_add_rows",))] == ["fc2", "out_proj"]
     with pytest.raises(ValueError, match=r"plan_tasks: ops must be among linear_rows.*, got 'plan_rows'"):
@@ -105,7 +121,7 @@ def test_variations_change_one_constant() -> None:
 @pytest.mark.parametrize("op", TUNED_OPS)
 def test_the_kernels_compute_right_on_the_tensors_of_a_task(op: str) -> None:
     device = torch.device(DEVICE)
-    for planned in plan_tasks(TINY, (1, 3), (op,), "float32"):
+    for planned in [*plan_tasks(TINY, (1, 3), (op,), "float32"), *plan_tasks(OTHER, (1, 3), (op,), "float32")]:
         workload = Workload(replace(planned, context_len=9), get_row_ops("triton"), device)
         assert len(workload.layers) == 2
         with use_configs(candidate_table(planned, default_constants(planned))):

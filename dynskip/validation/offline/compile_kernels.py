@@ -96,7 +96,7 @@ class CompileJob:
     """What one process compiles: kernels in one dtype, from one table of configurations, for one capability.
 
     everywhere: for five shapes of OPT and every bound of rows; otherwise OPT-1.3B with every entry of the table, and
-    a shape with narrower and one with wider heads at few rows. shapes: names of `models.shapes` and `offline.shapes`,
+    a shape with narrower and one with wider heads at few rows. shapes: names of `models.shapes`,
     instead of these, each at 1, 8 and 32 rows.
     """
 

@@ -28,7 +28,6 @@ from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation.offline.compile_kernels import MISALIGNED
 from dynskip.validation.offline.resources import read_resources
-from dynskip.validation.offline.shapes import OTHER_SHAPES
 from dynskip.validation.offline.waits import acts_before_wait
 from dynskip.validation.op_arguments import (
     MATRIX_OPS,
