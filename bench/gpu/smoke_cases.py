@@ -18,6 +18,7 @@ from dynskip.causal_lm import CausalLM
 from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
 from dynskip.measure.device import Device
 from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.models.config import Rotary
 from dynskip.models.shapes import SHAPES
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.paths import LayerPath
@@ -56,7 +57,7 @@ def tasks(sizes: Sizes, rows: int, dtype: torch.dtype) -> list[Task]:
     name = str(dtype).removeprefix("torch.")
     planned = plan_tasks(config, (rows,), dtype=name)
     # What OPT has not: heads that turn, and positions beside slots.
-    others = replace(config, rotary_size=config.head_size, qk_norm=True, alibi=True)
+    others = replace(config, rotary=Rotary.plain(config.head_size, 10000), qk_norm=True, alibi=True)
     planned += plan_tasks(others, (rows,), ("rotate_rows", "place_rows"), name)
     return [replace(task, context_len=sizes.context_len) for task in planned]
 

@@ -130,9 +130,14 @@ class FusedDecode:
         first = self.weights[0]
         self.workspace = ops.workspace(
             max_rows=max_rows,
-            num_heads=cache.k_cache.shape[1],
-            head_size=cache.k_cache.shape[2],
-            sizes=[tuple(first.out_weight.shape), tuple(first.fc2_weight.shape)],
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            head_size=self.config.head_size,
+            sizes=[
+                tuple(weight.shape)
+                for weight in (first.out_weight, first.fc2_weight, self.project_in)
+                if weight is not None
+            ],
             max_context_len=cache.slot_tables.shape[2],
             device=cache.k_cache.device,
         )

@@ -76,7 +76,7 @@ def rotated(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | N
     if weight is not None:
         heads = heads / torch.sqrt((heads * heads).mean(dim=-1, keepdim=True) + eps) * weight.to(heads.dtype)
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[position_ids].to(heads.dtype)[:, None].split(half, dim=-1)
+    cos, sin = cos_sin[position_ids].to(heads.dtype)[:, None].chunk(2, dim=-1)
     one, other, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
     return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1).to(x.dtype)
 

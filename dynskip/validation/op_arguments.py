@@ -64,7 +64,7 @@ def layer_kind(config: DecoderConfig) -> LayerKind:
 def parts_of(config: DecoderConfig) -> tuple[str, ...]:
     """Which matrices and other ops a step of the decoder launches, those of a gate included."""
     kind = layer_kind(config)
-    absent = () if kind.rotary_size else ("rotate_rows",)
+    absent: tuple[str, ...] = () if kind.rotary_size else ("rotate_rows",)
     absent += () if kind.alibi or kind.window else ("place_rows",)
     return tuple(part for part in (*MATRIX_OPS, *OTHER_OPS) if part not in absent)
 

@@ -177,7 +177,7 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
         return {"residual": (arguments["residual"][ids] + product, magnified)}
     heads = arguments["k_cache"].shape[1:]
     key_size = heads.numel()
-    q, k, v = product.split([product.shape[1] - 2 * key_size, key_size, key_size], dim=1)
+    q, k, v = torch.split(product, [product.shape[1] - 2 * key_size, key_size, key_size], dim=1)
     is_stored = arguments["slots"][ids] >= 0
     stored = {name: (rows[is_stored].view(-1, *heads), magnified) for name, rows in (("k_cache", k), ("v_cache", v))}
     return {"q": (q, magnified), **stored}

@@ -21,7 +21,6 @@ from dynskip.kernels.row_list import RowList, Workspace
 from dynskip.ops import row_reference
 from dynskip.ops.backends import available_backends
 from dynskip.validation.errors import allowed_error, eager_attention
-from dynskip.validation.op_arguments import alibi_slopes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = available_backends(DEVICE)["triton"]
@@ -146,7 +145,8 @@ def make_case(
     table, seq_ids, key_limits = (tensor.to(DEVICE, torch.int32) for tensor in (table, seq_ids, key_limits))
     bias = Bias()
     if alibi or window:
-        slopes = alibi_slopes(num_heads, DEVICE) if alibi else None
+        steps = torch.arange(1, num_heads + 1, device=DEVICE)
+        slopes = 2.0 ** (-8.0 / num_heads * steps) if alibi else None
         bias = Bias(slopes, window, torch.tensor(lengths, device=DEVICE) - 1, slot_positions.to(DEVICE))
     return Case(q, listed, k_cache, v_cache, table, seq_ids, key_limits, head_size**-0.5, bias)
 

@@ -17,6 +17,7 @@ from dynskip.cli import tune as tune_command
 from dynskip.kernels.configs import KEYS, get_config, read_table, use_configs
 from dynskip.kernels.row_list import TUNED_BUCKETS
 from dynskip.measure.device import Cpu
+from dynskip.models.config import Rotary
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
 from dynskip.ops import row_reference
@@ -39,8 +40,10 @@ OTHER = replace(
     norm="rms",
     gated=True,
     activation="silu",
-    has_bias=False,
-    rotary_size=8,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    rotary=Rotary.plain(8, 10000),
     qk_norm=True,
     alibi=True,
     window=6,

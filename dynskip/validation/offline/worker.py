@@ -165,7 +165,7 @@ def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
     backend, shape, draw = get_backend("triton"), SHAPES[name], EmptyDraw(dtype)
     heads, size, kind = (shape.num_heads, shape.head_size), shape.hidden_size, layer_kind(shape)
     kv_heads = shape.num_kv_heads, shape.head_size
-    seen = {"num_kv_heads": shape.num_kv_heads, "slopes": kind.alibi, "window": kind.window}
+    seen: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "slopes": kind.alibi, "window": kind.window}
     x, row_ids = draw.normal(8, size), draw.index(*range(4))
     for op, arguments in (
         ("gather_layer_norm", gather_layer_norm(draw, x, row_ids) | {"rms": kind.rms}),
