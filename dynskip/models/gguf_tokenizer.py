@@ -1,4 +1,8 @@
-"""The tokenizer in a GGUF file: byte-level BPE, which gives the ids that llama.cpp gives."""
+"""The tokenizer in a GGUF file: byte-level BPE, which gives the ids that llama.cpp gives.
+
+Letters that came with Unicode 16 are letters here, and no letters yet in llama.cpp: only a vocabulary with merges of
+their bytes and others' can tell.
+"""
 
 from __future__ import annotations
 
