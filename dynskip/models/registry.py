@@ -57,9 +57,15 @@ def read_decoder_config(model: str) -> DecoderConfig:
     if model in SHAPES:
         return SHAPES[model]
     folder = Path(find_model(model))
+    if folder.suffix == ".gguf":
+        from transformers import AutoConfig
+
+        from dynskip.models.gguf import read_gguf
+
+        return decoder_config(AutoConfig.for_model(**read_gguf(folder, "read_decoder_config").config))
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"read_decoder_config: model must be one of {', '.join(SHAPES)}, or a folder with a config.json, "
+            f"read_decoder_config: model must be one of {', '.join(SHAPES)}, a GGUF file, or a folder with a config.json, "
             f"got {model!r}."
         )
     from transformers import AutoConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from dynskip.models.config import DecoderConfig
 from dynskip.models.decoder import Decoder
 from dynskip.models.linear import Linear
 from dynskip.models.registry import decoder_config, get_architecture
-from dynskip.models.weights import EMBEDDING, HEAD, stored_names, stored_shapes
+from dynskip.models.weights import EMBEDDING, HEAD, Deferred, stored_names, stored_shapes
 from dynskip.ops.checks import dtype_name
 
 # float64 is what results are compared with; the ops take the others.
@@ -41,10 +41,10 @@ class Source:
     config: Any
     architecture: Architecture
     decoder_config: DecoderConfig
-    tensors: MutableMapping[str, Tensor]
+    tensors: dict[str, Tensor | Deferred]
 
     @staticmethod
-    def of(function: str, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Source:
+    def of(function: str, name: str, config: Any, tensors: Mapping[str, Tensor | Deferred]) -> Source:
         """The source of a config and of all tensors, buffers included, that came with it; reads values of heads only.
 
         Names may lack the base's prefix, as where the model was saved without its head. Raises ValueError that names
@@ -54,7 +54,7 @@ class Source:
         architecture = get_architecture(config.model_type)
         [head], [embedding] = stored_names(architecture, HEAD), stored_names(architecture, EMBEDDING)
         is_base = not any(key.startswith(architecture.prefix) for key in tensors)
-        held = {}
+        held: dict[str, Tensor | Deferred] = {}
         for key, tensor in tensors.items():
             stored = head if key == HEAD else architecture.prefix + key if is_base and key != head else key
             if not key.endswith(architecture.derived):
@@ -87,7 +87,8 @@ def check_end_tokens(what: str, ends: object) -> None:
         raise ValueError(f"{what} must be a token id or a list of them, got {str(ends)[:100]}.")
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor | Deferred, other: Tensor | Deferred) -> bool:
+    one, other = (held.read() if isinstance(held, Deferred) else held for held in (one, other))
     if one is other:
         return True
     same_kind = one.dtype == other.dtype and one.shape == other.shape
@@ -96,6 +97,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _check_tensor(what: str, tensor: object) -> None:
     """Raise ValueError, beginning with ``what``, unless ``tensor`` is a dense one of numbers that are in memory."""
+    if isinstance(tensor, Deferred):
+        return
     if type(tensor) not in (Tensor, nn.Parameter):
         kind = type(tensor)
         raise ValueError(
@@ -122,7 +125,9 @@ def _shapes(architecture: Architecture, config: DecoderConfig) -> dict[str, torc
     return stored_shapes(architecture, config, model)
 
 
-def _check_complete(function: str, name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+def _check_complete(
+    function: str, name: str, tensors: Mapping[str, Tensor | Deferred], shapes: Mapping[str, torch.Size]
+) -> None:
     """Raise ValueError unless the tensors read are all there are and all there must be."""
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:

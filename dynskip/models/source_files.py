@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,19 +15,29 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from dynskip.assets import find_model
+from dynskip.models.gguf import read_gguf
 from dynskip.models.registry import ARCHITECTURES, decoder_config
 from dynskip.models.source import Source, check_end_tokens, check_keys
+from dynskip.models.weights import Deferred
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+GGUF = ".gguf"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_source(source: str | Path, function: str = "from_pretrained") -> Source:
-    """The model in a directory or at a hub id, its tensors mapped from the files and not yet read.
+    """The model in a directory, in a GGUF file or at a hub id, its tensors mapped from the files and not yet read.
 
     Raises FileNotFoundError, NotADirectoryError, TypeError or ValueError, beginning with ``function``.
     """
     name = _check_name(source, function)
+    if name.endswith(GGUF):
+        held = read_gguf(name, function)
+        tensors = {
+            key: Deferred(held.tensors.shape(key), functools.partial(held.tensors.__getitem__, key))
+            for key in held.tensors
+        }
+        return Source.of(function, name, make_config(held.config, name, function), tensors)
     config = _read_config(name, function)
     for file in _ADAPTER:
         if _find(name, file) is not None:
@@ -36,8 +47,11 @@ def read_source(source: str | Path, function: str = "from_pretrained") -> Source
 
 
 def read_config(source: str | Path, function: str) -> Any:
-    """The config in a directory or at a hub id, without its tensors; raises what `read_source` does."""
-    return _read_config(_check_name(source, function), function)
+    """The config of what `read_source` reads, without its tensors; raises what that does."""
+    name = _check_name(source, function)
+    if name.endswith(GGUF):
+        return make_config(read_gguf(name, function).config, name, function)
+    return _read_config(name, function)
 
 
 def read_end_tokens(name: str, function: str) -> int | list[int] | None:
@@ -71,9 +85,9 @@ def _check_name(source: str | Path, function: str) -> str:
             raise FileNotFoundError(
                 f"{function}: {name} must hold a config.json, got none. Save the model with save_pretrained."
             )
-    elif path.is_file():
-        raise NotADirectoryError(f"{function}: {name} must be a directory, got a file. Name the folder around it.")
-    elif looks_local or not name:
+    elif path.is_file() and path.suffix != GGUF:
+        raise NotADirectoryError(f"{function}: {name} must be a directory or a GGUF file, got another file. Name the folder around it.")
+    elif not path.is_file() and (looks_local or not name):
         raise FileNotFoundError(f"{function}: {name!r} must be a directory, got no such directory.")
     return name
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.assets import find_model
+from dynskip.models.gguf_tokenizer import read_gguf_tokenizer
 
 
 def read_tokenizer(source: str | Path, function: str, advice: str = "") -> Any:
-    """The tokenizer in a directory or at a hub id, with a vocabulary.
+    """The tokenizer in a directory, in a GGUF file or at a hub id, with a vocabulary.
 
     Raises ValueError, from ``function`` to ``advice``, where there is none, or one that is damaged or brings code.
     """
@@ -17,6 +18,8 @@ def read_tokenizer(source: str | Path, function: str, advice: str = "") -> Any:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     name = str(find_model(source))
+    if name.endswith(".gguf"):
+        return read_gguf_tokenizer(name, function)
     try:
         code = get_tokenizer_config(name).get("auto_map")
         tokenizer: Any = None if code else AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,14 @@ from dynskip.models.architecture import Architecture, Stored
 from dynskip.models.config import DecoderConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "decoder.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is asked for."""
+
+    shape: torch.Size
+    read: Callable[[], Tensor]
 
 
 class StoredWeights:
@@ -24,7 +33,7 @@ class StoredWeights:
         self,
         architecture: Architecture,
         config: DecoderConfig,
-        tensors: MutableMapping[str, Tensor],
+        tensors: dict[str, Tensor | Deferred],
         keys: Iterable[str],
     ) -> None:
         self.architecture = architecture
@@ -37,7 +46,8 @@ class StoredWeights:
         stored, _, is_turned = _place(self.architecture, key)
         parts = []
         for name in stored_names(self.architecture, key):
-            tensor = self.tensors[name].detach()
+            held = self.tensors[name]
+            tensor = held.read() if isinstance(held, Deferred) else held.detach()
             self._uses[name] -= 1
             if not self._uses[name]:
                 del self.tensors[name]
