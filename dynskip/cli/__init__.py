@@ -1,7 +1,8 @@
 """The command line: ``dynskip <command>`` and ``python -m dynskip <command>``.
 
-A command is a module of this package with ``add_parser(subparsers)`` and ``run(args) -> int``, named in ``COMMANDS``.
-It imports torch and the like inside ``run``, so that ``dynskip --help`` answers at once.
+A command is a module of this package, named in ``COMMANDS``: texts ``HELP``, ``DESCRIPTION`` and ``EXAMPLES``, and
+functions ``add_options(parser)`` and ``run(args) -> int``. It imports torch and the like inside ``run``, so that
+``dynskip --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -51,7 +52,17 @@ def build_parser() -> Parser:
     parser.add_argument("--traceback", action="store_true", help="show where an error arose, not only its message")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"dynskip.cli.{name}").add_parser(subparsers)
+        command = importlib.import_module(f"dynskip.cli.{name}")
+        command.add_options(
+            subparsers.add_parser(
+                name,
+                help=command.HELP,
+                description=command.DESCRIPTION,
+                epilog=command.EXAMPLES,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+        )
     return parser
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, file_path, in_range, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, add_number, file_path, in_range, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 # As in dynskip.benchmark, which a test compares: importing that here would import torch for `dynskip --help`.
 SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
 
-_EXAMPLES = """examples:
+HELP = "time steps along paths, beside the time they should take"
+DESCRIPTION = "Time prefill and decode along paths on this CPU, in turns with what they are held against."
+EXAMPLES = """examples:
   dynskip bench                               everything, at the shapes of OPT-1.3B: minutes, and 11 GiB of memory
   dynskip bench --quick                       fewer rounds
   dynskip bench --only decode,mix --batch 32  two sections at one batch size
@@ -37,16 +39,8 @@ before milliseconds. Before anything is timed, logits are held against float64.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``bench``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench",
-        help="time steps along paths, beside the time they should take",
-        description="Time prefill and decode along paths on this CPU, in turns with what they are held against.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench``."""
     parser.add_argument("--only", metavar="A,B,...", help=f"sections to run, of {','.join(SECTIONS)} (default: all)")
     parser.add_argument(
         "--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="model shapes (default: %(default)s)"
@@ -54,9 +48,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=in_range(1, 1024), action="append", metavar="N", help="repeatable (default: 1, 8 and 32)"
     )
-    parser.add_argument(
-        "--prompt-len", type=in_range(1, 1024), default=64, metavar="T", help="tokens of a prompt (default: 64)"
-    )
+    add_number(parser, "--prompt-len", "T", 1, 1024, 64, "tokens of a prompt")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
     parser.add_argument(
         "--out", type=file_path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there"
@@ -65,7 +57,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a row, in place of a table")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

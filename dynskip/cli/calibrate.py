@@ -8,9 +8,10 @@ from typing import Any
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import (
     add_model_options,
+    add_number,
     check_writable,
     file_path,
-    in_range,
+    load_llm,
     set_threads,
     show_progress,
     torch_device,
@@ -18,7 +19,9 @@ from dynskip.cli.options import (
 )
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
-_EXAMPLES = """examples:
+HELP = "measure what a step costs here, for the scheduler"
+DESCRIPTION = "Time decode steps and prefills by rows, and keep the table for this device and model shape."
+EXAMPLES = """examples:
   dynskip calibrate                                     OPT-1.3B's shapes, random weights: minutes, and 5 GiB
   dynskip calibrate --model opt-mini                    the model shipped with dynskip: seconds
   dynskip calibrate --shape opt-0.2b-24 --out costs.json
@@ -27,43 +30,22 @@ _EXAMPLES = """examples:
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``calibrate``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "calibrate",
-        help="measure what a step costs here, for the scheduler",
-        description="Time decode steps and prefills by rows, and keep the table for this device and model shape.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``calibrate``."""
     parser.add_argument(
         "--shape",
         choices=tuple(SHAPES),
         help=f"random weights of that shape (default: {DEFAULT_SHAPE}, unless --model is given)",
     )
-    parser.add_argument(
-        "--rows", type=in_range(1, 1024), default=64, metavar="N", help="most rows of a decode step (default: 64)"
-    )
-    parser.add_argument(
-        "--prompt-len", type=in_range(1, 2048), default=32, metavar="T", help="tokens of a prompt (default: 32)"
-    )
-    parser.add_argument(
-        "--context",
-        type=in_range(1, 2048),
-        metavar="S",
-        help="tokens cached, to time reads of them (default: 512, or what fits)",
-    )
-    parser.add_argument(
-        "--prefill", type=in_range(1, 2**16), default=512, metavar="T", help="most tokens of a prefill (default: 512)"
-    )
-    parser.add_argument(
-        "--rounds", type=in_range(1, 1000), default=5, metavar="N", help="samples of each time (default: 5)"
-    )
+    add_number(parser, "--rows", "N", 1, 1024, 64, "most rows of a decode step")
+    add_number(parser, "--prompt-len", "T", 1, 2048, 32, "tokens of a prompt")
+    fits = "tokens cached, to time reads of them (default: 512, or what fits)"
+    add_number(parser, "--context", "S", 1, 2048, None, fits)
+    add_number(parser, "--prefill", "T", 1, 2**16, 512, "most tokens of a prefill")
+    add_number(parser, "--rounds", "N", 1, 1000, 5, "samples of each time")
     parser.add_argument("--out", type=file_path, metavar="FILE", help="also write the table there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_model_options(parser, model_default="random weights of --shape")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,15 +119,7 @@ def run(args: argparse.Namespace) -> int:
 def _model(args: argparse.Namespace) -> Any:
     """The model that was asked for, or one with random weights of a shape."""
     if args.model is not None:
-        from dynskip.llm import LLM
-
-        return LLM(
-            args.model,
-            dtype=torch_dtype(args.dtype),
-            device=torch_device(args.device),
-            backend=args.backend,
-            deterministic=args.deterministic or None,
-        ).model
+        return load_llm(args).model
     from dynskip.causal_lm import CausalLM
     from dynskip.measure.random_models import opt_config, random_hf_model
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, in_range, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, add_number, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ PROMPTS = (
 # Decode steps that the saved seconds are counted for.
 NUM_TOKENS = 64
 
-_EXAMPLES = """examples:
+HELP = "texts along different paths, a stream of mixed depths, and the seconds that paths save"
+DESCRIPTION = "Show prompts generated along different paths in one batch, a stream served, and what paths save."
+EXAMPLES = """examples:
   dynskip demo                       all parts: under three minutes on two free cores
   dynskip demo --only text           texts only: seconds
   dynskip demo --only serving        a stream of requests only: seconds
@@ -65,16 +67,8 @@ class TextResult:
     same_alone: bool
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``demo``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "demo",
-        help="texts along different paths, a stream of mixed depths, and the seconds that paths save",
-        description="Show prompts generated along different paths in one batch, a stream served, and what paths save.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``demo``."""
     parser.add_argument("--only", choices=("text", "serving", "time"), help="one part (default: all)")
     parser.add_argument("--model", metavar="NAME", help="text, serving: folder, hub id or opt-mini (the default)")
     parser.add_argument(
@@ -83,18 +77,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", type=float, default=0.5, metavar="T", help="text: 0 is greedy (default: 0.5, with fixed seeds)"
     )
-    parser.add_argument(
-        "--requests", type=in_range(1, 10**5), default=256, metavar="N", help="serving: how many (default: 256)"
-    )
+    add_number(parser, "--requests", "N", 1, 10**5, 256, "serving: how many")
     parser.add_argument(
         "--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="time: model shapes (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=in_range(1, 1024), default=32, metavar="N", help="time: rows (default: 32)")
+    add_number(parser, "--batch", "N", 1, 1024, 32, "time: rows")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="who gathers, scatters and attends")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

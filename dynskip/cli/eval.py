@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from importlib.util import find_spec
-from typing import Any
 
 from dynskip.cli.options import DTYPES, file_path, set_threads
 
-_EXAMPLES = """examples:
+HELP = "run the paper's experiments, resumable, with confidence intervals"
+DESCRIPTION = "The experiments of arXiv 2410.20022 on a checkpoint and a data set, with controls and seconds."
+EXAMPLES = """examples:
   dynskip eval static --data alpaca_data.json.xz --out runs/eval --prompts 100
       ROUGE-L and milliseconds per token at each budget, on the model shipped with dynskip
   dynskip eval oracle --model runs/base --sibling 4=runs/uls4 --sibling 8=runs/uls8 --sibling 12=runs/uls12 \\
@@ -20,16 +21,8 @@ _EXAMPLES = """examples:
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``eval``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "eval",
-        help="run the paper's experiments, resumable, with confidence intervals",
-        description="The experiments of arXiv 2410.20022 on a checkpoint and a data set, with controls and seconds.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``eval``."""
     parser.add_argument("experiment", metavar="EXPERIMENT", help="one of them by name (see below), or all")
     parser.add_argument(
         "--out", required=True, type=file_path, metavar="FOLDER", help="run folder, new or to be finished"
@@ -84,7 +77,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", help="CPU threads of one process (default: PyTorch's choice)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"eval: EXPERIMENT must be all or one of {', '.join(EXPERIMENTS)}, got {args.experiment!r}.")
     set_threads(args.threads)
     logging.disable_progress_bar()
-    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    named = {field.name for field in dataclasses.fields(Setup)} - {"data", "budgets", "candidates"}
+    options = {name: value for name, value in vars(args).items() if name in named and value is not None}
     setup = Setup.of(
         args.model,
         args.data,
@@ -123,12 +116,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: {sentence}")
     print(f"{args.out / 'summary.json'}: every number with its interval")
     return 0
-
-
-_OPTIONS = (
-    "template", "dtype", "device", "split", "prompts", "train_prompts", "state_prompts", "seeds", "controller_seeds",
-    "max_tokens", "temperature", "top_p", "shard_size", "timed_batch", "timed_rounds", "resamples",
-)  # fmt: skip
 
 
 def _siblings(pairs: list[str]) -> dict[int, str]:
@@ -151,9 +138,3 @@ def _budgets(option: str, text: str | None) -> tuple[int, ...] | None:
     if not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"eval: {option} must be layer counts with commas between, got {text!r}.")
     return tuple(int(part) for part in parts)
-
-
-if __name__ == "__main__":
-    from dynskip.cli import main
-
-    sys.exit(main(["eval", *sys.argv[1:]]))

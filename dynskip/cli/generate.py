@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynskip.cli import streams
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_model_options, file_path, set_threads, show_progress, torch_device, torch_dtype
+from dynskip.cli.options import add_model_options, file_path, load_llm, set_threads, show_progress
 from dynskip.prompts import check_unicode, lines
 
 if TYPE_CHECKING:
     from dynskip.llm import Output
     from dynskip.sampling import SamplingParams
 
-_EXAMPLES = """examples:
+HELP = "continue prompts, each along its own path"
+DESCRIPTION = "Continue prompts in one batch, each through its own subset of the layers."
+EXAMPLES = """examples:
   dynskip generate "The lighthouse keeper"
       through all layers of opt-mini, the model shipped with dynskip
   dynskip generate --path uniform:8 --max-tokens 64 "The lighthouse keeper" "A recipe for bread"
@@ -39,16 +41,8 @@ paths:
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``generate``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "generate",
-        help="continue prompts, each along its own path",
-        description="Continue prompts in one batch, each through its own subset of the layers.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``generate``."""
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="prompts; without any, and no --file, stdin is read"
     )
@@ -75,7 +69,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument("--n", type=int, default=1, metavar="N", help="outputs per prompt (default: 1)")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,19 +79,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--path must be given once or once per prompt, got {len(paths)} for {len(prompts)} prompts")
     params = _params(args)
     set_threads(args.threads)
-    device = torch_device(args.device)
     progress = show_progress(args.quiet)
 
-    from dynskip.llm import LLM
     from dynskip.paths import LayerPath
 
-    llm = LLM(
-        args.model,
-        dtype=torch_dtype(args.dtype),
-        device=device,
-        backend=args.backend,
-        deterministic=args.deterministic or None,
-    )
+    llm = load_llm(args)
     num_layers = llm.model.num_layers
     chosen = [LayerPath.parse(text, num_layers) for text in paths]
     if args.chat and getattr(llm.tokenizer, "chat_template", None) is None:

@@ -17,29 +17,22 @@ from dynskip.version import __version__
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 # What the CPU code of torch, oneDNN and dynskip looks for, in the words of /proc/cpuinfo (x86, then Arm).
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
-_EXAMPLES = """examples:
+HELP = "what this machine and this installation can do"
+DESCRIPTION = "Show versions, devices, backends and why one is not there, and the shipped model."
+EXAMPLES = """examples:
   dynskip info           versions, devices, backends and why one is not there, the shipped model
   dynskip info --json    the same for a program
   dynskip info --model facebook/opt-1.3b    also what a checkpoint takes in memory, at rest and while loading
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``info``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "info",
-        help="what this machine and this installation can do",
-        description="Show versions, devices, backends and why one is not there, and the shipped model.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``info``."""
     parser.add_argument(
         "--model", metavar="NAME", help="also load this folder, hub id or opt-mini and tell what memory it takes"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of its weights (default: bfloat16)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ from dynskip.cli.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from dynskip.llm import LLM
+
 DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("auto", "torch", "triton", "native")
 
@@ -36,6 +38,14 @@ def in_range(least: float, most: float) -> Callable[[str], Any]:
     return parse
 
 
+def add_number(
+    parser: Any, option: str, metavar: str, least: float, most: float, default: float | None, text: str
+) -> None:
+    """Add an option that is a number in ``least..most``; its help ends with the default, where there is one."""
+    shown = text if default is None else f"{text} (default: {default})"
+    parser.add_argument(option, type=in_range(least, most), default=default, metavar=metavar, help=shown)
+
+
 def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt-mini") -> None:
     """Add what chooses a model and how it runs: --model, --dtype, --device, --backend, --deterministic, --threads.
 
@@ -50,6 +60,19 @@ def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt
     group.add_argument("--backend", choices=BACKENDS, help="who gathers, scatters and attends (default: auto)")
     group.add_argument("--deterministic", action="store_true", help="no bit of a row depends on its neighbours; slower")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def load_llm(args: argparse.Namespace) -> LLM:
+    """The model that the options of ``add_model_options`` choose."""
+    from dynskip.llm import LLM
+
+    return LLM(
+        args.model,
+        dtype=torch_dtype(args.dtype),
+        device=torch_device(args.device),
+        backend=args.backend,
+        deterministic=args.deterministic or None,
+    )
 
 
 def file_path(text: str) -> Path:

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from typing import Any
 
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import file_path
 
-_EXAMPLES = """examples:
+HELP = "write the report of an evaluation run"
+DESCRIPTION = "Write report.html, one page that needs nothing else, and report.md into the folder of a run."
+EXAMPLES = """examples:
   dynskip report runs/paper      writes runs/paper/report.html and runs/paper/report.md
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``report``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "report",
-        help="write the report of an evaluation run",
-        description="Write report.html, one page that needs nothing else, and report.md into the folder of a run.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``report``."""
     parser.add_argument("run", type=file_path, metavar="RUN", help="folder that `dynskip eval --out` filled")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

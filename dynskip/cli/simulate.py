@@ -6,10 +6,10 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynskip.cli.errors import UserError
-from dynskip.cli.options import in_range
+from dynskip.cli.options import add_number
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 POLICIES = ("cohort", "lockstep", "by_path")
 PATHS = "uniform:4=74,uniform:8=18,uniform:12=6,full=2"
 
-_EXAMPLES = """examples:
+HELP = "predict throughput and latency of a stream of requests"
+DESCRIPTION = "Run the engine's scheduler against a simulated clock, beside the same requests at full depth."
+EXAMPLES = """examples:
   dynskip simulate                              the mix of arXiv 2410.20022 in batches of 16, on an H200 (predicted)
   dynskip simulate --batch 128 --requests 8192 --output geometric:64
   dynskip simulate --arrival poisson:2000 --engines 4 --policy cohort
@@ -32,52 +34,26 @@ requests at full depth against batches that are always full and of one path.
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``simulate``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "simulate",
-        help="predict throughput and latency of a stream of requests",
-        description="Run the engine's scheduler against a simulated clock, beside the same requests at full depth.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``simulate``."""
     load = parser.add_argument_group("load")
-    load.add_argument("--requests", type=in_range(1, 10**6), default=1024, metavar="N", help="how many (default: 1024)")
+    add_number(load, "--requests", "N", 1, 10**6, 1024, "how many")
     load.add_argument("--paths", metavar="SPEC", help=f"PATH=SHARE,PATH=SHARE,... (default: {PATHS})")
     load.add_argument(
         "--arrival", default="closed", metavar="A", help="closed (default), or poisson:RATE in requests a second"
     )
-    load.add_argument(
-        "--prompt", type=in_range(1, 10**6), default=32, metavar="N", help="tokens of a prompt (default: 32)"
-    )
-    load.add_argument(
-        "--output",
-        default="geometric:16",
-        metavar="O",
-        help="geometric:MEAN or fixed:N, in tokens (default: geometric:16)",
-    )
+    add_number(load, "--prompt", "N", 1, 10**6, 32, "tokens of a prompt")
+    lengths = "geometric:MEAN or fixed:N, in tokens (default: %(default)s)"
+    load.add_argument("--output", default="geometric:16", metavar="O", help=lengths)
     load.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--policy", choices=POLICIES, action="append", help="repeatable (default: all)")
-    engine.add_argument(
-        "--batch", type=in_range(1, 2**16), default=16, metavar="N", help="most rows of a decode step (default: 16)"
-    )
-    engine.add_argument(
-        "--pool", type=in_range(1, 2**20), metavar="N", help="most resident sequences of cohort (default: 4 x batch)"
-    )
-    engine.add_argument(
-        "--max-wait",
-        type=in_range(1, 10**9),
-        metavar="W",
-        help="most steps between two tokens under cohort (default: 3 x pool / batch, at least 12)",
-    )
-    engine.add_argument(
-        "--kv-slots", type=in_range(1, 2**62), metavar="N", help="key-value entries in memory (default: no limit)"
-    )
-    engine.add_argument(
-        "--engines", type=in_range(1, 1024), default=1, metavar="N", help="how many share the load (default: 1)"
-    )
+    add_number(engine, "--batch", "N", 1, 2**16, 16, "most rows of a decode step")
+    add_number(engine, "--pool", "N", 1, 2**20, None, "most resident sequences of cohort (default: 4 x batch)")
+    wait = "most steps between two tokens under cohort (default: 3 x pool / batch, at least 12)"
+    add_number(engine, "--max-wait", "W", 1, 10**9, None, wait)
+    add_number(engine, "--kv-slots", "N", 1, 2**62, None, "key-value entries in memory (default: no limit)")
+    add_number(engine, "--engines", "N", 1, 1024, 1, "how many share the load")
     parser.add_argument(
         "--device",
         default="h200",
@@ -87,7 +63,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="with --device this, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a policy, in place of a table")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 OPS = ("linear_rows", "linear_add_rows", "qkv_rows", "attend_rows", "norm_rows", "embed_rows", "gate_rows")
 # Multiprocessors of the card that a dry run stands for: A100, H200, B200.
 _NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}
-_EXAMPLES = """examples:
+HELP = "find the kernels' fastest constants for this GPU"
+DESCRIPTION = "Compile candidates, hold each against float64, time those that are right, and keep the fastest."
+EXAMPLES = """examples:
   dynskip tune                                     OPT-1.3B's shapes, every kernel and row count, on this GPU
   dynskip tune --model opt-6.7b --rows 1,16        two row counts of another model
   dynskip tune --minutes 8 --out h200.json         stops in time; another file than the package's own
@@ -31,16 +33,8 @@ up is worth having. The table goes into the package, kernels/configs/<device>.js
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``tune``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "tune",
-        help="find the kernels' fastest constants for this GPU",
-        description="Compile candidates, hold each against float64, time those that are right, and keep the fastest.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``tune``."""
     parser.add_argument(
         "--model", default="opt-1.3b", metavar="NAME", help="OPT size, folder or opt-mini (default: opt-1.3b)"
     )
@@ -57,7 +51,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--capability", type=int, choices=tuple(_NUM_PROCESSORS), default=90, help="of a dry run (default: 90)"
     )
     parser.add_argument("--quiet", action="store_true", help="only the result")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynskip.cli.errors import UserError
 from dynskip.cli.options import DTYPES, show_progress
@@ -40,7 +40,9 @@ ROW_OPS = (
     "plan_rows",
 )
 _MAX_SHOWN = 3
-_EXAMPLES = """examples:
+HELP = "compare every op with float64 over all its shapes"
+DESCRIPTION = "Compare every op of a backend with a float64 reference. Exit status 1 if any error is too large."
+EXAMPLES = """examples:
   dynskip validate                                   every backend that this machine has, every dtype
   dynskip validate --backend triton                  the Triton kernels; without a GPU under Triton's interpreter
   dynskip validate --dtype bfloat16 --op kv_store    one op in one dtype
@@ -52,16 +54,8 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DEFAULT_CAPABILITIES = (80, 90, 100)
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """The parser of ``validate``, added to ``subparsers``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "validate",
-        help="compare every op with float64 over all its shapes",
-        description="Compare every op of a backend with a float64 reference. Exit status 1 if any error is too large.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``validate``."""
     parser.add_argument("--backend", action="append", choices=_BACKENDS, help="repeatable (default: all that run here)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all)")
     parser.add_argument("--op", action="append", choices=OPS + ROW_OPS, metavar="OP", help="repeatable (default: all)")
@@ -87,7 +81,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object with every case")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -98,7 +98,7 @@ def test_every_module_of_the_package_that_is_a_command_is_in_the_table() -> None
     found = {
         path.stem
         for path in Path(dynskip.cli.__file__).parent.glob("*.py")
-        if "\ndef add_parser(" in path.read_text(encoding="utf-8")
+        if "\nEXAMPLES = " in path.read_text(encoding="utf-8")
     }
     assert found == set(COMMANDS)
 
@@ -436,7 +436,8 @@ def run_broken(error: BaseException, monkeypatch: pytest.MonkeyPatch, *options: 
     def run(_: argparse.Namespace) -> int:
         raise error
 
-    module = SimpleNamespace(add_parser=lambda subparsers: subparsers.add_parser("broken"), run=run)
+    texts = dict.fromkeys(("HELP", "DESCRIPTION", "EXAMPLES"), "")
+    module = SimpleNamespace(**texts, add_options=lambda parser: None, run=run)
     monkeypatch.setitem(sys.modules, "dynskip.cli.broken", module)  # type: ignore[arg-type]
     monkeypatch.setattr(dynskip.cli, "COMMANDS", ("broken",))
     return main([*options, "broken"])

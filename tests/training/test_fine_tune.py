@@ -325,19 +325,19 @@ def test_a_full_disk_ends_a_run_that_can_go_on(checkpoint: Path, data: Path, who
 
 
 IN_PROCESSES = """
+import os
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import training_runs
 from dynskip.training.fine_tune.run import FineTuneRun
-from dynskip.cli.train_fine_tune import is_first_process
 from dynskip.training.stage import end_processes
 out, checkpoint, data = sys.argv[1:]
 menu = ("uniform:2", "uniform:1")
 config = training_runs.small_config(Path(checkpoint), micro_batch_size=2, menu=menu, save_every_s=600.0)
 FineTuneRun(config, Path(data), Path(out), torch.device("cpu"), progress=False).train()
-if is_first_process():
+if os.environ.get("RANK", "0") == "0":
     print(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
 end_processes()
 """
