@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dynskip.measure.agreement import Agreement, Gate
 from dynskip.measure.products import Embedding, Products
 from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
-from dynskip.measure.timing import Samples, Task, interleave
+from dynskip.measure.timing import Samples, Task, interleave, progress_bar
 from dynskip.paths import LayerPath
 
 # A decode step at full depth as a multiple of its products, at most.
@@ -111,7 +110,9 @@ class Suite:
             bar.update()
             model = CausalLM.from_hf(hf_model, backend=options.backend)
             bar.update()
-            gate = Gate(hf_model, self._gate_paths(config.num_hidden_layers))
+            num_layers = config.num_hidden_layers
+            shared = [LayerPath.uniform(num_layers, _budget(num_layers, depth)) for depth in options.depths]
+            gate = Gate(hf_model, [LayerPath.full(num_layers), *shared])
             self.agreements = gate.check_model(model)
             bar.update()
         batches = []
@@ -155,10 +156,6 @@ class Suite:
             "roofline_ms": floors,
             "errors": {agreement.what: [agreement.error, agreement.allowed] for agreement in self.agreements},
         }
-
-    def _gate_paths(self, num_layers: int) -> list[LayerPath]:
-        shared = [LayerPath.uniform(num_layers, _budget(num_layers, depth)) for depth in self.options.depths]
-        return [LayerPath.full(num_layers), *shared]
 
     def _measure_batch(self, size: int, model: CausalLM, hf_model: HFOPTForCausalLM) -> _Batch:
         options = self.options
@@ -346,12 +343,8 @@ class Suite:
 
             return interleave(tasks, num_rounds, num_repeats, num_warm_ups, on_call)
 
-    @contextmanager
-    def _bar(self, title: str, total: int) -> Iterator[Any]:
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=title, leave=False, file=sys.stderr, disable=not self.options.progress) as bar:
-            yield bar
+    def _bar(self, title: str, total: int) -> AbstractContextManager[Any]:
+        return progress_bar(title, total, self.options.progress)
 
 
 def _budget(num_layers: int, depth: float) -> int:

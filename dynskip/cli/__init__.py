@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dynskip.cli import streams
-from dynskip.cli.errors import user_message
+from dynskip.cli.options import user_message
 from dynskip.version import __version__
 
 COMMANDS = ("bench", "calibrate", "demo", "eval", "generate", "info", "report", "simulate", "train", "tune", "validate")

@@ -7,8 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, add_number, file_path, in_range, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, UserError, add_number, file_path, in_range, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from dynskip.cli.errors import UserError
 from dynskip.cli.options import (
+    UserError,
     add_model_options,
     add_number,
     check_writable,

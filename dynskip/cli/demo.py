@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_serving import run_serving, serving_page
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import BACKENDS, add_number, set_threads, show_progress
+from dynskip.cli.options import BACKENDS, UserError, add_number, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:

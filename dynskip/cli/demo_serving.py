@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
-from dynskip.cli.errors import UserError
+from dynskip.cli.options import UserError
 
 if TYPE_CHECKING:
     from dynskip.llm import LLM
@@ -26,7 +26,7 @@ _MAX_TOKENS = 48
 # Turns are short, so that what disturbs one policy disturbs the other.
 _TURN_S = 0.1
 
-_OPENINGS = (
+_OPENINGS = [
     "Write a short poem about",
     "Give me three facts about",
     "Explain to a child what is special about",
@@ -43,8 +43,8 @@ _OPENINGS = (
     "Compare an old clock with",
     "Suggest a name for a boat that carries",
     "What could go wrong with",
-)
-_TOPICS = (
+]
+_TOPICS = [
     "the first snow",
     "tomatoes on a balcony",
     "a quiet village",
@@ -61,7 +61,7 @@ _TOPICS = (
     "the market on Saturday",
     "lost umbrellas",
     "a garden wall",
-)
+]
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,7 @@ def draw_jobs(llm: LLM, num_requests: int) -> tuple[list[Job], dict[str, int]]:
         prompt = prompt_ids(llm, prompts[index % len(prompts)])
         num_output = min(request.num_output, _MAX_TOKENS)
         jobs.append(Job(prompt, Request(0.0, request.path, len(prompt), num_output)))
-    counts = dict.fromkeys((name for name, _, _ in mix), 0)
-    for name, path, _ in mix:
-        counts[name] = sum(job.request.path == path for job in jobs)
-    return jobs, counts
+    return jobs, {name: sum(job.request.path == path for job in jobs) for name, path, _ in mix}
 
 
 def serving_page(serving: Serving) -> str:
@@ -170,17 +167,10 @@ def serving_page(serving: Serving) -> str:
     rows = [above, names]
     first = serving.outcomes["lockstep"].tokens_per_s
     for name, outcome in serving.outcomes.items():
-        numbers = (
-            f"{outcome.tokens_per_s:,.0f}",
-            f"{outcome.decode_s:.2f}",
-            f"{outcome.prefill_s:.2f}",
-            f"{outcome.rows:.1f}",
-            f"{outcome.layers:.1f}",
-            f"{outcome.union:.1f}",
-            f"{outcome.ttft_s[0]:.2f}",
-            f"{outcome.tokens_per_s / first:.2f}x",
-        )
-        rows.append((name, *numbers))
+        seconds = [f"{value:.2f}" for value in (outcome.decode_s, outcome.prefill_s)]
+        sizes = [f"{value:.1f}" for value in (outcome.rows, outcome.layers, outcome.union)]
+        ratio = f"{outcome.tokens_per_s / first:.2f}x"
+        rows.append((name, f"{outcome.tokens_per_s:,.0f}", *seconds, *sizes, f"{outcome.ttft_s[0]:.2f}", ratio))
     return "\n".join([*lines, *aligned(rows), "", *textwrap.wrap(_explanation(serving.outcomes), width)]) + "\n"
 
 
@@ -213,9 +203,7 @@ def _show(title: str, runs: Sequence[Served]) -> None:
     """One line on stderr, over the last one: how far each policy is, and how fast."""
     parts = []
     for run in runs:
-        outcome = run.outcome
-        parts.append(
-            f"{run.name} {run.progress:4.0%} {outcome.tokens_per_s:6,.0f} tokens/s, union {outcome.union:4.1f}"
-        )
+        pace = f"{run.outcome.tokens_per_s:6,.0f} tokens/s, union {run.outcome.union:4.1f}"
+        parts.append(f"{run.name} {run.progress:4.0%} {pace}")
     line = f"{title}: {' | '.join(parts)}"
     print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)

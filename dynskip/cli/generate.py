@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynskip.cli import streams
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_model_options, file_path, load_llm, set_threads, show_progress
+from dynskip.cli.options import UserError, add_model_options, file_path, load_llm, set_threads, show_progress
 from dynskip.prompts import check_unicode, lines
 
 if TYPE_CHECKING:

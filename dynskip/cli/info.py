@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -85,18 +86,15 @@ def _cpu() -> dict[str, Any]:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "device": f"cuda:{index}",
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-            }
-        )
-    return gpus
+    return [
+        {
+            "device": f"cuda:{index}",
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+        for index, properties in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
+    ]
 
 
 def _backends() -> dict[str, dict[str, str | None]]:
@@ -125,10 +123,7 @@ def _shipped_model() -> dict[str, Any]:
     for file in files:
         with safe_open(file, framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118  # a safe_open is no mapping and cannot be iterated
-                size = 1
-                for length in tensors.get_slice(key).get_shape():
-                    size *= length
-                num_parameters += size
+                num_parameters += math.prod(tensors.get_slice(key).get_shape())
     return {
         "directory": str(directory),
         "num_layers": config.num_hidden_layers,
@@ -188,32 +183,26 @@ def _print_table(report: dict[str, Any]) -> None:
     if "missing" in model:
         rows.append(("opt-mini", model["missing"]))
     else:
-        rows.append(
-            (
-                "opt-mini",
-                f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads, "
-                f"vocabulary {model['vocab_size']}, {model['max_positions']} positions, "
-                f"{model['num_parameters'] / 1e6:.1f} M parameters",
-            )
+        shape = (
+            f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads, "
+            f"vocabulary {model['vocab_size']}, {model['max_positions']} positions, "
+            f"{model['num_parameters'] / 1e6:.1f} M parameters"
         )
-        rows.append(
-            (
-                "its memory",
-                f"{model['weights_mb']} MB of weights in bfloat16 ({model['file_mb']} MB on disk), "
-                f"{model['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer",
-            )
+        memory = (
+            f"{model['weights_mb']} MB of weights in bfloat16 ({model['file_mb']} MB on disk), "
+            f"{model['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer"
         )
+        rows += [("opt-mini", shape), ("its memory", memory)]
     if "model" in report:
         loaded = report["model"]
-        rows.append(
-            (
-                "loaded",
-                f"{loaded['name']} in {loaded['dtype']}: {loaded['matrices_mb']} MB of matrices, "
-                f"{loaded['embedding_and_norms_mb']} MB of embedding and norms",
-            )
+        weights = (
+            f"{loaded['matrices_mb']} MB of matrices, {loaded['embedding_and_norms_mb']} MB of embedding and norms"
         )
-        rows.append(("attention", f"of prompts {loaded['prompt_attention']}; of decode {loaded['decode_attention']}"))
-        rows.append(("", f"the process grew by {loaded['resting_mb']} MB, at its peak by {loaded['peak_mb']} MB"))
+        rows += [
+            ("loaded", f"{loaded['name']} in {loaded['dtype']}: {weights}"),
+            ("attention", f"of prompts {loaded['prompt_attention']}; of decode {loaded['decode_attention']}"),
+            ("", f"the process grew by {loaded['resting_mb']} MB, at its peak by {loaded['peak_mb']} MB"),
+        ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import file_path
+from dynskip.cli.options import UserError, file_path
 
 HELP = "write the report of an evaluation run"
 DESCRIPTION = "Write report.html, one page that needs nothing else, and report.md into the folder of a run."

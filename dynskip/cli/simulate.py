@@ -8,8 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import add_number
+from dynskip.cli.options import UserError, add_number
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import os
 import sys
 from io import TextIOWrapper
 
-from dynskip.cli.errors import UserError
+from dynskip.cli.options import UserError
 
 
 def prepare() -> None:

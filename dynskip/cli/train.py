@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    from dynskip.training.finite import NotFiniteError
+    from dynskip.training.resumable import NotFiniteError
     from dynskip.training.stage import end_processes
 
     try:

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import DTYPES, check_writable, file_path
+from dynskip.cli.options import DTYPES, UserError, check_writable, file_path
 
 if TYPE_CHECKING:
     from dynskip.tuning.search import Outcome

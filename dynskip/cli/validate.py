@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynskip.cli.errors import UserError
-from dynskip.cli.options import DTYPES, show_progress
+from dynskip.cli.options import DTYPES, UserError, show_progress
 
 if TYPE_CHECKING:
     from dynskip.validation.errors import Result

@@ -1,1 +1,1 @@
-"""Texts for training and evaluation: corpora, templates, tokenized examples, batches, where results come from."""
+"""Texts for training and evaluation: corpora, templates, tokenized examples, batches."""

@@ -38,10 +38,6 @@ def _open_text(path: Path) -> Iterable[str]:
         yield from file
 
 
-def _is_jsonl(path: Path) -> bool:
-    return ".jsonl" in path.suffixes
-
-
 def read_instructions(path: Path) -> list[Instruction]:
     """Alpaca rows in file order, from JSON (a list of objects), plain or packed with xz."""
     rows = json.loads("".join(_open_text(path)))
@@ -116,7 +112,7 @@ def read_corpus(paths: Iterable[Path], split_seed: int = 42) -> Corpus:
     rows: list[Instruction] = []
     passages: list[str] = []
     for path in paths:
-        if _is_jsonl(path):
+        if ".jsonl" in path.suffixes:
             passages += read_passages(path)
         else:
             rows += read_instructions(path)

@@ -15,8 +15,8 @@ from dynskip.evaluation.tasks.controller_runs import run_controlled, run_timed
 from dynskip.evaluation.tasks.generations import run_generate
 from dynskip.evaluation.tasks.prompt_facts import run_facts
 from dynskip.evaluation.tasks.router_cost import run_overhead
+from dynskip.evaluation.tasks.routes import run_route
 from dynskip.evaluation.tasks.timing import run_time
-from dynskip.evaluation.tasks.trained_routes import run_route
 
 
 @dataclass(frozen=True, slots=True)

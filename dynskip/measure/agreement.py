@@ -14,6 +14,7 @@ from dynskip.causal_lm import CausalLM
 from dynskip.engine.closed_batch import Generation
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
+from dynskip.training.response_loss import only_layers
 
 PROMPT_LEN = 8
 _HEAD_ROWS = 8192  # of the head's matrix, made float64 at a time
@@ -73,10 +74,7 @@ class Gate:
         for sequence, token in zip(generation.sequences, self.prompts[:, -1].tolist(), strict=True):
             sequence.token_ids[-1] = token  # what the model chose is replaced by the token whose logits are known
         decoded = model.head(generation.executor.run(generation.next_step(), generation.cache))
-        return [
-            self.check("dynskip, prefill", whole),
-            self.check("dynskip, decode", decoded, self.truth[:, -1]),
-        ]
+        return [self.check("dynskip, prefill", whole), self.check("dynskip, decode", decoded, self.truth[:, -1])]
 
 
 def _float64_logits(hf_model: HFOPTForCausalLM, prompts: Tensor, paths: Sequence[LayerPath]) -> Tensor:
@@ -99,13 +97,8 @@ def _run_layer(layer: nn.Module, states: Tensor) -> Tensor:
 
 def _eager_logits(hf_model: HFOPTForCausalLM, token_ids: Tensor, path: LayerPath) -> Tensor:
     """[T, V]: the logits of transformers' model with its list of layers cut to ``path``."""
-    decoder = hf_model.model.decoder
-    layers = decoder.layers
-    decoder.layers = nn.ModuleList(layers[index] for index in path.layers)
-    try:
+    with only_layers(hf_model, path):
         return hf_model(input_ids=token_ids[None], use_cache=False).logits[0]
-    finally:
-        decoder.layers = layers
 
 
 def _max_error(logits: Tensor, truth: Tensor) -> float:

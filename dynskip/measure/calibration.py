@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, linear_regression, median
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import device_key, load_cached, shape_key
-from dynskip.measure.layer_costs import row_counts_up_to
+from dynskip.measure.products import row_counts_up_to
 from dynskip.measure.runners import DynskipRunner
 from dynskip.measure.streams import Job, Served
 from dynskip.measure.timing import Samples, Task, interleave
@@ -91,20 +91,14 @@ def measure_step_costs(
     }
     samples = interleave(prefill, num_rounds, on_call=on_call)
     prompt_layers, prompt_heads = _split(samples, "prefill", prompts, num_layers)
+    prompt_tokens = tuple(count * prompt_len for count in prompts)
+    measured = {"prompt_len": prompt_len, "context_len": context_len, "num_rounds": num_rounds}
     return StepCosts(
         num_layers,
         LayerCosts(Curve(counts, layers), Curve(counts, heads), kv_ms),
-        LayerCosts(
-            Curve(tuple(count * prompt_len for count in prompts), prompt_layers),
-            Curve(tuple(prompts), prompt_heads),
-        ),
+        LayerCosts(Curve(prompt_tokens, prompt_layers), Curve(tuple(prompts), prompt_heads)),
         device=device,
-        conditions={
-            **(conditions or {}),
-            "prompt_len": prompt_len,
-            "context_len": context_len,
-            "num_rounds": num_rounds,
-        },
+        conditions={**(conditions or {}), **measured},
     )
 
 
@@ -195,11 +189,10 @@ def _stream(
 def _rising_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(a, b), neither negative: a + b x comes nearest to the values y at x, by least squares."""
     xs, ys = zip(*points, strict=True)
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
-    through_zero = sum(x * y for x, y in points) / sum(x * x for x in xs)
-    lines = [(mean_y - slope * mean_x, slope), (mean_y, 0.0), (0.0, through_zero), (0.0, 0.0)]
+    lines = [(fmean(ys), 0.0), (0.0, linear_regression(xs, ys, proportional=True).slope), (0.0, 0.0)]
+    if len(set(xs)) > 1:
+        best = linear_regression(xs, ys)
+        lines.insert(0, (best.intercept, best.slope))
     allowed = [line for line in lines if min(line) >= 0]
     return min(allowed, key=lambda line: sum((line[0] + line[1] * x - y) ** 2 for x, y in points))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from dynskip.costs.layer_costs import PathMix
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
 from dynskip.measure.agreement import Gate
-from dynskip.measure.layer_costs import measure_layer_costs, row_counts_up_to
+from dynskip.measure.products import measure_layer_costs, row_counts_up_to
 from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
-from dynskip.measure.timing import Task, interleave
+from dynskip.measure.timing import Task, interleave, progress_bar
 from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 
@@ -144,28 +143,18 @@ def compare_depths(
             runner.prefill()
             prefill_s[name] = time.perf_counter() - start
     tasks: dict[str, Task] = {name: runner.step for name, runner in runners.items()}
-    with _bar("decode", len(tasks) * (num_rounds + 1), progress) as update:
-        samples = interleave(tasks, num_rounds, on_call=update)
+    with progress_bar("decode", len(tasks) * (num_rounds + 1), progress) as bar:
+        samples = interleave(tasks, num_rounds, on_call=lambda _: bar.update())
     row_counts = row_counts_up_to(batch)
-    with _bar("cost model", 2 * len(row_counts) * 4, progress) as update:
-        costs = measure_layer_costs(model, row_counts, speed.bandwidth_gbps, 3, update)
+    with progress_bar("cost model", 2 * len(row_counts) * 4, progress) as bar:
+        costs = measure_layer_costs(model, row_counts, speed.bandwidth_gbps, 3, lambda _: bar.update())
 
     depths = []
     for name in runners:
         mix = PathMix.of(paths.get(name, paths[FULL]))
-        ours = name in paths
-        depths.append(
-            Depth(
-                name,
-                mix.mean_layers,
-                mix.union,
-                prefill_s[name],
-                samples[name].ms,
-                mix.ideal_speedup if ours else None,
-                costs.speedup(mix, prompt_len) if ours else None,
-                samples[FULL].over(samples[name]),
-            )
-        )
+        by_layers, by_cost = (mix.ideal_speedup, costs.speedup(mix, prompt_len)) if name in paths else (None, None)
+        step_ms, measured = samples[name].ms, samples[FULL].over(samples[name])
+        depths.append(Depth(name, mix.mean_layers, mix.union, prefill_s[name], step_ms, by_layers, by_cost, measured))
     full = PathMix.of(paths[FULL])
     head_share = costs.head.at(full.num_head_rows) / costs.step_ms(full, prompt_len)
     smaller_than = None if chosen == shape else shape
@@ -193,16 +182,8 @@ def _largest_that_fits(shape: str, vocab_size: int) -> tuple[str, OPTConfig]:
 
 
 @contextmanager
-def _bar(title: str, total: int, progress: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=title, leave=False, file=sys.stderr, disable=not progress) as bar:
-        yield lambda _: bar.update()
-
-
-@contextmanager
 def _stage(title: str, progress: bool) -> Iterator[None]:
     """Say what runs while something runs that cannot tell how far it is."""
-    with _bar(title, 1, progress) as update:
+    with progress_bar(title, 1, progress) as bar:
         yield
-        update(title)
+        bar.update()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,33 +22,6 @@ from dynskip.measure.timing import Samples, interleave
 _COPY_BYTES = 4 * 2**30  # far more than any cache holds
 _GEMM_SIZE = 8192
 NUM_SPEED_SAMPLES = 20
-
-
-class Device(Protocol):
-    """Where a benchmark runs."""
-
-    device: torch.device
-    name: str
-
-    def time(self, task: Callable[[], object], num_repeats: int) -> float:
-        """The milliseconds of one of ``num_repeats`` calls of ``task`` in a row, without waits between them."""
-        ...
-
-    def captured(self, launch: Callable[[], object]) -> Callable[[], object]:
-        """A call that runs again what ``launch`` launches, on the same memory; ``launch`` itself has run then."""
-        ...
-
-    def graphs(self) -> Any:
-        """What `GraphedDecode` captures its graphs with."""
-        ...
-
-    def no_waiting(self) -> Any:
-        """A context in which a wait of the host for the device is an error."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until the device has nothing left to do."""
-        ...
 
 
 class Gpu:
@@ -63,7 +37,7 @@ class Gpu:
         self.name = torch.cuda.get_device_name(device)
 
     def time(self, task: Callable[[], object], num_repeats: int) -> float:
-        """See `Device.time`."""
+        """The milliseconds of one of ``num_repeats`` calls of ``task`` in a row, without waits between them."""
         begin, end = _event(), _event()
         torch.cuda.synchronize(self.device)
         begin.record()
@@ -74,7 +48,7 @@ class Gpu:
         return begin.elapsed_time(end) / num_repeats
 
     def captured(self, launch: Callable[[], object]) -> Callable[[], object]:
-        """See `Device.captured`."""
+        """A call that runs again what ``launch`` launches, on the same memory; ``launch`` itself has run then."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -87,14 +61,14 @@ class Gpu:
         return graph.replay
 
     def graphs(self) -> Any:
-        """See `Device.graphs`."""
+        """What `GraphedDecode` captures its graphs with."""
         from dynskip.execution.graphs import CudaGraphs
 
         return CudaGraphs(self.device)
 
     @contextmanager
     def no_waiting(self) -> Iterator[None]:
-        """See `Device.no_waiting`."""
+        """A context in which a wait of the host for the device is an error."""
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -103,7 +77,7 @@ class Gpu:
             torch.cuda.set_sync_debug_mode(before)
 
     def synchronize(self) -> None:
-        """See `Device.synchronize`."""
+        """Wait until the device has nothing left to do."""
         torch.cuda.synchronize(self.device)
 
 
@@ -130,28 +104,32 @@ class Cpu:
         self.name = f"{host.cpu_model()}, instead of a GPU"
 
     def time(self, task: Callable[[], object], num_repeats: int) -> float:
-        """See `Device.time`."""
+        """See `Gpu.time`."""
         start = time.perf_counter()
         for _ in range(num_repeats):
             task()
         return (time.perf_counter() - start) * 1e3 / num_repeats
 
     def captured(self, launch: Callable[[], object]) -> Callable[[], object]:
-        """See `Device.captured`."""
+        """See `Gpu.captured`."""
         launch()
         return launch
 
     def graphs(self) -> RepeatedLaunches:
-        """See `Device.graphs`."""
+        """See `Gpu.graphs`."""
         return RepeatedLaunches()
 
     @contextmanager
     def no_waiting(self) -> Iterator[None]:
-        """See `Device.no_waiting`; a CPU always waits for itself."""
+        """See `Gpu.no_waiting`; a CPU always waits for itself."""
         yield
 
     def synchronize(self) -> None:
-        """See `Device.synchronize`."""
+        """See `Gpu.synchronize`."""
+
+
+# Where a benchmark runs.
+Device: TypeAlias = Gpu | Cpu
 
 
 def get_device(name: str) -> Device:
@@ -179,8 +157,7 @@ def time_in_turns(
     device: Device, tasks: Mapping[str, Callable[[], object]], num_rounds: int, num_repeats: int
 ) -> dict[str, Samples]:
     """The samples of each task, one a round: the mean of ``num_repeats`` calls in a row. One warm-up round first."""
-    timed = {name: _timer(device, task, num_repeats) for name, task in tasks.items()}
-    return interleave(timed, num_rounds)
+    return interleave({name: partial(device.time, task, num_repeats) for name, task in tasks.items()}, num_rounds)
 
 
 def describe_device(device: Device, commit: str | None) -> dict[str, Any]:
@@ -206,10 +183,6 @@ def describe_device(device: Device, commit: str | None) -> dict[str, Any]:
         "commit": commit or described["commit"],
         "date": described["date"],
     }
-
-
-def _timer(device: Device, task: Callable[[], object], num_repeats: int) -> Callable[[], float]:
-    return lambda: device.time(task, num_repeats)
 
 
 def _event() -> Any:

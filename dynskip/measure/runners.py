@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,18 +14,6 @@ from dynskip.causal_lm import CausalLM
 from dynskip.engine.closed_batch import Generation
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
-
-
-class Runner(Protocol):
-    """One way to run a batch of prompts of equal length, greedily."""
-
-    def prefill(self) -> None:
-        """Run the prompts from scratch and choose the first token of each."""
-        ...
-
-    def step(self) -> None:
-        """Run the last token of each sequence and choose the next one."""
-        ...
 
 
 class DynskipRunner:
@@ -92,3 +80,7 @@ class TransformersRunner:
         output = self.model.model(input_ids=token_ids, past_key_values=self.cache, use_cache=True)
         self.logits = self.model.lm_head(output.last_hidden_state[:, -1].contiguous())
         self.token_ids = self.logits.argmax(-1, keepdim=True)
+
+
+# One way to run a batch of prompts of equal length, greedily.
+Runner: TypeAlias = DynskipRunner | TransformersRunner

@@ -53,13 +53,7 @@ class Served:
     """
 
     def __init__(
-        self,
-        name: str,
-        model: CausalLM,
-        jobs: Sequence[Job],
-        costs: StepCosts,
-        turn_s: float = TURN_S,
-        **options: Any,
+        self, name: str, model: CausalLM, jobs: Sequence[Job], costs: StepCosts, turn_s: float = TURN_S, **options: Any
     ) -> None:
         self.name = name
         self._turn_s = turn_s

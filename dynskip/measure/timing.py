@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 # Does one piece of work. It may return its own milliseconds, where some of what it did does not count.
 Task = Callable[[], float | None]
@@ -41,6 +44,15 @@ class Samples:
         """The median over the rounds of this task's median time as a multiple of the other's in the same round."""
         assert len(self.rounds) == len(other.rounds), "a ratio compares tasks that were timed in turns"
         return median(median(ours) / median(theirs) for ours, theirs in zip(self.rounds, other.rounds, strict=True))
+
+
+@contextmanager
+def progress_bar(title: str, total: int, shown: bool) -> Iterator[Any]:
+    """A bar on stderr that is gone when the context ends."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=title, leave=False, file=sys.stderr, disable=not shown) as bar:
+        yield bar
 
 
 def interleave(

@@ -1,29 +1,87 @@
-"""An OPT model whose pass returns the loss of the responses, along whichever layers it is told."""
+"""The loss of responses without a [N, V] tensor in memory, and an OPT whose pass returns it along given layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import OPTForCausalLM
 
 from dynskip.data.batches import IGNORED
 from dynskip.paths import LayerPath
-from dynskip.training.head_loss import head_loss
+
+# Logits of 512 rows and 4096 tokens fill 8 MiB in fp32: what the softmax reads a second time is still in the cache.
+_ROWS_PER_CHUNK = 512
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(targets), _ROWS_PER_CHUNK):
+            rows = slice(start, start + _ROWS_PER_CHUNK)
+            logits = (hidden[rows] @ weight.T).float()
+            wanted = targets[rows, None]
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(1, wanted)).sum()
+            probs = logits.sub_(log_sum).exp_()
+            probs.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=probs.dtype))
+            logits_grad = probs.to(hidden.dtype)
+            hidden_grad[rows] = logits_grad @ weight
+            weight_grad += logits_grad.T @ hidden[rows]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.num_rows = len(targets)
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scale = grad_outputs[0] / ctx.num_rows
+        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype), None
+
+
+def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log likelihood of the labelled tokens, fp32 scalar, differentiable.
+
+    hidden_states: [B, T, C], after the final LayerNorm. weight: [V, C], the head's. labels: [B, T], int64: position t
+        is scored by the state at t - 1; ``IGNORED`` is not scored, and costs nothing.
+    The products run in autocast's dtype where autocast is on, else in that of ``hidden_states``; the softmax in fp32.
+    Loss and gradients are made chunk by chunk in one pass, so neither logits nor their gradient are ever whole.
+    """
+    kept = labels[:, 1:] != IGNORED
+    device_type = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    states = hidden_states[:, :-1][kept].to(dtype)
+    if len(states) == 0:
+        raise ValueError("head_loss: labels must keep at least one token, got none. Leave such a batch out.")
+    with torch.autocast(device_type, enabled=False):
+        loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+            states, weight.to(dtype), labels[:, 1:][kept]
+        )
+    return loss
 
 
 @contextmanager
-def only_layers(model: OPTForCausalLM, path: LayerPath) -> Iterator[None]:
-    """Within the context the decoder consists of the path's layers: what is skipped is not computed."""
+def replaced_layers(model: OPTForCausalLM, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context the decoder consists of ``layers``."""
     decoder = model.model.decoder
     every_layer = decoder.layers
-    decoder.layers = nn.ModuleList([every_layer[layer] for layer in path.layers])
+    decoder.layers = nn.ModuleList(layers)
     try:
         yield
     finally:
         decoder.layers = every_layer
+
+
+def only_layers(model: OPTForCausalLM, path: LayerPath) -> AbstractContextManager[None]:
+    """Within the context the decoder consists of the path's layers: what is skipped is not computed."""
+    every_layer = model.model.decoder.layers
+    return replaced_layers(model, [every_layer[layer] for layer in path.layers])
 
 
 class ResponseLossOPT(OPTForCausalLM):

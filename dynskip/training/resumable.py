@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,34 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from dynskip.data.batches import Batch, Plan
 from dynskip.files import write_text
-from dynskip.training.finite import check_numbers, check_weights
 
 _COMPLETE = "complete.json"
+
+
+class NotFiniteError(ArithmeticError):
+    """A training has diverged."""
+
+
+def check_numbers(numbers: Mapping[str, float], step: int, directory: Path) -> None:
+    """Raise NotFiniteError where one of the named numbers of a step, counted from 1, is infinite or NaN."""
+    if all(math.isfinite(number) for number in numbers.values()):
+        return
+    shown = ", ".join(f"{name} {number:.6g}" for name, number in numbers.items())
+    raise _error(f"loss must be finite, got {shown} at step {step}", directory)
+
+
+def check_weights(model: nn.Module, step: int, directory: Path) -> None:
+    """Raise NotFiniteError where a weight is infinite or NaN after ``step`` steps. Cost: reads all weights once."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise _error(f"weights must be finite, got {name} with infinities or NaN after step {step}", directory)
+
+
+def _error(fault: str, directory: Path) -> NotFiniteError:
+    return NotFiniteError(
+        f"train: {fault} in {directory}. Nothing was exported. Start again in another folder with a lower learning "
+        "rate, more warm-up steps, or in float32."
+    )
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

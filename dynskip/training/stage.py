@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
-from dynskip.files import write_json
+from dynskip.files import file_hash, write_json
+from dynskip.host import commit
 from dynskip.training.resumable import ResumableTrainer
 
 AnyTrainer = TypeVar("AnyTrainer", bound=ResumableTrainer)
@@ -36,18 +42,29 @@ def end_processes() -> None:
 
 def record_start(
     directory: Path,
-    started: Record,
+    config: Record,
+    data: Sequence[Path],
     check: Callable[[Record, Record, Path], None],
     *,
     use_cpu: bool,
     kept: tuple[str, ...] = ("commit", "started"),
     **found: object,
 ) -> None:
-    """Write ``run.json``, or add to it a start with what it says under the names ``kept``.
+    """Write ``run.json``, what one needs to know to repeat the run; or add to it a start with its names ``kept``.
 
     check: raises ValueError where a run of the second record cannot go on with what one of the first has left in the
     directory. found: what the run says besides.
     """
+    started = {
+        "config": config,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "commit": commit(),
+        "data": {path.name: file_hash(path) for path in data},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     path = directory / "run.json"
     new = json.loads(json.dumps(started))
     old = json.loads(path.read_text()) if path.exists() else None
@@ -73,6 +90,39 @@ def run_stage(directory: Path, make_trainer: Callable[[], AnyTrainer], export: C
     if trainer.is_world_process_zero():
         write_json(done, export(trainer))
     trainer.accelerator.wait_for_everyone()
+
+
+def write_curves(directory: Path, history: Sequence[dict[str, Any]]) -> list[Path]:
+    """The files written: ``curves.json``, ``curves.csv``, ``curves.png``.
+
+    history: a Trainer's log, one entry a step with ``loss``, one an evaluation with ``eval_loss``.
+    """
+    paths = [directory / "curves.json", directory / "curves.csv"]
+    write_json(paths[0], list(history))
+    names = ["step", *sorted({name for entry in history for name in entry} - {"step"})]
+    with paths[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
+    if find_spec("matplotlib") is not None:
+        paths.append(directory / "curves.png")
+        _draw(paths[2], history)
+    return paths
+
+
+def _draw(path: Path, history: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, marker, label in (("loss", "", "training batch"), ("eval_loss", "o", "validation")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per response token")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def save_model(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

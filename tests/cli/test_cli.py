@@ -18,7 +18,7 @@ import pytest
 
 import dynskip.cli
 from dynskip.cli import COMMANDS, main
-from dynskip.cli.errors import UserError, user_message
+from dynskip.cli.options import UserError, user_message
 from dynskip.version import __version__
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]

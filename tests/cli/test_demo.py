@@ -18,7 +18,7 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, shape_key
 from dynskip.measure import depths, machine, random_models
 from dynskip.measure.depths import Comparison, Depth, compare_depths
-from dynskip.measure.layer_costs import measure_layer_costs, row_counts_up_to
+from dynskip.measure.products import measure_layer_costs, row_counts_up_to
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
 from dynskip.scheduler.outcome import Outcome, Tally

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynskip.evaluation.stats.knapsack import Hulls, Knapsack, choose, smallest_budgets
+from dynskip.evaluation.stats.knapsack import Hulls, Knapsack, smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
 
 PAPER_COSTS = (4, 8, 12, 24)
@@ -87,7 +87,7 @@ def test_hulls_of_a_resample_are_those_of_its_rows() -> None:
 
 def test_of_equal_choices_the_cheapest_is_taken() -> None:
     scores = [[0.5, 0.5, 0.5], [0.1, 0.9, 0.9]]
-    assert choose(scores, [4, 8, 24], budget=24).tolist() == [0, 1]
+    assert Knapsack(scores, [4, 8, 24]).choose(budget=24).tolist() == [0, 1]
 
 
 def test_smallest_budgets_stands_on_the_line_between_two_points() -> None:
@@ -111,7 +111,7 @@ def test_bad_tables_are_named(scores: list[list[float]], costs: list[int], compl
 
 def test_a_budget_below_every_path_is_named() -> None:
     with pytest.raises(ValueError, match="budget must be at least the cheapest path's 4, got 3"):
-        choose([[0.1, 0.2]], [4, 8], budget=3)
+        Knapsack([[0.1, 0.2]], [4, 8]).choose(budget=3)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

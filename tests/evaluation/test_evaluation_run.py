@@ -224,7 +224,7 @@ def test_seeds_repeat_and_differ(folder: Path) -> None:
 def test_generations_are_those_of_each_prompt_alone(folder: Path, tmp_path: Path) -> None:
     """What shares a batch, and in which order, changes nothing: greedy texts in float32 are those of a batch of one."""
     from dynskip import LLM, LayerPath, SamplingParams
-    from dynskip.evaluation.tasks.rouge import rouge_l
+    from dynskip.evaluation.tasks.generations import rouge_l
 
     setup = tiny_setup(folder)
     context = Context(setup)

@@ -10,7 +10,7 @@ from made_up_results import made_up_setup, summary_of
 
 from dynskip.evaluation.registry import EXPERIMENTS
 from dynskip.evaluation.report.evidence import ceiling
-from dynskip.evaluation.report.rows import percent
+from dynskip.evaluation.report.numbers import percent
 from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.sweep.store import ItemStore
 

@@ -14,7 +14,7 @@ from dynskip.evaluation.routers import prompt_transformer
 from dynskip.evaluation.routers.prompt_transformer import MAX_TOKENS, PromptTransformer
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.tasks.trained_routes import read_chosen, route_item
+from dynskip.evaluation.tasks.routes import read_chosen, route_item
 
 CLASSES = 3
 

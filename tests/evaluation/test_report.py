@@ -14,7 +14,8 @@ from summaries import example_summary
 
 from dynskip.cli import main
 from dynskip.evaluation.report.document import Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
-from dynskip.evaluation.report.rows import find, interval, number, percent, select, signed
+from dynskip.evaluation.report.numbers import interval, number, percent, signed
+from dynskip.evaluation.report.rows import find, select
 from dynskip.evaluation.report.savings import ORACLE_MIX, savings
 from dynskip.evaluation.report.sections import SECTIONS
 from dynskip.evaluation.report.sentences import section_sentences

@@ -21,9 +21,8 @@ from training_runs import checkpoint, corpora, data, small_config, small_run
 from dynskip.cli import main
 from dynskip.training.fine_tune.run import FineTuneRun
 from dynskip.training.fine_tune.trainer import FineTuneTrainer
-from dynskip.training.finite import NotFiniteError, check_numbers, check_weights
 from dynskip.training.pretrain.run import TrainingRun
-from dynskip.training.resumable import ResumableTrainer, latest_checkpoint
+from dynskip.training.resumable import NotFiniteError, ResumableTrainer, check_numbers, check_weights, latest_checkpoint
 
 __all__ = ["checkpoint", "corpora", "data"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers, accelerate and datasets warn of their own affairs

@@ -38,7 +38,6 @@ from dynskip.data.corpus import split_instructions
 from dynskip.data.examples import encode_examples
 from dynskip.data.templates import CHAT_TEMPLATES, alpaca_prompt, prompt_text
 from dynskip.models.tokenizer import check_vocabulary
-from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune import checkpoint_run
 from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
 from dynskip.training.fine_tune.config import paper, released_code
@@ -46,6 +45,7 @@ from dynskip.training.fine_tune.run import FineTuneRun, stages
 from dynskip.training.fine_tune.trainer import evaluations_since_best
 from dynskip.training.response_loss import ResponseLossOPT
 from dynskip.training.resumable import latest_checkpoint
+from dynskip.training.stage import write_curves
 
 __all__ = ["checkpoint", "data"]  # fixtures
 

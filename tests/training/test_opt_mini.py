@@ -15,8 +15,8 @@ from dynskip import OPTForCausalLM as PathOPT
 from dynskip.assets import opt_mini_directory
 from dynskip.data.corpus import Instruction
 from dynskip.data.examples import encode_examples
+from dynskip.data.templates import INPUT_MARK, INSTRUCTION_MARK, RESPONSE_MARK, prompt_text
 from dynskip.training.bits_per_byte import bits_per_byte
-from dynskip.training.pretrain.tokenizer import INPUT_MARK, INSTRUCTION_MARK, RESPONSE_MARK, prompt_text
 
 DIRECTORY = opt_mini_directory()
 MENU = {

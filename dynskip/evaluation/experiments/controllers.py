@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from dynskip.controllers.storage import load_controller
-from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, bootstrap_mean
+from dynskip.evaluation.stats.intervals import Floats, bootstrap, bootstrap_mean
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.setup import Setup, path_text
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.controller_runs import ARGMAX, controlled_items, timed_item
-from dynskip.evaluation.tasks.path_families import families, greedy, greedy_items
+from dynskip.evaluation.tasks.path_families import families, family_generations, family_items
 from dynskip.evaluation.tasks.timing import read_timings
 
 FIXED, STATIC = "fixed", "static"
@@ -39,23 +39,14 @@ class Point:
     @property
     def layers(self) -> float:
         """Mean layers of a decided token."""
-        return float(self.num_run.sum() / max(self.num_decided.sum(), 1.0))
-
-    def layers_interval(self, resamples: int) -> Interval:
-        """The same with its interval over sequences."""
-        return bootstrap(
-            lambda run, decided: run.sum() / max(decided.sum(), 1.0),
-            self.num_run,
-            self.num_decided,
-            resamples=resamples,
-        )
+        return _mean_layers(self.num_run, self.num_decided)
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     """The items: every controller's generations, those along uniform paths, and the time of all in turns."""
     if not setup.controllers:
         return []
-    items = greedy_items(setup, families(setup)["paths"])
+    items = family_items(setup, families(setup)["paths"])
     for controller in setup.controllers:
         for seed in range(setup.controller_seeds + 1):
             items += controlled_items(setup, controller, seed)
@@ -72,12 +63,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "Times are those of the likelier decisions; what a controller computes itself is in them.",
     ]
     if not setup.controllers:
-        return {
-            "n": 0,
-            "seeds": 0,
-            "rows": [],
-            "notes": ["No controller was given: name folders with --controller."],
-        }
+        given = "No controller was given: name folders with --controller."
+        return {"n": 0, "seeds": 0, "rows": [], "notes": [given]}
     static = _static_points(setup, store)
     learned = [
         _learned_point(setup, store, controller, seed)
@@ -95,36 +82,35 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for point in (*static, *learned):
         labels = {"controller": point.name, **point.labels}
-        rows += [
-            bootstrap_mean(point.rouge_l, resamples=setup.resamples).row(metric="rouge_l", **labels),
-            point.layers_interval(setup.resamples).row(metric="layers", **labels),
-            bootstrap_mean(point.num_tokens, resamples=setup.resamples).row(metric="num_tokens", **labels),
-        ]
-        rows += [
-            by_label[point.labels["timed_as"]].row(metric=metric, **labels)
-            for metric, by_label in times.items()
-            if point.labels["timed_as"] in by_label
-        ]
+        measured = {
+            "rouge_l": bootstrap_mean(point.rouge_l, resamples=setup.resamples),
+            "layers": bootstrap(_mean_layers, point.num_run, point.num_decided, resamples=setup.resamples),
+            "num_tokens": bootstrap_mean(point.num_tokens, resamples=setup.resamples),
+        }
+        timed_as = point.labels["timed_as"]
+        measured |= {metric: by_label[timed_as] for metric, by_label in times.items() if timed_as in by_label}
+        rows += [interval.row(metric=metric, **labels) for metric, interval in measured.items()]
         if point.labels["kind"] == STATIC:
             continue
-        alike = [other for other in learned if other.labels["kind"] == FIXED and _comparable(other, point)]
+        # Weights that were trained alike, and a controller that chooses alike.
+        same = {"kind": FIXED, **{name: point.labels[name] for name in ("backbone", "choice", "seed")}}
+        alike = [other for other in learned if same.items() <= other.labels.items()]
         for metric, frontier in (("over_fixed", [*alike, static[-1]]), ("over_static", static)):
             if metric == "over_fixed" and (point.labels["kind"] == FIXED or not alike):
                 continue
             difference = _over(point, frontier)
             if difference is not None:
                 rows.append(bootstrap_mean(difference, resamples=setup.resamples).row(metric=metric, **labels))
-    return {
-        "n": setup.prompts,
-        "seeds": setup.controller_seeds,
-        "rows": rows,
-        "notes": notes,
-    }
+    return {"n": setup.prompts, "seeds": setup.controller_seeds, "rows": rows, "notes": notes}
+
+
+def _mean_layers(num_run: Floats, num_decided: Floats) -> float:
+    return float(num_run.sum() / max(num_decided.sum(), 1.0))
 
 
 def _static_points(setup: Setup, store: ItemStore) -> list[Point]:
     members = families(setup)["paths"]
-    generations = greedy(setup, store, members)
+    generations = family_generations(setup, store, members)
     points = []
     for column, member in enumerate(members):
         num_tokens = generations.num_tokens[:, column].astype(np.float64)
@@ -141,16 +127,11 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
     def column(name: str) -> Floats:
         return np.array([value for item in items for value in store.result(item)[name]], dtype=np.float64)
 
-    choice = "argmax" if seed == ARGMAX else "sampled"
-    labels = {
-        "kind": controller.kind,
-        "width": controller.width,
-        "alpha": controller.alpha,
-        "target_layers": controller.target_layers,
-        "backbone": controller.backbone,
+    labels = {name: getattr(controller, name) for name in ("kind", "width", "alpha", "target_layers", "backbone")}
+    labels |= {
         "parameters": num_parameters(controller),
         "kv_policy": controller.kv_policy,
-        "choice": choice,
+        "choice": "argmax" if seed == ARGMAX else "sampled",
         "seed": seed,
         "timed_as": controller.label if seed == ARGMAX else None,
     }
@@ -161,11 +142,6 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
 def num_parameters(controller: ControllerFolder) -> int:
     """How many numbers the controller learned, those of layers that always run left out where they are apart."""
     return sum(parameter.numel() for parameter in load_controller(controller.directory).parameters())
-
-
-def _comparable(first: Point, second: Point) -> bool:
-    """Whether two controllers steer weights that were trained alike, and choose alike."""
-    return all(first.labels[name] == second.labels[name] for name in ("backbone", "choice", "seed"))
 
 
 def _over(point: Point, frontier: Sequence[Point]) -> Floats | None:

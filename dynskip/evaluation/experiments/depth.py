@@ -17,19 +17,10 @@ from dynskip.evaluation.stats.intervals import (
     permutation_p,
     spearman,
 )
-from dynskip.evaluation.stats.knapsack import Knapsack
-from dynskip.evaluation.stats.operating_points import operating_points
+from dynskip.evaluation.stats.knapsack import Knapsack, operating_points
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.path_families import (
-    Member,
-    choices,
-    greedy,
-    greedy_items,
-    notes_on_choices,
-    sampled,
-    sampled_items,
-)
+from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items, notes_on_choices
 from dynskip.evaluation.tasks.prompt_facts import NUMBERS, facts_items, read_numbers, read_task_types
 from dynskip.evaluation.tasks.routes import reader_of
 
@@ -40,7 +31,7 @@ def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     """The items: greedy generations along the oracle's candidates, and the facts of the prompts."""
     items: list[WorkItem] = []
     for name, members in choices(setup).items():
-        items += [*greedy_items(setup, members), *facts_items(setup, reader_of(setup, name), setup.split)]
+        items += [*family_items(setup, members), *facts_items(setup, reader_of(setup, name), setup.split)]
     return items
 
 
@@ -57,7 +48,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         *notes_on_choices(setup),
     ]
     for family, members in choices(setup).items():
-        generations = greedy(setup, store, members)
+        generations = family_generations(setup, store, members)
         costs = [member.budget for member in members]
         facts = facts_items(setup, reader_of(setup, family), setup.split)
         features = read_numbers(store, facts)
@@ -72,9 +63,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             notes.append(f"{family}: the reliability of depths needs the sampled generations of `dynskip eval oracle`.")
         for at, depth in depths.items():
             labels = {"family": family, "at": at}
-            found = {name: correlations(feature, depth) for name, feature in features.items()}
             for name, feature in features.items():
-                for metric, interval in found[name].items():
+                for metric, interval in correlations(feature, depth).items():
                     rows.append(interval.row(metric=metric, feature=name, **labels))
                 rows += _bins(name, feature, depth, labels)
             rows += _by_task(tasks, depth, labels)
@@ -94,11 +84,11 @@ def _reliability(setup: Setup, store: ItemStore, members: list[Member], budgets:
 
     Pairs of seeds that share no generation count alike.
     """
-    seeds = [seed for seed in range(1, setup.num_samples + 1) if not store.missing(sampled_items(setup, members, seed))]
+    seeds = [seed for seed in range(1, setup.num_samples + 1) if not store.missing(family_items(setup, members, seed))]
     if len(seeds) < 2:
         return {}
     costs = [member.budget for member in members]
-    knapsacks = [Knapsack(sampled(setup, store, members, seed).rouge_l, costs) for seed in seeds]
+    knapsacks = [Knapsack(family_generations(setup, store, members, seed).rouge_l, costs) for seed in seeds]
     pairs = [(first, first + 1) for first in range(0, len(seeds) - 1, 2)]
 
     def mean_correlation(*depths: Floats) -> float:
@@ -128,9 +118,8 @@ def _by_task(tasks: list[str], depth: Floats, labels: dict[str, Any]) -> list[di
     rows = []
     for number in np.argsort(-np.bincount(groups), kind="stable"):
         inside = depth[groups == number]
-        rows.append(
-            bootstrap_mean(inside).row(metric="mean_depth", task_type=str(names[number]), num=len(inside), **labels)
-        )
+        named = {"task_type": str(names[number]), "num": len(inside), **labels}
+        rows.append(bootstrap_mean(inside).row(metric="mean_depth", **named))
     p = permutation_p(depth, groups)
     explained = bootstrap(explained_by_groups, depth, groups.astype(np.float64))
     rows.append(explained.row(metric="explained_by_task", p=round(p, 6), **labels))

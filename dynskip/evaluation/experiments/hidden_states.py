@@ -16,7 +16,7 @@ from torch import Tensor
 from dynskip.data.batches import group_in_order
 from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
-from dynskip.evaluation.sweep.context import Context
+from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
@@ -44,24 +44,12 @@ def strategy_path(strategy: str, budget: int, num_layers: int, seed: int, row: i
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     """The items: by weights, by shard, the fixed strategies once and the drawn ones for each seed."""
-    options = (
-        ("device", setup.device),
-        ("max_tokens", setup.max_tokens),
-        ("num_rows", num_prompts(setup)),
-        ("shard_size", _SHARD_SIZE),
-        ("split_seed", setup.split_seed),
-        ("template", setup.template),
-    )
+    shards = {"device": setup.device, "num_rows": num_prompts(setup), "shard_size": _SHARD_SIZE}
     items = []
     for checkpoint in _checkpoints(setup).values():
         for seed in range(setup.seeds + 1):
             strategies = [f"{name}:{budget}" for name in (DRAWN if seed else FIXED) for budget in setup.budgets]
-            items += [
-                WorkItem(
-                    "states", checkpoint.hash, " ".join(strategies), setup.data_hash, setup.split, seed, shard, options
-                )
-                for shard in range(-(-num_prompts(setup) // _SHARD_SIZE))
-            ]
+            items += shard_items(setup, "states", checkpoint, " ".join(strategies), setup.split, seed, **shards)
     return items
 
 
@@ -72,7 +60,7 @@ def num_prompts(setup: Setup) -> int:
 
 def run_states(item: WorkItem, context: Context) -> dict[str, Any]:
     """By strategy and metric the mean over the response of each prompt in the shard; and how many tokens that were."""
-    rows = _shard(item, context)
+    rows = context.shard(item)
     return compare_states(context.llm(item.checkpoint, "float32"), rows, item.path.split(), item.seed)
 
 
@@ -155,18 +143,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "next-token distribution to the skipping model's, in nats.",
         *_notes_on_weights(setup),
     ]
-    return {
-        "n": num_prompts(setup),
-        "seeds": setup.seeds,
-        "num_tokens": num_tokens,
-        "rows": rows,
-        "notes": notes,
-    }
-
-
-def _shard(item: WorkItem, context: Context) -> Sequence[Row]:
-    rows = context.prompts(item.checkpoint, item.split, num_prompts(context.setup)).rows
-    return rows[item.shard * _SHARD_SIZE :][:_SHARD_SIZE]
+    return {"n": num_prompts(setup), "seeds": setup.seeds, "num_tokens": num_tokens, "rows": rows, "notes": notes}
 
 
 def _checkpoints(setup: Setup) -> dict[str, Checkpoint]:
@@ -179,11 +156,10 @@ def _checkpoints(setup: Setup) -> dict[str, Checkpoint]:
 def _notes_on_weights(setup: Setup) -> list[str]:
     if not setup.siblings:
         return []
-    paths = "paths: the weights that all paths share, those of the model."
-    smaller = [budget for budget, _ in setup.siblings if budget != setup.num_layers]
-    notes = [paths]
+    notes = ["paths: the weights that all paths share, those of the model."]
     if setup.full_checkpoint != setup.checkpoint:
-        notes = [f"{paths} full-tuned: the sibling of {setup.num_layers} layers, tuned at full depth only."]
+        notes[0] += f" full-tuned: the sibling of {setup.num_layers} layers, tuned at full depth only."
+    smaller = [budget for budget, _ in setup.siblings if budget != setup.num_layers]
     if smaller:
         notes.append(
             f"The siblings of {', '.join(map(str, smaller))} layers are not compared: a model tuned for one shallower "

@@ -7,19 +7,13 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean, point
+from dynskip.evaluation.stats.knapsack import Integers, Knapsack
 from dynskip.evaluation.stats.oracle_controls import OracleScores
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.path_families import (
-    Member,
-    choices,
-    greedy,
-    greedy_items,
-    notes_on_choices,
-    sampled,
-    sampled_items,
-)
-from dynskip.evaluation.tasks.timing import Part, mixed_batch, read_timings, time_item
+from dynskip.evaluation.tasks.generations import GREEDY
+from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items, notes_on_choices
+from dynskip.evaluation.tasks.timing import batches_alone, mixed_batch, read_timings, time_item
 
 FAMILIES = ("paths", "siblings")
 MIX = "oracle at its matching budget"
@@ -47,9 +41,7 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
         )
     items: list[WorkItem] = []
     for members in _families(setup).values():
-        needed = greedy_items(setup, members)
-        for seed in _seeds(setup):
-            needed += sampled_items(setup, members, seed)
+        needed = [item for seed in (GREEDY, *_seeds(setup)) for item in family_items(setup, members, seed)]
         items += needed
         if not store.missing(needed):
             items.append(_time_item(setup, store, members))
@@ -93,34 +85,27 @@ def _seeds(setup: Setup) -> range:
 
 
 def _scores(setup: Setup, store: ItemStore, members: list[Member]) -> OracleScores:
-    draws = [sampled(setup, store, members, seed).rouge_l for seed in _seeds(setup)]
+    draws = [family_generations(setup, store, members, seed).rouge_l for seed in _seeds(setup)]
     costs = tuple(member.budget for member in members)
-    return OracleScores(costs, greedy(setup, store, members).rouge_l, np.stack(draws), setup.resamples)
+    return OracleScores(costs, family_generations(setup, store, members).rouge_l, np.stack(draws), setup.resamples)
 
 
 def _time_item(setup: Setup, store: ItemStore, members: list[Member]) -> WorkItem:
     """The item that times each candidate and the mix of the oracle's choice at its matching budget."""
-    scores = OracleScores(
-        tuple(member.budget for member in members),
-        greedy(setup, store, members).rouge_l,
-        np.zeros((2, setup.prompts, len(members))),  # nothing drawn is asked for here
-        resamples=1,
-    )
-    batches = {str(member.budget): [Part(member.checkpoint.hash, member.path, setup.timed_batch)] for member in members}
-    mix = mixed_batch(members, _matching_choice(scores), setup.timed_batch)
-    return time_item(setup, {**batches, MIX: mix})
+    knapsack = Knapsack(family_generations(setup, store, members).rouge_l, [member.budget for member in members])
+    mix = mixed_batch(members, _matching_choice(knapsack), setup.timed_batch)
+    return time_item(setup, {**batches_alone(members, setup.timed_batch), MIX: mix})
 
 
-def _matching_choice(scores: OracleScores) -> Any:
-    return scores.knapsack.choose(scores.knapsack.smallest_budget(float(scores.greedy[:, -1].mean())))
+def _matching_choice(knapsack: Knapsack) -> Integers:
+    return knapsack.choose(knapsack.smallest_budget(float(knapsack.scores[:, -1].mean())))
 
 
 def _add_means(section: dict[str, Any], family: str, scores: OracleScores) -> None:
     rows = section["rows"]
-    best_up_to = np.maximum.accumulate(scores.greedy, axis=1)
     tables: dict[str, Floats] = {
         "mean": scores.greedy,
-        "best_up_to": best_up_to,
+        "best_up_to": np.maximum.accumulate(scores.greedy, axis=1),
         "mean_sampled": scores.sampled.mean(0),
         "best_of_draws": scores.best_of_draws(),
         "best_of_draws - mean_sampled": scores.best_of_draws() - scores.sampled.mean(0),
@@ -131,10 +116,8 @@ def _add_means(section: dict[str, Any], family: str, scores: OracleScores) -> No
             rows.append(interval.at(column).row(metric=metric, family=family, budget=budget))
     depths = scores.best_of_depths()
     of_full = depths - scores.sampled[:, :, -1].mean(0)
-    rows.append(bootstrap_mean(depths, resamples=scores.resamples).row(metric="best_of_depths", family=family))
-    rows.append(
-        bootstrap_mean(of_full, resamples=scores.resamples).row(metric="best_of_depths - mean_sampled", family=family)
-    )
+    for metric, values in (("best_of_depths", depths), ("best_of_depths - mean_sampled", of_full)):
+        rows.append(bootstrap_mean(values, resamples=scores.resamples).row(metric=metric, family=family))
     # How far the same prompt's texts differ at equal depth: the noise that any choice on one text drinks from.
     spread = np.sqrt(scores.sampled.var(0, ddof=1).mean(0))
     for column, budget in enumerate(scores.costs):
@@ -144,13 +127,10 @@ def _add_means(section: dict[str, Any], family: str, scores: OracleScores) -> No
 def _add_matching(section: dict[str, Any], family: str, scores: OracleScores) -> None:
     num_layers = scores.costs[-1]
     null, _, null_matching = scores.null_models()
-    found = {
-        "oracle": scores.matching_budget,
-        "cross-fitted": scores.matching_budget_of(scores.cross_fitted, scores.sampled.mean(0)),
-        "cross-fitted means": scores.matching_budget_of(scores.cross_fitted_means, scores.sampled.mean(0)),
-        "equal depth": scores.matching_budget_of(scores.equal_depth, scores.sampled.mean(0)),
-        "null": scores.interval(null_matching),
-    }
+    found = {"oracle": scores.matching_budget}
+    for control in ("cross-fitted", "cross-fitted means", "equal depth"):
+        found[control] = scores.matching_budget_of(scores.controls()[control], scores.sampled.mean(0))
+    found["null"] = scores.interval(null_matching)
     for control, interval in found.items():
         labels = {"family": family, "control": control}
         section["rows"].append(interval.row(metric="matching_budget", **labels))
@@ -160,7 +140,7 @@ def _add_matching(section: dict[str, Any], family: str, scores: OracleScores) ->
         {"family": family, "sd": round(null.sd, 5), "means": [round(mean, 6) for mean in null.means]}
         | {"matching_budget": point(null_matching[0])["value"]}
     )
-    counts = np.bincount(_matching_choice(scores), minlength=len(scores.costs))
+    counts = np.bincount(_matching_choice(scores.knapsack), minlength=len(scores.costs))
     section["histogram"].append(
         {"family": family, "at": point(scores.matching_budget.value)["value"]}
         | {"counts": {str(budget): int(count) for budget, count in zip(scores.costs, counts, strict=True)}}
@@ -173,10 +153,8 @@ def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> No
     Budgets that leave no choice, those of the cheapest path, are left out.
     """
     num_layers = scores.costs[-1]
-    places = {
-        "matching": scores.matching_budget.value,
-        **{name: share * num_layers for name, share in _PLACES.items()},
-    }
+    places = {"matching": scores.matching_budget.value}
+    places |= {name: share * num_layers for name, share in _PLACES.items()}
     controls = scores.controls()
     for name, budget in places.items():
         column = scores.at(budget)
@@ -184,10 +162,9 @@ def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> No
             continue
         labels = {"family": family, "place": name, "at": round(float(scores.grid[column]), 3)}
         for control, choice in controls.items():
-            parts = {"score": choice.score, "random": choice.random, "gain": choice.gain}
-            for metric, values in parts.items():
-                row = scores.interval(values[:, column]).row(metric=metric, control=control, **labels)
-                section["rows"].append(row)
+            for metric in ("score", "random", "gain"):
+                interval = scores.interval(getattr(choice, metric)[:, column])
+                section["rows"].append(interval.row(metric=metric, control=control, **labels))
             reference = REFERENCES.get(control)
             if reference is None:
                 continue
@@ -205,18 +182,15 @@ def _add_curves(section: dict[str, Any], family: str, scores: OracleScores) -> N
     curves["static mixture"] = scores.static
     for name, values in curves.items():
         interval = scores.interval(values)
-        lists = {
-            part: [round(float(value), 5) for value in getattr(interval, part)] for part in ("value", "low", "high")
-        }
-        section["curves"].append(
-            {"family": family, "name": name, "budgets": budgets}
-            | {"values": lists["value"], "low": lists["low"], "high": lists["high"]}
-        )
+        ends = {"values": _rounded(interval.value), "low": _rounded(interval.low), "high": _rounded(interval.high)}
+        section["curves"].append({"family": family, "name": name, "budgets": budgets, **ends})
     _, null_curve, _ = scores.null_models(resamples=0)
-    null_values = [round(float(value), 5) for value in null_curve]
-    section["curves"].append(
-        {"family": family, "name": "null", "budgets": budgets, "values": null_values, "low": None, "high": None}
-    )
+    ends = {"values": _rounded(null_curve), "low": None, "high": None}
+    section["curves"].append({"family": family, "name": "null", "budgets": budgets, **ends})
+
+
+def _rounded(curve: Floats) -> list[float]:
+    return [round(float(value), 5) for value in curve]
 
 
 def _notes(setup: Setup) -> list[str]:

@@ -19,6 +19,7 @@ from dynskip.evaluation.tasks.prompt_facts import facts_items
 from dynskip.evaluation.tasks.router_cost import overhead_items
 from dynskip.evaluation.tasks.routes import (
     FITTED,
+    TRAIN,
     TRAINED,
     FamilyRoutes,
     Routed,
@@ -28,7 +29,6 @@ from dynskip.evaluation.tasks.routes import (
     trained_items,
 )
 from dynskip.evaluation.tasks.timing import Part, mixed_batch, read_timings, time_item
-from dynskip.evaluation.tasks.trained_routes import TRAIN
 
 _FULL = "full"
 
@@ -65,21 +65,20 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             labels = {"family": name, "predictor": routed.predictor, "at": routed.at}
             captured = captured_share(found.scores, routed.chosen, routed.oracle)
             layers = bootstrap_mean(np.array(found.costs, dtype=np.float64)[routed.chosen].mean(0))
-            over_mix = _over_static_mix(found, routed, layers.value)
-            single, batched = (_median(overhead[routed.predictor][f"{kind}_ms"]) for kind in ("single", "batched"))
-            rows += [
-                captured.score.row(metric="rouge_l", **labels),
-                captured.random.row(metric="random", **labels),
-                captured.oracle.row(metric="oracle", **labels),
-                captured.gain.row(metric="gain", **labels),
-                over_mix.row(metric="over_static", **labels),
-                layers.row(metric="layers", **labels),
-                *(timed[routed.label].row(metric=metric, **labels) for metric, timed in timed_as[routed].items()),
-                single.row(metric="overhead_ms_single", **labels),
-                batched.row(metric="overhead_ms_batched", **labels),
-            ]
+            measured = {
+                "rouge_l": captured.score,
+                "random": captured.random,
+                "oracle": captured.oracle,
+                "gain": captured.gain,
+                "over_static": _over_static_mix(found, routed, layers.value),
+                "layers": layers,
+                **{metric: timed[routed.label] for metric, timed in timed_as[routed].items()},
+                "overhead_ms_single": _median(overhead[routed.predictor]["single_ms"]),
+                "overhead_ms_batched": _median(overhead[routed.predictor]["batched_ms"]),
+            }
             if captured.share is not None:
-                rows.append(captured.share.row(metric="captured_share", **labels))
+                measured["captured_share"] = captured.share
+            rows += [interval.row(metric=metric, **labels) for metric, interval in measured.items()]
         full = timings[fitted]["ms_per_token"][_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
     notes = [
@@ -94,12 +93,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "paths have the router's histogram, without the overhead.",
         *notes_on_choices(setup),
     ]
-    return {
-        "n": setup.prompts,
-        "seeds": setup.seeds,
-        "rows": rows,
-        "notes": notes,
-    }
+    return {"n": setup.prompts, "seeds": setup.seeds, "rows": rows, "notes": notes}
 
 
 def _time_item(setup: Setup, found: FamilyRoutes) -> WorkItem:

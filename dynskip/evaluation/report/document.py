@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 _MINUS = re.compile(r"(?<![\w.,-])-(?=\d)")  # a hyphen in front of a number that stands by itself
+_NUMBER = re.compile(r"[-+−±\d.,%\s\[\]…–()×]*")
 _INLINE = re.compile(r"\*\*(?P<strong>[^*]+)\*\*|`(?P<code>[^`]+)`")
 
 _STYLE = """
@@ -122,7 +123,7 @@ def _html_block(block: Block) -> str:
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    is_text = [any(not _is_number(row[column]) for row in rows) for column in range(len(header))]
+    is_text = [any(not _NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(header))]
 
     def line(cells: Sequence[str], tag: str) -> str:
         classes = (' class="text"' if text else "" for text in is_text)
@@ -161,10 +162,6 @@ def _inline(text: str) -> str:
         ),
         html.escape(text, quote=False),
     )
-
-
-def _is_number(cell: str) -> bool:
-    return re.fullmatch(r"[-+−±\d.,%\s\[\]…–()×]*", cell) is not None
 
 
 def _anchor(text: str) -> str:

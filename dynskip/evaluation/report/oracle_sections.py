@@ -9,19 +9,8 @@ from dynskip.evaluation.report import figures, oracle_claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table
 from dynskip.evaluation.report.evidence import ceiling, detectable
-from dynskip.evaluation.report.rows import (
-    MISSING,
-    Row,
-    Summary,
-    cell,
-    distinct,
-    families_of,
-    find,
-    interval,
-    number,
-    percent,
-    select,
-)
+from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, percent
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
 
 def oracle(section: Row, summary: Summary) -> list[Block]:
@@ -106,6 +95,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
     if sampled is not None:
         found = [figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
         matching.insert(1, found)
+    labels = ("family", "control", "place", "at")
     gains = [
         [
             str(figures.CONTROLS.get(row["control"], row["control"])),
@@ -113,7 +103,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
             cells("score", 4, control=row["control"], place=row.get("place")),
             cells("random", 4, control=row["control"], place=row.get("place")),
             interval(row, 4),
-            *_share_cells(find(section, **{**_labels(row), "metric": "surviving_share"})),
+            *_share_cells(find(section, metric="surviving_share", **{name: row.get(name) for name in labels})),
         ]
         for row in select(section, metric="gain", family=family)
     ]
@@ -141,14 +131,10 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
     ]
 
 
-def _labels(row: Row) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("family", "control", "place", "at")}
-
-
 def _share_cells(row: Row | None) -> list[str]:
     """A share of the oracle's gain, the share from which on it would have been seen, and the ceiling it stands for."""
     if row is None:
-        return [MISSING, MISSING, MISSING]
+        return [MISSING] * 3
     return [interval(row), _seen_from(row), percent(ceiling(row)) if row["control"] == "cross-fitted" else MISSING]
 
 
@@ -170,24 +156,13 @@ def router(section: Row, summary: Summary) -> list[Block]:
     quality, cost = [], []
     for row in select(section, metric="rouge_l"):
         at = {"family": row.get("family"), "predictor": row["predictor"], "at": row["at"]}
-        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", _plain(section, "layers", 2, **at)]
+        cells, plain = partial(cell, section, **at), partial(_plain, section, **at)
+        name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", plain("layers", 2)]
         share = find(section, metric="captured_share", **at)
-        scores = [
-            interval(row),
-            _plain(section, "random", **at),
-            _plain(section, "oracle", **at),
-            interval(share, 2),
-            _seen_from(share, 2),
-        ]
-        scores.append(cell(section, "over_static", 4, **at))
-        times = [
-            cell(section, "ms_per_token", **at),
-            cell(section, "ms_saved", **at),
-            _plain(section, "speedup", 2, **at),
-        ]
-        times += [cell(section, "overhead_ms_single", **at), cell(section, "overhead_ms_batched", **at)]
-        quality.append([*name, *scores])
-        cost.append([*name, *times])
+        captured = [interval(share, 2), _seen_from(share, 2)]
+        quality.append([*name, interval(row), plain("random"), plain("oracle"), *captured, cells("over_static", 4)])
+        overhead = [cells("overhead_ms_single"), cells("overhead_ms_batched")]
+        cost.append([*name, cells("ms_per_token"), cells("ms_saved"), plain("speedup", 2), *overhead])
     shared = ["weights", "predictor", "budget", "layers"]
     return [
         Paragraph(

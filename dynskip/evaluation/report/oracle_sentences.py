@@ -8,7 +8,8 @@ from dynskip.evaluation.report import oracle_claims as claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.figures import FAMILIES, FEATURES
-from dynskip.evaluation.report.rows import Row, Summary, families_of, interval, number, percent, signed
+from dynskip.evaluation.report.numbers import interval, number, percent, signed
+from dynskip.evaluation.report.rows import Row, Summary, families_of
 
 
 def oracle(section: Row, summary: Summary) -> list[str]:

@@ -9,19 +9,8 @@ from dynskip.evaluation.report import claims, figures, oracle_sections
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable
-from dynskip.evaluation.report.rows import (
-    MISSING,
-    Row,
-    Summary,
-    cell,
-    distinct,
-    families_of,
-    find,
-    interval,
-    number,
-    select,
-    signed,
-)
+from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, signed
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
 # What a token takes and what it saves, by metric.
 TIMES = {
@@ -133,23 +122,13 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
     for row in select(section, metric="rouge_l"):
         name = {"controller": row["controller"]}
         over = find(section, metric="over_fixed", **name)
-        quality.append(
-            [
-                str(row["controller"]),
-                cell(section, "layers", 2, **name),
-                interval(row),
-                MISSING if over is None else "untested" if row["controller"] in found.beyond else interval(over, 4),
-                cell(section, "over_static", 4, **name),
-            ]
-        )
-        cost.append(
-            [
-                str(row["controller"]),
-                f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING,
-                str(row.get("kv_policy") or MISSING),
-                *(cell(section, metric, **name) for metric in TIMES),
-            ]
-        )
+        over_fixed = "untested" if over is not None and row["controller"] in found.beyond else interval(over, 4)
+        over_static = cell(section, "over_static", 4, **name)
+        layers = cell(section, "layers", 2, **name)
+        quality.append([str(row["controller"]), layers, interval(row), over_fixed, over_static])
+        parameters = f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING
+        times = (cell(section, metric, **name) for metric in TIMES)
+        cost.append([str(row["controller"]), parameters, str(row.get("kv_policy") or MISSING), *times])
     paper_rows = [
         [name, str(alpha), number(layers, 1), number(score)] for name, alpha, layers, score in paper.CONTROLLERS
     ]
@@ -168,11 +147,7 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
             ["controller", "mean layers", "ROUGE-L", "over fixed input", "over uniform paths"],
             quality,
         ),
-        Table(
-            "What controllers cost",
-            ["controller", "parameters", "skipped layers store", *TIMES.values()],
-            cost,
-        ),
+        Table("What controllers cost", ["controller", "parameters", "skipped layers store", *TIMES.values()], cost),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),
     ]
 

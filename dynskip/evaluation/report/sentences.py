@@ -8,17 +8,8 @@ from typing import Any
 from dynskip.evaluation.report import claims, oracle_sentences
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES
-from dynskip.evaluation.report.rows import (
-    MISSING,
-    Row,
-    Summary,
-    distinct,
-    families_of,
-    interval,
-    number,
-    select,
-    signed,
-)
+from dynskip.evaluation.report.numbers import MISSING, interval, number, signed
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, select
 
 WEIGHTS = {"paths": "the weights shared by all paths", "full-tuned": "the weights tuned at full depth only"}
 

@@ -8,24 +8,14 @@ from statistics import median
 from dynskip.evaluation.report import claims, oracle_claims, oracle_sentences, sentences
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES
-from dynskip.evaluation.report.rows import (
-    Row,
-    Summary,
-    distinct,
-    families_of,
-    find,
-    interval,
-    number,
-    percent,
-    select,
-    signed,
-)
+from dynskip.evaluation.report.numbers import interval, number, percent, signed
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
 
 def in_short(summary: Summary) -> list[str]:
     """The sentences, for those sections that the summary has."""
     told: list[tuple[str, Callable[[Row, Summary], list[str]]]] = [
-        ("oracle", _null),
+        ("oracle", lambda section, summary: [oracle_sentences.paper_null()]),
         ("oracle", _floor),
         ("oracle", _surviving),
         ("router", _router),
@@ -37,10 +27,6 @@ def in_short(summary: Summary) -> list[str]:
     ]
     present = [(name, tell) for name, tell in told if (summary.get(name) or {}).get("rows")]
     return [text for name, tell in present for text in tell(summary[name], summary)]
-
-
-def _null(section: Row, summary: Summary) -> list[str]:
-    return [oracle_sentences.paper_null()]
 
 
 def _floor(section: Row, summary: Summary) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
-from dynskip.evaluation.report.rows import MISSING, number, select
+from dynskip.evaluation.report.numbers import MISSING, number
+from dynskip.evaluation.report.rows import select
 from dynskip.evaluation.report.savings import savings
 from dynskip.evaluation.report.sections import SECTIONS
 from dynskip.evaluation.report.sentences import section_sentences
@@ -67,7 +68,8 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
             continue
         if told := section_sentences(summary, key):
             blocks.append(Items(told))
-        blocks.append(Paragraph(f"{section['n']:,} sequences, {_plural(section['seeds'], 'seed')}."))
+        plural = "" if section["seeds"] == 1 else "s"
+        blocks.append(Paragraph(f"{section['n']:,} sequences, {section['seeds']} seed{plural}."))
         blocks += section_blocks(section, summary)
         if section.get("notes"):
             blocks += [Heading("Notes", 3), Items(section["notes"])]
@@ -145,7 +147,3 @@ def _text(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:,}"
     return str(value)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

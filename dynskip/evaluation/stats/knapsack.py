@@ -17,6 +17,8 @@ Integers = npt.NDArray[np.int64]
 
 # Mean budgets such as 5.6 are not binary fractions: a capacity may miss its integer by rounding alone.
 _ROUNDING = 1e-9
+# Shares of the full depth at which routers are trained and chosen depths are looked at: 8 and 12 of 24 layers.
+SHARES = (1 / 3, 1 / 2)
 
 
 class Knapsack:
@@ -85,9 +87,14 @@ class Knapsack:
         return float(self.costs.min()) + int(np.argmax(reached)) * self._unit / len(self.scores)
 
 
-def choose(scores: npt.ArrayLike, costs: Sequence[int], budget: float) -> Integers:
-    """[N], int64: for each row of ``scores`` [N, K] the column that the knapsack chooses at mean cost ``budget``."""
-    return Knapsack(scores, costs).choose(budget)
+def operating_points(scores: Floats, costs: Sequence[int]) -> list[float]:
+    """Mean budgets, increasing: where the oracle on ``scores`` [N, K] first matches the dearest path, to a tenth of a
+    layer, and a third and a half of that path's layers. Budgets that leave no choice are left out."""
+    cheapest, dearest = min(costs), max(costs)
+    full = scores[:, list(costs).index(dearest)].mean()
+    matching = Knapsack(scores, costs).smallest_budget(float(full))
+    points = {round(share * dearest, 1) for share in SHARES} | {math.ceil(round(matching * 10, 6)) / 10}
+    return sorted(point for point in points if cheapest < point < dearest)
 
 
 class Hulls:

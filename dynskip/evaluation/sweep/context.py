@@ -62,8 +62,8 @@ class Context:
 
     def shard(self, item: WorkItem) -> Sequence[Row]:
         """The rows of an item."""
-        rows = self.prompts(item.checkpoint, item.split).rows
-        return rows[item.shard * self.setup.shard_size :][: self.setup.shard_size]
+        num_rows, size = int(item.option("num_rows")), int(item.option("shard_size"))
+        return self.prompts(item.checkpoint, item.split, num_rows).rows[item.shard * size :][:size]
 
     def _check_same_tokenizer(self, llm: LLM, checkpoint_hash: str) -> None:
         base: Any = self.llm(self.setup.checkpoint.hash)
@@ -84,14 +84,17 @@ def num_rows(setup: Setup, split: str) -> int:
 def shard_items(
     setup: Setup, task: str, checkpoint: Checkpoint, path: str, split: str, seed: int = 0, **options: Option
 ) -> list[WorkItem]:
-    """The items of ``task`` that go through the prompts of ``split`` once, with ``options`` beside those of all."""
-    options |= {
+    """The items of ``task`` that go through the prompts of ``split`` once, with ``options`` beside those of all.
+
+    num_rows, shard_size: as options, in place of the setup's.
+    """
+    options = {
         "max_tokens": setup.max_tokens,
         "num_rows": num_rows(setup, split),
         "shard_size": setup.shard_size,
         "split_seed": setup.split_seed,
         "template": setup.template,
-    }
+    } | options
     named = tuple(sorted(options.items()))
-    shards = range(-(-num_rows(setup, split) // setup.shard_size))
+    shards = range(-(-int(options["num_rows"]) // int(options["shard_size"])))
     return [WorkItem(task, checkpoint.hash, path, setup.data_hash, split, seed, shard, named) for shard in shards]

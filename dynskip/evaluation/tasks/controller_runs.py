@@ -15,7 +15,7 @@ from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.setup import Setup, path_text
 from dynskip.evaluation.sweep.store import WorkItem
-from dynskip.evaluation.tasks.rouge import rouge_l
+from dynskip.evaluation.tasks.generations import rouge_l
 from dynskip.evaluation.tasks.timing import decode_ms, machine_item
 from dynskip.llm import LLM
 from dynskip.measure.timing import interleave
@@ -98,7 +98,7 @@ def run_controlled(item: WorkItem, context: Context) -> dict[str, Any]:
             raise sequence.request.error  # no score stands for it
     assert llm.tokenizer is not None, "a context's models have their tokenizers"
     texts = [str(llm.tokenizer.decode(sequence.token_ids, skip_special_tokens=True)) for sequence in sequences]
-    scores = rouge_l([row.reference for row in rows], texts, num_processes=1)
+    scores = rouge_l([row.reference for row in rows], texts)
     return {
         "rows": [row.index for row in rows],
         "rouge_l": [round(score, 6) for score in scores],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,32 @@ from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.rouge import rouge_l
 from dynskip.llm import Output
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
 
 GREEDY = 0
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ImportError(
+            "rouge_l: the package rouge_score must be installed, got none. Install it with `pip install dynskip[eval]`."
+        ) from None
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> list[float]:
+    """The F-measure of ROUGE-L of each prediction against its reference, without stemming, in order."""
+    if len(references) != len(predictions):
+        raise ValueError(
+            f"rouge_l: predictions must be one per reference, got {len(predictions)} for {len(references)}."
+        )
+    pairs = zip(references, predictions, strict=True)
+    return [float(_scorer().score(reference, prediction)["rougeL"].fmeasure) for reference, prediction in pairs]
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,7 @@ def run_generate(item: WorkItem, context: Context) -> dict[str, Any]:
     paths = item.path.split()
     outputs = _generate(item, context, rows)
     texts = [output.text or "" for output in outputs]
-    scores = rouge_l([row.reference for row in rows for _ in paths], texts, num_processes=1)
+    scores = rouge_l([row.reference for row in rows for _ in paths], texts)
     by_path = {}
     for column, path in enumerate(paths):
         of_path = outputs[column :: len(paths)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup, path_text
@@ -41,36 +44,33 @@ def families(setup: Setup) -> dict[str, list[Member]]:
     return found
 
 
-def greedy_items(setup: Setup, members: list[Member]) -> list[WorkItem]:
-    """The items of greedy generations of a family on the setup's split."""
-    return [item for member in members for item in _items_of(setup, member, GREEDY)]
-
-
-def greedy(setup: Setup, store: ItemStore, members: list[Member], split: str | None = None) -> Generations:
-    """Greedy generations of a family: a column for each member, in order."""
-    return _joined(store, [(member, _items_of(setup, member, GREEDY, split)) for member in members])
-
-
-def sampled_items(setup: Setup, members: list[Member], seed: int) -> list[WorkItem]:
-    """The items of generations that a family samples with ``seed``, from 1 on."""
+def family_items(setup: Setup, members: Sequence[Member], seed: int = GREEDY) -> list[WorkItem]:
+    """The items of a family's generations on the setup's split: greedy ones, or sampled with ``seed``, from 1 on."""
     return [item for member in members for item in _items_of(setup, member, seed)]
 
 
-def sampled(setup: Setup, store: ItemStore, members: list[Member], seed: int) -> Generations:
-    """Generations that a family sampled with ``seed``."""
-    return _joined(store, [(member, _items_of(setup, member, seed)) for member in members])
-
-
-def candidates(setup: Setup, members: list[Member]) -> list[Member]:
-    """Those members that the oracle chooses among."""
-    return [member for member in members if member.budget in (*setup.candidates, setup.num_layers)]
+def family_generations(setup: Setup, store: ItemStore, members: Sequence[Member], seed: int = GREEDY) -> Generations:
+    """The generations of ``family_items``: a column for each member, in order."""
+    columns = [read_generations(store, _items_of(setup, member, seed)).along([member.path]) for member in members]
+    rows = columns[0].rows
+    assert all((column.rows == rows).all() for column in columns), "all weights answer the same prompts"
+    return Generations(
+        rows,
+        tuple(member.path for member in members),
+        np.concatenate([column.rouge_l for column in columns], axis=1),
+        np.concatenate([column.num_tokens for column in columns], axis=1),
+    )
 
 
 def choices(setup: Setup) -> dict[str, list[Member]]:
-    """By name the candidates of each family whose members were tuned for what they run, where there are several."""
-    found = families(setup)
-    tuned = {name: candidates(setup, found[name]) for name in ("siblings", "paths") if name in found}
-    return {name: members for name, members in tuned.items() if len(members) > 1}
+    """By name the candidates of each family whose members were tuned for what they run, where there are several.
+
+    Candidates are what the oracle chooses among.
+    """
+    found, budgets = families(setup), (*setup.candidates, setup.num_layers)
+    tuned = {name: found[name] for name in ("siblings", "paths") if name in found}
+    candidates = {name: [member for member in tuned[name] if member.budget in budgets] for name in tuned}
+    return {name: members for name, members in candidates.items() if len(members) > 1}
 
 
 def notes_on_choices(setup: Setup) -> list[str]:
@@ -79,8 +79,8 @@ def notes_on_choices(setup: Setup) -> list[str]:
     return [f"{name}: left out, only one of its budgets is among the candidates." for name in missing]
 
 
-def _items_of(setup: Setup, member: Member, seed: int, split: str | None = None) -> list[WorkItem]:
-    return generate_items(setup, member.checkpoint, _paths_of(setup, member, seed), split, seed)
+def _items_of(setup: Setup, member: Member, seed: int) -> list[WorkItem]:
+    return generate_items(setup, member.checkpoint, _paths_of(setup, member, seed), seed=seed)
 
 
 def _paths_of(setup: Setup, member: Member, seed: int) -> list[str]:
@@ -95,17 +95,3 @@ def _paths_of(setup: Setup, member: Member, seed: int) -> list[str]:
     if member.checkpoint == siblings.get(setup.num_layers):
         return everything if seed == GREEDY else ["full"]
     return [member.path]
-
-
-def _joined(store: ItemStore, parts: list[tuple[Member, list[WorkItem]]]) -> Generations:
-    import numpy as np
-
-    columns = [read_generations(store, items).along([member.path]) for member, items in parts]
-    first = columns[0]
-    assert all((column.rows == first.rows).all() for column in columns), "all weights answer the same prompts"
-    return Generations(
-        first.rows,
-        tuple(member.path for member, _ in parts),
-        np.concatenate([column.rouge_l for column in columns], axis=1),
-        np.concatenate([column.num_tokens for column in columns], axis=1),
-    )

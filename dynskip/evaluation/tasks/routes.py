@@ -1,26 +1,27 @@
-"""What prompt-only routers learn from, and what they choose."""
+"""What prompt-only routers learn from, and what they choose; items of the task "route" for those slow to train."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from dynskip.evaluation.routers.path_router import Integers, PathRouter, PredictorName
+from dynskip.evaluation.routers.path_router import Integers, PathRouter, PredictorName, router_inputs
 from dynskip.evaluation.stats.intervals import Floats
-from dynskip.evaluation.stats.knapsack import Knapsack
-from dynskip.evaluation.stats.operating_points import operating_points
+from dynskip.evaluation.stats.knapsack import Knapsack, operating_points
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import generate_items, read_generations
-from dynskip.evaluation.tasks.path_families import Member, choices, greedy, greedy_items
-from dynskip.evaluation.tasks.prompt_facts import facts_items, read_features
-from dynskip.evaluation.tasks.trained_routes import TRAIN, read_chosen, route_item
+from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items
+from dynskip.evaluation.tasks.prompt_facts import embed, facts_items, read_features, template_heads
 
+TRAIN = "train"
 # Predictors that are timed in turns. The first are fitted within seconds, whenever a section is summarised; the others
 # take minutes, so that what they choose is an item of its own.
 FITTED: tuple[PredictorName, ...] = ("logistic", "boosting", "ridge")
@@ -68,14 +69,14 @@ def reader_of(setup: Setup, family: str) -> Checkpoint:
 def split_items(setup: Setup, members: Sequence[Member], split: str) -> list[WorkItem]:
     """The greedy generations of ``members`` on ``split``: those paths and no others, by weights in one batch."""
     if split == setup.split:
-        return greedy_items(setup, list(members))
+        return family_items(setup, members)
     return [item for items in _by_weights(setup, members, split).values() for item in items]
 
 
 def split_scores(setup: Setup, store: ItemStore, members: Sequence[Member], split: str) -> Floats:
     """[N, K]: ROUGE-L of the prompts of ``split`` along each of ``members``."""
     if split == setup.split:
-        return greedy(setup, store, list(members)).rouge_l
+        return family_generations(setup, store, members).rouge_l
     read = {key: read_generations(store, items) for key, items in _by_weights(setup, members, split).items()}
     return np.concatenate([read[member.checkpoint.hash].along([member.path]).rouge_l for member in members], axis=1)
 
@@ -154,3 +155,48 @@ def _by_weights(setup: Setup, members: Sequence[Member], split: str) -> dict[str
         together = [other.path for other in members if other.checkpoint == member.checkpoint]
         found.setdefault(member.checkpoint.hash, generate_items(setup, member.checkpoint, together, split))
     return found
+
+
+def route_item(
+    setup: Setup,
+    reader: Checkpoint,
+    predictor: PredictorName,
+    costs: Sequence[int],
+    labels: Integers,
+    at: float,
+    seed: int,
+) -> WorkItem:
+    """The item that trains a router on the oracle's choices and routes the prompts of the setup's split.
+
+    reader: the weights whose token embeddings it reads. costs: [K], of the paths. labels: [N], the column of the
+    oracle's path of each training prompt, at a mean cost of ``at``.
+    """
+    text = json.dumps({"predictor": predictor, "at": at, "costs": list(costs), "labels": labels.tolist()})
+    options = (
+        ("max_tokens", setup.max_tokens),
+        ("num_rows", num_rows(setup, setup.split)),
+        ("split_seed", setup.split_seed),
+        ("template", setup.template),
+    )
+    return WorkItem("route", reader.hash, text, setup.data_hash, setup.split, seed, 0, options)
+
+
+def run_route(item: WorkItem, context: Context) -> dict[str, Any]:
+    """The column of the path of each prompt of the split, and the price of a layer that the router has set."""
+    task = json.loads(item.path)
+    llm = context.llm(item.checkpoint)
+    heads = template_heads(llm.tokenizer, context.setup.template)
+    inputs = []
+    for split in (TRAIN, item.split):
+        prompts = [row.prompt_ids for row in context.prompts(item.checkpoint, split).rows]
+        inputs.append(router_inputs(task["predictor"], prompts, [embed(llm, ids) for ids in prompts], heads))
+    labels = np.array(task["labels"], dtype=np.int64)
+    # The oracle's choice is all that such a router learns from: of the scores it is told which path was chosen.
+    chosen = np.eye(len(task["costs"]))[labels]
+    router = PathRouter(task["predictor"], task["costs"], item.seed).fit(inputs[0], chosen, labels, task["at"])
+    return {"chosen": router.choose(inputs[1]).tolist(), "price": router.price}
+
+
+def read_chosen(store: ItemStore, items: Sequence[WorkItem]) -> Integers:
+    """[S, N], int64: what the routers of S seeds chose for the prompts of the split."""
+    return np.array([store.result(item)["chosen"] for item in items], dtype=np.int64)

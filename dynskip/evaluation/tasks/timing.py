@@ -39,6 +39,11 @@ class Part:
     count: int
 
 
+def batches_alone(members: Sequence[Member], batch: int) -> dict[str, list[Part]]:
+    """By budget a batch of each member's path alone."""
+    return {str(member.budget): [Part(member.checkpoint.hash, member.path, batch)] for member in members}
+
+
 def mixed_batch(members: Sequence[Member], choices: Integers, batch: int) -> list[Part]:
     """A batch whose paths are as frequent as in ``choices``, columns of ``members``, to the nearest sequence."""
     counts = dealt(choices, len(members), batch)
@@ -99,11 +104,7 @@ def run_time(item: WorkItem, context: Context) -> dict[str, Any]:
 
 
 def decode_ms(
-    llm: LLM,
-    prompts: Sequence[Sequence[int]],
-    paths: Paths,
-    kv_policy: str | None = None,
-    prompt_depth: str = "path",
+    llm: LLM, prompts: Sequence[Sequence[int]], paths: Paths, kv_policy: str | None = None, prompt_depth: str = "path"
 ) -> float:
     """The milliseconds of one decode step of a batch: the mean of a few after the first ones.
 

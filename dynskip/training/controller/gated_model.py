@@ -5,8 +5,8 @@ Running a model so saves no time. Afterwards the controller runs through the exe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dynskip.controllers.gumbel import gumbel_gate, gumbel_noise
 from dynskip.controllers.learned import LearnedController, LearnedSequenceController, LearnedTokenController
 from dynskip.controllers.protocol import TokenContext
 from dynskip.data.batches import IGNORED
-from dynskip.training.head_loss import head_loss
+from dynskip.training.response_loss import head_loss, replaced_layers
 
 # The gate of a layer, [B, T, 1], for its input [B, T, C]; None where every row runs it.
 Gate = Callable[[int, Tensor], Tensor | None]
@@ -38,19 +38,13 @@ class _GatedLayer(nn.Module):
         return gate * output + (1 - gate) * hidden_states
 
 
-@contextmanager
-def gated_layers(model: OPTForCausalLM, gate: Gate) -> Iterator[None]:
+def gated_layers(model: OPTForCausalLM, gate: Gate) -> AbstractContextManager[None]:
     """Within the context each layer's output is blended with its input by its gate.
 
     A skipped token leaves the keys and values of its passed-through state: the KV policy "propagate".
     """
-    decoder = model.model.decoder
-    every_layer = decoder.layers
-    decoder.layers = nn.ModuleList([_GatedLayer(layer, index, gate) for index, layer in enumerate(every_layer)])
-    try:
-        yield
-    finally:
-        decoder.layers = every_layer
+    every_layer = model.model.decoder.layers
+    return replaced_layers(model, [_GatedLayer(layer, index, gate) for index, layer in enumerate(every_layer)])
 
 
 class ControlledModel(nn.Module):

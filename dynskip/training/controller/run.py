@@ -17,9 +17,8 @@ from dynskip.paths import LayerPath
 from dynskip.training.controller.config import ControllerConfig
 from dynskip.training.controller.gated_model import ControlledModel
 from dynskip.training.controller.trainer import ControllerTrainer
-from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
-from dynskip.training.stage import run_stage
+from dynskip.training.stage import default_device, run_stage, write_curves
 
 
 class ControllerRun(CheckpointRun):
@@ -33,7 +32,7 @@ class ControllerRun(CheckpointRun):
         device: torch.device | None = None,
         progress: bool = True,
     ) -> None:
-        super().__init__(config.training, data, directory, device, progress)
+        super().__init__(config.training, data, directory, device or default_device(), progress)
         self.config = config
 
     def train(self) -> Path:

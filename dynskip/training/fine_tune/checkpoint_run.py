@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
 from dynskip.data.corpus import read_corpus
 from dynskip.data.examples import Example, encode_examples
-from dynskip.data.provenance import provenance
 from dynskip.data.templates import CHAT_TEMPLATES
 from dynskip.files import whole_folder, write_json
 from dynskip.models.source_files import read_config, read_source
@@ -71,29 +71,21 @@ def load_rows(
     return examples, validation, counts
 
 
+@dataclass(eq=False)
 class CheckpointRun:
     """A run in ``directory`` that trains on a checkpoint, with the rows of an Alpaca file, as ``training`` says.
 
     tokenizer, examples, validation: there after ``start``.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    examples: Sequence[Example]
-    validation: Sequence[Example]
-
-    def __init__(
-        self,
-        training: FineTuneConfig,
-        data: Path,
-        directory: Path,
-        device: torch.device | None = None,
-        progress: bool = True,
-    ) -> None:
-        self.training = training
-        self.data = data
-        self.directory = directory
-        self.device = default_device() if device is None else device
-        self.progress = progress
+    training: FineTuneConfig
+    data: Path
+    directory: Path
+    device: torch.device = field(default_factory=default_device)
+    progress: bool = True
+    tokenizer: PreTrainedTokenizerBase = field(init=False)
+    examples: Sequence[Example] = field(init=False)
+    validation: Sequence[Example] = field(init=False)
 
     def start(self, config: dict[str, Any]) -> None:
         """Seed, read tokenizer and rows, and put the start of a run of ``config`` on record.
@@ -104,8 +96,8 @@ class CheckpointRun:
         self.tokenizer = load_tokenizer(self.training.model)
         check_length(self.training.max_tokens, self.training.model)
         self.examples, self.validation, counts = load_rows(self.training, self.data, self.tokenizer)
-        started = provenance(config, [self.data])
-        record_start(self.directory, started, check_same_run, use_cpu=self.device.type == "cpu", counts=counts)
+        use_cpu = self.device.type == "cpu"
+        record_start(self.directory, config, [self.data], check_same_run, use_cpu=use_cpu, counts=counts)
 
     def load(self, source: str, kind: type[OPTForCausalLM]) -> Any:
         """The model of a checkpoint; ValueError where the tokenizer does not fit it."""

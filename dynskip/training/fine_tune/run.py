@@ -12,12 +12,11 @@ import torch
 from transformers import OPTForCausalLM
 
 from dynskip.paths import LayerPath
-from dynskip.training.curves import write_curves
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
 from dynskip.training.fine_tune.config import FineTuneConfig
 from dynskip.training.fine_tune.trainer import FineTuneTrainer
 from dynskip.training.response_loss import ResponseLossOPT
-from dynskip.training.stage import run_stage
+from dynskip.training.stage import run_stage, write_curves
 
 
 @dataclass(frozen=True, slots=True)

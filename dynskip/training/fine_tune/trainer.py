@@ -15,9 +15,8 @@ from transformers import ProgressCallback
 from dynskip.data.batches import IGNORED, Batch, StepPlan, group_in_order, pad_examples
 from dynskip.paths import LayerPath
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
-from dynskip.training.finite import check_numbers
 from dynskip.training.response_loss import ResponseLossOPT, only_layers
-from dynskip.training.resumable import ResumableTrainer
+from dynskip.training.resumable import ResumableTrainer, check_numbers
 from dynskip.training.schedule import PathMenu
 from dynskip.training.stage import processes
 

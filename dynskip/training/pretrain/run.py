@@ -14,13 +14,12 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from dynskip.data.corpus import Corpus, read_corpus
 from dynskip.data.examples import Example, encode_examples, encode_windows
-from dynskip.data.provenance import provenance
 from dynskip.files import whole_folder, write_json
 from dynskip.training import attention
-from dynskip.training.finite import check_numbers
 from dynskip.training.pretrain.config import ModelShape, RunConfig, check_same_run
 from dynskip.training.pretrain.tokenizer import train_tokenizer, training_texts
 from dynskip.training.pretrain.trainer import PathTrainer
+from dynskip.training.resumable import check_numbers
 from dynskip.training.stage import default_device, record_start, run_stage, save_model
 
 Evaluate = Callable[[OPTForCausalLM, Sequence[Example], int], dict[str, float]]
@@ -52,14 +51,10 @@ def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) 
     model = OPTForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.decoder.layers:
-            layer.self_attn.out_proj.weight.zero_()
+            heads = layer.self_attn
+            heads.out_proj.weight.zero_()
             layer.fc2.weight.zero_()
-            for matrix in (
-                layer.self_attn.q_proj,
-                layer.self_attn.k_proj,
-                layer.self_attn.v_proj,
-                layer.fc1,
-            ):
+            for matrix in (heads.q_proj, heads.k_proj, heads.v_proj, layer.fc1):
                 matrix.weight.normal_(std=0.5 * shape.hidden_size**-0.5)
     return model
 
@@ -96,7 +91,8 @@ class TrainingRun:
         """The folder of the exported bf16 model with its tokenizer and scores, after all phases."""
         record_start(
             self.directory,
-            provenance(dataclasses.asdict(self.config), self._data),
+            dataclasses.asdict(self.config),
+            self._data,
             check_same_run,
             use_cpu=not torch.cuda.is_available(),
             kept=("config", "commit", "started"),

@@ -6,21 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dynskip.data.corpus import Corpus
-from dynskip.data.templates import CHAT_TEMPLATES, INPUT_MARK, INSTRUCTION_MARK, RESPONSE_MARK, prompt_text
+from dynskip.data.templates import CHAT_TEMPLATES, INPUT_MARK, INSTRUCTION_MARK, RESPONSE_MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-__all__ = [
-    "END_TOKEN",
-    "INPUT_MARK",
-    "INSTRUCTION_MARK",
-    "PAD_TOKEN",
-    "RESPONSE_MARK",
-    "prompt_text",
-    "train_tokenizer",
-    "training_texts",
-]
 
 PAD_TOKEN = "<pad>"
 END_TOKEN = "</s>"

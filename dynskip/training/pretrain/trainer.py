@@ -15,12 +15,10 @@ from transformers import OPTForCausalLM
 
 from dynskip.data.batches import Batch, BatchPlan
 from dynskip.data.examples import Example
-from dynskip.training.finite import check_numbers
-from dynskip.training.head_loss import head_loss
 from dynskip.training.pretrain.config import Phase, RunConfig
 from dynskip.training.pretrain.optimizer import MuonWithAdamW
-from dynskip.training.response_loss import only_layers
-from dynskip.training.resumable import ResumableTrainer
+from dynskip.training.response_loss import head_loss, only_layers
+from dynskip.training.resumable import ResumableTrainer, check_numbers
 from dynskip.training.schedule import Clock
 
 # The step count of a phase that only minutes bound.
