@@ -74,33 +74,22 @@ def run(args: argparse.Namespace) -> int:
     written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
     for path in written:  # before the minutes that it takes to measure
         check_writable(path, "Set DYNSKIP_CACHE to a folder of your own, and --out to a file in one.")
-    conditions = {
-        **machine.describe(),
-        "shape": args.shape or args.model or DEFAULT_SHAPE,
-        "backend": model.backend.name,
-    }
+    shape_name = args.shape or args.model or DEFAULT_SHAPE
+    conditions = {**machine.describe(), "shape": shape_name, "backend": model.backend.name}
     with tqdm(desc="steps", leave=False, disable=not progress) as bar:
-        costs = measure_step_costs(
-            model,
-            device,
-            num_rows=args.rows,
-            prompt_len=args.prompt_len,
-            context_len=args.context,
-            prefill_tokens=args.prefill,
-            num_rounds=args.rounds,
-            conditions=conditions,
-            on_call=lambda _: bar.update() and None,
-        )
+
+        def on_call(_: str) -> None:
+            bar.update()
+
+        sizes = (args.rows, args.prompt_len, args.context, args.prefill, args.rounds)
+        costs = measure_step_costs(model, device, *sizes, conditions, on_call)
         bar.set_description("streams")
         batches = sorted({max(args.rows // 2, 1), args.rows})
-        costs = add_stream_costs(
-            model, costs, batches, args.prompt_len, args.prefill, on_call=lambda _: bar.update() and None
-        )
+        costs = add_stream_costs(model, costs, batches, args.prompt_len, args.prefill, on_call)
     print(f"{device}, {shape}")
     print(f"{'rows':>6}{'layer ms':>12}{'rest ms':>12}{'full depth ms':>16}")
-    for rows, layer_ms, rest_ms in zip(
-        costs.decode.layer.num_rows, costs.decode.layer.ms, costs.decode.head.ms, strict=True
-    ):
+    layer, rest = costs.decode.layer, costs.decode.head
+    for rows, layer_ms, rest_ms in zip(layer.num_rows, layer.ms, rest.ms, strict=True):
         print(f"{rows:>6}{layer_ms:>12.4f}{rest_ms:>12.4f}{costs.num_layers * layer_ms + rest_ms:>16.3f}")
     print(f"prefill  {'tokens':>6}{'layer ms':>12}")
     for tokens, layer_ms in zip(costs.prefill.layer.num_rows, costs.prefill.layer.ms, strict=True):

@@ -129,16 +129,8 @@ def _max_tokens(text: str) -> int | None:
 def _params(args: argparse.Namespace) -> SamplingParams:
     from dynskip.sampling import SamplingParams
 
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        n=args.n,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
-        seed=args.seed,
-    )
+    names = ("max_tokens", "temperature", "top_k", "top_p", "n", "stop", "ignore_eos", "seed")
+    return SamplingParams(**{name: getattr(args, name) for name in names})
 
 
 def _print_json(prompts: list[str], outputs: list[Output]) -> None:

@@ -13,6 +13,7 @@ from dynskip.cli.options import DTYPES, UserError, show_progress
 
 if TYPE_CHECKING:
     from dynskip.validation.errors import Result
+    from dynskip.validation.offline.compile_kernels import CompiledKernel
 
 _BACKENDS = ("torch", "native", "triton")
 # As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
@@ -163,7 +164,6 @@ def _compile(args: argparse.Namespace) -> int:
         import triton  # noqa: F401  # what is missing is said before processes are started
     except ImportError as error:
         raise UserError(f"Triton cannot be imported ({error}). Install it: pip install 'triton>=3.6'") from error
-    from dynskip.cli.validate_compile import print_json, print_table
     from dynskip.validation.offline.compile_kernels import TRITON_OP_NAMES, compile_offline, plan_jobs
 
     jobs = plan_jobs(
@@ -176,7 +176,7 @@ def _compile(args: argparse.Namespace) -> int:
     if not jobs:
         raise UserError("nothing to compile: no table is for a capability that was asked for")
     kernels = compile_offline(jobs, progress=show_progress(args.quiet or args.json))
-    (print_json if args.json else print_table)(kernels)
+    (_print_kernels_json if args.json else _print_kernels)(kernels)
     return 0 if all(kernel.complaint is None for kernel in kernels) else 1
 
 
@@ -196,11 +196,44 @@ def _print_table(results: list[Result], not_run: dict[str, str]) -> None:
     for what, reason in not_run.items():
         print(f"not run: {what}: {reason}")
     num_passed = sum(result.passed for result in results)
-    print(
-        f"{num_passed} of {len(results)} cases passed" + ("" if num_passed == len(results) else " (--json lists all)")
-    )
+    _print_passed(num_passed, len(results), "cases passed")
 
 
 def _severity(result: Result) -> tuple[bool, float]:
     """Orders results by how near to failure they are."""
     return not result.passed, result.max_error / result.allowed_error if result.allowed_error else result.max_error
+
+
+def _print_passed(num_passed: int, num: int, what: str) -> None:
+    print(f"{num_passed} of {num} {what}{'' if num_passed == num else ' (--json lists all)'}")
+
+
+def _print_kernels_json(kernels: list[CompiledKernel]) -> None:
+    """One object with every variant of every kernel."""
+    entries = [dataclasses.asdict(kernel) | {"complaint": kernel.complaint} for kernel in kernels]
+    print(json.dumps({"passed": not any(kernel.complaint for kernel in kernels), "kernels": entries}))
+
+
+def _print_kernels(kernels: list[CompiledKernel]) -> None:
+    """One line for all variants of a kernel: the most of what each takes, and the verdict over all."""
+    groups: dict[tuple[str, str, str, int], list[CompiledKernel]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.kernel, kernel.config, kernel.dtype, kernel.capability), []).append(kernel)
+    names = [len(name) for key in groups for name in key[:1]]
+    width, config_width = max([20, *names]) + 1, max([7, *(len(key[1]) for key in groups)]) + 1
+    head = f"{'kernel':<{width}}{'config':<{config_width}}{'dtype':<9}{'GPU':<7}"
+    print(f"{head}{'variants':>8}{'registers':>10}{'spilled':>8}{'shared':>8}{'of':>7}{'tensor core':>12}  verdict")
+    for (name, config, dtype, capability), group in groups.items():
+        figures = [f"{len(group):>8}", f"{max(kernel.registers for kernel in group):>10}"]
+        figures += [f"{max(kernel.spilled_bytes for kernel in group):>8}"]
+        figures += [f"{max(kernel.shared_bytes for kernel in group):>8}", f"{group[0].max_shared_bytes:>7}"]
+        instructions = sorted({kernel.tensor_core_instructions for kernel in group})
+        figures += [f"{'-'.join(map(str, dict.fromkeys((instructions[0], instructions[-1])))):>12}"]
+        wrong = [kernel for kernel in group if kernel.complaint]
+        verdict = "FAILED" if wrong else "ok"
+        head = f"{name:<{width}}{config:<{config_width}}{dtype:<9}sm_{capability:<4}"
+        print(f"{head}{''.join(figures)}  {verdict}")
+        for kernel in wrong[:_MAX_SHOWN]:
+            print(f"{'':<{width}}failed: {kernel.case}: {kernel.complaint}")
+    num_passed = sum(kernel.complaint is None for kernel in kernels)
+    _print_passed(num_passed, len(kernels), "compiled kernels fit; each figure is the largest of its variants")

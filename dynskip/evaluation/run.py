@@ -67,14 +67,16 @@ class EvalRun:
         for name in names:
             if name not in EXPERIMENTS:
                 raise ValueError(f"eval: the experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}.")
-        summary = self._old_summary()
+        path = self.folder / "summary.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        summary: dict[str, Any] = {"schema": SCHEMA, **old}
         for name in names:
             experiment = EXPERIMENTS[name]
             while missing := self.store.missing(experiment.plan(self.setup, self.store)):
                 self._do(name, missing)
             summary[experiment.section] = experiment.summarise(self.setup, self.store)
             summary["conditions"] = self.conditions()
-            write_json(self.folder / "summary.json", summary)
+            write_json(path, summary)
             self.log(f"{name}: summary written")
         return summary
 
@@ -121,12 +123,8 @@ class EvalRun:
         here = num_workers == 1
         first = run_here(shared, self.context) if here else run_in_processes(shared, self.setup, num_workers)
         left = set(missing)
-        with tqdm(
-            total=len(missing),
-            desc=name,
-            disable=not self.progress,
-            bar_format="{desc} {n_fmt}/{total_fmt} items|{bar}| {elapsed}{postfix}",
-        ) as bar:
+        shape = "{desc} {n_fmt}/{total_fmt} items|{bar}| {elapsed}{postfix}"
+        with tqdm(total=len(missing), desc=name, disable=not self.progress, bar_format=shape) as bar:
             for item, result, seconds in chain(first, run_here(alone, self.context)):
                 self.store.add(item, result, seconds)
                 left.remove(item)
@@ -173,11 +171,6 @@ class EvalRun:
                 "Bring it back or name another --out."
             )
         write_json(record, {"schema": SCHEMA, "setup": guarded, "starts": [*starts, start]})
-
-    def _old_summary(self) -> dict[str, Any]:
-        path = self.folder / "summary.json"
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {"schema": SCHEMA, **summary}
 
 
 def num_parameters(model: CausalLM) -> int:

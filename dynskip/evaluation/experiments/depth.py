@@ -84,7 +84,7 @@ def _reliability(setup: Setup, store: ItemStore, members: list[Member], budgets:
 
     Pairs of seeds that share no generation count alike.
     """
-    seeds = [seed for seed in range(1, setup.num_samples + 1) if not store.missing(family_items(setup, members, seed))]
+    seeds = [seed for seed in setup.sample_seeds if not store.missing(family_items(setup, members, seed))]
     if len(seeds) < 2:
         return {}
     costs = [member.budget for member in members]

@@ -33,15 +33,15 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
 
     Raises ValueError where there are fewer draws than candidates.
     """
-    most = max(map(len, _families(setup).values()))
-    if most > setup.num_samples:
+    most, num_draws = max(map(len, _families(setup).values())), len(setup.sample_seeds)
+    if most > num_draws:
         raise ValueError(
-            f"eval: candidates must be at most the {setup.num_samples} draws of each prompt, got {most} with the full "
+            f"eval: candidates must be at most the {num_draws} draws of each prompt, got {most} with the full "
             "depth. Give fewer --candidates or more --seeds."
         )
     items: list[WorkItem] = []
     for members in _families(setup).values():
-        needed = [item for seed in (GREEDY, *_seeds(setup)) for item in family_items(setup, members, seed)]
+        needed = [item for seed in (GREEDY, *setup.sample_seeds) for item in family_items(setup, members, seed)]
         items += needed
         if not store.missing(needed):
             items.append(_time_item(setup, store, members))
@@ -53,7 +53,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     section: dict[str, Any] = {
         "n": setup.prompts,
         "seeds": setup.seeds,
-        "draws": setup.num_samples,
+        "draws": len(setup.sample_seeds),
         "rows": [],
         "curves": [],
         "null_model": [],
@@ -61,7 +61,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "notes": [*_notes(setup), *notes_on_choices(setup)],
     }
     for family, members in _families(setup).items():
-        scores = _scores(setup, store, members)
+        draws = [family_generations(setup, store, members, seed).rouge_l for seed in setup.sample_seeds]
+        costs = tuple(member.budget for member in members)
+        greedy = family_generations(setup, store, members).rouge_l
+        scores = OracleScores(costs, greedy, np.stack(draws), setup.resamples)
         _add_means(section, family, scores)
         _add_matching(section, family, scores)
         _add_gains(section, family, scores)
@@ -78,16 +81,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
 def _families(setup: Setup) -> dict[str, list[Member]]:
     found = choices(setup)
     return {name: found[name] for name in FAMILIES if name in found}
-
-
-def _seeds(setup: Setup) -> range:
-    return range(1, setup.num_samples + 1)
-
-
-def _scores(setup: Setup, store: ItemStore, members: list[Member]) -> OracleScores:
-    draws = [family_generations(setup, store, members, seed).rouge_l for seed in _seeds(setup)]
-    costs = tuple(member.budget for member in members)
-    return OracleScores(costs, family_generations(setup, store, members).rouge_l, np.stack(draws), setup.resamples)
 
 
 def _time_item(setup: Setup, store: ItemStore, members: list[Member]) -> WorkItem:
@@ -196,8 +189,8 @@ def _rounded(curve: Floats) -> list[float]:
 def _notes(setup: Setup) -> list[str]:
     return [
         f"Candidates: {', '.join(map(str, (*setup.candidates, setup.num_layers)))} layers. Greedy texts for the "
-        f"oracle; {setup.num_samples} draws at temperature {setup.temperature:g} and top_p {setup.top_p:g} for the "
-        "controls.",
+        f"oracle; {len(setup.sample_seeds)} draws at temperature {setup.temperature:g} and top_p {setup.top_p:g} "
+        "for the controls.",
         "oracle: knapsack by dynamic programming on ROUGE-L of the greedy texts, which then judge it. in-sample: the "
         "same with one draw. Curves and intervals use the knapsack's convex hulls, which differ from it by less than a "
         "part of one sequence.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dynskip.evaluation.report import paper_numbers as paper
@@ -211,27 +211,32 @@ def surviving(section: Row, family: str) -> str:
     """What of the oracle's gain is left under each control."""
     rows = [row for row in select(section, metric="surviving_share", family=family) if row.get("place") != "full"]
     labels = [f"{CONTROLS.get(row['control'], row['control'])}, at {row['at']:g} layers" for row in rows]
-    return svg(f"surviving-{family}", _shares(rows, labels), 9.6, 1.1 + 0.27 * len(rows))
+    return _forest(f"surviving-{family}", rows, labels, 9.6, 0.27)
 
 
 def router(section: Row) -> str:
     """The share of the oracle's gain that each prompt-only router captures."""
     rows = select(section, metric="captured_share")
     labels = [f"{row['predictor']}, budget {row['at']:g} ({row.get('family', 'paths')})" for row in rows]
-    return svg("router", _shares(rows, labels), 9.0, 1.1 + 0.32 * len(rows))
+    return _forest("router", rows, labels, 9.0, 0.32)
 
 
-def _shares(rows: Sequence[Row], labels: Sequence[str]) -> Callable[[Any], None]:
-    """What draws shares of the oracle's gain."""
+def _forest(
+    name: str, rows: Sequence[Row], labels: Sequence[str], width: float, line_height: float, shares: bool = True
+) -> str:
+    """Shares of the oracle's gain, or correlations with the depths that it chooses, one a line."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, 1)
         forest(axes, rows, labels)
-        axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
-        keep_in_view(axes, rows)
+        if shares:
+            axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+            axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
+            keep_in_view(axes, rows)
+        else:
+            axes.set_xlabel("Spearman's correlation with the chosen depth")
 
-    return draw
+    return svg(name, draw, width, 1.1 + line_height * len(rows))
 
 
 def depth(section: Row, family: str) -> str:
@@ -257,13 +262,7 @@ def depth(section: Row, family: str) -> str:
 def correlations(rows: Sequence[Row], name: str) -> str:
     """Correlations of chosen depth with each feature."""
     labels = [f"{FEATURES.get(row['feature'], row['feature'])}, budget {row['at']:g}" for row in rows]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots(1, 1)
-        forest(axes, rows, labels)
-        axes.set_xlabel("Spearman's correlation with the chosen depth")
-
-    return svg(name, draw, 9.0, 1.1 + 0.3 * len(rows))
+    return _forest(name, rows, labels, 9.0, 0.3, shares=False)
 
 
 def _legend_below(figure: Any, axes: Any, columns: int) -> None:

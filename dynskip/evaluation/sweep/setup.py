@@ -61,12 +61,11 @@ class Setup:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "timed_rounds", "resamples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"eval: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("train_prompts", "state_prompts", "controller_seeds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"eval: {name} must be at least 0, got {getattr(self, name)}.")
+        positive = ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "timed_rounds", "resamples")
+        for name in (*positive, "train_prompts", "state_prompts", "controller_seeds"):
+            least = int(name in positive)
+            if getattr(self, name) < least:
+                raise ValueError(f"eval: {name} must be at least {least}, got {getattr(self, name)}.")
         labels = [controller.label for controller in self.controllers]
         for label in labels:
             if labels.count(label) > 1:
@@ -139,9 +138,9 @@ class Setup:
         return self.checkpoint.num_layers
 
     @property
-    def num_samples(self) -> int:
-        """How many sampled generations each prompt has along each candidate."""
-        return SAMPLES_PER_SEED * self.seeds
+    def sample_seeds(self) -> range:
+        """The seeds of the sampled generations that each prompt has along each candidate."""
+        return range(1, SAMPLES_PER_SEED * self.seeds + 1)
 
     @property
     def full_checkpoint(self) -> Checkpoint:

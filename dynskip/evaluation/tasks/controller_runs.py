@@ -16,9 +16,8 @@ from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.setup import Setup, path_text
 from dynskip.evaluation.sweep.store import WorkItem
 from dynskip.evaluation.tasks.generations import rouge_l
-from dynskip.evaluation.tasks.timing import decode_ms, machine_item
+from dynskip.evaluation.tasks.timing import decode_ms, machine_item, timed_in_turns
 from dynskip.llm import LLM
-from dynskip.measure.timing import interleave
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
 
@@ -143,8 +142,7 @@ def run_timed(item: WorkItem, context: Context) -> dict[str, Any]:
 
     tasks = {label: along(path) for label, path in content["paths"].items()}
     tasks |= {label: steered(controller_hash) for label, controller_hash in content["controllers"].items()}
-    samples = interleave(tasks, setup.timed_rounds)
-    return {"ms_per_token": {label: [round(ms, 6) for (ms,) in sample.rounds] for label, sample in samples.items()}}
+    return timed_in_turns(tasks, setup.timed_rounds)
 
 
 def folder_of(setup: Setup, controller_hash: str) -> ControllerFolder:

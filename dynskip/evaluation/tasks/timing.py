@@ -21,7 +21,7 @@ from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.path_families import Member
 from dynskip.host import cpu_model
 from dynskip.llm import LLM
-from dynskip.measure.timing import interleave
+from dynskip.measure.timing import Task, interleave
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
@@ -99,7 +99,12 @@ def run_time(item: WorkItem, context: Context) -> dict[str, Any]:
         label: [Part(checkpoint, path, int(count)) for checkpoint, path, count in parts]
         for label, parts in json.loads(item.path).items()
     }
-    samples = interleave({label: task(parts) for label, parts in batches.items()}, context.setup.timed_rounds)
+    return timed_in_turns({label: task(parts) for label, parts in batches.items()}, context.setup.timed_rounds)
+
+
+def timed_in_turns(tasks: Mapping[str, Task], num_rounds: int) -> dict[str, Any]:
+    """The result of an item that times ``tasks``, each of which says its own milliseconds per token."""
+    samples = interleave(tasks, num_rounds)
     return {"ms_per_token": {label: [round(ms, 6) for (ms,) in sample.rounds] for label, sample in samples.items()}}
 
 

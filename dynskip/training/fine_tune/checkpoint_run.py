@@ -42,16 +42,6 @@ def load_for_training(source: str, device: torch.device, kind: type[OPTForCausal
     return model
 
 
-def check_length(max_tokens: int, source: str) -> None:
-    """Raise ValueError where rows of ``max_tokens`` tokens do not fit the positions of the checkpoint."""
-    positions = read_config(source, "train").max_position_embeddings
-    if max_tokens > positions:
-        raise ValueError(
-            f"train: --max-length must be at most {positions}, the positions of {source}, got {max_tokens}. "
-            f"Pass --max-length {positions}."
-        )
-
-
 def load_rows(
     config: FineTuneConfig, data: Path, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Example], dict[str, Any]]:
@@ -94,7 +84,12 @@ class CheckpointRun:
         """
         torch.manual_seed(self.training.seed)
         self.tokenizer = load_tokenizer(self.training.model)
-        check_length(self.training.max_tokens, self.training.model)
+        positions = read_config(self.training.model, "train").max_position_embeddings
+        if self.training.max_tokens > positions:
+            raise ValueError(
+                f"train: --max-length must be at most {positions}, the positions of {self.training.model}, "
+                f"got {self.training.max_tokens}. Pass --max-length {positions}."
+            )
         self.examples, self.validation, counts = load_rows(self.training, self.data, self.tokenizer)
         use_cpu = self.device.type == "cpu"
         record_start(self.directory, config, [self.data], check_same_run, use_cpu=use_cpu, counts=counts)
