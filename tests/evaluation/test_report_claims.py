@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from summaries import example_summary, row, section
 
-from dynskip.evaluation.report import claims, figures, oracle_claims
+from dynskip.evaluation.report import claims, figures
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.claims import NUM_NOISE_SEEDS, NUM_TRAININGS
 from dynskip.evaluation.report.document import to_html, to_markdown
@@ -107,7 +107,7 @@ def test_ceilings_of_shares_beyond_zero_and_one() -> None:
 
 
 def test_the_null_model_on_the_papers_means_gives_what_it_was_not_fitted_to() -> None:
-    null = oracle_claims.paper_null()
+    null = claims.paper_null()
     assert null.best_up_to[24] == pytest.approx(paper.BEST_UP_TO[24], abs=1e-4)
     for budget in (8, 12):
         assert null.best_up_to[budget] == pytest.approx(paper.BEST_UP_TO[budget], abs=0.005)
@@ -130,19 +130,19 @@ def test_a_matching_budget_near_the_floor_and_one_far_from_it() -> None:
 def test_the_lead_is_taken_from_the_means_where_it_was_not_paired() -> None:
     summary = example_summary()
     del summary["static"]
-    near = oracle_claims.floor(summary, "paths")
+    near = claims.floor(summary, "paths")
     assert near is not None and near.lead == {"value": pytest.approx(0.4 / 4 - 0.4 / 24)}
 
 
 def test_like_is_compared_with_like() -> None:
     summary = example_summary()
-    found = oracle_claims.matching(summary["oracle"], "paths")
+    found = claims.matching(summary["oracle"], "paths")
     (curve,) = (c for c in summary["oracle"]["curves"] if (c["family"], c["name"]) == ("paths", "in-sample"))
     reached = np.interp(0.3 - 0.4 / 24 - 0.02, curve["values"], curve["budgets"])
     assert found.sampled_oracle == pytest.approx(reached)
     assert f"on sampled outputs the oracle matches full depth at {reached:.2f} layers" in text_of(summary, "oracle")
     curve["values"] = [0.1] * len(curve["values"])
-    assert oracle_claims.matching(summary["oracle"], "paths").sampled_oracle is None
+    assert claims.matching(summary["oracle"], "paths").sampled_oracle is None
 
 
 def test_a_share_that_survives_and_one_that_need_not() -> None:
@@ -181,7 +181,7 @@ def test_routers_without_a_share_or_without_a_choice_are_counted() -> None:
     for each in summary["router"]["rows"]:
         if each["metric"] == "captured_share" and each["family"] == "paths" and each["at"] == 6.0:
             each.update(value=None, low=None, high=None)
-    found = oracle_claims.routers(summary["router"], "paths")
+    found = claims.routers(summary["router"], "paths")
     assert (len(found.gains), len(found.shares), found.num_shallow) == (8, 4, 4)
     assert "4 of them leave no share to capture, and are in no figure" in text_of(summary, "router")
 
@@ -314,7 +314,7 @@ def test_a_loss_a_gain_and_a_difference_that_is_none() -> None:
 
 def test_correlations_are_corrected_for_all_that_were_looked_at() -> None:
     summary = example_summary()
-    found = oracle_claims.correlations(summary["depth"])
+    found = claims.correlations(summary["depth"])
     assert (len(found.rows), len(found.clear), len(found.kept)) == (8, 2, 2)
     told = text_of(summary, "depth")
     assert "Of 8 rank correlations of the oracle's depth, 2 have an uncorrected interval that leaves zero out" in told
@@ -334,7 +334,7 @@ def test_correlations_are_corrected_for_all_that_were_looked_at() -> None:
     for each in yardstick["depth"]["rows"]:
         if each.get("feature") == "full_loss":
             each["feature"] = "full_rouge_l"
-    assert len(oracle_claims.correlations(yardstick["depth"]).rows) == 6
+    assert len(claims.correlations(yardstick["depth"]).rows) == 6
 
 
 # The committed run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from dynskip.evaluation.report import figures, oracle_claims
+from dynskip.evaluation.report import claims, figures
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table
 from dynskip.evaluation.report.evidence import ceiling, detectable
@@ -77,7 +77,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         "mean, sampled",
         f"best of {len(candidates)} samples",
     ]
-    noise = oracle_claims.paper_null()
+    noise = claims.paper_null()
     null = f"{number(noise.matching_share)} (our computation, sd {number(noise.sd)})"
     papers = {"oracle": f"{paper.MATCHING_BUDGET}, {paper.MATCHING_SHARE}", "null": null}
     matching = [
@@ -91,7 +91,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         for row in section["rows"]
         if row["metric"] == "matching_budget" and row["family"] == family
     ]
-    sampled = oracle_claims.matching(section, family).sampled_oracle
+    sampled = claims.matching(section, family).sampled_oracle
     if sampled is not None:
         found = [figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
         matching.insert(1, found)
@@ -205,7 +205,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
             "wide would leave zero out of in 80 % of runs, uncorrected."
         )
     ]
-    tested = oracle_claims.correlations(section)
+    tested = claims.correlations(section)
     adjusted = {
         (row["family"], row["at"], row["feature"]): number(p)
         for row, p in zip(tested.rows, tested.adjusted, strict=True)

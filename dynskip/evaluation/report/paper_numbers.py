@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 MODEL = "OPT-1.3B (facebook/opt-iml-1.3b in the authors' code), 24 layers"
-DATA = "Alpaca, 36,401 training rows, 7,801 test rows"
 NUM_LAYERS = 24
 NUM_PARAMETERS = 1_316_000_000
 NUM_TEST = 7801

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dynskip.evaluation.report.claims import routers
 from dynskip.evaluation.report.evidence import negated
 from dynskip.evaluation.report.figures import FAMILIES
 from dynskip.evaluation.report.numbers import cell, interval, number
-from dynskip.evaluation.report.oracle_claims import routers
 from dynskip.evaluation.report.rows import Row, Summary, families_of, find, select
 
 ORACLE_MIX = "oracle at its matching budget"

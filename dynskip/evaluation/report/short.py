@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from dynskip.evaluation.report import claims, oracle_claims, oracle_sentences, sentences
+from dynskip.evaluation.report import claims, sentences
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES
 from dynskip.evaluation.report.numbers import interval, number, percent, signed
@@ -15,7 +15,7 @@ from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, 
 def in_short(summary: Summary) -> list[str]:
     """The sentences, for those sections that the summary has."""
     told: list[tuple[str, Callable[[Row, Summary], list[str]]]] = [
-        ("oracle", lambda section, summary: [oracle_sentences.paper_null()]),
+        ("oracle", lambda section, summary: [sentences.paper_null()]),
         ("oracle", _floor),
         ("oracle", _surviving),
         ("router", _router),
@@ -30,7 +30,7 @@ def in_short(summary: Summary) -> list[str]:
 
 
 def _floor(section: Row, summary: Summary) -> list[str]:
-    found = [(family, oracle_claims.floor(summary, family)) for family in families_of(section)]
+    found = [(family, claims.floor(summary, family)) for family in families_of(section)]
     known = [(family, floor) for family, floor in found if floor is not None]
     if not known:
         return ["Here the oracle matches full depth at no budget."]
@@ -46,7 +46,7 @@ def _floor(section: Row, summary: Summary) -> list[str]:
 def _surviving(section: Row, summary: Summary) -> list[str]:
     lines = []
     for family in families_of(section):
-        found = oracle_claims.surviving(section, family)
+        found = claims.surviving(section, family)
         if found is None:
             continue
         of = f"With {FAMILIES.get(family, family)}, a choice by expected scores"
@@ -60,7 +60,7 @@ def _surviving(section: Row, summary: Summary) -> list[str]:
 
 
 def _router(section: Row, summary: Summary) -> list[str]:
-    found = [oracle_claims.routers(section, family) for family in families_of(section, metric="gain")]
+    found = [claims.routers(section, family) for family in families_of(section, metric="gain")]
     sizes = [size for each in found for row in each.shares if (size := detectable(row)) is not None]
     num_routers, above = sum(len(each.gains) for each in found), sum(each.above for each in found)
     if not num_routers:
@@ -128,7 +128,7 @@ def _loss(section: Row, summary: Summary) -> list[str]:
 
 
 def _depth(section: Row, summary: Summary) -> list[str]:
-    found = oracle_claims.correlations(section)
+    found = claims.correlations(section)
     if not found.rows:
         return []
     return [
