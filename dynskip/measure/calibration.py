@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from statistics import fmean, linear_regression, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -189,10 +189,11 @@ def _stream(
 def _rising_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(a, b), neither negative: a + b x comes nearest to the values y at x, by least squares."""
     xs, ys = zip(*points, strict=True)
-    lines = [(fmean(ys), 0.0), (0.0, linear_regression(xs, ys, proportional=True).slope), (0.0, 0.0)]
-    if len(set(xs)) > 1:
-        best = linear_regression(xs, ys)
-        lines.insert(0, (best.intercept, best.slope))
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    through_zero = sum(x * y for x, y in points) / sum(x * x for x in xs)
+    lines = [(mean_y - slope * mean_x, slope), (mean_y, 0.0), (0.0, through_zero), (0.0, 0.0)]
     allowed = [line for line in lines if min(line) >= 0]
     return min(allowed, key=lambda line: sum((line[0] + line[1] * x - y) ** 2 for x, y in points))
 
