@@ -164,7 +164,7 @@ def serving_page(serving: Serving) -> str:
     lines += [*textwrap.wrap(f"{same}, bit for bit in the deterministic mode. Then, in turns:", width), ""]
     above = ("", "tokens", "decode", "prefill", "rows", "mean", "union of", "first", "")
     names = ("", "a second", "s", "s", "a step", "layers", "layers", "token s", "speed-up")
-    rows = [above, names]
+    rows: list[tuple[str, ...]] = [above, names]
     first = serving.outcomes["lockstep"].tokens_per_s
     for name, outcome in serving.outcomes.items():
         seconds = [f"{value:.2f}" for value in (outcome.decode_s, outcome.prefill_s)]

@@ -19,7 +19,7 @@ from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.generations import stable_seed
 from dynskip.evaluation.tasks.prompt_facts import TOKENS_PER_BATCH, padded
 from dynskip.llm import LLM
@@ -44,7 +44,7 @@ def strategy_path(strategy: str, budget: int, num_layers: int, seed: int, row: i
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     """The items: by weights, by shard, the fixed strategies once and the drawn ones for each seed."""
-    shards = {"device": setup.device, "num_rows": num_prompts(setup), "shard_size": _SHARD_SIZE}
+    shards: dict[str, Option] = {"device": setup.device, "num_rows": num_prompts(setup), "shard_size": _SHARD_SIZE}
     items = []
     for checkpoint in _checkpoints(setup).values():
         for seed in range(setup.seeds + 1):

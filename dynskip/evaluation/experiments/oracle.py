@@ -178,8 +178,8 @@ def _add_curves(section: dict[str, Any], family: str, scores: OracleScores) -> N
         ends = {"values": _rounded(interval.value), "low": _rounded(interval.low), "high": _rounded(interval.high)}
         section["curves"].append({"family": family, "name": name, "budgets": budgets, **ends})
     _, null_curve, _ = scores.null_models(resamples=0)
-    ends = {"values": _rounded(null_curve), "low": None, "high": None}
-    section["curves"].append({"family": family, "name": "null", "budgets": budgets, **ends})
+    null = {"values": _rounded(null_curve), "low": None, "high": None}
+    section["curves"].append({"family": family, "name": "null", "budgets": budgets, **null})
 
 
 def _rounded(curve: Floats) -> list[float]:

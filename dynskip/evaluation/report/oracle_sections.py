@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -156,7 +157,8 @@ def router(section: Row, summary: Summary) -> list[Block]:
     quality, cost = [], []
     for row in select(section, metric="rouge_l"):
         at = {"family": row.get("family"), "predictor": row["predictor"], "at": row["at"]}
-        cells, plain = partial(cell, section, **at), partial(_plain, section, **at)
+        cells: Callable[..., str] = partial(cell, section, **at)
+        plain: Callable[..., str] = partial(_plain, section, **at)
         name = [str(row.get("family")), str(row["predictor"]), f"{row['at']:g}", plain("layers", 2)]
         share = find(section, metric="captured_share", **at)
         captured = [interval(share, 2), _seen_from(share, 2)]

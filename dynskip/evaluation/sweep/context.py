@@ -88,13 +88,14 @@ def shard_items(
 
     num_rows, shard_size: as options, in place of the setup's.
     """
-    options = {
+    all_options: dict[str, Option] = {
         "max_tokens": setup.max_tokens,
         "num_rows": num_rows(setup, split),
         "shard_size": setup.shard_size,
         "split_seed": setup.split_seed,
         "template": setup.template,
-    } | options
-    named = tuple(sorted(options.items()))
-    shards = range(-(-int(options["num_rows"]) // int(options["shard_size"])))
+        **options,
+    }
+    named = tuple(sorted(all_options.items()))
+    shards = range(-(-int(all_options["num_rows"]) // int(all_options["shard_size"])))
     return [WorkItem(task, checkpoint.hash, path, setup.data_hash, split, seed, shard, named) for shard in shards]
