@@ -9,9 +9,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -64,15 +65,6 @@ def make_tiny() -> None:
     """Add the shape "tiny", and make the memory by which a device's speed is measured small: for --tiny."""
     SHAPES.setdefault("tiny", opt_shape(4, 32, 2, 64))
     devices._COPY_BYTES, devices._GEMM_SIZE = 2**16, 16
-
-
-def chosen_sections(text: str | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """The sections that ``text`` lists, or ``default``. Raises: ValueError for one that is not known."""
-    chosen = tuple(default) if text is None else tuple(text.split(","))
-    unknown = [section for section in chosen if section not in known]
-    if unknown:
-        raise ValueError(f"--sections must list sections of {', '.join(known)}, got {text!r}.")
-    return chosen
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -226,31 +218,104 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def run_part(
-    part: str,
-    description: str,
-    questions: Callable[[argparse.Namespace], Sequence[Question]],
-    measure: Callable[[argparse.Namespace, Device], int],
-    argv: Sequence[str] | None,
-    extra: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> int:
-    """The main function of a measuring part; returns its exit status."""
-    parser = argparse.ArgumentParser(prog=f"bench.gpu.{part}", description=description)
-    add_arguments(parser)
-    if extra is not None:
-        extra(parser)
-    args = parser.parse_args(argv)
-    if args.tiny:
-        make_tiny()
-    if args.dry_run:
-        asked = questions(args)
-        print(f"{part}: {len(asked)} questions, to {args.out}/<card>.jsonl and <card>.md")
-        for question in asked:
-            print(question)
-        return 0
-    device = get_device(args.device)
-    with _time_limit(part), torch.no_grad():
-        return measure(args, device)
+@dataclass(frozen=True)
+class Sizes:
+    """What a part measures; each adds its own fields."""
+
+    shape: str = "opt-1.3b"
+    vocab_size: int = 50272
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The contexts or prompts that stand in the conditions of a row."""
+        return {}
+
+    @property
+    def note(self) -> str:
+        """What a reader of the rows needs to know besides."""
+        raise NotImplementedError
+
+
+# Questions, and the method of a benchmark that answers them, with its arguments.
+Group = tuple[Sequence[Question], Callable[..., None], tuple[Any, ...]]
+
+
+class Benchmark:
+    """A measuring part: what it asks, and how it answers.
+
+    name: of the part. sections: of its questions; none where it is timed through a backend instead of row ops.
+    default_sections: of a run that names none. counts: the option that sets row counts. counted: the fields of its
+    sizes that this option sets.
+    """
+
+    name: ClassVar[str]
+    sections: ClassVar[tuple[str, ...]] = ()
+    default_sections: ClassVar[tuple[str, ...]] = ("",)
+    counts: ClassVar[str] = ""
+    counted: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def asked(cls, sizes: Any, section: str) -> Iterator[Group]:
+        """The questions of a section, in the order in which they are answered."""
+        raise NotImplementedError
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Any, timed: str) -> None:
+        """timed: the row ops or the backend."""
+        raise NotImplementedError
+
+    @classmethod
+    def run(cls, sizes: Sizes, tiny: Sizes, description: str | None, argv: Sequence[str] | None) -> int:
+        """The main function of the part; returns its exit status. tiny: the sizes of --tiny."""
+        args = cls._parser(description).parse_args(argv)
+        if args.tiny:
+            make_tiny()
+            sizes = tiny
+        if cls.counted and args.counts is not None:
+            sizes = replace(sizes, **dict.fromkeys(cls.counted, args.counts))
+        sections = cls._chosen(args.sections) if cls.sections else cls.default_sections
+        groups = [(section, group) for section in sections for group in cls.asked(sizes, section)]
+        if args.dry_run:
+            asked = [question for _, (questions, _, _) in groups for question in questions]
+            print(f"{cls.name}: {len(asked)} questions, to {args.out}/<card>.jsonl and <card>.md")
+            for question in asked:
+                print(question)
+            return 0
+        device = get_device(args.device)
+        described = {"shape": sizes.shape, **sizes.lengths, "row_ops" if cls.sections else "backend": args.timed}
+        with _time_limit(cls.name), torch.no_grad():
+            recorder = Recorder(cls.name, device, args, described | {"notes": [sizes.note]})
+            try:
+                benchmark = cls(recorder, device, sizes, args.timed)
+                for section, (questions, work, arguments) in groups:
+                    recorder.enter(section)
+                    recorder.attempt(questions, partial(work, benchmark, *arguments))
+            finally:
+                status = recorder.close()
+        return status
+
+    @classmethod
+    def _parser(cls, description: str | None) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog=f"bench.gpu.{cls.name}", description=description)
+        add_arguments(parser)
+        other = "reference" if cls.sections else "torch"
+        about = "row ops (default: triton)" if cls.sections else "(default: triton)"
+        option = "--ops" if cls.sections else "--backend"
+        parser.add_argument(option, dest="timed", choices=("triton", other), default="triton", help=about)
+        if cls.sections:
+            default = "all" if cls.default_sections == cls.sections else "all but the first"
+            about = f"of {','.join(cls.sections)} (default: {default})"
+            parser.add_argument("--sections", metavar="A,B", help=about)
+            about = "(default: those that each section has)"
+            parser.add_argument(cls.counts, dest="counts", type=numbers, metavar="A,B", help=about)
+        return parser
+
+    @classmethod
+    def _chosen(cls, text: str | None) -> tuple[str, ...]:
+        """The sections that ``text`` lists. Raises: ValueError for one that is not known."""
+        chosen = cls.default_sections if text is None else tuple(text.split(","))
+        if not set(chosen) <= set(cls.sections):
+            raise ValueError(f"--sections must list sections of {', '.join(cls.sections)}, got {text!r}.")
+        return chosen
 
 
 @contextmanager

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bench.gpu import recorder
 from bench.gpu.baselines import GatherWithToList, MaskEverything
 from bench.gpu.floors import WorkDone, floor_ms
 from bench.gpu.fused_steps import FusedSteps, random_gate
-from bench.gpu.recorder import OutOfTimeError, Question, Recorder, chosen_sections, numbers, run_part
+from bench.gpu.recorder import Benchmark, Group, OutOfTimeError, Question, Recorder
 from bench.gpu.transformers_steps import TransformersCompiled, TransformersEager
-from bench.gpu.workloads import Truth, Verdict, Workload, in_float64
+from bench.gpu.workloads import (
+    FULL,
+    POLICIES,
+    Truth,
+    Verdict,
+    Workload,
+    in_float64,
+    independent,
+    independent_paths,
+)
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import ModelBytes
 from dynskip.measure.device import Device, time_in_turns
@@ -27,11 +35,6 @@ from dynskip.measure.timing import Samples
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy
 
-SECTIONS = ("full", "paths", "mixes", "skipped", "masks", "providers", "compiled")
-# The sections of a run that names none: "paths" asks what "full" does, and more.
-_DEFAULT = SECTIONS[1:]
-_POLICIES = (KVPolicy.EVICT, KVPolicy.PROPAGATE)
-_FULL = "full depth"
 _OTHERS = (TransformersEager.name, MaskEverything.name, GatherWithToList.name)
 
 
@@ -55,11 +58,9 @@ Maker = Callable[[Workload], CheckedSteps]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(recorder.Sizes):
     """What is measured: batches by question, tokens, rounds. ``budgets``: of shared paths. ``shares``: of mixes."""
 
-    shape: str = "opt-1.3b"
-    vocab_size: int = 50272
     context_len: int = 512
     batches: tuple[int, ...] = (1, 8, 64)
     mix_batches: tuple[int, ...] = (8, 64, 256)
@@ -81,6 +82,17 @@ class Sizes:
         """Decode steps of one workload: the first, which is checked, a proof, and all that is timed and counted."""
         return 1 + self.num_proof_steps + _MOST_TIMINGS * ((self.num_rounds + 1) * self.num_repeats + 4)
 
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The contexts of the first step and behind the last."""
+        return {"context_len": [self.context_len, self.context_len + self.num_steps]}
+
+    @property
+    def note(self) -> str:
+        """The same in words."""
+        last = self.context_len + self.num_steps
+        return f"Context {self.context_len} to {last} tokens; a step includes head and greedy choice."
+
 
 # Ours is timed in turns with one other after the other.
 _MOST_TIMINGS = 3
@@ -92,25 +104,15 @@ def shared(budget: int) -> str:
     return f"shared ULS-{budget}"
 
 
-def independent(share: float) -> str:
-    """The name of a mix of random paths."""
-    return f"independent {share:.0%} paths"
-
-
 def masked(kv_policy: KVPolicy, source: str) -> str:
     """The name of per-token masks."""
     return f"per-token 50% {kv_policy.value}, {source}"
 
 
-def full_questions(batch: int) -> list[Question]:
-    """Full depth at one batch size."""
-    return [Question(batch, f"{_FULL}, share of its roofline", 0.8)]
-
-
-def path_questions(sizes: Sizes, batch: int) -> list[Question]:
+def path_questions(batch: int, budgets: Sequence[int]) -> list[Question]:
     """Full depth and shared paths at one batch size."""
-    found = full_questions(batch)
-    for budget in sizes.budgets:
+    found = [Question(batch, f"{FULL}, share of its roofline", 0.8)]
+    for budget in budgets:
         found.append(Question(batch, f"{shared(budget)}, share of its roofline", 0.8))
         found.append(Question(batch, f"{shared(budget)}, speed-up over full depth"))
     return found
@@ -129,12 +131,11 @@ def mix_questions(sizes: Sizes, batch: int) -> list[Question]:
     return found
 
 
-def skipped_questions(sizes: Sizes) -> list[Question]:
-    """What a skipped layer costs."""
-    return [
-        Question(1, "a skipped layer, us", 1.0, at_least=False),
-        Question(1, "a skipped layer, chain of layer graphs, us"),
-    ]
+# What a skipped layer costs.
+SKIPPED = (
+    Question(1, "a skipped layer, us", 1.0, at_least=False),
+    Question(1, "a skipped layer, chain of layer graphs, us"),
+)
 
 
 def mask_questions(batch: int, kv_policy: KVPolicy) -> list[Question]:
@@ -145,79 +146,79 @@ def mask_questions(batch: int, kv_policy: KVPolicy) -> list[Question]:
 
 def provider_questions(batch: int, names: Sequence[str]) -> list[Question]:
     """Full depth against others."""
-    return [Question(batch, f"{_FULL}, speed-up over {name}", 1.0) for name in names]
+    return [Question(batch, f"{FULL}, speed-up over {name}", 1.0) for name in names]
 
 
-class DecodeBenchmark:
+class DecodeBenchmark(Benchmark):
     """All questions about decode steps, on one model."""
 
-    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, ops: str, backend: str) -> None:
+    name = "decode"
+    sections = ("full", "paths", "mixes", "skipped", "masks", "providers", "compiled")
+    default_sections = sections[1:]  # "paths" asks what "full" does, and more
+    counts, counted = "--batches", ("batches", "mix_batches", "mask_batches")
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
         self.recorder = recorder
         self.device = device
         self.sizes = sizes
-        self.ops = ops
-        self.backend = backend
+        self.ops = timed
+        self.backend = "triton" if timed == "triton" else "torch"
         self.config = opt_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(self.config, dtype=recorder.dtype, device=device.device)
-        self.model = CausalLM.from_hf(self.hf_model, backend=backend, pack=False)
+        self.model = CausalLM.from_hf(self.hf_model, backend=self.backend, pack=False)
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         self.truth = Truth(self.model, lambda: in_float64(self.config, recorder.dtype, device.device))
         self._complaints: dict[str, str] = {}
 
-    def run(self, sections: Sequence[str]) -> None:
-        """Answer the questions of ``sections``, the most important first."""
-        sizes, attempt = self.sizes, self.recorder.attempt
-        for section in sections:
-            self.recorder.enter(section)
-            for batch in self.sizes.of(section):
-                if section == "full":
-                    attempt(full_questions(batch), partial(self._paths, batch, ()))
-                elif section == "paths":
-                    attempt(path_questions(sizes, batch), partial(self._paths, batch, sizes.budgets))
-                elif section == "mixes":
-                    attempt(mix_questions(sizes, batch), partial(self._mixes, batch))
-                elif section == "skipped":
-                    attempt(skipped_questions(sizes), self._skipped_layer)
-                elif section == "masks":
-                    for kv_policy in _POLICIES:
-                        attempt(mask_questions(batch, kv_policy), partial(self._masks, batch, kv_policy))
-                elif section == "providers":
-                    attempt(provider_questions(batch, _OTHERS), partial(self._providers, batch))
-                else:
-                    asked = provider_questions(batch, (TransformersCompiled.name,))
-                    attempt(asked, partial(self._compiled, batch))
+    @classmethod
+    def asked(cls, sizes: Sizes, section: str) -> Iterator[Group]:
+        """The questions of a section, in the order in which they are answered."""
+        for batch in sizes.of(section):
+            if section in ("full", "paths"):
+                budgets = sizes.budgets if section == "paths" else ()
+                yield path_questions(batch, budgets), cls._paths, (batch, budgets)
+            elif section == "mixes":
+                yield mix_questions(sizes, batch), cls._mixes, (batch,)
+            elif section == "skipped":
+                yield SKIPPED, cls._skipped_layer, ()
+            elif section == "masks":
+                for kv_policy in POLICIES:
+                    yield mask_questions(batch, kv_policy), cls._masks, (batch, kv_policy)
+            elif section == "providers":
+                yield provider_questions(batch, _OTHERS), cls._providers, (batch,)
+            else:
+                yield provider_questions(batch, (TransformersCompiled.name,)), cls._compiled, (batch,)
 
     def _paths(self, batch: int, budgets: Sequence[int]) -> None:
         """Full depth, recorded before anything else is tried, and then shared paths of ``budgets`` beside it."""
-        paths = {_FULL: LayerPath.full(self._num_layers)}
+        paths = {FULL: LayerPath.full(self._num_layers)}
         paths |= {shared(budget): LayerPath.uniform(self._num_layers, budget) for budget in budgets}
         workloads = {name: self._along([path] * batch) for name, path in paths.items()}
         self.truth.learn(*workloads.values())
-        steps = {_FULL: self._fused(_FULL, workloads[_FULL])}
+        steps = {FULL: self._fused(FULL, workloads[FULL])}
         samples, floors = self._time(steps)
-        self._share(batch, _FULL, "share of its roofline", samples, floors)
+        self._share(batch, FULL, "share of its roofline", samples, floors)
         if not budgets:
             return
-        steps |= {name: self._fused(name, workload) for name, workload in workloads.items() if name != _FULL}
+        steps |= {name: self._fused(name, workload) for name, workload in workloads.items() if name != FULL}
         samples, floors = self._time(steps)
         for name in list(workloads)[1:]:
             self._share(batch, name, "share of its roofline", samples, floors)
-            self._speedup(batch, name, "full depth", samples, _FULL)
+            self._speedup(batch, name, "full depth", samples, FULL)
 
     def _mixes(self, batch: int) -> None:
         """One other beside ours at a time: two caches of a large batch fit beside the weights, three do not."""
         full = self._along([LayerPath.full(self._num_layers)] * batch)
-        mixes = {}
-        for share in self.sizes.shares:
-            budget = max(1, round(self._num_layers * share))
-            paths = [LayerPath.random(self._num_layers, budget, seed) for seed in range(batch)]
-            mixes[independent(share)] = self._along(paths)
+        mixes = {
+            independent(share): self._along(independent_paths(batch, self._num_layers, share))
+            for share in self.sizes.shares
+        }
         self.truth.learn(full, *mixes.values())
         for name, workload in mixes.items():
             ours = self._fused(name, workload)
-            samples, floors = self._time({name: ours, _FULL: self._fused(_FULL, full)})
+            samples, floors = self._time({name: ours, FULL: self._fused(FULL, full)})
             self._share(batch, name, "share of the roofline of the mix", samples, floors)
-            self._speedup(batch, name, "full depth", samples, _FULL)
+            self._speedup(batch, name, "full depth", samples, FULL)
             chained = f"{name}, chain of layer graphs"
             samples, floors = self._time({chained: self._fused(chained, workload, chained=True)})
             self._share(batch, chained, "share of the roofline of the mix", samples, floors)
@@ -268,7 +269,7 @@ class DecodeBenchmark:
         workload = self._along([LayerPath.full(self._num_layers)] * batch)
         self.truth.learn(workload)
         makers: dict[str, Maker] = {TransformersEager.name: lambda w: TransformersEager(self.hf_model, w)}
-        self._against(batch, _FULL, self._fused(_FULL, workload), makers | self._mask_and_gather())
+        self._against(batch, FULL, self._fused(FULL, workload), makers | self._mask_and_gather())
 
     def _compiled(self, batch: int) -> None:
         workload = self._along([LayerPath.full(self._num_layers)] * batch)
@@ -277,7 +278,7 @@ class DecodeBenchmark:
         makers: dict[str, Maker] = {
             TransformersCompiled.name: lambda w: TransformersCompiled(self.hf_model, w, **options)
         }
-        self._against(batch, _FULL, self._fused(_FULL, workload), makers)
+        self._against(batch, FULL, self._fused(FULL, workload), makers)
 
     def _mask_and_gather(self) -> dict[str, Maker]:
         return {
@@ -359,64 +360,9 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def questions(args: argparse.Namespace) -> list[Question]:
-    """Every question that the part answers."""
-    sizes = _sizes(args)
-    asked: dict[str, Callable[[int], list[Question]]] = {
-        "full": full_questions,
-        "paths": partial(path_questions, sizes),
-        "mixes": partial(mix_questions, sizes),
-        "skipped": lambda batch: skipped_questions(sizes),
-        "masks": lambda batch: [question for policy in _POLICIES for question in mask_questions(batch, policy)],
-        "providers": lambda batch: provider_questions(batch, _OTHERS),
-        "compiled": lambda batch: provider_questions(batch, (TransformersCompiled.name,)),
-    }
-    return [
-        question for section in _sections(args) for batch in sizes.of(section) for question in asked[section](batch)
-    ]
-
-
-def measure(args: argparse.Namespace, device: Device) -> int:
-    """Answer them."""
-    sizes = _sizes(args)
-    described = {
-        "shape": sizes.shape,
-        "context_len": [sizes.context_len, sizes.context_len + sizes.num_steps],
-        "row_ops": args.ops,
-        "notes": [
-            f"Context {sizes.context_len} to {sizes.context_len + sizes.num_steps} tokens; a step includes head and "
-            "greedy choice."
-        ],
-    }
-    recorder = Recorder("decode", device, args, described)
-    try:
-        backend = "triton" if args.ops == "triton" else "torch"
-        DecodeBenchmark(recorder, device, sizes, args.ops, backend).run(_sections(args))
-    finally:
-        status = recorder.close()
-    return status
-
-
-def _sections(args: argparse.Namespace) -> tuple[str, ...]:
-    return chosen_sections(args.sections, SECTIONS, _DEFAULT)
-
-
-def _sizes(args: argparse.Namespace) -> Sizes:
-    sizes = TINY if args.tiny else Sizes()
-    if args.batches is None:
-        return sizes
-    return replace(sizes, batches=args.batches, mix_batches=args.batches, mask_batches=args.batches)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ops", choices=("triton", "reference"), default="triton", help="row ops (default: triton)")
-    parser.add_argument("--sections", metavar="A,B", help=f"of {','.join(SECTIONS)} (default: all but the first)")
-    parser.add_argument("--batches", type=numbers, metavar="A,B", help="(default: those that each section has)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The part ``decode`` of `make gpu`."""
-    return run_part("decode", __doc__ or "", questions, measure, argv, _add_arguments)
+    return DecodeBenchmark.run(Sizes(), TINY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.recorder import Question, Recorder, chosen_sections, numbers, run_part
+from bench.gpu import recorder
+from bench.gpu.recorder import Benchmark, Group, Question, Recorder
 from dynskip.measure.device import Device, time_in_turns
 from dynskip.measure.timing import Samples
 from dynskip.models.shapes import SHAPES
@@ -23,7 +23,6 @@ from dynskip.validation.op_arguments import RowArguments, bind, draw_rows, make_
 from dynskip.validation.tensors import Arguments, Case, PlainDraw
 from dynskip.validation.validate_rows import validate_row_case
 
-SECTIONS = ("matrices", "attention", "movement")
 # By their names in the results: the matrices of a layer, in the order of a step.
 MATRICES = {
     "qkv_rows": "qkv",
@@ -36,11 +35,10 @@ _EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What is measured. shape: hidden size, ffn size, layers, heads. movement_bytes: of the copies taken in turn."""
+class Sizes(recorder.Sizes):
+    """What is measured: row counts by section, tokens, rounds. movement_bytes: of the copies taken in turn."""
 
-    shape: str = "opt-1.3b"
-    matrix_rows: tuple[int, ...] = (1, 16, 64, 256)
+    matrices_rows: tuple[int, ...] = (1, 16, 64, 256)
     attention_rows: tuple[int, ...] = (64, 256)
     context_lens: tuple[int, ...] = (512, 1024, 2048)
     movement_rows: tuple[int, ...] = (4096, 16384, 65536)
@@ -48,15 +46,16 @@ class Sizes:
     num_rounds: int = 7
     num_repeats: int = 10
 
-    def of(self, section: str) -> tuple[int, ...]:
-        """The row counts of a section."""
-        return {"matrices": self.matrix_rows, "attention": self.attention_rows, "movement": self.movement_rows}[section]
+    @property
+    def note(self) -> str:
+        """How they are timed."""
+        return "Each kernel over memory that no cache holds, many launches in one graph."
 
 
-TINY = Sizes("tiny", (1, 3), (2,), (5,), (7,), 2**14, 2, 2)
+TINY = Sizes("tiny", 128, (1, 3), (2,), (5,), (7,), 2**14, 2, 2)
 
 
-def matrix_questions(sizes: Sizes, num_rows: int) -> list[Question]:
+def matrix_questions(num_rows: int) -> list[Question]:
     """The four kernels together, and each alone."""
     return [
         Question(num_rows, f"{_ALL_FOUR}, share of what limits it", 0.8),
@@ -66,12 +65,7 @@ def matrix_questions(sizes: Sizes, num_rows: int) -> list[Question]:
     ]
 
 
-def attention_questions(sizes: Sizes, num_rows: int, context_len: int) -> list[Question]:
-    """Decode attention."""
-    return [Question(num_rows, f"decode attention, context {context_len}, share of bandwidth", 0.85)]
-
-
-def movement_questions(sizes: Sizes, num_rows: int) -> list[Question]:
+def movement_questions(num_rows: int) -> list[Question]:
     """Gather with LayerNorm, and scatter-add."""
     return [
         Question(num_rows, "gather + LayerNorm, share of bandwidth", 0.85),
@@ -79,33 +73,35 @@ def movement_questions(sizes: Sizes, num_rows: int) -> list[Question]:
     ]
 
 
-class KernelBenchmark:
+class KernelBenchmark(Benchmark):
     """All questions about single kernels."""
 
-    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, ops: str) -> None:
+    name = "kernels"
+    sections = default_sections = ("matrices", "attention", "movement")
+    counts, counted = "--rows", tuple(f"{section}_rows" for section in sections)
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
         self.recorder = recorder
         self.device = device
         self.sizes = sizes
-        self.ops: RowOps = get_row_ops(ops)
-        self.backend = get_backend("triton" if ops == "triton" else "torch")
+        self.ops: RowOps = get_row_ops(timed)
+        self.backend = get_backend("triton" if timed == "triton" else "torch")
         self.config = SHAPES[sizes.shape]
         self.hidden_size, self.num_layers = self.config.hidden_size, self.config.num_layers
         self.draw = PlainDraw(recorder.dtype, device.device)
 
-    def run(self, sections: Sequence[str]) -> None:
-        """Answer the questions of ``sections``."""
-        sizes, attempt = self.sizes, self.recorder.attempt
-        for section in sections:
-            self.recorder.enter(section)
-            for num_rows in sizes.of(section):
-                if section == "matrices":
-                    attempt(matrix_questions(sizes, num_rows), partial(self._matrices, num_rows))
-                elif section == "movement":
-                    attempt(movement_questions(sizes, num_rows), partial(self._movement, num_rows))
-                else:
-                    for context_len in sizes.context_lens:
-                        asked = attention_questions(sizes, num_rows, context_len)
-                        attempt(asked, partial(self._attention, num_rows, context_len))
+    @classmethod
+    def asked(cls, sizes: Sizes, section: str) -> Iterator[Group]:
+        """The questions of a section, in the order in which they are answered."""
+        for num_rows in getattr(sizes, f"{section}_rows"):
+            if section == "matrices":
+                yield matrix_questions(num_rows), cls._matrices, (num_rows,)
+            elif section == "movement":
+                yield movement_questions(num_rows), cls._movement, (num_rows,)
+            else:
+                for context_len in sizes.context_lens:
+                    what = f"decode attention, context {context_len}, share of bandwidth"
+                    yield [Question(num_rows, what, 0.85)], cls._attention, (num_rows, context_len)
 
     def _matrices(self, num_rows: int) -> None:
         first = self._layer(num_rows)
@@ -240,58 +236,9 @@ def _why_outside_budget(what: str, actual: Tensor, eager: Tensor, exact: Tensor)
     return ""
 
 
-def questions(args: argparse.Namespace) -> list[Question]:
-    """Every question that the part answers."""
-    sizes = _sizes(args)
-    asked = {
-        "matrices": [question for rows in sizes.matrix_rows for question in matrix_questions(sizes, rows)],
-        "attention": [
-            question
-            for rows in sizes.attention_rows
-            for context_len in sizes.context_lens
-            for question in attention_questions(sizes, rows, context_len)
-        ],
-        "movement": [question for rows in sizes.movement_rows for question in movement_questions(sizes, rows)],
-    }
-    return [question for section in _sections(args) for question in asked[section]]
-
-
-def measure(args: argparse.Namespace, device: Device) -> int:
-    """Answer them."""
-    sizes = _sizes(args)
-    described = {
-        "shape": sizes.shape,
-        "row_ops": args.ops,
-        "notes": ["Each kernel over memory that no cache holds, many launches in one graph."],
-    }
-    recorder = Recorder("kernels", device, args, described)
-    try:
-        KernelBenchmark(recorder, device, sizes, args.ops).run(_sections(args))
-    finally:
-        status = recorder.close()
-    return status
-
-
-def _sections(args: argparse.Namespace) -> tuple[str, ...]:
-    return chosen_sections(args.sections, SECTIONS, SECTIONS)
-
-
-def _sizes(args: argparse.Namespace) -> Sizes:
-    sizes = TINY if args.tiny else Sizes()
-    if args.rows is None:
-        return sizes
-    return replace(sizes, matrix_rows=args.rows, attention_rows=args.rows, movement_rows=args.rows)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ops", choices=("triton", "reference"), default="triton", help="row ops (default: triton)")
-    parser.add_argument("--sections", metavar="A,B", help=f"of {','.join(SECTIONS)} (default: all)")
-    parser.add_argument("--rows", type=numbers, metavar="A,B", help="(default: those that each section has)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The part ``kernels`` of `make gpu`."""
-    return run_part("kernels", __doc__ or "", questions, measure, argv, _add_arguments)
+    return KernelBenchmark.run(Sizes(), TINY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu.recorder import Question, Recorder, run_part
-from bench.gpu.workloads import Truth, Workload, in_float64
+from bench.gpu import recorder
+from bench.gpu.recorder import Benchmark, Group, Question, Recorder
+from bench.gpu.transformers_steps import TransformersEager
+from bench.gpu.workloads import FULL, POLICIES, Truth, Workload, in_float64, independent, independent_paths
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import ModelBytes
 from dynskip.engine.closed_batch import Generation
@@ -27,29 +28,29 @@ from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy
 from dynskip.sampling import SamplingParams
 
-_FULL = "full depth"
-_TRANSFORMERS = "transformers sdpa eager"
-
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(recorder.Sizes):
     """What is measured. ``shares``: of the layers that independent random paths run."""
 
-    shape: str = "opt-1.3b"
-    vocab_size: int = 50272
     batch: int = 16
     prompt_len: int = 512
     shares: tuple[float, ...] = (0.25, 0.5)
     num_rounds: int = 9
     num_repeats: int = 3
 
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The tokens of a prompt."""
+        return {"prompt_len": self.prompt_len}
+
+    @property
+    def note(self) -> str:
+        """What is timed."""
+        return f"{self.batch} prompts of {self.prompt_len} tokens, from ids on the device to the first new token."
+
 
 TINY = Sizes("tiny", 128, 3, 6, (0.25, 0.5), 2, 1)
-
-
-def independent(share: float) -> str:
-    """The name of a mix of random paths."""
-    return f"independent {share:.0%} paths"
 
 
 def masked(kv_policy: KVPolicy) -> str:
@@ -57,37 +58,45 @@ def masked(kv_policy: KVPolicy) -> str:
     return f"per-token 50% masks, {kv_policy.value}"
 
 
-_POLICIES = (KVPolicy.EVICT, KVPolicy.PROPAGATE)
-
-
-class PrefillBenchmark:
+class PrefillBenchmark(Benchmark):
     """All questions about prefill, on one model."""
 
-    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, backend: str) -> None:
+    name = "prefill"
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
         self.recorder = recorder
         self.device = device
         self.sizes = sizes
         config = opt_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
-        self.model = CausalLM.from_hf(self.hf_model, backend=backend, pack=False)
+        self.model = CausalLM.from_hf(self.hf_model, backend=timed, pack=False)
         self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         executor = self.model.executor("compact")
         assert isinstance(executor, CompactExecutor)
         recorder.note(f"backend {self.model.backend.name}; attention of whole prompts: {executor.prompt_attention()}")
 
-    def run(self) -> None:
-        """Answer all questions."""
-        self.recorder.attempt(all_questions(self.sizes), self._measure)
+    @classmethod
+    def asked(cls, sizes: Sizes, section: str) -> Iterator[Group]:
+        """All questions, which are answered together."""
+        found = [
+            Question(sizes.batch, f"{FULL}, share of the matrix peak", 0.6),
+            Question(sizes.batch, f"{FULL}, speed-up over {TransformersEager.name}"),
+        ]
+        targets = {independent(share): 0.95 for share in sizes.shares} | {masked(policy): None for policy in POLICIES}
+        for name, target in targets.items():
+            found.append(Question(sizes.batch, f"{name}, share of the ideal speed-up", target))
+            found.append(Question(sizes.batch, f"{name}, speed-up over full depth"))
+        names = [independent(share) for share in sizes.shares]
+        found += [Question(sizes.batch, f"{name}, LLM.generate, speed-up over full depth") for name in names]
+        yield found, cls._measure, ()
 
     def _measure(self) -> None:
         sizes, num_layers = self.sizes, self.model.num_layers
-        workloads = {_FULL: self._along([LayerPath.full(num_layers)] * sizes.batch)}
+        workloads = {FULL: self._along([LayerPath.full(num_layers)] * sizes.batch)}
         for share in sizes.shares:
-            budget = max(1, round(num_layers * share))
-            paths = [LayerPath.random(num_layers, budget, seed) for seed in range(sizes.batch)]
-            workloads[independent(share)] = self._along(paths)
-        for kv_policy in _POLICIES:
+            workloads[independent(share)] = self._along(independent_paths(sizes.batch, num_layers, share))
+        for kv_policy in POLICIES:
             workloads[masked(kv_policy)] = Workload.per_token(
                 sizes.batch, num_layers, 0.5, kv_policy, sizes.prompt_len - 1, 1, sizes.vocab_size, self.device.device
             )
@@ -103,32 +112,36 @@ class PrefillBenchmark:
         tasks = {name: PromptStep(self.model, workload).run for name, workload in workloads.items()}
         for name in self._generated:
             tasks[f"{name}, generate"] = Prefill(self.model, workloads[name]).run
-        theirs = TransformersRunner(self.hf_model, workloads[_FULL].prompts, 1)
+        theirs = TransformersRunner(self.hf_model, workloads[FULL].prompts, 1)
         theirs.prefill()
         assert theirs.logits is not None
-        wrong[_TRANSFORMERS] = self.truth.check(_TRANSFORMERS, workloads[_FULL], theirs.logits).complaint
-        tasks[_TRANSFORMERS] = theirs.prefill
+        wrong[TransformersEager.name] = self.truth.check(
+            TransformersEager.name, workloads[FULL], theirs.logits
+        ).complaint
+        tasks[TransformersEager.name] = theirs.prefill
         samples = time_in_turns(self.device, tasks, sizes.num_rounds, sizes.num_repeats)
 
-        recorder, batch, full = self.recorder, sizes.batch, samples[_FULL]
+        recorder, batch, full = self.recorder, sizes.batch, samples[FULL]
         num_tokens = batch * sizes.prompt_len
         flops = num_tokens * num_layers * self.shape.layer_flops_per_row + batch * self.shape.head_flops_per_row
         floor_ms = flops / recorder.speed.peak_gflops / 1e6
-        recorder.share(batch, f"{_FULL}, share of the matrix peak", full, floor_ms, wrong[_FULL])
-        either = wrong[_FULL] or wrong[_TRANSFORMERS]
-        recorder.speedup(batch, f"{_FULL}, speed-up over {_TRANSFORMERS}", full, samples[_TRANSFORMERS], either)
+        recorder.share(batch, f"{FULL}, share of the matrix peak", full, floor_ms, wrong[FULL])
+        either = wrong[FULL] or wrong[TransformersEager.name]
+        recorder.speedup(
+            batch, f"{FULL}, speed-up over {TransformersEager.name}", full, samples[TransformersEager.name], either
+        )
         for name in self._generated[1:]:
-            ours, whole = samples[f"{name}, generate"], samples[f"{_FULL}, generate"]
-            either = wrong[name] or wrong[_FULL]
+            ours, whole = samples[f"{name}, generate"], samples[f"{FULL}, generate"]
+            either = wrong[name] or wrong[FULL]
             recorder.speedup(batch, f"{name}, LLM.generate, speed-up over full depth", ours, whole, either)
         for name, workload in workloads.items():
             host_ms = PromptStep(self.model, workload).host_ms(self.device)
             recorder.note(f"{name}: the host is done after {host_ms:.2f} ms of {samples[name].ms:.2f}")
-            if name == _FULL:
+            if name == FULL:
                 continue
             mean_layers = float(workload.token_mask(list(range(batch))).sum()) / num_tokens
             speedup = full.over(samples[name])
-            either = wrong[name] or wrong[_FULL]
+            either = wrong[name] or wrong[FULL]
             recorder.speedup(batch, f"{name}, speed-up over full depth", samples[name], full, either)
             what = f"{name}, share of the ideal speed-up"
             recorder.answer(batch, what, speedup * mean_layers / num_layers, samples[name], full, either)
@@ -137,7 +150,7 @@ class PrefillBenchmark:
     @property
     def _generated(self) -> tuple[str, ...]:
         """What is timed from lists of token ids to chosen tokens, too."""
-        return (_FULL, *(independent(share) for share in self.sizes.shares))
+        return (FULL, *(independent(share) for share in self.sizes.shares))
 
     def _along(self, paths: list[LayerPath]) -> Workload:
         sizes = self.sizes
@@ -189,20 +202,9 @@ class Prefill:
         self.logits = torch.empty(0)
 
     def run(self) -> None:
-        """Run the prompts from scratch and choose the first token of each."""
-        generation = _Recorded(self.model, self.prompts, self.params, self.paths, self.kv_policy)
-        generation.prefill()
-        self.logits = generation.logits
-
-
-class _Recorded(Generation):
-    """A generation that keeps the logits of its prompts."""
-
-    logits: Tensor
-
-    def prefill(self) -> None:
-        """Run all prompts and choose the first token of each."""
-        runner = self.engine.runner
+        """Run the prompts from scratch and choose the first token of each; their logits are kept."""
+        generation = Generation(self.model, self.prompts, self.params, self.paths, self.kv_policy)
+        runner = generation.engine.runner
         run = runner.prompt
 
         def record(spans: Sequence[Span], cache: Any) -> Tensor:
@@ -210,54 +212,12 @@ class _Recorded(Generation):
             return self.logits
 
         runner.prompt = record  # type: ignore[method-assign]
-        super().prefill()
-
-
-def all_questions(sizes: Sizes) -> list[Question]:
-    """Every question, in the order in which they are answered."""
-    found = [
-        Question(sizes.batch, f"{_FULL}, share of the matrix peak", 0.6),
-        Question(sizes.batch, f"{_FULL}, speed-up over {_TRANSFORMERS}"),
-    ]
-    targets = {independent(share): 0.95 for share in sizes.shares} | {masked(policy): None for policy in _POLICIES}
-    for name, target in targets.items():
-        found.append(Question(sizes.batch, f"{name}, share of the ideal speed-up", target))
-        found.append(Question(sizes.batch, f"{name}, speed-up over full depth"))
-    names = [independent(share) for share in sizes.shares]
-    return found + [Question(sizes.batch, f"{name}, LLM.generate, speed-up over full depth") for name in names]
-
-
-def questions(args: argparse.Namespace) -> list[Question]:
-    """Every question that the part answers."""
-    return all_questions(TINY if args.tiny else Sizes())
-
-
-def measure(args: argparse.Namespace, device: Device) -> int:
-    """Answer them."""
-    sizes = TINY if args.tiny else Sizes()
-    described = {
-        "shape": sizes.shape,
-        "prompt_len": sizes.prompt_len,
-        "backend": args.backend,
-        "notes": [
-            f"{sizes.batch} prompts of {sizes.prompt_len} tokens, from ids on the device to the first new token."
-        ],
-    }
-    recorder = Recorder("prefill", device, args, described)
-    try:
-        PrefillBenchmark(recorder, device, sizes, args.backend).run()
-    finally:
-        status = recorder.close()
-    return status
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=("triton", "torch"), default="triton", help="(default: triton)")
+        generation.prefill()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The part ``prefill`` of `make gpu`."""
-    return run_part("prefill", __doc__ or "", questions, measure, argv, _add_arguments)
+    return PrefillBenchmark.run(Sizes(), TINY, __doc__, argv)
 
 
 if __name__ == "__main__":

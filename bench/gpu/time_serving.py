@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from bench.gpu.recorder import Question, Recorder, run_part
+from bench.gpu import recorder
+from bench.gpu.recorder import Benchmark, Group, Question, Recorder
+from bench.gpu.workloads import FULL
 from bench.serving import check, draw_jobs, measure_stream
 from dynskip.causal_lm import CausalLM
 from dynskip.measure.calibration import add_stream_costs, measure_step_costs
@@ -18,15 +20,13 @@ from dynskip.measure.random_models import opt_config, random_hf_model
 from dynskip.measure.timing import Samples
 from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
-_FULL, _LOCKSTEP, _COHORT = "full depth", "lockstep", "cohort"
+_LOCKSTEP, _COHORT = "lockstep", "cohort"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(recorder.Sizes):
     """What is measured."""
 
-    shape: str = "opt-1.3b"
-    vocab_size: int = 50272
     num_requests: int = 8192
     batch: int = 128
     prompt_len: int = 32
@@ -36,24 +36,50 @@ class Sizes:
     context_len: int = 512
     num_rounds: int = 5
 
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The tokens of a prompt."""
+        return {"prompt_len": self.prompt_len}
+
+    @property
+    def note(self) -> str:
+        """The stream in words."""
+        return (
+            f"{self.num_requests} requests of {self.prompt_len} tokens, outputs geometric with mean "
+            f"{self.mean_output:g}, depths {self.mix}, pool {4 * self.batch} for cohort."
+        )
+
 
 TINY = Sizes("tiny", 128, 12, 3, 4, 3.0, 16, "uniform:1=3,uniform:2,full", 8, 2)
 
 
-class ServingBenchmark:
+class ServingBenchmark(Benchmark):
     """All questions about a stream, on one model."""
 
-    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, backend: str) -> None:
+    name = "serving"
+
+    def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
         self.recorder = recorder
         self.sizes = sizes
         config = opt_config(sizes.shape, sizes.vocab_size)
         hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
-        self.model = CausalLM.from_hf(hf_model, backend=backend, pack=False)
+        self.model = CausalLM.from_hf(hf_model, backend=timed, pack=False)
         recorder.note(f"backend {self.model.backend.name}")
 
-    def run(self) -> None:
-        """Answer all questions."""
-        self.recorder.attempt(all_questions(self.sizes), self._measure)
+    @classmethod
+    def asked(cls, sizes: Sizes, section: str) -> Iterator[Group]:
+        """All questions, which are answered together."""
+        found = []
+        for name in (_LOCKSTEP, _COHORT):
+            found.append(Question(sizes.batch, f"{name}, decode, speed-up over full depth"))
+            found.append(Question(sizes.batch, f"{name}, with prefill, speed-up over full depth"))
+        found += [
+            Question(sizes.batch, _share("decode"), 0.88),
+            Question(sizes.batch, _share("with prefill"), 0.85),
+            Question(sizes.batch, f"{_COHORT}, decode, speed-up over lockstep"),
+            Question(sizes.batch, f"{_COHORT}, predicted over measured tokens/s"),
+        ]
+        yield found, cls._measure, ()
 
     def _measure(self) -> None:
         sizes, model = self.sizes, self.model
@@ -82,13 +108,13 @@ class ServingBenchmark:
         answer, batch = self.recorder.answer, sizes.batch
         for name in (_LOCKSTEP, _COHORT):
             line = lines[name]
-            answer(batch, f"{name}, decode, speed-up over full depth", line["decode_gain"], decode[name], decode[_FULL])
-            answer(batch, f"{name}, with prefill, speed-up over full depth", line["gain"], busy[name], busy[_FULL])
+            answer(batch, f"{name}, decode, speed-up over full depth", line["decode_gain"], decode[name], decode[FULL])
+            answer(batch, f"{name}, with prefill, speed-up over full depth", line["gain"], busy[name], busy[FULL])
         line = lines[_COHORT]
         ideal = line["decode_gain"] / line["ideal_decode"]
-        answer(batch, _share("decode"), ideal, decode[_COHORT], decode[_FULL].ms / line["ideal_decode"])
+        answer(batch, _share("decode"), ideal, decode[_COHORT], decode[FULL].ms / line["ideal_decode"])
         ideal = line["gain"] / line["ideal_all"]
-        answer(batch, _share("with prefill"), ideal, busy[_COHORT], busy[_FULL].ms / line["ideal_all"])
+        answer(batch, _share("with prefill"), ideal, busy[_COHORT], busy[FULL].ms / line["ideal_all"])
         self.recorder.speedup(batch, f"{_COHORT}, decode, speed-up over lockstep", decode[_COHORT], decode[_LOCKSTEP])
         predicted = line["predicted_tokens_per_s"] / line["tokens_per_s"]
         predicted_ms = busy[_COHORT].ms / predicted
@@ -99,53 +125,9 @@ def _share(what: str) -> str:
     return f"{_COHORT}, {what}, share of the ideal speed-up"
 
 
-def all_questions(sizes: Sizes) -> list[Question]:
-    """Every question, in the order in which they are answered."""
-    found = []
-    for name in (_LOCKSTEP, _COHORT):
-        found.append(Question(sizes.batch, f"{name}, decode, speed-up over full depth"))
-        found.append(Question(sizes.batch, f"{name}, with prefill, speed-up over full depth"))
-    return [
-        *found,
-        Question(sizes.batch, _share("decode"), 0.88),
-        Question(sizes.batch, _share("with prefill"), 0.85),
-        Question(sizes.batch, f"{_COHORT}, decode, speed-up over lockstep"),
-        Question(sizes.batch, f"{_COHORT}, predicted over measured tokens/s"),
-    ]
-
-
-def questions(args: argparse.Namespace) -> list[Question]:
-    """Every question that the part answers."""
-    return all_questions(TINY if args.tiny else Sizes())
-
-
-def measure(args: argparse.Namespace, device: Device) -> int:
-    """Answer them."""
-    sizes = TINY if args.tiny else Sizes()
-    described = {
-        "shape": sizes.shape,
-        "prompt_len": sizes.prompt_len,
-        "backend": args.backend,
-        "notes": [
-            f"{sizes.num_requests} requests of {sizes.prompt_len} tokens, outputs geometric with mean "
-            f"{sizes.mean_output:g}, depths {sizes.mix}, pool {4 * sizes.batch} for cohort."
-        ],
-    }
-    recorder = Recorder("serving", device, args, described)
-    try:
-        ServingBenchmark(recorder, device, sizes, args.backend).run()
-    finally:
-        status = recorder.close()
-    return status
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=("triton", "torch"), default="triton", help="(default: triton)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The part ``serving`` of `make gpu`."""
-    return run_part("serving", __doc__ or "", questions, measure, argv, _add_arguments)
+    return ServingBenchmark.run(Sizes(), TINY, __doc__, argv)
 
 
 if __name__ == "__main__":

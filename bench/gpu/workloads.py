@@ -16,6 +16,19 @@ from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy, Plan
 
 NUM_CHECKED = 4
+FULL = "full depth"
+# Of per-token masks.
+POLICIES = (KVPolicy.EVICT, KVPolicy.PROPAGATE)
+
+
+def independent(share: float) -> str:
+    """The name of a mix of random paths, each through ``share`` of the layers."""
+    return f"independent {share:.0%} paths"
+
+
+def independent_paths(batch: int, num_layers: int, share: float) -> list[LayerPath]:
+    """The paths of that mix."""
+    return [LayerPath.random(num_layers, max(1, round(num_layers * share)), seed) for seed in range(batch)]
 
 
 @dataclass(frozen=True, eq=False)
