@@ -42,6 +42,7 @@ from dynskip.simulation.simulate import EngineOptions, simulate
 from dynskip.simulation.workload import PAPER_MIX, Workload, at_full_depth, parse_mix
 
 ROOT = Path(__file__).resolve().parents[1]
+_GAINS = (("decode_gain", "ideal_decode"), ("gain", "ideal_all"))
 PARTS = ("stream", "closed", "static", "overhead")
 
 
@@ -343,40 +344,24 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
             "Gains are over full depth under the same engine and policy `cohort`. "
             f"Ideal: {own[0]['ideal_decode']:.2f}x for decode steps, {own[0]['ideal_all']:.2f}x with prefill.",
             "",
-            "| policy | decode s | gain | of ideal | over lockstep | prefill s | decode + prefill gain | of ideal | "
-            "tokens/s | rows | paths | layers | union | longest wait, steps (W) | TTFT s p50/90/99 | KV peak MiB | "
-            "bookkeeping |",
-            "|" + "---|" * 17,
-        ]
-        for line in own:
-            ttft = "/".join(f"{value:.1f}" for value in line["ttft_s"])
-            wait = f"{line['longest_wait']}" + (f" ({line['max_wait']})" if line["max_wait"] else "")
-            is_full = line["name"] == "full depth"
-            text.append(
-                f"| {line['name']} | {line['decode_s']:.1f} | {line['decode_gain']:.2f}x | "
-                + ("" if is_full else f"{line['decode_gain'] / line['ideal_decode']:.0%}")
-                + f" | {lockstep['decode_s'] / line['decode_s']:.2f}x | {line['prefill_s']:.1f}"
-                + f" | {line['gain']:.2f}x | "
-                + ("" if is_full else f"{line['gain'] / line['ideal_all']:.0%}")
-                + f" | {line['tokens_per_s']:.0f} | {line['rows']:.1f} | {line['paths']:.2f} | "
-                f"{line['layers']:.2f} | {line['union']:.1f} | {wait} | {ttft} | {line['peak_kv_bytes'] / 2**20:.0f} | "
-                f"{line['bookkeeping_share']:.1%} |"
-            )
-        text += [
+            *_table(
+                "policy | decode s | gain | of ideal | over lockstep | prefill s | decode + prefill gain | of ideal | "
+                "tokens/s | rows | paths | layers | union | longest wait, steps (W) | TTFT s p50/90/99 | KV peak MiB | "
+                "bookkeeping",
+                [_stream_row(line, lockstep) for line in own],
+            ),
             "",
             "Waits count own turns only. The simulation, with costs that an earlier run calibrated, beside it:",
             "",
-            "| policy | tokens/s | predicted | off by | mean ms per token | predicted | off by |",
-            "|---|---|---|---|---|---|---|",
+            *_table(
+                "policy | tokens/s | predicted | off by | mean ms per token | predicted | off by",
+                [
+                    f"{line['name']} | {_predicted(line, 'tokens_per_s')} | {_predicted(line, 'mean_tpot_ms')}"
+                    for line in own
+                ],
+            ),
+            "",
         ]
-        for line in own:
-            tokens, tpot = line["tokens_per_s"], line["mean_tpot_ms"]
-            text.append(
-                f"| {line['name']} | {tokens:.0f} | {line['predicted_tokens_per_s']:.0f} | "
-                f"{line['predicted_tokens_per_s'] / tokens - 1:+.0%} | {tpot:.0f} | "
-                f"{line['predicted_mean_tpot_ms']:.0f} | {line['predicted_mean_tpot_ms'] / tpot - 1:+.0%} |"
-            )
-        text.append("")
     if closed := [line for line in lines if line["part"] == "closed"]:
         text += [
             "## A closed batch of 16",
@@ -384,12 +369,13 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
             "Nobody comes after them, so each layer is read least often if all step together: `cohort` does what "
             "`lockstep` does. The union of the paths bounds both, and towards the end the longest outputs alone.",
             "",
-            "| policy | decode s | over lockstep, median (lowest) | union |",
-            "|---|---|---|---|",
-            *(
-                f"| {line['name']} | {line['decode_s']:.2f} | {line['over_lockstep']:.2f}x ({line['lowest']:.2f}x) | "
-                f"{line['union']:.1f} |"
-                for line in closed
+            *_table(
+                "policy | decode s | over lockstep, median (lowest) | union",
+                [
+                    f"{line['name']} | {line['decode_s']:.2f} | {line['over_lockstep']:.2f}x ({line['lowest']:.2f}x) | "
+                    f"{line['union']:.1f}"
+                    for line in closed
+                ],
             ),
             "",
         ]
@@ -397,12 +383,13 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         text += [
             f"## Full depth: {static[0]['requests']} requests in batches of {static[0]['batch']}",
             "",
-            "| who | seconds | tokens/s | over static batches | over transformers |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {line['name']} | {line['seconds']:.1f} | {line['tokens_per_s']:.1f} | {line['over_static']:.2f}x | "
-                f"{line['over_transformers']:.2f}x |"
-                for line in static
+            *_table(
+                "who | seconds | tokens/s | over static batches | over transformers",
+                [
+                    f"{line['name']} | {line['seconds']:.1f} | {line['tokens_per_s']:.1f} | "
+                    f"{line['over_static']:.2f}x | {line['over_transformers']:.2f}x"
+                    for line in static
+                ],
             ),
             "",
         ]
@@ -415,16 +402,40 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
             f"{engine['us_per_step']:.0f} us of a step, {engine['share']:.2%}, over {engine['steps']} steps. "
             "The scheduler alone, batches of 16:",
             "",
-            "| resident | waiting | us per step |",
-            "|---|---|---|",
-            *(
-                f"| {line['resident']} | {line['waiting']} | {line['us_per_step']:.0f} |"
-                for line in overhead
-                if line["name"] == "scheduler"
+            *_table(
+                "resident | waiting | us per step",
+                [
+                    f"{line['resident']} | {line['waiting']} | {line['us_per_step']:.0f}"
+                    for line in overhead
+                    if line["name"] == "scheduler"
+                ],
             ),
             "",
         ]
     return "\n".join(text)
+
+
+def _table(headings: str, rows: Sequence[str]) -> list[str]:
+    """The lines of a Markdown table, from cells that stand between bars already."""
+    return [f"| {headings} |", "|" + "---|" * (headings.count("|") + 1), *(f"| {row} |" for row in rows)]
+
+
+def _stream_row(line: dict[str, Any], lockstep: dict[str, Any]) -> str:
+    is_full = line["name"] == "full depth"
+    shares = ["" if is_full else f"{line[gain] / line[ideal]:.0%}" for gain, ideal in _GAINS]
+    wait = f"{line['longest_wait']}" + (f" ({line['max_wait']})" if line["max_wait"] else "")
+    ttft = "/".join(f"{value:.1f}" for value in line["ttft_s"])
+    return (
+        f"{line['name']} | {line['decode_s']:.1f} | {line['decode_gain']:.2f}x | {shares[0]} | "
+        f"{lockstep['decode_s'] / line['decode_s']:.2f}x | {line['prefill_s']:.1f} | {line['gain']:.2f}x | "
+        f"{shares[1]} | {line['tokens_per_s']:.0f} | {line['rows']:.1f} | {line['paths']:.2f} | {line['layers']:.2f} | "
+        f"{line['union']:.1f} | {wait} | {ttft} | {line['peak_kv_bytes'] / 2**20:.0f} | {line['bookkeeping_share']:.1%}"
+    )
+
+
+def _predicted(line: dict[str, Any], name: str) -> str:
+    predicted = line[f"predicted_{name}"]
+    return f"{line[name]:.0f} | {predicted:.0f} | {predicted / line[name] - 1:+.0%}"
 
 
 def _alpaca(path: Path, llm: LLM, count: int, max_tokens: int) -> list[list[int]]:

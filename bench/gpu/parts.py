@@ -67,30 +67,33 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
     def module(name: str, *arguments: str) -> Command:
         return (python, "-m", f"bench.gpu.{name}", *arguments)
 
-    def decode(
-        name: str, what: str, limit_s: float, questions: Sequence[str], *switches: str, needs: tuple[str, ...] = ()
+    def timed(
+        name: str,
+        what: str,
+        limit_s: float,
+        questions: Sequence[str],
+        *switches: str,
+        needs: tuple[str, ...] = (),
+        module_name: str = "time_decode",
+        counts: tuple[str, str] = ("--batches", "2"),
     ) -> Part:
-        """A process for each of ``questions``, sections and batches such as "paths 8"; the first is rehearsed."""
-        steps, rehearsal = [], []
-        for question in questions:
-            section, batch = question.split()
-            asked = ("--sections", section, *(() if batch == "-" else ("--batches", batch)))
-            command = module("time_decode", *measuring, "--limit-s", f"{limit_s:g}", *asked)
-            steps.append(("env", *switches, *command) if switches else command)
-            asked = ("--sections", section, "--batches", "2")
-            command = module("time_decode", *measuring, *on_cpu, "--ops", "reference", *asked)
-            rehearsal.append(("env", *switches, *command) if switches else command)
-        return Part(name, what, limit_s, tuple(steps), tuple(rehearsal[:1]), needs)
+        """A process for each of ``questions``, sections and row counts such as "paths 8"; the first is rehearsed.
+
+        counts: the option that says how many rows, and how many a rehearsal has.
+        """
+        environment = ("env", *switches) if switches else ()
+        asked = [question.split() for question in questions]
+        limit = ("--limit-s", f"{limit_s:g}")
+        steps = []
+        for section, count in asked:
+            rows = () if count == "-" else (counts[0], count)
+            steps.append((*environment, *module(module_name, *measuring, *limit, "--sections", section, *rows)))
+        few = (*on_cpu, "--ops", "reference", "--sections", asked[0][0], *counts)
+        rehearsal = (*environment, *module(module_name, *measuring, *few))
+        return Part(name, what, limit_s, tuple(steps), (rehearsal,), needs)
 
     def kernels(name: str, what: str, limit_s: float, questions: Sequence[str]) -> Part:
-        """The same for single kernels."""
-        steps = []
-        for question in questions:
-            section, rows = question.split()
-            asked = ("--limit-s", f"{limit_s:g}", "--sections", section, "--rows", rows)
-            steps.append(module("time_kernels", *measuring, *asked))
-        asked = ("--ops", "reference", "--sections", questions[0].split()[0], "--rows", "3")
-        return Part(name, what, limit_s, tuple(steps), (module("time_kernels", *measuring, *on_cpu, *asked),))
+        return timed(name, what, limit_s, questions, module_name="time_kernels", counts=("--rows", "3"))
 
     def measure(name: str, what: str, limit_s: float) -> Part:
         command = module(f"time_{name}", *measuring, "--limit-s", f"{limit_s:g}")
@@ -99,19 +102,27 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
     def table(name: str) -> Part:
         path = VARIANTS / f"{name}.json"
         what = f"full depth with the constants of {path.relative_to(ROOT)}"
-        asked = [f"full {batch}" for batch in (8, 64, 1)]
-        return decode(f"table-{name}", what, 30, asked, f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
+        return timed(f"table-{name}", what, 30, full, f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
+
+    def profile(name: str, what: str, limit_s: float, few: Command, rehearsal: Command) -> Part:
+        """ncu over the launches of the rows that ``few`` names."""
+        command = module("profile_layer", "--ncu", "ncu", "--out", str(out), *few)
+        return Part(name, what, limit_s, (command,), (module("profile_layer", *rehearsal, *few),), ("ncu",))
+
+    def tuned(name: str, what: str, limit_s: float, options: Command, rehearsal: Command) -> Part:
+        return Part(name, what, limit_s, ((*tune, *options, "--out", str(out / "tuned.json")),), ((*tune, *rehearsal),))
 
     pytest = (python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider")
     sharded = (*pytest, "-p", "bench.gpu.shard_tests")
     validate = (python, "-m", "dynskip", "validate", "--quiet", "--backend", "triton")
     tune = (python, "-m", "dynskip", "tune", "--quiet")
     products = tuple(option for op in ("linear_rows", "linear_add_rows", "qkv_rows") for option in ("--op", op))
-    tuned = str(out / "tuned.json")
     sanitize = module("sanitize", "--sanitizer", "compute-sanitizer")
+    full = [f"full {batch}" for batch in (8, 64, 1)]
     paths = [f"paths {batch}" for batch in (8, 1, 64)]
     mixes = [f"mixes {batch}" for batch in (8, 64, 256)]
     others = [f"{section} {batch}" for section in ("providers", "compiled") for batch in (1, 8, 64)]
+    everything = [*paths, *mixes, "skipped -", "masks 64", *others]
     matrices = [f"matrices {rows}" for rows in (1, 16, 64, 256)]
     attention = [f"attention {rows}" for rows in (64, 256)]
     movement = [f"movement {rows}" for rows in (4096, 16384, 65536)]
@@ -156,59 +167,29 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
         ),
         kernels("kernels", "single kernels against bandwidth and cuBLAS", 540, [*matrices, *attention, *movement]),
         kernels("matrices", "the four matrix kernels against bandwidth and cuBLAS", 60, matrices),
-        decode(
-            "decode",
-            "decode steps against their roofline and against others",
-            540,
-            [*paths, *mixes, "skipped -", "masks 64", *others],
-        ),
-        decode("paths", "full depth and shared paths against their roofline", 90, paths),
-        decode("full", "full depth against its roofline", 30, [f"full {batch}" for batch in (8, 64, 1)]),
-        decode(
-            "mixes",
-            "mixed paths, skipped layers and masks",
-            65,
-            [*mixes[:2], "skipped -", "masks 8", "masks 64"],
-        ),
-        decode(
-            "table-no-pdl",
-            "full depth without dependent launches",
-            30,
-            [f"full {batch}" for batch in (8, 64, 1)],
-            "DYNSKIP_PDL=0",
-        ),
+        timed("decode", "decode steps against their roofline and against others", 540, everything),
+        timed("paths", "full depth and shared paths against their roofline", 90, paths),
+        timed("full", "full depth against its roofline", 30, full),
+        timed("mixes", "mixed paths, skipped layers and masks", 65, [*mixes[:2], "skipped -", "masks 8", "masks 64"]),
+        timed("table-no-pdl", "full depth without dependent launches", 30, full, "DYNSKIP_PDL=0"),
         *map(table, tables),
         measure("prefill", "prompts against the ideal speed-up and the matrix peak", 540),
         measure("serving", "a stream of mixed depths against the ideal speed-up", 540),
-        Part(
-            "profile",
-            "ncu over the decode kernels of one layer",
-            540,
-            (module("profile_layer", "--ncu", "ncu", "--out", str(out)),),
-            (module("profile_layer", "--dry-run"),),
-            needs=("ncu",),
-        ),
-        Part(
+        profile("profile", "ncu over the decode kernels of one layer", 540, (), ("--dry-run",)),
+        profile(
             "layer",
             "ncu over the decode kernels of one layer, 8 rows",
             45,
-            (module("profile_layer", "--ncu", "ncu", "--out", str(out), "--batches", "8"),),
-            (module("profile_layer", *on_cpu, "--ops", "reference", "--batches", "8"),),
-            needs=("ncu",),
+            ("--batches", "8"),
+            (*on_cpu, "--ops", "reference"),
         ),
-        Part(
-            "tune",
-            "the kernels' constants for this card",
-            540,
-            ((*tune, "--minutes", "8.5", "--out", tuned),),
-            ((*tune, "--help"),),
-        ),
-        Part(
+        tuned("tune", "the kernels' constants for this card", 540, ("--minutes", "8.5"), ("--help",)),
+        tuned(
             "tune-few",
             "the constants of the three products for 8, 64 rows and one",
             75,
-            ((*tune, *products, "--rows", "8,64,1", "--minutes", "1", "--out", tuned),),
-            ((*tune, "--dry-run", "--op", "norm_rows", "--rows", "8", "--jobs", "1", "--minutes", "0.1"),),
+            (*products, "--rows", "8,64,1", "--minutes", "1"),
+            ("--dry-run", "--op", "norm_rows", "--rows", "8", "--jobs", "1", "--minutes", "0.1"),
         ),
     ]
     return {part.name: part for part in parts}

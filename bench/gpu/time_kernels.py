@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bench.gpu import recorder
 from bench.gpu.recorder import Benchmark, Group, Question, Recorder
@@ -19,8 +17,10 @@ from dynskip.measure.timing import Samples
 from dynskip.models.shapes import SHAPES
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import RowOps, get_row_ops
-from dynskip.validation.op_arguments import RowArguments, bind, draw_rows, make_workspace
+from dynskip.validation.errors import Result
+from dynskip.validation.op_arguments import RowArguments, bind, draw_rows, gather_layer_norm, make_workspace
 from dynskip.validation.tensors import Arguments, Case, PlainDraw
+from dynskip.validation.validate import validate_case
 from dynskip.validation.validate_rows import validate_row_case
 
 # By their names in the results: the matrices of a layer, in the order of a step.
@@ -31,7 +31,6 @@ MATRICES = {
     "linear_add_rows, fc2": "fc2",
 }
 _ALL_FOUR = "the four matrix kernels of all layers, one graph"
-_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class KernelBenchmark(Benchmark):
 
     def _matrices(self, num_rows: int) -> None:
         first = self._layer(num_rows)
-        wrong = {op: self._why_wrong(op, arguments) for op, arguments in first.items()}
+        wrong = {op: self._why_row_op_wrong(op, arguments) for op, arguments in first.items()}
         any_wrong = " ".join(filter(None, wrong.values()))
         workspaces = {op: make_workspace(self.ops, arguments) for op, arguments in first.items()}
         num_bytes = {op: self.num_layers * arguments["weight"].nbytes for op, arguments in first.items()}
@@ -149,7 +148,7 @@ class KernelBenchmark(Benchmark):
         itemsize, config = self.recorder.dtype.itemsize, self.config
         pool_bytes = num_rows * context_len * config.kv_entry_size * itemsize
         num_pools = max(1, self.sizes.movement_bytes // 4 // pool_bytes)
-        wrong = self._why_wrong("attend_rows", arguments)
+        wrong = self._why_row_op_wrong("attend_rows", arguments)
         caches = ("k_cache", "v_cache")
         copies = (arguments | {name: arguments[name].clone() for name in caches} for _ in range(1, num_pools))
         workspace = make_workspace(self.ops, arguments)
@@ -165,26 +164,18 @@ class KernelBenchmark(Benchmark):
         num_copies = max(1, self.sizes.movement_bytes // (2 * num_rows * row_bytes))
         streams = [self.draw.normal(2 * num_rows, self.hidden_size) for _ in range(num_copies)]
         deltas = [self.draw.normal(num_rows, self.hidden_size) for _ in range(num_copies)]
-        chosen = torch.randperm(2 * num_rows, generator=self.draw.generator, device=self.device.device)[:num_rows]
-        row_ids = chosen.sort().values.int()
-        weight, bias = self.draw.normal(self.hidden_size), self.draw.normal(self.hidden_size)
-        before = streams[0].double()
-        expected = F.layer_norm(before[row_ids.long()], (self.hidden_size,), weight.double(), bias.double(), _EPS)
-        eager = F.layer_norm(streams[0][row_ids.long()], (self.hidden_size,), weight, bias, _EPS)
-        normed = self.backend.gather_layer_norm(streams[0], row_ids, weight, bias, _EPS)
-        gather_wrong = _why_outside_budget("gather + LayerNorm", normed, eager, expected)
-        gathers = [
-            lambda stream=stream: self.backend.gather_layer_norm(stream, row_ids, weight, bias, _EPS)
-            for stream in streams
-        ]
-        scatters = [
-            lambda stream=stream, delta=delta: self.backend.scatter_add(stream, row_ids, delta)
-            for stream, delta in zip(streams, deltas, strict=True)
-        ]
-        self.backend.scatter_add(streams[0], row_ids, deltas[0])
-        expected = before.index_add(0, row_ids.long(), deltas[0].double())
-        is_exact = torch.equal(streams[0], expected.to(streams[0].dtype))
-        scatter_wrong = "" if is_exact else "scatter-add: every sum must be the exact one rounded once, got another."
+        row_ids = self.draw.row_ids(num_rows, 2 * num_rows)
+        norm = gather_layer_norm(self.draw, streams[0], row_ids)
+        sums = [{"x": x, "row_ids": row_ids, "y": y} for x, y in zip(streams, deltas, strict=True)]
+        gather_wrong, scatter_wrong = (
+            self._why_wrong(what, validate_case(self.backend.name, self.recorder.dtype, Case(op, what, arguments)))
+            for op, what, arguments in (
+                ("gather_layer_norm", "gather + LayerNorm", norm),
+                ("scatter_add", "scatter-add", sums[0]),
+            )
+        )
+        gathers = [partial(self.backend.gather_layer_norm, *(norm | {"x": x}).values()) for x in streams]
+        scatters = [partial(self.backend.scatter_add, *own.values()) for own in sums]
         samples = self._time({"gather": _graph(self.device, gathers), "scatter": _graph(self.device, scatters)})
         bandwidth = self.recorder.speed.bandwidth_gbps * 1e6
         gather_ms = num_copies * num_rows * 2 * row_bytes / bandwidth
@@ -208,10 +199,13 @@ class KernelBenchmark(Benchmark):
         rows = draw_rows(self.draw, num_rows, num_rows, num_rows)
         return RowArguments(self.draw, rows).of_decoder(part, self.config, context_len, context_len)
 
-    def _why_wrong(self, op: str, arguments: Arguments) -> str:
+    def _why_row_op_wrong(self, op: str, arguments: Arguments) -> str:
+        return self._why_wrong(op, validate_row_case(self.ops, self.recorder.dtype, Case(_op(op), op, arguments)))
+
+    @staticmethod
+    def _why_wrong(op: str, result: Result) -> str:
         """What is wrong with the results of an op; "" where nothing is."""
-        failure = validate_row_case(self.ops, self.recorder.dtype, Case(_op(op), op, arguments)).failure
-        return "" if failure is None else f"{op}: {failure}."
+        return "" if result.failure is None else f"{op}: {result.failure}."
 
 
 def _op(name: str) -> str:
@@ -225,15 +219,6 @@ def _graph(device: Device, calls: Sequence[Callable[[], object]]) -> Callable[[]
         del results
 
     return device.captured(launch)
-
-
-def _why_outside_budget(what: str, actual: Tensor, eager: Tensor, exact: Tensor) -> str:
-    """What is wrong where the error is more than twice that of plain PyTorch, and more than one rounding."""
-    error, allowed = ((tensor.double() - exact).abs().max().item() for tensor in (actual, eager))
-    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    if not error <= max(2 * allowed, rounding):
-        return f"{what}: the result must be within {max(2 * allowed, rounding):.3g} of float64, got {error:.3g}."
-    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

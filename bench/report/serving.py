@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,17 @@ Files = Mapping[Path, Sequence[Mapping[str, Any]]]
 class Question:
     """What a row of the table answers.
 
-    part, name: whose lines it is about; batches without one stay empty. value: the figure, from that line and all
-    lines of its batch. form: how it is written. least: what it should reach, for a batch or (None) for any.
+    part, name: whose lines it is about; batches without one stay empty. figure: of that line, or of the line ``of`` the
+    same part. by: the figure of the line that it is divided by. form: how it is written. least: what it should reach,
+    for a batch or (None) for any.
     """
 
     what: str
     part: str
     name: str
-    value: Callable[[Mapping[str, Any], Lines], float]
+    figure: str
+    by: str = ""
+    of: str = ""
     form: str = "{:.2f}x"
     least: Mapping[int | None, float] = field(default_factory=dict)
 
@@ -40,73 +43,36 @@ class Question:
             if line is None:
                 cells.append("")
                 continue
-            value, least = self.value(line, lines), self.least.get(batch, self.least.get(None))
+            value = lines[self.part, self.of or self.name][self.figure] / (line[self.by] if self.by else 1)
+            least = self.least.get(batch, self.least.get(None))
             cells.append(self.form.format(value) + (" (missed)" if least is not None and value < least else ""))
             targets.append("" if least is None else f">= {self.form.format(least)}")
         return [self.what, *cells, " / ".join(dict.fromkeys(filter(None, targets)))] if any(cells) else None
 
 
-def _over_lockstep(line: Mapping[str, Any], lines: Lines) -> float:
-    other_s: float = lines["stream", "lockstep"]["decode_s"]
-    return other_s / line["decode_s"]
-
-
+_COHORT = ("stream", "cohort")
+_IDEAL: dict[str, Any] = {"form": "{:.0%}", "least": {None: 0.85}}
+_STATIC = ("static", "engine, cohort")
+_PADDED = "full depth, over transformers' generate, left-padded, each batch to its longest output"
+_LOCKSTEP = {16: 1.8, 32: 1.4}
 QUESTIONS = (
-    Question("decode, cohort over full depth", "stream", "cohort", lambda line, _: line["decode_gain"]),
-    Question(
-        "decode, share of the ideal",
-        "stream",
-        "cohort",
-        lambda line, _: line["decode_gain"] / line["ideal_decode"],
-        "{:.0%}",
-        {None: 0.85},
-    ),
-    Question("decode, cohort over lockstep", "stream", "cohort", _over_lockstep, least={16: 1.8, 32: 1.4}),
-    Question("with prefill, cohort over full depth", "stream", "cohort", lambda line, _: line["gain"]),
-    Question(
-        "with prefill, share of the ideal",
-        "stream",
-        "cohort",
-        lambda line, _: line["gain"] / line["ideal_all"],
-        "{:.0%}",
-        {None: 0.85},
-    ),
+    Question("decode, cohort over full depth", *_COHORT, "decode_gain"),
+    Question("decode, share of the ideal", *_COHORT, "decode_gain", "ideal_decode", **_IDEAL),
+    Question("decode, cohort over lockstep", *_COHORT, "decode_s", "decode_s", of="lockstep", least=_LOCKSTEP),
+    Question("with prefill, cohort over full depth", *_COHORT, "gain"),
+    Question("with prefill, share of the ideal", *_COHORT, "gain", "ideal_all", **_IDEAL),
     *(
-        Question(f"tokens/s, {name}", "stream", name, lambda line, _: line["tokens_per_s"], "{:.0f}")
+        Question(f"tokens/s, {name}", "stream", name, "tokens_per_s", form="{:.0f}")
         for name in ("full depth", "lockstep", "cohort")
     ),
     *(
-        Question(f"layers that a step reads, {name}", "stream", name, lambda line, _: line["union"], "{:.1f}")
+        Question(f"layers that a step reads, {name}", "stream", name, "union", form="{:.1f}")
         for name in ("lockstep", "cohort")
     ),
-    Question(
-        "longest wait for a token, share of W",
-        "stream",
-        "cohort",
-        lambda line, _: line["longest_wait"] / line["max_wait"],
-        "{:.0%}",
-    ),
-    Question(
-        "a closed batch, cohort over lockstep",
-        "closed",
-        "cohort",
-        lambda line, _: line["over_lockstep"],
-        least={None: 1.0},
-    ),
-    Question(
-        "full depth, over static batches",
-        "static",
-        "engine, cohort",
-        lambda line, _: line["over_static"],
-        least={None: 1.0},
-    ),
-    Question(
-        "full depth, over transformers' generate, left-padded, each batch to its longest output",
-        "static",
-        "engine, cohort",
-        lambda line, _: line["over_transformers"],
-        least={None: 2.0},
-    ),
+    Question("longest wait for a token, share of W", *_COHORT, "longest_wait", "max_wait", form="{:.0%}"),
+    Question("a closed batch, cohort over lockstep", "closed", "cohort", "over_lockstep", least={None: 1.0}),
+    Question("full depth, over static batches", *_STATIC, "over_static", least={None: 1.0}),
+    Question(_PADDED, *_STATIC, "over_transformers", least={None: 2.0}),
 )
 
 
