@@ -63,21 +63,7 @@ SAMPLED = SamplingParams(max_tokens=5, temperature=0.9, top_k=20, top_p=0.95, n=
 CONTROLLERS = ("fixed", "hidden", "mlp:8", "window:4", "attention-pool")
 # What no two runs have in common.
 UNREPEATABLE = re.compile(r".*(_s|_ms|seconds|bookkeeping_share|available_gib|resting_mb|peak_mb)")
-WORDS = (
-    "the",
-    "bread",
-    "rises",
-    "water",
-    "house",
-    "lamp",
-    "keeper",
-    "storm",
-    "three",
-    "kinds",
-    "cheese",
-    "write",
-    "why",
-)
+WORDS = "the bread rises water house lamp keeper storm three kinds cheese write why"
 
 
 def model_of(variant: str = "pre-norm", dtype: str = "float32", **options: Any) -> OPTForCausalLM:
@@ -301,7 +287,7 @@ def evaluate(old: Path, folder: Path) -> str:
 def write_artefacts(folder: Path, quick: bool) -> None:
     """What the new state has to read: checkpoints, controllers, and unless ``quick`` costs and a sweep."""
     draw = random.Random(0)
-    rows = [{name: " ".join(draw.choices(WORDS, k=8)) for name in ("instruction", "output")} for _ in range(80)]
+    rows = [{name: " ".join(draw.choices(WORDS.split(), k=8)) for name in ("instruction", "output")} for _ in range(80)]
     rows = [{**row, "instruction": f"{row['instruction']} {index}", "input": ""} for index, row in enumerate(rows)]
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     for variant in ("pre-norm", "projected", "untied"):

@@ -49,16 +49,15 @@ class OutOfTimeError(RuntimeError):
     """The part's time limit is reached."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every measuring part has."""
+def add_arguments(parser: argparse.ArgumentParser, limit_s: float) -> None:
+    """The options that every part has whose results are kept."""
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="(default: gpu-results)")
-    parser.add_argument("--limit-s", type=float, default=540, metavar="S", help="time limit (default: 540)")
+    about = f"time limit (default: {limit_s})"
+    parser.add_argument("--limit-s", type=float, default=limit_s, metavar="S", help=about)
     parser.add_argument("--commit", metavar="ID", help="commit of the sources (default: git's)")
-    parser.add_argument("--run", metavar="ID", help="processes of one ID are one run: the first measures the card")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="shapes that take no time, to try it out")
-    parser.add_argument("--dry-run", action="store_true", help="print the questions and end")
 
 
 def make_tiny() -> None:
@@ -296,7 +295,9 @@ class Benchmark:
     @classmethod
     def _parser(cls, description: str | None) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(prog=f"bench.gpu.{cls.name}", description=description)
-        add_arguments(parser)
+        add_arguments(parser, limit_s=540)
+        parser.add_argument("--run", metavar="ID", help="processes of one ID are one run: the first measures the card")
+        parser.add_argument("--dry-run", action="store_true", help="print the questions and end")
         other = "reference" if cls.sections else "torch"
         about = "row ops (default: triton)" if cls.sections else "(default: triton)"
         option = "--ops" if cls.sections else "--backend"

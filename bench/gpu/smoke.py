@@ -14,13 +14,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu.recorder import make_tiny, numbers, switches
+from bench.gpu.recorder import add_arguments, make_tiny, numbers, switches
 from bench.gpu.replays import RepeatedStep
 from bench.gpu.smoke_cases import (
     PREPARED,
@@ -37,11 +38,11 @@ from bench.gpu.smoke_cases import (
 from dynskip.kernels.configs import use_configs
 from dynskip.kernels.launches import compute_capability
 from dynskip.measure.device import Device, describe_device, get_device
-from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
+from dynskip.ops.row_ops import ROW_OP_NAMES, RowOps, get_row_ops
 from dynskip.tuning.tasks import Task
 from dynskip.tuning.workload import Workload as OpWorkload
 from dynskip.validation.tensors import Case
-from dynskip.validation.validate_rows import validate_row_case
+from dynskip.validation.validate import validate_row_case
 
 _PREDICTIONS = Path(__file__).with_name("predictions.json")
 # Nothing new is begun when so much of the limit is left.
@@ -89,17 +90,17 @@ class Journal:
         print(f"{check:<44}{rows:>5}  {verdict:<8}{shown:>9}{expected:>11}  {complaint or found}", flush=True)
 
 
+@dataclass
 class Smoke:
     """All checks, each of which stops no other unless the device serves the process no more."""
 
-    def __init__(self, device: Device, dtype: torch.dtype, sizes: Sizes, journal: Journal, deadline: float) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.sizes = sizes
-        self.journal = journal
-        self.deadline = deadline
-        self.ops = get_row_ops("triton")
-        self.broken = False
+    device: Device
+    dtype: torch.dtype
+    sizes: Sizes
+    journal: Journal
+    deadline: float
+    ops: RowOps = field(default_factory=partial(get_row_ops, "triton"))
+    broken: bool = False
 
     def run(self, fault: str | None = None) -> None:
         """Check everything. fault: an op whose results are falsified, to prove that this would be noticed."""
@@ -113,12 +114,8 @@ class Smoke:
         for rows in (rows for rows in self.sizes.rows if rows >= self.sizes.many_rows and rows in steps):
             # The tiles of many rows go to the tensor cores by another way, where rare errors are conceivable.
             self.attempt("tiles of 32 rows", rows, lambda rows=rows: self.check_tiles(rows), if_time=True)
-            self.attempt(
-                "more replays",
-                rows,
-                lambda rows=rows: self.replay("more replays", rows, steps[rows], self.sizes.num_more_replays),
-                if_time=True,
-            )
+            replays = partial(self.replay, "more replays", rows, steps[rows], self.sizes.num_more_replays)
+            self.attempt("more replays", rows, replays, if_time=True)
 
     def attempt(self, check: str, rows: int, work: Callable[[], None], if_time: bool = False) -> None:
         """Do ``work``; an error is a failed check, and where the device is broken the rest are, too.
@@ -227,12 +224,7 @@ def _found(result: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The part ``smoke`` of `make gpu`; the exit status is 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="bench.gpu.smoke", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="(default: gpu-results)")
-    parser.add_argument("--limit-s", type=float, default=35, metavar="S", help="(default: 35)")
-    parser.add_argument("--commit", metavar="ID", help="commit of the sources (default: git's)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--tiny", action="store_true", help="shapes that take no time, to try it out")
+    add_arguments(parser, limit_s=35)
     parser.add_argument("--rows", type=numbers, metavar="A,B", help="row counts (default: 1,8,64,128)")
     parser.add_argument("--inject-fault", choices=ROW_OP_NAMES, metavar="OP", help="falsify the results of this op")
     parser.add_argument("--prepare", choices=PREPARED, help="only compile, for this table")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,23 +38,16 @@ from dynskip.routing.plan import KVPolicy
 _OTHERS = (TransformersEager.name, MaskEverything.name, GatherWithToList.name)
 
 
-class Steps(Protocol):
-    """Anything that decodes a workload."""
+class CheckedSteps(Protocol):
+    """Steps of others, held against the truth before they are timed."""
 
     def step(self) -> None:
         """Run the last token of each sequence and choose the next one."""
         ...
 
-
-class CheckedSteps(Steps, Protocol):
-    """Steps of others, held against the truth before they are timed."""
-
     def first_step(self) -> Tensor:
         """Run one step: its logits [B, V]."""
         ...
-
-
-Maker = Callable[[Workload], CheckedSteps]
 
 
 @dataclass(frozen=True)
@@ -184,10 +177,9 @@ class DecodeBenchmark(Benchmark):
             elif section == "masks":
                 for kv_policy in POLICIES:
                     yield mask_questions(batch, kv_policy), cls._masks, (batch, kv_policy)
-            elif section == "providers":
-                yield provider_questions(batch, _OTHERS), cls._providers, (batch,)
             else:
-                yield provider_questions(batch, (TransformersCompiled.name,)), cls._compiled, (batch,)
+                names = _OTHERS if section == "providers" else (TransformersCompiled.name,)
+                yield provider_questions(batch, names), cls._providers, (batch, names)
 
     def _paths(self, batch: int, budgets: Sequence[int]) -> None:
         """Full depth, recorded before anything else is tried, and then shared paths of ``budgets`` beside it."""
@@ -222,7 +214,7 @@ class DecodeBenchmark(Benchmark):
             chained = f"{name}, chain of layer graphs"
             samples, floors = self._time({chained: self._fused(chained, workload, chained=True)})
             self._share(batch, chained, "share of the roofline of the mix", samples, floors)
-            self._against(batch, name, ours, self._mask_and_gather())
+            self._against(batch, name, ours, _OTHERS[1:])
             del ours
 
     def _skipped_layer(self) -> None:
@@ -265,33 +257,25 @@ class DecodeBenchmark(Benchmark):
         for name in steps:
             self._share(batch, name, "share of its roofline", samples, floors)
 
-    def _providers(self, batch: int) -> None:
+    def _providers(self, batch: int, names: Sequence[str]) -> None:
         workload = self._along([LayerPath.full(self._num_layers)] * batch)
         self.truth.learn(workload)
-        makers: dict[str, Maker] = {TransformersEager.name: lambda w: TransformersEager(self.hf_model, w)}
-        self._against(batch, FULL, self._fused(FULL, workload), makers | self._mask_and_gather())
+        self._against(batch, FULL, self._fused(FULL, workload), names)
 
-    def _compiled(self, batch: int) -> None:
-        workload = self._along([LayerPath.full(self._num_layers)] * batch)
-        self.truth.learn(workload)
-        options = dict(self.sizes.compile_options)
-        makers: dict[str, Maker] = {
-            TransformersCompiled.name: lambda w: TransformersCompiled(self.hf_model, w, **options)
-        }
-        self._against(batch, FULL, self._fused(FULL, workload), makers)
+    def _provider(self, name: str, workload: Workload) -> CheckedSteps:
+        if name == TransformersEager.name:
+            return TransformersEager(self.hf_model, workload)
+        if name == TransformersCompiled.name:
+            return TransformersCompiled(self.hf_model, workload, **dict(self.sizes.compile_options))
+        padded = MaskEverything if name == MaskEverything.name else GatherWithToList
+        return padded(self.device, self.model, workload)
 
-    def _mask_and_gather(self) -> dict[str, Maker]:
-        return {
-            MaskEverything.name: lambda w: MaskEverything(self.device, self.model, w),
-            GatherWithToList.name: lambda w: GatherWithToList(self.device, self.model, w),
-        }
-
-    def _against(self, batch: int, name: str, ours: FusedSteps, makers: dict[str, Maker]) -> None:
+    def _against(self, batch: int, name: str, ours: FusedSteps, others: Sequence[str]) -> None:
         """Time ours in turns with one other after the other. One that fails is recorded, and the rest goes on."""
-        for other, make in makers.items():
+        for other in others:
             try:
                 _free_memory()
-                provider = make(ours.workload)
+                provider = self._provider(other, ours.workload)
                 self._note_verdict(other, self.truth.check(other, ours.workload, provider.first_step()))
                 samples, _ = self._time({name: ours, other: provider})
                 self._speedup(batch, name, other, samples, other)

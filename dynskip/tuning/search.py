@@ -45,14 +45,7 @@ class Outcome:
     discarded: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A part of the search: what it is called, and the candidates that it adds."""
-
-    name: str
-    candidates: Callable[[Outcome], list[Constants]]
-
-
+@dataclass
 class Search:
     """Finds the constants with which each task runs fastest on ``device``, until ``deadline``.
 
@@ -60,29 +53,17 @@ class Search:
     keep: given what was found so far, after each stage.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        ops: RowOps,
-        compiler: Compiler,
-        limits: Limits,
-        deadline: float = float("inf"),
-        num_rounds: int = 7,
-        now: Callable[[], float] = time.monotonic,
-        report: Callable[[str], None] = lambda text: None,
-        keep: Callable[[list[Outcome]], object] = lambda outcomes: None,
-    ) -> None:
-        self.device = device
-        self.ops = ops
-        self.compiler = compiler
-        self.limits = limits
-        self.deadline = deadline
-        self.num_rounds = num_rounds
-        self.now = now
-        self.report = report
-        self.keep = keep
-        self.failure: str | None = None
-        self._right: dict[Task, list[Constants]] = {}
+    device: Device
+    ops: RowOps
+    compiler: Compiler
+    limits: Limits
+    deadline: float = float("inf")
+    num_rounds: int = 7
+    now: Callable[[], float] = time.monotonic
+    report: Callable[[str], None] = lambda text: None
+    keep: Callable[[list[Outcome]], object] = lambda outcomes: None
+    failure: str | None = None
+    _right: dict[Task, list[Constants]] = field(default_factory=dict)
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
         """What was found for each task. All tiles of all tasks come before any other constant.
@@ -91,32 +72,29 @@ class Search:
         was found before stands.
         """
         outcomes = [Outcome(task, default_constants(task), default_constants(task)) for task in tasks]
-        stages = [_Stage("tiles", lambda outcome: tiles(outcome.task, self.limits))]
-        stages += [_Stage(key, self._variations(key)) for key in REFINED]
-        for stage in stages:
+        for stage in ("tiles", *REFINED):
             try:
                 self._run_stage(stage, outcomes)
             except RuntimeError as error:
-                self.failure = f"{stage.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.failure = f"{stage}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 break
             self.keep(outcomes)
         return outcomes
 
-    def _variations(self, key: str) -> Callable[[Outcome], list[Constants]]:
-        return lambda outcome: variations(outcome.task, outcome.best, key, self.limits)
-
-    def _run_stage(self, stage: _Stage, outcomes: list[Outcome]) -> None:
+    def _run_stage(self, stage: str, outcomes: list[Outcome]) -> None:
+        """Try the tiles of all tasks, or the variations of the constant ``stage``."""
         # All are compiled from the start of the stage on; each task waits for its own.
         submitted: list[tuple[Outcome, list[tuple[Constants, Future[Usage]]]]] = []
         for outcome in outcomes:
-            candidates = [constants for constants in stage.candidates(outcome) if constants != outcome.best]
+            task, best = outcome.task, outcome.best
+            tried = tiles(task, self.limits) if stage == "tiles" else variations(task, best, stage, self.limits)
+            candidates = [constants for constants in tried if constants != best]
             if not candidates:
                 continue
             if self._out_of_time():
                 outcome.num_untried += len(candidates)
                 continue
-            submit = self.compiler.submit
-            submitted.append((outcome, [(constants, submit(outcome.task, constants)) for constants in candidates]))
+            submitted.append((outcome, [(each, self.compiler.submit(task, each)) for each in candidates]))
         for outcome, compiled in submitted:
             if self._out_of_time():
                 outcome.num_untried += len(compiled)
@@ -125,7 +103,7 @@ class Search:
                 continue
             self._try(outcome, [constants for constants, usage in compiled if self._fits(outcome, usage.result())])
             us = "nothing timed" if outcome.us is None else f"{outcome.us:.2f} us"
-            self.report(f"{stage.name}: {outcome.task}: {us}")
+            self.report(f"{stage}: {outcome.task}: {us}")
 
     def _out_of_time(self) -> bool:
         return self.now() >= self.deadline
