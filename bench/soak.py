@@ -50,6 +50,10 @@ _CHECK_EVERY = 97
 _MAX_CHECKED = 64
 
 
+# What a sample has of the engine's stats, by the same names.
+_COUNTS = ("kv_bytes", "num_waiting", "num_running", "num_finished", "num_aborted", "num_shared_tokens")
+
+
 @dataclass(frozen=True)
 class Ask:
     """The arguments of one request."""
@@ -205,16 +209,11 @@ class Soak:
             seconds=now_s,
             cpu_s=cpu_s,
             rss_bytes=process.memory_info().rss,
-            kv_bytes=stats.kv_bytes,
             num_tokens=num_tokens,
             tokens_per_s=num_new / (now_s - (last.seconds if last else 0.0)),
             tokens_per_cpu_s=num_new / (cpu_s - (last.cpu_s if last else 0.0)),
-            num_waiting=stats.num_waiting,
-            num_running=stats.num_running,
-            num_finished=stats.num_finished,
-            num_aborted=stats.num_aborted,
             num_preempted=stats.outcome.num_preempted,
-            num_shared_tokens=stats.num_shared_tokens,
+            **{name: getattr(stats, name) for name in _COUNTS},
         )
 
 

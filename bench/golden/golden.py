@@ -21,9 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Imported beside this file where it runs as a script, and as a part of bench in tests.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from sides import FOLDER, Side, make_side
+from bench.golden.sides import FOLDER, Side, make_side
 
 EXPECTED = Path("bench/golden/expected.json")
 # How far logits that are not deterministic may be apart, in units in the last place of the largest.
@@ -90,10 +88,8 @@ def split_expected(found: Mapping[str, str], patterns: Mapping[str, str]) -> tup
 
 def known(side: Side, old: Side) -> dict[str, str]:
     """The expectations of a state that are not in ``old``: these are behind both."""
-    path = side.root / EXPECTED
-    patterns = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before = old.root / EXPECTED
-    behind = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    paths = (side.root / EXPECTED, old.root / EXPECTED)
+    patterns, behind = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths)
     return {pattern: why for pattern, why in patterns.items() if behind.get(pattern) != why}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynskip.arguments import shown
 from dynskip.paths import LayerPath
@@ -111,7 +111,4 @@ def parse_mix(text: str, num_layers: int) -> tuple[tuple[LayerPath, float], ...]
 
 def at_full_depth(requests: Sequence[Request]) -> list[Request]:
     """The same requests, each through all layers."""
-    return [
-        Request(request.arrival_s, LayerPath.full(request.path.num_layers), request.num_prompt, request.num_output)
-        for request in requests
-    ]
+    return [replace(request, path=LayerPath.full(request.path.num_layers)) for request in requests]

@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
 from types import TracebackType
 from typing import IO, Protocol
 
@@ -54,9 +54,7 @@ class CompilerPool:
 
     def __init__(self, capability: int, num_processes: int) -> None:
         self._workers = [_Worker(capability) for _ in range(num_processes)]
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._idle = deque(self._workers)  # as many as threads, so that a thread always finds one
         self._threads = ThreadPoolExecutor(num_processes)
         self._usages: dict[str, Future[Usage]] = {}
 
@@ -78,11 +76,11 @@ class CompilerPool:
         return self._usages[request]
 
     def _compile(self, request: str) -> Usage:
-        worker = self._idle.get()
+        worker = self._idle.pop()
         try:
             return worker.compile(request)
         finally:
-            self._idle.put(worker)
+            self._idle.append(worker)
 
 
 class _Worker:
