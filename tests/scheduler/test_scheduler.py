@@ -18,10 +18,9 @@ from dynskip.paths import LayerPath
 from dynskip.scheduler.kv_budget import KVBudget
 from dynskip.scheduler.policies.by_path import ByPath
 from dynskip.scheduler.policies.cohort import Cohort
-from dynskip.scheduler.policies.lockstep import Lockstep
 from dynskip.scheduler.policies.make import POLICIES, make_policy
 from dynskip.scheduler.policies.path_sets import MAX_ANCHORS, MAX_CANDIDATES, MAX_EXACT
-from dynskip.scheduler.policies.policy import Policy
+from dynskip.scheduler.policies.policy import Lockstep, Policy
 from dynskip.scheduler.scheduler import Decision, Scheduler
 from dynskip.scheduler.sequence import SequenceState, Status
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dynskip.scheduler.groups import PathGroup, PathGroups
-from dynskip.scheduler.policies.policy import Part, check_limits
+from dynskip.scheduler.policies.policy import Lockstep
 
 # Batches that a path may go on for while an older request of another path waits.
 _MAX_BATCHES = 64
 
 
-class ByPath:
+class ByPath(Lockstep):
     """Only requests of one path are resident. The next path is that of the request that arrived first.
 
     A path that never runs dry would keep all others out: after ``max_overtaken`` requests that arrived later than the
@@ -19,8 +19,7 @@ class ByPath:
     name = "by_path"
 
     def __init__(self, batch: int, max_overtaken: int | None = None) -> None:
-        check_limits("ByPath", batch, batch)
-        self.batch = self.pool = batch
+        super().__init__(batch)
         self.max_overtaken = _MAX_BATCHES * batch if max_overtaken is None else max_overtaken
         self._num_overtaken = 0
 
@@ -40,7 +39,3 @@ class ByPath:
             return None
         self._num_overtaken += 1
         return current
-
-    def choose(self, groups: PathGroups, step: int) -> list[Part]:
-        """All that run."""
-        return [(group, list(group.running)) for group in groups.resident if group.running]

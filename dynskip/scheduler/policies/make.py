@@ -5,8 +5,7 @@ from __future__ import annotations
 from dynskip.costs.step_costs import StepCosts
 from dynskip.scheduler.policies.by_path import ByPath
 from dynskip.scheduler.policies.cohort import Cohort
-from dynskip.scheduler.policies.lockstep import Lockstep
-from dynskip.scheduler.policies.policy import Policy
+from dynskip.scheduler.policies.policy import Lockstep, Policy
 
 POLICIES = ("cohort", "lockstep", "by_path")
 

@@ -1,4 +1,4 @@
-"""The interface of a scheduling policy."""
+"""The interface of a scheduling policy, and the simplest: all running sequences step, first come first served."""
 
 from __future__ import annotations
 
@@ -44,3 +44,21 @@ def check_limits(name: str, batch: int, pool: int) -> None:
         raise ValueError(f"{name}: pool must be at least the batch, {batch}, got {shown(pool)}.")
     if pool > MAX_POOL:
         raise ValueError(f"{name}: pool must be at most {MAX_POOL}, got {shown(pool)}.")
+
+
+class Lockstep:
+    """What engines without paths do: all residents step, and a step pays for the union of all paths."""
+
+    name = "lockstep"
+
+    def __init__(self, batch: int) -> None:
+        check_limits(type(self).__name__, batch, batch)
+        self.batch = self.pool = batch
+
+    def next_group(self, groups: PathGroups, step: int) -> PathGroup | None:
+        """The path of the request that arrived first."""
+        return groups.oldest_waiting()
+
+    def choose(self, groups: PathGroups, step: int) -> list[Part]:
+        """All that run."""
+        return [(group, list(group.running)) for group in groups.resident if group.running]
