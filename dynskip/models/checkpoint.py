@@ -17,7 +17,7 @@ from dynskip.models.registry import get_architecture
 from dynskip.models.source import Source
 from dynskip.models.source_files import one_line, read_source
 from dynskip.models.source_model import source_of
-from dynskip.models.weights import EMBEDDING, HEAD, StoredWeights, stored_names, to_stored
+from dynskip.models.weights import HEAD, StoredWeights, stored_names, to_stored
 from dynskip.ops.backends import resolve_backend
 from dynskip.ops.checks import find_dtype
 
@@ -39,8 +39,7 @@ def load(
 
 def convert(make_model: Callable[[Any], _Model], hf_model: nn.Module, backend: str, pack: bool) -> _Model:
     """The model with copies of a transformers model's weights; see CausalLM.from_hf."""
-    source = source_of(hf_model)
-    like = source.tensors[stored_names(source.architecture, EMBEDDING)[0]]
+    source, like = source_of(hf_model)
     return _convert(make_model, source, like.dtype, like.device, backend, pack, from_files=False)
 
 

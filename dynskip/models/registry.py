@@ -65,8 +65,8 @@ def read_decoder_config(model: str) -> DecoderConfig:
         return decoder_config(AutoConfig.for_model(**read_gguf(folder, "read_decoder_config").config))
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"read_decoder_config: model must be one of {', '.join(SHAPES)}, a GGUF file, or a folder with a config.json, "
-            f"got {model!r}."
+            f"read_decoder_config: model must be one of {', '.join(SHAPES)}, a GGUF file, or a folder with a "
+            f"config.json, got {model!r}."
         )
     from transformers import AutoConfig
 

@@ -86,7 +86,9 @@ def _check_name(source: str | Path, function: str) -> str:
                 f"{function}: {name} must hold a config.json, got none. Save the model with save_pretrained."
             )
     elif path.is_file() and path.suffix != GGUF:
-        raise NotADirectoryError(f"{function}: {name} must be a directory or a GGUF file, got another file. Name the folder around it.")
+        raise NotADirectoryError(
+            f"{function}: {name} must be a directory or a GGUF file, got another file. Name the folder around it."
+        )
     elif not path.is_file() and (looks_local or not name):
         raise FileNotFoundError(f"{function}: {name!r} must be a directory, got no such directory.")
     return name

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dynskip.models.registry import decoder_config
 from dynskip.models.source import Source, check_end_tokens, check_keys
+from dynskip.models.weights import EMBEDDING, stored_names
 from dynskip.ops.checks import dtype_name
 
 _FUNCTION, _NAME = "from_hf", "the model"
@@ -36,8 +37,8 @@ _SETTINGS = (
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 
-def source_of(hf_model: nn.Module) -> Source:
-    """The source of a model in memory: its own tensors, and a config of its own.
+def source_of(hf_model: nn.Module) -> tuple[Source, Tensor]:
+    """The source of a model in memory, its own tensors with a config of its own, and the embedding among them.
 
     Raises TypeError for another class than the one with a language-modelling head; ValueError, naming the part, where
     the model does not compute what that class does.
@@ -63,14 +64,17 @@ def source_of(hf_model: nn.Module) -> Source:
         **dict(hf_model.named_buffers(remove_duplicate=False)),
     }
     source = Source.of(_FUNCTION, _NAME, config, tensors)
-    dtype = hf_model.get_input_embeddings().weight.dtype
-    for key, tensor in sorted(source.tensors.items()):
+    embedding: Tensor = tensors[stored_names(source.architecture, EMBEDDING)[0]]
+    dtype = embedding.dtype
+    for key in sorted(source.tensors):
+        tensor = source.tensors[key]
+        assert isinstance(tensor, Tensor), "a model in memory has its tensors"
         if tensor.dtype != dtype:
             raise ValueError(
                 f"{_FUNCTION}: {key} of {_NAME} must be {dtype_name(dtype)} like the embedding, "
                 f"got {dtype_name(tensor.dtype)}. Use .to(torch.{dtype_name(dtype)})."
             )
-    return source
+    return source, embedding
 
 
 def _check_modules(hf_model: nn.Module, config: Any) -> None:
