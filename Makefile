@@ -3,6 +3,7 @@
 #   make test    all tests                          ARGS="-k paths" is handed to pytest
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
+#   make compile  the kernels of published decoders for GPUs that need not be there: registers, spills, shared memory
 #   make soak    twenty minutes of random requests: is memory flat, does throughput drift?  ARGS="--minutes 1"
 #   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
@@ -41,7 +42,7 @@ PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(
 OLD ?= HEAD
 NEW ?=
 
-.PHONY: demo test lint format bench soak golden golden-speed compat gpu paper setup clean
+.PHONY: demo test lint format bench compile soak golden golden-speed compat gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -60,6 +61,9 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/dynskip bench $(ARGS)
+
+compile: $(VENV)/.installed
+	$(VENV)/bin/python -m bench.compile_kernels $(ARGS)
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python bench/soak.py $(ARGS)

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from dynskip.tuning.tasks import Task
 
 # As in dynskip.tuning.tasks, which a test compares: importing it here would import torch for `dynskip --help`.
-OPS = ("linear_rows", "linear_add_rows", "qkv_rows", "attend_rows", "norm_rows", "embed_rows", "gate_rows")
+OPS = (
+    "linear_rows",
+    "linear_add_rows",
+    "qkv_rows",
+    "attend_rows",
+    "norm_rows",
+    "embed_rows",
+    "gate_rows",
+    "rotate_rows",
+    "place_rows",
+)
 # Multiprocessors of the card that a dry run stands for: A100, H200, B200.
 _NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}
 HELP = "find the kernels' fastest constants for this GPU"

@@ -99,6 +99,7 @@ def llama_shape(
     is_head_tied: bool = True,
     architecture: str = "llama",
     head_size: int | None = None,
+    window: int = 0,
 ) -> DecoderConfig:
     """The decoder of a published model of these sizes; frequencies as they are before any scaling."""
     head_size = hidden_size // num_heads if head_size is None else head_size
@@ -122,4 +123,5 @@ def llama_shape(
         qk_norm=architecture == "qwen3",
         is_head_tied=is_head_tied,
         rotary=Rotary.plain(head_size, theta),
+        window=window,
     )

@@ -25,6 +25,9 @@ SHAPES = {
     "smollm2-135m": llama_shape(30, 576, 9, 3, 1536, 49152, 8192, 1e5),
     "llama-3.2-1b": llama_shape(16, 2048, 32, 8, 8192, 128256, 131072, 5e5),
     "llama-3-8b": llama_shape(32, 4096, 32, 8, 14336, 128256, 8192, 5e5, is_head_tied=False),
+    "mistral-7b": llama_shape(
+        32, 4096, 32, 8, 14336, 32000, 32768, 1e4, is_head_tied=False, architecture="mistral", window=4096
+    ),
     "qwen3-1.7b": llama_shape(28, 2048, 16, 8, 6144, 151936, 40960, 1e6, architecture="qwen3", head_size=128),
     "pythia-1.4b": gpt_neox_shape(24, 2048, 16, 8192, 50304),
     "bloom-1b7": bloom_shape(24, 2048, 16),

@@ -70,13 +70,16 @@ def plan_tasks(
 ) -> list[Task]:
     """The tasks of a model, those that matter most first; ops that its steps do not launch are left out.
 
-    rows: the row counts, in order of importance. Raises: ValueError for an op that is not tuned, or rows < 1.
+    rows: the row counts, in order of importance. Raises: ValueError for an op that is not tuned, rows < 1, or where
+    nothing is left.
     """
     for op in ops:
         if op not in TUNED_OPS:
             raise ValueError(f"plan_tasks: ops must be among {', '.join(TUNED_OPS)}, got {op!r}. Choose one of these.")
     if not rows or min(rows) < 1:
         raise ValueError(f"plan_tasks: rows must be at least 1, got {list(rows)}. Name row counts of a step.")
+    if not any(MATRIX_OPS.get(part, part) in ops for part in parts_of(config)):
+        raise ValueError(f"plan_tasks: ops must hold one that the model launches, got {list(ops)}. Name another.")
     parts = [(part, MATRIX_OPS.get(part, part)) for part in parts_of(config)]
     return [
         Task(op, part, max_rows, dtype, config) for max_rows in dict.fromkeys(rows) for part, op in parts if op in ops

@@ -15,7 +15,15 @@ from dynskip.ops import reference
 from dynskip.ops.backends import available_backends, get_backend
 from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops, why_not_triton
 from dynskip.validation.cases import make_cases
-from dynskip.validation.tensors import copy_with_storage
+from dynskip.validation.errors import (
+    allowed_error,
+    eager_attention,
+    eager_layer_norm,
+    poisoned_allocations,
+    to_float64,
+)
+from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, prefill_attention
+from dynskip.validation.tensors import Draw, copy_with_storage
 from dynskip.validation.validate import validate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +94,48 @@ def test_a_query_does_not_depend_on_the_later_queries_of_its_tile() -> None:
     part = arguments | {name: arguments[name][rows] for name in ("q", "k", "v", "key_limits")}
     part |= {name: index(0, 5) for name in ("cu_seqlens_q", "cu_seqlens_k")}
     assert torch.equal(triton.prefill_attention(*part.values()), whole[:5])
+
+
+@pytest.mark.gpu
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("more", [{}, {"alibi": True}, {"window": 9}, {"alibi": True, "window": 9}], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(4, 2, 16), (3, 1, 40), (2, 2, 64)])
+def test_attention_of_other_decoders_stays_within_the_budget(
+    num_heads: int, num_kv_heads: int, head_size: int, more: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The last query of each op stands so far behind all keys that a window has none for it."""
+    draw, seen = Draw(dtype, torch.device(DEVICE)), {"num_kv_heads": num_kv_heads, **more}
+    for op, arguments in (
+        ("decode_attention", decode_attention(draw, num_heads, head_size, [1, 70, 33], [1, 0, 2, 1], **seen)),
+        ("prefill_attention", prefill_attention(draw, num_heads, head_size, [5, 70], strided=True, **seen)),
+    ):
+        if more:
+            arguments["position_ids"][-1] += 1000
+        with poisoned_allocations():
+            found = getattr(get_backend("triton"), op)(**arguments)
+        exact = getattr(reference, op)(**{name: to_float64(argument) for name, argument in arguments.items()})
+        allowed = allowed_error(exact, *eager_attention(arguments))
+        assert (found.double() - exact).abs().max().item() <= allowed, op
+        if "window" in more:
+            assert not found[-1].any(), op
+
+
+@pytest.mark.gpu
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [1, 97, 768])
+def test_rms_norms_of_rows_stay_within_the_budget(num_columns: int, dtype: torch.dtype) -> None:
+    draw = Draw(dtype, torch.device(DEVICE))
+    for row_ids in (None, draw.row_ids(5, 7), draw.row_ids(0, 7)):
+        arguments = gather_layer_norm(draw, draw.strided(7, num_columns), row_ids)
+        arguments |= {"rms": True, "bias": arguments["bias"] if row_ids is None else None}
+        found = get_backend("triton").gather_layer_norm(**arguments)
+        exact = reference.gather_layer_norm(**{name: to_float64(argument) for name, argument in arguments.items()})
+        assert found.shape == exact.shape
+        if len(exact):
+            allowed = allowed_error(exact, *eager_layer_norm(arguments))
+            assert (found.double() - exact).abs().max().item() <= allowed
 
 
 @pytest.mark.gpu

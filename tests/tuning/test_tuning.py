@@ -70,6 +70,10 @@ def test_tasks_stand_in_the_order_of_their_weight() -> None:
     assert [task.part for task in plan_tasks(SHAPES["opt-1.3b"], (1,), ("linear_add_rows",))] == ["fc2", "out_proj"]
     with pytest.raises(ValueError, match=r"plan_tasks: ops must be among linear_rows.*, got 'plan_rows'"):
         plan_tasks(TINY, (1,), ("plan_rows",))
+    with pytest.raises(
+        ValueError, match=r"plan_tasks: ops must hold one that the model launches, got \['place_rows'\]"
+    ):
+        plan_tasks(TINY, (1,), ("place_rows",))
     with pytest.raises(ValueError, match=r"plan_tasks: rows must be at least 1, got \[4, 0\]"):
         plan_tasks(TINY, (4, 0))
 
@@ -124,7 +128,8 @@ def test_variations_change_one_constant() -> None:
 @pytest.mark.parametrize("op", TUNED_OPS)
 def test_the_kernels_compute_right_on_the_tensors_of_a_task(op: str) -> None:
     device = torch.device(DEVICE)
-    for planned in [*plan_tasks(TINY, (1, 3), (op,), "float32"), *plan_tasks(OTHER, (1, 3), (op,), "float32")]:
+    shapes = (OTHER,) if op in ("rotate_rows", "place_rows") else (TINY, OTHER)
+    for planned in [planned for shape in shapes for planned in plan_tasks(shape, (1, 3), (op,), "float32")]:
         workload = Workload(replace(planned, context_len=9), get_row_ops("triton"), device)
         assert len(workload.layers) == 2
         with use_configs(candidate_table(planned, default_constants(planned))):

@@ -30,6 +30,8 @@ DEFAULT_CAPABILITIES = (80, 90, 100)
 TRITON_OP_NAMES = OP_NAMES + tuple(name for name in ROW_OP_NAMES if name != "plan_rows")
 # How the case of a launch ends whose lists of rows stand where those of most layers do: not at a multiple of 16 bytes.
 MISALIGNED = ", misaligned lists"
+# Bounds of rows for shapes that are compiled by name.
+FEW_ROWS = (1, 8, 32)
 _FIRST_OVERLAPPING_CAPABILITY = 90
 _MAX_WARPS = 32
 
@@ -96,8 +98,8 @@ class CompileJob:
     """What one process compiles: kernels in one dtype, from one table of configurations, for one capability.
 
     everywhere: for five shapes of OPT and every bound of rows; otherwise OPT-1.3B with every entry of the table, and
-    a shape with narrower and one with wider heads at few rows. shapes: names of `models.shapes`,
-    instead of these, each at 1, 8 and 32 rows.
+    a shape with narrower and one with wider heads at few rows. shapes: names of `models.shapes`, which are
+    compiled instead of these, for each of the bounds `rows`.
     """
 
     capability: int
@@ -106,6 +108,7 @@ class CompileJob:
     op_names: tuple[str, ...]
     everywhere: bool
     shapes: tuple[str, ...] = ()
+    rows: tuple[int, ...] = FEW_ROWS
 
 
 def plan_jobs(
@@ -115,6 +118,7 @@ def plan_jobs(
     config_paths: tuple[Path, ...] | None = None,
     everywhere: bool = True,
     shapes: tuple[str, ...] = (),
+    rows: tuple[int, ...] = FEW_ROWS,
 ) -> list[CompileJob]:
     """The generic table for each of `capabilities`, and each tuned table for the one that it was tuned on.
 
@@ -137,7 +141,8 @@ def plan_jobs(
                     f"plan_jobs: capabilities must be among {known}, got {capability}. Choose one of these."
                 )
             if tuned_for in (None, capability):
-                jobs += [CompileJob(capability, path, name, op_names, everywhere, shapes) for name in dtype_names]
+                how = (everywhere, shapes, rows)
+                jobs += [CompileJob(capability, path, name, op_names, *how) for name in dtype_names]
     return jobs
 
 

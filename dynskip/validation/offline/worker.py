@@ -52,8 +52,6 @@ _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
 COMPILED_SHAPES = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-66b")
 FEWER_SHAPES = ("opt-1.3b", "opt-2.7b", "opt-66b")
 FEW_ROWS = 4
-# Bounds of rows that shapes are compiled for which a job names.
-NAMED_ROWS = (1, 8, 32)
 
 
 class OfflineDriver:
@@ -81,13 +79,19 @@ class Call(NamedTuple):
 
 
 def compile_all(
-    capability: int, config_path: str, dtype_name: str, op_names: list[str], everywhere: bool, shapes: list[str]
+    capability: int,
+    config_path: str,
+    dtype_name: str,
+    op_names: list[str],
+    everywhere: bool,
+    shapes: list[str],
+    rows: list[int],
 ) -> list[dict[str, Any]]:
     """What each kernel that a launch may need takes of a GPU, or why it does not compile."""
     driver.set_active(OfflineDriver(capability))
     found: dict[str, dict[str, Any]] = {}
     with use_configs(config_path):
-        for call in make_calls(getattr(torch, dtype_name), everywhere, shapes):
+        for call in make_calls(getattr(torch, dtype_name), everywhere, shapes, rows):
             if call.op not in op_names:
                 continue
             about = {"op": call.op, "dtype": dtype_name, "case": call.case}
@@ -125,13 +129,15 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
-def make_calls(dtype: torch.dtype, everywhere: bool, shapes: Sequence[str] = ()) -> Iterator[Call]:
+def make_calls(
+    dtype: torch.dtype, everywhere: bool, shapes: Sequence[str] = (), rows: Sequence[int] = ()
+) -> Iterator[Call]:
     """Every launcher: see `CompileJob` for the shapes, and for the bounds of rows of row ops."""
     for name in shapes:
         yield from _op_calls(dtype, name)
-        for max_rows in NAMED_ROWS:
+        for max_rows in rows:
             yield from _row_op_calls(dtype, name, max_rows, deterministic=False)
-        yield from _row_op_calls(dtype, name, NAMED_ROWS[-1], deterministic=True)
+        yield from _row_op_calls(dtype, name, rows[-1], deterministic=True)
     if shapes:
         return
     for name in COMPILED_SHAPES:
