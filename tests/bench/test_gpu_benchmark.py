@@ -178,7 +178,7 @@ def test_a_wrong_kernel_is_timed_and_its_row_says_so(tmp_path: Path, monkeypatch
 
     def spoiled(*arguments: Any) -> None:
         ops.linear_rows(*arguments)
-        arguments[6].add_(1)
+        arguments[7].add_(1)
 
     sound = dict.fromkeys(["reference"], ops)
     wrong = replace(ops, linear_rows=spoiled)
