@@ -60,14 +60,20 @@ def attend_tokens(
     slots = tl.load(table_row_ptr + positions, mask=positions >= 0, other=0)
     for first in range(start, end, BLOCK_S):
         offsets = slots.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_SIZE) + places[None, :]
-        if NUM_HEADS % BLOCK_H == 0 and HEAD_SIZE == BLOCK_D:
+        if HAS_SLOPES or HAS_WINDOW:
+            in_order = position - tl.load(slot_positions_ptr + slots)
+            distances = tl.reshape(in_order, [BLOCK_S // LANES, LANES])
+        if HAS_WINDOW:
+            # What stands outside of the window is not read.
+            wanted = inside[None, :] & (in_order < window)[:, None]
+            k = tl.load(k_cache_ptr + offsets, mask=wanted, other=0.0)
+            v = tl.load(v_cache_ptr + offsets, mask=wanted, other=0.0)
+        elif NUM_HEADS % BLOCK_H == 0 and HEAD_SIZE == BLOCK_D:
             k = tl.load(k_cache_ptr + offsets)
             v = tl.load(v_cache_ptr + offsets)
         else:
             k = tl.load(k_cache_ptr + offsets, mask=inside[None, :], other=0.0)
             v = tl.load(v_cache_ptr + offsets, mask=inside[None, :], other=0.0)
-        if HAS_SLOPES or HAS_WINDOW:
-            distances = tl.reshape(position - tl.load(slot_positions_ptr + slots), [BLOCK_S // LANES, LANES])
         slots = tl.load(table_row_ptr + tl.minimum(first + BLOCK_S + in_block, end - 1))
         k = tl.reshape(k, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
         v = tl.reshape(v, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
@@ -140,7 +146,13 @@ def attend_tokens_of_group(
         offsets = slots.to(tl.int64) * (NUM_HEADS * HEAD_SIZE)
         k_ptrs = k_cache_ptr + offsets[None, :] + dims[:, None]
         v_ptrs = v_cache_ptr + offsets[:, None] + dims[None, :]
-        if HEAD_SIZE == BLOCK_D:
+        if HAS_SLOPES or HAS_WINDOW:
+            distances = position - tl.load(slot_positions_ptr + slots)
+        if HAS_WINDOW:
+            is_near = distances < window
+            k = tl.load(k_ptrs, mask=in_head[:, None] & is_near[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=in_head[None, :] & is_near[:, None], other=0.0)
+        elif HEAD_SIZE == BLOCK_D:
             k = tl.load(k_ptrs)
             v = tl.load(v_ptrs)
         else:
@@ -148,12 +160,10 @@ def attend_tokens_of_group(
             v = tl.load(v_ptrs, mask=in_head[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
         is_seen = first + in_block < end
-        if HAS_SLOPES or HAS_WINDOW:
-            distances = position - tl.load(slot_positions_ptr + slots)
-            if HAS_SLOPES:
-                scores -= slopes[:, None] * distances.to(tl.float32)[None, :]
-            if HAS_WINDOW:
-                is_seen = is_seen & (distances < window)
+        if HAS_SLOPES:
+            scores -= slopes[:, None] * distances.to(tl.float32)[None, :]
+        if HAS_WINDOW:
+            is_seen = is_seen & is_near
         scores = tl.where(is_seen[None, :], scores, NO_SCORE)
         new_maxima = tl.maximum(maxima, tl.max(scores, axis=1))
         rescale = tl.exp2(maxima - new_maxima)

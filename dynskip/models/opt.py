@@ -66,7 +66,7 @@ OPT = Architecture(
         "fc1": "fc1",
         "fc2": "fc2",
     },
-    derived=("decoder.version",),
+    derived=(".decoder.version",),
 )
 
 

@@ -57,7 +57,7 @@ class Source:
         held: dict[str, Tensor | Deferred] = {}
         for key, tensor in tensors.items():
             stored = head if key == HEAD else architecture.prefix + key if is_base and key != head else key
-            if not key.endswith(architecture.derived):
+            if not stored.endswith(architecture.derived):
                 held[stored] = tensor
         for key in sorted(held):
             _check_tensor(f"{function}: {key} of {name}", held[key])

@@ -99,7 +99,7 @@ def test_a_query_does_not_depend_on_the_later_queries_of_its_tile() -> None:
 @pytest.mark.gpu
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("more", [{}, {"alibi": True}, {"window": 9}, {"alibi": True, "window": 9}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"slopes": True}, {"window": 9}, {"slopes": True, "window": 9}], ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(4, 2, 16), (3, 1, 40), (2, 2, 64)])
 def test_attention_of_other_decoders_stays_within_the_budget(
     num_heads: int, num_kv_heads: int, head_size: int, more: dict[str, Any], dtype: torch.dtype
