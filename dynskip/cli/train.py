@@ -1,4 +1,4 @@
-"""``dynskip train``: small models from scratch, and fine-tunes of OPT checkpoints, as resumable runs."""
+"""``dynskip train``: small models from scratch, and fine-tunes of checkpoints, as resumable runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynskip.data.examples import Example
 
 HELP = "train models that speak at several depths"
-DESCRIPTION = "Train small models from scratch, or fine-tune OPT checkpoints, as runs that can be resumed."
+DESCRIPTION = "Train small models from scratch, or fine-tune checkpoints, as runs that can be resumed."
 EXAMPLES = """examples:
   dynskip train --preset opt-mini --data alpaca_data.json.xz --data t0_train_50k.jsonl.xz --out runs/opt-mini
       everything from the tokenizer to the exported model; killed and started again, it goes on where it was
@@ -73,9 +73,9 @@ def evaluator(progress: bool) -> Callable[[OPTForCausalLM, Sequence[Example], in
         import torch
         from tqdm import tqdm
 
+        from dynskip.models.hf_model import only_layers
         from dynskip.paths import LayerPath
         from dynskip.training.bits_per_byte import bits_per_byte
-        from dynskip.training.response_loss import only_layers
 
         def logits_of(input_ids: torch.Tensor) -> torch.Tensor:
             with torch.autocast(model.device.type, torch.bfloat16):

@@ -28,7 +28,7 @@ _MINI: dict[str, dict[str, Any]] = {
 _FINE_TUNE: dict[str, tuple[str, dict[str, Any]]] = {
     "model": (
         "model",
-        {"metavar": "NAME", "help": "OPT checkpoint: folder, hub id or opt-mini (default: the preset's)"},
+        {"metavar": "NAME", "help": "checkpoint: folder, GGUF file, hub id or name (default: the preset's)"},
     ),
     "lr": ("learning_rate", _value(float, "X", "learning rate of AdamW")),
     "epochs": ("num_epochs", _value(float, "N", "passes over the training rows, each stage")),

@@ -1,1 +1,1 @@
-"""Training of small OPT models whose one set of weights speaks at several depths."""
+"""Training of models whose one set of weights speaks at several depths."""

@@ -1,17 +1,15 @@
-"""The loss of responses without a [N, V] tensor in memory, and an OPT whose pass returns it along given layers."""
+"""The loss of responses without a [N, V] tensor in memory, and models of transformers whose pass returns it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import OPTForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from dynskip.data.batches import IGNORED
-from dynskip.paths import LayerPath
 
 # Logits of 512 rows and 4096 tokens fill 8 MiB in fp32: what the softmax reads a second time is still in the cache.
 _ROWS_PER_CHUNK = 512
@@ -66,38 +64,25 @@ def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-@contextmanager
-def replaced_layers(model: OPTForCausalLM, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the context the decoder consists of ``layers``."""
-    decoder = model.model.decoder
-    every_layer = decoder.layers
-    decoder.layers = nn.ModuleList(layers)
-    try:
-        yield
-    finally:
-        decoder.layers = every_layer
-
-
-def only_layers(model: OPTForCausalLM, path: LayerPath) -> AbstractContextManager[None]:
-    """Within the context the decoder consists of the path's layers: what is skipped is not computed."""
-    every_layer = model.model.decoder.layers
-    return replaced_layers(model, [every_layer[layer] for layer in path.layers])
-
-
-class ResponseLossOPT(OPTForCausalLM):
-    """transformers' OPT with a pass that ends in a loss and never holds all logits.
+class ResponseLoss:
+    """A pass that ends in a loss and never holds all logits, for a class of transformers; see `with_response_loss`.
 
     The loss is made inside the pass because that is the call which the wrappers of several processes see.
     """
 
-    def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
+    def forward(self: Any, input_ids: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
         """The summed loss of the labelled tokens, divided by ``num_items_in_batch``; None: by their own number.
 
-        input_ids, labels: [B, T], int64, padded on the right. OPT counts positions from its first token, so on
-        which side the padding stands changes no loss.
+        input_ids, labels: [B, T], int64, padded on the right, where no token that counts sees the padding.
         """
-        hidden_states = self.model(input_ids, use_cache=False).last_hidden_state
-        loss = head_loss(hidden_states, self.lm_head.weight, labels)
+        hidden_states = self.base_model(input_ids, use_cache=False).last_hidden_state
+        loss = head_loss(hidden_states, self.get_output_embeddings().weight, labels)
         if num_items_in_batch is not None:
             loss = loss * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
         return {"loss": loss}
+
+
+@cache
+def with_response_loss(kind: type[PreTrainedModel]) -> Any:
+    """The class ``kind`` of transformers with the pass of `ResponseLoss`; in its name and what it saves it is that."""
+    return type(kind.__name__, (ResponseLoss, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})

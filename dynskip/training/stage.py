@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynskip.files import file_hash, write_json
 from dynskip.host import commit
@@ -125,7 +125,7 @@ def _draw(path: Path, history: Sequence[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_model(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a trained model and its tokenizer."""
     # The Trainer switches the cache off, for its own passes; generation wants it.
     model.config.use_cache = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dynskip import LayerPath
-from dynskip.models.registry import get_architecture
+from dynskip.models.hf_model import layer_list
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -171,13 +170,6 @@ def draws(family: str) -> Iterator[dict[str, Any]]:
             size = generator.choice([0.25, 0.5, 1.0])
             changes["rope_parameters"] = {**changes["rope_parameters"], "partial_rotary_factor": size}
         yield changes
-
-
-def layer_list(hf_model: Any) -> tuple[Any, str]:
-    """The module of a transformers model that holds its list of layers, and the list's name there."""
-    architecture = get_architecture(hf_model.config.model_type)
-    owner, _, name = (architecture.prefix + architecture.layers).rpartition(".")
-    return attrgetter(owner)(hf_model), name
 
 
 def cut_family(hf_model: Any, path: LayerPath) -> Any:

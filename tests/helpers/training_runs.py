@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTForCausalLM
+from families import family_hf
+from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 
 from dynskip.data.corpus import (
     Instruction,
@@ -108,6 +109,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [text for row in made_up_rows(120) for text in (row.instruction, row.output)] + made_up_passages(30)
     tokenizer = train_tokenizer(texts, SHAPE.vocab_size, SHAPE.max_positions, progress=False)
     wake_layers(new_model(SHAPE, tokenizer, seed=0)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def family_checkpoint(directory: Path, checkpoint: Path, family: str, **changes: Any) -> Path:
+    """A random model of ``family`` and of the sizes of ``checkpoint``, in ``directory`` with its tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    sizes = {"vocab_size": SHAPE.vocab_size, "num_hidden_layers": SHAPE.num_layers}
+    family_hf(family, **{**sizes, **ids, **changes}).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

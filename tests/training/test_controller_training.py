@@ -16,7 +16,17 @@ pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'tra
 
 from random_controllers import SEQUENCE_NAMES, random_controller
 from torch import Tensor
-from training_runs import CPU, IGNORE_LIBRARIES, SHAPE, checkpoint, data, made_up_rows, run_script, small_config
+from training_runs import (
+    CPU,
+    IGNORE_LIBRARIES,
+    SHAPE,
+    checkpoint,
+    data,
+    family_checkpoint,
+    made_up_rows,
+    run_script,
+    small_config,
+)
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip import LLM, OPTForCausalLM, SamplingParams
@@ -53,12 +63,21 @@ def batch_of(checkpoint: Path, num_rows: int = 5) -> dict[str, Tensor]:
 
 def controlled(checkpoint: Path, controller: Any, **options: Any) -> ControlledModel:
     return ControlledModel(
-        load_for_training(str(checkpoint), CPU, HFOPTForCausalLM), controller, **{"alpha": 3.0, **options}
+        load_for_training(str(checkpoint), CPU, with_loss=False), controller, **{"alpha": 3.0, **options}
     )
 
 
+@pytest.fixture(scope="module", params=["opt", "llama", "bloom"])
+def any_checkpoint(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of each of some architectures."""
+    if request.param == "opt":
+        return checkpoint
+    return family_checkpoint(tmp_path_factory.mktemp(request.param), checkpoint, request.param)
+
+
 @pytest.mark.parametrize("name", ["fixed", "hidden", "mlp:8", *SEQUENCE_NAMES])
-def test_the_blended_pass_is_the_executors(name: str, checkpoint: Path) -> None:
+def test_the_blended_pass_is_the_executors(name: str, any_checkpoint: Path) -> None:
+    checkpoint = any_checkpoint
     controller = random_controller(name, SIZES)
     batch = batch_of(checkpoint)
     is_response = batch["labels"] != IGNORED
@@ -209,6 +228,22 @@ def test_a_killed_run_resumes_to_the_same_controller_and_model(checkpoint: Path,
     evaluated = [entry for entry in history if "eval_loss" in entry]
     for entry in evaluated:
         assert entry["eval_loss"] == pytest.approx(entry["eval_cross_entropy"] + 20 * entry["eval_num_layers"] / 4)
+
+
+@IGNORE_LIBRARIES
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_controllers_of_other_architectures_are_trained(
+    family: str, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    source = family_checkpoint(tmp_path / "source", checkpoint, family)
+    config = controller_config(source, backbone="joint" if family == "gpt2" else "frozen")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=2, eval_every=1))
+    folder = ControllerRun(config, data, tmp_path / "out", CPU, progress=False).train()
+    llm = LLM(folder / "model" if family == "gpt2" else source, dtype="float32")
+    controller = load_controller(folder)
+    assert controller.sizes == SIZES
+    output = llm.generate(["Where?"], SamplingParams(max_tokens=3, ignore_eos=True), controller)
+    assert len(output[0].token_ids) == 3
 
 
 @IGNORE_LIBRARIES

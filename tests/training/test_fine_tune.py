@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
 
+from families import cut_family
 from training_runs import (
     CPU,
     IGNORE_LIBRARIES,
@@ -25,11 +26,12 @@ from training_runs import (
     checkpoint,
     data,
     examples_of_lengths,
+    family_checkpoint,
     made_up_rows,
     run_script,
     small_config,
 )
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from dynskip import LLM, LayerPath, SamplingParams
 from dynskip.cli import main
@@ -37,17 +39,26 @@ from dynskip.data.batches import IGNORED, StepPlan, pad_examples
 from dynskip.data.corpus import split_instructions
 from dynskip.data.examples import encode_examples
 from dynskip.data.templates import CHAT_TEMPLATES, alpaca_prompt, prompt_text
+from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.models.tokenizer import check_vocabulary
 from dynskip.training.fine_tune import checkpoint_run
 from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
 from dynskip.training.fine_tune.config import paper, released_code
 from dynskip.training.fine_tune.run import FineTuneRun, stages
 from dynskip.training.fine_tune.trainer import evaluations_since_best
-from dynskip.training.response_loss import ResponseLossOPT
 from dynskip.training.resumable import latest_checkpoint
 from dynskip.training.stage import write_curves
 
 __all__ = ["checkpoint", "data"]  # fixtures
+# Rotary positions and shared key-value heads, learned positions and transposed matrices, ALiBi, and windows.
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("bloom", {}),
+    ("mistral", {"sliding_window": 5}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    ("gpt_neox", {"tie_word_embeddings": True}),
+]
 
 
 def weights(directory: Path) -> Mapping[str, torch.Tensor]:
@@ -163,6 +174,52 @@ def test_the_loss_is_that_of_transformers_on_response_tokens(checkpoint: Path) -
     torch.testing.assert_close(summed, theirs * num_tokens, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("family", "changes"), OTHERS)
+def test_the_loss_of_other_architectures_is_that_of_transformers(
+    family: str, changes: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    source = family_checkpoint(tmp_path, checkpoint, family, **changes)
+    batch = pad_examples(encode_examples(load_tokenizer(str(source)), made_up_rows(5), 64), 0, response_only=True)
+    model = load_for_training(str(source), CPU)
+    theirs = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    config, numbers = model.config.to_dict(), [getattr(m, "layer_idx", None) for m in model.modules()]
+    for path in (LayerPath.full(4), LayerPath.of(4, [1, 2]), LayerPath.of(4, [3])):
+        expected = cut_family(theirs, path)(**batch, use_cache=False).loss
+        with only_layers(model, path):
+            loss = model(**batch)["loss"]
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    trained = [any(p.grad is not None for p in layer.parameters()) for layer in hf_layers(model)]
+    assert trained == [False, False, False, True]
+    assert model.config.to_dict() == config
+    assert [getattr(m, "layer_idx", None) for m in model.modules()] == numbers
+
+
+@IGNORE_LIBRARIES
+@pytest.mark.parametrize(("family", "changes"), OTHERS[:3])
+def test_other_architectures_are_tuned(
+    family: str, changes: dict[str, Any], checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    source = family_checkpoint(tmp_path / "source", checkpoint, family, **changes)
+    config = small_config(source, num_steps=2, num_path_steps=1, eval_every=1, gradient_checkpointing=True)
+    models = FineTuneRun(config, data, tmp_path / "out", CPU, progress=False).train()
+    full, tuned = (AutoModelForCausalLM.from_pretrained(models[name]) for name in ("full", "uniform-2"))
+    changed = {
+        index
+        for index, (before, after) in enumerate(zip(hf_layers(full), hf_layers(tuned), strict=True))
+        if any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    }
+    path = LayerPath.uniform(4, budget=2)
+    assert changed == set(path.layers)
+    assert tuned.config.architectures == [type(tuned).__name__] and tuned.config.num_hidden_layers == 4
+    llm = LLM(models["uniform-2"], dtype="float32")
+    prompt = [5, 9, 30]
+    output = llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True), path)[0]
+    with torch.no_grad():
+        logits = cut_family(tuned, path)(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+    assert output.token_ids == [int(logits.argmax())]
+
+
 def test_left_padding_changes_no_loss(checkpoint: Path) -> None:
     examples = encode_examples(load_tokenizer(str(checkpoint)), made_up_rows(5), 64)
     right = pad_examples(examples, 0, response_only=True)
@@ -218,8 +275,8 @@ def test_skipped_layers_are_not_computed(checkpoint: Path, data: Path, tmp_path:
 
     original = checkpoint_run.load_for_training
 
-    def load(*arguments: Any) -> Any:
-        model = original(*arguments)
+    def load(*arguments: Any, **options: Any) -> Any:
+        model = original(*arguments, **options)
         for index, layer in enumerate(model.model.decoder.layers):
             kind = "full" if index in (0, 2) else "skipped"
             layer.register_forward_pre_hook(lambda *_, kind=kind: calls.__setitem__(kind, calls[kind] + 1))
@@ -427,8 +484,8 @@ def test_a_foreign_tokenizer_is_refused(checkpoint: Path) -> None:
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"load_for_training: .* must hold an OPT model, got model_type 'gpt2'"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"load_for_training: .* must hold a model of type .*, got model_type 'bert'"):
         load_for_training(str(tmp_path), CPU)
 
 
@@ -468,7 +525,7 @@ def test_the_command_trains(checkpoint: Path, data: Path, tmp_path: Path, capfd:
     assert main(["train", "--preset", "paper", *arguments, *bounds, "--path", "exit:2", "--quiet"]) == 0
     out = capfd.readouterr().out
     assert str(tmp_path / "full" / "model") in out and str(tmp_path / "exit-2" / "model") in out
-    assert ResponseLossOPT.from_pretrained(tmp_path / "exit-2" / "model").config.num_hidden_layers == 4
+    assert OPTForCausalLM.from_pretrained(tmp_path / "exit-2" / "model").config.num_hidden_layers == 4
 
 
 @pytest.mark.parametrize(

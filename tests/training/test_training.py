@@ -38,13 +38,14 @@ from dynskip.data.corpus import (
 )
 from dynskip.data.examples import encode_examples, encode_windows
 from dynskip.data.templates import INSTRUCTION_MARK, RESPONSE_MARK, prompt_text
+from dynskip.models.hf_model import only_layers
 from dynskip.training import attention
 from dynskip.training.bits_per_byte import bits_per_byte
 from dynskip.training.pretrain.config import opt_mini
 from dynskip.training.pretrain.optimizer import MuonWithAdamW
 from dynskip.training.pretrain.run import TrainingRun, new_model
 from dynskip.training.pretrain.tokenizer import train_tokenizer
-from dynskip.training.response_loss import head_loss, only_layers
+from dynskip.training.response_loss import head_loss
 from dynskip.training.resumable import latest_checkpoint
 from dynskip.training.schedule import Clock, LearningRate, PathMenu
 

@@ -11,40 +11,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTForCausalLM
+from transformers import PreTrainedModel
 
 from dynskip.controllers.gumbel import gumbel_gate, gumbel_noise
 from dynskip.controllers.learned import LearnedController, LearnedSequenceController, LearnedTokenController
 from dynskip.controllers.protocol import TokenContext
 from dynskip.data.batches import IGNORED
-from dynskip.training.response_loss import head_loss, replaced_layers
+from dynskip.models.hf_model import hf_layers, replaced_layers
+from dynskip.training.response_loss import head_loss
 
 # The gate of a layer, [B, T, 1], for its input [B, T, C]; None where every row runs it.
 Gate = Callable[[int, Tensor], Tensor | None]
 
 
 class _GatedLayer(nn.Module):
+    """A layer with its gate; what it is asked for besides its pass is the layer's."""
+
     def __init__(self, layer: nn.Module, index: int, gate: Gate) -> None:
         super().__init__()
         self.layer, self.index, self.gate = layer, index, gate
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self.layer(hidden_states, *args, **kwargs)
         gate = self.gate(self.index, hidden_states)
         if gate is None:
             return output
-        gate = gate.to(output.dtype)
+        # Of some architectures a layer returns more than its states.
+        states, *others = output if isinstance(output, tuple) else (output,)
+        gate = gate.to(states.dtype)
         # Not input + gate * (output - input): a gate of exactly one then gives exactly the layer's output.
-        return gate * output + (1 - gate) * hidden_states
+        blended = gate * states + (1 - gate) * hidden_states
+        return (blended, *others) if isinstance(output, tuple) else blended
 
 
-def gated_layers(model: OPTForCausalLM, gate: Gate) -> AbstractContextManager[None]:
+def gated_layers(model: PreTrainedModel, gate: Gate) -> AbstractContextManager[None]:
     """Within the context each layer's output is blended with its input by its gate.
 
     A skipped token leaves the keys and values of its passed-through state: the KV policy "propagate".
     """
-    every_layer = model.model.decoder.layers
-    return replaced_layers(model, [_GatedLayer(layer, index, gate) for index, layer in enumerate(every_layer)])
+    return replaced_layers(model, [_GatedLayer(layer, index, gate) for index, layer in enumerate(hf_layers(model))])
 
 
 class ControlledModel(nn.Module):
@@ -57,7 +68,7 @@ class ControlledModel(nn.Module):
 
     def __init__(
         self,
-        backbone: OPTForCausalLM,
+        backbone: PreTrainedModel,
         controller: LearnedController,
         *,
         alpha: float,
@@ -79,7 +90,7 @@ class ControlledModel(nn.Module):
             self._frozen = [backbone]  # in a list, where nn.Module does not look
 
     @property
-    def model(self) -> OPTForCausalLM:
+    def model(self) -> PreTrainedModel:
         """The backbone."""
         return self.backbone if self.joint else self._frozen[0]
 
@@ -107,9 +118,9 @@ class ControlledModel(nn.Module):
         divisor = num_tokens if num_items_in_batch is None else num_items_in_batch
         gates = _Gates(self, input_ids, is_response)
         with gated_layers(self.model, gates):
-            hidden_states = self.model.model(input_ids, use_cache=False).last_hidden_state
+            hidden_states = self.model.base_model(input_ids, use_cache=False).last_hidden_state
         share = num_tokens / divisor
-        cross_entropy = head_loss(hidden_states, self.model.lm_head.weight, labels) * share
+        cross_entropy = head_loss(hidden_states, self.model.get_output_embeddings().weight, labels) * share
         fraction = gates.num_layers / self.controller.num_layers
         if self.target_layers is None:
             price = fraction / divisor
@@ -142,7 +153,7 @@ class _Gates:
             self.by_sequence = self._sequence_gates(self.controller, input_ids)
 
     def _sequence_gates(self, controller: LearnedSequenceController, input_ids: Tensor) -> Tensor:
-        embed = self.owner.model.model.decoder.embed_tokens
+        embed = self.owner.model.get_input_embeddings()
         lengths = self.is_response.int().argmax(1).tolist()
         with torch.no_grad():
             prompts = [embed(ids[:length]).float() for ids, length in zip(input_ids, lengths, strict=True)]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import OPTForCausalLM
 
 from dynskip.controllers.learned import ModelSizes
 from dynskip.controllers.registry import make_controller
 from dynskip.controllers.storage import save_controller
+from dynskip.models.registry import decoder_config
 from dynskip.paths import LayerPath
 from dynskip.training.controller.config import ControllerConfig
 from dynskip.training.controller.gated_model import ControlledModel
@@ -42,9 +42,9 @@ class ControllerRun(CheckpointRun):
         return self.directory
 
     def _make_trainer(self) -> ControllerTrainer:
-        backbone = self.load(self.training.model, OPTForCausalLM)
-        shape = backbone.config
-        sizes = ModelSizes(shape.num_hidden_layers, shape.hidden_size, shape.word_embed_proj_dim or shape.hidden_size)
+        backbone = self.load(self.training.model, with_loss=False)
+        shape = decoder_config(backbone.config)
+        sizes = ModelSizes(shape.num_layers, shape.hidden_size, shape.embedding_size)
         controller = make_controller(self.config.controller, sizes)
         controller.temperature = self.config.temperature
         model = ControlledModel(

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynskip.data.corpus import read_corpus
 from dynskip.data.examples import Example, encode_examples
 from dynskip.data.templates import CHAT_TEMPLATES
 from dynskip.files import whole_folder, write_json
+from dynskip.models.hf_model import hf_class
+from dynskip.models.registry import decoder_config
 from dynskip.models.source_files import read_config, read_source
 from dynskip.models.tokenizer import check_vocabulary, read_tokenizer
+from dynskip.models.weights import Deferred
 from dynskip.training import attention
 from dynskip.training.fine_tune.config import FineTuneConfig, check_same_run
-from dynskip.training.response_loss import ResponseLossOPT
+from dynskip.training.response_loss import with_response_loss
 from dynskip.training.stage import default_device, record_start, save_model
 
 
@@ -31,13 +34,22 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_for_training(source: str, device: torch.device, kind: type[OPTForCausalLM] = ResponseLossOPT) -> Any:
-    """The fp32 model of a checkpoint, without LayerDrop."""
+def load_for_training(source: str, device: torch.device, *, with_loss: bool = True) -> Any:
+    """The fp32 model of a checkpoint, of transformers' own class and without LayerDrop.
+
+    with_loss: its pass ends in the loss of responses, as `with_response_loss` says.
+    """
     found = read_source(source, "load_for_training")
-    model = kind.from_pretrained(None, config=found.config, state_dict=found.tensors, dtype=torch.float32)
-    model.config.layerdrop = model.model.decoder.layerdrop = 0.0
-    # Ours knows no dropout of attention weights, and is written for a CPU.
-    if device.type == "cpu" and not model.config.attention_dropout:
+    kind = hf_class(found.config)
+    tensors = {name: held.read() if isinstance(held, Deferred) else held for name, held in found.tensors.items()}
+    model = (with_response_loss(kind) if with_loss else kind).from_pretrained(
+        None, config=found.config, state_dict=tensors, dtype=torch.float32
+    )
+    if found.config.model_type == "opt":  # the only one that has it
+        model.config.layerdrop = model.model.decoder.layerdrop = 0.0
+    # Ours knows no dropout of attention weights and no ALiBi, and is written for a CPU.
+    has_dropout = getattr(model.config, "attn_pdrop" if found.config.model_type == "gpt2" else "attention_dropout")
+    if device.type == "cpu" and not has_dropout and not found.decoder_config.alibi:
         model.set_attn_implementation(attention.register())
     return model
 
@@ -84,7 +96,7 @@ class CheckpointRun:
         """
         torch.manual_seed(self.training.seed)
         self.tokenizer = load_tokenizer(self.training.model)
-        positions = read_config(self.training.model, "train").max_position_embeddings
+        positions = decoder_config(read_config(self.training.model, "train")).max_positions
         if self.training.max_tokens > positions:
             raise ValueError(
                 f"train: --max-length must be at most {positions}, the positions of {self.training.model}, "
@@ -94,13 +106,13 @@ class CheckpointRun:
         use_cpu = self.device.type == "cpu"
         record_start(self.directory, config, [self.data], check_same_run, use_cpu=use_cpu, counts=counts)
 
-    def load(self, source: str, kind: type[OPTForCausalLM]) -> Any:
+    def load(self, source: str, *, with_loss: bool = True) -> Any:
         """The model of a checkpoint; ValueError where the tokenizer does not fit it."""
-        model = load_for_training(source, self.device, kind)
+        model = load_for_training(source, self.device, with_loss=with_loss)
         check_vocabulary(self.tokenizer, model.config.vocab_size, source, "train")
         return model
 
-    def export(self, model: OPTForCausalLM, directory: Path, about: dict[str, Any] | None = None) -> None:
+    def export(self, model: PreTrainedModel, directory: Path, about: dict[str, Any] | None = None) -> None:
         """Write a trained model and the tokenizer so that the folder is there whole or not at all."""
         template = self.training.template
         if self.tokenizer.chat_template is None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
+from dynskip.models.hf_model import hf_layers
 from dynskip.paths import LayerPath
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
 from dynskip.training.fine_tune.config import FineTuneConfig
 from dynskip.training.fine_tune.trainer import FineTuneTrainer
-from dynskip.training.response_loss import ResponseLossOPT
 from dynskip.training.stage import run_stage, write_curves
 
 
@@ -50,10 +50,10 @@ class FineTuneRun(CheckpointRun):
         return models
 
     def _make_trainer(self, stage: Stage, source: str) -> FineTuneTrainer:
-        model = self.load(source, ResponseLossOPT)
+        model = self.load(source)
         paths = [LayerPath.parse(path, model.config.num_hidden_layers) for path in stage.paths]
         used = {layer for path in paths for layer in path.layers}
-        for index, layer in enumerate(model.model.decoder.layers):
+        for index, layer in enumerate(hf_layers(model)):
             layer.requires_grad_(index in used)
         is_full = stage.source is None
         # Every later stage sees the same batches, so that they differ in their layers alone.
@@ -67,7 +67,7 @@ class FineTuneRun(CheckpointRun):
             **trainer.result(),
             "validation_rows": self.training.num_validation_rows,
         }
-        model = OPTForCausalLM.from_pretrained(trainer.best_checkpoint, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(trainer.best_checkpoint, dtype=torch.float32)
         self.export(model, trainer.directory / "model", result)
         write_curves(trainer.directory, trainer.history)
         return result

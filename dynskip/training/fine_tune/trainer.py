@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import ProgressCallback
 
 from dynskip.data.batches import IGNORED, Batch, StepPlan, group_in_order, pad_examples
+from dynskip.models.hf_model import only_layers
 from dynskip.paths import LayerPath
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
-from dynskip.training.response_loss import ResponseLossOPT, only_layers
+from dynskip.training.response_loss import ResponseLoss
 from dynskip.training.resumable import ResumableTrainer, check_numbers
 from dynskip.training.schedule import PathMenu
 from dynskip.training.stage import processes
@@ -109,7 +110,7 @@ class FineTuneTrainer(ResumableTrainer):
 
     def along(self, path: LayerPath) -> AbstractContextManager[None]:
         """Within the context the model runs the layers of ``path`` only."""
-        assert isinstance(self.loss_model, ResponseLossOPT), "other models bring their own context"
+        assert isinstance(self.loss_model, ResponseLoss), "other models bring their own context"
         return only_layers(self.loss_model, path)
 
     def compute_loss(

@@ -15,9 +15,10 @@ from transformers import OPTForCausalLM
 
 from dynskip.data.batches import Batch, BatchPlan
 from dynskip.data.examples import Example
+from dynskip.models.hf_model import only_layers
 from dynskip.training.pretrain.config import Phase, RunConfig
 from dynskip.training.pretrain.optimizer import MuonWithAdamW
-from dynskip.training.response_loss import head_loss, only_layers
+from dynskip.training.response_loss import head_loss
 from dynskip.training.resumable import ResumableTrainer, check_numbers
 from dynskip.training.schedule import Clock
 
