@@ -29,7 +29,7 @@ from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
 from dynskip.llm import LLM
 from dynskip.measure.machine import describe
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.streams import Competitor, Job, Served, take_turns
 from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
@@ -477,7 +477,7 @@ def main() -> int:
         llm = LLM(args.model)
         model = llm.model
     else:
-        hf_model = random_hf_model(opt_config(args.shape))
+        hf_model = random_hf_model(hf_config(args.shape))
         model = CausalLM.from_hf(hf_model)
         llm = LLM(model)
     dtype = str(model.dtype).removeprefix("torch.")

@@ -127,12 +127,12 @@ class Worker:
 def weights() -> Path:
     """A checkpoint of opt-1.3b's shapes with random weights, made once; both states map the same file."""
     from dynskip.files import whole_folder
-    from dynskip.measure.random_models import opt_config, random_hf_model
+    from dynskip.measure.random_models import hf_config, random_hf_model
 
     folder = FOLDER / "weights" / "opt-1.3b"
     if not folder.exists():
         with whole_folder(folder) as partial:
-            random_hf_model(opt_config("opt-1.3b")).save_pretrained(partial)
+            random_hf_model(hf_config("opt-1.3b")).save_pretrained(partial)
     return folder
 
 

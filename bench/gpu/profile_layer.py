@@ -16,7 +16,7 @@ from bench.gpu.recorder import make_tiny, numbers
 from bench.gpu.workloads import Workload
 from dynskip.causal_lm import CausalLM
 from dynskip.measure.device import Device, get_device
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 
@@ -39,7 +39,7 @@ def profile(ncu: str, out: Path, command: Sequence[str]) -> int:
 @torch.no_grad()
 def launch_layer(device: Device, shape: str, vocab_size: int, batch: int, context_len: int, ops: str) -> None:
     """One step of one layer of ``batch`` rows, twice; the second time is the one that is watched."""
-    config = opt_config(shape, vocab_size)
+    config = hf_config(shape, vocab_size)
     config.num_hidden_layers = 1
     hf_model = random_hf_model(config, device=device.device)
     model = CausalLM.from_hf(hf_model, backend="triton" if ops == "triton" else "torch", pack=False)

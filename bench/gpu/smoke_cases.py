@@ -17,7 +17,7 @@ from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.causal_lm import CausalLM
 from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
 from dynskip.measure.device import Device
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.config import Rotary
 from dynskip.models.shapes import SHAPES
 from dynskip.ops.row_ops import get_row_ops
@@ -88,7 +88,7 @@ def without_dependent_launches(device: torch.device) -> Table:
 
 def make_steps(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int) -> tuple[FusedSteps, Truth]:
     """Steps of a few layers for ``rows`` sequences at full depth, and what their logits must be."""
-    config = opt_config(sizes.shape, sizes.vocab_size)
+    config = hf_config(sizes.shape, sizes.vocab_size)
     config.num_hidden_layers = sizes.num_layers
     hf_model = random_hf_model(config, dtype=dtype, device=device.device)
     model = CausalLM.from_hf(hf_model, backend="triton", pack=False)

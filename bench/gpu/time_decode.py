@@ -30,7 +30,7 @@ from bench.gpu.workloads import (
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import ModelBytes
 from dynskip.measure.device import Device, time_in_turns
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.timing import Samples
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy
@@ -156,7 +156,7 @@ class DecodeBenchmark(Benchmark):
         self.sizes = sizes
         self.ops = timed
         self.backend = "triton" if timed == "triton" else "torch"
-        self.config = opt_config(sizes.shape, sizes.vocab_size)
+        self.config = hf_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(self.config, dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=self.backend, pack=False)
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
@@ -220,7 +220,7 @@ class DecodeBenchmark(Benchmark):
     def _skipped_layer(self) -> None:
         num_layers = self._num_layers
         half = num_layers // 2
-        config = opt_config(self.sizes.shape, self.sizes.vocab_size)
+        config = hf_config(self.sizes.shape, self.sizes.vocab_size)
         config.num_hidden_layers = half
         hf_model = random_hf_model(config, 1, self.recorder.dtype, self.device.device)
         shallow = CausalLM.from_hf(hf_model, backend=self.backend, pack=False)

@@ -22,7 +22,7 @@ from dynskip.engine.request import Span
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.device import Device, time_in_turns
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.runners import TransformersRunner
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy
@@ -67,7 +67,7 @@ class PrefillBenchmark(Benchmark):
         self.recorder = recorder
         self.device = device
         self.sizes = sizes
-        config = opt_config(sizes.shape, sizes.vocab_size)
+        config = hf_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=timed, pack=False)
         self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))

@@ -16,7 +16,7 @@ from bench.serving import check, draw_jobs, measure_stream
 from dynskip.causal_lm import CausalLM
 from dynskip.measure.calibration import add_stream_costs, measure_step_costs
 from dynskip.measure.device import Device
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.timing import Samples
 from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
@@ -61,7 +61,7 @@ class ServingBenchmark(Benchmark):
     def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
         self.recorder = recorder
         self.sizes = sizes
-        config = opt_config(sizes.shape, sizes.vocab_size)
+        config = hf_config(sizes.shape, sizes.vocab_size)
         hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(hf_model, backend=timed, pack=False)
         recorder.note(f"backend {self.model.backend.name}")

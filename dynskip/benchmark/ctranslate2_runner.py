@@ -18,8 +18,10 @@ from transformers import OPTForCausalLM as HFOPTForCausalLM
 _SETTLE_S = 0.3
 
 
-def unavailable_reason() -> str | None:
-    """Why CTranslate2 cannot be compared here, and what would help; None where it can."""
+def unavailable_reason(architecture: str) -> str | None:
+    """Why CTranslate2 cannot be compared here on a model of that type, and what would help; None where it can."""
+    if architecture != "opt":
+        return f"ctranslate2 is compared on models of type opt only, got {architecture}. Choose a --shape of OPT."
     if importlib.util.find_spec("ctranslate2") is None:
         return "ctranslate2 is not installed. Install it: pip install ctranslate2==4.8.5."
     return None

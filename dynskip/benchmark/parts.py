@@ -148,4 +148,6 @@ def _timed_backend(clock: _Clock, backend: Backend) -> Backend:
         scatter_add=clock.wrap("scatter", backend.scatter_add),
         kv_store=clock.wrap("kv store", backend.kv_store),
         decode_attention=clock.wrap("attention", backend.decode_attention),
+        rotate=clock.wrap("rotary", backend.rotate),
+        activate=clock.wrap("activation", backend.activate),
     )

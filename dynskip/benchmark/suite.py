@@ -1,4 +1,4 @@
-"""The benchmark: OPT-shaped steps along paths, held against their own products, transformers and CTranslate2."""
+"""The benchmark: steps along paths, held against their own products, transformers and CTranslate2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip.benchmark import ctranslate2_runner
 from dynskip.benchmark.parts import measure_parts
@@ -23,9 +22,10 @@ from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
 from dynskip.measure.agreement import Agreement, Gate
 from dynskip.measure.products import Embedding, Products
-from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
+from dynskip.measure.random_models import hf_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
 from dynskip.measure.timing import Samples, Task, interleave, progress_bar
+from dynskip.models.registry import decoder_config
 from dynskip.paths import LayerPath
 
 # A decode step at full depth as a multiple of its products, at most.
@@ -48,7 +48,10 @@ _MORE_ROUNDS = {128: 4, 512: 2}
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. ``depths`` and ``mix_depth``: shares of the layers that shared and mixed paths run."""
+    """What to measure. ``depths`` and ``mix_depth``: shares of the layers that shared and mixed paths run.
+
+    vocab_size: another than the shape's own.
+    """
 
     shape: str = "opt-1.3b"
     batches: tuple[int, ...] = (1, 8, 32)
@@ -60,7 +63,7 @@ class Options:
     depths: tuple[float, ...] = (0.5, 0.25)
     mix_depth: float = 0.5
     mix_batch: int = 32
-    vocab_size: int = 50272
+    vocab_size: int | None = None
     backend: str = "auto"
     progress: bool = True
 
@@ -97,20 +100,22 @@ class Suite:
     def run(self) -> Report:
         """Measure everything asked for."""
         options = self.options
-        config = opt_config(options.shape, options.vocab_size)
+        config = hf_config(options.shape, options.vocab_size)
+        shape = decoder_config(config)
+        # Why CTranslate2 is left out of what was asked for.
+        reason = ctranslate2_runner.unavailable_reason(shape.architecture)
         longest = options.prompt_len + options.max_new_tokens
-        entry_bytes = 2 * config.hidden_size * torch.bfloat16.itemsize
+        entry_bytes = shape.kv_entry_size * torch.bfloat16.itemsize
         # Prompts and outputs at full depth, ours and transformers', beside the weights.
-        kv_bytes = 2 * max(options.batches) * longest * config.num_hidden_layers * entry_bytes
-        _check_memory(weight_bytes(config), kv_bytes, "ctranslate2" in options.sections)
+        kv_bytes = 2 * max(options.batches) * longest * shape.num_layers * entry_bytes
+        _check_memory(weight_bytes(config), kv_bytes, "ctranslate2" in options.sections and reason is None)
         self.conditions = machine.describe()
         with self._bar("weights and correctness", 3) as bar:
-            hf_model: HFOPTForCausalLM | None = random_hf_model(config)
-            assert hf_model is not None
+            hf_model = random_hf_model(config)
             bar.update()
             model = CausalLM.from_hf(hf_model, backend=options.backend)
             bar.update()
-            num_layers = config.num_hidden_layers
+            num_layers = shape.num_layers
             shared = [LayerPath.uniform(num_layers, _budget(num_layers, depth)) for depth in options.depths]
             gate = Gate(hf_model, [LayerPath.full(num_layers), *shared])
             self.agreements = gate.check_model(model)
@@ -122,7 +127,6 @@ class Suite:
         # What the machine can do is the most that it showed in the whole run.
         self._describe(model, MachineSpeed.best(self.speeds))
         if "ctranslate2" in options.sections:
-            reason = ctranslate2_runner.unavailable_reason()
             if reason is not None:
                 self.skipped["ctranslate2"] = reason
             else:
@@ -157,11 +161,11 @@ class Suite:
             "errors": {agreement.what: [agreement.error, agreement.allowed] for agreement in self.agreements},
         }
 
-    def _measure_batch(self, size: int, model: CausalLM, hf_model: HFOPTForCausalLM) -> _Batch:
+    def _measure_batch(self, size: int, model: CausalLM, hf_model: Any) -> _Batch:
         options = self.options
         num_layers, new = model.num_layers, options.max_new_tokens
         generator = torch.Generator().manual_seed(size)
-        prompts = torch.randint(0, model.config.vocab_size, (size, options.prompt_len), generator=generator)
+        prompts = torch.randint(0, model.decoder_config.vocab_size, (size, options.prompt_len), generator=generator)
         paths = {"full": [LayerPath.full(num_layers)] * size}
         if "paths" in options.sections:
             for depth in options.depths:

@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   dynskip bench --quick                       fewer rounds
   dynskip bench --only decode,mix --batch 32  two sections at one batch size
   dynskip bench --shape opt-0.2b-24           a smaller model of as many layers
+  dynskip bench --shape llama-3.2-1b          another architecture
   dynskip bench --out bench/results           also as JSON lines and Markdown, named after the machine
 
 sections:
@@ -31,7 +32,7 @@ sections:
   paths        one path for all: how much of the speed-up that its products, embedding and head allow
   mix          independent random paths in one batch of 32
   overhead     planning, gathering, scattering and greedy choice as a share of a step
-  ctranslate2  a decode step against CTranslate2 in float32, where it is installed
+  ctranslate2  a decode step against CTranslate2 in float32, where it is installed; OPT only
 
 All times are medians. What is compared is timed in turns, so that a busy machine disturbs both alike: believe ratios
 before milliseconds. Before anything is timed, logits are held against float64.

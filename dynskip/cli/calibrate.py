@@ -17,7 +17,7 @@ from dynskip.cli.options import (
     torch_device,
     torch_dtype,
 )
-from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
 
 HELP = "measure what a step costs here, for the scheduler"
 DESCRIPTION = "Time decode steps and prefills by rows, and keep the table for this device and model shape."
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   dynskip calibrate                                     OPT-1.3B's shapes, random weights: minutes, and 5 GiB
   dynskip calibrate --model opt-mini                    the model shipped with dynskip: seconds
   dynskip calibrate --shape opt-0.2b-24 --out costs.json
+  dynskip calibrate --shape llama-3.2-1b                another architecture
   dynskip calibrate --model runs/base --rows 32 --context 64
   dynskip simulate --device this                        what the result is for
 """
@@ -60,10 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from dynskip.costs.store import cached_path, device_key, shape_key
     from dynskip.measure import machine
     from dynskip.measure.calibration import add_stream_costs, check_context, measure_step_costs
-    from dynskip.measure.random_models import opt_config
 
     if args.model is None:  # random weights take their time
-        positions = opt_config(args.shape or DEFAULT_SHAPE).max_position_embeddings
+        positions = get_shape(args.shape or DEFAULT_SHAPE).max_positions
         check_context(positions, args.prompt_len, args.context or 1, args.rounds)
     model = _model(args)
     if args.context is None:
@@ -110,10 +110,10 @@ def _model(args: argparse.Namespace) -> Any:
     if args.model is not None:
         return load_llm(args).model
     from dynskip.causal_lm import CausalLM
-    from dynskip.measure.random_models import opt_config, random_hf_model
+    from dynskip.measure.random_models import hf_config, random_hf_model
 
     dtype, device = torch_dtype(args.dtype or "bfloat16"), torch_device(args.device or "cpu")
     assert dtype is not None and device is not None, "both are named"
-    config = opt_config(args.shape or DEFAULT_SHAPE)
+    config = hf_config(args.shape or DEFAULT_SHAPE)
     hf_model = random_hf_model(config, dtype=dtype, device=device)
     return CausalLM.from_hf(hf_model, backend=args.backend or "auto", deterministic=args.deterministic)

@@ -45,7 +45,10 @@ up is worth having. The table goes into the package, kernels/configs/<device>.js
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``tune``."""
     parser.add_argument(
-        "--model", default="opt-1.3b", metavar="NAME", help="OPT size, folder or opt-mini (default: opt-1.3b)"
+        "--model",
+        default="opt-1.3b",
+        metavar="NAME",
+        help="shape, folder, GGUF file or name (default: opt-1.3b)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"(default: {DTYPES[0]})")
     parser.add_argument(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip.causal_lm import CausalLM
 from dynskip.engine.closed_batch import Generation
+from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
-from dynskip.training.response_loss import only_layers
 
 PROMPT_LEN = 8
 _HEAD_ROWS = 8192  # of the head's matrix, made float64 at a time
@@ -40,7 +40,7 @@ class Gate:
     Computed once; ``check`` then holds others against them.
     """
 
-    def __init__(self, hf_model: HFOPTForCausalLM, paths: Sequence[LayerPath], seed: int = 0) -> None:
+    def __init__(self, hf_model: Any, paths: Sequence[LayerPath], seed: int = 0) -> None:
         self.paths = list(paths)
         generator = torch.Generator().manual_seed(seed)
         shape = (len(self.paths), PROMPT_LEN)
@@ -77,28 +77,48 @@ class Gate:
         return [self.check("dynskip, prefill", whole), self.check("dynskip, decode", decoded, self.truth[:, -1])]
 
 
-def _float64_logits(hf_model: HFOPTForCausalLM, prompts: Tensor, paths: Sequence[LayerPath]) -> Tensor:
+def _float64_logits(hf_model: Any, prompts: Tensor, paths: Sequence[LayerPath]) -> Tensor:
     """[B, T, V], float64: the logits of each prompt along its path; one layer at a time is held in float64."""
-    decoder = hf_model.model.decoder
-    positions = torch.arange(prompts.shape[1]) + decoder.embed_positions.offset
-    states = decoder.embed_tokens(prompts).double() + decoder.embed_positions.weight[positions].double()
-    for index, layer in enumerate(decoder.layers):
-        seqs = [seq for seq, path in enumerate(paths) if index in path.layers]
-        if seqs:
-            states[seqs] = _run_layer(copy.deepcopy(layer).double(), states[seqs])
-    states = copy.deepcopy(decoder.final_layer_norm).double()(states)
-    return torch.cat([states @ part.double().T for part in hf_model.lm_head.weight.split(_HEAD_ROWS)], dim=-1)
+    layers, embedding = hf_layers(hf_model), hf_model.get_input_embeddings()
+    exact = [
+        _Float64Layer(layer, torch.tensor([index in path.layers for path in paths]))
+        for index, layer in enumerate(layers)
+    ]
+    # A copy of all but the layers and the embedding: norms, projections, positions.
+    known: dict[int, Any] = {id(layers): nn.ModuleList(exact), id(embedding): nn.Identity()}
+    base = copy.deepcopy(hf_model.base_model, known).double()
+    states = base(inputs_embeds=embedding(prompts).double(), use_cache=False).last_hidden_state
+    head = hf_model.get_output_embeddings().weight
+    return torch.cat([states @ part.double().T for part in head.split(_HEAD_ROWS)], dim=-1)
 
 
-def _run_layer(layer: nn.Module, states: Tensor) -> Tensor:
-    output = layer(states)  # without a mask, transformers' attention is causal
-    return output[0] if isinstance(output, tuple) else output
+class _Float64Layer(nn.Module):
+    """A layer of transformers that runs in float64, for the sequences that are ``active``, bool [B]."""
+
+    def __init__(self, layer: nn.Module, active: Tensor) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list, where nn.Module does not look, so that it is not made float64 for good
+        self._active = active
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = copy.deepcopy(self._layer[0]).double()(hidden_states, *args, **kwargs)
+        # Of some architectures a layer returns more than its states.
+        states, *others = output if isinstance(output, tuple) else (output,)
+        states = torch.where(self._active[:, None, None], states, hidden_states)
+        return (states, *others) if isinstance(output, tuple) else states
 
 
-def _eager_logits(hf_model: HFOPTForCausalLM, token_ids: Tensor, path: LayerPath) -> Tensor:
+def _eager_logits(hf_model: Any, token_ids: Tensor, path: LayerPath) -> Tensor:
     """[T, V]: the logits of transformers' model with its list of layers cut to ``path``."""
     with only_layers(hf_model, path):
-        return hf_model(input_ids=token_ids[None], use_cache=False).logits[0]
+        logits: Tensor = hf_model(input_ids=token_ids[None], use_cache=False).logits[0]
+        return logits
 
 
 def _max_error(logits: Tensor, truth: Tensor) -> float:

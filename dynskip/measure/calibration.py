@@ -62,7 +62,7 @@ def measure_step_costs(
     num_layers = model.num_layers
     if num_layers < 2:
         raise ValueError(f"measure_step_costs: model must have at least 2 layers, got {num_layers}.")
-    check_context(model.config.max_position_embeddings, prompt_len, context_len, num_rounds)
+    check_context(model.decoder_config.max_positions, prompt_len, context_len, num_rounds)
     full, shallow = LayerPath.full(num_layers), LayerPath.early_exit(num_layers, 1)
     counts = row_counts_up_to(num_rows)
     decode: dict[str, Task] = {}
@@ -146,7 +146,7 @@ def known_step_costs(model: CausalLM, num_rows: int, prompt_len: int) -> StepCos
 
 def _runner(model: CausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, model.config.vocab_size, (rows, prompt_len), generator=generator)
+    prompts = torch.randint(0, model.decoder_config.vocab_size, (rows, prompt_len), generator=generator)
     return DynskipRunner(model, prompts, [path] * rows, num_steps + 2)
 
 
@@ -168,14 +168,14 @@ def _stream(
     num_layers = model.num_layers
     mix = ((LayerPath.uniform(num_layers, -(-num_layers // 4)), 7.0), (LayerPath.full(num_layers), 1.0))
     num_requests = _REQUESTS_PER_ROW * batch
-    most = model.config.max_position_embeddings - prompt_len
+    most = model.decoder_config.max_positions - prompt_len
     requests = [
         replace(request, num_output=min(request.num_output, most))
         for request in Workload(num_requests, mix, prompt_len).draw()
     ]
     generator = torch.Generator().manual_seed(0)
     prompts: list[list[int]] = torch.randint(
-        0, model.config.vocab_size, (num_requests, prompt_len), generator=generator
+        0, model.decoder_config.vocab_size, (num_requests, prompt_len), generator=generator
     ).tolist()
     jobs = [Job(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
     served = Served("stream", model, jobs, costs, policy="cohort", batch=batch, max_prefill_tokens=prefill_tokens)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import OPTConfig
 
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import PathMix
@@ -17,10 +16,10 @@ from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
 from dynskip.measure.agreement import Gate
 from dynskip.measure.products import measure_layer_costs, row_counts_up_to
-from dynskip.measure.random_models import opt_config, random_hf_model, weight_bytes
+from dynskip.measure.random_models import hf_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
 from dynskip.measure.timing import Task, interleave, progress_bar
-from dynskip.models.shapes import SHAPES
+from dynskip.models.shapes import SHAPES, get_shape
 from dynskip.paths import LayerPath
 
 # transformers' copy of the weights, ours, and then caches and temporaries.
@@ -103,11 +102,12 @@ def compare_depths(
     num_rounds: int = 8,
     backend: str = "auto",
     progress: bool = True,
-    vocab_size: int = 50272,
+    vocab_size: int | None = None,
 ) -> Comparison:
     """Times a batch at the shapes of ``shape``, or smaller ones where memory is short.
 
-    budgets: the shares of the layers that the shared paths run; the independent paths take the first.
+    budgets: the shares of the layers that the shared paths run; the independent paths take the first. vocab_size:
+    another than the shape's own.
     Raises MemoryError where even the smallest shapes do not fit, RuntimeError where logits are wrong.
     """
     chosen, config = _largest_that_fits(shape, vocab_size)
@@ -161,17 +161,20 @@ def compare_depths(
     return Comparison(chosen, smaller_than, batch, prompt_len, num_layers, conditions, head_share, tuple(depths))
 
 
-def _largest_that_fits(shape: str, vocab_size: int) -> tuple[str, OPTConfig]:
-    """The first of ``shape`` and the smaller ones of its depth whose weights fit into memory, and its config."""
-    config = opt_config(shape, vocab_size)
+def _largest_that_fits(shape: str, vocab_size: int | None) -> tuple[str, Any]:
+    """The first of ``shape`` and the smaller ones of its architecture and depth whose weights fit into memory, and its
+    config."""
+    asked = get_shape(shape)
     smaller = [
         name
         for name, sizes in SHAPES.items()
-        if sizes.num_layers == config.num_hidden_layers and sizes.hidden_size < config.hidden_size
+        if sizes.architecture == asked.architecture
+        and sizes.num_layers == asked.num_layers
+        and sizes.hidden_size < asked.hidden_size
     ]
     free = available_bytes(torch.device("cpu"))
     for name in (shape, *sorted(smaller, key=lambda name: SHAPES[name].hidden_size, reverse=True)):
-        config = opt_config(name, vocab_size)
+        config = hf_config(name, vocab_size)
         needed = _COPIES * weight_bytes(config)
         if needed <= free:
             return name, config

@@ -1,52 +1,69 @@
-"""OPT-shaped models with random weights: as fast or slow as the real ones, and made without a download."""
+"""Models of known shapes with random weights: as fast or slow as the real ones, and made without a download."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import OPTConfig
-from transformers import OPTForCausalLM as HFOPTForCausalLM
+from transformers import CONFIG_MAPPING
 
+from dynskip.models.config import DecoderConfig
+from dynskip.models.hf_model import hf_class
+from dynskip.models.registry import get_architecture
 from dynskip.models.shapes import get_shape
 
 
-def opt_config(shape: str, vocab_size: int = 50272) -> OPTConfig:
-    """The transformers config of a shape in `SHAPES`."""
-    sizes = get_shape(shape)
-    return OPTConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.hidden_size,
-        ffn_dim=sizes.ffn_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        word_embed_proj_dim=sizes.embedding_size,
-        max_position_embeddings=sizes.max_positions,
-        tie_word_embeddings=sizes.is_head_tied,
-    )
+def hf_config(shape: str | DecoderConfig, vocab_size: int | None = None) -> Any:
+    """The transformers config of a decoder, or of a shape in `SHAPES`; vocab_size: another than its own.
+
+    Raises ValueError for an unknown shape, or a decoder with scaled rotary positions.
+    """
+    decoder = get_shape(shape) if isinstance(shape, str) else shape
+    if vocab_size is not None:
+        decoder = replace(decoder, vocab_size=vocab_size)
+    values = get_architecture(decoder.architecture).config_values(decoder)
+    # Tokens that some architectures name by default lie outside of small vocabularies.
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    defaults = CONFIG_MAPPING[decoder.architecture]()
+    outside = {name: None for name in names if (getattr(defaults, name, None) or 0) >= decoder.vocab_size}
+    return CONFIG_MAPPING[decoder.architecture](**values, **outside)
 
 
-def weight_bytes(config: OPTConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+def weight_bytes(config: Any, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of the weights of a model of ``config``, a tied head counted once."""
     with torch.device("meta"):
-        model = HFOPTForCausalLM(config)
+        model = hf_class(config)(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def random_hf_model(
-    config: OPTConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
-) -> HFOPTForCausalLM:
+    config: Any, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> Any:
     """A transformers model with random weights, made in place in ``dtype``: its memory never holds a second copy."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
-        model = HFOPTForCausalLM(config)
-    for name, module in list(model.named_modules()):
+        model = hf_class(config)(config)
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _fill_buffers(module, config, device)
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if module is model.lm_head and config.tie_word_embeddings:
+            if module is head and config.tie_word_embeddings:
                 continue
             value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-            if "layer_norm" in name and key == "weight":
+            if "Norm" in type(module).__name__ and key == "weight":
                 value += 1
             setattr(module, key, nn.Parameter(value, requires_grad=False))
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.decoder.embed_tokens.weight
+        head.weight = model.get_input_embeddings().weight
     return model.eval()
+
+
+def _fill_buffers(module: nn.Module, config: Any, device: torch.device | str) -> None:
+    """Give ``module`` the buffers that it has where it is not made on meta: the frequencies of rotary positions."""
+    with torch.device("cpu"):
+        made = type(module)(config)
+    for name, buffer in made.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(device))

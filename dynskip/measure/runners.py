@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip.causal_lm import CausalLM
 from dynskip.engine.closed_batch import Generation
@@ -47,7 +46,7 @@ class TransformersRunner:
     cache: "dynamic" grows by a copy a step, "static" is as long as ``max_new_tokens`` asks from the start.
     """
 
-    def __init__(self, model: HFOPTForCausalLM, prompts: Tensor, max_new_tokens: int, cache: str = "dynamic") -> None:
+    def __init__(self, model: Any, prompts: Tensor, max_new_tokens: int, cache: str = "dynamic") -> None:
         if cache not in ("dynamic", "static"):
             raise ValueError(f"TransformersRunner: cache must be 'dynamic' or 'static', got {cache!r}.")
         self.model = model
@@ -77,8 +76,8 @@ class TransformersRunner:
     def _run(self, token_ids: Tensor) -> None:
         # Not the model's own `logits_to_keep=1`: torch multiplies that strided slice by one copy of the head per
         # sequence, which makes a prefill of 32 prompts several times slower than it has to be.
-        output = self.model.model(input_ids=token_ids, past_key_values=self.cache, use_cache=True)
-        self.logits = self.model.lm_head(output.last_hidden_state[:, -1].contiguous())
+        output = self.model.base_model(input_ids=token_ids, past_key_values=self.cache, use_cache=True)
+        self.logits = self.model.get_output_embeddings()(output.last_hidden_state[:, -1].contiguous())
         self.token_ids = self.logits.argmax(-1, keepdim=True)
 
 

@@ -40,6 +40,7 @@ class Architecture:
     """An architecture of transformers.
 
     model_type: its name there. decoder_config: reads its config; raises ValueError for one that cannot be built.
+    config_values: the other way: by name, what its config says of a decoder where that is not what it says by default.
     sizes: the integers of the config that must be at least 1. prefix: of all names but the head's; checkpoints of the
         model without its head lack it. base, layer: where the modules of the decoder, and of a layer, are kept, by our
         names. layers: where transformers keeps the list of layers, from the prefix on. head: its name in checkpoints,
@@ -49,6 +50,7 @@ class Architecture:
 
     model_type: str
     decoder_config: Callable[[Any], DecoderConfig]
+    config_values: Callable[[DecoderConfig], dict[str, Any]]
     sizes: tuple[str, ...]
     prefix: str
     layers: str
@@ -105,6 +107,24 @@ def head_size_of(config: Any) -> int:
             f"got {config.num_attention_heads}."
         )
     return int(config.hidden_size // config.num_attention_heads)
+
+
+def activation_name(config: DecoderConfig) -> str:
+    """transformers' name of the activation of ``config``."""
+    return next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def rope_theta(config: DecoderConfig) -> float:
+    """The theta of `Rotary.plain` that gives the rotary positions of ``config``. Raises ValueError for other ones."""
+    rotary, size = config.rotary, config.rotary_size
+    assert rotary is not None, "asked of architectures that have it"
+    theta = round(rotary.frequencies[1] ** (-size / 2)) if size > 2 else 1
+    if rotary != Rotary.plain(size, theta):
+        raise ValueError(
+            f"rope_theta: rotary must be Rotary.plain({size}, theta) of a whole theta, got frequencies "
+            f"{rotary.frequencies[:3]} and scaling {rotary.scaling}."
+        )
+    return float(theta)
 
 
 def rotary_of(config: Any, embedding: Any) -> Rotary:

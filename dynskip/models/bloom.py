@@ -33,9 +33,23 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
+def config_values(config: DecoderConfig) -> dict[str, Any]:
+    """What a ``BloomConfig`` of ``config`` says."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "seq_length": config.max_positions,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.is_head_tied,
+    }
+
+
 BLOOM = Architecture(
     model_type="bloom",
     decoder_config=decoder_config,
+    config_values=config_values,
     sizes=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     prefix="transformer.",
     layers="h",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynskip.models.architecture import Architecture, activation_of, head_size_of, qkv_parts, refuse
+from dynskip.models.architecture import Architecture, activation_name, activation_of, head_size_of, qkv_parts, refuse
 from dynskip.models.config import DecoderConfig
 
 
@@ -30,9 +30,27 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
+def config_values(config: DecoderConfig) -> dict[str, Any]:
+    """What a ``GPT2Config`` of ``config`` says."""
+    return {
+        "vocab_size": config.vocab_size,
+        "n_embd": config.hidden_size,
+        "n_inner": config.ffn_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_positions": config.max_positions,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": activation_name(config),
+        "tie_word_embeddings": config.is_head_tied,
+        "scale_attn_weights": config.attention_scale is None,
+        "scale_attn_by_inverse_layer_idx": config.scale_by_depth,
+    }
+
+
 GPT2 = Architecture(
     model_type="gpt2",
     decoder_config=decoder_config,
+    config_values=config_values,
     sizes=(
         "vocab_size",
         "hidden_size",

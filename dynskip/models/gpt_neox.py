@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynskip.models.architecture import Architecture, activation_of, head_size_of, qkv_parts, rotary_of
+from dynskip.models.architecture import (
+    Architecture,
+    activation_name,
+    activation_of,
+    head_size_of,
+    qkv_parts,
+    rope_theta,
+    rotary_of,
+)
 from dynskip.models.config import DecoderConfig, Rotary
 
 
@@ -33,9 +41,32 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
+def config_values(config: DecoderConfig) -> dict[str, Any]:
+    """What a ``GPTNeoXConfig`` of ``config`` says."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": activation_name(config),
+        "attention_bias": config.qkv_bias,
+        "tie_word_embeddings": config.is_head_tied,
+        "use_parallel_residual": config.parallel,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": rope_theta(config),
+            "partial_rotary_factor": config.rotary_size / config.head_size,
+        },
+    }
+
+
 GPT_NEOX = Architecture(
     model_type="gpt_neox",
     decoder_config=decoder_config,
+    config_values=config_values,
     sizes=(
         "vocab_size",
         "hidden_size",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynskip.models.architecture import Architecture, Stored, activation_of, head_size_of, rotary_of
+from dynskip.models.architecture import (
+    Architecture,
+    Stored,
+    activation_name,
+    activation_of,
+    head_size_of,
+    rope_theta,
+    rotary_of,
+)
 from dynskip.models.config import DecoderConfig, Rotary
 
 
@@ -14,7 +22,8 @@ def decoder_config(config: Any) -> DecoderConfig:
 
     kind = config.model_type
     has_bias = getattr(config, "attention_bias", False)
-    layer_types = getattr(config, "layer_types", None) if kind in ("qwen2", "qwen3") else None
+    window = (getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0
+    layer_types = getattr(config, "layer_types", None) if window and kind in ("qwen2", "qwen3") else None
     return DecoderConfig(
         architecture=kind,
         num_layers=config.num_hidden_layers,
@@ -36,9 +45,41 @@ def decoder_config(config: Any) -> DecoderConfig:
         qk_norm=kind == "qwen3",
         is_head_tied=config.tie_word_embeddings,
         rotary=rotary_of(config, LlamaRotaryEmbedding),
-        window=(getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0,
+        window=window,
         window_layers=_window_layers(layer_types),
     )
+
+
+def config_values(config: DecoderConfig) -> dict[str, Any]:
+    """What a config of one of the four types says of ``config``."""
+    kind = config.architecture
+    if config.window_layers is not None or (config.window and kind in ("qwen2", "qwen3")):
+        layers = range(config.num_layers) if config.window_layers is None else config.window_layers
+        kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(config.num_layers)]
+        window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": config.window, "layer_types": kinds}
+    else:
+        window = {} if kind == "llama" else {"sliding_window": config.window or None}
+    # What not all four know.
+    others: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "head_dim": (config.head_size, ("llama", "mistral", "qwen3")),
+        "attention_bias": (config.qkv_bias, ("llama", "qwen3")),
+        "mlp_bias": (config.mlp_bias, ("llama",)),
+    }
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": activation_name(config),
+        "tie_word_embeddings": config.is_head_tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta(config)},
+        **window,
+        **{name: value for name, (value, kinds) in others.items() if kind in kinds},
+    }
 
 
 def _window_layers(layer_types: list[str] | None) -> tuple[int, ...] | None:
@@ -56,6 +97,7 @@ def _architecture(model_type: str) -> Architecture:
     return Architecture(
         model_type=model_type,
         decoder_config=decoder_config,
+        config_values=config_values,
         sizes=(
             "vocab_size",
             "hidden_size",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dynskip.models.architecture import Architecture, activation_of, head_size_of
+from dynskip.models.architecture import Architecture, activation_name, activation_of, head_size_of
 from dynskip.models.config import DecoderConfig
 
 POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are never used
@@ -35,9 +35,29 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
+def config_values(config: DecoderConfig) -> dict[str, Any]:
+    """What an ``OPTConfig`` of ``config`` says."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "ffn_dim": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "word_embed_proj_dim": config.embedding_size,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.is_head_tied,
+        "do_layer_norm_before": config.norm_first,
+        "layer_norm_elementwise_affine": config.norm_affine,
+        "_remove_final_layer_norm": config.norm_first and not config.final_norm,
+        "activation_function": activation_name(config),
+        "enable_bias": config.qkv_bias,
+    }
+
+
 OPT = Architecture(
     model_type="opt",
     decoder_config=decoder_config,
+    config_values=config_values,
     sizes=(
         "vocab_size",
         "hidden_size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -11,12 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from families import cut_family
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from bench import serving
 from bench.report.device import read_report
 from bench.report.serving import serving_sentence, serving_tables
-from dynskip import LayerPath, OPTForCausalLM
+from dynskip import CausalLM, LayerPath, OPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner, parts, suite
 from dynskip.benchmark.report import Report, Row, markdown_table
 from dynskip.cli import bench as cli_bench
@@ -25,10 +27,14 @@ from dynskip.costs.layer_costs import ModelBytes, PathMix
 from dynskip.measure import machine, random_models, timing
 from dynskip.measure.agreement import Gate
 from dynskip.measure.products import Products
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.runners import DynskipRunner, TransformersRunner
 from dynskip.measure.timing import Samples, interleave
+from dynskip.models.bloom import bloom_shape
+from dynskip.models.gpt2 import gpt2_shape
+from dynskip.models.gpt_neox import gpt_neox_shape
 from dynskip.models.linear import Linear
+from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
 
@@ -62,9 +68,19 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
+# A small one of each architecture that differs.
+OTHERS = {
+    "llama": llama_shape(4, 32, 4, 2, 48, 128, 64, 1e4),
+    "qwen3": llama_shape(4, 32, 4, 2, 48, 128, 64, 1e4, architecture="qwen3", head_size=16),
+    "gpt_neox": gpt_neox_shape(4, 32, 2, 64, 128),
+    "bloom": bloom_shape(4, 32, 2),
+    "gpt2": gpt2_shape(4, 32, 2),
+}
+
+
 @pytest.fixture
 def hf_model(tiny: str) -> HFOPTForCausalLM:
-    return random_hf_model(opt_config(tiny, vocab_size=128))
+    return random_hf_model(hf_config(tiny, vocab_size=128))
 
 
 # Timing
@@ -128,7 +144,7 @@ def test_the_shape_of_a_model_is_counted_from_its_weights(hf_model: HFOPTForCaus
 
 
 def test_random_models_repeat_and_tie_their_head(tiny: str) -> None:
-    config = opt_config(tiny, vocab_size=128)
+    config = hf_config(tiny, vocab_size=128)
     first, second, other = (random_hf_model(config, seed) for seed in (0, 0, 1))
     assert first.lm_head.weight is first.model.decoder.embed_tokens.weight
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
@@ -137,7 +153,7 @@ def test_random_models_repeat_and_tie_their_head(tiny: str) -> None:
     assert random_models.weight_bytes(config) == sum(p.numel() * 2 for p in first.parameters())
     assert not first.model.decoder.final_layer_norm.weight.isnan().any()
     with pytest.raises(ValueError, match=r"get_shape: name must be one of opt-1.3b, .*, got 'opt-13'"):
-        opt_config("opt-13")
+        hf_config("opt-13")
 
 
 # Runners and gate
@@ -178,6 +194,34 @@ def test_the_gate_passes_the_model_and_stops_another(hf_model: HFOPTForCausalLM)
         gate.check("NaN", torch.full_like(gate.truth, float("nan")))
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_every_architecture_are_made_checked_and_run(name: str) -> None:
+    config = hf_config(OTHERS[name], vocab_size=128)
+    hf_model = random_hf_model(config)
+    assert not any(tensor.is_meta for tensor in (*hf_model.parameters(), *hf_model.buffers()))
+    assert random_models.weight_bytes(config) == sum(p.numel() * 2 for p in hf_model.parameters())
+    assert (hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight) == (name != "gpt_neox")
+    paths = [LayerPath.full(4), LayerPath.uniform(4, budget=2), LayerPath.of(4, [3])]
+    gate = Gate(hf_model, paths)
+    with torch.no_grad():
+        for truth, token_ids, path in zip(gate.truth, gate.prompts, paths, strict=True):
+            exact = cut_family(copy.deepcopy(hf_model).double(), path)(token_ids[None], use_cache=False).logits[0]
+            torch.testing.assert_close(truth, exact)
+    assert all(agreement.error > 0 for agreement in gate.check_model(CausalLM.from_hf(hf_model)))
+    prompts, float32 = gate.prompts, hf_model.float()
+    ours = DynskipRunner(CausalLM.from_hf(float32), prompts, [LayerPath.full(4)] * 3, max_new_tokens=4)
+    theirs = TransformersRunner(float32, prompts, max_new_tokens=4)
+    ours.prefill()
+    theirs.prefill()
+    tokens = [theirs.token_ids]
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+        tokens.append(theirs.token_ids)
+    assert ours.generation is not None
+    assert [sequence.token_ids for sequence in ours.generation.sequences] == torch.cat(tokens, dim=1).tolist()
+
+
 # Parts of a step
 
 
@@ -197,6 +241,10 @@ def test_parts_add_up_and_leave_no_trace(hf_model: HFOPTForCausalLM) -> None:
         assert all(ms > 0 for name, ms in step.items() if name != "gather")
     assert 0 < found.overhead_share < 1
     assert found.parts[0] == "step"
+    llama = CausalLM.from_hf(random_hf_model(hf_config(OTHERS["llama"])))
+    runner = DynskipRunner(llama, torch.randint(0, 128, (4, 5)), paths, max_new_tokens=4)
+    runner.prefill()
+    assert set(parts.measure_parts(runner, num_steps=1).steps[0]) == names | {"step", "rotary", "activation"}
 
 
 def test_time_inside_a_part_counts_once() -> None:
@@ -273,7 +321,7 @@ def test_tables_are_aligned() -> None:
 
 
 def test_the_suite_answers_every_question(tiny: str) -> None:
-    reason = ctranslate2_runner.unavailable_reason()
+    reason = ctranslate2_runner.unavailable_reason("opt")
     options = suite.Options(
         shape=tiny, batches=(1, 3), prompt_len=4, num_rounds=2, num_prefill_rounds=2, mix_batch=3, vocab_size=128,
         progress=False,
@@ -311,6 +359,19 @@ def test_ctranslate2_is_skipped_by_name(tiny: str, monkeypatch: pytest.MonkeyPat
     report = suite.Suite(options).run()
     assert report.rows == ()
     assert "ctranslate2 is not installed. Install it: pip install" in report.skipped["ctranslate2"]
+
+
+def test_another_architecture_is_measured_without_ctranslate2(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, tiny, OTHERS["llama"])
+    options = suite.Options(
+        shape=tiny, batches=(2,), prompt_len=4, num_rounds=1, num_prefill_rounds=1, mix_batch=2, progress=False
+    )
+    report = suite.Suite(options).run()
+    assert {row.section for row in report.rows} == {"decode", "prefill", "paths", "mix", "overhead"}
+    assert report.skipped == {
+        "ctranslate2": "ctranslate2 is compared on models of type opt only, got llama. Choose a --shape of OPT."
+    }
+    assert report.conditions["kv_entry_bytes"] == 2 * 2 * 8 * 2
 
 
 def test_too_little_memory_is_said_before_it_is_taken(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, rooflin
 from dynskip.kernels.configs import FOLDER, KEYS, get_entries, use_configs
 from dynskip.measure import device
 from dynskip.measure.device import get_device
-from dynskip.measure.random_models import opt_config, random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
 from dynskip.ops import native
@@ -295,7 +295,7 @@ def test_without_a_card_a_part_says_so(tmp_path: Path) -> None:
 
 
 def test_the_bound_of_paths_is_the_roofline_of_their_mix() -> None:
-    model = OPTForCausalLM.from_hf(random_hf_model(opt_config("tiny", 128)), backend="torch", pack=False)
+    model = OPTForCausalLM.from_hf(random_hf_model(hf_config("tiny", 128)), backend="torch", pack=False)
     shape, speed = ModelBytes.of(model.decoder_config, model.dtype.itemsize), MachineSpeed(10.0, 1.0)
     mix = PathMix.of([LayerPath.of(4, [0, 2]), LayerPath.of(4, [2]), LayerPath.of(4, [1, 2])])
     rows = tuple(map(float, mix.rows_per_layer))
@@ -312,7 +312,7 @@ def test_the_bound_of_paths_is_the_roofline_of_their_mix() -> None:
 
 
 def test_the_truth_knows_masks_and_gates() -> None:
-    hf_model = random_hf_model(opt_config("tiny", 128))
+    hf_model = random_hf_model(hf_config("tiny", 128))
     model = OPTForCausalLM.from_hf(hf_model, backend="torch", pack=False)
     truth = Truth(model, lambda: OPTForCausalLM.from_hf(copy.deepcopy(hf_model).double(), backend="torch", pack=False))
     cpu = torch.device("cpu")

@@ -140,7 +140,7 @@ def test_every_depth_is_measured(tiny: str) -> None:
 
 
 def test_a_smaller_model_is_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 3 * random_models.weight_bytes(random_models.opt_config("opt-1.3b")) - 1
+    free = 3 * random_models.weight_bytes(random_models.hf_config("opt-1.3b")) - 1
     monkeypatch.setattr(depths, "available_bytes", lambda device: free)
     assert depths._largest_that_fits("opt-1.3b", 50272)[0] == "opt-0.4b-24"
     monkeypatch.setattr(depths, "available_bytes", lambda device: 1000)
@@ -149,7 +149,7 @@ def test_a_smaller_model_is_taken_where_memory_is_short(monkeypatch: pytest.Monk
 
 
 def test_the_costs_of_a_layer_are_measured_at_each_row_count(tiny: str) -> None:
-    model = OPTForCausalLM.from_hf(random_models.random_hf_model(random_models.opt_config(tiny, vocab_size=128)))
+    model = OPTForCausalLM.from_hf(random_models.random_hf_model(random_models.hf_config(tiny, vocab_size=128)))
     costs = measure_layer_costs(model, (1, 4), bandwidth_gbps=10.0, num_rounds=1)
     assert costs.layer.num_rows == costs.head.num_rows == (1, 4)
     assert min(*costs.layer.ms, *costs.head.ms) > 0

@@ -8,16 +8,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import ALL_VARIANTS, FAMILIES, family_config
 from models import VARIANTS, tiny_hf
 from transformers import OPTConfig
 
 from dynskip import OPTForCausalLM
 from dynskip.costs.layer_costs import ModelBytes
-from dynskip.measure.random_models import opt_config
-from dynskip.models.opt import decoder_config, opt_shape
-from dynskip.models.registry import read_decoder_config
+from dynskip.measure.random_models import hf_config
+from dynskip.models.config import Rotary
+from dynskip.models.opt import opt_shape
+from dynskip.models.registry import decoder_config, read_decoder_config
 from dynskip.models.shapes import SHAPES
 
 
@@ -41,6 +44,20 @@ def test_a_model_is_a_known_shape_or_a_folder(tmp_path: Path) -> None:
         read_decoder_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(("family", "changes"), [(family, FAMILIES[family][name]) for family, name in ALL_VARIANTS])
+def test_a_config_comes_back_from_a_decoder(family: str, changes: dict[str, Any]) -> None:
+    decoder = decoder_config(family_config(family, **changes))
+    if decoder.rotary is not None:
+        with pytest.raises(ValueError, match=r"rope_theta: rotary must be Rotary.plain\(.*, got frequencies"):
+            hf_config(replace(decoder, rotary=Rotary(decoder.rotary.frequencies, 1.5)))
+        decoder = replace(decoder, rotary=Rotary.plain(decoder.rotary_size, 100))
+    again = decoder_config(hf_config(decoder))
+    if again.rotary is not None:
+        assert again.rotary.frequencies == pytest.approx(decoder.rotary.frequencies, rel=1e-5)
+        again = replace(again, rotary=decoder.rotary)
+    assert again == decoder
+
+
 def test_heads_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="num_attention_heads must divide hidden_size 10, got 3"):
         decoder_config(OPTConfig(hidden_size=10, num_attention_heads=3))
@@ -48,7 +65,11 @@ def test_heads_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_and_its_config_say_the_same(name: str) -> None:
-    assert decoder_config(opt_config(name)) == SHAPES[name]
+    shape, config = SHAPES[name], decoder_config(hf_config(name))
+    if shape.rotary is not None and config.rotary is not None:  # transformers works them out in float32
+        assert config.rotary.frequencies == pytest.approx(shape.rotary.frequencies, rel=1e-5)
+        config = replace(config, rotary=shape.rotary)
+    assert config == shape
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
