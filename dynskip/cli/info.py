@@ -8,12 +8,15 @@ import math
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.options import DTYPES, torch_dtype
 from dynskip.host import cpu_fields, cpu_model, package_version
 from dynskip.kernels import switches
 from dynskip.version import __version__
+
+if TYPE_CHECKING:
+    from dynskip.models.config import DecoderConfig
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 # What the CPU code of torch, oneDNN and dynskip looks for, in the words of /proc/cpuinfo (x86, then Arm).
@@ -30,7 +33,7 @@ EXAMPLES = """examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``info``."""
     parser.add_argument(
-        "--model", metavar="NAME", help="also load this folder, hub id or opt-mini and tell what memory it takes"
+        "--model", metavar="NAME", help="also load this folder, GGUF file, hub id or name and tell what memory it takes"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of its weights (default: bfloat16)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -109,15 +112,15 @@ def _backends() -> dict[str, dict[str, str | None]]:
 
 def _shipped_model() -> dict[str, Any]:
     from safetensors import safe_open
-    from transformers import OPTConfig
 
     from dynskip.assets import opt_mini_directory
+    from dynskip.models.registry import read_decoder_config
 
     try:
         directory = opt_mini_directory()
     except FileNotFoundError as error:
         return {"missing": str(error)}
-    config = OPTConfig.from_pretrained(directory)
+    config = read_decoder_config(str(directory))
     files = sorted(directory.glob("*.safetensors"))
     num_parameters = 0
     for file in files:
@@ -126,15 +129,24 @@ def _shipped_model() -> dict[str, Any]:
                 num_parameters += math.prod(tensors.get_slice(key).get_shape())
     return {
         "directory": str(directory),
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_attention_heads,
-        "vocab_size": config.vocab_size,
-        "max_positions": config.max_position_embeddings,
+        **_sizes(config),
         "num_parameters": num_parameters,
         "file_mb": round(sum(file.stat().st_size for file in files) / 1e6, 1),
         "weights_mb": round(num_parameters * 2 / 1e6, 1),
-        "kv_bytes_per_token_and_layer": 2 * config.hidden_size * 2,
+        "kv_bytes_per_token_and_layer": config.kv_entry_size * 2,
+    }
+
+
+def _sizes(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "architecture": config.architecture,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_size": config.head_size,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_positions,
     }
 
 
@@ -154,6 +166,8 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
     return {
         "name": name,
         "dtype": dtype,
+        **_sizes(model.decoder_config),
+        "kv_bytes_per_token_and_layer": model.kv_entry_bytes,
         "prompt_attention": executor.prompt_attention(),
         "decode_attention": executor.decode_attention(),
         "matrices_mb": round(memory.matrix_bytes / 1e6, 1),
@@ -161,6 +175,15 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
         "resting_mb": round((memory.resting_bytes - before_bytes) / 1e6, 1),
         "peak_mb": round((memory.peak_bytes - before_bytes) / 1e6, 1),
     }
+
+
+def _described(sizes: dict[str, Any]) -> str:
+    shared = f" sharing {sizes['num_kv_heads']} of keys and values"
+    return (
+        f"{sizes['architecture']}, {sizes['num_layers']} layers, hidden {sizes['hidden_size']}, "
+        f"{sizes['num_heads']} heads{shared if sizes['num_kv_heads'] != sizes['num_heads'] else ''}, "
+        f"vocabulary {sizes['vocab_size']}, {sizes['max_positions']} positions"
+    )
 
 
 def _print_table(report: dict[str, Any]) -> None:
@@ -183,11 +206,7 @@ def _print_table(report: dict[str, Any]) -> None:
     if "missing" in model:
         rows.append(("opt-mini", model["missing"]))
     else:
-        shape = (
-            f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads, "
-            f"vocabulary {model['vocab_size']}, {model['max_positions']} positions, "
-            f"{model['num_parameters'] / 1e6:.1f} M parameters"
-        )
+        shape = f"{_described(model)}, {model['num_parameters'] / 1e6:.1f} M parameters"
         memory = (
             f"{model['weights_mb']} MB of weights in bfloat16 ({model['file_mb']} MB on disk), "
             f"{model['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer"
@@ -200,6 +219,8 @@ def _print_table(report: dict[str, Any]) -> None:
         )
         rows += [
             ("loaded", f"{loaded['name']} in {loaded['dtype']}: {weights}"),
+            ("", _described(loaded)),
+            ("", f"{loaded['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer"),
             ("attention", f"of prompts {loaded['prompt_attention']}; of decode {loaded['decode_attention']}"),
             ("", f"the process grew by {loaded['resting_mb']} MB, at its peak by {loaded['peak_mb']} MB"),
         ]

@@ -90,8 +90,8 @@ class EvalRun:
             **setup.guarded(),
             "model": setup.checkpoint.directory.name,
             "num_layers": setup.num_layers,
-            "hidden_size": llm.model.config.hidden_size,
-            "max_positions": llm.model.config.max_position_embeddings,
+            "hidden_size": llm.model.decoder_config.hidden_size,
+            "max_positions": llm.model.decoder_config.max_positions,
             "num_parameters": num_parameters(llm.model),
             "backend": llm.model.backend.name,
             "data_file": setup.data.name,
@@ -176,7 +176,7 @@ class EvalRun:
 def num_parameters(model: CausalLM) -> int:
     """How many numbers the weights of ``model`` hold; a head that is the embedding counts once."""
     weights = model.state_dict()
-    if model.config.tie_word_embeddings:
+    if model.decoder_config.is_head_tied:
         del weights["lm_head.weight"]
     return sum(weight.numel() for weight in weights.values())
 

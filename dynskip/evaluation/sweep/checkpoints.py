@@ -13,7 +13,9 @@ from dynskip.assets import find_model, opt_mini_directory
 from dynskip.controllers.registry import controller_class
 from dynskip.controllers.storage import read_config
 from dynskip.files import file_hash
-from dynskip.models.source_files import read_end_tokens
+from dynskip.models.registry import decoder_config
+from dynskip.models.source_files import GGUF, read_end_tokens
+from dynskip.models.source_files import read_config as read_model_config
 from dynskip.models.tokenizer import check_vocabulary
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -22,7 +24,10 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on the disk. hash: of config, weights, tokenizer and end tokens. num_layers: L of this checkpoint."""
+    """A model on the disk. hash: of config, weights, tokenizer and end tokens. num_layers: L of this checkpoint.
+
+    directory: of the model, or its one file, which holds all of that.
+    """
 
     directory: Path
     hash: str
@@ -30,11 +35,14 @@ class Checkpoint:
 
     @staticmethod
     def of(source: str | Path | None) -> Checkpoint:
-        """The checkpoint in a directory, of a hub id, or the model shipped with the package for "opt-mini" or None.
+        """The checkpoint in a directory, a GGUF file, of a hub id, or of a model known by name; None for opt-mini.
 
-        Raises ValueError or OSError where it is no OPT checkpoint with a tokenizer.
+        Raises ValueError or OSError where it is no checkpoint of one of the architectures.
         """
         directory = _directory(source)
+        if directory.is_file():
+            num_layers = decoder_config(read_model_config(directory, "Checkpoint.of")).num_layers
+            return Checkpoint(directory, file_hash(directory)[:16], num_layers)
         weights = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern))
         missing = [] if (directory / "config.json").is_file() else ["config.json"]
         missing += [] if weights else ["weights"]
@@ -55,11 +63,7 @@ class Checkpoint:
         if ends and ends != config.get("eos_token_id"):
             # They decide where outputs end; where both files say the same, the first has been counted.
             digest.update(f"ends {ends}\n".encode())
-        num_layers = config.get("num_hidden_layers")
-        if config.get("model_type") != "opt" or not isinstance(num_layers, int):
-            raise ValueError(
-                f"Checkpoint.of: {directory} must hold an OPT model, got model_type {config.get('model_type')!r}."
-            )
+        num_layers = decoder_config(read_model_config(directory, "Checkpoint.of")).num_layers
         return Checkpoint(directory, digest.hexdigest()[:16], num_layers)
 
 
@@ -78,7 +82,7 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str | Path) -> None:
 
 def _directory(source: str | Path | None) -> Path:
     path = opt_mini_directory() if source is None else Path(find_model(source))
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
         raise FileNotFoundError(f"Checkpoint.of: {str(source)!r} must be a directory, got no such directory.")

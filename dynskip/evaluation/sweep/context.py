@@ -53,7 +53,7 @@ class Context:
             self._prompts[key] = encode_prompts(
                 read_splits(setup.data, setup.split_seed)[split],
                 llm.tokenizer,
-                llm.model.config.max_position_embeddings,
+                llm.model.decoder_config.max_positions,
                 setup.max_tokens,
                 setup.template,
                 num_prompts,
@@ -67,7 +67,7 @@ class Context:
 
     def _check_same_tokenizer(self, llm: LLM, checkpoint_hash: str) -> None:
         base: Any = self.llm(self.setup.checkpoint.hash)
-        same_length = llm.model.config.max_position_embeddings == base.model.config.max_position_embeddings
+        same_length = llm.model.decoder_config.max_positions == base.model.decoder_config.max_positions
         if llm.tokenizer is None or llm.tokenizer.get_vocab() != base.tokenizer.get_vocab() or not same_length:
             directory = self.setup.checkpoint_of(checkpoint_hash).directory
             raise ValueError(
