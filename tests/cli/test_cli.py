@@ -488,6 +488,28 @@ def test_who_has_to_mend_an_error(case: Case) -> None:
     assert user_message(case.error) == expected
 
 
+@pytest.mark.parametrize(("family", "num_kv_heads"), [("llama", 2), ("gpt2", 4), ("bloom", 4)])
+def test_info_and_generate_know_other_architectures(
+    family: str, num_kv_heads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from families import family_hf
+    from models import word_tokenizer
+
+    family_hf(family).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    assert main(["info", "--json", "--model", str(tmp_path)]) == 0
+    loaded = json.loads(capsys.readouterr().out)["model"]
+    assert (loaded["architecture"], loaded["num_layers"], loaded["num_kv_heads"]) == (family, 6, num_kv_heads)
+    assert loaded["kv_bytes_per_token_and_layer"] == 2 * num_kv_heads * 8 * 2
+    assert main(["info", "--model", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{family}, 6 layers, hidden 32, 4 heads" in out
+    assert ("4 heads sharing 2 of keys and values" in out) == (num_kv_heads == 2)
+    assert generate(tmp_path, "--json", "--path", "uniform:3", "w007 w009") == 0
+    (line,) = json_lines(capsys)
+    assert (line["num_layers"], len(line["outputs"][0]["token_ids"])) == (6, 4)
+
+
 def test_info_loads_a_model_and_tells_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import OPTConfig, OPTForCausalLM
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from evaluation_models import rows, save_checkpoint, tiny_setup
+from families import FAMILIES
+from gguf_files import tiny_model, write_model
 from models import word_tokenizer
 
 from dynskip.data.corpus import Instruction, split_instructions
@@ -102,6 +104,20 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
     config.vocab_size = 50
     with pytest.raises(ValueError, match="must know token ids below the model's 50, got 100"):
         check_tokenizer(tokenizer, config, directory)
+
+
+def test_a_checkpoint_may_be_of_any_architecture(tmp_path: Path) -> None:
+    for family in FAMILIES:
+        assert Checkpoint.of(save_checkpoint(tmp_path / family, family=family)).num_layers == 6
+    write_model(tmp_path / "a.gguf", tiny_model("llama"))
+    found = Checkpoint.of(tmp_path / "a.gguf")
+    assert (found.directory, found.num_layers) == (tmp_path / "a.gguf", 2)
+    write_model(tmp_path / "b.gguf", tiny_model("llama"), general__description="another")
+    assert Checkpoint.of(tmp_path / "b.gguf").hash != found.hash
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"Checkpoint.of: .* must hold a model of type opt, .*, got model_type 'bert'"):
+        Checkpoint.of(tmp_path / "llama")
 
 
 def test_a_sweep_refuses_such_a_checkpoint(tmp_path: Path) -> None:

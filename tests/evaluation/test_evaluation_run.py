@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from evaluation_models import save_checkpoint, tiny_setup
+from evaluation_models import save_checkpoint, save_data, tiny_setup
+from families import family_hf
 from models import tiny_hf, tiny_model
 
 from dynskip.assets import opt_mini_directory
@@ -280,6 +281,22 @@ def test_the_sections_of_all_families(folder: Path, tmp_path: Path, capsys: pyte
     conditions = summary["conditions"]
     assert conditions["num_layers"] == 6 and conditions["left_out"] == {"empty response": 0, "too long": 0}
     assert conditions["versions"]["torch"] and conditions["split_sizes"]["test"] == 12
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_checkpoints_of_other_architectures_are_scored(family: str, folder: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model", family=family)
+    save_data(tmp_path / "data.json")
+    out = tmp_path / "out"
+    assert main(arguments(tmp_path, out)) == 0
+    assert main(arguments(tmp_path, out, experiment="hidden-states")) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    conditions = summary["conditions"]
+    hf_model = family_hf(family)
+    assert conditions["num_parameters"] == sum(parameter.numel() for parameter in hf_model.parameters())
+    assert conditions["hidden_size"] == 32 and conditions["max_positions"] == (2048 if family == "bloom" else 64)
+    generated = [line for line in lines(out) if line["item"]["task"] == "generate"]
+    assert generated and all(line["result"] for line in generated)
 
 
 @pytest.mark.parametrize("variant", ["pre-norm", "post-norm-projected", "untied"])

@@ -7,14 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-from models import tiny_model, word_tokenizer
+from families import family_hf
+from models import word_tokenizer
 
 from dynskip.evaluation.sweep.setup import Setup
 
 
-def save_checkpoint(directory: Path, seed: int = 0) -> Path:
+def save_checkpoint(directory: Path, seed: int = 0, family: str = "opt") -> Path:
     """A random model of 6 layers that knows 101 words, saved with its tokenizer."""
-    tiny_model(seed=seed).save_pretrained(directory)
+    family_hf(family, seed).save_pretrained(directory)
     word_tokenizer().save_pretrained(directory)
     return directory
 

@@ -19,7 +19,11 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
 from dynskip.measure import calibration
 from dynskip.measure.streams import Job
+from dynskip.models.bloom import bloom_shape
+from dynskip.models.config import DecoderConfig
+from dynskip.models.llama import llama_shape
 from dynskip.models.opt import decoder_config
+from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 from dynskip.scheduler.outcome import Outcome, Tally, percentiles
 from dynskip.scheduler.policies.make import POLICIES
@@ -329,6 +333,28 @@ def test_calibrate_measures_keeps_and_simulates(
     assert besides + f"{costs.prefill_step_ms:.4f} ms" in out
     paths = ["--paths", "full=1,uniform:2=3"]
     assert main(["simulate", "--device", str(tmp_path / "out.json"), "--requests", "40", "--batch", "4", *paths]) == 0
+    assert "simulated from measured costs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        llama_shape(6, 32, 4, 2, 48, 101, 64, 1e4),
+        replace(bloom_shape(6, 32, 4), vocab_size=101, max_positions=64),
+    ],
+    ids=lambda shape: shape.architecture,
+)
+def test_other_architectures_are_calibrated_and_simulated(
+    shape: DecoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path))
+    monkeypatch.setitem(SHAPES, "tiny", shape)
+    sizes = ["--rows", "2", "--prompt-len", "4", "--context", "16", "--prefill", "8", "--rounds", "1"]
+    assert main(["calibrate", "--shape", "tiny", *sizes, "--quiet"]) == 0
+    kept = load_cached(device_key(), shape_key(shape, "bfloat16"))
+    assert kept is not None and kept.num_layers == 6 and kept.conditions["shape"] == "tiny"
+    simulated = ["--device", "cpu", "--shape", "tiny", "--requests", "20", "--batch", "2", "--paths", "full=1"]
+    assert main(["simulate", *simulated]) == 0
     assert "simulated from measured costs" in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import family_config
 
 from dynskip.cli import main
 from dynskip.cli import tune as tune_command
@@ -413,6 +414,13 @@ def test_a_dry_run_compiles_the_candidates(
     assert lines[0].startswith("sm_90, 132 multiprocessors")
     assert lines[2].split()[:3] == ["norm_rows,", "1", "rows"]
     assert lines[2].split()[3:] == ["5", "3", "9", "0"], "five tiles, two warp counts, one early start, the default"
+
+
+def test_a_model_of_another_architecture_is_tuned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    family_config("llama").save_pretrained(tmp_path)
+    options = ["--dry-run", "--rows", "1", "--op", "linear_rows", "--jobs", "1", "--minutes", "1e-9", "--quiet"]
+    assert main(["tune", "--model", str(tmp_path), *options]) == 0
+    assert "linear_rows head, 1 rows" in capsys.readouterr().out
 
 
 def test_a_dry_run_whose_time_is_up_gives_up_equal_candidates_once(capsys: pytest.CaptureFixture[str]) -> None:
