@@ -22,7 +22,7 @@ from dynskip.tuning.tasks import Task
 from dynskip.tuning.workload import Workload
 from dynskip.validation.op_arguments import MATRIX_OPS, bind, make_workspace, plan_rows
 from dynskip.validation.tensors import Arguments, Case, PlainDraw
-from dynskip.validation.validate_rows import validate_row_case
+from dynskip.validation.validate import validate_row_case
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")

@@ -20,8 +20,7 @@ from dynskip.ops.row_ops import RowOps, get_row_ops
 from dynskip.validation.errors import Result
 from dynskip.validation.op_arguments import RowArguments, bind, draw_rows, gather_layer_norm, make_workspace
 from dynskip.validation.tensors import Arguments, Case, PlainDraw
-from dynskip.validation.validate import validate_case
-from dynskip.validation.validate_rows import validate_row_case
+from dynskip.validation.validate import validate_case, validate_row_case
 
 # By their names in the results: the matrices of a layer, in the order of a step.
 MATRICES = {

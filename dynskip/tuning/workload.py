@@ -11,7 +11,7 @@ from dynskip.ops.row_ops import RowOps
 from dynskip.tuning.tasks import Task
 from dynskip.validation.op_arguments import RowArguments, bind, draw_rows, make_workspace
 from dynskip.validation.tensors import Arguments, Case, EmptyDraw, PlainDraw, map_tensors
-from dynskip.validation.validate_rows import validate_row_case
+from dynskip.validation.validate import validate_row_case
 
 _NUM_UNLISTED = 2
 

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
+from dynskip.kernels.row_list import RowList
 from dynskip.ops.reference import ACTIVATIONS
-from dynskip.validation.op_arguments import decode_attention, gather_layer_norm, kv_store, prefill_attention, rotate
-from dynskip.validation.row_cases import ROW_CASE_MAKERS
+from dynskip.ops.row_reference import ABSENT, EVICT, PROPAGATE, SHARE
+from dynskip.validation.op_arguments import (
+    RowArguments,
+    decode_attention,
+    draw_rows,
+    gather_layer_norm,
+    kv_store,
+    plan_rows,
+    prefill_attention,
+    rotate,
+)
 from dynskip.validation.tensors import Arguments, Case, Draw
+
+Cases = Iterator[tuple[str, Arguments]]
 
 
 def make_cases(op: str, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
     """The cases of `op` in `dtype` on `device`; the same at every call."""
     draw = Draw(dtype, torch.device(device))
-    return [Case(op, name, arguments) for name, arguments in (_makers | ROW_CASE_MAKERS)[op](draw)]
+    return [Case(op, name, arguments) for name, arguments in _makers[op](draw)]
 
 
 _NUM_ROWS = 7
 _ROW_COUNTS = (0, 1, _NUM_ROWS - 1, _NUM_ROWS)
+_LIST_LENGTHS = (0, 1, 5, _NUM_ROWS)
 # Heads and head sizes: OPT's 64, 80 and 128, opt-mini's 48 and the smallest, with odd and even numbers of heads.
 _HEADS = ((3, 16), (2, 48), (2, 64), (3, 80), (1, 128))
-
 # Query heads that share key-value heads, and key-value heads: Llama's, SmolLM's, one for all, and groups of five.
 _GROUPS = ((8, 2, 64), (9, 3, 64), (4, 1, 128), (10, 2, 48), (6, 2, 20))
+_GROUPED_ROWS = ((6, 2, 48), (9, 3, 64), (8, 2, 128), (34, 2, 8))
+# Of matrices, [N, K]: OPT's own are multiples of 64; tiles of the kernels are 16 to 128 wide.
+_SHAPES = ((96, 192), (33, 97), (130, 130), (16, 600))
 
 
-def _gather_layer_norm(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _gather_layer_norm(draw: Draw) -> Cases:
     for num_columns in (1, 16, 97, 192, 768):
         yield f"all rows, C={num_columns}", gather_layer_norm(draw, draw.normal(_NUM_ROWS, num_columns), None)
         for num_chosen in _ROW_COUNTS:
@@ -64,7 +80,7 @@ def _gather_layer_norm(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "RMS alone", gather_layer_norm(draw, draw.normal(_NUM_ROWS, 97) * 1e-3, None, affine=False, rms=True)
 
 
-def _scatter_add(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _scatter_add(draw: Draw) -> Cases:
     for num_columns in (1, 16, 97, 192, 1500):
         x, y = draw.normal(_NUM_ROWS, num_columns), draw.normal(_NUM_ROWS, num_columns)
         yield f"all rows, C={num_columns}", {"x": x, "row_ids": None, "y": y}
@@ -80,7 +96,7 @@ def _scatter_add(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "any order", {"x": draw.normal(7, 192), "row_ids": draw.index(*draw.permutation(7)), "y": draw.normal(7, 192)}
 
 
-def _kv_store(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _kv_store(draw: Draw) -> Cases:
     for num_heads, head_size in _HEADS:
         for num_rows in _ROW_COUNTS:
             slots = draw.permutation(2 * _NUM_ROWS)[:num_rows]
@@ -95,7 +111,7 @@ def _kv_store(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "more values than a block", kv_store(draw, 20, 80, draw.permutation(2 * _NUM_ROWS)[:3])
 
 
-def _decode_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _decode_attention(draw: Draw) -> Cases:
     lengths = [1, 2, 17, 63, 64, 65, 131]
     every = list(range(len(lengths)))
     for num_heads, head_size in _HEADS:
@@ -139,7 +155,7 @@ def _without_keys(arguments: Arguments, rows: slice) -> Arguments:
     return arguments
 
 
-def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _prefill_attention(draw: Draw) -> Cases:
     for num_heads, head_size in _HEADS:
         name = f"H={num_heads}, D={head_size}, causal, ragged"
         yield name, prefill_attention(draw, num_heads, head_size, [1, 7, 33, 67], strided=head_size == 64)
@@ -169,7 +185,7 @@ def _prefill_attention(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "no key within the window of some queries", far
 
 
-def _rotate(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _rotate(draw: Draw) -> Cases:
     for num_heads, head_size in _HEADS:
         for num_rows in _ROW_COUNTS:
             x = draw.normal(num_rows, num_heads, head_size)
@@ -184,7 +200,7 @@ def _rotate(draw: Draw) -> Iterator[tuple[str, Arguments]]:
     yield "large values, norm", rotate(draw, draw.normal(5, 3, 64) * 100, weight=True)
 
 
-def _activate(draw: Draw) -> Iterator[tuple[str, Arguments]]:
+def _activate(draw: Draw) -> Cases:
     for activation in ACTIVATIONS:
         for gated in (False, True):
             name, parts = f"{activation}{', gated' if gated else ''}", 2 if gated else 1
@@ -198,7 +214,220 @@ def _activate(draw: Draw) -> Iterator[tuple[str, Arguments]]:
         yield f"from -30 to 30, {activation}", {"x": far, "activation": activation, "gated": False}
 
 
-_makers: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = {
+def _some(draw: Draw, num_listed: int = 5, num_rows: int = _NUM_ROWS) -> RowArguments:
+    return RowArguments(draw, draw_rows(draw, num_listed, num_rows))
+
+
+def _each_count(draw: Draw) -> Iterator[tuple[str, RowArguments]]:
+    for num_listed in _LIST_LENGTHS:
+        yield f"R={num_listed} of {_NUM_ROWS}", _some(draw, num_listed)
+
+
+def _unusual_lists(draw: Draw) -> Iterator[tuple[str, RowArguments]]:
+    shuffled = draw_rows(draw, 3, _NUM_ROWS, max_rows=7, shuffled=True)
+    yield "rows in any order, fewer than their bound", RowArguments(draw, shuffled)
+    rows = draw_rows(draw, 5, _NUM_ROWS)
+    # One element further in memory: as the list of a layer among others.
+    ids, num = (draw.guarded(torch.cat([part[:1], part]))[1:] for part in rows[:2])
+    yield "a list amid others", RowArguments(draw, RowList(ids, num, rows.max_rows))
+
+
+def _both_modes(cases: Cases) -> Cases:
+    """Each case, and its arguments once more with fixed tiles and splits."""
+    for name, arguments in cases:
+        yield name, arguments
+        yield f"{name}, deterministic", arguments | {"deterministic": True}
+
+
+def _embed_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, C=192", rows.embed_rows(192)
+    for num_columns in (1, 97, 2500):
+        yield f"C={num_columns}", _some(draw).embed_rows(num_columns)
+    yield "no offset", _some(draw).embed_rows(48, position_offset=0)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.embed_rows(48)
+
+
+def _norm_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, C=192", rows.norm_rows(192)
+    for num_columns in (1, 16, 97, 768):
+        yield f"C={num_columns}", _some(draw).norm_rows(num_columns)
+    yield "no weight, no bias", _some(draw).norm_rows(97, affine=False)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.norm_rows(48)
+    far = _some(draw).norm_rows(192)
+    far["x"] += 300
+    yield "mean far from zero", far
+    tiny = _some(draw).norm_rows(192)
+    tiny["x"] *= 1e-3
+    yield "tiny values", tiny
+    for num_columns in (1, 97, 192):
+        yield f"RMS, C={num_columns}", _some(draw).norm_rows(num_columns, rms=True)
+    yield "RMS, no weight", _some(draw).norm_rows(97, affine=False, rms=True)
+
+
+def _linear_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, N, K = 96, 192", rows.linear_rows((96, 192))
+    for size in _SHAPES[1:]:
+        yield f"N, K = {size[0]}, {size[1]}", _some(draw).linear_rows(size)
+    yield "several tiles of rows", _some(draw, 37, 40).linear_rows((40, 64))
+    yield "no norm, no bias, no ReLU", _some(draw).linear_rows((48, 96), norm=False, bias=False, activation="none")
+    yield "norm without weight and bias", _some(draw).linear_rows((48, 96), affine=False)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.linear_rows((48, 96))
+    far = _some(draw, 1).linear_rows((48, 192), activation="none")
+    far["x"] += 300
+    yield "mean far from zero", far
+    for activation in ACTIVATIONS[2:]:
+        yield activation, _some(draw).linear_rows((33, 97), activation=activation)
+    for activation in ACTIVATIONS:
+        yield f"{activation}, gated", _some(draw).linear_rows((66, 97), activation=activation, gated=True, rms=True)
+    for num_listed in _LIST_LENGTHS[1:]:
+        rows = _some(draw, num_listed)
+        name = f"R={num_listed} of {_NUM_ROWS}, gated, no bias"
+        yield name, rows.linear_rows((96, 64), bias=False, activation="silu", gated=True, rms=True)
+    yield "gated, one column", _some(draw, 1).linear_rows((2, 40), activation="silu", gated=True)
+    yield "gated, several tiles of rows", _some(draw, 37, 40).linear_rows((80, 64), activation="silu", gated=True)
+
+
+def _qkv_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, H, D = 2, 48", rows.qkv_rows(2, 48)
+    yield "H, D = 3, 16", _some(draw).qkv_rows(3, 16)
+    yield "H, D = 1, 80, no norm, no bias", _some(draw).qkv_rows(1, 80, norm=False, bias=False)
+    yield "some rows not stored", _some(draw).qkv_rows(2, 48, num_stored=2)
+    yield "no row stored", _some(draw).qkv_rows(2, 16, num_stored=0)
+    yield "no row attends", _some(draw).qkv_rows(2, 48, num_run=0)
+    yield "several tiles of rows", _some(draw, 37, 40).qkv_rows(2, 16)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.qkv_rows(2, 16)
+    for heads in ((4, 16, 2), (6, 48, 2), (9, 7, 3), (8, 16, 1)):
+        name = "H, D, G = {}, {}, {}".format(*heads)
+        yield name, _some(draw).qkv_rows(*heads[:2], num_kv_heads=heads[2], hidden_size=80, rms=True)
+    yield "G = 1, no row attends", _some(draw).qkv_rows(4, 16, num_run=0, num_kv_heads=1)
+    yield "G = 1, some rows not stored", _some(draw).qkv_rows(4, 16, num_stored=2, num_kv_heads=1, bias=False)
+
+
+def _rotate_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, H, D, G, E = 4, 16, 2, 16", rows.rotate_rows(4, 16, 2, 16)
+    for heads in ((2, 64, 2, 64), (3, 80, 1, 20), (9, 12, 3, 6), (1, 2, 1, 2), (20, 128, 4, 32)):
+        for norm in (False, True):
+            name = "H, D, G, E = {}, {}, {}, {}".format(*heads) + (", norms" if norm else "")
+            yield name, _some(draw).rotate_rows(*heads, norm=norm)
+    yield "some rows not stored", _some(draw).rotate_rows(4, 16, 2, 16, num_stored=2)
+    yield "no row stored", _some(draw).rotate_rows(4, 16, 2, 16, num_stored=0)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.rotate_rows(4, 16, 2, 8, norm=True)
+    only_keys = _some(draw).rotate_rows(4, 16, 2, 16, norm=True)
+    yield "no norm of queries", only_keys | {"q_weight": None}
+
+
+def _place_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield name, rows.place_rows()
+    yield "some rows not stored", _some(draw).place_rows(num_stored=2)
+    yield "more rows than a block", _some(draw, 201, 203).place_rows()
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.place_rows()
+
+
+def _attend_rows(draw: Draw) -> Cases:
+    def arguments(
+        rows: RowArguments, num_heads: int, head_size: int, limits: list[int], sharpness: float = 1.0, **more: Any
+    ) -> Arguments:
+        return rows.attend_rows(num_heads, head_size, limits, max(limits) + 9, sharpness, **more)
+
+    limits = [1, 2, 17, 63, 64, 65, 300]
+    for num_heads, head_size in _HEADS:
+        name = f"H={num_heads}, D={head_size}, ragged contexts"
+        yield name, arguments(_some(draw, _NUM_ROWS), num_heads, head_size, limits)
+    for num_listed in _LIST_LENGTHS[:-1]:
+        yield f"R={num_listed} of {_NUM_ROWS}", arguments(_some(draw, num_listed), 2, 48, limits)
+    for name, rows in _unusual_lists(draw):
+        yield name, arguments(rows, 2, 48, limits)
+    yield "sharp scores", arguments(_some(draw, _NUM_ROWS), 2, 64, limits, sharpness=20)
+    yield "no context for some rows", arguments(_some(draw, _NUM_ROWS), 2, 48, [0, 5, 0, 0, 70, 1, 0])
+    yield "one long context", arguments(_some(draw, 1, 1), 2, 16, [700])
+    yield "many rows", arguments(_some(draw, 37, 40), 2, 16, [1 + row % 9 for row in range(40)])
+    for num_heads, num_kv_heads, head_size in _GROUPED_ROWS:
+        name = f"H={num_heads}, D={head_size}, G={num_kv_heads}, ragged contexts"
+        yield name, arguments(_some(draw, _NUM_ROWS), num_heads, head_size, limits, num_kv_heads=num_kv_heads)
+    for num_listed in _LIST_LENGTHS[1:-1]:
+        yield f"R={num_listed} of {_NUM_ROWS}, G=2", arguments(_some(draw, num_listed), 4, 16, limits, num_kv_heads=2)
+    limits = [1, 2, 17, 33, 64, 65, 90]
+    yield "sharp scores, G=1", arguments(_some(draw, _NUM_ROWS), 4, 64, limits, sharpness=20, num_kv_heads=1)
+    empty = [0, 5, 0, 0, 70, 1, 0]
+    yield "no context for some rows, G=1", arguments(_some(draw, _NUM_ROWS), 3, 16, empty, num_kv_heads=1)
+    for num_kv_heads in (4, 2):
+        heads = f"H=4, G={num_kv_heads}"
+        for words, num_listed, bias in (
+            ("slopes", 3, {"slopes": True}),
+            ("window", _NUM_ROWS, {"window": 40}),
+            ("slopes and window", _NUM_ROWS, {"slopes": True, "window": 40}),
+        ):
+            rows = _some(draw, num_listed)
+            yield f"{heads}, {words}", arguments(rows, 4, 16, limits, num_kv_heads=num_kv_heads, **bias)
+        outside = arguments(_some(draw, _NUM_ROWS), 4, 16, limits, num_kv_heads=num_kv_heads, window=5)
+        outside["position_ids"] += 1000
+        yield f"{heads}, no token in the window", outside
+
+
+def _linear_add_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, N, K = 96, 192", rows.linear_add_rows((96, 192))
+    for size in _SHAPES[1:]:
+        yield f"N, K = {size[0]}, {size[1]}", _some(draw).linear_add_rows(size)
+    yield "several tiles of rows", _some(draw, 37, 40).linear_add_rows((40, 64))
+    yield "no bias", _some(draw).linear_add_rows((48, 96), bias=False)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.linear_add_rows((48, 96))
+
+
+def _gate_rows(draw: Draw) -> Cases:
+    for name, rows in _each_count(draw):
+        yield f"{name}, C=192", rows.gate_rows(192)
+    for num_columns in (1, 97, 2500):
+        yield f"C={num_columns}, no bias", _some(draw).gate_rows(num_columns, bias=False)
+    for name, rows in _unusual_lists(draw):
+        yield name, rows.gate_rows(48)
+    ties = _some(draw, _NUM_ROWS).gate_rows(48, bias=False)
+    ties["weight"][1] = ties["weight"][0]
+    yield "ties", ties
+
+
+def _plan_rows(draw: Draw) -> Cases:
+    def arguments(
+        kv_policy: int, num_rows: int, layers: tuple[int, int] = (0, 4), share: float = 0.5, absent: bool = True
+    ) -> Arguments:
+        num_layers, num_seqs, max_context_len, cursor = 4, num_rows + 3, 9, 1000
+        first_layer, num_planned = layers
+        active = (torch.rand(num_planned, num_rows, generator=draw.generator) < share).to(draw.device)
+        cache_ids = draw.index(*draw.permutation(num_seqs)[:num_rows])
+        if absent:
+            cache_ids[draw.integers(0, num_rows, 2).long()] = -1
+        # In the middle of a step some rows have run a layer before, others have not.
+        row_slots = (draw.integers(-1, 2, num_rows) * 100).clamp(min=-1) if first_layer else None
+        context_lens = draw.integers(0, max_context_len - 1, num_layers, num_seqs)
+        free_slots = draw.index(*draw.permutation(cursor + num_planned * num_rows))
+        places = (cursor, first_layer, kv_policy, cache_ids, row_slots)
+        return plan_rows(draw, active, context_lens, free_slots, max_context_len, *places)
+
+    for name, kv_policy in (("absent", ABSENT), ("evict", EVICT), ("propagate", PROPAGATE), ("share", SHARE)):
+        yield f"{name}, all layers", arguments(kv_policy, _NUM_ROWS)
+        yield f"{name}, first layer", arguments(kv_policy, _NUM_ROWS, (0, 1))
+        yield f"{name}, a layer in between", arguments(kv_policy, _NUM_ROWS, (2, 1))
+        yield f"{name}, no row runs", arguments(kv_policy, _NUM_ROWS, share=0)
+        yield f"{name}, every row runs", arguments(kv_policy, _NUM_ROWS, share=1, absent=False)
+        yield f"{name}, one row", arguments(kv_policy, 1, absent=False)
+        yield f"{name}, more rows than threads in a warp", arguments(kv_policy, 45, (1, 3))
+    yield "more rows than threads in a block", arguments(SHARE, 1100, (0, 2))
+
+
+_makers: dict[str, Callable[[Draw], Cases]] = {
     "gather_layer_norm": _gather_layer_norm,
     "scatter_add": _scatter_add,
     "kv_store": _kv_store,
@@ -206,4 +435,14 @@ _makers: dict[str, Callable[[Draw], Iterator[tuple[str, Arguments]]]] = {
     "prefill_attention": _prefill_attention,
     "rotate": _rotate,
     "activate": _activate,
+    "embed_rows": _embed_rows,
+    "norm_rows": _norm_rows,
+    "linear_rows": lambda draw: _both_modes(_linear_rows(draw)),
+    "qkv_rows": lambda draw: _both_modes(_qkv_rows(draw)),
+    "rotate_rows": _rotate_rows,
+    "place_rows": _place_rows,
+    "attend_rows": lambda draw: _both_modes(_attend_rows(draw)),
+    "linear_add_rows": lambda draw: _both_modes(_linear_add_rows(draw)),
+    "gate_rows": _gate_rows,
+    "plan_rows": _plan_rows,
 }

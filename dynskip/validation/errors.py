@@ -61,7 +61,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def change_one_element(result: Tensor) -> None:
-    """Changes one element of `result`, if it has any."""
+    """Changes one element of `result`, if it has any, by more than the largest of them."""
     if result.numel():
         last = tuple(size - 1 for size in result.shape)
         if result.dtype == torch.bool:
@@ -69,7 +69,7 @@ def change_one_element(result: Tensor) -> None:
         elif result[last].isnan():
             result[last] = 1
         else:
-            result[last] += 1 + result[last].abs()
+            result[last] += 1 + result.nan_to_num().abs().max()
 
 
 def to_float64(argument: Any) -> Any:
@@ -99,16 +99,6 @@ def storage_bytes(tensor: Tensor) -> Tensor:
     return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def storage_error(result: Tensor, expected: Tensor) -> float:
-    """0 if both storages hold the same bits; else the largest difference, infinite where NaN meets a number."""
-    if torch.equal(storage_bytes(result), storage_bytes(expected)):
-        return 0.0
-    error = (result.double() - expected.double()).abs().nan_to_num(nan=0.0)
-    numbers_meet_nan = bool((result.isnan() != expected.isnan()).any())
-    largest = float("inf") if numbers_meet_nan else error.max().item()
-    return largest if largest > 0 else float("inf")
-
-
 def eager_layer_norm(arguments: Arguments) -> tuple[Tensor, float]:
     """PyTorch's LayerNorm, and how large its result would be without centering: what float32 rounds there stays.
 
@@ -133,12 +123,16 @@ def eager_rms_norm(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def eager_rotate(arguments: Arguments) -> tuple[Tensor, float]:
-    """The rotation as models write it, in the working dtype, after the RMSNorm of each head where there is one."""
+    """The rotation as models write it, in the working dtype, after the RMSNorm of each head where there is one.
+
+    With it comes the largest value that is turned.
+    """
     x, weight, cos_sin = (arguments[name] for name in ("x", "weight", "cos_sin"))
     heads = x if weight is None else eager_rms_norm(x, weight, arguments["eps"])
     cos, sin = cos_sin[arguments["position_ids"]].to(x.dtype)[:, None].chunk(2, dim=-1)
     one, other, rest = heads.tensor_split([cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
-    return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1), 0.0
+    magnified = heads.abs().max().item() if heads.numel() else 0.0
+    return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], dim=-1), magnified
 
 
 def eager_activate(arguments: Arguments) -> tuple[Tensor, float]:

@@ -23,8 +23,7 @@ from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 from dynskip.validation.cases import make_cases
 from dynskip.validation.errors import Result, poisoned_allocations
 from dynskip.validation.tensors import tensors_in
-from dynskip.validation.validate import validate
-from dynskip.validation.validate_rows import validate_row_case
+from dynskip.validation.validate import validate, validate_row_case
 
 WHY_NO_INTERPRETER = "there is a GPU" if torch.cuda.is_available() else available_backends("cpu")["triton"]
 needs_interpreter = pytest.mark.skipif(WHY_NO_INTERPRETER is not None, reason=f"interpreter: {WHY_NO_INTERPRETER}")
