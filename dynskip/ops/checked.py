@@ -6,22 +6,24 @@ take it. The ops are for inference: with grad enabled they refuse inputs that re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynskip.ops import reference
 from dynskip.ops.backends import BACKEND_NAMES, Backend, resolve_backend
 from dynskip.ops.checks import (
     check_caches,
-    check_float,
     check_groups,
     check_index,
     check_no_grad,
     check_packed,
     check_positions,
+    check_rows,
     check_tensor,
 )
 from dynskip.ops.reference import ACTIVATIONS
@@ -70,9 +72,7 @@ def gather_layer_norm(
     it is. Statistics are float32; the result is contiguous. Cost: reads R * C values once, writes R * C.
     """
     function = "gather_layer_norm"
-    check_tensor(function, "x", x, ("N", "C"))
-    check_float(function, "x", x)
-    check_packed(function, "x", x, num_dims=1)
+    check_rows(function, "x", x, ("N", "C"))
     if x.shape[1] == 0:
         raise ValueError(
             f"gather_layer_norm: x must have at least one column, got shape {list(x.shape)}. Drop the empty rows."
@@ -97,15 +97,12 @@ def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
     reads 2 * R * C, writes R * C.
     """
     function = "scatter_add"
-    check_tensor(function, "x", x, ("N", "C"))
-    check_float(function, "x", x)
-    check_packed(function, "x", x, num_dims=1)
+    check_rows(function, "x", x, ("N", "C"))
     num_rows = x.shape[0]
     if row_ids is not None:
         check_index(function, "row_ids", row_ids, ("R",), x)
         num_rows = row_ids.shape[0]
-    check_tensor(function, "y", y, (num_rows, x.shape[1]), like=x)
-    check_packed(function, "y", y, num_dims=1)
+    check_rows(function, "y", y, (num_rows, x.shape[1]), like=x)
     check_no_grad(function, x=x, y=y)
     torch.ops.dynskip.scatter_add(x, row_ids, y)
 
@@ -118,11 +115,8 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     values.
     """
     function = "kv_store"
-    check_tensor(function, "k", k, ("R", "H", "D"))
-    check_float(function, "k", k)
-    check_tensor(function, "v", v, tuple(k.shape), like=k)
-    for name, rows in (("k", k), ("v", v)):
-        check_packed(function, name, rows, num_dims=2)
+    check_rows(function, "k", k, ("R", "H", "D"))
+    check_rows(function, "v", v, tuple(k.shape), like=k)
     check_caches(function, k_cache, v_cache, ("num_slots", k.shape[1], k.shape[2]), k)
     check_index(function, "slot_mapping", slot_mapping, (k.shape[0],), k)
     check_no_grad(function, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -158,9 +152,7 @@ def decode_attention(
     token.
     """
     function = "decode_attention"
-    check_tensor(function, "q", q, ("R", "H", "D"))
-    check_float(function, "q", q)
-    check_packed(function, "q", q, num_dims=2)
+    check_rows(function, "q", q, ("R", "H", "D"))
     check_tensor(function, "k_cache", k_cache, ("num_slots", "G", q.shape[2]), like=q)
     check_groups(function, "k_cache", k_cache, q)
     check_caches(function, k_cache, v_cache, tuple(k_cache.shape), q)
@@ -199,13 +191,10 @@ def prefill_attention(
     query and key.
     """
     function = "prefill_attention"
-    check_tensor(function, "q", q, ("R", "H", "D"))
-    check_float(function, "q", q)
-    check_tensor(function, "k", k, ("S", "G", q.shape[2]), like=q)
+    check_rows(function, "q", q, ("R", "H", "D"))
+    check_rows(function, "k", k, ("S", "G", q.shape[2]), like=q)
     check_groups(function, "k", k, q)
-    check_tensor(function, "v", v, tuple(k.shape), like=q)
-    for name, rows in (("q", q), ("k", k), ("v", v)):
-        check_packed(function, name, rows, num_dims=2)
+    check_rows(function, "v", v, tuple(k.shape), like=q)
     check_index(function, "cu_seqlens_q", cu_seqlens_q, ("B + 1",), q)
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError(
@@ -230,9 +219,7 @@ def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | No
     writes R * H * E values, with a weight R * H * D.
     """
     function = "rotate"
-    check_tensor(function, "x", x, ("R", "H", "D"))
-    check_float(function, "x", x)
-    check_packed(function, "x", x, num_dims=2)
+    check_rows(function, "x", x, ("R", "H", "D"))
     check_index(function, "position_ids", position_ids, (x.shape[0],), x, torch.int64)
     check_index(function, "cos_sin", cos_sin, ("P", "E"), x, torch.float32)
     check_packed(function, "cos_sin", cos_sin, num_dims=2)
@@ -258,9 +245,7 @@ def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     reads the values once, writes R * F.
     """
     function = "activate"
-    check_tensor(function, "x", x, ("R", "2 * F" if gated else "F"))
-    check_float(function, "x", x)
-    check_packed(function, "x", x, num_dims=1)
+    check_rows(function, "x", x, ("R", "2 * F" if gated else "F"))
     if activation not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
         raise ValueError(f"activate: activation must be one of {names}, got {activation!r}. Choose one of these.")
@@ -273,127 +258,36 @@ def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     return torch.ops.dynskip.activate(x, activation, gated)
 
 
-@torch.library.custom_op("dynskip::gather_layer_norm", mutates_args=())
-def _gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
-) -> Tensor:
-    return current_backend(x.device).gather_layer_norm(x, row_ids, weight, bias, eps, rms)
+def _register(op: str, mutated: tuple[str, ...], fake: Callable[..., Tensor | None]) -> None:
+    """Registers the op with the signature of its specification; the backend in use runs it."""
+
+    def run(*arguments: Any) -> Tensor | None:
+        return getattr(current_backend(arguments[0].device), op)(*arguments)
+
+    schema = torch.library.infer_schema(getattr(reference, op), mutates_args=mutated)
+    torch.library.custom_op(f"dynskip::{op}", run, mutates_args=mutated, schema=schema).register_fake(fake)
 
 
-@_gather_layer_norm.register_fake
-def _(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
-) -> Tensor:
+def _fake_rows(x: Tensor, row_ids: Tensor | None, *others: Any) -> Tensor:
     return x.new_empty((x.shape[0] if row_ids is None else row_ids.shape[0], x.shape[1]))
 
 
-@torch.library.custom_op("dynskip::scatter_add", mutates_args=("x",))
-def _scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
-    current_backend(x.device).scatter_add(x, row_ids, y)
-
-
-@_scatter_add.register_fake
-def _(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("dynskip::kv_store", mutates_args=("k_cache", "v_cache"))
-def _kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    current_backend(k.device).kv_store(k, v, k_cache, v_cache, slot_mapping)
-
-
-@_kv_store.register_fake
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("dynskip::decode_attention", mutates_args=())
-def _decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_table: Tensor,
-    seq_ids: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    slopes: Tensor | None = None,
-    window: int = 0,
-    position_ids: Tensor | None = None,
-    slot_positions: Tensor | None = None,
-) -> Tensor:
-    return current_backend(q.device).decode_attention(
-        q, k_cache, v_cache, slot_table, seq_ids, context_lens, scale, slopes, window, position_ids, slot_positions
-    )
-
-
-@_decode_attention.register_fake
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_table: Tensor,
-    seq_ids: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    slopes: Tensor | None = None,
-    window: int = 0,
-    position_ids: Tensor | None = None,
-    slot_positions: Tensor | None = None,
-) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op("dynskip::prefill_attention", mutates_args=())
-def _prefill_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    key_limits: Tensor,
-    scale: float,
-    slopes: Tensor | None = None,
-    window: int = 0,
-    position_ids: Tensor | None = None,
-    key_positions: Tensor | None = None,
-) -> Tensor:
-    return current_backend(q.device).prefill_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, key_limits, scale, slopes, window, position_ids, key_positions
-    )
-
-
-@_prefill_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    key_limits: Tensor,
-    scale: float,
-    slopes: Tensor | None = None,
-    window: int = 0,
-    position_ids: Tensor | None = None,
-    key_positions: Tensor | None = None,
-) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op("dynskip::rotate", mutates_args=("x",))
-def _rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
-    current_backend(x.device).rotate(x, position_ids, cos_sin, weight, eps)
-
-
-@_rotate.register_fake
-def _(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
-    return None
-
-
-@torch.library.custom_op("dynskip::activate", mutates_args=())
-def _activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
-    return current_backend(x.device).activate(x, activation, gated)
-
-
-@_activate.register_fake
-def _(x: Tensor, activation: str, gated: bool = False) -> Tensor:
+def _fake_activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1] // 2 if gated else x.shape[1]))
+
+
+def _fake_attention(q: Tensor, *others: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _fake_nothing(*arguments: Any) -> None:
+    return None
+
+
+_register("gather_layer_norm", (), _fake_rows)
+_register("scatter_add", ("x",), _fake_nothing)
+_register("kv_store", ("k_cache", "v_cache"), _fake_nothing)
+_register("decode_attention", (), _fake_attention)
+_register("prefill_attention", (), _fake_attention)
+_register("rotate", ("x",), _fake_nothing)
+_register("activate", (), _fake_activate)

@@ -66,14 +66,18 @@ def check_device(function: str, name: str, tensor: Tensor, like: Tensor) -> None
         )
 
 
-def check_float(function: str, name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless the ops can compute in the dtype of `tensor`."""
-    if tensor.dtype not in FLOAT_DTYPES:
+def check_rows(
+    function: str, name: str, rows: Tensor, shape: tuple[int | str, ...], like: Tensor | None = None
+) -> None:
+    """Raises unless `rows` has `shape`, each row contiguous, and the dtype and device of `like`, or one of the ops'."""
+    check_tensor(function, name, rows, shape, like)
+    if rows.dtype not in FLOAT_DTYPES:
         names = ", ".join(map(dtype_name, FLOAT_DTYPES))
         raise TypeError(
-            f"{function}: {name} must be one of {names}, got {dtype_name(tensor.dtype)}. "
+            f"{function}: {name} must be one of {names}, got {dtype_name(rows.dtype)}. "
             f"Convert it, or use dynskip.reference.{function}, which takes float64 too."
         )
+    check_packed(function, name, rows, num_dims=len(shape) - 1)
 
 
 def check_index(
