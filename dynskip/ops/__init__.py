@@ -1,7 +1,7 @@
 """The ops of a step. Public are the checked ops and `use_backend`; `dynskip.ops.reference` specifies them."""
 
+from dynskip.ops.backends import OP_NAMES
 from dynskip.ops.checked import (
-    OP_NAMES,
     activate,
     current_backend,
     decode_attention,

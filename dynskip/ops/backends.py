@@ -36,6 +36,9 @@ class Backend:
     activate: Callable[..., Tensor]
 
 
+OP_NAMES = tuple(field.name for field in fields(Backend) if field.name != "name")
+
+
 @functools.cache
 def get_backend(name: str) -> Backend:
     """The backend `name`, whether or not it can run on a given device (`available_backends` tells).
@@ -92,8 +95,7 @@ def _resolve(name: str, kind: str) -> Backend:
 
 
 def _collect(name: str, module: object) -> Backend:
-    launchers = (field.name for field in fields(Backend) if field.name != "name")
-    return Backend(name, *(getattr(module, launcher) for launcher in launchers))
+    return Backend(name, *(getattr(module, op) for op in OP_NAMES))
 
 
 def _load_triton() -> Backend:

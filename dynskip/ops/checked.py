@@ -28,16 +28,6 @@ from dynskip.ops.checks import (
 )
 from dynskip.ops.reference import ACTIVATIONS
 
-OP_NAMES = (
-    "gather_layer_norm",
-    "scatter_add",
-    "kv_store",
-    "decode_attention",
-    "prefill_attention",
-    "rotate",
-    "activate",
-)
-
 _backend_name: ContextVar[str] = ContextVar("dynskip_backend", default="auto")
 
 

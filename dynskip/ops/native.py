@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,64 +73,28 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def gather_layer_norm(
-    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
-) -> Tensor:
-    """See `reference.gather_layer_norm`."""
-    return _op("gather_layer_norm")(x, row_ids, weight, bias, eps, rms)
-
-
-def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
-    """See `reference.scatter_add`."""
-    _op("scatter_add")(x, row_ids, y)
-
-
-def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `reference.kv_store`."""
-    _op("kv_store")(k, v, k_cache, v_cache, slot_mapping)
-
-
-def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> None:
-    """See `reference.rotate`."""
-    _op("rotate")(x, position_ids, cos_sin, weight, eps)
-
-
 def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     """See `reference.activate`."""
     return _op("activate")(x, ACTIVATIONS.index(activation), gated)
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_table: Tensor,
-    seq_ids: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    slopes: Tensor | None = None,
-    window: int = 0,
-    position_ids: Tensor | None = None,
-    slot_positions: Tensor | None = None,
-) -> Tensor:
-    """See `reference.decode_attention`. Needs `slot_table` to be contiguous.
+def _launcher(name: str) -> Callable[..., Any]:
+    """The launcher of an op that the extension has with the signature of `reference`, which specifies it."""
 
-    Cost: reads 2 * sum(context_lens) * G * D elements once, fast where D is a multiple of `WHOLE_HEADS`; of those
-    outside of a window only the positions. The bits of one head of one row depend on nothing else.
-    """
-    return _op("decode_attention")(
-        q,
-        k_cache,
-        v_cache,
-        slot_table,
-        seq_ids,
-        context_lens,
-        scale,
-        slopes,
-        window,
-        position_ids,
-        slot_positions,
-    )
+    def launch(*arguments: Any, **named: Any) -> Any:
+        return _op(name)(*arguments, **named)
+
+    return launch
+
+
+gather_layer_norm = _launcher("gather_layer_norm")
+scatter_add = _launcher("scatter_add")
+kv_store = _launcher("kv_store")
+rotate = _launcher("rotate")
+decode_attention = _launcher("decode_attention")
+"""Needs `slot_table` to be contiguous. Cost: reads 2 * sum(context_lens) * G * D elements once, fast where D is a
+multiple of `WHOLE_HEADS`; of those outside of a window only the positions. The bits of one head of one row depend on
+nothing else."""
 
 
 def reads_packed_weight(weight: Tensor, packed_weight: Tensor) -> bool:
@@ -162,23 +127,7 @@ def packed_linear(x: Tensor, data: int, num_outputs: int, bias: Tensor | None, a
     return _op("packed_linear")(x, data, num_outputs, bias, ACTIVATIONS.index(activation))
 
 
-def plan_rows(
-    active: Tensor,
-    first_layer: int,
-    kv_policy: int,
-    cache_ids: Tensor,
-    context_lens: Tensor,
-    slot_tables: Tensor,
-    free_slots: Tensor,
-    slot_cursor: Tensor,
-    row_slots: Tensor,
-    run_ids: Tensor,
-    num_run: Tensor,
-    kv_ids: Tensor,
-    num_kv: Tensor,
-    slots: Tensor,
-    key_limits: Tensor,
-) -> None:
+def plan_rows(active: Tensor, *others: Any, **named: Any) -> None:
     """See `row_reference.plan_rows`. Tensors may have any stride between layers; what a layer holds is contiguous.
 
     On a GPU one launch of one block on the current stream, without a question to the host, so that it can be captured.
@@ -190,25 +139,8 @@ def plan_rows(
     """
     if active.is_cuda:
         _check_cuda("plan_rows")
-    _op("plan_rows")(
-        active,
-        first_layer,
-        kv_policy,
-        cache_ids,
-        context_lens,
-        slot_tables,
-        free_slots,
-        slot_cursor,
-        row_slots,
-        run_ids,
-        num_run,
-        kv_ids,
-        num_kv,
-        slots,
-        key_limits,
-        overlaps=switches.pdl(),
-        carveout=-1 if (percent := switches.carveout()) is None else percent,
-    )
+    percent = switches.carveout()
+    _op("plan_rows")(active, *others, **named, overlaps=switches.pdl(), carveout=-1 if percent is None else percent)
 
 
 def has_cuda() -> bool:

@@ -6,11 +6,21 @@ every op is differentiable: what an op mutates is never needed again by the back
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.clone,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 """The functions of feed-forward layers, in the order of their codes in kernels."""
 
 
@@ -74,7 +84,7 @@ def rotated(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | N
     """
     heads = x.to(accumulation_dtype(x.dtype))
     if weight is not None:
-        heads = heads / torch.sqrt((heads * heads).mean(dim=-1, keepdim=True) + eps) * weight.to(heads.dtype)
+        heads = gather_layer_norm(heads, None, weight, None, eps, rms=True)
     half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[position_ids].to(heads.dtype)[:, None].chunk(2, dim=-1)
     one, other, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
@@ -93,16 +103,7 @@ def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     """
     values = x.to(accumulation_dtype(x.dtype))
     values, factors = values.chunk(2, dim=-1) if gated else (values, None)
-    if activation == "relu":
-        values = values.relu()
-    elif activation == "gelu":
-        values = F.gelu(values)
-    elif activation == "gelu_tanh":
-        values = F.gelu(values, approximate="tanh")
-    elif activation == "silu":
-        values = F.silu(values)
-    else:
-        assert activation == "none", f"activation is one of {ACTIVATIONS}"
+    values = ACTIVATION_FUNCTIONS[activation](values)
     return (values if factors is None else values * factors).to(x.dtype)
 
 

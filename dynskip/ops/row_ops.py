@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from dynskip.ops import native, row_reference
-
-ROW_OP_NAMES = (
-    "embed_rows",
-    "norm_rows",
-    "linear_rows",
-    "qkv_rows",
-    "rotate_rows",
-    "place_rows",
-    "attend_rows",
-    "linear_add_rows",
-    "gate_rows",
-    "plan_rows",
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +27,9 @@ class RowOps:
     gate_rows: Callable[..., None]
     plan_rows: Callable[..., None]
     workspace: Callable[..., Any]
+
+
+ROW_OP_NAMES = tuple(field.name for field in fields(RowOps) if field.name not in ("name", "workspace"))
 
 
 def why_not_triton(device: torch.device) -> str | None:

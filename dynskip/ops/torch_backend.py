@@ -5,19 +5,12 @@ The attention ops read lengths on the host, so on a GPU they synchronise; the `t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.clone,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+from dynskip.ops.reference import ACTIVATION_FUNCTIONS
+
 # Of a mask by head, in float32: 64 MiB.
 _MASK_ELEMENTS = 2**24
 
@@ -75,7 +68,7 @@ def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
 
 
 def _apply(activation: str, x: Tensor) -> Tensor:
-    function = _ACTIVATIONS[activation]
+    function = ACTIVATION_FUNCTIONS[activation]
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if activation in ("none", "relu") or x.device.type != "cpu" or needs_grad:
         return function(x)
@@ -105,7 +98,6 @@ def decode_attention(
     # a slope times a distance needs float32 anywhere.
     dtype = torch.float32 if q.device.type == "cpu" or slopes is not None else q.dtype
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    shares_keys = k_cache.shape[1] != q.shape[1]
     for row, (sequence, length) in enumerate(zip(seq_ids.tolist(), context_lens.tolist(), strict=True)):
         slots, mask = slot_table[sequence, :length], None
         if slopes is not None or window:
@@ -114,21 +106,12 @@ def decode_attention(
             if window:
                 inside = distances < window
                 slots, distances = slots[inside], distances[inside]
-            mask = None if slopes is None else -slopes[:, None] * distances
+            mask = None if slopes is None else (-slopes[:, None] * distances)[None, :, None]
         if slots.numel() == 0:
             out[row] = 0
             continue
-        k = k_cache.index_select(0, slots).to(dtype).transpose(0, 1)
-        v = v_cache.index_select(0, slots).to(dtype).transpose(0, 1)
-        query = q[row].to(dtype)[:, None]
-        out[row] = F.scaled_dot_product_attention(
-            query[None],
-            k[None],
-            v[None],
-            attn_mask=None if mask is None else mask[None, :, None],
-            scale=scale,
-            enable_gqa=shares_keys,
-        )[0, :, 0]
+        k, v = (cache.index_select(0, slots).to(dtype) for cache in (k_cache, v_cache))
+        out[row] = _attend(q[row, None].to(dtype), k, v, scale, mask)[0]
     return out
 
 
@@ -175,20 +158,11 @@ def prefill_attention(
 
 def _attend_sequence(q: Tensor, k: Tensor, v: Tensor, limits: Tensor, scale: float) -> Tensor:
     """[T, H, D]: the attention of the queries of one sequence, at least one, over its keys, at least one."""
-    queries, keys, values = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    shares_keys = k.shape[1] != q.shape[1]
     positions = torch.arange(len(k), dtype=limits.dtype, device=limits.device)
     if len(q) == len(k) and torch.equal(limits, positions + 1):
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=shares_keys
-        )
-    else:
-        mask = positions < limits[:, None]
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=shares_keys
-        )
-        attended = attended.masked_fill((limits == 0)[:, None], 0)
-    return attended[0].transpose(0, 1)
+        return _attend(q, k, v, scale, is_causal=True)
+    attended = _attend(q, k, v, scale, positions < limits[:, None])
+    return attended.masked_fill((limits == 0)[:, None, None], 0)
 
 
 def _attend_by_position(
@@ -203,7 +177,6 @@ def _attend_by_position(
     key_positions: Tensor,
 ) -> Tensor:
     """As `_attend_sequence`, with slopes or a window. position_ids: `[T]`. key_positions: `[S]`."""
-    keys, values = (tensor.transpose(0, 1)[None] for tensor in (k, v))
     numbers = torch.arange(len(k), dtype=limits.dtype, device=limits.device)
     # A slope makes the mask as large as all scores: some rows at a time.
     num_masks = 1 if slopes is None else q.shape[1]
@@ -215,13 +188,18 @@ def _attend_by_position(
         if window:
             mask = mask & (distances < window)
         lessening = mask if slopes is None else (-slopes[:, None, None] * distances).masked_fill(~mask, float("-inf"))
-        attended = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=lessening[None],
-            scale=scale,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )[0]
-        blocks.append(attended.masked_fill(~mask.any(dim=1)[:, None], 0).transpose(0, 1))
+        blocks.append(_attend(q[rows], k, v, scale, lessening[None]).masked_fill(~mask.any(dim=1)[:, None, None], 0))
     return torch.cat(blocks)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """`[T, H, D]`: PyTorch's attention of queries `[T, H, D]` over keys and values `[S, G, D]`.
+
+    mask: which keys a query attends to, or what is added to scores, in a shape that PyTorch takes.
+    """
+    queries, keys, values = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=is_causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )[0].transpose(0, 1)

@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 from dynskip.kernels.configs import use_configs
 from dynskip.kernels.launches import compile_only
-from dynskip.models.config import DecoderConfig
+from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.tuning.compiling import Usage
 from dynskip.tuning.space import Constants
@@ -59,7 +59,9 @@ def main(capability: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
         request = json.loads(line)
-        task = Task(**{**request["task"], "config": DecoderConfig(**request["task"]["config"])})
+        config = request["task"].pop("config")
+        rotary = None if config["rotary"] is None else Rotary(**config.pop("rotary"))
+        task = Task(**request["task"], config=DecoderConfig(**config | {"rotary": rotary}))
         usage = compile_candidate(capability, task, request["constants"])
         answers.write(json.dumps(dataclasses.asdict(usage)) + "\n")
         answers.flush()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynskip.ops.reference import ACTIVATION_FUNCTIONS
 from dynskip.validation.tensors import Arguments
 
 
@@ -145,18 +145,11 @@ def eager_activation(values: Tensor, activation: str, gated: bool, magnified: fl
 
     No activation is steeper than 9/8. A gate passes on the rounding of what it gates, and its own times that.
     """
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda x: x,
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": partial(F.gelu, approximate="tanh"),
-        "silu": F.silu,
-    }
     magnified *= 1.0 if activation in ("none", "relu") else 1.125
     if not gated:
-        return functions[activation](values), magnified
+        return ACTIVATION_FUNCTIONS[activation](values), magnified
     gates, gated_values = values.chunk(2, dim=-1)
-    gates = functions[activation](gates)
+    gates = ACTIVATION_FUNCTIONS[activation](gates)
     magnified *= gates.abs().max().item() + gated_values.abs().max().item()
     return gates * gated_values, magnified
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,46 +26,10 @@ MATRIX_OPS = {
 OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows", "rotate_rows", "place_rows")
 
 
-class LayerKind(NamedTuple):
-    """What the layers of a decoder ask of the ops, beside the sizes of their matrices."""
-
-    rms: bool
-    affine: bool
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    activation: str
-    gated: bool
-    has_positions: bool
-    rotary_size: int
-    qk_norm: bool
-    alibi: bool
-    window: int
-
-
-def layer_kind(config: DecoderConfig) -> LayerKind:
-    """The kind of the layers of a decoder."""
-    return LayerKind(
-        rms=config.norm == "rms",
-        affine=config.norm_affine,
-        qkv_bias=config.qkv_bias,
-        out_bias=config.out_bias,
-        mlp_bias=config.mlp_bias,
-        activation=config.activation,
-        gated=config.gated,
-        has_positions=config.has_position_table,
-        rotary_size=config.rotary_size,
-        qk_norm=config.qk_norm,
-        alibi=config.alibi,
-        window=config.window,
-    )
-
-
 def parts_of(config: DecoderConfig) -> tuple[str, ...]:
     """Which matrices and other ops a step of the decoder launches, those of a gate included."""
-    kind = layer_kind(config)
-    absent: tuple[str, ...] = () if kind.rotary_size else ("rotate_rows",)
-    absent += () if kind.alibi or kind.window else ("place_rows",)
+    absent: tuple[str, ...] = () if config.rotary_size else ("rotate_rows",)
+    absent += () if config.attends_by_position else ("place_rows",)
     return tuple(part for part in (*MATRIX_OPS, *OTHER_OPS) if part not in absent)
 
 
@@ -124,35 +88,32 @@ class RowArguments:
 
         num_keys: that a row attends to, of the `max_context_len` that a table has room for.
         """
-        size, kind = config.hidden_size, layer_kind(config)
-        heads = config.num_heads, config.head_size
-        norm = {"affine": kind.affine, "rms": kind.rms}
+        size, heads = config.hidden_size, (config.num_heads, config.head_size)
+        norm: dict[str, Any] = {"affine": config.norm_affine, "rms": config.norm == "rms"}
         if part == "head":
             return self.linear_rows(config.head_matrix, bias=config.head_bias, activation="none", **norm)
         if part == "qkv":
-            return self.qkv_rows(*heads, kind.qkv_bias, num_kv_heads=config.num_kv_heads, hidden_size=size, **norm)
+            return self.qkv_rows(
+                *heads, bias=config.qkv_bias, num_kv_heads=config.num_kv_heads, hidden_size=size, **norm
+            )
         if part == "fc1":
-            matrix = config.layer_matrices["fc1"]
-            return self.linear_rows(matrix, bias=kind.mlp_bias, activation=kind.activation, gated=kind.gated, **norm)
+            end: dict[str, Any] = {"bias": config.mlp_bias, "activation": config.activation, "gated": config.gated}
+            return self.linear_rows(config.layer_matrices["fc1"], **end, **norm)
         if part in config.layer_matrices:
-            bias = kind.mlp_bias if part == "fc2" else kind.out_bias
+            bias = config.mlp_bias if part == "fc2" else config.out_bias
             return self.linear_add_rows(config.layer_matrices[part], bias)
         if part == "rotate_rows":
-            return self.rotate_rows(*heads, config.num_kv_heads, kind.rotary_size, kind.qk_norm, config.max_positions)
+            return self.rotate_rows(
+                *heads, config.num_kv_heads, config.rotary_size, config.qk_norm, config.max_positions
+            )
         if part == "place_rows":
             return self.place_rows()
         if part == "attend_rows":
-            limits = [num_keys] * self.num_rows
-            return self.attend_rows(
-                *heads,
-                limits,
-                max_context_len,
-                num_kv_heads=config.num_kv_heads,
-                slopes=kind.alibi,
-                window=kind.window,
-            )
+            limits, groups = [num_keys] * self.num_rows, config.num_kv_heads
+            slopes, window = config.alibi, config.window
+            return self.attend_rows(*heads, limits, max_context_len, num_kv_heads=groups, slopes=slopes, window=window)
         if part == "embed_rows":
-            num_positions = config.max_positions + config.position_offset if kind.has_positions else None
+            num_positions = config.max_positions + config.position_offset if config.has_position_table else None
             return self.embed_rows(size, config.vocab_size, num_positions, config.position_offset)
         if part == "norm_rows":
             return self.norm_rows(size, **norm)
@@ -258,14 +219,14 @@ class RowArguments:
         """Rows outside of the list, and slots of none of its rows, hold numbers: turned, they would be others."""
         draw = self.draw
         slots, num_slots = self._slots(num_stored)
-        angles = draw.normal(max_positions, rotary_size // 2).float() * 3
+        table = rotary_table(draw, max_positions, rotary_size)
         return {
             "q": draw.guarded(draw.normal(self.num_rows, num_heads * head_size), 7.0),
             "rows": self.rows,
             "k_cache": draw.guarded(draw.normal(num_slots, num_kv_heads, head_size), 7.0),
             "slots": draw.guarded(slots),
             "position_ids": draw.guarded(draw.integers(0, max_positions, self.num_rows).long()),
-            "cos_sin": draw.guarded(torch.cat([angles.cos(), angles.sin()], dim=1)),
+            "cos_sin": draw.guarded(table),
             "q_weight": draw.normal(head_size) if norm else None,
             "k_weight": draw.normal(head_size) if norm else None,
             "eps": 1e-6 if norm else 0.0,

@@ -236,12 +236,11 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
         stored = ids[arguments["slots"][ids] >= 0]
         q = arguments["q"].unflatten(1, (-1, arguments["k_cache"].shape[2]))[ids]
         k = arguments["k_cache"][arguments["slots"][stored].long()]
-        found = {}
+        turned: dict[str, tuple[Tensor, float]] = {}
         for name, heads, rows in (("q", q, ids), ("k_cache", k, stored)):
             position_ids, weight = arguments["position_ids"][rows], arguments[f"{name[0]}_weight"]
-            found[name] = eager_rotate(arguments | {"x": heads, "position_ids": position_ids, "weight": weight})
-        turned, magnified = found["q"]
-        return found | {"q": (turned.flatten(1), magnified)}
+            turned[name] = eager_rotate(arguments | {"x": heads, "position_ids": position_ids, "weight": weight})
+        return turned | {"q": (turned["q"][0].flatten(1), turned["q"][1])}
     x, norm, weight, bias = arguments["x"][ids], arguments.get("norm"), arguments["weight"], arguments["bias"]
     magnified = 0.0
     if norm is not None:
@@ -253,12 +252,12 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
         return {"out": eager_activation(product, arguments["activation"], arguments["gated"], magnified)}
     if case.op == "linear_add_rows":
         return {"residual": (arguments["residual"][ids] + product, magnified)}
-    heads = arguments["k_cache"].shape[1:]
-    key_size = heads.numel()
+    key_heads = arguments["k_cache"].shape[1:]
+    key_size = key_heads.numel()
     q, k, v = torch.split(product, [product.shape[1] - 2 * key_size, key_size, key_size], dim=1)
     is_stored = arguments["slots"][ids] >= 0
-    stored = {name: (rows[is_stored].view(-1, *heads), magnified) for name, rows in (("k_cache", k), ("v_cache", v))}
-    return {"q": (q, magnified), **stored}
+    keys, values = (part[is_stored].view(-1, *key_heads) for part in (k, v))
+    return {"q": (q, magnified), "k_cache": (keys, magnified), "v_cache": (values, magnified)}
 
 
 def _norm_arguments(x: Tensor, norm: RowNorm) -> Arguments:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dynskip.kernels import switches
 from dynskip.kernels.configs import DEFAULT, FOLDER, config_names, read_table
-from dynskip.ops.checked import OP_NAMES
+from dynskip.ops.backends import OP_NAMES
 from dynskip.ops.row_ops import ROW_OP_NAMES
 
 # Shared memory that a thread block may have: CUDA C++ Programming Guide, technical specifications per capability.

@@ -37,7 +37,6 @@ from dynskip.validation.op_arguments import (
     draw_rows,
     gather_layer_norm,
     kv_store,
-    layer_kind,
     make_workspace,
     parts_of,
     prefill_attention,
@@ -169,19 +168,19 @@ def _entries(dtype: torch.dtype) -> Iterator[tuple[int, bool, set[str]]]:
 
 def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
     backend, shape, draw = get_backend("triton"), SHAPES[name], EmptyDraw(dtype)
-    heads, size, kind = (shape.num_heads, shape.head_size), shape.hidden_size, layer_kind(shape)
+    heads, size, is_rms = (shape.num_heads, shape.head_size), shape.hidden_size, shape.norm == "rms"
     kv_heads = shape.num_kv_heads, shape.head_size
-    seen: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "slopes": kind.alibi, "window": kind.window}
+    seen: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "slopes": shape.alibi, "window": shape.window}
     x, row_ids = draw.normal(8, size), draw.index(*range(4))
     for op, arguments in (
-        ("gather_layer_norm", gather_layer_norm(draw, x, row_ids) | {"rms": kind.rms}),
-        ("gather_layer_norm", gather_layer_norm(draw, x, None) | {"rms": kind.rms}),
+        ("gather_layer_norm", gather_layer_norm(draw, x, row_ids) | {"rms": is_rms}),
+        ("gather_layer_norm", gather_layer_norm(draw, x, None) | {"rms": is_rms}),
         ("scatter_add", {"x": x, "row_ids": row_ids, "y": draw.normal(4, size)}),
         ("kv_store", kv_store(draw, *kv_heads, list(range(8)))),
         ("decode_attention", decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2, **seen)),
         ("prefill_attention", prefill_attention(draw, *heads, [2] * 4, strided=True, **seen)),
-        ("rotate", rotate(draw, draw.normal(8, *heads), kind.rotary_size or None, weight=kind.qk_norm)),
-        ("activate", {"x": draw.normal(8, 8 * size), "activation": kind.activation, "gated": kind.gated}),
+        ("rotate", rotate(draw, draw.normal(8, *heads), shape.rotary_size or None, weight=shape.qk_norm)),
+        ("activate", {"x": draw.normal(8, 8 * size), "activation": shape.activation, "gated": shape.gated}),
     ):
         yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
 
