@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import inspect
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from models import NUM_LAYERS, VARIANTS, VOCAB_SIZE
-from torch import nn
+from models import NUM_LAYERS, VARIANTS, VOCAB_SIZE, tiny_hf
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dynskip import LayerPath
@@ -146,11 +147,19 @@ def random_weights_(model: Any, seed: int) -> Any:
 def family_hf(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """transformers' model of ``family`` with random weights and every change of its config."""
     if family == "opt":
-        from models import tiny_hf
-
         return tiny_hf(dtype=dtype, seed=seed, **changes)
     model = AutoModelForCausalLM.from_config(family_config(family, **changes), attn_implementation="eager")
-    return random_weights_(model, seed).to(dtype)
+    return convert_(random_weights_(model, seed), dtype)
+
+
+def convert_(hf_model: Any, dtype: torch.dtype) -> Any:
+    """``hf_model`` in another dtype, but for the frequencies of its positions, which stay what a loaded model has."""
+    frequencies = {name: buffer for name, buffer in hf_model.named_buffers() if name.endswith("inv_freq")}
+    hf_model.to(dtype)
+    for name, buffer in frequencies.items():
+        owner, _, last = name.rpartition(".")
+        setattr(hf_model.get_submodule(owner), last, buffer)
+    return hf_model
 
 
 def draws(family: str) -> Iterator[dict[str, Any]]:
@@ -172,17 +181,119 @@ def draws(family: str) -> Iterator[dict[str, Any]]:
         yield changes
 
 
-def cut_family(hf_model: Any, path: LayerPath) -> Any:
-    """A copy of transformers' model whose list of layers holds only those of ``path``, numbered anew."""
-    model = copy.deepcopy(hf_model)
-    owner, name = layer_list(model)
-    layers = [getattr(owner, name)[layer] for layer in path.layers]
-    for index, layer in enumerate(layers):
+@contextlib.contextmanager
+def cut_family(hf_model: Any, path: LayerPath) -> Iterator[Any]:
+    """Within it, transformers' model has only the layers of ``path``, numbered anew."""
+    owner, name = layer_list(hf_model)
+    config, layers = hf_model.config, getattr(owner, name)
+    layer_types = getattr(config, "layer_types", None)
+    kept = [layers[layer] for layer in path.layers]
+    numbered = {
+        module: module.layer_idx for layer in kept for module in layer.modules() if hasattr(module, "layer_idx")
+    }
+    setattr(owner, name, nn.ModuleList(kept))
+    config.num_hidden_layers = len(kept)
+    if layer_types is not None:
+        config.layer_types = [layer_types[layer] for layer in path.layers]
+    for index, layer in enumerate(kept):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
+            if module in numbered:
                 module.layer_idx = index
-    setattr(owner, name, nn.ModuleList(layers))
-    model.config.num_hidden_layers = len(layers)
-    if getattr(model.config, "layer_types", None) is not None:
-        model.config.layer_types = [model.config.layer_types[layer] for layer in path.layers]
-    return model
+    try:
+        yield hf_model
+    finally:
+        setattr(owner, name, layers)
+        config.num_hidden_layers = len(layers)
+        if layer_types is not None:
+            config.layer_types = layer_types
+        for module, index in numbered.items():
+            module.layer_idx = index
+
+
+class _LastEntries:
+    """Stands for transformers' cache: a token that does not compute key and value in a layer keeps its last ones."""
+
+    def __init__(self) -> None:
+        self.has_run: Tensor | None = None
+        self.runs: Tensor | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [1, G, T, D], that the layer attends to."""
+        assert self.runs is not None
+        if self.has_run is None or self.last is None:
+            self.has_run = torch.zeros_like(self.runs)
+        else:
+            keeps = (self.has_run & ~self.runs)[:, None]
+            key, value = torch.where(keeps, self.last[0], key), torch.where(keeps, self.last[1], value)
+        self.has_run = self.has_run | self.runs
+        self.last = key, value
+        return key, value
+
+
+class _PerToken(nn.Module):
+    """One of transformers' layers for some tokens of a sequence: the others pass on.
+
+    runs: [T], bool. window: positions that a token sees back, itself included; 0 for all. entries: None unless shared.
+    """
+
+    def __init__(
+        self, layer: nn.Module, runs: Tensor, kv_policy: str, window: int, entries: _LastEntries | None
+    ) -> None:
+        super().__init__()
+        self.layer, self.runs, self.window = layer, runs, window
+        self.evicts, self.entries = kv_policy == "evict", entries
+        self.parameters_of_layer = inspect.signature(layer.forward)
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        """What the layer returns, with its input where a token skips it."""
+        arguments = dict(self.parameters_of_layer.bind(*given, **options).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        states = arguments.pop("hidden_states")
+        positions = torch.arange(states.shape[1])
+        distances = positions[:, None] - positions
+        seen = (distances >= 0) & (distances < (self.window or len(positions)))
+        if self.evicts:  # a token that skips the layer sees itself, and what comes of it is dropped
+            seen = seen & (self.runs | (distances == 0))
+        hidden = torch.finfo(states.dtype).min
+        arguments["attention_mask"] = torch.zeros(seen.shape, dtype=states.dtype).masked_fill(~seen, hidden)[None, None]
+        cache = "layer_past" if "layer_past" in self.parameters_of_layer.parameters else "past_key_values"
+        arguments[cache] = self.entries
+        if self.entries is not None:
+            self.entries.runs = self.runs
+        output = self.layer(states, **arguments)
+        kept = self.runs[:, None]
+        if isinstance(output, tuple):
+            return torch.where(kept, output[0], states), *output[1:]
+        return torch.where(kept, output, states)
+
+
+@torch.no_grad()
+def per_token_logits(hf_model: Any, token_ids: list[int], active: Tensor, kv_policy: str) -> Tensor:
+    """[T, V]: of transformers' layers, each run for the tokens that ``active`` [T, L] says.
+
+    A token keeps its position, whatever other tokens leave. kv_policy: what a token leaves in a layer that it skips:
+    the key and value of what it passes on ("propagate"), nothing ("evict"), or those of the last layer that it ran
+    ("share"); before any of them, those of what it passes on.
+    """
+    config = hf_model.config
+    window = (getattr(config, "sliding_window", None) or 0) if config.model_type != "llama" else 0
+    layer_types = getattr(config, "layer_types", None) if config.model_type in ("qwen2", "qwen3") else None
+    owner, name = layer_list(hf_model)
+    layers = getattr(owner, name)
+    entries = _LastEntries() if kv_policy == "share" else None
+    per_token = [
+        _PerToken(
+            layer,
+            active[:, index],
+            kv_policy,
+            0 if layer_types is not None and layer_types[index] == "full_attention" else window,
+            entries,
+        )
+        for index, layer in enumerate(layers)
+    ]
+    setattr(owner, name, nn.ModuleList(per_token))
+    try:
+        return hf_model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    finally:
+        setattr(owner, name, layers)
