@@ -65,16 +65,22 @@ def test_logits_along_paths_are_those_of_transformers(family: str, changes: dict
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_good_as_eager(family: str) -> None:
-    changes = FAMILIES[family].get(BFLOAT16.get(family, "plain"), {})
-    hf_model = family_hf(family, dtype=torch.bfloat16, **changes)
+    changes = FAMILIES[family][BFLOAT16[family]] if family in BFLOAT16 else {}
     input_ids, attention_mask = ragged_batch(LENGTHS, "left")
-    eager = hf_logits(hf_model, input_ids, attention_mask)
-    models = [CausalLM.from_hf(hf_model, backend=cpu_backend(backend)) for backend in ("torch", "native")]
-    results = [model(input_ids, attention_mask, PATHS).logits for model in models]
-    exact = hf_logits(convert_(hf_model, torch.float64), input_ids, attention_mask)
-    for logits in results:
+    ours: dict[str, list[Tensor]] = {"torch": [], "native": [], "reference": []}
+    eager, exact = [], []
+    for seed in range(2):
+        hf_model = family_hf(family, seed=seed, dtype=torch.bfloat16, **changes)
+        eager.append(hf_logits(hf_model, input_ids, attention_mask))
+        for backend in ("torch", "native"):
+            model = CausalLM.from_hf(hf_model, backend=cpu_backend(backend))
+            ours[backend].append(model(input_ids, attention_mask, PATHS).logits)
+        ours["reference"].append(model(input_ids, attention_mask, PATHS, executor="reference").logits)
+        exact.append(hf_logits(convert_(hf_model, torch.float64), input_ids, attention_mask))
+    for results in ours.values():
+        logits = torch.cat(results)
         assert logits.dtype == torch.bfloat16
-        within_budget(logits, eager, exact)
+        within_budget(logits, torch.cat(eager), torch.cat(exact))
 
 
 @pytest.mark.parametrize(("family", "changes"), NAMED)
