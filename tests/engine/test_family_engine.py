@@ -1,4 +1,4 @@
-"""The engine with every architecture: whatever the company, the memory and the prefixes, each request as it is alone."""
+"""The engine with every architecture: each request as it is alone, whatever the company, memory and prefixes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANTS = [
     ("gpt2", "by-depth"),
 ]
 # Fewer entries than the requests below want at a time.
-FEW_SLOTS = 220
+FEW_SLOTS = 190
 
 
 @functools.cache
@@ -39,36 +39,40 @@ def model(
 def asks() -> list[Ask]:
     """Requests of one prefix and of others, along paths and by a controller of each key-value policy."""
     (common,) = random_prompts([18])
-    prompts = [common + tail for tail in ([5], [6, 7], [8, 9, 10])] + random_prompts([5, 9, 3, 12, 2, 7], seed=1)
-    ways = [(PATHS[2], {}), (PATHS[2], {}), (PATHS[2], {}), (PATHS[1], {}), (PATHS[3], {}), (PATHS[0], {})]
+    prompts = [common + tail for tail in ([5], [6, 7])] + random_prompts([3, 9, 2, 7, 4], seed=1)
+    ways = [(PATHS[2], {}), (PATHS[2], {}), (PATHS[1], {}), (PATHS[3], {})]
     ways += [(Parity(), {"kv_policy": kv_policy}) for kv_policy in ("propagate", "evict", "share")]
     return [
-        Ask(prompt, drawn(9, index, n=2) if index % 3 == 1 else greedy(9), path, options)
+        Ask(prompt, drawn(8, index, n=2) if index == 2 else greedy(8), path, options)
         for index, (prompt, (path, options)) in enumerate(zip(prompts, ways, strict=True))
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float32), ("native", torch.float32), ("native", torch.bfloat16)],
+    ids=["torch", "native", "native-bfloat16"],
+)
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
 def test_each_request_has_the_bits_it_has_alone(family: str, variant: str, backend: str, dtype: torch.dtype) -> None:
     """Beside others, after a preemption, with the entries of another's prefix."""
-    served = engine("cohort", FEW_SLOTS, model=model(family, variant, backend, dtype), batch=8, max_prefill_tokens=16)
+    ours = model(family, variant, backend, dtype)
+    served = engine("cohort", FEW_SLOTS, model=ours, batch=8, max_prefill_tokens=16)
     outputs = serve(served, asks())
     stats = served.stats()
-    assert stats.outcome.num_preempted and stats.num_shared_tokens
+    assert stats.outcome.num_preempted and stats.num_shared_tokens >= 16
     for ask, output in zip(asks(), outputs, strict=True):
-        assert same(output, ask.alone(model=model(family, variant, backend, dtype), max_prefill_tokens=16))
+        assert same(output, ask.alone(model=ours, max_prefill_tokens=16))
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
 def test_shared_prefixes_and_preemption_change_no_token(family: str, variant: str) -> None:
-    """Without deterministic mode, in which a prefix is shared to its last token, and in float64, so that none is tied."""
+    """Without deterministic mode, in which a prefix is shared to its last token."""
     wide = model(family, variant, "torch", torch.float64, deterministic=False)
-    tight = engine("lockstep", FEW_SLOTS, model=wide, batch=8, max_prefill_tokens=16)
+    tight = engine("cohort", FEW_SLOTS, model=wide, batch=8, max_prefill_tokens=16)
     outputs = serve(tight, asks())
     stats = tight.stats()
-    assert stats.outcome.num_preempted and stats.num_shared_tokens
+    assert stats.outcome.num_preempted and stats.num_shared_tokens >= 16
     for ask, output in zip(asks(), outputs, strict=True):
         alone = ask.alone(model=wide, batch=1)
         assert [sample.token_ids for sample in output.samples] == [sample.token_ids for sample in alone.samples]

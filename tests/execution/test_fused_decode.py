@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import NUM_LAYERS, VARIANTS, random_prompts, tiny_model
+from families import ALL_VARIANTS, FAMILIES, family_hf
+from models import NUM_LAYERS, VARIANTS, cpu_backend, random_prompts, tiny_model
 from torch import Tensor
 
-from dynskip import LayerPath, SamplingParams
+from dynskip import CausalLM, LayerPath, SamplingParams
 from dynskip.controllers import HiddenStateGate, TokenContext
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
@@ -21,10 +22,21 @@ from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import WHOLE_STEP_AFTER, GraphedDecode
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step_shape import StepShape
+from dynskip.kernels.launches import LAUNCHES
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
 
+# One variant of each architecture but OPT, in which keys are shared, windowed, placed or scaled in its own way.
+FAMILY_VARIANTS = [
+    ("llama", "one-kv-head"),
+    ("mistral", "window"),
+    ("qwen2", "layer-types"),
+    ("qwen3", "window"),
+    ("gpt_neox", "plain"),
+    ("bloom", "three-heads"),
+    ("gpt2", "by-depth"),
+]
 PROMPTS = random_prompts([5, 1, 9, 3, 7])
 PARAMS = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (6, 9, 1, 4, 9)]
 PATHS = [LayerPath.parse(text, NUM_LAYERS) for text in ("full", "uniform:3", "exit:2", "layers:0,5", "uniform:3")]
@@ -99,6 +111,42 @@ def test_every_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fused = (tiny_model(variant, dtype=torch.float64) for _ in range(2))
     fuse(fused, monkeypatch)
     assert texts(fused, PATHS) == texts(plain, PATHS)
+
+
+@pytest.mark.parametrize(("family", "variant"), [pair for pair in ALL_VARIANTS if pair[0] != "opt"])
+def test_every_family(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf_model = family_hf(family, dtype=torch.float64, **FAMILIES[family][variant])
+    plain, fused = (CausalLM.from_hf(hf_model, backend="torch") for _ in range(2))
+    fuse(fused, monkeypatch)
+    assert texts(fused, PATHS) == texts(plain, PATHS)
+    assert texts(fused, MASK, "share") == texts(plain, MASK, "share")
+
+
+@pytest.mark.parametrize("kv_policy", ["propagate", "evict"])
+@pytest.mark.parametrize(("family", "variant"), FAMILY_VARIANTS)
+def test_every_family_along_masks(family: str, variant: str, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf_model = family_hf(family, dtype=torch.float64, **FAMILIES[family][variant])
+    plain, fused = (CausalLM.from_hf(hf_model, backend="torch") for _ in range(2))
+    fuse(fused, monkeypatch, EagerGraphs())
+    assert texts(fused, GATE, kv_policy) == texts(plain, GATE, kv_policy)
+    assert texts(fused, MASK, kv_policy) == texts(plain, MASK, kv_policy)
+
+
+@pytest.mark.parametrize(("family", "variant"), FAMILY_VARIANTS)
+def test_the_kernels_give_every_family_the_texts_of_the_ops(family: str, variant: str) -> None:
+    hf_model = family_hf(family, **FAMILIES[family][variant])
+    params = [SamplingParams(max_tokens=3, ignore_eos=True)] * 2
+    outputs, launches = [], []
+    for backend in ("torch", cpu_backend("triton")):
+        model = CausalLM.from_hf(hf_model, backend=backend)
+        LAUNCHES.clear()
+        generation = Generation(model, PROMPTS[2:4], params, MASK[2:4], "evict")
+        outputs.append([sequence.token_ids for sequence in generation.run()])
+        launches.append(dict(LAUNCHES))
+    assert outputs[0] == outputs[1]
+    assert not launches[0] and launches[1]["attend_rows"] > 0
+    assert ("rotate_rows" in launches[1]) == (model.decoder.cos_sin is not None)
+    assert ("place_rows" in launches[1]) == model.decoder_config.attends_by_position
 
 
 def test_a_controller_of_somebody_else_runs_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
