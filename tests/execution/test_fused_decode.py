@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL_VARIANTS, FAMILIES, family_hf
+from families import FAMILIES, family_hf
 from models import NUM_LAYERS, VARIANTS, cpu_backend, random_prompts, tiny_model
 from torch import Tensor
 
@@ -27,16 +27,17 @@ from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
 
-# One variant of each architecture but OPT, in which keys are shared, windowed, placed or scaled in its own way.
-FAMILY_VARIANTS = [
-    ("llama", "one-kv-head"),
+# Of each architecture but OPT: keys shared, windowed, placed or scaled in its own way first, then other parts.
+FUSED_VARIANTS = [
+    *(("llama", name) for name in ("one-kv-head", "biases")),
     ("mistral", "window"),
-    ("qwen2", "layer-types"),
-    ("qwen3", "window"),
-    ("gpt_neox", "plain"),
-    ("bloom", "three-heads"),
-    ("gpt2", "by-depth"),
+    *(("qwen2", name) for name in ("layer-types", "tied")),
+    *(("qwen3", name) for name in ("window", "biases")),
+    *(("gpt_neox", name) for name in ("plain", "sequential", "no-bias")),
+    *(("bloom", name) for name in ("three-heads", "eps")),
+    *(("gpt2", name) for name in ("by-depth", "unscaled")),
 ]
+ONE_A_FAMILY = list({family: (family, name) for family, name in reversed(FUSED_VARIANTS)}.values())
 PROMPTS = random_prompts([5, 1, 9, 3, 7])
 PARAMS = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (6, 9, 1, 4, 9)]
 PATHS = [LayerPath.parse(text, NUM_LAYERS) for text in ("full", "uniform:3", "exit:2", "layers:0,5", "uniform:3")]
@@ -113,39 +114,30 @@ def test_every_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts(fused, PATHS) == texts(plain, PATHS)
 
 
-@pytest.mark.parametrize(("family", "variant"), [pair for pair in ALL_VARIANTS if pair[0] != "opt"])
+@pytest.mark.parametrize(("family", "variant"), FUSED_VARIANTS)
 def test_every_family(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hf_model = family_hf(family, dtype=torch.float64, **FAMILIES[family][variant])
     plain, fused = (CausalLM.from_hf(hf_model, backend="torch") for _ in range(2))
-    fuse(fused, monkeypatch)
-    assert texts(fused, PATHS) == texts(plain, PATHS)
-    assert texts(fused, MASK, "share") == texts(plain, MASK, "share")
-
-
-@pytest.mark.parametrize("kv_policy", ["propagate", "evict"])
-@pytest.mark.parametrize(("family", "variant"), FAMILY_VARIANTS)
-def test_every_family_along_masks(family: str, variant: str, kv_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hf_model = family_hf(family, dtype=torch.float64, **FAMILIES[family][variant])
-    plain, fused = (CausalLM.from_hf(hf_model, backend="torch") for _ in range(2))
     fuse(fused, monkeypatch, EagerGraphs())
-    assert texts(fused, GATE, kv_policy) == texts(plain, GATE, kv_policy)
-    assert texts(fused, MASK, kv_policy) == texts(plain, MASK, kv_policy)
+    for paths, kv_policy in ((PATHS, None), (MASK, "evict"), (MASK, "propagate"), (MASK, "share")):
+        assert texts(fused, paths, kv_policy) == texts(plain, paths, kv_policy), kv_policy
 
 
-@pytest.mark.parametrize(("family", "variant"), FAMILY_VARIANTS)
+@pytest.mark.parametrize(("family", "variant"), ONE_A_FAMILY)
 def test_the_kernels_give_every_family_the_texts_of_the_ops(family: str, variant: str) -> None:
     hf_model = family_hf(family, **FAMILIES[family][variant])
+    some_layers = MASK[:2] & torch.tensor([layer in (0, 3) for layer in range(NUM_LAYERS)])
     params = [SamplingParams(max_tokens=3, ignore_eos=True)] * 2
     outputs, launches = [], []
     for backend in ("torch", cpu_backend("triton")):
         model = CausalLM.from_hf(hf_model, backend=backend)
         LAUNCHES.clear()
-        generation = Generation(model, PROMPTS[2:4], params, MASK[2:4], "evict")
+        generation = Generation(model, random_prompts([4, 2]), params, some_layers, "evict")
         outputs.append([sequence.token_ids for sequence in generation.run()])
         launches.append(dict(LAUNCHES))
     assert outputs[0] == outputs[1]
     assert not launches[0] and launches[1]["attend_rows"] > 0
-    assert ("rotate_rows" in launches[1]) == (model.decoder.cos_sin is not None)
+    assert ("rotate_rows" in launches[1]) == (model.decoder_config.rotary is not None)
     assert ("place_rows" in launches[1]) == model.decoder_config.attends_by_position
 
 
