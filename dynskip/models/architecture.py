@@ -66,8 +66,10 @@ class Architecture:
             return Stored((self.head,))
         name = module.removeprefix("decoder.")
         if not name.startswith("layers."):
+            assert name in self.base, f"{self.model_type} has no {name}"
             return Stored((self.prefix + self.base[name],))
         _, index, name = name.split(".")
+        assert name in self.layer, f"a layer of {self.model_type} has no {name}"
         held = self.layer[name]
         held = Stored((held,)) if isinstance(held, str) else held
         return Stored(
