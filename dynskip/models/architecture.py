@@ -41,10 +41,10 @@ class Architecture:
 
     model_type: its name there. decoder_config: reads its config; raises ValueError for one that cannot be built.
     config_values: the other way: by name, what its config says of a decoder where that is not what it says by default.
-    sizes: the integers of the config that must be at least 1. prefix: of all names but the head's; checkpoints of the
-        model without its head lack it. base, layer: where the modules of the decoder, and of a layer, are kept, by our
-        names. layers: where transformers keeps the list of layers, from the prefix on. head: its name in checkpoints,
-        also where transformers calls its module lm_head.
+    sizes, optional_sizes: the integers of the config that must be at least 1; the latter may be None or left out.
+    prefix: of all names but the head's; checkpoints of the model without its head lack it. base, layer: where the
+        modules of the decoder, and of a layer, are kept, by our names. layers: where transformers keeps the list of
+        layers, from the prefix on. head: its name in checkpoints, also where transformers calls its module lm_head.
     transposed: matrices of layers are kept [in, out]. derived: how names of tensors end that hold nothing of their own.
     """
 
@@ -59,6 +59,7 @@ class Architecture:
     head: str = "lm_head"
     transposed: bool = False
     derived: tuple[str, ...] = ()
+    optional_sizes: tuple[str, ...] = ()
 
     def stored(self, module: str) -> Stored:
         """Where the module of `CausalLM` called ``module`` is kept."""

@@ -23,7 +23,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         head_size=head_size_of(config),
         ffn_size=4 * config.hidden_size,
         vocab_size=config.vocab_size,
-        max_positions=getattr(config, "seq_length", MAX_POSITIONS),
+        max_positions=getattr(config, "seq_length", None) or MAX_POSITIONS,
         embedding_size=config.hidden_size,
         norm_eps=config.layer_norm_epsilon,
         activation="gelu_tanh",
@@ -66,6 +66,7 @@ BLOOM = Architecture(
         "fc1": "mlp.dense_h_to_4h",
         "fc2": "mlp.dense_4h_to_h",
     },
+    optional_sizes=("seq_length",),
 )
 
 

@@ -71,6 +71,7 @@ GPT2 = Architecture(
     },
     transposed=True,
     derived=(".attn.bias", ".attn.masked_bias"),
+    optional_sizes=("n_inner",),
 )
 
 

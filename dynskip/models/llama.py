@@ -24,13 +24,19 @@ def decoder_config(config: Any) -> DecoderConfig:
     has_bias = getattr(config, "attention_bias", False)
     window = (getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0
     layer_types = getattr(config, "layer_types", None) if window and kind in ("qwen2", "qwen3") else None
+    rotary, head_size = rotary_of(config, LlamaRotaryEmbedding), head_size_of(config)
+    if 2 * len(rotary.frequencies) != head_size:
+        raise ValueError(
+            f"CausalLM: rope_parameters must turn all {head_size} values of a head, got {2 * len(rotary.frequencies)}. "
+            "Leave partial_rotary_factor at 1."
+        )
     return DecoderConfig(
         architecture=kind,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_size=head_size_of(config),
+        head_size=head_size,
         ffn_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
@@ -44,7 +50,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         mlp_bias=getattr(config, "mlp_bias", False),
         qk_norm=kind == "qwen3",
         is_head_tied=config.tie_word_embeddings,
-        rotary=rotary_of(config, LlamaRotaryEmbedding),
+        rotary=rotary,
         window=window,
         window_layers=_window_layers(layer_types),
     )
@@ -123,6 +129,7 @@ def _architecture(model_type: str) -> Architecture:
             "fc2": "mlp.down_proj",
         },
         derived=("rotary_emb.inv_freq", "rotary_emb.original_inv_freq"),
+        optional_sizes=("head_dim", "sliding_window"),
     )
 
 

@@ -36,7 +36,8 @@ def decoder_config(config: Any) -> DecoderConfig:
     Raises ValueError where it is none of ``ARCHITECTURES``, or cannot be built.
     """
     architecture = get_architecture(config.model_type)
-    for size in architecture.sizes:
+    optional = [size for size in architecture.optional_sizes if getattr(config, size, None) is not None]
+    for size in (*architecture.sizes, *optional):
         value = getattr(config, size)
         if type(value) is not int or value < 1:
             raise ValueError(f"CausalLM: {size} must be an integer of at least 1, got {value!r}.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from dynskip.models.config import Rotary
 from dynskip.models.registry import decoder_config
 from dynskip.models.source import Source, check_end_tokens, check_keys
 from dynskip.models.weights import EMBEDDING, stored_names
@@ -17,7 +18,9 @@ from dynskip.ops.checks import dtype_name
 _FUNCTION, _NAME = "from_hf", "the model"
 # What a module computes with besides its tensors.
 _SETTINGS = (
+    "apply_residual_connection_post_layernorm",
     "attention_scaling",
+    "beta",
     "do_layer_norm_before",
     "eps",
     "head_dim",
@@ -26,6 +29,7 @@ _SETTINGS = (
     "layer_type",
     "max_norm",
     "num_heads",
+    "num_key_value_groups",
     "offset",
     "rotary_ndims",
     "scaling",
@@ -54,7 +58,7 @@ def source_of(hf_model: nn.Module) -> tuple[Source, Tensor]:
     values = config.to_dict()
     check_keys(_FUNCTION, _NAME, values)
     config = type(config).from_dict(values)
-    decoder_config(config)
+    rotary = decoder_config(config).rotary
     ends = getattr(hf_model.generation_config, "eos_token_id", None)
     check_end_tokens(f"{_FUNCTION}: eos_token_id in generation_config", ends)
     config.eos_token_id = ends or config.eos_token_id
@@ -63,6 +67,7 @@ def source_of(hf_model: nn.Module) -> tuple[Source, Tensor]:
         **dict(hf_model.named_parameters(remove_duplicate=False)),
         **dict(hf_model.named_buffers(remove_duplicate=False)),
     }
+    _check_frequencies(config, rotary, tensors)
     source = Source.of(_FUNCTION, _NAME, config, tensors)
     embedding: Tensor = tensors[stored_names(source.architecture, EMBEDDING)[0]]
     dtype = embedding.dtype
@@ -75,6 +80,20 @@ def source_of(hf_model: nn.Module) -> tuple[Source, Tensor]:
                 f"got {dtype_name(tensor.dtype)}. Use .to(torch.{dtype_name(dtype)})."
             )
     return source, embedding
+
+
+def _check_frequencies(config: Any, rotary: Rotary | None, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the model rotates by the frequencies of its config, rounded where it was converted."""
+    if rotary is None:
+        return
+    # What "dynamic" rotates by may be left from a sequence that was too long; it goes back to the original one.
+    is_dynamic = config.rope_parameters.get("rope_type") == "dynamic"
+    last = "original_inv_freq" if is_dynamic else "inv_freq"
+    for name, held in tensors.items():
+        if name.rpartition(".")[2] == last and held.device.type != "meta":
+            wanted = torch.tensor(rotary.frequencies, device=held.device).to(held.dtype)
+            if not torch.equal(held, wanted):
+                raise ValueError(f"{_FUNCTION}: {name} of {_NAME} must hold the frequencies of its config, got others.")
 
 
 def _check_modules(hf_model: nn.Module, config: Any) -> None:
