@@ -27,7 +27,9 @@ def hf_config(shape: str | DecoderConfig, vocab_size: int | None = None) -> Any:
     # Tokens that some architectures name by default lie outside of small vocabularies.
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     defaults = CONFIG_MAPPING[decoder.architecture]()
-    outside: dict[str, Any] = {name: None for name in names if (getattr(defaults, name, None) or 0) >= decoder.vocab_size}
+    outside: dict[str, Any] = {
+        name: None for name in names if (getattr(defaults, name, None) or 0) >= decoder.vocab_size
+    }
     return CONFIG_MAPPING[decoder.architecture](**values, **outside)
 
 

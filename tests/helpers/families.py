@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dynskip import LayerPath
-from dynskip.models.hf_model import layer_list
+from dynskip.models.hf_model import layer_list, only_layers
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -184,30 +184,8 @@ def draws(family: str) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def cut_family(hf_model: Any, path: LayerPath) -> Iterator[Any]:
     """Within it, transformers' model has only the layers of ``path``, numbered anew."""
-    owner, name = layer_list(hf_model)
-    config, layers = hf_model.config, getattr(owner, name)
-    layer_types = getattr(config, "layer_types", None)
-    kept = [layers[layer] for layer in path.layers]
-    numbered = {
-        module: module.layer_idx for layer in kept for module in layer.modules() if hasattr(module, "layer_idx")
-    }
-    setattr(owner, name, nn.ModuleList(kept))
-    config.num_hidden_layers = len(kept)
-    if layer_types is not None:
-        config.layer_types = [layer_types[layer] for layer in path.layers]
-    for index, layer in enumerate(kept):
-        for module in layer.modules():
-            if module in numbered:
-                module.layer_idx = index
-    try:
+    with only_layers(hf_model, path):
         yield hf_model
-    finally:
-        setattr(owner, name, layers)
-        config.num_hidden_layers = len(layers)
-        if layer_types is not None:
-            config.layer_types = layer_types
-        for module, index in numbered.items():
-            module.layer_idx = index
 
 
 class _LastEntries:
