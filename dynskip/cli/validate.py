@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynskip.cli.options import DTYPES, UserError, show_progress
+from dynskip.models.shapes import SHAPES
 
 if TYPE_CHECKING:
     from dynskip.validation.errors import Result
@@ -48,6 +49,7 @@ EXAMPLES = """examples:
   dynskip validate --dtype bfloat16 --op kv_store    one op in one dtype
   dynskip validate --inject-fault decode_attention   falsifies its results: must fail with exit status 1
   dynskip validate --compile                         do all kernels fit sm_80, sm_90 and sm_100? needs no GPU
+  dynskip validate --compile --shape llama-3.2-1b    those that this model launches
 """
 # As in dynskip.validation.offline.compile_kernels.MAX_SHARED_BYTES and DEFAULT_CAPABILITIES, which a test compares.
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -77,6 +79,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--config", action="append", metavar="FILE", help="with --compile: this table, not dynskip's own; repeatable"
     )
     parser.add_argument(
+        "--shape",
+        action="append",
+        choices=tuple(SHAPES),
+        metavar="SHAPE",
+        help="with --compile: the kernels of this decoder, at 1, 8 and 32 rows; repeatable (default: OPT's)",
+    )
+    parser.add_argument(
         "--fewer", action="store_true", help="with --compile: shapes other than OPT-1.3B with few rows only"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object with every case")
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Print errors and verdicts; exit status 1 on any failure."""
     if args.compile:
         return _compile(args)
-    for option in ("capability", "config", "fewer"):
+    for option in ("capability", "config", "shape", "fewer"):
         if getattr(args, option):
             raise UserError(f"--{option} says what to compile: it needs --compile")
 
@@ -172,6 +181,7 @@ def _compile(args: argparse.Namespace) -> int:
         tuple(args.op or TRITON_OP_NAMES),
         tuple(map(Path, args.config)) if args.config else None,
         everywhere=not args.fewer,
+        shapes=tuple(args.shape or ()),
     )
     if not jobs:
         raise UserError("nothing to compile: no table is for a capability that was asked for")

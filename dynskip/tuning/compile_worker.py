@@ -9,11 +9,9 @@ import dataclasses
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.errors import TritonError
 from triton.runtime import driver
 
@@ -35,8 +33,7 @@ def compile_candidate(capability: int, task: Task, constants: Constants) -> Usag
     usages: list[Usage] = []
 
     def receive(op: str, kernel: Any) -> None:
-        kept = Path(triton.knobs.cache.dir) / "dynskip-resources"
-        resources = read_resources(kernel.asm["cubin"], False, kept)
+        resources = read_resources(kernel.asm["cubin"], False)
         usages.append(Usage(resources.registers, resources.spilled_bytes, kernel.metadata.shared))
 
     workload = Workload(task, get_row_ops("triton"), torch.device("cpu"), empty=True)

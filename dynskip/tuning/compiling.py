@@ -16,6 +16,7 @@ from typing import IO, Protocol
 
 from dynskip.tuning.space import Constants
 from dynskip.tuning.tasks import Task
+from dynskip.validation.offline.resources import complaint
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,7 @@ class Usage:
 
     def complaint(self, max_shared_bytes: int) -> str | None:
         """Why a GPU should not run it; None if it should."""
-        if self.error is not None:
-            return f"does not compile: {self.error}"
-        if self.spilled_bytes:
-            return f"spills {self.spilled_bytes} bytes a thread"
-        if self.shared_bytes > max_shared_bytes:
-            return f"needs {self.shared_bytes} bytes of shared memory, may have {max_shared_bytes}"
-        return None
+        return complaint(self.error, self.spilled_bytes, self.shared_bytes, max_shared_bytes)
 
 
 class Compiler(Protocol):

@@ -18,7 +18,7 @@ from dynskip.cli import tune as tune_command
 from dynskip.kernels.configs import KEYS, get_config, read_table, use_configs
 from dynskip.kernels.row_list import TUNED_BUCKETS
 from dynskip.measure.device import Cpu
-from dynskip.models.config import Rotary
+from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
 from dynskip.ops import row_reference
@@ -136,6 +136,14 @@ def test_the_kernels_compute_right_on_the_tensors_of_a_task(op: str) -> None:
         with use_configs(candidate_table(planned, default_constants(planned))):
             assert workload.complaint() is None
             workload.launch()
+
+
+@pytest.mark.parametrize("config", [TINY, OTHER], ids=["with biases", "without"])
+def test_a_projection_stores_all_rows_and_has_the_biases_of_its_model(config: DecoderConfig) -> None:
+    planned = task("qkv_rows", "qkv", config=config)
+    arguments = Workload(planned, get_row_ops("reference"), torch.device("cpu")).layers[0]
+    assert bool((arguments["slots"] >= 0).all())
+    assert (arguments["bias"] is not None) == config.qkv_bias
 
 
 def test_what_a_layer_owns_is_its_own() -> None:
@@ -441,6 +449,9 @@ def test_a_candidate_that_does_not_compile_is_told_from_a_bug(
         with pytest.raises(AssertionError, match=r"the process that compiles ended with status 1 at .*BLOCK_X"):
             pool.submit(planned, {**default_constants(planned), "BLOCK_X": 4}).result()
         assert pool.submit(planned, default_constants(planned)).result() is fits
+        rotated = replace(task("rotate_rows", dtype_name="bfloat16"), config=OTHER)
+        turns = pool.submit(rotated, default_constants(rotated)).result()
+    assert turns.error is None and turns.registers > 0
     assert fits.error is None and fits.registers > 0 and fits.spilled_bytes == 0
     assert too_short.error is not None
     assert "does not compile" in (too_short.complaint(1) or "")

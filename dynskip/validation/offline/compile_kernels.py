@@ -22,6 +22,7 @@ from dynskip.kernels import switches
 from dynskip.kernels.configs import DEFAULT, FOLDER, config_names, read_table
 from dynskip.ops.backends import OP_NAMES
 from dynskip.ops.row_ops import ROW_OP_NAMES
+from dynskip.validation.offline.resources import complaint
 
 # Shared memory that a thread block may have: CUDA C++ Programming Guide, technical specifications per capability.
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -72,14 +73,11 @@ class CompiledKernel:
     @property
     def complaint(self) -> str | None:
         """What is wrong with it; None if nothing is."""
-        if self.error is not None:
-            return f"does not compile: {self.error}"
         if self.num_warps > _MAX_WARPS:
             return f"has {self.num_warps} warps, may have {_MAX_WARPS}"
-        if self.spilled_bytes:
-            return f"spills {self.spilled_bytes} bytes a thread"
-        if self.shared_bytes > self.max_shared_bytes:
-            return f"needs {self.shared_bytes} bytes of shared memory, may have {self.max_shared_bytes}"
+        too_much = complaint(self.error, self.spilled_bytes, self.shared_bytes, self.max_shared_bytes)
+        if too_much is not None:
+            return too_much
         if {"bf16", "f16"} & set(self.products) and not self.tensor_core_instructions:
             return "multiplies 16-bit matrices without tensor cores"
         if (self.num_waits or self.num_signals) and self.capability < _FIRST_OVERLAPPING_CAPABILITY:

@@ -29,11 +29,14 @@ class Resources:
     tensor_core_instructions: int
 
 
-def read_resources(cubin: bytes, multiplies: bool, folder: Path) -> Resources:
+def read_resources(cubin: bytes, multiplies: bool) -> Resources:
     """The resources of the one kernel in `cubin`. Unless it `multiplies` matrices, nobody looks for tensor cores.
 
-    folder: keeps what the tools say of each kernel, since they take about as long as the compiler.
+    Triton's cache keeps what the tools say of each kernel, since they take about as long as the compiler.
     """
+    import triton
+
+    folder = Path(triton.knobs.cache.dir) / "dynskip-resources"
     kept = folder / f"{hashlib.sha256(cubin).hexdigest()}-{'all' if multiplies else 'usage'}.json"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,17 @@ def read_resources(cubin: bytes, multiplies: bool, folder: Path) -> Resources:
             count for name, count in said["instructions"].items() if is_tensor_core_instruction(name)
         ),
     )
+
+
+def complaint(error: str | None, spilled_bytes: int, shared_bytes: int, max_shared_bytes: int) -> str | None:
+    """Why a GPU should not run a kernel that takes so much, or that does not compile for that `error`."""
+    if error is not None:
+        return f"does not compile: {error}"
+    if spilled_bytes:
+        return f"spills {spilled_bytes} bytes a thread"
+    if shared_bytes > max_shared_bytes:
+        return f"needs {shared_bytes} bytes of shared memory, may have {max_shared_bytes}"
+    return None
 
 
 def is_tensor_core_instruction(name: str) -> bool:

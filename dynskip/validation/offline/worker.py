@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -111,8 +110,7 @@ def compile_all(
 def describe(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel is made of."""
     ptx, products = kernel.asm["ptx"], sorted(set(_MATRIX_PRODUCT.findall(kernel.asm["ttir"])))
-    kept = Path(triton.knobs.cache.dir) / "dynskip-resources"
-    resources = read_resources(kernel.asm["cubin"], bool(products), kept)
+    resources = read_resources(kernel.asm["cubin"], bool(products))
     return {
         "kernel": kernel.metadata.name,
         "num_warps": kernel.metadata.num_warps,
