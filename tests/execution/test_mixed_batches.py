@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import LARGE, family_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import NUM_LAYERS, VOCAB_SIZE, cpu_backend, cut, random_prompts, tiny_hf, tiny_model, within_budget
 from torch import Tensor
 
-from dynskip import LLM, LayerPath, OPTForCausalLM, Output, SamplingParams
+from dynskip import LLM, CausalLM, LayerPath, OPTForCausalLM, Output, SamplingParams
 from dynskip.execution.step import Step
 from dynskip.routing.plan import KVPolicy, Plan
 
@@ -106,6 +107,18 @@ def test_larger_shapes_keep_their_bits_too(backend: str, dtype: torch.dtype) -> 
     outputs = llm.generate(prompts, params, paths)
     for prompt, path, output in zip(prompts, paths, outputs, strict=True):
         (alone,) = llm.generate([prompt], params, path)
+        same_bits(output, alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", LARGE)
+def test_larger_shapes_of_every_family_keep_their_bits_too(family: str, backend: str) -> None:
+    """Windows and slopes over prompts longer than a block of any attention kernel, keys that heads share."""
+    hf_model = family_hf(family, **LARGE[family])
+    llm = LLM(CausalLM.from_hf(hf_model, backend=cpu_backend(backend), deterministic=True))
+    prompts, params = random_prompts([130, 1, 300, 33]), SamplingParams(max_tokens=3, logprobs=VOCAB_SIZE)
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        (alone,) = llm.generate([prompt], params)
         same_bits(output, alone)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL_VARIANTS, FAMILIES, NUM_DRAWS, convert_, cut_family, draws, family_hf
+from families import ALL_VARIANTS, FAMILIES, LARGE, NUM_DRAWS, convert_, cut_family, draws, family_hf
 from models import NUM_LAYERS, cpu_backend, ragged_batch, random_prompts, within_budget
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,6 +22,7 @@ PATHS = [
     LayerPath.of(NUM_LAYERS, [0]),
     LayerPath.of(NUM_LAYERS, [0, 3, 4, 5]),
 ]
+LONG = [300, 1, 70, 129]
 # The variant of each family that rounds in bfloat16.
 BFLOAT16 = {
     "llama": "one-kv-head",
@@ -81,6 +82,25 @@ def test_bfloat16_is_as_good_as_eager(family: str) -> None:
         logits = torch.cat(results)
         assert logits.dtype == torch.bfloat16
         within_budget(logits, torch.cat(eager), torch.cat(exact))
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_long_prompts_of_wide_heads(family: str) -> None:
+    hf_model = family_hf(family, **LARGE[family])
+    input_ids, attention_mask = ragged_batch(LONG, "right")
+
+    @torch.no_grad()
+    def of_transformers() -> Tensor:
+        rows = zip(input_ids, attention_mask.bool(), strict=True)
+        return torch.cat([hf_model(ids[keep][None], use_cache=False).logits[0] for ids, keep in rows])
+
+    expected = of_transformers()
+    models = [CausalLM.from_hf(hf_model, backend=cpu_backend(backend)) for backend in ("torch", "native")]
+    results = [model(input_ids, attention_mask).logits[attention_mask.bool()] for model in models]
+    convert_(hf_model, torch.float64)
+    exact = of_transformers()
+    for logits in results:
+        within_budget(logits, expected, exact)
 
 
 @pytest.mark.parametrize(("family", "changes"), NAMED)
