@@ -8,14 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from families import LARGE, family_hf
+from families import LARGE, family_hf, large_changes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import NUM_LAYERS, VOCAB_SIZE, cpu_backend, cut, random_prompts, tiny_hf, tiny_model, within_budget
+from models import (
+    NUM_LAYERS,
+    VARIANTS,
+    VOCAB_SIZE,
+    cpu_backend,
+    cut,
+    random_prompts,
+    tiny_hf,
+    tiny_model,
+    within_budget,
+)
 from torch import Tensor
 
 from dynskip import LLM, CausalLM, LayerPath, OPTForCausalLM, Output, SamplingParams
 from dynskip.execution.step import Step
+from dynskip.models.linear import Linear
+from dynskip.ops import varlen_attention
 from dynskip.routing.plan import KVPolicy, Plan
 
 BACKENDS = ["torch", "native"]
@@ -113,13 +125,53 @@ def test_larger_shapes_keep_their_bits_too(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", LARGE)
 def test_larger_shapes_of_every_family_keep_their_bits_too(family: str, backend: str) -> None:
-    """Windows and slopes over prompts longer than a block of any attention kernel, keys that heads share."""
-    hf_model = family_hf(family, **LARGE[family])
+    """Windows and slopes over prompts longer than a block of any attention kernel, keys that heads share.
+
+    In bfloat16, where a product of 1024 terms for 33 or 64 rows may have other bits than among more rows.
+    """
+    hf_model = family_hf(family, dtype=torch.bfloat16, **large_changes(family))
     llm = LLM(CausalLM.from_hf(hf_model, backend=cpu_backend(backend), deterministic=True))
-    prompts, params = random_prompts([130, 1, 300, 33]), SamplingParams(max_tokens=3, logprobs=VOCAB_SIZE)
+    prompts, params = random_prompts([130, 1, 300, 33, 64]), SamplingParams(max_tokens=3, logprobs=VOCAB_SIZE)
     for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
         (alone,) = llm.generate([prompt], params)
         same_bits(output, alone)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("opt", VARIANTS["post-norm-projected"]),
+        *((family, {}) for family in LARGE),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_every_product_of_a_deterministic_model_is_deterministic(
+    family: str, changes: dict[str, Any], deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of each one: a product of few terms may have the same bits beside any rows, on the machine at hand."""
+    hf_model = family_hf(family, **changes)
+    model = CausalLM.from_hf(hf_model, backend=cpu_backend("native"), deterministic=deterministic)
+    names = {module: name for name, module in model.named_modules() if isinstance(module, Linear)}
+    asked: dict[str, set[bool]] = {}
+    forward, attend = Linear.forward, varlen_attention.attend
+
+    def noted(linear: Linear, rows: Tensor, **options: Any) -> Tensor:
+        asked.setdefault(names[linear], set()).add(options["deterministic"])
+        return forward(linear, rows, **options)
+
+    def noted_attention(*arguments: Any, **options: Any) -> Tensor:
+        asked.setdefault("attention", set()).add(options["deterministic"])
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(Linear, "forward", noted)
+    monkeypatch.setattr(varlen_attention, "attend", noted_attention)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    mask = torch.rand(2, 6, NUM_LAYERS, generator=torch.Generator().manual_seed(1)) < 0.5
+    LLM(model).generate(random_prompts([4, 2]), params)
+    LLM(model).generate(random_prompts([4, 2]), params, mask, kv_policy="propagate")
+    assert asked.keys() == {*names.values(), "attention"}
+    assert all(answers == {deterministic} for answers in asked.values()), asked
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

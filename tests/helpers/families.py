@@ -102,20 +102,15 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "relu": {"activation_function": "relu", "layer_norm_epsilon": 0.1},
     },
 }
-# Heads of 64 and windows of less than a block of any attention kernel, for prompts of many blocks.
+# Heads of 64, windows of less than a block of any attention kernel, and products of many terms; see `large_changes`.
 LARGE: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 1, "intermediate_size": 256},
-    "mistral": {"num_key_value_heads": 1, "sliding_window": 40},
-    "qwen2": {"num_key_value_heads": 2, **_WINDOW, "sliding_window": 40, "max_window_layers": 1},
+    "llama": {"num_key_value_heads": 1, "intermediate_size": 1024},
+    "mistral": {"num_key_value_heads": 1, "intermediate_size": 1024, "sliding_window": 40},
+    "qwen2": {"intermediate_size": 1024, **_WINDOW, "sliding_window": 40, "max_window_layers": 1},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 64, **_WINDOW, "sliding_window": 100, "max_window_layers": 0},
-    "gpt_neox": {},
-    "bloom": {"n_head": 3, "hidden_size": 192, "seq_length": 512},
-    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
-}
-LARGE = {
-    family: {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, **changes}
-    | ({} if family == "bloom" else {"max_position_embeddings": 512})
-    for family, changes in LARGE.items()
+    "gpt_neox": {"intermediate_size": 1024},
+    "bloom": {"n_head": 3, "hidden_size": 192},
+    "gpt2": {"n_inner": 1024, "scale_attn_by_inverse_layer_idx": True},
 }
 ALL_VARIANTS = [(family, name) for family, variants in FAMILIES.items() for name in variants]
 NUM_DRAWS = 6
@@ -138,6 +133,13 @@ def family_config(family: str, **changes: Any) -> Any:
     if family != "bloom":
         options["max_position_embeddings"] = 64
     return CONFIG_MAPPING[family](**{**options, **changes})
+
+
+def large_changes(family: str) -> dict[str, Any]:
+    """Changes of a family's config for prompts of many blocks: two layers, two heads of 64 or three."""
+    positions = "seq_length" if family == "bloom" else "max_position_embeddings"
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, positions: 512}
+    return sizes | LARGE[family]
 
 
 def random_weights_(model: Any, seed: int) -> Any:

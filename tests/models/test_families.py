@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL_VARIANTS, FAMILIES, LARGE, NUM_DRAWS, convert_, cut_family, draws, family_hf
+from families import ALL_VARIANTS, FAMILIES, LARGE, NUM_DRAWS, convert_, cut_family, draws, family_hf, large_changes
 from models import NUM_LAYERS, cpu_backend, ragged_batch, random_prompts, within_budget
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -86,7 +86,7 @@ def test_bfloat16_is_as_good_as_eager(family: str) -> None:
 
 @pytest.mark.parametrize("family", LARGE)
 def test_long_prompts_of_wide_heads(family: str) -> None:
-    hf_model = family_hf(family, **LARGE[family])
+    hf_model = family_hf(family, **large_changes(family))
     input_ids, attention_mask = ragged_batch(LONG, "right")
 
     @torch.no_grad()
