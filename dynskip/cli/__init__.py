@@ -43,7 +43,7 @@ def build_parser() -> Parser:
     """The parser of ``dynskip`` with all its commands."""
     parser = Parser(
         prog="dynskip",
-        description="Run a batch of sequences through one OPT decoder, each along its own subset of the layers.",
+        description="Run a batch of sequences through one decoder, each along its own subset of the layers.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -75,7 +75,9 @@ def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt
     """
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="NAME", help=f"folder, hub id, or opt-mini, shipped with dynskip (default: {model_default})"
+        "--model",
+        metavar="NAME",
+        help=f"folder, GGUF file, hub id, or opt-mini (default: {model_default})",
     )
     group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")

@@ -24,13 +24,13 @@ def hf_config(shape: str | DecoderConfig, vocab_size: int | None = None) -> Any:
     if vocab_size is not None:
         decoder = replace(decoder, vocab_size=vocab_size)
     values = get_architecture(decoder.architecture).config_values(decoder)
-    # Tokens that some architectures name by default lie outside of small vocabularies.
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    defaults = CONFIG_MAPPING[decoder.architecture]()
+    kind = CONFIG_MAPPING[decoder.architecture]
+    # Tokens that a config names by default may lie outside of a small vocabulary.
+    ends = {name: getattr(kind(), name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     outside: dict[str, Any] = {
-        name: None for name in names if (getattr(defaults, name, None) or 0) >= decoder.vocab_size
+        name: None for name, token in ends.items() if token is not None and token >= decoder.vocab_size
     }
-    return CONFIG_MAPPING[decoder.architecture](**values, **outside)
+    return kind(**values, **outside)
 
 
 def weight_bytes(config: Any, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -55,11 +55,11 @@ def only_layers(hf_model: Any, path: LayerPath) -> Iterator[None]:
     config = hf_model.config
     layers = [hf_layers(hf_model)[layer] for layer in path.layers]
     kinds = getattr(config, "layer_types", None)
-    numbered: list[tuple[Any, int, Any]] = [
-        (module, number, module.layer_idx)
+    numbered: list[tuple[Any, int, int]] = [
+        (module, number, index)
         for number, layer in enumerate(layers)
         for module in layer.modules()
-        if hasattr(module, "layer_idx")
+        if (index := getattr(module, "layer_idx", None)) is not None
     ]
     num_layers = config.num_hidden_layers
     with replaced_layers(hf_model, layers):
@@ -71,8 +71,8 @@ def only_layers(hf_model: Any, path: LayerPath) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, _, number in numbered:
-                module.layer_idx = number
+            for module, _, index in numbered:
+                module.layer_idx = index
             config.num_hidden_layers = num_layers
             if kinds is not None:
                 config.layer_types = kinds
