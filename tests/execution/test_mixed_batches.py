@@ -17,6 +17,7 @@ from models import (
     VOCAB_SIZE,
     cpu_backend,
     cut,
+    ragged_batch,
     random_prompts,
     tiny_hf,
     tiny_model,
@@ -131,8 +132,14 @@ def test_larger_shapes_of_every_family_keep_their_bits_too(family: str, backend:
     """
     hf_model = family_hf(family, dtype=torch.bfloat16, **large_changes(family))
     llm = LLM(CausalLM.from_hf(hf_model, backend=cpu_backend(backend), deterministic=True))
-    prompts, params = random_prompts([130, 1, 300, 33, 64]), SamplingParams(max_tokens=3, logprobs=VOCAB_SIZE)
-    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+    input_ids, attention_mask = ragged_batch([130, 1, 300, 33, 64], "right")
+    logits = llm.model(input_ids, attention_mask).logits
+    prompts = [ids[keep] for ids, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+    for prompt, rows in zip(prompts, logits, strict=True):
+        assert torch.equal(llm.model(prompt[None]).logits[0], rows[: len(prompt)])
+    params = SamplingParams(max_tokens=3, logprobs=VOCAB_SIZE)
+    token_ids = [prompt.tolist() for prompt in prompts]
+    for prompt, output in zip(token_ids, llm.generate(token_ids, params), strict=True):
         (alone,) = llm.generate([prompt], params)
         same_bits(output, alone)
 
