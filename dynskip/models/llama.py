@@ -23,7 +23,7 @@ def decoder_config(config: Any) -> DecoderConfig:
     kind = config.model_type
     has_bias = getattr(config, "attention_bias", False)
     window = (getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0
-    layer_types = getattr(config, "layer_types", None) if window and kind in ("qwen2", "qwen3") else None
+    layer_types = _window_layers(getattr(config, "layer_types", None)) if kind in ("qwen2", "qwen3") else None
     rotary, head_size = rotary_of(config, LlamaRotaryEmbedding), head_size_of(config)
     if 2 * len(rotary.frequencies) != head_size:
         raise ValueError(
@@ -52,7 +52,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         is_head_tied=config.tie_word_embeddings,
         rotary=rotary,
         window=window,
-        window_layers=_window_layers(layer_types),
+        window_layers=layer_types if window else None,
     )
 
 

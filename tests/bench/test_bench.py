@@ -205,7 +205,8 @@ def test_models_of_every_architecture_are_made_checked_and_run(name: str) -> Non
     gate = Gate(hf_model, paths)
     with torch.no_grad():
         for truth, token_ids, path in zip(gate.truth, gate.prompts, paths, strict=True):
-            exact = cut_family(copy.deepcopy(hf_model).double(), path)(token_ids[None], use_cache=False).logits[0]
+            with cut_family(copy.deepcopy(hf_model).double(), path) as cut:
+                exact = cut(token_ids[None], use_cache=False).logits[0]
             torch.testing.assert_close(truth, exact)
     assert all(agreement.error > 0 for agreement in gate.check_model(CausalLM.from_hf(hf_model)))
     prompts, float32 = gate.prompts, hf_model.float()

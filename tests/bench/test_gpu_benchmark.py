@@ -338,7 +338,7 @@ def test_the_sanitizer_sees_every_op(capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["--device", "cpu", "--backend", "torch", "--dtype", "float32", "--cases", "2"]
     assert sanitize.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.count(": ok") == 10 and "all results are within their error budgets" in printed
+    assert printed.count(": ok") == 14 and "all results are within their error budgets" in printed
     assert sanitize.main(["--dry-run"]) == 0
     assert "plan_rows: " in capsys.readouterr().out
 

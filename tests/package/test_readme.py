@@ -64,13 +64,13 @@ def test_a_block_that_needs_another_fails_unless_it_says_so(monkeypatch: pytest.
 
 
 def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(blocks("README.md")[0].splitlines()) <= 10
+    assert len([line for line in blocks("README.md")[0].splitlines() if line]) <= 10
     run("README.md", 0)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        "24/24 layers {0-23}",
-        "8/24 layers {0,3,6,9,12,15,18,21}",
-        "4/24 layers {0,6,12,18}",
+        "30/30 layers {0-29}",
+        "27/30 layers {0-4,6-13,15-16,18-29}",
+        "29/30 layers {0-28}",
     ]
     assert all(line.endswith(("(stop)", "(length)")) for line in lines)
 

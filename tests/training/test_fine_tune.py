@@ -184,7 +184,8 @@ def test_the_loss_of_other_architectures_is_that_of_transformers(
     theirs = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     config, numbers = model.config.to_dict(), [getattr(m, "layer_idx", None) for m in model.modules()]
     for path in (LayerPath.full(4), LayerPath.of(4, [1, 2]), LayerPath.of(4, [3])):
-        expected = cut_family(theirs, path)(**batch, use_cache=False).loss
+        with cut_family(theirs, path):
+            expected = theirs(**batch, use_cache=False).loss
         with only_layers(model, path):
             loss = model(**batch)["loss"]
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -216,7 +217,8 @@ def test_other_architectures_are_tuned(
     prompt = [5, 9, 30]
     output = llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True), path)[0]
     with torch.no_grad():
-        logits = cut_family(tuned, path)(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+        with cut_family(tuned, path):
+            logits = tuned(torch.tensor([prompt]), use_cache=False).logits[0, -1]
     assert output.token_ids == [int(logits.argmax())]
 
 
