@@ -216,9 +216,8 @@ def test_other_architectures_are_tuned(
     llm = LLM(models["uniform-2"], dtype="float32")
     prompt = [5, 9, 30]
     output = llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True), path)[0]
-    with torch.no_grad():
-        with cut_family(tuned, path):
-            logits = tuned(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+    with torch.no_grad(), cut_family(tuned, path):
+        logits = tuned(torch.tensor([prompt]), use_cache=False).logits[0, -1]
     assert output.token_ids == [int(logits.argmax())]
 
 
