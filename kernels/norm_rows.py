@@ -1,7 +1,8 @@
-"""LayerNorm or RMSNorm of listed rows."""
+"""LayerNorm or RMSNorm of listed rows, in place of theirs or packed: a row is read once and written once."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,18 +24,25 @@ def norm_rows_kernel(
     num_columns,
     eps,
     RMS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    PACKED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One program a row; those behind the end of the list end at once."""
+    """One program a row; those behind the end of the list end at once. PACKED: results stand in the list's order."""
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)
-    if row < 0:
-        return
+    place = tl.program_id(0).to(tl.int64)
+    row = place
+    if HAS_IDS:
+        row = tl.load(ids_ptr + place).to(tl.int64)
+        if row < 0:
+            return
+    if PACKED:
+        out_ptr += (place - row) * stride_out_row
     # A tile of one row, so that rows have one way to be normalised.
     normalise_rows(
         x_ptr,
@@ -143,28 +151,49 @@ def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor, deterministi
 
     Statistics are float32. Cost: reads R * C values and the parameters, writes R * C.
     """
-    num_columns = x.shape[1]
     config = get_config("norm_rows", x.device, x.dtype, rows.max_rows, None, deterministic)
-    block = triton.next_power_of_2(num_columns)
+    # A thread holds 32 values at most: more of a long row would leave it without registers.
+    num_warps = max(config["num_warps"], min(triton.next_power_of_2(x.shape[1]) // 1024, 16))
+    options = pdl_options(config, x.device)
+    _launch("norm_rows", x, rows.ids, rows.max_rows, norm, out, PACKED=False, num_warps=num_warps, **options)
+
+
+def gather_layer_norm(
+    x: Tensor, row_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+) -> Tensor:
+    """Returns the norm of the chosen rows of `x`: `[R, C]`, dtype of `x`. See `reference.gather_layer_norm`.
+
+    Statistics are float32. Cost: reads R * C values and the parameters, writes R * C.
+    """
+    num_rows = x.shape[0] if row_ids is None else row_ids.shape[0]
+    out = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
+    num_warps = min(max(triton.next_power_of_2(x.shape[1]) // 512, 1), 16)
+    norm = RowNorm(weight, bias, eps, rms)
+    _launch("gather_layer_norm", x, row_ids, num_rows, norm, out, PACKED=True, num_warps=num_warps, USE_PDL=False)
+    return out
+
+
+def _launch(
+    op: str, x: Tensor, ids: Tensor | None, num_programs: int, norm: RowNorm, out: Tensor, **options: bool | int
+) -> None:
     launch(
-        "norm_rows",
+        op,
         norm_rows_kernel,
-        (rows.max_rows,),
+        (num_programs,),
         x.device,
         x,
-        rows.ids,
+        ids,
         norm.weight,
         norm.bias,
         out,
         x.stride(0),
         out.stride(0),
-        num_columns,
+        x.shape[1],
         norm.eps,
         RMS=norm.rms,
+        HAS_IDS=ids is not None,
         HAS_WEIGHT=norm.weight is not None,
         HAS_BIAS=norm.bias is not None,
-        BLOCK_C=block,
-        # A thread holds 32 values at most: more of a long row would leave it without registers.
-        num_warps=max(config["num_warps"], min(block // 1024, 16)),
-        **pdl_options(config, x.device),
+        BLOCK_C=triton.next_power_of_2(x.shape[1]),
+        **options,
     )

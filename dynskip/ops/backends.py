@@ -101,8 +101,8 @@ def _collect(name: str, module: object) -> Backend:
 def _load_triton() -> Backend:
     from dynskip.kernels.activate import activate
     from dynskip.kernels.decode_attention import decode_attention
-    from dynskip.kernels.gather_layer_norm import gather_layer_norm
     from dynskip.kernels.kv_store import kv_store
+    from dynskip.kernels.norm_rows import gather_layer_norm
     from dynskip.kernels.prefill_attention import prefill_attention
     from dynskip.kernels.rotate_rows import rotate
     from dynskip.kernels.scatter_add import scatter_add
