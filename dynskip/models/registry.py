@@ -13,10 +13,12 @@ from dynskip.models.gpt2 import GPT2
 from dynskip.models.gpt_neox import GPT_NEOX
 from dynskip.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from dynskip.models.opt import OPT
+from dynskip.models.phi import PHI
 from dynskip.models.shapes import SHAPES
 
 ARCHITECTURES = {
-    architecture.model_type: architecture for architecture in (OPT, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BLOOM, GPT2)
+    architecture.model_type: architecture
+    for architecture in (OPT, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BLOOM, GPT2, PHI)
 }
 
 

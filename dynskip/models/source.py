@@ -19,7 +19,7 @@ from dynskip.ops.checks import dtype_name
 
 # float64 is what results are compared with; the ops take the others.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What a config may say that plain OPT knows nothing of, and what to do about it.
+# What a config may say that no decoder here knows of, and what to do about it.
 _FOREIGN_KEYS = {
     "auto_map": "Code of a model folder is never run.",
     "quantization_config": "Save the model dequantised.",
@@ -120,8 +120,10 @@ def _shapes(architecture: Architecture, config: DecoderConfig) -> dict[str, torc
     """The shape of every tensor that a source of ``config`` holds, by name; a tied head is none of its own."""
     with torch.device("meta"):
         model = nn.ModuleDict({"decoder": Decoder(config)})
-        if not config.is_head_tied:
-            model["lm_head"] = Linear(config.embedding_size, config.vocab_size, bias=config.head_bias)
+        head = Linear(config.embedding_size, config.vocab_size, bias=config.head_bias)
+        if config.is_head_tied:
+            del head.weight
+        model["lm_head"] = head
     return stored_shapes(architecture, config, model)
 
 

@@ -37,6 +37,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
     "gpt_neox": {"intermediate_size": 48},
     "bloom": {},
+    "phi": {"intermediate_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -92,6 +93,14 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "untied": {"tie_word_embeddings": False},
         "one-head": {"n_head": 1},
         "eps": {"layer_norm_epsilon": 0.1},
+    },
+    "phi": {
+        "plain": {},
+        "two-kv-heads": {"num_key_value_heads": 2},
+        "whole-heads": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
+        "relu": {"hidden_act": "relu"},
+        "eps": {"layer_norm_eps": 0.1},
+        "linear": {"rope_parameters": {**_LINEAR, "partial_rotary_factor": 0.5}},
     },
     "gpt2": {
         "plain": {},

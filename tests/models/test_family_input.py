@@ -186,6 +186,7 @@ MATRICES = {
     "gpt_neox": "gpt_neox.layers.1.attention.query_key_value.weight",
     "bloom": "transformer.h.1.self_attention.query_key_value.weight",
     "gpt2": "transformer.h.1.attn.c_attn.weight",
+    "phi": "model.layers.1.self_attn.dense.weight",
 }
 
 
@@ -222,7 +223,7 @@ def test_a_checkpoint_that_contradicts_its_config(family: str, tmp_path: Path) -
     assert f"1 more, such as {name}_scale" in message(lambda held: held.update({f"{name}_scale": torch.ones(1)}))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     change_json(tmp_path / "config.json", vocab_size=100)
-    with pytest.raises(ValueError, match=r"must have the shape \[100, 32\] of its config, got \[101, 32\]"):
+    with pytest.raises(ValueError, match=r"must have the shape \[100(, 32)?\] of its config, got \[101(, 32)?\]"):
         load(tmp_path)
 
 
@@ -236,6 +237,10 @@ def test_a_decoder_saved_without_its_head(family: str, tmp_path: Path) -> None:
         name = f"layers.0.{architecture.derived[0].removeprefix('.')}"
         change_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(1)}))
     assert not any(name.startswith(architecture.prefix) for name in load_file(tmp_path / "model.safetensors"))
+    if family == "phi":  # its head has a bias, which such a checkpoint lacks
+        with pytest.raises(ValueError, match=r"got 1 missing, such as lm_head\.bias"):
+            load(tmp_path)
+        return
     same_logits(load(tmp_path), hf_model)
     change_json(tmp_path / "config.json", tie_word_embeddings=False)
     with pytest.raises(ValueError, match=rf"got 1 missing, such as {architecture.head}\.weight"):
