@@ -18,6 +18,16 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+# Sizes of a decoder, and what most configs of transformers call them.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
+GROUPED_SIZES = {**SIZES, "num_kv_heads": "num_key_value_heads"}
 # Frequencies that are the same at every length; "dynamic" changes them beyond max_position_embeddings only.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -76,6 +86,22 @@ class Architecture:
         return Stored(
             tuple(f"{self.prefix}{self.layers}.{index}.{name}" for name in held.names), held.part, held.by_head
         )
+
+
+def read_sizes(config: Any, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+    """The sizes of a decoder that a config calls by ``names``; without a number of key-value heads, that of heads."""
+    sizes = {ours: getattr(config, theirs) for ours, theirs in names.items()}
+    shared = {
+        "embedding_size": sizes["hidden_size"],
+        "num_kv_heads": sizes["num_heads"],
+        "head_size": head_size_of(config),
+    }
+    return shared | sizes
+
+
+def size_values(config: DecoderConfig, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+    """What a config that calls sizes by ``names`` says of ``config``."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 def qkv_parts(name: str, by_head: bool = False) -> dict[str, Stored]:

@@ -72,17 +72,13 @@ BLOOM = Architecture(
 
 def bloom_shape(num_layers: int, hidden_size: int, num_heads: int) -> DecoderConfig:
     """The decoder of a published model of these sizes."""
-    return DecoderConfig(
-        architecture="bloom",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=hidden_size // num_heads,
-        ffn_size=4 * hidden_size,
+    return DecoderConfig.of_sizes(
+        "bloom",
+        num_layers,
+        hidden_size,
+        num_heads,
         vocab_size=250880,
         max_positions=MAX_POSITIONS,
-        embedding_size=hidden_size,
         activation="gelu_tanh",
         embedding_norm=True,
         alibi=True,

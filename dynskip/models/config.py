@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,17 @@ class DecoderConfig:
     window_layers: tuple[int, ...] | None = None
     attention_scale: float | None = None
     scale_by_depth: bool = False
+
+    @staticmethod
+    def of_sizes(architecture: str, num_layers: int, hidden_size: int, num_heads: int, **others: Any) -> DecoderConfig:
+        """A decoder whose sizes follow where ``others`` has none: as many heads of keys, F four times C, E like C."""
+        sizes = {
+            "num_kv_heads": num_heads,
+            "head_size": hidden_size // num_heads,
+            "ffn_size": 4 * hidden_size,
+            "embedding_size": hidden_size,
+        }
+        return DecoderConfig(architecture, num_layers, hidden_size, num_heads, **{**sizes, **others})
 
     @property
     def kv_entry_size(self) -> int:

@@ -77,16 +77,12 @@ GPT2 = Architecture(
 
 def gpt2_shape(num_layers: int, hidden_size: int, num_heads: int) -> DecoderConfig:
     """The decoder of a published model of these sizes."""
-    return DecoderConfig(
-        architecture="gpt2",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=hidden_size // num_heads,
-        ffn_size=4 * hidden_size,
+    return DecoderConfig.of_sizes(
+        "gpt2",
+        num_layers,
+        hidden_size,
+        num_heads,
         vocab_size=50257,
         max_positions=1024,
-        embedding_size=hidden_size,
         activation="gelu_tanh",
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from dynskip.models.architecture import (
+    SIZES,
     Architecture,
     activation_name,
     activation_of,
-    head_size_of,
     qkv_parts,
+    read_sizes,
     rope_theta,
     rotary_of,
+    size_values,
 )
 from dynskip.models.config import DecoderConfig, Rotary
 
@@ -22,15 +24,7 @@ def decoder_config(config: Any) -> DecoderConfig:
 
     return DecoderConfig(
         architecture="gpt_neox",
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_attention_heads,
-        head_size=head_size_of(config),
-        ffn_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        embedding_size=config.hidden_size,
+        **read_sizes(config),
         norm_eps=config.layer_norm_eps,
         activation=activation_of(config, "hidden_act"),
         qkv_bias=config.attention_bias,
@@ -44,12 +38,7 @@ def decoder_config(config: Any) -> DecoderConfig:
 def config_values(config: DecoderConfig) -> dict[str, Any]:
     """What a ``GPTNeoXConfig`` of ``config`` says."""
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_positions,
+        **size_values(config),
         "layer_norm_eps": config.norm_eps,
         "hidden_act": activation_name(config),
         "attention_bias": config.qkv_bias,
@@ -67,14 +56,7 @@ GPT_NEOX = Architecture(
     model_type="gpt_neox",
     decoder_config=decoder_config,
     config_values=config_values,
-    sizes=(
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "intermediate_size",
-        "num_attention_heads",
-        "max_position_embeddings",
-    ),
+    sizes=tuple(SIZES.values()),
     prefix="gpt_neox.",
     layers="layers",
     base={"embed_tokens": "embed_in", "final_norm": "final_layer_norm"},
@@ -96,17 +78,14 @@ def gpt_neox_shape(
 ) -> DecoderConfig:
     """The decoder of a published model of these sizes."""
     head_size = hidden_size // num_heads
-    return DecoderConfig(
-        architecture="gpt_neox",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=head_size,
+    return DecoderConfig.of_sizes(
+        "gpt_neox",
+        num_layers,
+        hidden_size,
+        num_heads,
         ffn_size=ffn_size,
         vocab_size=vocab_size,
         max_positions=2048,
-        embedding_size=hidden_size,
         activation="gelu",
         is_head_tied=False,
         parallel=True,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from dynskip.models.architecture import (
+    GROUPED_SIZES,
     Architecture,
     Stored,
     activation_name,
     activation_of,
     head_size_of,
+    read_sizes,
     rope_theta,
     rotary_of,
+    size_values,
 )
 from dynskip.models.config import DecoderConfig, Rotary
 
@@ -32,15 +35,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         )
     return DecoderConfig(
         architecture=kind,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_size=head_size,
-        ffn_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        embedding_size=config.hidden_size,
+        **read_sizes(config, GROUPED_SIZES),
         norm="rms",
         norm_eps=config.rms_norm_eps,
         activation=activation_of(config, "hidden_act"),
@@ -72,13 +67,7 @@ def config_values(config: DecoderConfig) -> dict[str, Any]:
         "mlp_bias": (config.mlp_bias, ("llama",)),
     }
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "max_position_embeddings": config.max_positions,
+        **size_values(config, GROUPED_SIZES),
         "rms_norm_eps": config.norm_eps,
         "hidden_act": activation_name(config),
         "tie_word_embeddings": config.is_head_tied,
@@ -104,15 +93,7 @@ def _architecture(model_type: str) -> Architecture:
         model_type=model_type,
         decoder_config=decoder_config,
         config_values=config_values,
-        sizes=(
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ),
+        sizes=tuple(GROUPED_SIZES.values()),
         prefix="model.",
         layers="layers",
         base={"embed_tokens": "embed_tokens", "final_norm": "norm"},
@@ -152,17 +133,16 @@ def llama_shape(
 ) -> DecoderConfig:
     """The decoder of a published model of these sizes; frequencies as they are before any scaling."""
     head_size = hidden_size // num_heads if head_size is None else head_size
-    return DecoderConfig(
-        architecture=architecture,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
+    return DecoderConfig.of_sizes(
+        architecture,
+        num_layers,
+        hidden_size,
+        num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         ffn_size=ffn_size,
         vocab_size=vocab_size,
         max_positions=max_positions,
-        embedding_size=hidden_size,
         norm="rms",
         activation="silu",
         gated=True,

@@ -92,16 +92,13 @@ OPT = Architecture(
 
 def opt_shape(num_layers: int, hidden_size: int, num_heads: int, ffn_size: int | None = None) -> DecoderConfig:
     """The decoder of a published OPT model of these sizes; ffn_size: None for four times the hidden size."""
-    return DecoderConfig(
-        architecture="opt",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=hidden_size // num_heads,
+    return DecoderConfig.of_sizes(
+        "opt",
+        num_layers,
+        hidden_size,
+        num_heads,
         ffn_size=4 * hidden_size if ffn_size is None else ffn_size,
         vocab_size=50272,
         max_positions=2048,
-        embedding_size=hidden_size,
         position_offset=POSITION_OFFSET,
     )

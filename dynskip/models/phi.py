@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from dynskip.models.architecture import (
+    GROUPED_SIZES,
     Architecture,
     activation_name,
     activation_of,
-    head_size_of,
+    read_sizes,
     refuse,
     rope_theta,
     rotary_of,
+    size_values,
 )
 from dynskip.models.config import DecoderConfig
 
@@ -23,15 +25,7 @@ def decoder_config(config: Any) -> DecoderConfig:
     refuse(config, qk_layernorm=False)
     return DecoderConfig(
         architecture="phi",
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_size=head_size_of(config),
-        ffn_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        embedding_size=config.hidden_size,
+        **read_sizes(config, GROUPED_SIZES),
         norm_eps=config.layer_norm_eps,
         activation=activation_of(config, "hidden_act"),
         head_bias=True,
@@ -45,13 +39,7 @@ def decoder_config(config: Any) -> DecoderConfig:
 def config_values(config: DecoderConfig) -> dict[str, Any]:
     """What a ``PhiConfig`` says of ``config``."""
     return {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.ffn_size,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_positions,
+        **size_values(config, GROUPED_SIZES),
         "tie_word_embeddings": config.is_head_tied,
         "layer_norm_eps": config.norm_eps,
         "hidden_act": activation_name(config),
@@ -67,15 +55,7 @@ PHI = Architecture(
     model_type="phi",
     decoder_config=decoder_config,
     config_values=config_values,
-    sizes=(
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    ),
+    sizes=tuple(GROUPED_SIZES.values()),
     prefix="model.",
     layers="layers",
     base={"embed_tokens": "embed_tokens", "final_norm": "final_layernorm"},
