@@ -112,52 +112,16 @@ def attend_rows_kernel(
     if GROUP == 1:
         places, inside = find_places(columns, group * BLOCK_H, NUM_HEADS, HEAD_SIZE, BLOCK_D)
         maximum, total, attended = attend_tokens(
-            q_row_ptr,
-            k_cache_ptr,
-            v_cache_ptr,
-            table_row_ptr,
-            slopes_ptr,
-            slot_positions_ptr,
-            start,
-            end,
-            places,
-            inside,
-            group * BLOCK_H,
-            position,
-            window,
-            scale,
-            NUM_HEADS,
-            HEAD_SIZE,
-            HAS_SLOPES,
-            HAS_WINDOW,
-            BLOCK_S,
-            BLOCK_H,
-            BLOCK_D,
-            LANES,
+            *(q_row_ptr, k_cache_ptr, v_cache_ptr, table_row_ptr, slopes_ptr, slot_positions_ptr),
+            *(start, end, places, inside, group * BLOCK_H, position, window, scale),
+            *(NUM_HEADS, HEAD_SIZE, HAS_SLOPES, HAS_WINDOW, BLOCK_S, BLOCK_H, BLOCK_D, LANES),
         )
     else:
         places, inside = find_places(columns, group * GROUP, (group + 1) * GROUP, HEAD_SIZE, BLOCK_D)
         maximum, total, attended = attend_tokens_of_group(
-            q_row_ptr,
-            k_cache_ptr,
-            v_cache_ptr,
-            table_row_ptr,
-            slopes_ptr,
-            slot_positions_ptr,
-            start,
-            end,
-            group,
-            position,
-            window,
-            scale,
-            NUM_HEADS,
-            GROUP,
-            HEAD_SIZE,
-            HAS_SLOPES,
-            HAS_WINDOW,
-            BLOCK_S,
-            BLOCK_Q,
-            BLOCK_D,
+            *(q_row_ptr, k_cache_ptr, v_cache_ptr, table_row_ptr, slopes_ptr, slot_positions_ptr),
+            *(start, end, group, position, window, scale),
+            *(NUM_HEADS, GROUP, HEAD_SIZE, HAS_SLOPES, HAS_WINDOW, BLOCK_S, BLOCK_Q, BLOCK_D),
         )
 
     out_row_ptr = out_ptr + row * stride_out_row
@@ -194,11 +158,7 @@ def attend_rows_kernel(
             partials_ptr + (part - to_first_part) * (BLOCK_H * BLOCK_D) + part_columns,
             maxima_ptr - to_first_part * BLOCK_H + in_part,
             totals_ptr - to_first_part * BLOCK_H + in_part,
-            num_groups,
-            num_splits,
-            BLOCK_P,
-            BLOCK_H,
-            BLOCK_D,
+            *(num_groups, num_splits, BLOCK_P, BLOCK_H, BLOCK_D),
         )
         if GROUP == 1:
             out_places, in_out = find_places(part_columns, group * BLOCK_H, NUM_HEADS, HEAD_SIZE, BLOCK_D)
@@ -283,22 +243,9 @@ def attend_rows(
     splits = plan_splits(config, rows.max_rows, num_heads, num_kv_heads, head_size, slot_table.shape[1], deterministic)
     assert workspace.partials.numel() >= splits.num_partials, (workspace.partials.shape, splits)
     assert workspace.counters.numel() >= rows.max_rows * splits.num_groups, (workspace.counters.shape, splits)
-    launch_attention(
-        "attend_rows",
-        config,
-        splits,
-        q,
-        rows,
-        k_cache,
-        v_cache,
-        slot_table,
-        seq_ids,
-        key_limits,
-        scale,
-        out,
-        workspace,
-        Bias(slopes, window, position_ids, slot_positions),
-    )
+    bias = Bias(slopes, window, position_ids, slot_positions)
+    context = (k_cache, v_cache, slot_table, seq_ids, key_limits)
+    launch_attention("attend_rows", config, splits, q, rows, *context, scale, out, workspace, bias)
 
 
 def launch_attention(
@@ -326,31 +273,14 @@ def launch_attention(
     if group > 1:
         # Of parts wider than BLOCK_C fewer are joined at a time, in as many registers.
         block_p = max(block_p * config["BLOCK_C"] // max(config["BLOCK_C"], part_size), 1)
+    positions = (bias.slopes, bias.position_ids, bias.slot_positions)
     num_lanes = config["num_warps"] * 32 * (16 // q.itemsize) // part_size
     launch(
         op,
         attend_rows_kernel,
         (splits.num_groups * splits.num_items,),
-        q.device,
-        q,
-        ids,
-        k_cache,
-        v_cache,
-        slot_table,
-        seq_ids,
-        key_limits,
-        bias.slopes,
-        bias.position_ids,
-        bias.slot_positions,
-        out,
-        workspace.partials,
-        workspace.counters,
-        q.stride(0),
-        slot_table.stride(0),
-        out.stride(0),
-        max_rows,
-        scale,
-        bias.window,
+        (q, ids, k_cache, v_cache, slot_table, seq_ids, key_limits, *positions, out, *workspace),
+        (q.stride(0), slot_table.stride(0), out.stride(0), max_rows, scale, bias.window),
         NUM_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_SIZE=head_size,

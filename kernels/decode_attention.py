@@ -41,20 +41,7 @@ def decode_attention(
         torch.empty(splits.num_partials if needs_workspace else 0, dtype=torch.float32, device=q.device),
         torch.zeros(num_rows * splits.num_groups if needs_workspace else 0, dtype=torch.int32, device=q.device),
     )
-    launch_attention(
-        "decode_attention",
-        config,
-        splits,
-        q,
-        num_rows,
-        k_cache,
-        v_cache,
-        slot_table,
-        seq_ids,
-        context_lens,
-        scale,
-        out,
-        workspace,
-        Bias(slopes, window, position_ids, slot_positions),
-    )
+    bias = Bias(slopes, window, position_ids, slot_positions)
+    context = (k_cache, v_cache, slot_table, seq_ids, context_lens)
+    launch_attention("decode_attention", config, splits, q, num_rows, *context, scale, out, workspace, bias)
     return out

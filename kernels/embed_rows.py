@@ -21,8 +21,8 @@ def embed_rows_kernel(
     ids_ptr,
     token_table_ptr,
     position_table_ptr,
-    position_offset,
     out_ptr,
+    position_offset,
     stride_token,
     stride_position,
     stride_out_row,
@@ -63,24 +63,15 @@ def embed_rows(
     The sum is float32, rounded once. Cost: reads C values a row, or 2 * C, and writes C.
     """
     num_columns = out.shape[1]
+    stride_position = 0 if position_table is None else position_table.stride(0)
     config = get_config("embed_rows", out.device, out.dtype, rows.max_rows)
     block = min(triton.next_power_of_2(num_columns), 1024)
     launch(
         "embed_rows",
         embed_rows_kernel,
         (rows.max_rows, triton.cdiv(num_columns, block)),
-        out.device,
-        token_ids,
-        position_ids,
-        rows.ids,
-        token_table,
-        position_table,
-        position_offset,
-        out,
-        token_table.stride(0),
-        0 if position_table is None else position_table.stride(0),
-        out.stride(0),
-        num_columns,
+        (token_ids, position_ids, rows.ids, token_table, position_table, out),
+        (position_offset, token_table.stride(0), stride_position, out.stride(0), num_columns),
         HAS_POSITIONS=position_table is not None,
         BLOCK_C=block,
         num_warps=config["num_warps"],

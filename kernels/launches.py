@@ -29,13 +29,23 @@ class _Offline(NamedTuple):
 _offline: _Offline | None = None
 
 
-def launch(op: str, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: object, **options: object) -> None:
-    """Launches `kernel` on `device` and counts it for `op`; an empty grid launches nothing.
+def launch(
+    op: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    numbers: tuple[object, ...],
+    **options: object,
+) -> None:
+    """Launches `kernel` where its tensors are and counts it for `op`; an empty grid launches nothing.
 
-    Multiply-adds are fused, said explicitly because Triton's default is about to change.
+    tensors: what the kernel's pointers point at; None where it needs nothing, never the first. numbers: its strides and
+    sizes, behind the pointers. options: its constants, and Triton's own. Multiply-adds are fused, said explicitly
+    because Triton's default is about to change.
     """
     if 0 in grid:
         return
+    device, args = tensors[0].device, (*tensors, *numbers)
     if _offline is not None:
         _offline.receive(op, kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options))
         return

@@ -104,41 +104,16 @@ def linear_rows_kernel(
         # Each program normalises the rows that it multiplies, and all write the same bits to the same place: cheaper
         # than a kernel of its own as long as they are few.
         normalise_rows(
-            x_ptr,
-            norm_rows,
-            is_norm_row,
-            stride_x_row,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            normed_ptr,
-            stride_normed_row,
-            K,
-            eps,
-            RMS,
-            HAS_NORM_WEIGHT,
-            HAS_NORM_BIAS,
-            NORM_CHUNK,
-            ONE_NORM_CHUNK,
+            *(x_ptr, norm_rows, is_norm_row, stride_x_row),
+            *(norm_weight_ptr, norm_bias_ptr, normed_ptr, stride_normed_row, K, eps),
+            *(RMS, HAS_NORM_WEIGHT, HAS_NORM_BIAS, NORM_CHUNK, ONE_NORM_CHUNK),
         )
         tl.debug_barrier()
         x_ptr = normed_ptr
         stride_x_row = stride_normed_row
     products = multiply_rows(
-        x_ptr,
-        rows,
-        is_row,
-        stride_x_row,
-        weight_ptr,
-        columns,
-        in_matrix,
-        K,
-        0,
-        K,
-        BLOCK_K,
-        EVEN_N,
-        EVEN_K,
-        WEIGHTS_LEFT,
-        NUM_STAGES,
+        *(x_ptr, rows, is_row, stride_x_row, weight_ptr, columns, in_matrix, K, 0, K),
+        *(BLOCK_K, EVEN_N, EVEN_K, WEIGHTS_LEFT, NUM_STAGES),
     )
     if HAS_BIAS:
         products += bias[None, :]
@@ -152,19 +127,8 @@ def linear_rows_kernel(
     results = products.to(out_ptr.dtype.element_ty)
     if IS_QKV:
         store_parts(
-            results,
-            rows,
-            is_row,
-            first_column,
-            query_size,
-            key_size,
-            num_run,
-            out_ptr,
-            k_cache_ptr,
-            v_cache_ptr,
-            slots_ptr,
-            stride_out_row,
-            EVEN_PARTS,
+            *(results, rows, is_row, first_column, query_size, key_size, num_run),
+            *(out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, stride_out_row, EVEN_PARTS),
         )
     else:
         mask = is_row[:, None]
@@ -288,6 +252,8 @@ def _launch(
     if norm is not None and not config["FUSE_NORM"]:
         norm_rows(x, rows, norm, normed, deterministic)
         x, norm = normed, None
+    norm_weight, norm_bias, eps, rms = norm or RowNorm(None, None, 0.0)
+    strides = (x.stride(0), normed.stride(0), out.stride(0))
     query_size, key_size = 0, 0
     if caches is not None:
         key_size = caches.k_cache.shape[1] * caches.k_cache.shape[2]
@@ -300,29 +266,11 @@ def _launch(
         op,
         linear_rows_kernel,
         (triton.cdiv(rows.max_rows, config["BLOCK_M"]), triton.cdiv(num_columns, config["BLOCK_N"])),
-        x.device,
-        x,
-        rows.ids,
-        rows.num,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        normed,
-        weight,
-        bias,
-        out,
-        *((None, None, None, None) if caches is None else caches),
-        x.stride(0),
-        normed.stride(0),
-        out.stride(0),
-        num_columns // 2 if gated else num_columns,
-        depth,
-        query_size,
-        key_size,
-        0.0 if norm is None else norm.eps,
-        rows.max_rows,
-        RMS=norm is not None and norm.rms,
-        HAS_NORM_WEIGHT=norm is not None and norm.weight is not None,
-        HAS_NORM_BIAS=norm is not None and norm.bias is not None,
+        (x, rows.ids, rows.num, norm_weight, norm_bias, normed, weight, bias, out, *(caches or [None] * 4)),
+        (*strides, num_columns // 2 if gated else num_columns, depth, query_size, key_size, eps, rows.max_rows),
+        RMS=rms,
+        HAS_NORM_WEIGHT=norm_weight is not None,
+        HAS_NORM_BIAS=norm_bias is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         GATED=gated,

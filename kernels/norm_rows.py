@@ -45,21 +45,9 @@ def norm_rows_kernel(
         out_ptr += (place - row) * stride_out_row
     # A tile of one row, so that rows have one way to be normalised.
     normalise_rows(
-        x_ptr,
-        row + tl.zeros([1], tl.int64),
-        tl.full([1], True, tl.int1),
-        stride_x_row,
-        weight_ptr,
-        bias_ptr,
-        out_ptr,
-        stride_out_row,
-        num_columns,
-        eps,
-        RMS,
-        HAS_WEIGHT,
-        HAS_BIAS,
-        BLOCK_C,
-        True,
+        *(x_ptr, row + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1), stride_x_row),
+        *(weight_ptr, bias_ptr, out_ptr, stride_out_row, num_columns, eps),
+        *(RMS, HAS_WEIGHT, HAS_BIAS, BLOCK_C, True),
     )
 
 
@@ -180,16 +168,8 @@ def _launch(
         op,
         norm_rows_kernel,
         (num_programs,),
-        x.device,
-        x,
-        ids,
-        norm.weight,
-        norm.bias,
-        out,
-        x.stride(0),
-        out.stride(0),
-        x.shape[1],
-        norm.eps,
+        (x, ids, norm.weight, norm.bias, out),
+        (x.stride(0), out.stride(0), x.shape[1], norm.eps),
         RMS=norm.rms,
         HAS_IDS=ids is not None,
         HAS_WEIGHT=norm.weight is not None,

@@ -7,14 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynskip.kernels.attend_tokens import LOG2_E, NO_SCORE
 from dynskip.kernels.configs import get_config
 from dynskip.kernels.launches import launch
-
-# Stands for minus infinity in scores: the difference of two of it is a number.
-NO_SCORE = tl.constexpr(-3.0e38)
-# A weight is a power of two: e ** x = 2 ** (x * log2(e)).
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 # The sequences that a program looks at side by side, in search of its own: up to so many, one kernel. A loop over fewer
 # at a time would spill on sm_80 or sm_100.
@@ -103,27 +98,11 @@ def prefill_attention_kernel(
         key_positions_ptr += first_key
     for half in tl.static_range(2):
         maxima, totals, attended = attend_keys(
-            q,
-            k_ptr,
-            v_ptr,
-            stride_k_row,
-            stride_v_row,
-            limits,
-            positions,
-            key_positions_ptr,
-            slope,
-            window,
+            *(q, k_ptr, v_ptr, stride_k_row, stride_v_row, limits, positions, key_positions_ptr, slope, window),
             num_seen_by_all if half else 0,
             num_keys if half else num_seen_by_all,
-            scale * LOG2_E,
-            maxima,
-            totals,
-            attended,
-            HEAD_SIZE,
-            HAS_SLOPES,
-            HAS_WINDOW,
-            BLOCK_N,
-            BLOCK_D,
+            *(scale * LOG2_E, maxima, totals, attended),
+            *(HEAD_SIZE, HAS_SLOPES, HAS_WINDOW, BLOCK_N, BLOCK_D),
             HAS_LIMITS=half == 1,
         )
 
@@ -225,24 +204,9 @@ def prefill_attention(
         "prefill_attention",
         prefill_attention_kernel,
         (num_rows // block_m + num_sequences if num_rows else 0, num_heads),
-        q.device,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_limits,
-        slopes,
-        position_ids,
-        key_positions,
-        out,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        num_sequences,
+        (q, k, v, cu_seqlens_q, cu_seqlens_k, key_limits, slopes, position_ids, key_positions, out),
         # Keys beyond a limit have the product minus infinity, whose score must not become NaN.
-        max(scale, 1e-30),
-        window,
+        (q.stride(0), k.stride(0), v.stride(0), num_sequences, max(scale, 1e-30), window),
         GROUP=num_heads // k.shape[1],
         HEAD_SIZE=head_size,
         HAS_SLOPES=slopes is not None,

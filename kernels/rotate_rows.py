@@ -50,35 +50,16 @@ def rotate_rows_kernel(
     angles_ptr = cos_sin_ptr + tl.load(position_ids_ptr + row) * stride_angles
     if block < num_query_blocks:
         rotate_heads(
-            q_ptr + row * stride_q_row,
-            block * BLOCK_H,
-            angles_ptr,
-            q_weight_ptr,
-            eps,
-            NUM_HEADS,
-            HEAD_SIZE,
-            ROTARY_SIZE,
-            HAS_Q_WEIGHT,
-            BLOCK_H,
-            BLOCK_E,
-            BLOCK_D,
+            *(q_ptr + row * stride_q_row, block * BLOCK_H, angles_ptr, q_weight_ptr, eps),
+            *(NUM_HEADS, HEAD_SIZE, ROTARY_SIZE, HAS_Q_WEIGHT, BLOCK_H, BLOCK_E, BLOCK_D),
         )
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
         if slot >= 0:
+            key_ptr = k_cache_ptr + slot * (NUM_KV_HEADS * HEAD_SIZE)
             rotate_heads(
-                k_cache_ptr + slot * (NUM_KV_HEADS * HEAD_SIZE),
-                (block - num_query_blocks) * BLOCK_H,
-                angles_ptr,
-                k_weight_ptr,
-                eps,
-                NUM_KV_HEADS,
-                HEAD_SIZE,
-                ROTARY_SIZE,
-                HAS_K_WEIGHT,
-                BLOCK_H,
-                BLOCK_E,
-                BLOCK_D,
+                *(key_ptr, (block - num_query_blocks) * BLOCK_H, angles_ptr, k_weight_ptr, eps),
+                *(NUM_KV_HEADS, HEAD_SIZE, ROTARY_SIZE, HAS_K_WEIGHT, BLOCK_H, BLOCK_E, BLOCK_D),
             )
 
 
@@ -101,19 +82,11 @@ def rotate_kernel(
 ):
     """One program for each row and BLOCK_H of its heads."""
     row = tl.program_id(0).to(tl.int64)
+    row_ptr, first_head = x_ptr + row * stride_x_row, tl.program_id(1) * BLOCK_H
+    angles_ptr = cos_sin_ptr + tl.load(position_ids_ptr + row) * stride_angles
     rotate_heads(
-        x_ptr + row * stride_x_row,
-        tl.program_id(1) * BLOCK_H,
-        cos_sin_ptr + tl.load(position_ids_ptr + row) * stride_angles,
-        weight_ptr,
-        eps,
-        NUM_HEADS,
-        HEAD_SIZE,
-        ROTARY_SIZE,
-        HAS_WEIGHT,
-        BLOCK_H,
-        BLOCK_E,
-        BLOCK_D,
+        *(row_ptr, first_head, angles_ptr, weight_ptr, eps),
+        *(NUM_HEADS, HEAD_SIZE, ROTARY_SIZE, HAS_WEIGHT, BLOCK_H, BLOCK_E, BLOCK_D),
     )
 
 
@@ -194,18 +167,8 @@ def rotate_rows(
         "rotate_rows",
         rotate_rows_kernel,
         (rows.max_rows, triton.cdiv(num_heads, block) + triton.cdiv(num_kv_heads, block)),
-        q.device,
-        q,
-        rows.ids,
-        k_cache,
-        slots,
-        position_ids,
-        cos_sin,
-        q_weight,
-        k_weight,
-        q.stride(0),
-        cos_sin.stride(0),
-        eps,
+        (q, rows.ids, k_cache, slots, position_ids, cos_sin, q_weight, k_weight),
+        (q.stride(0), cos_sin.stride(0), eps),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
@@ -230,14 +193,8 @@ def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | No
         "rotate",
         rotate_kernel,
         (num_rows, triton.cdiv(num_heads, tiles["BLOCK_H"])),
-        x.device,
-        x,
-        position_ids,
-        cos_sin,
-        weight,
-        x.stride(0),
-        cos_sin.stride(0),
-        eps,
+        (x, position_ids, cos_sin, weight),
+        (x.stride(0), cos_sin.stride(0), eps),
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         ROTARY_SIZE=cos_sin.shape[1],

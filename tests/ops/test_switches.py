@@ -165,7 +165,7 @@ def test_every_kernel_asks_for_shared_memory_once(monkeypatch: pytest.MonkeyPatc
     device = torch.device("cuda", 0)
 
     def launch(function: int) -> None:
-        launches.launch("made_up", FakeKernel(function), (1,), device)
+        launches.launch("made_up", FakeKernel(function), (1,), (SimpleNamespace(device=device),), ())
 
     launch(2**40 + 1)
     assert driver.asked == []
