@@ -42,7 +42,6 @@ from dynskip.simulation.simulate import EngineOptions, simulate
 from dynskip.simulation.workload import PAPER_MIX, Workload, at_full_depth, parse_mix
 
 ROOT = Path(__file__).resolve().parents[1]
-_GAINS = (("decode_gain", "ideal_decode"), ("gain", "ideal_all"))
 PARTS = ("stream", "closed", "static", "overhead")
 
 
@@ -317,125 +316,101 @@ def _scheduler_us(costs: StepCosts, pool: int, waiting: int, num_steps: int = 40
     return 1e6 * sum(times) / len(times)
 
 
+_HEAD = """\
+# Serving mixed depths: measured
+
+Written by `python bench/serving.py`. {model}, {dtype}, {cpu}, {num_cores} cores, {num_threads} threads, backend \
+{backend}, commit {commit}, {date}, {shown_versions}.
+{requests} requests, all there at the beginning, {prompts}, output lengths geometric with mean {mean_output:g}, \
+greedy. Depths: {mix} (mean {mean_layers:.2f} of {num_layers} layers).
+Checked before anything was timed: {gate}. Competitors take turns of a quarter of a second, whoever is furthest behind \
+first.
+"""
+_STREAM = """\
+## A stream of requests, batch {batch}, pool {pool} for cohort
+
+Gains are over full depth under the same engine and policy `cohort`. Ideal: {ideal_decode:.2f}x for decode steps, \
+{ideal_all:.2f}x with prefill.
+"""
+_STREAM_TABLE = (
+    "policy | decode s | gain | of ideal | over lockstep | prefill s | decode + prefill gain | of ideal | tokens/s | "
+    "rows | paths | layers | union | longest wait, steps (W) | TTFT s p50/90/99 | KV peak MiB | bookkeeping",
+    "{name} | {decode_s:.1f} | {decode_gain:.2f}x | {decode_share} | {over_lockstep:.2f}x | {prefill_s:.1f} | "
+    "{gain:.2f}x | {share} | {tokens_per_s:.0f} | {rows:.1f} | {paths:.2f} | {layers:.2f} | {union:.1f} | "
+    "{longest_wait}{bound} | {ttft_s[0]:.1f}/{ttft_s[1]:.1f}/{ttft_s[2]:.1f} | {peak_kv_mib:.0f} | "
+    "{bookkeeping_share:.1%}",
+)
+_PREDICTED = "Waits count own turns only. The simulation, with costs that an earlier run calibrated, beside it:\n"
+_PREDICTED_TABLE = (
+    "policy | tokens/s | predicted | off by | mean ms per token | predicted | off by",
+    "{name} | {tokens_per_s:.0f} | {predicted_tokens_per_s:.0f} | {tokens_per_s_off:+.0%} | {mean_tpot_ms:.0f} | "
+    "{predicted_mean_tpot_ms:.0f} | {mean_tpot_ms_off:+.0%}",
+)
+_CLOSED = """\
+## A closed batch of 16
+
+Nobody comes after them, so each layer is read least often if all step together: `cohort` does what `lockstep` does. \
+The union of the paths bounds both, and towards the end the longest outputs alone.
+"""
+_CLOSED_TABLE = (
+    "policy | decode s | over lockstep, median (lowest) | union",
+    "{name} | {decode_s:.2f} | {over_lockstep:.2f}x ({lowest:.2f}x) | {union:.1f}",
+)
+_STATIC = "## Full depth: {requests} requests in batches of {batch}\n"
+_STATIC_TABLE = (
+    "who | seconds | tokens/s | over static batches | over transformers",
+    "{name} | {seconds:.1f} | {tokens_per_s:.1f} | {over_static:.2f}x | {over_transformers:.2f}x",
+)
+_OVERHEAD = """\
+## Scheduler and bookkeeping
+
+With {resident:.0f} resident sequences and batches of {batch}: {us_per_step:.0f} us of a step, {share:.2%}, over \
+{steps} steps. The scheduler alone, batches of 16:
+"""
+_OVERHEAD_TABLE = ("resident | waiting | us per step", "{resident} | {waiting} | {us_per_step:.0f}")
+
+
 def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
     """The result as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if version)
-    text = [
-        "# Serving mixed depths: measured",
-        "",
-        "Written by `python bench/serving.py`. "
-        f"{conditions['model']}, {conditions['dtype']}, {conditions['cpu']}, {conditions['num_cores']} cores, "
-        f"{conditions['num_threads']} threads, backend {conditions['backend']}, commit {conditions['commit']}, "
-        f"{conditions['date']}, {versions}.",
-        f"{conditions['requests']} requests, all there at the beginning, {conditions['prompts']}, output lengths "
-        f"geometric with mean {conditions['mean_output']:g}, greedy. Depths: {conditions['mix']} (mean "
-        f"{conditions['mean_layers']:.2f} of {conditions['num_layers']} layers).",
-        f"Checked before anything was timed: {conditions['gate']}. Competitors take turns of a quarter of a "
-        "second, whoever is furthest behind first.",
-        "",
-    ]
-    stream = [line for line in lines if line["part"] == "stream"]
+    text = [_HEAD.format(**conditions, shown_versions=versions)]
+    stream, closed, static, overhead = ([line for line in lines if line["part"] == part] for part in PARTS)
     for batch in sorted({line["batch"] for line in stream}):
-        own = [line for line in stream if line["batch"] == batch]
-        lockstep = next(line for line in own if line["name"] == "lockstep")
-        text += [
-            f"## A stream of requests, batch {batch}, pool {4 * batch} for cohort",
-            "",
-            "Gains are over full depth under the same engine and policy `cohort`. "
-            f"Ideal: {own[0]['ideal_decode']:.2f}x for decode steps, {own[0]['ideal_all']:.2f}x with prefill.",
-            "",
-            *_table(
-                "policy | decode s | gain | of ideal | over lockstep | prefill s | decode + prefill gain | of ideal | "
-                "tokens/s | rows | paths | layers | union | longest wait, steps (W) | TTFT s p50/90/99 | KV peak MiB | "
-                "bookkeeping",
-                [_stream_row(line, lockstep) for line in own],
-            ),
-            "",
-            "Waits count own turns only. The simulation, with costs that an earlier run calibrated, beside it:",
-            "",
-            *_table(
-                "policy | tokens/s | predicted | off by | mean ms per token | predicted | off by",
-                [
-                    f"{line['name']} | {_predicted(line, 'tokens_per_s')} | {_predicted(line, 'mean_tpot_ms')}"
-                    for line in own
-                ],
-            ),
-            "",
-        ]
-    if closed := [line for line in lines if line["part"] == "closed"]:
-        text += [
-            "## A closed batch of 16",
-            "",
-            "Nobody comes after them, so each layer is read least often if all step together: `cohort` does what "
-            "`lockstep` does. The union of the paths bounds both, and towards the end the longest outputs alone.",
-            "",
-            *_table(
-                "policy | decode s | over lockstep, median (lowest) | union",
-                [
-                    f"{line['name']} | {line['decode_s']:.2f} | {line['over_lockstep']:.2f}x ({line['lowest']:.2f}x) | "
-                    f"{line['union']:.1f}"
-                    for line in closed
-                ],
-            ),
-            "",
-        ]
-    if static := [line for line in lines if line["part"] == "static"]:
-        text += [
-            f"## Full depth: {static[0]['requests']} requests in batches of {static[0]['batch']}",
-            "",
-            *_table(
-                "who | seconds | tokens/s | over static batches | over transformers",
-                [
-                    f"{line['name']} | {line['seconds']:.1f} | {line['tokens_per_s']:.1f} | "
-                    f"{line['over_static']:.2f}x | {line['over_transformers']:.2f}x"
-                    for line in static
-                ],
-            ),
-            "",
-        ]
-    if overhead := [line for line in lines if line["part"] == "overhead"]:
+        own = _with_ratios([line for line in stream if line["batch"] == batch])
+        text += [_STREAM.format(**own[0], pool=4 * batch), _table(_STREAM_TABLE, own)]
+        text += [_PREDICTED, _table(_PREDICTED_TABLE, own)]
+    if closed:
+        text += [_CLOSED, _table(_CLOSED_TABLE, closed)]
+    if static:
+        text += [_STATIC.format(**static[0]), _table(_STATIC_TABLE, static)]
+    if overhead:
         engine = next(line for line in overhead if line["name"] == "engine")
-        text += [
-            "## Scheduler and bookkeeping",
-            "",
-            f"With {engine['resident']:.0f} resident sequences and batches of {engine['batch']}: "
-            f"{engine['us_per_step']:.0f} us of a step, {engine['share']:.2%}, over {engine['steps']} steps. "
-            "The scheduler alone, batches of 16:",
-            "",
-            *_table(
-                "resident | waiting | us per step",
-                [
-                    f"{line['resident']} | {line['waiting']} | {line['us_per_step']:.0f}"
-                    for line in overhead
-                    if line["name"] == "scheduler"
-                ],
-            ),
-            "",
-        ]
+        text += [_OVERHEAD.format(**engine), _table(_OVERHEAD_TABLE, [line for line in overhead if line is not engine])]
     return "\n".join(text)
 
 
-def _table(headings: str, rows: Sequence[str]) -> list[str]:
-    """The lines of a Markdown table, from cells that stand between bars already."""
-    return [f"| {headings} |", "|" + "---|" * (headings.count("|") + 1), *(f"| {row} |" for row in rows)]
+def _table(form: tuple[str, str], lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the headings and the row that ``form`` gives; cells stand between bars already."""
+    headings, row = form
+    rows = [f"| {row.format(**line)} |\n" for line in lines]
+    return "".join([f"| {headings} |\n|{'---|' * (headings.count('|') + 1)}\n", *rows])
 
 
-def _stream_row(line: dict[str, Any], lockstep: dict[str, Any]) -> str:
-    is_full = line["name"] == "full depth"
-    shares = ["" if is_full else f"{line[gain] / line[ideal]:.0%}" for gain, ideal in _GAINS]
-    wait = f"{line['longest_wait']}" + (f" ({line['max_wait']})" if line["max_wait"] else "")
-    ttft = "/".join(f"{value:.1f}" for value in line["ttft_s"])
-    return (
-        f"{line['name']} | {line['decode_s']:.1f} | {line['decode_gain']:.2f}x | {shares[0]} | "
-        f"{lockstep['decode_s'] / line['decode_s']:.2f}x | {line['prefill_s']:.1f} | {line['gain']:.2f}x | "
-        f"{shares[1]} | {line['tokens_per_s']:.0f} | {line['rows']:.1f} | {line['paths']:.2f} | {line['layers']:.2f} | "
-        f"{line['union']:.1f} | {wait} | {ttft} | {line['peak_kv_bytes'] / 2**20:.0f} | {line['bookkeeping_share']:.1%}"
-    )
-
-
-def _predicted(line: dict[str, Any], name: str) -> str:
-    predicted = line[f"predicted_{name}"]
-    return f"{line[name]:.0f} | {predicted:.0f} | {predicted / line[name] - 1:+.0%}"
+def _with_ratios(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of one batch with what the page says of them besides."""
+    lockstep = next(line for line in lines if line["name"] == "lockstep")
+    return [
+        {
+            **line,
+            "decode_share": "" if line["name"] == "full depth" else f"{line['decode_gain'] / line['ideal_decode']:.0%}",
+            "share": "" if line["name"] == "full depth" else f"{line['gain'] / line['ideal_all']:.0%}",
+            "over_lockstep": lockstep["decode_s"] / line["decode_s"],
+            "bound": f" ({line['max_wait']})" if line["max_wait"] else "",
+            "peak_kv_mib": line["peak_kv_bytes"] / 2**20,
+            **{f"{name}_off": line[f"predicted_{name}"] / line[name] - 1 for name in ("tokens_per_s", "mean_tpot_ms")},
+        }
+        for line in lines
+    ]
 
 
 def _alpaca(path: Path, llm: LLM, count: int, max_tokens: int) -> list[list[int]]:
