@@ -155,18 +155,14 @@ def _named(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, StoredTen
     """The file's tensors by transformers' names. Raises ValueError unless they are those of the config."""
     shapes = _shapes(config)
     for stored, (_, shape) in shapes.items():
-        what = f"{header.function}: {header.path}"
         if stored not in header.tensors:
-            raise ValueError(f"{what} must hold every tensor of its config, got no {stored}.")
+            raise header.error(f"hold every tensor of its config, got no {stored}.")
         found = header.tensors[stored].shape
         if found != shape:
-            raise ValueError(f"{what} must hold {stored} in the shape {list(shape)} of its config, got {list(found)}.")
+            raise header.error(f"hold {stored} in the shape {list(shape)} of its config, got {list(found)}.")
     unknown = sorted(header.tensors.keys() - shapes.keys() - {_ROPE_FACTORS})
     if unknown:
-        raise ValueError(
-            f"{header.function}: {header.path} must hold the tensors of its config only, got {len(unknown)} more, such "
-            f"as {unknown[0]}."
-        )
+        raise header.error(f"hold the tensors of its config only, got {len(unknown)} more, such as {unknown[0]}.")
     return {name: header.tensors[stored] for stored, (name, _) in shapes.items()}
 
 

@@ -43,23 +43,21 @@ def read_config(header: GGUFHeader, rope_factors: Sequence[float] | None) -> dic
     none. Raises ValueError, beginning with what the header does, for a model that is not one of ``ARCHITECTURES``, and
     for one whose values contradict each other.
     """
-    what, architecture = f"{header.function}: {header.path}", header.require("general.architecture", str)
+    architecture = header.require("general.architecture", str)
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{what} must hold a model of architecture {', '.join(ARCHITECTURES)}, got {shown(architecture)}. "
-            "Other architectures are not supported."
+        raise header.error(
+            f"hold a model of architecture {', '.join(ARCHITECTURES)}, got {shown(architecture)}. Other architectures "
+            "are not supported."
         )
-    if header.get("split.count", int, 1) > 1:
-        raise ValueError(
-            f"{what} must hold a whole model, got one of {header.get('split.count', int)} parts. Merge them with "
-            "llama-gguf-split --merge."
+    num_parts = header.get("split.count", int, 1)
+    if num_parts > 1:
+        raise header.error(
+            f"hold a whole model, got one of {num_parts} parts. Merge them with llama-gguf-split --merge."
         )
     for key, plain in _PLAIN.items():
         found = header.get(f"{architecture}.{key}", type(plain), plain)
         if found != plain:
-            raise ValueError(
-                f"{what} must hold {architecture}.{key} {plain} or none, got {found}. It is not supported."
-            )
+            raise header.error(f"hold {architecture}.{key} {plain} or none, got {found}. It is not supported.")
     sizes = _sizes(header, architecture)
     has_bias = "blk.0.attn_q.bias" in header.tensors
     return {
@@ -89,9 +87,9 @@ def _sizes(header: GGUFHeader, architecture: str) -> dict[str, int]:
         if size < 1:
             raise ValueError(f"{header.function}: {name} of {header.path} must be at least 1, got {size}.")
     if sizes["num_hidden_layers"] > len(header.tensors):
-        raise ValueError(
-            f"{header.function}: {header.path} must hold tensors for each of its {sizes['num_hidden_layers']} layers, "
-            f"got {len(header.tensors)} in all. Download it again."
+        raise header.error(
+            f"hold tensors for each of its {sizes['num_hidden_layers']} layers, got {len(header.tensors)} in all. "
+            "Download it again."
         )
     head_dim = header.get(f"{architecture}.attention.key_length", int, sizes["hidden_size"] // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -102,19 +100,18 @@ def _sizes(header: GGUFHeader, architecture: str) -> dict[str, int]:
                 f"{other}."
             )
     if head_dim < 2 or head_dim % 2 or heads % sizes["num_key_value_heads"]:
-        raise ValueError(
-            f"{header.function}: {header.path} must hold heads of an even size, as many or a multiple of the key-value "
-            f"heads, got {heads} of {head_dim} and {sizes['num_key_value_heads']} key-value heads."
+        raise header.error(
+            f"hold heads of an even size, as many or a multiple of the key-value heads, got {heads} of {head_dim} and "
+            f"{sizes['num_key_value_heads']} key-value heads."
         )
     if EMBEDDING not in header.tensors:
-        raise ValueError(f"{header.function}: {header.path} must hold {EMBEDDING}, got none.")
+        raise header.error(f"hold {EMBEDDING}, got none.")
     vocab_size = header.tensors[EMBEDDING].shape[0]
     named = header.get(f"{architecture}.vocab_size", int, vocab_size)
     num_tokens = len(header.get("tokenizer.ggml.tokens", list, []))
     if named != vocab_size or num_tokens not in (0, vocab_size):
-        raise ValueError(
-            f"{header.function}: {header.path} must hold an embedding for each token, got {vocab_size} for a "
-            f"vocab_size of {named} and {num_tokens} tokens."
+        raise header.error(
+            f"hold an embedding for each token, got {vocab_size} for a vocab_size of {named} and {num_tokens} tokens."
         )
     return {**sizes, "head_dim": head_dim, "vocab_size": vocab_size}
 
@@ -141,24 +138,22 @@ def _rope_parameters(
     header: GGUFHeader, architecture: str, sizes: dict[str, int], rope_factors: Sequence[float] | None
 ) -> dict[str, Any]:
     """transformers' ``rope_parameters``. A file with a factor and no type scales linearly, as llama.cpp has it."""
-    what, key = f"{header.function}: {header.path}", f"{architecture}.rope.scaling"
+    key = f"{architecture}.rope.scaling"
     theta = header.get(f"{architecture}.rope.freq_base", float, 10000.0)
     default = {"rope_theta": theta, "rope_type": "default"}
     factor = header.get(f"{key}.factor", float, header.get(f"{architecture}.rope.scale_linear", float, 0.0))
     kind = header.get(f"{key}.type", str, "linear")
     if kind not in ("none", "linear", "yarn"):
-        raise ValueError(
-            f"{what} must hold a {key}.type of none, linear or yarn, got {shown(kind)}. It is not supported."
-        )
+        raise header.error(f"hold a {key}.type of none, linear or yarn, got {shown(kind)}. It is not supported.")
     is_scaled = kind != "none" and factor not in (0.0, 1.0)
     if rope_factors is not None and any(value != 1.0 for value in rope_factors):
         if is_scaled:
-            raise ValueError(f"{what} must hold rope_freqs or {key}, got both.")
+            raise header.error(f"hold rope_freqs or {key}, got both.")
         return {**default, **_llama3(header, sizes, theta, rope_factors)}
     if not is_scaled:
         return default
     if not math.isfinite(factor) or factor < 1.0:
-        raise ValueError(f"{what} must hold a {key}.factor of at least 1, got {factor}.")
+        raise header.error(f"hold a {key}.factor of at least 1, got {factor}.")
     if kind == "linear":
         return {**default, "rope_type": "linear", "factor": factor}
     of_yarn = {
@@ -190,10 +185,9 @@ def _llama3(header: GGUFHeader, sizes: dict[str, int], theta: float, rope_factor
     made = _llama3_factors(factor, theta, sizes["head_dim"])
     # The float32 in the file may have been computed in float32: two units in its last place for each operation.
     if len(made) != len(rope_factors) or not np.allclose(made, rope_factors, rtol=1e-6, atol=0.0):
-        raise ValueError(
-            f"{header.function}: {header.path} must hold the rope_freqs of Llama 3, {sizes['head_dim'] // 2} factors "
-            f"made for {_LLAMA3_POSITIONS} positions, got {len(rope_factors)} others up to {factor}. They "
-            "are not supported."
+        raise header.error(
+            f"hold the rope_freqs of Llama 3, {sizes['head_dim'] // 2} factors made for {_LLAMA3_POSITIONS} positions, "
+            f"got {len(rope_factors)} others up to {factor}. They are not supported."
         )
     return scaling
 

@@ -66,11 +66,15 @@ class GGUFHeader:
             raise ValueError(f"{self.function}: {key} of {self.path} must be {kind.__name__}, got {shown(value)}.")
         return value
 
+    def error(self, requirement: str) -> ValueError:
+        """What to raise where the file does not meet ``requirement``, which says what it must do."""
+        return ValueError(f"{self.function}: {self.path} must {requirement}")
+
     def require(self, key: str, kind: type[_T]) -> _T:
         """The value of a key. Raises ValueError where the file lacks it, or has one of another type."""
         value = self.get(key, kind)
         if value is None:
-            raise ValueError(f"{self.function}: {self.path} must hold {key}, got none. Convert the model anew.")
+            raise self.error(f"hold {key}, got none. Convert the model anew.")
         return value
 
 

@@ -76,10 +76,7 @@ def read_gguf_tokenizer(path: str | Path, function: str) -> PreTrainedTokenizerF
     add_eos = header.get("tokenizer.ggml.add_eos_token", bool, False)
     for name, is_added in (("bos", add_bos), ("eos", add_eos)):
         if is_added and f"{name}_token" not in control:
-            raise ValueError(
-                f"{function}: {header.path} must name the {name} token that it adds to texts, got no "
-                f"tokenizer.ggml.{name}_token_id."
-            )
+            raise header.error(f"name the {name} token that it adds to texts, got no tokenizer.ggml.{name}_token_id.")
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         add_bos_token=add_bos,
@@ -94,40 +91,35 @@ def read_gguf_tokenizer(path: str | Path, function: str) -> PreTrainedTokenizerF
 
 
 def _splits(header: GGUFHeader) -> _Splits:
-    what = f"{header.function}: {header.path}"
     model = header.get("tokenizer.ggml.model", str, "none")
     if model != _MODEL:
-        raise ValueError(
-            f"{what} must hold a byte-level BPE tokenizer, tokenizer.ggml.model {_MODEL}, got {shown(model)}. Other "
-            "tokenizers are not supported: name a folder with the model's own."
+        raise header.error(
+            f"hold a byte-level BPE tokenizer, tokenizer.ggml.model {_MODEL}, got {shown(model)}. Other tokenizers are "
+            "not supported: name a folder with the model's own."
         )
     pre = header.get("tokenizer.ggml.pre", str, "none")
     if pre not in _PRE_TOKENIZERS:
-        raise ValueError(
-            f"{what} must hold a tokenizer.ggml.pre of {', '.join(_PRE_TOKENIZERS)}, got {shown(pre)}. Others are not "
-            "supported: name a folder with the model's own tokenizer."
+        raise header.error(
+            f"hold a tokenizer.ggml.pre of {', '.join(_PRE_TOKENIZERS)}, got {shown(pre)}. Others are not supported: "
+            "name a folder with the model's own tokenizer."
         )
     return _PRE_TOKENIZERS[pre]
 
 
 def _byte_level(header: GGUFHeader, splits: _Splits) -> Tokenizer:
-    what = f"{header.function}: {header.path}"
     tokens = header.require("tokenizer.ggml.tokens", list)
     types = header.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens) or "" in vocabulary or len(types) != len(tokens):
-        raise ValueError(
-            f"{what} must hold tokens that differ, none empty, and a type for each, got {len(tokens)} tokens, "
-            f"{len(vocabulary)} different, and {len(types)} types."
+        raise header.error(
+            f"hold tokens that differ, none empty, and a type for each, got {len(tokens)} tokens, {len(vocabulary)} "
+            f"different, and {len(types)} types."
         )
-    merges = []
-    for merge in header.require("tokenizer.ggml.merges", list):
-        left, _, right = str(merge).partition(" ")
-        merges.append((left, right))
+    merges = [str(merge).partition(" ")[::2] for merge in header.require("tokenizer.ggml.merges", list)]
     try:
         tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=splits.ignore_merges))
     except Exception as error:  # tokenizers raises plain exceptions: their text says which merge has no token
-        raise ValueError(f"{what} must hold merges of its tokens, got: {error}") from error
+        raise header.error(f"hold merges of its tokens, got: {error}") from error
     isolate = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits.patterns]
     steps = [*isolate, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     unknown = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys())
