@@ -7,14 +7,12 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
+from dynskip.benchmark.report import SECTIONS
 from dynskip.cli.options import BACKENDS, UserError, add_number, file_path, in_range, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 
 if TYPE_CHECKING:
     from dynskip.benchmark.suite import Options
-
-# As in dynskip.benchmark, which a test compares: importing that here would import torch for `dynskip --help`.
-SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
 
 HELP = "time steps along paths, beside the time they should take"
 DESCRIPTION = "Time prefill and decode along paths on this CPU, in turns with what they are held against."

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,16 @@ def in_range(least: float, most: float) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+class LazyChoices:
+    """The ``choices`` of an option that are looked up where one is given: `dynskip --help` does not import torch."""
+
+    def __init__(self, find: Callable[[], Sequence[str]]) -> None:
+        self._find = find
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._find())
 
 
 def add_number(

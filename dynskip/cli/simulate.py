@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 
 from dynskip.cli.options import UserError, add_number
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
+from dynskip.scheduler.policies.make import POLICIES
+from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
 if TYPE_CHECKING:
     from dynskip.costs.step_costs import StepCosts
     from dynskip.simulation.comparison import Comparison
-
-# As in dynskip.scheduler.policies.policy, .workload and dynskip.measure.random_models, which a test compares.
-POLICIES = ("cohort", "lockstep", "by_path")
-PATHS = "uniform:4=74,uniform:8=18,uniform:12=6,full=2"
 
 HELP = "predict throughput and latency of a stream of requests"
 DESCRIPTION = "Run the engine's scheduler against a simulated clock, beside the same requests at full depth."
@@ -37,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``simulate``."""
     load = parser.add_argument_group("load")
     add_number(load, "--requests", "N", 1, 10**6, 1024, "how many")
-    load.add_argument("--paths", metavar="SPEC", help=f"PATH=SHARE,PATH=SHARE,... (default: {PATHS})")
+    load.add_argument("--paths", metavar="SPEC", help=f"PATH=SHARE,PATH=SHARE,... (default: {PAPER_MIX})")
     load.add_argument(
         "--arrival", default="closed", metavar="A", help="closed (default), or poisson:RATE in requests a second"
     )
@@ -68,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     """Simulate and print."""
     from dynskip.simulation.comparison import compare
     from dynskip.simulation.simulate import UNLIMITED_SLOTS, EngineOptions
-    from dynskip.simulation.workload import PAPER_MIX, Workload, parse_mix
 
     costs = _costs(args.device, args.shape)
     mean_output, fixed = _output(args.output)

@@ -9,24 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynskip.cli.options import DTYPES, UserError, check_writable, file_path
+from dynskip.cli.options import DTYPES, LazyChoices, UserError, check_writable, file_path
 
 if TYPE_CHECKING:
     from dynskip.tuning.search import Outcome
     from dynskip.tuning.tasks import Task
 
-# As in dynskip.tuning.tasks, which a test compares: importing it here would import torch for `dynskip --help`.
-OPS = (
-    "linear_rows",
-    "linear_add_rows",
-    "qkv_rows",
-    "attend_rows",
-    "norm_rows",
-    "embed_rows",
-    "gate_rows",
-    "rotate_rows",
-    "place_rows",
-)
 # Multiprocessors of the card that a dry run stands for: A100, H200, B200.
 _NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}
 HELP = "find the kernels' fastest constants for this GPU"
@@ -54,7 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", metavar="A,B,...", help="row counts, those that matter most first (default: 1 to 256)"
     )
-    parser.add_argument("--op", action="append", choices=OPS, metavar="OP", help="repeatable (default: all)")
+    parser.add_argument(
+        "--op", action="append", choices=LazyChoices(_ops), metavar="OP", help="repeatable (default: all)"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="stop then, with the best so far (default: never)")
     parser.add_argument("--out", type=file_path, metavar="FILE", help="(default: the device's table in the package)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one a CPU)")
@@ -63,6 +53,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--capability", type=int, choices=tuple(_NUM_PROCESSORS), default=90, help="of a dry run (default: 90)"
     )
     parser.add_argument("--quiet", action="store_true", help="only the result")
+
+
+def _ops() -> tuple[str, ...]:
+    from dynskip.tuning.tasks import TUNED_OPS
+
+    return TUNED_OPS
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = plan_tasks(
         read_decoder_config(args.model),
         BUCKETS_BY_WEIGHT if args.rows is None else _rows(args.rows),
-        args.op or OPS,
+        args.op or _ops(),
         args.dtype,
     )
     capability = args.capability if args.dry_run else _capability()

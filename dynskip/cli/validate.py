@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynskip.cli.options import DTYPES, UserError, show_progress
+from dynskip.cli.options import DTYPES, LazyChoices, UserError, show_progress
 from dynskip.models.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -17,29 +17,6 @@ if TYPE_CHECKING:
     from dynskip.validation.offline.compile_kernels import CompiledKernel
 
 _BACKENDS = ("torch", "native", "triton")
-# As in dynskip.ops.OP_NAMES, which a test compares: importing that here would import torch for `dynskip --help`.
-OPS = (
-    "gather_layer_norm",
-    "scatter_add",
-    "kv_store",
-    "decode_attention",
-    "prefill_attention",
-    "rotate",
-    "activate",
-)
-# As in dynskip.ops.row_ops.ROW_OP_NAMES: the parts of a decode step, which only the triton backend has.
-ROW_OPS = (
-    "embed_rows",
-    "norm_rows",
-    "linear_rows",
-    "qkv_rows",
-    "rotate_rows",
-    "place_rows",
-    "attend_rows",
-    "linear_add_rows",
-    "gate_rows",
-    "plan_rows",
-)
 _MAX_SHOWN = 3
 HELP = "compare every op with float64 over all its shapes"
 DESCRIPTION = "Compare every op of a backend with a float64 reference. Exit status 1 if any error is too large."
@@ -60,8 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``validate``."""
     parser.add_argument("--backend", action="append", choices=_BACKENDS, help="repeatable (default: all that run here)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all)")
-    parser.add_argument("--op", action="append", choices=OPS + ROW_OPS, metavar="OP", help="repeatable (default: all)")
-    parser.add_argument("--inject-fault", choices=OPS + ROW_OPS, metavar="OP", help="falsify the results of this op")
+    names = LazyChoices(lambda: _ops_of("triton", None))
+    parser.add_argument("--op", action="append", choices=names, metavar="OP", help="repeatable (default: all)")
+    parser.add_argument("--inject-fault", choices=names, metavar="OP", help="falsify the results of this op")
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -157,8 +135,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ops_of(backend: str, chosen: list[str] | None) -> tuple[str, ...]:
-    """The ops to validate on `backend`: those chosen that it has."""
-    names = OPS + ROW_OPS if backend == "triton" else OPS
+    """The ops to validate on `backend`: those chosen that it has. Only triton has the parts of a decode step."""
+    from dynskip.ops.backends import OP_NAMES
+    from dynskip.ops.row_ops import ROW_OP_NAMES
+
+    names = OP_NAMES + ROW_OP_NAMES if backend == "triton" else OP_NAMES
     return tuple(name for name in names if chosen is None or name in chosen)
 
 

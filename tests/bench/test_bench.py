@@ -21,7 +21,6 @@ from bench.report.serving import serving_sentence, serving_tables
 from dynskip import CausalLM, LayerPath, OPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner, parts, suite
 from dynskip.benchmark.report import Report, Row, markdown_table
-from dynskip.cli import bench as cli_bench
 from dynskip.cli import main
 from dynskip.costs.layer_costs import ModelBytes, PathMix
 from dynskip.measure import machine, random_models, timing
@@ -395,10 +394,6 @@ def test_speed_is_plausible(tiny: str) -> None:
 
 
 # The command line, and the README
-
-
-def test_the_command_line_knows_the_same_names() -> None:
-    assert cli_bench.SECTIONS == suite.SECTIONS
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 
 from dynskip.cli import calibrate as calibrate_command
 from dynskip.cli import main
-from dynskip.cli import simulate as simulate_command
 from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, PathMix
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
@@ -303,11 +302,6 @@ def test_mistakes_end_in_one_line(arguments: list[str], part: str, capsys: pytes
     assert main(["simulate", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and part in err, err
-
-
-def test_the_commands_offer_what_there_is() -> None:
-    assert simulate_command.POLICIES == POLICIES
-    assert simulate_command.PATHS == PAPER_MIX
 
 
 def test_calibrate_measures_keeps_and_simulates(

@@ -408,10 +408,6 @@ def test_a_mistake_is_one_line(options: list[str], message: str, capsys: pytest.
     assert message in capsys.readouterr().err
 
 
-def test_the_parser_knows_the_ops() -> None:
-    assert tune_command.OPS == TUNED_OPS
-
-
 def test_a_dry_run_compiles_the_candidates(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
