@@ -59,9 +59,7 @@ def attend_rows_kernel(
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     TARGET_ITEMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -90,7 +88,7 @@ def attend_rows_kernel(
         tl.extra.cuda.gdc_wait()
     if SPLIT_TOKENS:
         index, row, sequence, limit, num_splits, split_tokens, split = find_item_of_fixed_size(
-            item, num_items, ids_ptr, seq_ids_ptr, key_limits_ptr, max_rows, HAS_ROWS, SPLIT_TOKENS
+            item, num_items, ids_ptr, seq_ids_ptr, key_limits_ptr, max_rows, SPLIT_TOKENS
         )
     else:
         index, row, sequence, limit, num_splits, split_tokens, split = find_item(
@@ -105,7 +103,7 @@ def attend_rows_kernel(
     q_row_ptr = q_ptr + row * stride_q_row
     table_row_ptr = slot_table_ptr + sequence.to(tl.int64) * stride_table_row
     position = 0
-    if HAS_SLOPES or HAS_WINDOW:
+    if slopes_ptr is not None or HAS_WINDOW:
         position = tl.load(position_ids_ptr + row).to(tl.int32)
     # A head after the other, as they lie in a row; [BLOCK_Q, BLOCK_D] where heads matter.
     columns = tl.arange(0, BLOCK_Q * BLOCK_D)
@@ -114,14 +112,14 @@ def attend_rows_kernel(
         maximum, total, attended = attend_tokens(
             *(q_row_ptr, k_cache_ptr, v_cache_ptr, table_row_ptr, slopes_ptr, slot_positions_ptr),
             *(start, end, places, inside, group * BLOCK_H, position, window, scale),
-            *(NUM_HEADS, HEAD_SIZE, HAS_SLOPES, HAS_WINDOW, BLOCK_S, BLOCK_H, BLOCK_D, LANES),
+            *(NUM_HEADS, HEAD_SIZE, HAS_WINDOW, BLOCK_S, BLOCK_H, BLOCK_D, LANES),
         )
     else:
         places, inside = find_places(columns, group * GROUP, (group + 1) * GROUP, HEAD_SIZE, BLOCK_D)
         maximum, total, attended = attend_tokens_of_group(
             *(q_row_ptr, k_cache_ptr, v_cache_ptr, table_row_ptr, slopes_ptr, slot_positions_ptr),
             *(start, end, group, position, window, scale),
-            *(NUM_HEADS, GROUP, HEAD_SIZE, HAS_SLOPES, HAS_WINDOW, BLOCK_S, BLOCK_Q, BLOCK_D),
+            *(NUM_HEADS, GROUP, HEAD_SIZE, HAS_WINDOW, BLOCK_S, BLOCK_Q, BLOCK_D),
         )
 
     out_row_ptr = out_ptr + row * stride_out_row
@@ -284,9 +282,7 @@ def launch_attention(
         NUM_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_SIZE=head_size,
-        HAS_SLOPES=bias.slopes is not None,
         HAS_WINDOW=bias.window > 0,
-        HAS_ROWS=ids is not None,
         SPLIT_TOKENS=splits.split_tokens,
         TARGET_ITEMS=splits.target_items,
         BLOCK_R=1 if splits.split_tokens else triton.next_power_of_2(max_rows),

@@ -29,7 +29,6 @@ def attend_tokens(
     scale,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -47,7 +46,7 @@ def attend_tokens(
         q_row_ptr + tl.broadcast_to(places[None, :], [LANES, BLOCK_H * BLOCK_D]), mask=inside[None, :], other=0.0
     )
     q = tl.reshape(q, [1, LANES, BLOCK_H, BLOCK_D]).to(tl.float32) * (scale * LOG2_E)
-    if HAS_SLOPES:
+    if slopes_ptr is not None:
         heads = first_head + tl.arange(0, BLOCK_H)
         slopes = tl.load(slopes_ptr + heads, mask=heads < NUM_HEADS, other=0.0) * LOG2_E
     in_block = tl.arange(0, BLOCK_S)
@@ -60,7 +59,7 @@ def attend_tokens(
     slots = tl.load(table_row_ptr + positions, mask=positions >= 0, other=0)
     for first in range(start, end, BLOCK_S):
         offsets = slots.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_SIZE) + places[None, :]
-        if HAS_SLOPES or HAS_WINDOW:
+        if slopes_ptr is not None or HAS_WINDOW:
             in_order = position - tl.load(slot_positions_ptr + slots)
             distances = tl.reshape(in_order, [BLOCK_S // LANES, LANES])
         if HAS_WINDOW:
@@ -79,7 +78,7 @@ def attend_tokens(
         v = tl.reshape(v, [BLOCK_S // LANES, LANES, BLOCK_H, BLOCK_D])
         # One query a head: a matrix product would waste 15 of its 16 rows, so multiply and sum.
         scores = tl.sum(q * k.to(tl.float32), axis=3)
-        if HAS_SLOPES:
+        if slopes_ptr is not None:
             scores -= slopes[None, None, :] * distances.to(tl.float32)[:, :, None]
         is_seen = first + in_lanes < end
         if HAS_WINDOW:
@@ -114,7 +113,6 @@ def attend_tokens_of_group(
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -132,7 +130,7 @@ def attend_tokens_of_group(
     heads = kv_head * GROUP + members
     q_ptrs = q_row_ptr + heads[:, None] * HEAD_SIZE + dims[None, :]
     q = tl.load(q_ptrs, mask=is_member[:, None] & in_head[None, :], other=0.0)
-    if HAS_SLOPES:
+    if slopes_ptr is not None:
         slopes = tl.load(slopes_ptr + heads, mask=is_member, other=0.0) * LOG2_E
     maxima = tl.full([BLOCK_Q], NO_SCORE, tl.float32)
     totals = tl.zeros([BLOCK_Q], tl.float32)
@@ -146,7 +144,7 @@ def attend_tokens_of_group(
         offsets = slots.to(tl.int64) * (NUM_HEADS * HEAD_SIZE)
         k_ptrs = k_cache_ptr + offsets[None, :] + dims[:, None]
         v_ptrs = v_cache_ptr + offsets[:, None] + dims[None, :]
-        if HAS_SLOPES or HAS_WINDOW:
+        if slopes_ptr is not None or HAS_WINDOW:
             distances = position - tl.load(slot_positions_ptr + slots)
         if HAS_WINDOW:
             is_near = distances < window
@@ -160,7 +158,7 @@ def attend_tokens_of_group(
             v = tl.load(v_ptrs, mask=in_head[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
         is_seen = first + in_block < end
-        if HAS_SLOPES:
+        if slopes_ptr is not None:
             scores -= slopes[:, None] * distances.to(tl.float32)[None, :]
         if HAS_WINDOW:
             is_seen = is_seen & is_near

@@ -88,7 +88,6 @@ def find_item_of_fixed_size(
     seq_ids_ptr,
     key_limits_ptr,
     max_rows,
-    HAS_ROWS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
 ):
     """Which tokens an item is, where every row owns as many items and each is SPLIT_TOKENS long, whatever the others.
@@ -101,7 +100,7 @@ def find_item_of_fixed_size(
     index = item // items_per_row
     row = index
     is_listed = index < max_rows
-    if HAS_ROWS:
+    if ids_ptr is not None:
         row = tl.load(ids_ptr + index, mask=is_listed, other=-1)
         is_listed = row >= 0
     sequence = tl.load(seq_ids_ptr + row, mask=is_listed, other=0)

@@ -27,7 +27,6 @@ def embed_rows_kernel(
     stride_position,
     stride_out_row,
     num_columns,
-    HAS_POSITIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -41,10 +40,10 @@ def embed_rows_kernel(
     if row < 0:
         return
     token = tl.load(token_ids_ptr + row) * stride_token
-    if HAS_POSITIONS:
+    if position_table_ptr is not None:
         position = (tl.load(position_ids_ptr + row) + position_offset) * stride_position
     embedded = tl.load(token_table_ptr + token + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_POSITIONS:
+    if position_table_ptr is not None:
         embedded += tl.load(position_table_ptr + position + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * stride_out_row + columns, embedded.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -72,7 +71,6 @@ def embed_rows(
         (rows.max_rows, triton.cdiv(num_columns, block)),
         (token_ids, position_ids, rows.ids, token_table, position_table, out),
         (position_offset, token_table.stride(0), stride_position, out.stride(0), num_columns),
-        HAS_POSITIONS=position_table is not None,
         BLOCK_C=block,
         num_warps=config["num_warps"],
         **pdl_options(config, out.device),

@@ -20,7 +20,6 @@ def gate_rows_kernel(
     active_ptr,
     stride_x_row,
     num_columns,
-    HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -41,7 +40,7 @@ def gate_rows_kernel(
         runs += x * tl.load(weight_ptr + num_columns + columns, mask=inside, other=0.0)
     skip = tl.sum(skips, axis=0)
     run = tl.sum(runs, axis=0)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         skip += tl.load(bias_ptr)
         run += tl.load(bias_ptr + 1)
     tl.store(active_ptr + row, run >= skip)
@@ -59,7 +58,6 @@ def gate_rows(x: Tensor, rows: RowList, weight: Tensor, bias: Tensor | None, act
         (rows.max_rows,),
         (x, rows.ids, weight, bias, active),
         (x.stride(0), x.shape[1]),
-        HAS_BIAS=bias is not None,
         BLOCK_C=min(triton.next_power_of_2(x.shape[1]), 2048),
         num_warps=config["num_warps"],
         **pdl_options(config, x.device),

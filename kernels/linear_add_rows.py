@@ -27,7 +27,6 @@ def linear_add_rows_kernel(
     N,
     K,
     max_rows,
-    HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -57,7 +56,7 @@ def linear_add_rows_kernel(
     rows, is_row, has_rows = find_rows(ids_ptr, max_rows, tile, BLOCK_M)
     if not has_rows:
         return
-    if HAS_BIAS:
+    if bias_ptr is not None:
         # Read before the products, not after them, when there is nothing else to do meanwhile.
         bias = tl.load(bias_ptr + columns, mask=in_matrix, other=0.0).to(tl.float32)
     products = multiply_rows(
@@ -83,7 +82,7 @@ def linear_add_rows_kernel(
         for part in tl.static_range(1, SPLIT_K):
             products += tl.load(parts_ptr + part * part_size, cache_modifier=".cg")
         tl.store(counters_ptr + index, 0)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         products += bias[None, :]
     tl.store(residual_ptrs, (residual + products).to(residual_ptr.dtype.element_ty), mask=mask)
 
@@ -117,7 +116,6 @@ def linear_add_rows(
         grid,
         (x, rows.ids, rows.num, weight, bias, residual, *workspace),
         (x.stride(0), residual.stride(0), num_columns, depth, rows.max_rows),
-        HAS_BIAS=bias is not None,
         SPLIT_K=config["SPLIT_K"],
         **tile_constants(config, weight, config["SPLIT_K"]),
         **pdl_options(config, x.device),

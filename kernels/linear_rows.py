@@ -48,12 +48,8 @@ def linear_rows_kernel(
     eps,
     max_rows,
     RMS: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr,
-    HAS_NORM_BIAS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    IS_QKV: tl.constexpr,
     FUSE_NORM: tl.constexpr,
     NORM_ROWS: tl.constexpr,
     NORM_CHUNK: tl.constexpr,
@@ -75,6 +71,7 @@ def linear_rows_kernel(
     weights the program has those of BLOCK_N / 2 gates and of what they gate, each pair side by side: so a thread finds
     both in its registers, and the product is made as any other.
     """
+    IS_QKV: tl.constexpr = num_run_ptr is not None
     tile = tl.program_id(0)
     first_column = tl.program_id(1) * BLOCK_N
     columns = (first_column + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -97,7 +94,7 @@ def linear_rows_kernel(
             return
     if not has_rows:
         return
-    if HAS_BIAS:
+    if bias_ptr is not None:
         # Read before the products, not after them, when there is nothing else to do meanwhile.
         bias = tl.load(bias_ptr + columns, mask=in_matrix, other=0.0).to(tl.float32)
     if FUSE_NORM:
@@ -106,7 +103,7 @@ def linear_rows_kernel(
         normalise_rows(
             *(x_ptr, norm_rows, is_norm_row, stride_x_row),
             *(norm_weight_ptr, norm_bias_ptr, normed_ptr, stride_normed_row, K, eps),
-            *(RMS, HAS_NORM_WEIGHT, HAS_NORM_BIAS, NORM_CHUNK, ONE_NORM_CHUNK),
+            *(RMS, NORM_CHUNK, ONE_NORM_CHUNK),
         )
         tl.debug_barrier()
         x_ptr = normed_ptr
@@ -115,7 +112,7 @@ def linear_rows_kernel(
         *(x_ptr, rows, is_row, stride_x_row, weight_ptr, columns, in_matrix, K, 0, K),
         *(BLOCK_K, EVEN_N, EVEN_K, WEIGHTS_LEFT, NUM_STAGES),
     )
-    if HAS_BIAS:
+    if bias_ptr is not None:
         products += bias[None, :]
     if GATED:
         gates, products = tl.split(tl.reshape(products, [BLOCK_M, BLOCK_N // 2, 2]))
@@ -269,12 +266,8 @@ def _launch(
         (x, rows.ids, rows.num, norm_weight, norm_bias, normed, weight, bias, out, *(caches or [None] * 4)),
         (*strides, num_columns // 2 if gated else num_columns, depth, query_size, key_size, eps, rows.max_rows),
         RMS=rms,
-        HAS_NORM_WEIGHT=norm_weight is not None,
-        HAS_NORM_BIAS=norm_bias is not None,
-        HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         GATED=gated,
-        IS_QKV=caches is not None,
         EVEN_PARTS=query_size % config["BLOCK_N"] == 0 and key_size % config["BLOCK_N"] == 0,
         FUSE_NORM=norm is not None,
         NORM_ROWS=norm_tile_rows if norm is not None else 1,

@@ -24,10 +24,7 @@ def norm_rows_kernel(
     num_columns,
     eps,
     RMS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     PACKED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -37,7 +34,7 @@ def norm_rows_kernel(
         tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     row = place
-    if HAS_IDS:
+    if ids_ptr is not None:
         row = tl.load(ids_ptr + place).to(tl.int64)
         if row < 0:
             return
@@ -47,7 +44,7 @@ def norm_rows_kernel(
     normalise_rows(
         *(x_ptr, row + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1), stride_x_row),
         *(weight_ptr, bias_ptr, out_ptr, stride_out_row, num_columns, eps),
-        *(RMS, HAS_WEIGHT, HAS_BIAS, BLOCK_C, True),
+        *(RMS, BLOCK_C, True),
     )
 
 
@@ -64,8 +61,6 @@ def normalise_rows(
     num_columns,
     eps,
     RMS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
 ):
@@ -82,9 +77,9 @@ def normalise_rows(
         mask = is_row[:, None] & inside
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         # Read here, not where they are needed: they arrive while the sums are made.
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
         if RMS:
             centered = x
@@ -93,9 +88,9 @@ def normalise_rows(
             centered = tl.where(inside, x - mean[:, None], 0.0)
         variance = tl.sum(centered * centered, axis=1) / num_columns
         normed = centered / tl.sqrt(variance + eps)[:, None]
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             normed *= weight[None, :]
-        if HAS_BIAS:
+        if bias_ptr is not None:
             normed += bias[None, :]
         tl.store(out_ptrs, normed.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -127,9 +122,9 @@ def normalise_rows(
                 normed = x / deviation[:, None]
             else:
                 normed = (x - mean[:, None]) / deviation[:, None]
-            if HAS_WEIGHT:
+            if weight_ptr is not None:
                 normed *= tl.load(weight_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 normed += tl.load(bias_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
             tl.store(out_ptrs + start, normed.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -171,9 +166,6 @@ def _launch(
         (x, ids, norm.weight, norm.bias, out),
         (x.stride(0), out.stride(0), x.shape[1], norm.eps),
         RMS=norm.rms,
-        HAS_IDS=ids is not None,
-        HAS_WEIGHT=norm.weight is not None,
-        HAS_BIAS=norm.bias is not None,
         BLOCK_C=triton.next_power_of_2(x.shape[1]),
         **options,
     )

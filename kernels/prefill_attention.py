@@ -45,7 +45,6 @@ def prefill_attention_kernel(
     window,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,9 +90,9 @@ def prefill_attention_kernel(
     v_ptr += first_key * stride_v_row + kv_head * HEAD_SIZE
     slope = 0.0
     positions = limits
-    if HAS_SLOPES:
+    if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head) * LOG2_E
-    if HAS_SLOPES or HAS_WINDOW:
+    if slopes_ptr is not None or HAS_WINDOW:
         positions = tl.load(position_ids_ptr + rows, mask=in_rows, other=0).to(tl.int32)
         key_positions_ptr += first_key
     for half in tl.static_range(2):
@@ -102,7 +101,7 @@ def prefill_attention_kernel(
             num_seen_by_all if half else 0,
             num_keys if half else num_seen_by_all,
             *(scale * LOG2_E, maxima, totals, attended),
-            *(HEAD_SIZE, HAS_SLOPES, HAS_WINDOW, BLOCK_N, BLOCK_D),
+            *(HEAD_SIZE, slopes_ptr is not None, HAS_WINDOW, BLOCK_N, BLOCK_D),
             HAS_LIMITS=half == 1,
         )
 
@@ -209,7 +208,6 @@ def prefill_attention(
         (q.stride(0), k.stride(0), v.stride(0), num_sequences, max(scale, 1e-30), window),
         GROUP=num_heads // k.shape[1],
         HEAD_SIZE=head_size,
-        HAS_SLOPES=slopes is not None,
         HAS_WINDOW=window > 0,
         BLOCK_M=block_m,
         # BLOCK_N is for heads of at most 64: wider ones take as many keys fewer, in as many registers.

@@ -31,8 +31,6 @@ def rotate_rows_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROTARY_SIZE: tl.constexpr,
-    HAS_Q_WEIGHT: tl.constexpr,
-    HAS_K_WEIGHT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -51,7 +49,7 @@ def rotate_rows_kernel(
     if block < num_query_blocks:
         rotate_heads(
             *(q_ptr + row * stride_q_row, block * BLOCK_H, angles_ptr, q_weight_ptr, eps),
-            *(NUM_HEADS, HEAD_SIZE, ROTARY_SIZE, HAS_Q_WEIGHT, BLOCK_H, BLOCK_E, BLOCK_D),
+            *(NUM_HEADS, HEAD_SIZE, ROTARY_SIZE, BLOCK_H, BLOCK_E, BLOCK_D),
         )
     else:
         slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -59,7 +57,7 @@ def rotate_rows_kernel(
             key_ptr = k_cache_ptr + slot * (NUM_KV_HEADS * HEAD_SIZE)
             rotate_heads(
                 *(key_ptr, (block - num_query_blocks) * BLOCK_H, angles_ptr, k_weight_ptr, eps),
-                *(NUM_KV_HEADS, HEAD_SIZE, ROTARY_SIZE, HAS_K_WEIGHT, BLOCK_H, BLOCK_E, BLOCK_D),
+                *(NUM_KV_HEADS, HEAD_SIZE, ROTARY_SIZE, BLOCK_H, BLOCK_E, BLOCK_D),
             )
 
 
@@ -75,7 +73,6 @@ def rotate_kernel(
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROTARY_SIZE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -86,7 +83,7 @@ def rotate_kernel(
     angles_ptr = cos_sin_ptr + tl.load(position_ids_ptr + row) * stride_angles
     rotate_heads(
         *(row_ptr, first_head, angles_ptr, weight_ptr, eps),
-        *(NUM_HEADS, HEAD_SIZE, ROTARY_SIZE, HAS_WEIGHT, BLOCK_H, BLOCK_E, BLOCK_D),
+        *(NUM_HEADS, HEAD_SIZE, ROTARY_SIZE, BLOCK_H, BLOCK_E, BLOCK_D),
     )
 
 
@@ -100,7 +97,6 @@ def rotate_heads(
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROTARY_SIZE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -121,7 +117,7 @@ def rotate_heads(
     other = tl.load(one_ptrs + half, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(angles_ptr + pairs, mask=is_pair, other=0.0)[None, :]
     sin = tl.load(angles_ptr + half + pairs, mask=is_pair, other=0.0)[None, :]
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         squares = tl.sum(one * one + other * other, axis=1)
         if BLOCK_D:
             places = ROTARY_SIZE + tl.arange(0, BLOCK_D)
@@ -137,7 +133,7 @@ def rotate_heads(
     dtype = row_ptr.dtype.element_ty
     tl.store(one_ptrs, (one * cos - other * sin).to(dtype), mask=mask)
     tl.store(one_ptrs + half, (other * cos + one * sin).to(dtype), mask=mask)
-    if HAS_WEIGHT and BLOCK_D:
+    if weight_ptr is not None and BLOCK_D:
         weight = tl.load(weight_ptr + places, mask=in_head, other=0.0).to(tl.float32)
         tl.store(rest_ptrs, (rest / deviation * weight[None, :]).to(dtype), mask=is_head & in_head[None, :])
 
@@ -173,8 +169,6 @@ def rotate_rows(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         ROTARY_SIZE=cos_sin.shape[1],
-        HAS_Q_WEIGHT=q_weight is not None,
-        HAS_K_WEIGHT=k_weight is not None,
         **tiles,
         num_warps=config["num_warps"],
         **pdl_options(config, q.device),
@@ -198,7 +192,6 @@ def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | No
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         ROTARY_SIZE=cos_sin.shape[1],
-        HAS_WEIGHT=weight is not None,
         **tiles,
         num_warps=4,
     )

@@ -10,13 +10,11 @@ from dynskip.kernels.launches import launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["row_ids_ptr"])
-def scatter_add_kernel(
-    x_ptr, row_ids_ptr, y_ptr, stride_x_row, stride_y_row, num_columns, HAS_ROW_IDS: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def scatter_add_kernel(x_ptr, row_ids_ptr, y_ptr, stride_x_row, stride_y_row, num_columns, BLOCK_C: tl.constexpr):
     """One program for each row and block of columns. No two programs meet, since the row ids are distinct."""
     y_row = tl.program_id(0).to(tl.int64)
     row = y_row
-    if HAS_ROW_IDS:
+    if row_ids_ptr is not None:
         row = tl.load(row_ids_ptr + y_row).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < num_columns
@@ -39,7 +37,6 @@ def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
         (num_rows, triton.cdiv(num_columns, block)),
         (x, row_ids, y),
         (x.stride(0), y.stride(0), num_columns),
-        HAS_ROW_IDS=row_ids is not None,
         BLOCK_C=block,
         num_warps=max(block // 256, 1),
     )
