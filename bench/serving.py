@@ -24,7 +24,7 @@ import torch
 from dynskip.causal_lm import CausalLM
 from dynskip.cli.options import in_range
 from dynskip.costs.step_costs import StepCosts
-from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
+from dynskip.costs.store import cached_path, cost_keys, load_cached
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
 from dynskip.llm import LLM
@@ -455,8 +455,7 @@ def main() -> int:
         hf_model = random_hf_model(hf_config(args.shape))
         model = CausalLM.from_hf(hf_model)
         llm = LLM(model)
-    dtype = str(model.dtype).removeprefix("torch.")
-    device, shape = device_key(str(model.device)), shape_key(model.decoder_config, dtype)
+    device, shape = cost_keys(model)
     costs = load_cached(device, shape)
     if costs is None:
         raise SystemExit(f"bench: {cached_path(device, shape)} must hold costs, got nothing. Run dynskip calibrate.")
@@ -476,7 +475,7 @@ def main() -> int:
     conditions = {
         **describe(),
         "model": args.model or f"{args.shape} shapes with random weights",
-        "dtype": dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "backend": model.backend.name,
         "requests": args.requests,
         "prompts": "Alpaca prompts as they come" if args.data else f"prompts of {args.prompt_len} tokens",

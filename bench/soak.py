@@ -366,13 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"minutes and interval must give at least {_LEAST_SAMPLES} samples, got {len(soak.samples)}")
     wrong = verdict(soak.samples, left_bytes, soak.mismatches())
     conditions = {
-        "minutes": options.minutes,
+        **{name: getattr(options, name) for name in ("minutes", "policy", "batch", "seed")},
         "machine": machine_line(),
         "model": Path(options.model).name if options.model else "opt-mini",
-        "policy": options.policy,
-        "batch": options.batch,
         "kv_mib": kv_bytes / 2**20,
-        "seed": options.seed,
     }
     text = page(soak.samples, conditions, wrong, len(soak.checked))
     (options.out / f"{options.name}.md").write_text(text, encoding="utf-8")

@@ -87,6 +87,10 @@ class Timeline:
             )
         return min(begins, key=lambda begin_ms: abs(self.num_tokens(begin_ms, begin_ms + length_ms) - usual))
 
+    def steps_in(self, begin_ms: float, length_ms: float) -> list[Step]:
+        """The steps that begin within ``length_ms`` of ``begin_ms``."""
+        return [step for step in self.steps if 0 <= step.begin_ms - begin_ms < length_ms]
+
     def num_tokens(self, begin_ms: float, end_ms: float) -> int:
         """How many tokens were there by ``end_ms`` that were not by ``begin_ms``; they come at the ends of steps."""
         return sum(len(step.prefilled) + len(step.decoded) for step in self.steps if begin_ms < step.end_ms <= end_ms)
@@ -182,10 +186,8 @@ def _draw_places(axis: Any, timeline: Timeline, begin_ms: float, length_ms: floa
         if final > 0 and first < length_ms:
             line = places[request] + 0.5
             axis.plot([max(first, 0), min(final, length_ms)], [line, line], color="0.6", linewidth=0.5, zorder=1)
-    for step in timeline.steps:
+    for step in timeline.steps_in(begin_ms, length_ms):
         begin = step.begin_ms - begin_ms
-        if begin < 0 or begin >= length_ms:
-            continue
         for request in step.prefilled:
             bars.setdefault(_PROMPT, []).append((places[request], begin, step.prefill_ms))
         for request in step.decoded:
@@ -197,10 +199,8 @@ def _draw_places(axis: Any, timeline: Timeline, begin_ms: float, length_ms: floa
 def _draw_layers(axis: Any, timeline: Timeline, begin_ms: float, length_ms: float, num_layers: int) -> None:
     """A bar for each layer that a step reads, the darker the more rows run it."""
     bars: dict[str, list[tuple[float, float, float]]] = {}
-    for step in timeline.steps:
+    for step in timeline.steps_in(begin_ms, length_ms):
         begin = step.begin_ms - begin_ms
-        if begin < 0 or begin >= length_ms:
-            continue
         for layer in range(num_layers):
             if any(layer in timeline.paths[request].layers for request in step.prefilled):
                 bars.setdefault(_PROMPT, []).append((layer, begin, step.prefill_ms))

@@ -30,27 +30,17 @@ class Side:
     def start(self, script: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         """A process of this state that runs ``script``, which lies beside this file; its pipes speak lines of text."""
         command = [sys.executable, str(ROOT / "bench" / "golden" / script), *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            env={**self.environment(), **environment},
-            cwd=FOLDER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def environment(self) -> dict[str, str]:
-        """PYTHONPATH chooses the state, whatever is installed; nothing is fetched, and no GPU is seen."""
-        return {
-            **os.environ,
+        # PYTHONPATH chooses the state, whatever is installed; nothing is fetched, and no GPU is seen.
+        environment = {
             "PYTHONPATH": str(self.root),
             "DYNSKIP_CACHE": str(FOLDER / "no-cache"),
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
+            **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRITON_INTERPRET"), "1"),
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
-            "TRITON_INTERPRET": "1",
+            **environment,
         }
+        pipe, environment = subprocess.PIPE, {**os.environ, **environment}
+        return subprocess.Popen(command, env=environment, cwd=FOLDER, stdin=pipe, stdout=pipe, text=True)
 
 
 def make_side(name: str, commit: str | None) -> Side:
@@ -92,12 +82,16 @@ def _extract(commit: str, root: Path) -> None:
 
 def _build(root: Path) -> None:
     """Put the extension in place: the one that is there, or one built from the same sources, or else built now."""
-    target, kept = root / _EXTENSION, _kept(root)
-    if _is_built(root):
-        pass
-    elif kept.exists():
+    target, sources = root / _EXTENSION, [root / "setup.py", *sorted((root / "csrc").rglob("*"))]
+    sources = [path for path in sources if path.is_file()]
+    digest = hashlib.sha256(f"{sys.version} {importlib.metadata.version('torch')}".encode())
+    for path in sources:
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    kept = FOLDER / "extensions" / f"{digest.hexdigest()[:16]}.so"
+    is_built = target.exists() and target.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+    if not is_built and kept.exists():
         shutil.copy(kept, target)
-    else:
+    elif not is_built:
         print(f"building the extension of {root}", file=sys.stderr, flush=True)
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         environment = {**os.environ, "DYNSKIP_BUILD_EXT": "1", "DYNSKIP_BUILD_CUDA": "0"}
@@ -107,21 +101,3 @@ def _build(root: Path) -> None:
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         shutil.copy(target, kept)
-
-
-def _sources(root: Path) -> list[Path]:
-    return [root / "setup.py", *sorted(path for path in (root / "csrc").rglob("*") if path.is_file())]
-
-
-def _is_built(root: Path) -> bool:
-    """Whether an extension lies in ``root`` that is newer than its sources."""
-    target = root / _EXTENSION
-    return target.exists() and target.stat().st_mtime >= max(path.stat().st_mtime for path in _sources(root))
-
-
-def _kept(root: Path) -> Path:
-    """Where the extension of these sources is kept, for all states that have the same."""
-    digest = hashlib.sha256(f"{sys.version} {importlib.metadata.version('torch')}".encode())
-    for path in _sources(root):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return FOLDER / "extensions" / f"{digest.hexdigest()[:16]}.so"

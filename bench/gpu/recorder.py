@@ -227,7 +227,7 @@ class Sizes:
     @property
     def lengths(self) -> dict[str, Any]:
         """The contexts or prompts that stand in the conditions of a row."""
-        return {}
+        return {name: value for name, value in vars(self).items() if name == "prompt_len"}
 
     @property
     def note(self) -> str:
@@ -260,7 +260,7 @@ class Benchmark:
 
     def __init__(self, recorder: Recorder, device: Device, sizes: Any, timed: str) -> None:
         """timed: the row ops or the backend."""
-        raise NotImplementedError
+        self.recorder, self.device, self.sizes = recorder, device, sizes
 
     @classmethod
     def run(cls, sizes: Sizes, tiny: Sizes, description: str | None, argv: Sequence[str] | None) -> int:

@@ -151,9 +151,7 @@ class DecodeBenchmark(Benchmark):
     counts, counted = "--batches", ("batches", "mix_batches", "mask_batches")
 
     def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
-        self.recorder = recorder
-        self.device = device
-        self.sizes = sizes
+        super().__init__(recorder, device, sizes, timed)
         self.ops = timed
         self.backend = "triton" if timed == "triton" else "torch"
         self.config = hf_config(sizes.shape, sizes.vocab_size)
@@ -238,17 +236,7 @@ class DecodeBenchmark(Benchmark):
             del deep, shallow_steps
 
     def _masks(self, batch: int, kv_policy: KVPolicy) -> None:
-        sizes = self.sizes
-        workload = Workload.per_token(
-            batch,
-            self._num_layers,
-            0.5,
-            kv_policy,
-            sizes.context_len,
-            sizes.num_steps,
-            sizes.vocab_size,
-            self.device.device,
-        )
+        workload = Workload.per_token(batch, self._num_layers, 0.5, kv_policy, *self._room)
         self.truth.learn(workload)
         gate = random_gate(self.model, workload, 0.5)
         masks, gated = (masked(kv_policy, source) for source in ("masks on the device", "hidden-state gate"))
@@ -329,8 +317,12 @@ class DecodeBenchmark(Benchmark):
         return samples, floors
 
     def _along(self, paths: list[LayerPath]) -> Workload:
+        return Workload.along(paths, *self._room)
+
+    @property
+    def _room(self) -> tuple[int, int, int, torch.device]:
         sizes = self.sizes
-        return Workload.along(paths, sizes.context_len, sizes.num_steps, sizes.vocab_size, self.device.device)
+        return sizes.context_len, sizes.num_steps, sizes.vocab_size, self.device.device
 
     @property
     def _num_layers(self) -> int:

@@ -79,9 +79,7 @@ class KernelBenchmark(Benchmark):
     counts, counted = "--rows", tuple(f"{section}_rows" for section in sections)
 
     def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
-        self.recorder = recorder
-        self.device = device
-        self.sizes = sizes
+        super().__init__(recorder, device, sizes, timed)
         self.ops: RowOps = get_row_ops(timed)
         self.backend = get_backend("triton" if timed == "triton" else "torch")
         self.config = SHAPES[sizes.shape]

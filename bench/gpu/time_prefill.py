@@ -40,11 +40,6 @@ class Sizes(recorder.Sizes):
     num_repeats: int = 3
 
     @property
-    def lengths(self) -> dict[str, Any]:
-        """The tokens of a prompt."""
-        return {"prompt_len": self.prompt_len}
-
-    @property
     def note(self) -> str:
         """What is timed."""
         return f"{self.batch} prompts of {self.prompt_len} tokens, from ids on the device to the first new token."
@@ -64,9 +59,7 @@ class PrefillBenchmark(Benchmark):
     name = "prefill"
 
     def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
-        self.recorder = recorder
-        self.device = device
-        self.sizes = sizes
+        super().__init__(recorder, device, sizes, timed)
         config = hf_config(sizes.shape, sizes.vocab_size)
         self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=timed, pack=False)

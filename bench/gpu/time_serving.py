@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -37,11 +36,6 @@ class Sizes(recorder.Sizes):
     num_rounds: int = 5
 
     @property
-    def lengths(self) -> dict[str, Any]:
-        """The tokens of a prompt."""
-        return {"prompt_len": self.prompt_len}
-
-    @property
     def note(self) -> str:
         """The stream in words."""
         return (
@@ -59,8 +53,7 @@ class ServingBenchmark(Benchmark):
     name = "serving"
 
     def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
-        self.recorder = recorder
-        self.sizes = sizes
+        super().__init__(recorder, device, sizes, timed)
         config = hf_config(sizes.shape, sizes.vocab_size)
         hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(hf_model, backend=timed, pack=False)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from dynskip.costs.store import cached_path, device_key, shape_key
+    from dynskip.costs.store import cached_path, cost_keys
     from dynskip.measure import machine
     from dynskip.measure.calibration import add_stream_costs, check_context, measure_step_costs
 
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.context is None:
         room = model.decoder_config.max_positions - args.prompt_len - args.rounds - 2
         args.context = max(1, min(512, room))
-    device = device_key(str(model.device))
-    shape = shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
+    device, shape = cost_keys(model)
     written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]
     for path in written:  # before the minutes that it takes to measure
         check_writable(path, "Set DYNSKIP_CACHE to a folder of your own, and --out to a file in one.")

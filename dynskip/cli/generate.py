@@ -136,10 +136,8 @@ def _params(args: argparse.Namespace) -> SamplingParams:
 def _print_json(prompts: list[str], outputs: list[Output]) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.path is not None, "the command line gives every prompt one path"
-        samples = [
-            {"text": sample.text, "token_ids": sample.token_ids, "finish_reason": sample.finish_reason}
-            for sample in output.samples
-        ]
+        shown = ("text", "token_ids", "finish_reason")
+        samples = [{name: getattr(sample, name) for name in shown} for sample in output.samples]
         line = {
             "prompt": prompt,
             "num_prompt_tokens": len(output.prompt_ids),

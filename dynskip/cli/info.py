@@ -138,16 +138,8 @@ def _shipped_model() -> dict[str, Any]:
 
 
 def _sizes(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "architecture": config.architecture,
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_size": config.head_size,
-        "vocab_size": config.vocab_size,
-        "max_positions": config.max_positions,
-    }
+    sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "vocab_size", "max_positions")
+    return {name: getattr(config, name) for name in ("architecture", *sizes)}
 
 
 def _loaded_model(name: str, dtype: str) -> dict[str, Any]:

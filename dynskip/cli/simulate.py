@@ -78,17 +78,12 @@ def run(args: argparse.Namespace) -> int:
         rate=_rate(args.arrival),
     )
     slots = UNLIMITED_SLOTS if args.kv_slots is None else args.kv_slots
-    options = {
-        policy: EngineOptions(
-            policy=policy,
-            batch=args.batch,
-            pool=args.pool if policy == "cohort" else None,
-            max_wait=args.max_wait if policy == "cohort" else None,
-            kv_slots=slots,
-        )
+    of_cohort = {"pool": args.pool, "max_wait": args.max_wait}
+    options = [
+        EngineOptions(policy, args.batch, kv_slots=slots, **(of_cohort if policy == "cohort" else {}))
         for policy in dict.fromkeys(args.policy or POLICIES)
-    }
-    comparison = compare(costs, workload, list(options.values()), args.engines, args.seed)
+    ]
+    comparison = compare(costs, workload, options, args.engines, args.seed)
     if args.json:
         for line in comparison.lines():
             print(json.dumps(line))

@@ -27,8 +27,8 @@ def margin_bias(num_layers: int) -> nn.Parameter:
     return nn.Parameter(torch.tensor([-_INITIAL_MARGIN / 2, _INITIAL_MARGIN / 2]).repeat(num_layers, 1))
 
 
-class HiddenController(LearnedTokenController):
-    """``hidden``: one linear map per layer on the layer's input (arXiv 2410.20022, section 3.2)."""
+class LinearController(LearnedTokenController):
+    """A linear map per layer; a subclass says of what."""
 
     def __init__(self, sizes: ModelSizes, argument: str = "") -> None:
         super().__init__(sizes, argument)
@@ -36,6 +36,10 @@ class HiddenController(LearnedTokenController):
         # Zero: hidden states have no fixed scale, and a random map of large ones would decide from the start.
         self.weight = nn.Parameter(torch.zeros(sizes.num_layers, 2, sizes.hidden_size))
         self.bias = margin_bias(sizes.num_layers)
+
+
+class HiddenController(LinearController):
+    """``hidden``: one linear map per layer on the layer's input (arXiv 2410.20022, section 3.2)."""
 
     def logits(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
         """[N, 2]: a linear map of the rows."""
@@ -46,14 +50,8 @@ class HiddenController(LearnedTokenController):
         return HiddenStateGate(self.weight.detach().clone(), self.bias.detach().clone(), self.always)
 
 
-class FixedController(LearnedTokenController):
+class FixedController(LinearController):
     """``fixed``: the linear map of ``hidden`` fed with ones, that is a learned constant per layer."""
-
-    def __init__(self, sizes: ModelSizes, argument: str = "") -> None:
-        super().__init__(sizes, argument)
-        self.refuse_argument()
-        self.weight = nn.Parameter(torch.zeros(sizes.num_layers, 2, sizes.hidden_size))
-        self.bias = margin_bias(sizes.num_layers)
 
     def logits(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
         """[N, 2]: the layer's constant for every row."""

@@ -11,7 +11,7 @@ from dynskip.assets import OPT_MINI, opt_mini_directory
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import LayerCosts, MachineSpeed, ModelBytes
 from dynskip.costs.step_costs import StepCosts
-from dynskip.costs.store import device_key, load_cached, shape_key
+from dynskip.costs.store import cost_keys, load_cached
 
 # Bandwidth and arithmetic of a usual device of each kind: which paths are worth a step depends on their ratio only.
 _USUAL = {"cpu": MachineSpeed(bandwidth_gbps=40.0, peak_gflops=500.0), "cuda": MachineSpeed(2500.0, 500e3)}
@@ -23,8 +23,7 @@ class UnmeasuredCostsWarning(UserWarning):
 
 def default_costs(model: CausalLM) -> StepCosts:
     """What `dynskip calibrate` measured on this device for models of this shape; else a prediction, with a warning."""
-    device = device_key(str(model.device))
-    shape = shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
+    device, shape = cost_keys(model)
     known = load_cached(device, shape)
     if known is not None:
         return known

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dynskip.costs.step_costs import StepCosts
 from dynskip.host import cpu_model
 from dynskip.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from dynskip.causal_lm import CausalLM
 
 
 class CostCacheWarning(UserWarning):
@@ -46,6 +50,11 @@ def shape_key(config: DecoderConfig, dtype: str) -> str:
     if config.kv_entry_size != 2 * config.hidden_size:
         sizes["k"] = config.kv_entry_size // 2
     return "-".join(f"{letter}{size}" for letter, size in sizes.items()) + f"-{dtype}"
+
+
+def cost_keys(model: CausalLM) -> tuple[str, str]:
+    """The device and the shape of a CausalLM, each by its key."""
+    return device_key(str(model.device)), shape_key(model.decoder_config, str(model.dtype).removeprefix("torch."))
 
 
 def cached_path(device: str, shape: str) -> Path:

@@ -13,7 +13,7 @@ import torch
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
-from dynskip.costs.store import device_key, load_cached, shape_key
+from dynskip.costs.store import cost_keys, load_cached
 from dynskip.measure.products import row_counts_up_to
 from dynskip.measure.runners import DynskipRunner
 from dynskip.measure.streams import Job, Served
@@ -136,8 +136,8 @@ def add_stream_costs(
 
 def known_step_costs(model: CausalLM, num_rows: int, prompt_len: int) -> StepCosts:
     """What `dynskip calibrate` has left for this device and shape; else measured now: coarsely, and not kept."""
-    device = device_key(str(model.device))
-    known = load_cached(device, shape_key(model.decoder_config, str(model.dtype).removeprefix("torch.")))
+    device, shape = cost_keys(model)
+    known = load_cached(device, shape)
     if known is not None:
         return known
     prefill_tokens = num_rows * prompt_len

@@ -87,7 +87,12 @@ def read_gguf(path: str | Path, function: str) -> GGUFFile:
     holds another architecture, an unknown quantisation, or tensors that are not those of its config. All begin with
     ``function``.
     """
-    _import_quants(function)
+    try:
+        import gguf  # noqa: F401  # only to say what is missing before the file is read
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: a GGUF file must be read with the package gguf, got none. Use pip install 'dynskip[gguf]'."
+        ) from error
     header = read_header(path, function)
     _check_stored(header)
     factors = None
@@ -97,17 +102,6 @@ def read_gguf(path: str | Path, function: str) -> GGUFFile:
     config = read_config(header, factors)
     tensors = GGUFTensors(header, config, _named(header, config))
     return GGUFFile(header.path, config["model_type"], config, tensors)
-
-
-def _import_quants(function: str) -> Any:
-    """The module of gguf that knows the quantisations."""
-    try:
-        from gguf import quants
-    except ImportError as error:
-        raise ImportError(
-            f"{function}: a GGUF file must be read with the package gguf, got none. Use pip install 'dynskip[gguf]'."
-        ) from error
-    return quants
 
 
 def _check_stored(header: GGUFHeader) -> None:
