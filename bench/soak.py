@@ -300,8 +300,10 @@ def page(samples: Sequence[Sample], conditions: dict[str, Any], wrong: Sequence[
     table = "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *rows])
     return f"""# A stream of random requests, {conditions["minutes"]:g} minutes
 
-Written by `make soak`. {conditions["machine"]}; {conditions["model"]}, policy {conditions["policy"]}, batch \
-{conditions["batch"]}, {conditions["kv_mib"]:.2f} MiB for keys and values, deterministic, seed {conditions["seed"]}. \
+Written by `make soak`. {conditions["cpu"]}, {conditions["num_cores"]} cores, threads: {conditions["num_threads"]}, \
+torch {conditions["versions"]["torch"]}, commit {conditions["commit"]}, {conditions["date"]}; {conditions["model"]}, \
+policy {conditions["policy"]}, batch {conditions["batch"]}, {conditions["kv_mib"]:.2f} MiB for keys and values, \
+deterministic, seed {conditions["seed"]}. \
 Requests come in bursts: 1 to 112 prompt tokens, a third of them with a prefix in common, outputs of 25 tokens in the \
 mean, one to three for a prompt, 74/18/6/2 % along paths of a sixth, a third, half and all of the layers, a tenth with \
 a controller for each token, half of them with a seed. {len(samples)} samples.
@@ -367,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = verdict(soak.samples, left_bytes, soak.mismatches())
     conditions = {
         **{name: getattr(options, name) for name in ("minutes", "policy", "batch", "seed")},
-        "machine": machine_line(),
+        **describe(),
         "model": Path(options.model).name if options.model else "opt-mini",
         "kv_mib": kv_bytes / 2**20,
     }
@@ -375,15 +377,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / f"{options.name}.md").write_text(text, encoding="utf-8")
     print(text)
     return 1 if wrong else 0
-
-
-def machine_line() -> str:
-    """The machine in a few words."""
-    facts = describe()
-    return (
-        f"{facts['cpu']}, {facts['num_cores']} cores, threads: {facts['num_threads']}, torch "
-        f"{facts['versions']['torch']}, commit {facts['commit']}, {facts['date']}"
-    )
 
 
 if __name__ == "__main__":

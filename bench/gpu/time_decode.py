@@ -6,10 +6,9 @@ import gc
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from bench.gpu import recorder
 from bench.gpu.baselines import GatherWithToList, MaskEverything
@@ -38,16 +37,8 @@ from dynskip.routing.plan import KVPolicy
 _OTHERS = (TransformersEager.name, MaskEverything.name, GatherWithToList.name)
 
 
-class CheckedSteps(Protocol):
-    """Steps of others, held against the truth before they are timed."""
-
-    def step(self) -> None:
-        """Run the last token of each sequence and choose the next one."""
-        ...
-
-    def first_step(self) -> Tensor:
-        """Run one step: its logits [B, V]."""
-        ...
+# Steps of others, held against the truth before they are timed.
+CheckedSteps: TypeAlias = TransformersEager | TransformersCompiled | MaskEverything | GatherWithToList
 
 
 @dataclass(frozen=True)

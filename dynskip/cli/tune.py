@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"triton must be installed to tune its kernels: {error}") from error
 
+    from dynskip.kernels.launches import compute_capability
     from dynskip.models.registry import read_decoder_config
     from dynskip.tuning.compiling import CompilerPool
     from dynskip.tuning.tasks import BUCKETS_BY_WEIGHT, plan_tasks
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         args.op or _ops(),
         args.dtype,
     )
-    capability = args.capability if args.dry_run else _capability()
+    capability = args.capability if args.dry_run else compute_capability(torch.device("cuda"))
     with CompilerPool(capability, num_jobs) as compiler:
         if args.dry_run:
             return _dry_run(args, tasks, compiler, deadline)
@@ -100,13 +101,6 @@ def _rows(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"--rows must list numbers of rows, such as 1,16, got {text!r}") from error
-
-
-def _capability() -> int:
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def _dry_run(args: argparse.Namespace, tasks: list[Task], compiler: Any, deadline: float) -> int:
