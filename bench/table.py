@@ -11,8 +11,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from bench.report.device import read_report
+from bench.report.cpu import cpu_tables
+from bench.report.device import DeviceReport
 from bench.report.serving import serving_sentence, serving_tables
+from dynskip.benchmark.report import Report
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
 
@@ -21,20 +23,21 @@ BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end --
 SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-- serving end -->"
 PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
 PAPER_RUN = "paper-opt-mini"  # the folder of results whose report the README tells in short
-# What `bench/serving.py` leaves beside the reports of machines.
+# What `bench/serving.py` leaves.
 SERVING_FILES = "serving*.jsonl"
 
 
 def render(results: Path) -> str:
-    """The summaries of all reports in the folder ``results``, of CPUs and cards, by machine."""
-    streams = set(results.glob(SERVING_FILES))
-    reports = [read_report(path) for path in sorted(results.glob("*.jsonl")) if path not in streams]
-    if not reports:
+    """The tables of all reports in the folders ``cpu`` and ``gpu`` of ``results``, by machine and by card."""
+    cpus = {path: Report.read(path) for path in sorted((results / "cpu").glob("*.jsonl"))}
+    cards = [DeviceReport.read(path).summary() for path in sorted((results / "gpu").glob("*.jsonl"))]
+    if not cpus and not cards:
         raise ValueError(
-            f"render: {results} must hold a report, got none. Run `dynskip bench --out {results}`, or where there is a "
-            f"GPU `make gpu OUT={results}`."
+            f"render: {results} must hold a report, got none. Run `dynskip bench --out {results / 'cpu'}`, or where "
+            f"there is a GPU `make gpu OUT={results / 'gpu'}`."
         )
-    return "\n".join(report.summary() for report in reports)
+    tables = [cpu_tables(cpus, "bench/results/cpu")] if cpus else []
+    return "\n".join([*tables, *cards])
 
 
 def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynskip.benchmark.report import Report, Row, markdown_table
+from dynskip.benchmark.report import Row, markdown_table
 
 _WIDTH = 120
 
@@ -99,7 +99,8 @@ class DeviceReport:
             for what in dict.fromkeys(row.what for row in rows):
                 found = {row.batch: row for row in rows if row.what == what}
                 targets = " / ".join(dict.fromkeys(row.shown_target for row in found.values()))
-                cells.append((f"{run.part}, {what}", *(_cell(found.get(count)) for count in counts), targets))
+                values = (found[count].cell if count in found else "" for count in counts)
+                cells.append((f"{run.part}, {what}", *values, targets))
             header = ("", *(f"{count} rows" for count in counts), "target")
             table = markdown_table(header, cells, right=set(range(1, len(counts) + 1)))
             text += f"{table}\n{conditions_text(run.conditions)}\n\n"
@@ -133,17 +134,6 @@ def write_page(data: Path) -> Path:
     return page
 
 
-def read_report(path: Path) -> Report | DeviceReport:
-    """The report in ``path``, of whichever kind it is; raises ValueError where it is none."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    try:
-        conditions = json.loads(first)["conditions"]
-        of_device = "gpu" in conditions
-    except (ValueError, TypeError, KeyError):
-        of_device = False  # the reader of reports says what is wrong with the file
-    return DeviceReport.read(path) if of_device else Report.read(path)
-
-
 def conditions_text(found: dict[str, Any]) -> str:
     """The conditions in words, in lines of at most 120 characters."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
@@ -159,9 +149,3 @@ def conditions_text(found: dict[str, Any]) -> str:
 
 def _microseconds(ms: float) -> str:
     return "-" if ms != ms else f"{ms * 1e3:.4g}" if ms < 1 else f"{ms * 1e3:.0f}"
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return f"{row.show(row.value)}{' (wrong)' if row.wrong else ' (missed)' if row.passed is False else ''}"

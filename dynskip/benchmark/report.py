@@ -68,6 +68,11 @@ class Row:
         return f"{value:.2f} us" if self.is_time else f"{value:.1%}" if self.is_share else f"{value:.2f}x"
 
     @property
+    def cell(self) -> str:
+        """The value, and what is wrong with it."""
+        return f"{self.show(self.value)}{' (wrong)' if self.wrong else ' (missed)' if self.passed is False else ''}"
+
+    @property
     def shown_target(self) -> str:
         """The target with its direction, or nothing."""
         if self.target is None:
@@ -118,16 +123,17 @@ class Report:
         return lines
 
     def write(self, directory: Path) -> tuple[Path, Path]:
-        """Write ``<machine>.jsonl``, one line a row with all conditions, and ``<machine>.md``; returns both paths."""
+        """Write ``<shape>-<machine>.jsonl``, a line a row with all conditions, and ``.md``; returns both paths."""
         directory.mkdir(parents=True, exist_ok=True)
-        data, page = (directory / f"{self.conditions['machine']}{suffix}" for suffix in (".jsonl", ".md"))
+        name = f"{self.conditions['shape']}-{self.conditions['machine']}"
+        data, page = (directory / f"{name}{suffix}" for suffix in (".jsonl", ".md"))
         data.write_text("".join(json.dumps(line) + "\n" for line in self.lines()), encoding="utf-8")
         page.write_text(self.page(), encoding="utf-8")
         return data, page
 
     def page(self) -> str:
-        """What stands in ``<machine>.md``."""
-        return f"# {self.conditions['cpu']}\n\n{self.markdown()}"
+        """What stands in ``<shape>-<machine>.md``."""
+        return f"# {self.conditions['shape']} on {self.conditions['cpu']}\n\n{self.markdown()}"
 
     @staticmethod
     def read(path: Path) -> Report:
@@ -186,36 +192,21 @@ class Report:
         table = markdown_table(("ms", *measured), cells, right=set(range(1, len(measured) + 1)))
         return f"\nParts of a decode step, by path and batch:\n\n{table}"
 
-    def summary(self) -> str:
-        """One line per question, one column per batch: the table of the README."""
-        batches = sorted({row.batch for row in self.rows})
-        questions = list(dict.fromkeys((row.section, row.what) for row in self.rows))
-        cells = []
-        for section, what in questions:
-            rows = {row.batch: row for row in self.rows if (row.section, row.what) == (section, what)}
-            targets = list(dict.fromkeys(row.shown_target for _, row in sorted(rows.items())))
-            where = "prefill" if section == "prefill" or what.startswith("prefill") else "decode"
-            what = what if what.startswith(where) else f"{where}, {what}"
-            shown = [
-                f"{rows[b].show(rows[b].value)}{' (missed)' if rows[b].passed is False else ''}" if b in rows else ""
-                for b in batches
-            ]
-            cells.append((what, *shown, " / ".join(filter(None, targets))))
-        header = ("", *(f"batch {batch}" for batch in batches), "target")
-        return f"{markdown_table(header, cells, right=set(range(1, len(batches) + 1)))}\n{self.conditions_text()}\n"
-
     def conditions_text(self) -> str:
-        """The conditions in two sentences, in lines of at most 120 characters."""
+        """The conditions in lines of at most 120 characters."""
+        return textwrap.fill(self.conditions_words(), _WIDTH)
+
+    def conditions_words(self) -> str:
+        """The conditions in two sentences."""
         found = self.conditions
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-        text = (
+        return (
             f"{found['shape']} shapes, random {found['dtype']} weights, prompt {found['prompt_len']}, "
             f"{found['num_threads']} threads on {found['cpu']} ({found['num_cores']} cores, {found['isa']}, "
             f"{found['bandwidth_gbps']:.0f} GB/s and {found['peak_gflops']:.0f} GFLOP/s at best in this run), "
             f"backend {found['backend']}; medians, everything timed in turns in one run. {versions}; "
             f"commit {found['commit']}, {found['date']}, load {found['load'][0]} before the run."
         )
-        return textwrap.fill(text, _WIDTH)
 
 
 def _optional(floors: dict[str, float], name: str) -> str:

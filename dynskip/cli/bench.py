@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   dynskip bench --only decode,mix --batch 32  two sections at one batch size
   dynskip bench --shape opt-0.2b-24           a smaller model of as many layers
   dynskip bench --shape llama-3.2-1b          another architecture
-  dynskip bench --out bench/results           also as JSON lines and Markdown, named after the machine
+  dynskip bench --out bench/results/cpu       also as JSON lines and Markdown, named after shape and machine
 
 sections:
   decode       a decode step against its matrix products, against transformers, and against reading all weights once
@@ -48,9 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_number(parser, "--prompt-len", "T", 1, 1024, 64, "tokens of a prompt")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
-    parser.add_argument(
-        "--out", type=file_path, metavar="DIR", help="also write <machine>.jsonl and <machine>.md there"
-    )
+    parser.add_argument("--out", type=file_path, metavar="DIR", help="also write <shape>-<machine>.jsonl and .md there")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of dynskip (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", action="store_true", help="print JSON lines, one a row, in place of a table")

@@ -16,7 +16,8 @@ from families import cut_family
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from bench import serving
-from bench.report.device import read_report
+from bench.report.cpu import cpu_tables
+from bench.report.device import append_row
 from bench.report.serving import serving_sentence, serving_tables
 from dynskip import CausalLM, LayerPath, OPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner, parts, suite
@@ -277,12 +278,11 @@ def test_verdicts(row: Row, passed: bool | None, verdict: str, target: str) -> N
 def test_a_report_survives_its_file(tmp_path: Path) -> None:
     report = Report(CONDITIONS, (ROW, replace(ROW, batch=32, value=1.3)), {"ctranslate2": "Not installed."})
     data, page = report.write(tmp_path)
-    assert (data.name, page.name) == ("test-2-cores.jsonl", "test-2-cores.md")
+    assert (data.name, page.name) == ("tiny-test-2-cores.jsonl", "tiny-test-2-cores.md")
     assert Report.read(data) == report
     text = page.read_text()
     assert "| decode  |     8 | full depth / its products |" in text and "MISSED" in text
     assert "Not measured: ctranslate2. Not installed." in text
-    assert "1.30x (missed)" in report.summary() and "<= 1.25x" in report.summary()
 
 
 def test_parts_stand_beside_their_roofline() -> None:
@@ -443,17 +443,71 @@ def test_a_page_that_is_behind_is_noticed_and_written(tmp_path: Path, monkeypatc
 
 
 def test_the_pages_show_the_committed_results() -> None:
-    results = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
-    assert results
-    for path in results:
-        if path in results[0].parent.glob(table_script().SERVING_FILES):
-            conditions, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            del conditions["part"]
-            # A title may say which part a file holds.
-            shown = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n")[2]
-            assert shown == serving.page(conditions, lines).partition("\n")[2]
-        else:
-            assert path.with_suffix(".md").read_text(encoding="utf-8") == read_report(path).page()
+    results = ROOT / "bench" / "results"
+    reports, streams = sorted((results / "cpu").glob("*.jsonl")), sorted(results.glob(table_script().SERVING_FILES))
+    assert reports and streams and streams == sorted(results.glob("*.jsonl"))
+    for path in reports:
+        report = Report.read(path)
+        assert path.stem == f"{report.conditions['shape']}-{report.conditions['machine']}"
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.page()
+    for path in streams:
+        conditions, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        del conditions["part"]
+        # A title may say which part a file holds.
+        shown = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n")[2]
+        assert shown == serving.page(conditions, lines).partition("\n")[2]
+
+
+def test_the_readme_shows_every_row_of_every_report() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split(table_script().BEGIN)[1].split(table_script().END)[0]
+    tables: dict[str, dict[str, dict[str, str]]] = {}  # by machine, question and column
+    for title, text in re.findall(r"^\*\*(.+)\*\*\n\n((?:\|.*\n)+)", shown, re.MULTILINE):
+        header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+        tables[title] = {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in lines}
+    reports = [Report.read(path) for path in sorted((ROOT / "bench" / "results" / "cpu").glob("*.jsonl"))]
+    assert {"opt-1.3b", "llama-3.2-1b", "smollm2-135m"} <= {report.conditions["shape"] for report in reports}
+    assert any(row.passed is False for report in reports for row in report.rows)
+    num_cells = sum(bool(cell) for table in tables.values() for line in table.values() for cell in line.values())
+    num_targets = sum(bool(line["target"]) for table in tables.values() for line in table.values())
+    assert num_cells - num_targets == sum(len(report.rows) for report in reports)
+    flat = " ".join(shown.split())
+    for report in reports:
+        found = report.conditions
+        for row in report.rows:
+            what = next(words for words in (row.what, f"{row.section}, {row.what}", f"decode, {row.what}")
+                        if words in tables[found["cpu"]])  # fmt: skip
+            cell = tables[found["cpu"]][what][f"{found['shape']}, batch {row.batch}"]
+            assert cell == row.show(row.value) + (" (missed)" if row.verdict == "MISSED" else "")
+        assert " ".join(report.conditions_words().split()) in flat
+
+
+def test_reports_of_one_machine_share_a_table(tmp_path: Path) -> None:
+    """A further file is a further column, or further rows of a model that is there; targets that differ say whose."""
+    speedup = replace(ROW, what="speed-up over transformers", value=1.5, target=2.0, at_least=True)
+    other = replace(speedup, target=1.4, batch=1)
+    library = replace(ROW, section="llama.cpp", what="speed-up over llama.cpp", value=0.5, target=1.0, at_least=True)
+    reports = {
+        Path("a.jsonl"): Report(CONDITIONS, (ROW, speedup), {"ctranslate2": "Not installed."}),
+        Path("b.jsonl"): Report(CONDITIONS | {"shape": "other"}, (other,), {}),
+        Path("c.jsonl"): Report(CONDITIONS | {"prompt_len": 512}, (library,), {}),
+        Path("d.jsonl"): Report(CONDITIONS | {"machine": "another", "cpu": "Another"}, (ROW,), {}),
+    }
+    first, second = cpu_tables(reports, "here").split("\n**Another**\n")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines() if line.startswith("| ")]
+    assert first.startswith("**Test**\n") and lines == [
+        ["", "tiny, batch 8", "other, batch 1", "target"],
+        ["decode, full depth / its products", "1.20x", "", "<= 1.25x"],
+        ["decode, speed-up over transformers", "1.50x (missed)", "1.50x", "tiny: >= 2x; other: >= 1.4x"],
+        ["decode, speed-up over llama.cpp", "0.50x (missed)", "", ">= 1x"],
+    ]
+    assert "\n- [a](here/a.md): tiny shapes, random bfloat16 weights, prompt 4" in first
+    assert "Not measured: ctranslate2. Not installed." in " ".join(first.split())
+    assert "\n- [b](here/b.md): other shapes" in first and "\n- [c](here/c.md): tiny shapes" in first
+    assert " 1.20x | <= 1.25x |" in second and "[d](here/d.md)" in second
+    reports[Path("e.jsonl")] = reports[Path("b.jsonl")]
+    with pytest.raises(ValueError, match=r"b.jsonl and e.jsonl must answer different questions of other .* in both"):
+        cpu_tables(reports, "here")
 
 
 def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
@@ -517,11 +571,13 @@ def test_an_old_table_is_noticed(tmp_path: Path) -> None:
     table = table_script()
     with pytest.raises(ValueError, match="must hold a report, got none"):
         table.render(tmp_path)
-    Report(CONDITIONS, (ROW,), {}).write(tmp_path)
+    Report(CONDITIONS, (ROW,), {}).write(tmp_path / "cpu")
+    card = {"part": "decode", "gpu": "NVIDIA Test", "gpu_memory_gib": 80.0}
+    append_row(tmp_path / "gpu", replace(ROW, what="of a card", value=1.1), CONDITIONS | card)
     readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     new = table.insert(readme, table.render(tmp_path))
     assert new.startswith("before\n") and new.endswith("\nafter\n")
-    assert "old" not in new and "1.20x" in new
+    assert "old" not in new and "1.20x" in new and "1.10x" in new and "on NVIDIA Test" in new
     assert table.insert(new, table.render(tmp_path)) == new
     with pytest.raises(ValueError, match="once each"):
         table.insert("no marks", "table")

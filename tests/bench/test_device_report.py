@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.report.device import DeviceReport, append_row, read_report, write_page
-from dynskip.benchmark.report import Report, Row
+from bench.report.device import DeviceReport, append_row, write_page
+from dynskip.benchmark.report import Row
 from dynskip.measure import device
 from dynskip.measure.device import Cpu, RepeatedLaunches, describe_device, get_device, measure_device_speed
 
@@ -47,8 +47,7 @@ def test_rows_survive_their_file_run_by_run(tmp_path: Path) -> None:
     assert path.name == "nvidia-test.jsonl"
     written(tmp_path, SKIPPED, part="prefill")
     written(tmp_path, replace(ROW, value=0.9), commit="def")
-    report = read_report(path)
-    assert isinstance(report, DeviceReport)
+    report = DeviceReport.read(path)
     assert [run.part for run in report.runs] == ["decode", "prefill", "decode"]
     first, failed = report.runs[0].rows
     assert first == ROW
@@ -95,20 +94,18 @@ def test_the_summary_has_a_line_a_question_and_a_column_a_row_count(tmp_path: Pa
     assert "1.25 us (missed)" in summary
 
 
-def test_the_kind_of_a_report_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "cpu.jsonl"
-    path.write_text('{"skipped": "a", "reason": "b", "conditions": {"cpu": "c"}}\n')
-    assert isinstance(read_report(path), Report)
-    for text, message in (("", "at least one row"), ("no json", "must hold rows of a report, got line 1")):
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "card.jsonl"
+    row = json.dumps(ROW.line() | {"conditions": {"gpu": "x", "part": "p"}})
+    for text, message in (
+        ("", "at least one row, got none"),
+        ("\n", "must hold rows of a device's report, got line 1"),
+        ('{"skipped": "a", "reason": "b", "conditions": {"cpu": "c"}}', "rows of a device's report, got line 1"),
+        (f'{row}\n{{"conditions": {{}}}}\n', "must hold rows of a device's report, got line 2"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_report(path)
-    path.write_text(json.dumps(ROW.line() | {"conditions": {"gpu": "x", "part": "p"}}) + '\n{"conditions": {}}\n')
-    with pytest.raises(ValueError, match="must hold rows of a device's report, got line 2"):
-        read_report(path)
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="must hold rows of a device's report, got line 1"):
-        DeviceReport.read(path)
+            DeviceReport.read(path)
 
 
 def test_a_cpu_stands_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
