@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynskip.costs.layer_costs import MachineSpeed, ModelBytes
+from dynskip.models.config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,21 @@ class WorkDone:
         )
 
 
-def floor_ms(work: WorkDone, shape: ModelBytes, speed: MachineSpeed) -> float:
+def floor_ms(work: WorkDone, config: DecoderConfig, item_bytes: int, speed: MachineSpeed) -> float:
     """The least milliseconds of a step: weights of every layer with a row read once, or its products, plus the rest.
 
     As `roofline_ms`, with two things more. Rows that skip a layer but leave a key and a value there count the products
     of these two; a layer that only such rows visit reads these two matrices. Rows of the embedding count.
+    item_bytes: of a weight, and of a value in a row.
     """
-    kv_flops = _kv_share(shape) * shape.layer_flops_per_row
-    kv_bytes = _kv_share(shape) * shape.layer_bytes
-    row_bytes = shape.kv_entry_bytes / 2
+    shape = ModelBytes.of(config, item_bytes)
+    kv_size = config.kv_entry_size * config.hidden_size  # of the matrices that make keys and values
     total = 0.0
     for run, kv in zip(work.run_rows, work.kv_rows, strict=True):
         # An average below one row is the share of the steps in which the layer has a row at all.
-        num_bytes = min(run, 1.0) * shape.layer_bytes + max(0.0, min(kv, 1.0) - min(run, 1.0)) * kv_bytes
-        total += speed.ms(num_bytes, run * shape.layer_flops_per_row + max(0.0, kv - run) * kv_flops)
+        only_kv = max(0.0, min(kv, 1.0) - min(run, 1.0))
+        num_bytes = min(run, 1.0) * shape.layer_bytes + only_kv * kv_size * item_bytes
+        total += speed.ms(num_bytes, run * shape.layer_flops_per_row + max(0.0, kv - run) * 2 * kv_size)
     total += speed.ms(work.num_entries * shape.kv_entry_bytes, 0)
-    total += speed.ms(2 * work.num_rows * row_bytes, 0)
+    total += speed.ms(2 * work.num_rows * config.embedding_size * item_bytes, 0)
     return total + speed.ms(shape.head_bytes, work.num_rows * shape.head_flops_per_row)
-
-
-def _kv_share(shape: ModelBytes) -> float:
-    """The share of key and value in a layer's matrices: 2 C^2 of 4 C^2 + 2 C F."""
-    itemsize = 2 * shape.layer_bytes / shape.layer_flops_per_row
-    hidden_size = shape.kv_entry_bytes / 2 / itemsize
-    return 2 * hidden_size**2 / (shape.layer_flops_per_row / 2)

@@ -117,7 +117,7 @@ def random_gate(model: CausalLM, workload: Workload, share: float) -> HiddenStat
     They run the layers of the workload's mask meanwhile, so that new tokens run about as many, not exactly.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (model.num_layers, 2, model.config.hidden_size)
+    shape = (model.num_layers, 2, model.decoder_config.hidden_size)
     weight = torch.randn(shape, generator=generator).to(model.device)
     bias = torch.zeros(shape[:2], device=model.device)
     gate = HiddenStateGate(weight, bias, always=())

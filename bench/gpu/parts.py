@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ROOT / "bench" / "gpu" / "tables"
 MARK = "pytest.mark.gpu"
 MAX_TEST_PROCESSES = 10
-DEFAULT = "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving"
+# A shape that is timed beside the default one, in parts of its own, and what these are called.
+BESIDE, _SUFFIX = "llama-3.2-1b", "-llama"
+DEFAULT = "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving,kernels-llama,decode-llama,prefill-llama"
 # Tables of constants that are worth comparing on a card: files in VARIANTS. What else is there can be asked for, too.
 _TABLES = ("prefetch-512", "prefetch-1024", "prefetch-2048", "add-64x32", "tiles-32")
 
@@ -47,11 +49,12 @@ class Plan:
 
 
 PLANS = {
-    # Timings before tests, whose compilers would disturb them.
-    "first": Plan("smoke,paths,matrices,validate+tests", 280),
+    # Timings before tests, whose compilers would disturb them; what is beside comes last, so that a cut costs no other.
+    "first": Plan("smoke,paths,matrices,validate+tests,full-llama", 280),
     # The tuner comes last: it keeps what it found, whenever it is stopped.
     "second": Plan(
-        "smoke,full,table-no-pdl,table-prefetch-2048,table-add-64x32,mixes,layer,tune-few", 280
+        "smoke,full,table-no-pdl,table-prefetch-2048,table-add-64x32,mixes,layer,mixes-llama,matrices-llama,tune-few",
+        280,
     ),
 }  # fmt: skip
 
@@ -99,10 +102,20 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
         command = module(f"time_{name}", *measuring, "--limit-s", f"{limit_s:g}")
         return Part(name, what, limit_s, (command,), ((*command, *on_cpu, "--backend", "torch"),))
 
+    def beside(part: Part) -> Part:
+        """The same with the shape `BESIDE`."""
+        steps, rehearsal = (
+            tuple((*command, "--shape", BESIDE) for command in commands) for commands in (part.steps, part.rehearsal)
+        )
+        name, what = f"{part.name}{_SUFFIX}", f"{BESIDE}: {part.what}"
+        return replace(part, name=name, what=what, steps=steps, rehearsal=rehearsal)
+
     def table(name: str) -> Part:
         path = VARIANTS / f"{name}.json"
         what = f"full depth with the constants of {path.relative_to(ROOT)}"
-        return timed(f"table-{name}", what, 30, full, f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
+        # Other tables than those of the prefetch change what runs for more than 32 rows, and nothing else.
+        batches = full if name.startswith("prefetch") else ["full 64"]
+        return timed(f"table-{name}", what, 30, batches, f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
 
     def profile(name: str, what: str, limit_s: float, few: Command, rehearsal: Command) -> Part:
         """ncu over the launches of the rows that ``few`` names."""
@@ -175,6 +188,12 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
         *map(table, tables),
         measure("prefill", "prompts against the ideal speed-up and the matrix peak", 540),
         measure("serving", "a stream of mixed depths against the ideal speed-up", 540),
+        beside(kernels("kernels", "single kernels against bandwidth and cuBLAS", 540, [*matrices, *attention])),
+        beside(kernels("matrices", "the four matrix kernels against bandwidth and cuBLAS", 30, ["matrices 64"])),
+        beside(timed("decode", "decode steps against their roofline and against others", 540, everything)),
+        beside(timed("full", "full depth against its roofline", 60, full[:2])),
+        beside(timed("mixes", "mixed paths", 45, ["mixes 64"])),
+        beside(measure("prefill", "prompts against the ideal speed-up and the matrix peak", 540)),
         profile("profile", "ncu over the decode kernels of one layer", 540, (), ("--dry-run",)),
         profile(
             "layer",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -22,8 +22,8 @@ from dynskip.costs.layer_costs import MachineSpeed
 from dynskip.measure import device as devices
 from dynskip.measure.device import NUM_SPEED_SAMPLES, Device, describe_device, get_device, measure_device_speed
 from dynskip.measure.timing import Samples
-from dynskip.models.opt import opt_shape
-from dynskip.models.shapes import SHAPES
+from dynskip.models.config import DecoderConfig, Rotary
+from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
 
 # What is left of the time limit when nothing new is begun: this, or a quarter of a short limit.
 _RESERVE_S = 20
@@ -57,13 +57,43 @@ def add_arguments(parser: argparse.ArgumentParser, limit_s: float) -> None:
     parser.add_argument("--commit", metavar="ID", help="commit of the sources (default: git's)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it out")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--tiny", action="store_true", help="shapes that take no time, to try it out")
+    add_shape(parser)
 
 
-def make_tiny() -> None:
-    """Add the shape "tiny", and make the memory by which a device's speed is measured small: for --tiny."""
-    SHAPES.setdefault("tiny", opt_shape(4, 32, 2, 64))
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The options that say of which shape a model is."""
+    parser.add_argument("--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="(default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a shape that takes no time, to try it out")
+
+
+def make_tiny(shape: str) -> str:
+    """Add a tiny shape of the architecture of ``shape`` to `SHAPES`, for --tiny; returns its name.
+
+    The memory by which a device's speed is measured becomes small, too.
+    """
+    name = "tiny" if shape == DEFAULT_SHAPE else f"tiny-{shape}"
+    SHAPES.setdefault(name, tiny_shape(get_shape(shape)))
     devices._COPY_BYTES, devices._GEMM_SIZE = 2**16, 16
+    return name
+
+
+def tiny_shape(config: DecoderConfig) -> DecoderConfig:
+    """What ``config`` is made of, in four small layers; its vocabulary is as it was."""
+    is_grouped = config.num_kv_heads < config.num_heads
+    turning = 16 * config.rotary_size // config.head_size
+    return replace(
+        config,
+        num_layers=4,
+        hidden_size=32,
+        num_heads=2,
+        num_kv_heads=1 if is_grouped else 2,
+        head_size=16,
+        ffn_size=32 * config.ffn_size // config.hidden_size // 16 * 16,
+        embedding_size=32,
+        rotary=None if config.rotary is None else Rotary.plain(turning, 1e4),
+        window=min(config.window, 4),
+        window_layers=None,
+    )
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -221,8 +251,12 @@ def _in_words(error: Exception) -> str:
 class Sizes:
     """What a part measures; each adds its own fields."""
 
-    shape: str = "opt-1.3b"
-    vocab_size: int = 50272
+    shape: str = DEFAULT_SHAPE
+    vocab_size: int = get_shape(DEFAULT_SHAPE).vocab_size
+
+    def of_shape(self, name: str) -> Self:
+        """The same of another shape, with the vocabulary of that."""
+        return replace(self, shape=name, vocab_size=get_shape(name).vocab_size)
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -266,9 +300,7 @@ class Benchmark:
     def run(cls, sizes: Sizes, tiny: Sizes, description: str | None, argv: Sequence[str] | None) -> int:
         """The main function of the part; returns its exit status. tiny: the sizes of --tiny."""
         args = cls._parser(description).parse_args(argv)
-        if args.tiny:
-            make_tiny()
-            sizes = tiny
+        sizes = replace(tiny, shape=make_tiny(args.shape)) if args.tiny else sizes.of_shape(args.shape)
         if cls.counted and args.counts is not None:
             sizes = replace(sizes, **dict.fromkeys(cls.counted, args.counts))
         sections = cls._chosen(args.sections) if cls.sections else cls.default_sections

@@ -1,4 +1,4 @@
-"""What the smoke test runs: ops and steps at OPT-1.3B's shapes, and the tables of constants that it runs them with."""
+"""What the smoke test runs: ops and steps of one shape, and the tables of constants that it runs them with."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 from bench.gpu.fused_steps import FusedSteps
-from bench.gpu.parts import VARIANTS
+from bench.gpu.parts import BESIDE, VARIANTS
 from bench.gpu.replays import RepeatedStep
 from bench.gpu.workloads import Truth, Workload, in_float64
 from dynskip.causal_lm import CausalLM
 from dynskip.kernels.configs import KEYS, Table, get_entries, use_configs
 from dynskip.measure.device import Device
 from dynskip.measure.random_models import hf_config, random_hf_model
-from dynskip.models.config import Rotary
-from dynskip.models.shapes import SHAPES
+from dynskip.models.config import DecoderConfig, Rotary
+from dynskip.models.shapes import DEFAULT_SHAPE, get_shape
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.paths import LayerPath
 from dynskip.tuning.tasks import Task, plan_tasks
 from dynskip.tuning.workload import Workload as OpWorkload
-from dynskip.validation.op_arguments import plan_rows
+from dynskip.validation.op_arguments import parts_of, plan_rows
 from dynskip.validation.tensors import Arguments, PlainDraw
 
 TILES = VARIANTS / "tiles-32.json"
@@ -36,8 +36,8 @@ PREPARED = (AS_IT_IS, "no-pdl", "tiles-32")
 class Sizes:
     """What is checked. num_copies: layers' worth of weights that an op reads in turn, more than a cache holds."""
 
-    shape: str = "opt-1.3b"
-    vocab_size: int = 50272
+    shape: str = DEFAULT_SHAPE
+    vocab_size: int = get_shape(DEFAULT_SHAPE).vocab_size
     rows: tuple[int, ...] = (1, 8, 64, 128)
     many_rows: int = 64
     context_len: int = 576
@@ -49,22 +49,26 @@ class Sizes:
 
 
 TINY = Sizes("tiny", 64, (2,), 2, 5, 1, 1, 2, 1, 1)
+# The rows of `BESIDE` that the two calls time.
+_ROWS_BESIDE = (8, 64)
 
 
 def tasks(sizes: Sizes, rows: int, dtype: torch.dtype) -> list[Task]:
     """Every op that is launched for each layer, and the head, for ``rows`` rows."""
-    config = replace(SHAPES[sizes.shape], num_layers=sizes.num_copies, vocab_size=sizes.vocab_size)
+    config = _decoder(sizes, sizes.num_copies)
     name = str(dtype).removeprefix("torch.")
     planned = plan_tasks(config, (rows,), dtype=name)
-    # What OPT has not: heads that turn, and positions beside slots.
+    # What the shape has not: heads that turn, or positions beside slots.
     others = replace(config, rotary=Rotary.plain(config.head_size, 10000), qk_norm=True, alibi=True)
-    planned += plan_tasks(others, (rows,), ("rotate_rows", "place_rows"), name)
+    absent = tuple(part for part in parts_of(others) if part not in parts_of(config))
+    if absent:
+        planned += plan_tasks(others, (rows,), absent, name)
     return [replace(task, context_len=sizes.context_len) for task in planned]
 
 
 def plan_arguments(sizes: Sizes, rows: int, device: torch.device) -> Arguments:
     """The arguments of `plan_rows` for all layers, every second row of which runs a layer."""
-    num_layers = SHAPES[sizes.shape].num_layers
+    num_layers = get_shape(sizes.shape).num_layers
     active = torch.arange(num_layers * rows, device=device).view(num_layers, rows) % 2 == 0
     context_lens = torch.zeros(num_layers, rows, dtype=torch.int32, device=device)
     free_slots = torch.arange(num_layers * rows, dtype=torch.int32, device=device).flip(0).contiguous()
@@ -88,14 +92,17 @@ def without_dependent_launches(device: torch.device) -> Table:
 
 def make_steps(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int) -> tuple[FusedSteps, Truth]:
     """Steps of a few layers for ``rows`` sequences at full depth, and what their logits must be."""
-    config = hf_config(sizes.shape, sizes.vocab_size)
-    config.num_hidden_layers = sizes.num_layers
-    hf_model = random_hf_model(config, dtype=dtype, device=device.device)
+    config = _decoder(sizes, sizes.num_layers)
+    hf_model = random_hf_model(hf_config(config), dtype=dtype, device=device.device)
     model = CausalLM.from_hf(hf_model, backend="triton", pack=False)
     paths = [LayerPath.full(sizes.num_layers)] * rows
     workload = Workload.along(paths, sizes.context_len, 2, sizes.vocab_size, device.device)
     truth = Truth(model, lambda: in_float64(config, dtype, device.device))
     return FusedSteps(device, model, workload, "triton"), truth
+
+
+def _decoder(sizes: Sizes, num_layers: int) -> DecoderConfig:
+    return replace(get_shape(sizes.shape), num_layers=num_layers, vocab_size=sizes.vocab_size)
 
 
 def prepare(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int, name: str) -> None:
@@ -115,11 +122,19 @@ def prepare(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int, name: s
 
 
 def prepare_all(dtype_name: str, sizes: Sizes) -> None:
-    """`prepare` in a process for each number of rows and table: it is compilers that take the time."""
-    tables = [(rows, name) for rows in sizes.rows for name in (AS_IT_IS, "no-pdl")]
-    tables += [(rows, "tiles-32") for rows in sizes.rows if rows >= sizes.many_rows and TILES.is_file()]
+    """`prepare` in a process for each number of rows and table: it is compilers that take the time.
+
+    What is timed beside the default shape is compiled along with it.
+    """
+    tables = [(sizes.shape, rows, name) for rows in sizes.rows for name in (AS_IT_IS, "no-pdl")]
+    tables += [(sizes.shape, rows, "tiles-32") for rows in sizes.rows if rows >= sizes.many_rows and TILES.is_file()]
+    if sizes.shape == DEFAULT_SHAPE:
+        tables += [(BESIDE, rows, AS_IT_IS) for rows in _ROWS_BESIDE]
     command = [sys.executable, "-m", "bench.gpu.smoke", "--dtype", dtype_name]
-    processes = [subprocess.Popen([*command, "--rows", str(rows), "--prepare", name]) for rows, name in tables]
-    for (rows, name), process in zip(tables, processes, strict=True):
+    processes = [
+        subprocess.Popen([*command, "--shape", shape, "--rows", str(rows), "--prepare", name])
+        for shape, rows, name in tables
+    ]
+    for (shape, rows, name), process in zip(tables, processes, strict=True):
         if process.wait() != 0:
-            print(f"preparing {rows} rows, {name}: exit status {process.returncode}; what it lacks is compiled later")
+            print(f"preparing {shape}, {rows} rows, {name}: exit status {process.returncode}; compiled later")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -27,10 +27,10 @@ from bench.gpu.workloads import (
     independent_paths,
 )
 from dynskip.causal_lm import CausalLM
-from dynskip.costs.layer_costs import ModelBytes
 from dynskip.measure.device import Device, time_in_turns
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.timing import Samples
+from dynskip.models.shapes import get_shape
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy
 
@@ -43,13 +43,12 @@ CheckedSteps: TypeAlias = TransformersEager | TransformersCompiled | MaskEveryth
 
 @dataclass(frozen=True)
 class Sizes(recorder.Sizes):
-    """What is measured: batches by question, tokens, rounds. ``budgets``: of shared paths. ``shares``: of mixes."""
+    """What is measured: batches by question, tokens, rounds. ``shares``: of the layers, of mixed paths."""
 
     context_len: int = 512
     batches: tuple[int, ...] = (1, 8, 64)
     mix_batches: tuple[int, ...] = (8, 64, 256)
     mask_batches: tuple[int, ...] = (64,)
-    budgets: tuple[int, ...] = (8, 12)
     shares: tuple[float, ...] = (0.25, 0.5)
     num_rounds: int = 7
     num_repeats: int = 6
@@ -60,6 +59,12 @@ class Sizes(recorder.Sizes):
         """The batches of a section; what a skipped layer costs is asked of one sequence."""
         others = {"mixes": self.mix_batches, "masks": self.mask_batches, "skipped": (1,)}
         return others.get(section, self.batches)
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Of shared paths: a third and a half of the layers."""
+        num_layers = get_shape(self.shape).num_layers
+        return num_layers // 3, num_layers // 2
 
     @property
     def num_steps(self) -> int:
@@ -80,7 +85,7 @@ class Sizes(recorder.Sizes):
 
 # Ours is timed in turns with one other after the other.
 _MOST_TIMINGS = 3
-TINY = Sizes("tiny", 128, 6, (1, 3), (3, 5), (3,), (2, 3), (0.25, 0.5), 2, 2, 1, (("backend", "eager"),))
+TINY = Sizes("tiny", 128, 6, (1, 3), (3, 5), (3,), (0.25, 0.5), 2, 2, 1, (("backend", "eager"),))
 
 
 def shared(budget: int) -> str:
@@ -145,10 +150,9 @@ class DecodeBenchmark(Benchmark):
         super().__init__(recorder, device, sizes, timed)
         self.ops = timed
         self.backend = "triton" if timed == "triton" else "torch"
-        self.config = hf_config(sizes.shape, sizes.vocab_size)
-        self.hf_model = random_hf_model(self.config, dtype=recorder.dtype, device=device.device)
+        self.config = replace(get_shape(sizes.shape), vocab_size=sizes.vocab_size)
+        self.hf_model = random_hf_model(hf_config(self.config), dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=self.backend, pack=False)
-        self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         self.truth = Truth(self.model, lambda: in_float64(self.config, recorder.dtype, device.device))
         self._complaints: dict[str, str] = {}
 
@@ -209,8 +213,7 @@ class DecodeBenchmark(Benchmark):
     def _skipped_layer(self) -> None:
         num_layers = self._num_layers
         half = num_layers // 2
-        config = hf_config(self.sizes.shape, self.sizes.vocab_size)
-        config.num_hidden_layers = half
+        config = hf_config(replace(self.config, num_layers=half))
         hf_model = random_hf_model(config, 1, self.recorder.dtype, self.device.device)
         shallow = CausalLM.from_hf(hf_model, backend=self.backend, pack=False)
         skipping = self._along([LayerPath.uniform(num_layers, half)])
@@ -300,7 +303,7 @@ class DecodeBenchmark(Benchmark):
         floors = {}
         for name, one in fused.items():
             done = WorkDone.mean([*work[name], *(one.work_done() for _ in range(2))])
-            floors[name] = floor_ms(done, self.shape, self.recorder.speed)
+            floors[name] = floor_ms(done, self.config, self.recorder.dtype.itemsize, self.recorder.speed)
             self.recorder.note(
                 f"{name}: {done.mean_layers:.2f} layers a row, {samples[name].ms * 1e3:.1f} us a step, "
                 f"bound {floors[name] * 1e3:.1f} us"

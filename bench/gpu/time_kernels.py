@@ -14,7 +14,7 @@ from bench.gpu import recorder
 from bench.gpu.recorder import Benchmark, Group, Question, Recorder
 from dynskip.measure.device import Device, time_in_turns
 from dynskip.measure.timing import Samples
-from dynskip.models.shapes import SHAPES
+from dynskip.models.shapes import get_shape
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import RowOps, get_row_ops
 from dynskip.validation.errors import Result
@@ -63,10 +63,15 @@ def matrix_questions(num_rows: int) -> list[Question]:
     ]
 
 
-def movement_questions(num_rows: int) -> list[Question]:
-    """Gather with LayerNorm, and scatter-add."""
+def gather_name(shape: str) -> str:
+    """Of gather with the norm that a model of ``shape`` has."""
+    return "gather + RMSNorm" if get_shape(shape).norm == "rms" else "gather + LayerNorm"
+
+
+def movement_questions(num_rows: int, shape: str) -> list[Question]:
+    """Gather with norm, and scatter-add."""
     return [
-        Question(num_rows, "gather + LayerNorm, share of bandwidth", 0.85),
+        Question(num_rows, f"{gather_name(shape)}, share of bandwidth", 0.85),
         Question(num_rows, "scatter-add, share of bandwidth", 0.85),
     ]
 
@@ -82,7 +87,7 @@ class KernelBenchmark(Benchmark):
         super().__init__(recorder, device, sizes, timed)
         self.ops: RowOps = get_row_ops(timed)
         self.backend = get_backend("triton" if timed == "triton" else "torch")
-        self.config = SHAPES[sizes.shape]
+        self.config = get_shape(sizes.shape)
         self.hidden_size, self.num_layers = self.config.hidden_size, self.config.num_layers
         self.draw = PlainDraw(recorder.dtype, device.device)
 
@@ -93,7 +98,7 @@ class KernelBenchmark(Benchmark):
             if section == "matrices":
                 yield matrix_questions(num_rows), cls._matrices, (num_rows,)
             elif section == "movement":
-                yield movement_questions(num_rows), cls._movement, (num_rows,)
+                yield movement_questions(num_rows, sizes.shape), cls._movement, (num_rows,)
             else:
                 for context_len in sizes.context_lens:
                     what = f"decode attention, context {context_len}, share of bandwidth"
@@ -107,7 +112,7 @@ class KernelBenchmark(Benchmark):
         num_bytes = {op: self.num_layers * arguments["weight"].nbytes for op, arguments in first.items()}
         layers = [first, *(copy.deepcopy(first) for _ in range(1, self.num_layers))]
         calls = {op: [bind(self.ops, _op(op), layer[op], workspaces[op]) for layer in layers] for op in MATRICES}
-        # The same products by the library on contiguous rows, without gather, LayerNorm and residual.
+        # The same products by the library on contiguous rows, without gather, norm, gate and residual.
         library = {
             op: [partial(F.linear, *(layer[op][name] for name in ("x", "weight", "bias"))) for layer in layers]
             for op in MATRICES
@@ -162,12 +167,14 @@ class KernelBenchmark(Benchmark):
         streams = [self.draw.normal(2 * num_rows, self.hidden_size) for _ in range(num_copies)]
         deltas = [self.draw.normal(num_rows, self.hidden_size) for _ in range(num_copies)]
         row_ids = self.draw.row_ids(num_rows, 2 * num_rows)
-        norm = gather_layer_norm(self.draw, streams[0], row_ids)
+        is_rms = self.config.norm == "rms"
+        norm = gather_layer_norm(self.draw, streams[0], row_ids, rms=is_rms) | ({"bias": None} if is_rms else {})
+        gather = gather_name(self.sizes.shape)
         sums = [{"x": x, "row_ids": row_ids, "y": y} for x, y in zip(streams, deltas, strict=True)]
         gather_wrong, scatter_wrong = (
             self._why_wrong(what, validate_case(self.backend.name, self.recorder.dtype, Case(op, what, arguments)))
             for op, what, arguments in (
-                ("gather_layer_norm", "gather + LayerNorm", norm),
+                ("gather_layer_norm", gather, norm),
                 ("scatter_add", "scatter-add", sums[0]),
             )
         )
@@ -177,8 +184,7 @@ class KernelBenchmark(Benchmark):
         bandwidth = self.recorder.speed.bandwidth_gbps * 1e6
         gather_ms = num_copies * num_rows * 2 * row_bytes / bandwidth
         scatter_ms = num_copies * num_rows * 3 * row_bytes / bandwidth
-        what = "gather + LayerNorm, share of bandwidth"
-        self.recorder.share(num_rows, what, samples["gather"], gather_ms, gather_wrong)
+        self.recorder.share(num_rows, f"{gather}, share of bandwidth", samples["gather"], gather_ms, gather_wrong)
         self.recorder.share(num_rows, "scatter-add, share of bandwidth", samples["scatter"], scatter_ms, scatter_wrong)
 
     def _time(self, tasks: dict[str, Callable[[], object]]) -> dict[str, Samples]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.device import Device, time_in_turns
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.runners import TransformersRunner
+from dynskip.models.shapes import get_shape
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy
 from dynskip.sampling import SamplingParams
@@ -60,8 +61,8 @@ class PrefillBenchmark(Benchmark):
 
     def __init__(self, recorder: Recorder, device: Device, sizes: Sizes, timed: str) -> None:
         super().__init__(recorder, device, sizes, timed)
-        config = hf_config(sizes.shape, sizes.vocab_size)
-        self.hf_model = random_hf_model(config, dtype=recorder.dtype, device=device.device)
+        config = replace(get_shape(sizes.shape), vocab_size=sizes.vocab_size)
+        self.hf_model = random_hf_model(hf_config(config), dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=timed, pack=False)
         self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import OPTForCausalLM as HFOPTForCausalLM
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from bench.gpu.workloads import Workload
 from dynskip.measure.runners import TransformersRunner
@@ -18,7 +17,7 @@ class TransformersEager:
 
     name = "transformers sdpa eager"
 
-    def __init__(self, model: HFOPTForCausalLM, workload: Workload) -> None:
+    def __init__(self, model: PreTrainedModel, workload: Workload) -> None:
         self.workload = workload
         self.runner = TransformersRunner(model, workload.prompts[:, :-1], workload.num_steps)
         self.runner.prefill()
@@ -44,8 +43,9 @@ class TransformersCompiled:
 
     name = "transformers static cache, torch.compile reduce-overhead"
 
-    def __init__(self, model: HFOPTForCausalLM, workload: Workload, **options: Any) -> None:
+    def __init__(self, model: PreTrainedModel, workload: Workload, **options: Any) -> None:
         self.model = model
+        self.head = model.get_output_embeddings()
         max_len = workload.prompt_len + workload.num_steps
         self.cache = StaticCache(config=model.config, max_cache_len=max_len)
         self.places = torch.arange(max_len, device=model.device)
@@ -69,7 +69,7 @@ class TransformersCompiled:
         return self.logits.clone()
 
     def _prefill(self, prompts: Tensor) -> None:
-        self.model.model(
+        self.model.base_model(
             input_ids=prompts,
             attention_mask=self._mask(torch.arange(prompts.shape[1], device=prompts.device)[None]),
             position_ids=torch.arange(prompts.shape[1], device=prompts.device)[None],
@@ -78,14 +78,14 @@ class TransformersCompiled:
         )
 
     def _decode(self, token_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model.model(
+        output = self.model.base_model(
             input_ids=token_ids,
             attention_mask=self._mask(position_ids),
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
         )
-        logits = self.model.lm_head(output.last_hidden_state[:, -1])
+        logits = self.head(output.last_hidden_state[:, -1])
         return logits, logits.argmax(-1, keepdim=True)
 
     def _mask(self, position_ids: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import OPTConfig
 
 from dynskip.causal_lm import CausalLM
 from dynskip.execution.step import Step, packed_positions
-from dynskip.measure.random_models import random_hf_model
+from dynskip.measure.random_models import hf_config, random_hf_model
+from dynskip.models.config import DecoderConfig
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy, Plan
 
@@ -186,9 +186,9 @@ class Truth:
         return _Expected(workload, rows, truth, max(2 * float((eager - truth).abs().max()), rounding))
 
 
-def in_float64(config: OPTConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:
+def in_float64(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:
     """The model with the weights that `random_hf_model` makes in ``dtype``, in float64."""
-    hf_model = random_hf_model(config, dtype=dtype, device=device).double()
+    hf_model = random_hf_model(hf_config(config), dtype=dtype, device=device).double()
     return CausalLM.from_hf(hf_model, backend="torch", pack=False)
 
 

@@ -26,6 +26,11 @@ class Run:
         """Which part of the benchmark it is of."""
         return str(self.conditions["part"])
 
+    @property
+    def title(self) -> str:
+        """The shape that was measured, and the part."""
+        return f"{self.conditions['shape']}, {self.part}"
+
 
 @dataclass(frozen=True)
 class DeviceReport:
@@ -56,11 +61,11 @@ class DeviceReport:
 
     @property
     def latest(self) -> tuple[Run, ...]:
-        """The last run of each part, in the order in which the parts first ran."""
-        return tuple({run.part: run for run in self.runs}.values())
+        """The last run of each part and shape, in the order in which they first ran."""
+        return tuple({run.title: run for run in self.runs}.values())
 
     def page(self) -> str:
-        """What stands in ``<card>.md``: the last run of each part."""
+        """What stands in ``<card>.md``: the last run of each part and shape."""
         text = f"# {self.runs[-1].conditions['gpu']}\n"
         for run in self.latest:
             header = ("rows", "what", "dynskip us", "other us", "value", "target", "verdict")
@@ -77,7 +82,7 @@ class DeviceReport:
                 for row in run.rows
             ]
             table = markdown_table(header, cells, right={0, 2, 3, 4})
-            text += f"\n## {run.part}\n\n{conditions_text(run.conditions)}\n\n{table}"
+            text += f"\n## {run.title}\n\n{conditions_text(run.conditions)}\n\n{table}"
             for title, found in (
                 ("Not measured", [(row, row.failure) for row in run.rows if row.failure]),
                 ("Wrong results, timed all the same", [(row, row.wrong) for row in run.rows if row.wrong]),

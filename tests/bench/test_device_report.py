@@ -53,6 +53,9 @@ def test_rows_survive_their_file_run_by_run(tmp_path: Path) -> None:
     assert first == ROW
     assert failed.failure == FAILED.failure and failed.value != failed.value and failed.passed is None
     assert [run.conditions["commit"] for run in report.latest] == ["def", "abc"]
+    # Another shape is no later run of the same.
+    latest = DeviceReport.read(written(tmp_path, ROW, shape="other")).latest
+    assert [run.title for run in latest] == ["tiny, decode", "tiny, prefill", "other, decode"]
 
 
 def test_a_failed_row_is_valid_json_without_numbers(tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_the_page_shows_every_row_of_the_last_run(tmp_path: Path) -> None:
     written(tmp_path, SPEEDUP, commit="old")
     path = written(tmp_path, ROW, SKIPPED, FAILED)
     page = write_page(path).read_text()
-    assert page.startswith("# NVIDIA Test\n\n## decode\n")
+    assert page.startswith("# NVIDIA Test\n\n## tiny, decode\n")
     assert "old" not in page and "transformers sdpa eager" not in page
     assert "copies 4000 GB/s, multiplies 700 TFLOP/s" in page and "Context 4." in page and "commit abc" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]

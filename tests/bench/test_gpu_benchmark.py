@@ -47,11 +47,13 @@ from dynskip.measure import device
 from dynskip.measure.device import get_device
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.opt import opt_shape
-from dynskip.models.shapes import SHAPES
+from dynskip.models.shapes import SHAPES, get_shape
 from dynskip.ops import native
 from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 
 NO_DEVICE = ["--device", "cpu", "--tiny"]
+BESIDE = ["--shape", parts.BESIDE]
+LLAMA = f"tiny-{parts.BESIDE}"
 PARTS: dict[str, Callable[[Sequence[str]], int]] = {
     "kernels": time_kernels.main,
     "decode": time_decode.main,
@@ -64,6 +66,7 @@ PARTS: dict[str, Callable[[Sequence[str]], int]] = {
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and memory that take no time."""
     monkeypatch.setitem(SHAPES, "tiny", opt_shape(4, 32, 2, 64))
+    monkeypatch.setitem(SHAPES, LLAMA, recorder.tiny_shape(get_shape(parts.BESIDE)))
     monkeypatch.setattr(device, "_COPY_BYTES", 2**16)
     monkeypatch.setattr(device, "_GEMM_SIZE", 16)
     monkeypatch.setattr(host, "cpu_model", lambda: "Test")
@@ -83,13 +86,18 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
         ("decode", ["--ops", "reference"]),
         ("prefill", ["--backend", "torch"]),
         ("serving", ["--backend", "torch"]),
+        ("kernels", ["--ops", "reference", *BESIDE]),
+        ("decode", ["--ops", "reference", *BESIDE]),
+        ("prefill", ["--backend", "torch", *BESIDE]),
+        ("serving", ["--backend", "torch", *BESIDE]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # from torch.compile
 def test_every_question_of_a_part_is_answered(
     part: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert PARTS[part]([*NO_DEVICE, "--dry-run"]) == 0
+    shape = LLAMA if parts.BESIDE in options else "tiny"
+    assert PARTS[part]([*NO_DEVICE, *options, "--dry-run"]) == 0
     asked = capsys.readouterr().out.splitlines()[1:]
     status = PARTS[part]([*NO_DEVICE, *options, "--out", str(tmp_path), "--commit", "abc123"])
     rows = read_rows(tmp_path)
@@ -100,7 +108,7 @@ def test_every_question_of_a_part_is_answered(
     assert all(row["value"] > 0 and row["num_samples"] > 0 for row in rows if not row["what"].endswith(", us"))
     conditions = rows[0]["conditions"]
     assert conditions["part"].split()[0] == part
-    assert conditions["commit"] == "abc123" and conditions["shape"] == "tiny"
+    assert conditions["commit"] == "abc123" and conditions["shape"] == shape
     page = (tmp_path / "test-instead-of-a-gpu.md").read_text()
     assert page == DeviceReport.read(tmp_path / "test-instead-of-a-gpu.jsonl").page()
     sections = {row["conditions"]["part"] for row in rows}
@@ -108,20 +116,27 @@ def test_every_question_of_a_part_is_answered(
 
 
 @pytest.mark.parametrize(
-    ("part", "sections"), [("kernels", "matrices,attention,movement"), ("decode", "skipped,masks")]
+    ("part", "sections", "options"),
+    [
+        ("kernels", "matrices,attention,movement", []),
+        ("decode", "skipped,masks", []),
+        ("kernels", "matrices", BESIDE),
+        ("decode", "full", BESIDE),
+    ],
 )
 def test_the_kernels_run_in_the_parts_that_time_them(
-    part: str, sections: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, sections: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under the interpreter, which knows no bfloat16: what the parts hand to the kernels is what they take."""
     if native.unavailable_reason() is not None:
         pytest.skip(f"no plan_rows: {native.unavailable_reason()}")
     if torch.cuda.is_available():
         pytest.skip("the parts themselves run on this machine's GPU")
-    monkeypatch.setitem(SHAPES, "tiny", opt_shape(2, 32, 2, 64))
-    few = {"num_rounds": 1, "num_repeats": 1, "context_len": 3, "mask_batches": (2,)}
+    for name in ("tiny", LLAMA):
+        monkeypatch.setitem(SHAPES, name, replace(SHAPES[name], num_layers=2))
+    few = {"num_rounds": 1, "num_repeats": 1, "context_len": 3, "batches": (2,), "mask_batches": (2,)}
     monkeypatch.setattr(time_decode, "TINY", replace(time_decode.TINY, **few))
-    options = ["--sections", sections, "--dtype", "float32", "--out", str(tmp_path)]
+    options = [*options, "--sections", sections, "--dtype", "float32", "--out", str(tmp_path)]
     status = PARTS[part]([*NO_DEVICE, *options])
     assert [row["failure"] for row in read_rows(tmp_path) if "failure" in row] == [] and status == 0
 
@@ -295,19 +310,23 @@ def test_without_a_card_a_part_says_so(tmp_path: Path) -> None:
 
 
 def test_the_bound_of_paths_is_the_roofline_of_their_mix() -> None:
-    model = OPTForCausalLM.from_hf(random_hf_model(hf_config("tiny", 128)), backend="torch", pack=False)
-    shape, speed = ModelBytes.of(model.decoder_config, model.dtype.itemsize), MachineSpeed(10.0, 1.0)
+    config, speed = replace(get_shape("tiny"), vocab_size=128), MachineSpeed(10.0, 1.0)
+    shape = ModelBytes.of(config, 2)
     mix = PathMix.of([LayerPath.of(4, [0, 2]), LayerPath.of(4, [2]), LayerPath.of(4, [1, 2])])
     rows = tuple(map(float, mix.rows_per_layer))
     work = WorkDone(rows, rows, sum(rows) * 7, 3)
     embedding = speed.ms(2 * 3 * 32 * 2, 0)
-    assert floor_ms(work, shape, speed) == pytest.approx(roofline_ms(mix, shape, speed, 7) + embedding)
+    assert floor_ms(work, config, 2, speed) == pytest.approx(roofline_ms(mix, shape, speed, 7) + embedding)
     assert work.mean_layers == mix.mean_layers
     # With PROPAGATE a row that skips a layer still costs the products of its key and value, and reads their matrices.
     idle = WorkDone((0.0,) * 4, (3.0,) * 4, 0, 3)
     none = WorkDone((0.0,) * 4, (0.0,) * 4, 0, 3)
     key_value = speed.ms(2 * 32 * 32 * 2, 3 * 2 * 2 * 32 * 32)
-    assert floor_ms(idle, shape, speed) - floor_ms(none, shape, speed) == pytest.approx(4 * key_value)
+    assert floor_ms(idle, config, 2, speed) - floor_ms(none, config, 2, speed) == pytest.approx(4 * key_value)
+    # One group of heads has half of the keys and values.
+    grouped = replace(config, num_kv_heads=1)
+    key_value = speed.ms(2 * 32 * 16 * 2, 3 * 2 * 2 * 32 * 16)
+    assert floor_ms(idle, grouped, 2, speed) - floor_ms(none, grouped, 2, speed) == pytest.approx(4 * key_value)
     assert WorkDone.mean([idle, none]).kv_rows == (1.5,) * 4
 
 
@@ -328,10 +347,26 @@ def test_the_truth_knows_masks_and_gates() -> None:
 # The tools
 
 
-def test_the_profile_launches_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--device", "cpu", "--shape", "tiny", "--vocab-size", "64", "--context-len", "5", "--ops", "reference"]
+@pytest.mark.parametrize("shape", ["tiny", LLAMA])
+def test_the_profile_launches_a_layer(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--shape", shape, "--vocab-size", "64", "--context-len", "5", "--ops", "reference"]
     assert profile_layer.main(arguments) == 0
     assert capsys.readouterr().out.count("one layer, plan and head launched") == len(profile_layer.BATCHES)
+    assert profile_layer.main([*NO_DEVICE, *BESIDE, "--dry-run"]) == 0
+    assert f"one layer of {LLAMA}, context 5, at 1,16,64 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "tiny"])
+def test_every_shape_has_a_tiny_one(name: str) -> None:
+    """All that it is made of stays; transformers has a model of it."""
+    shape, small = SHAPES[name], recorder.tiny_shape(SHAPES[name])
+    sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size", "embedding_size",
+             "rotary", "window")  # fmt: skip
+    assert replace(small, **{field: getattr(shape, field) for field in sizes}) == shape
+    assert (small.num_kv_heads < small.num_heads) == (shape.num_kv_heads < shape.num_heads)
+    assert (small.rotary_size * shape.head_size == shape.rotary_size * small.head_size) and small.hidden_size == 32
+    model = OPTForCausalLM.from_hf(random_hf_model(hf_config(small, 64)), backend="torch", pack=False)
+    assert replace(model.decoder_config, rotary=None) == replace(small, vocab_size=64, rotary=None)
 
 
 def test_the_sanitizer_sees_every_op(capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,8 +412,9 @@ def test_one_op_can_be_watched_alone(capsys: pytest.CaptureFixture[str]) -> None
 def test_ncu_leaves_the_clocks_alone(tmp_path: Path) -> None:
     script = "import sys; open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write(' '.join(sys.argv))"
     tool = fake_tool(tmp_path, "ncu", script)
-    assert profile_layer.main(["--ncu", str(tool), "--out", str(tmp_path / "out")]) == 0
+    assert profile_layer.main(["--ncu", str(tool), "--out", str(tmp_path / "out"), *BESIDE]) == 0
     written = (tmp_path / "out" / "profile.txt").read_text()
+    assert f"--shape {parts.BESIDE} --batches 1,16,64" in written
     assert "--clock-control none" in written and "--profile-from-start off" in written
 
 
@@ -402,9 +438,12 @@ def checks(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_the_smoke_test_checks_every_op_and_replays_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [[], BESIDE], ids=["opt", "llama"])
+def test_the_smoke_test_checks_every_op_and_replays_a_step(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(smoke, "TILES", FOLDER / "generic.json")
-    assert smoke.main([*SMOKE, "--out", str(tmp_path), "--commit", "abc123"]) == 0
+    assert smoke.main([*SMOKE, *options, "--out", str(tmp_path), "--commit", "abc123"]) == 0
     found = checks(tmp_path)
     assert {line["verdict"] for line in found.values()} == {"ok"}
     assert {name.split()[0] for name in found} >= {*ROW_OP_NAMES, "step", "dependent", "counters", "tiles", "more"}
@@ -536,6 +575,39 @@ def test_plans_name_parts_and_leave_time_within_five_minutes(tmp_path: Path) -> 
     assert not [command for command in commands if "--compile" in command or "pip" in command]
     decode = [re.findall(r"--batches (\S+)", command) for command in commands if "time_decode" in command]
     assert all(len(batches) <= 1 and "," not in "".join(batches) for batches in decode), "a process for each batch"
+
+
+def test_the_second_shape_is_measured_after_the_first(tmp_path: Path) -> None:
+    """Where time runs out, it is the second shape's that is cut, and the tuner's, which keeps what it found."""
+    made = parts.make_parts(tmp_path, "now")
+    beside = {name for name, part in made.items() if all(parts.BESIDE in command for command in part.steps)}
+    assert beside == {f"{name}-llama" for name in ("kernels", "matrices", "decode", "full", "mixes", "prefill")}
+    for order in (parts.DEFAULT, *(plan.order for plan in run.PLANS.values())):
+        names = [name for name in re.split(r"[,+]", order) if name != "tune-few"]
+        num_beside = sum(name in beside for name in names)
+        assert num_beside and set(names[-num_beside:]) <= beside, order
+    for name in beside:
+        for commands in (made[name].steps, made[name].rehearsal):
+            assert all(command[-2:] == ("--shape", parts.BESIDE) for command in commands)
+    # Tables of tiles for many rows are timed there alone.
+    assert [command[-1] for command in made["table-add-64x32"].steps] == ["64"]
+    assert [command[-1] for command in made["table-prefetch-2048"].steps] == ["8", "64", "1"]
+
+
+def test_what_is_beside_is_compiled_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, ...]] = []
+
+    def start(command: list[str]) -> SimpleNamespace:
+        started.append(tuple(command[command.index("--shape") + 1 :: 2]))
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(smoke_cases.subprocess, "Popen", start)
+    smoke_cases.prepare_all("bfloat16", smoke_cases.Sizes())
+    assert started[-2:] == [(parts.BESIDE, "8", "as-it-is"), (parts.BESIDE, "64", "as-it-is")]
+    assert {shape for shape, _, _ in started[:-2]} == {"opt-1.3b"}
+    del started[:]
+    smoke_cases.prepare_all("bfloat16", replace(smoke_cases.Sizes(), shape=parts.BESIDE))
+    assert {shape for shape, _, _ in started} == {parts.BESIDE}
 
 
 def test_what_the_tests_and_the_deterministic_algorithms_need_on_a_card(tmp_path: Path) -> None:
@@ -712,7 +784,7 @@ def test_the_first_call_is_rehearsed_with_a_crash_in_one_part(tmp_path: Path, mo
     assert list(verdicts)[:4] == ["build", "smoke", "paths", "matrices"]
     assert verdicts.pop("matrices").startswith("FAILED (-6)")
     assert all(verdict.startswith("ok") for verdict in verdicts.values()), (tmp_path / "log.txt").read_text()
-    assert set(verdicts) == {"build", "smoke", "paths", "validate", "tests"}
+    assert set(verdicts) == {"build", "smoke", "paths", "validate", "tests", "full-llama"}
     assert checks(tmp_path)["step of 1 layers"]["conditions"]["commit"] == "abc"
     (data,) = (path for path in tmp_path.glob("*.jsonl") if path.name != "smoke.jsonl")
     assert {row.what for run in DeviceReport.read(data).runs for row in run.rows} >= {
@@ -734,8 +806,9 @@ def test_the_second_call_is_rehearsed_with_a_hang_in_one_part(tmp_path: Path, mo
             assert "is not there" in verdicts.pop(name)
     assert all(verdict.startswith("ok") for verdict in verdicts.values()), (tmp_path / "log.txt").read_text()
     (data,) = (path for path in tmp_path.glob("*.jsonl") if path.name != "smoke.jsonl")
-    measured = {run.part for run in DeviceReport.read(data).runs}
-    assert measured >= {"decode full, DYNSKIP_PDL=0", "decode mixes"}
+    measured = {run.title for run in DeviceReport.read(data).runs}
+    assert measured >= {"tiny, decode full, DYNSKIP_PDL=0", "tiny, decode mixes"}
+    assert measured >= {f"{LLAMA}, decode mixes", f"{LLAMA}, kernels matrices"}
 
 
 def test_an_extension_that_serves_is_not_built_again(
