@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "qwen2", "llama-bpe")
-NUM_HOSTILE, NUM_ALPACA = 1_000, 2_000
+NUM_HOSTILE, NUM_ALPACA = 1_000, 3_000
 
 MADE_UP = (
     "The kettle sings.",
