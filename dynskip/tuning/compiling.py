@@ -11,7 +11,6 @@ import tempfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import IO, Protocol
 
 from dynskip.tuning.space import Constants
@@ -56,9 +55,7 @@ class CompilerPool:
     def __enter__(self) -> CompilerPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()
@@ -89,11 +86,11 @@ class _Worker:
     def compile(self, request: str) -> Usage:
         if self.process is None:
             self.process = self._start()
-        requests, answers = _pipes(self.process)
+        requests, answers = self.process.stdin, self.process.stdout
+        assert requests is not None and answers is not None, "both were asked for"
         requests.write(request + "\n")
         requests.flush()
-        answer = answers.readline()
-        if answer:
+        if answer := answers.readline():
             return Usage(**json.loads(answer))
         status = self._end()
         if status < 0:
@@ -110,12 +107,10 @@ class _Worker:
     def _end(self) -> int:
         """The status with which the process ends, now that it gets no more requests."""
         assert self.process is not None, "it was started"
-        requests, answers = _pipes(self.process)
-        requests.close()
-        status = self.process.wait()
-        answers.close()
+        with self.process as process:
+            process.communicate()
         self.process = None
-        return status
+        return process.returncode
 
     def _start(self) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -123,8 +118,3 @@ class _Worker:
         command = [sys.executable, "-m", "dynskip.tuning.compile_worker", str(self.capability)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
-
-
-def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    assert process.stdin is not None and process.stdout is not None, "both were asked for"
-    return process.stdin, process.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ MATRIX_OPS = {
 OTHER_OPS = ("attend_rows", "norm_rows", "embed_rows", "gate_rows", "rotate_rows", "place_rows")
 
 
+Matrix = tuple[int, int]
+
+
+class NormKind(NamedTuple):
+    """affine: with a weight, and with a bias unless it is an RMSNorm."""
+
+    affine: bool = True
+    rms: bool = False
+
+
+Norm = NormKind | None
+LAYER_NORM = NormKind()
+
+
 def parts_of(config: DecoderConfig) -> tuple[str, ...]:
     """Which matrices and other ops a step of the decoder launches, those of a gate included."""
     absent: tuple[str, ...] = () if config.rotary_size else ("rotate_rows",)
@@ -34,15 +48,19 @@ def parts_of(config: DecoderConfig) -> tuple[str, ...]:
 
 
 def draw_rows(
-    draw: Draw, num_listed: int, num_rows: int, max_rows: int | None = None, shuffled: bool = False
+    draw: Draw, num_listed: int, num_rows: int, max_rows: int | None = None, shuffled: bool = False, offset: int = 0
 ) -> RowList:
-    """Some of `num_rows` rows, increasing unless `shuffled`; behind `max_rows` in `ids` stand others."""
+    """Some of `num_rows` rows, increasing unless `shuffled`; behind `max_rows` in `ids` stand others.
+
+    offset: elements further in memory, as the list of a layer among others.
+    """
     permutation = draw.permutation(num_rows)
     rows = permutation[:num_listed] if shuffled else sorted(permutation[:num_listed])
     max_rows = min(row_bucket(max(num_listed, 1)), num_rows) if max_rows is None else max_rows
     ends = [-1] * (max_rows - num_listed)
-    ids = draw.guarded(draw.index(*rows, *ends, *permutation[max_rows:]))
-    return RowList(ids, draw.guarded(draw.index(num_listed)), max_rows)
+    lists = draw.index(*rows, *ends, *permutation[max_rows:]), draw.index(num_listed)
+    ids, num = (draw.guarded(torch.cat([part[:offset], part]))[offset:] for part in lists)
+    return RowList(ids, num, max_rows)
 
 
 def make_workspace(row_ops: RowOps, arguments: Arguments) -> Any:
@@ -88,37 +106,27 @@ class RowArguments:
 
         num_keys: that a row attends to, of the `max_context_len` that a table has room for.
         """
-        size, heads = config.hidden_size, (config.num_heads, config.head_size)
-        norm: dict[str, Any] = {"affine": config.norm_affine, "rms": config.norm == "rms"}
-        if part == "head":
-            return self.linear_rows(config.head_matrix, bias=config.head_bias, activation="none", **norm)
-        if part == "qkv":
-            return self.qkv_rows(
-                *heads, bias=config.qkv_bias, num_kv_heads=config.num_kv_heads, hidden_size=size, **norm
-            )
-        if part == "fc1":
-            end: dict[str, Any] = {"bias": config.mlp_bias, "activation": config.activation, "gated": config.gated}
-            return self.linear_rows(config.layer_matrices["fc1"], **end, **norm)
-        if part in config.layer_matrices:
-            bias = config.mlp_bias if part == "fc2" else config.out_bias
-            return self.linear_add_rows(config.layer_matrices[part], bias)
-        if part == "rotate_rows":
-            return self.rotate_rows(
-                *heads, config.num_kv_heads, config.rotary_size, config.qk_norm, config.max_positions
-            )
-        if part == "place_rows":
-            return self.place_rows()
-        if part == "attend_rows":
-            limits, groups = [num_keys] * self.num_rows, config.num_kv_heads
-            slopes, window = config.alibi, config.window
-            return self.attend_rows(*heads, limits, max_context_len, num_kv_heads=groups, slopes=slopes, window=window)
-        if part == "embed_rows":
-            num_positions = config.max_positions + config.position_offset if config.has_position_table else None
-            return self.embed_rows(size, config.vocab_size, num_positions, config.position_offset)
-        if part == "norm_rows":
-            return self.norm_rows(size, **norm)
-        assert part == "gate_rows", part
-        return self.gate_rows(size)
+        size, heads, groups = config.hidden_size, (config.num_heads, config.head_size), config.num_kv_heads
+        norm, matrices = NormKind(config.norm_affine, config.norm == "rms"), config.layer_matrices
+        num_positions = config.max_positions + config.position_offset if config.has_position_table else None
+        limits = [num_keys] * self.num_rows
+        seen: dict[str, Any] = {"slopes": config.alibi, "window": config.window}
+        make: dict[str, Callable[[], Arguments]] = {
+            "head": lambda: self.linear_rows(config.head_matrix, norm, config.head_bias, "none"),
+            "fc1": lambda: self.linear_rows(matrices["fc1"], norm, config.mlp_bias, config.activation, config.gated),
+            "fc2": lambda: self.linear_add_rows(matrices["fc2"], config.mlp_bias),
+            "out_proj": lambda: self.linear_add_rows(matrices["out_proj"], config.out_bias),
+            "qkv": lambda: self.qkv_rows(*heads, None, 1, norm, config.qkv_bias, groups, size),
+            "rotate_rows": lambda: self.rotate_rows(
+                *heads, groups, config.rotary_size, config.qk_norm, config.max_positions
+            ),
+            "place_rows": self.place_rows,
+            "attend_rows": lambda: self.attend_rows(*heads, limits, max_context_len, num_kv_heads=groups, **seen),
+            "embed_rows": lambda: self.embed_rows(size, config.vocab_size, num_positions, config.position_offset),
+            "norm_rows": lambda: self.norm_rows(size, norm),
+            "gate_rows": lambda: self.gate_rows(size),
+        }
+        return make[part]()
 
     def embed_rows(
         self, num_columns: int, num_tokens: int = 11, num_positions: int | None = 13, position_offset: int = 2
@@ -137,25 +145,18 @@ class RowArguments:
             "out": self._output(num_columns),
         }
 
-    def norm_rows(self, num_columns: int, affine: bool = True, rms: bool = False) -> Arguments:
-        norm = self._norm(num_columns, affine, rms)
-        return {"x": self._input(num_columns), "rows": self.rows, "norm": norm, "out": self._output(num_columns)}
+    def norm_rows(self, num_columns: int, norm: NormKind = LAYER_NORM) -> Arguments:
+        made = self._norm(num_columns, norm)
+        return {"x": self._input(num_columns), "rows": self.rows, "norm": made, "out": self._output(num_columns)}
 
     def linear_rows(
-        self,
-        matrix: tuple[int, int],
-        norm: bool = True,
-        bias: bool = True,
-        activation: str = "relu",
-        gated: bool = False,
-        affine: bool = True,
-        rms: bool = False,
+        self, matrix: Matrix, norm: Norm = LAYER_NORM, bias: bool = True, activation: str = "relu", gated: bool = False
     ) -> Arguments:
         num_outputs, num_inputs = matrix
         return {
             "x": self._input(num_inputs),
             "rows": self.rows,
-            "norm": self._norm(num_inputs, affine, rms) if norm else None,
+            "norm": self._norm(num_inputs, norm),
             "weight": self.draw.guarded(self.draw.matrix(num_outputs, num_inputs)),
             "bias": self.draw.normal(num_outputs) if bias else None,
             "activation": activation,
@@ -171,12 +172,10 @@ class RowArguments:
         head_size: int,
         num_stored: int | None = None,
         num_run: int = 1,
-        norm: bool = True,
+        norm: Norm = LAYER_NORM,
         bias: bool = True,
         num_kv_heads: int | None = None,
         hidden_size: int | None = None,
-        affine: bool = True,
-        rms: bool = False,
     ) -> Arguments:
         """num_stored: the first rows of the list, which alone have a slot; None: all have one.
 
@@ -195,7 +194,7 @@ class RowArguments:
             "x": self._input(num_inputs),
             "rows": self.rows,
             "num_run": draw.guarded(draw.index(num_run)),
-            "norm": self._norm(num_inputs, affine, rms) if norm else None,
+            "norm": self._norm(num_inputs, norm),
             "weight": draw.guarded(draw.matrix(num_outputs, num_inputs)),
             "bias": draw.normal(num_outputs) if bias else None,
             "q": self._output(size),
@@ -247,19 +246,20 @@ class RowArguments:
         num_heads: int,
         head_size: int,
         limits: list[int],
-        max_context_len: int,
+        max_context_len: int | None = None,
         sharpness: float = 1.0,
         num_kv_heads: int | None = None,
         slopes: bool = False,
         window: int = 0,
     ) -> Arguments:
-        """limits: how many keys each row attends to, listed or not. max_context_len: of the table.
+        """limits: how many keys each row attends to, listed or not. max_context_len: of the table; None: a few more.
 
         num_kv_heads: None for num_heads. slopes, window: rows and slots have positions, which rise in a table by one or
         more from entry to entry.
         """
         draw, size, num_seqs = self.draw, num_heads * head_size, self.num_rows + 2
         num_kv_heads = num_kv_heads or num_heads
+        max_context_len = max_context_len or max(limits) + 9
         assert len(limits) == self.num_rows
         seq_ids = draw.permutation(num_seqs)[: self.num_rows]
         used = {row: limits[row] for row in self.ids.tolist()}
@@ -300,7 +300,7 @@ class RowArguments:
             "slot_positions": draw.guarded(slot_positions) if has_positions else None,
         }
 
-    def linear_add_rows(self, matrix: tuple[int, int], bias: bool = True) -> Arguments:
+    def linear_add_rows(self, matrix: Matrix, bias: bool = True) -> Arguments:
         num_outputs, num_inputs = matrix
         return {
             "x": self._input(num_inputs),
@@ -353,10 +353,12 @@ class RowArguments:
         out[self.ids] = float("nan")
         return self.draw.guarded(out, filler=7.0)
 
-    def _norm(self, num_columns: int, affine: bool = True, rms: bool = False) -> RowNorm:
-        weight = self.draw.normal(num_columns) if affine else None
-        bias = self.draw.normal(num_columns) if affine and not rms else None
-        return RowNorm(weight, bias, 1e-5, rms)
+    def _norm(self, num_columns: int, norm: Norm) -> RowNorm | None:
+        if norm is None:
+            return None
+        weight = self.draw.normal(num_columns) if norm.affine else None
+        bias = self.draw.normal(num_columns) if norm.affine and not norm.rms else None
+        return RowNorm(weight, bias, 1e-5, norm.rms)
 
 
 def plan_rows(

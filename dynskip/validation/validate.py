@@ -20,21 +20,9 @@ from dynskip.ops import reference, row_reference
 from dynskip.ops.backends import resolve_backend
 from dynskip.ops.checks import FLOAT_DTYPES, dtype_name
 from dynskip.ops.row_ops import ROW_OP_NAMES, RowOps, get_row_ops
+from dynskip.validation import errors
 from dynskip.validation.cases import make_cases
-from dynskip.validation.errors import (
-    Result,
-    allowed_error,
-    change_one_element,
-    eager_activate,
-    eager_activation,
-    eager_attention,
-    eager_layer_norm,
-    eager_rotate,
-    max_error,
-    poisoned_allocations,
-    storage_bytes,
-    to_float64,
-)
+from dynskip.validation.errors import Result, max_error, storage_bytes
 from dynskip.validation.op_arguments import make_workspace
 from dynskip.validation.tensors import Arguments, Case, copy_with_storage, map_tensors, tensors_in
 
@@ -66,11 +54,11 @@ _MUTATED = {
 _BY_SLOT = ("k_cache", "v_cache", "slot_positions")
 _SCRATCH = ("normed", "workspace")
 _EAGER = {
-    "gather_layer_norm": eager_layer_norm,
-    "decode_attention": eager_attention,
-    "prefill_attention": eager_attention,
-    "rotate": eager_rotate,
-    "activate": eager_activate,
+    "gather_layer_norm": errors.eager_layer_norm,
+    "decode_attention": errors.eager_attention,
+    "prefill_attention": errors.eager_attention,
+    "rotate": errors.eager_rotate,
+    "activate": errors.eager_activate,
 }
 
 Places = dict[str, Tensor | EllipsisType]
@@ -110,7 +98,7 @@ def validate_case(backend: str, dtype: torch.dtype, case: Case, falsify: bool = 
     if case.op in ROW_OP_NAMES:
         return validate_row_case(get_row_ops(backend), dtype, case, falsify)
     arguments = case.copy_arguments()
-    with torch.no_grad(), ops.use_backend(backend), poisoned_allocations():
+    with torch.no_grad(), ops.use_backend(backend), errors.poisoned_allocations():
         _run(ops, case, arguments)
     is_strided = "result" in arguments and not arguments["result"].is_contiguous()
     return _judge(backend, dtype, case, arguments, falsify, "the result is not contiguous" if is_strided else None)
@@ -119,7 +107,7 @@ def validate_case(backend: str, dtype: torch.dtype, case: Case, falsify: bool = 
 def validate_row_case(row_ops: RowOps, dtype: torch.dtype, case: Case, falsify: bool = False) -> Result:
     """The same for one case of `row_ops`."""
     arguments = case.copy_arguments()
-    with torch.no_grad(), poisoned_allocations():
+    with torch.no_grad(), errors.poisoned_allocations():
         workspace = make_workspace(row_ops, arguments)
         if workspace is not None:
             workspace.partials.fill_(float("nan"))
@@ -145,7 +133,7 @@ def _judge(
     if falsify:
         for name, places in written.items():
             changed = arguments[name][places]
-            change_one_element(changed)
+            errors.change_one_element(changed)
             arguments[name][places] = changed
     complaint = complaint or _find_complaint(case, arguments, written)
     error, allowed = _measure(case, arguments, written)
@@ -195,7 +183,7 @@ def _measure(case: Case, results: Arguments, written: Places) -> tuple[float, fl
         _run(specification, case, expected)
         differing = (storage_bytes(expected[name]) != storage_bytes(results[name]) for name in written)
         return float(sum(int(differs.sum()) for differs in differing)), 0.0
-    exact = {name: map_tensors(to_float64, argument) for name, argument in expected.items()}
+    exact = {name: map_tensors(errors.to_float64, argument) for name, argument in expected.items()}
     _run(specification, case, exact)
     pairs = {name: (results[name][places], exact[name][places]) for name, places in written.items()}
     if any(result.shape != wanted.shape for result, wanted in pairs.values()):
@@ -204,7 +192,7 @@ def _measure(case: Case, results: Arguments, written: Places) -> tuple[float, fl
     eager = _eager(case) if pairs else {}
     worst = (0.0, 0.0)
     for name, (result, wanted) in pairs.items():
-        measured, allowed = max_error(result.double(), wanted), allowed_error(wanted, *eager[name])
+        measured, allowed = max_error(result.double(), wanted), errors.allowed_error(wanted, *eager[name])
         if worst[1] == 0 or measured / allowed > worst[0] / worst[1]:
             worst = measured, allowed
     return worst
@@ -221,7 +209,7 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
         return dict.fromkeys(_MUTATED.get(case.op, ("result",)), _EAGER[case.op](arguments))
     ids = row_reference.listed(arguments["rows"])
     if case.op == "norm_rows":
-        return {"out": eager_layer_norm(_norm_arguments(arguments["x"][ids], arguments["norm"]))}
+        return {"out": errors.eager_layer_norm(_norm_arguments(arguments["x"][ids], arguments["norm"]))}
     if case.op == "attend_rows":
         decode = arguments | {
             "q": arguments["q"][ids].unflatten(1, (-1, arguments["k_cache"].shape[2])),
@@ -230,7 +218,7 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
         }
         if arguments["position_ids"] is not None:
             decode["position_ids"] = arguments["position_ids"][ids]
-        attended, magnified = eager_attention(decode)
+        attended, magnified = errors.eager_attention(decode)
         return {"out": (attended.flatten(1), magnified)}
     if case.op == "rotate_rows":
         stored = ids[arguments["slots"][ids] >= 0]
@@ -239,17 +227,17 @@ def _eager(case: Case) -> dict[str, tuple[Tensor, float]]:
         turned: dict[str, tuple[Tensor, float]] = {}
         for name, heads, rows in (("q", q, ids), ("k_cache", k, stored)):
             position_ids, weight = arguments["position_ids"][rows], arguments[f"{name[0]}_weight"]
-            turned[name] = eager_rotate(arguments | {"x": heads, "position_ids": position_ids, "weight": weight})
+            turned[name] = errors.eager_rotate(arguments | {"x": heads, "position_ids": position_ids, "weight": weight})
         return turned | {"q": (turned["q"][0].flatten(1), turned["q"][1])}
     x, norm, weight, bias = arguments["x"][ids], arguments.get("norm"), arguments["weight"], arguments["bias"]
     magnified = 0.0
     if norm is not None:
-        x, uncentered = eager_layer_norm(_norm_arguments(x, norm))
+        x, uncentered = errors.eager_layer_norm(_norm_arguments(x, norm))
         magnified = uncentered * weight.double().norm(dim=1).max().item()
     product = F.linear(x, weight, bias)
     magnified += (x.double().square() @ weight.double().square().T).sqrt().max().item()
     if case.op == "linear_rows":
-        return {"out": eager_activation(product, arguments["activation"], arguments["gated"], magnified)}
+        return {"out": errors.eager_activation(product, arguments["activation"], arguments["gated"], magnified)}
     if case.op == "linear_add_rows":
         return {"residual": (arguments["residual"][ids] + product, magnified)}
     key_heads = arguments["k_cache"].shape[1:]

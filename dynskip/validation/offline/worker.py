@@ -25,22 +25,11 @@ from dynskip.kernels.row_list import TUNED_BUCKETS
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
 from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
+from dynskip.validation import op_arguments as make
 from dynskip.validation.offline.compile_kernels import MISALIGNED
 from dynskip.validation.offline.resources import read_resources
 from dynskip.validation.offline.waits import acts_before_wait
-from dynskip.validation.op_arguments import (
-    MATRIX_OPS,
-    RowArguments,
-    bind,
-    decode_attention,
-    draw_rows,
-    gather_layer_norm,
-    kv_store,
-    make_workspace,
-    parts_of,
-    prefill_attention,
-    rotate,
-)
+from dynskip.validation.op_arguments import MATRIX_OPS, RowArguments, bind, draw_rows, make_workspace, parts_of
 from dynskip.validation.tensors import EmptyDraw
 
 _MATRIX_PRODUCT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)>")
@@ -171,13 +160,13 @@ def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
     seen: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "slopes": shape.alibi, "window": shape.window}
     x, row_ids = draw.normal(8, size), draw.index(*range(4))
     for op, arguments in (
-        ("gather_layer_norm", gather_layer_norm(draw, x, row_ids) | {"rms": is_rms}),
-        ("gather_layer_norm", gather_layer_norm(draw, x, None) | {"rms": is_rms}),
+        ("gather_layer_norm", make.gather_layer_norm(draw, x, row_ids) | {"rms": is_rms}),
+        ("gather_layer_norm", make.gather_layer_norm(draw, x, None) | {"rms": is_rms}),
         ("scatter_add", {"x": x, "row_ids": row_ids, "y": draw.normal(4, size)}),
-        ("kv_store", kv_store(draw, *kv_heads, list(range(8)))),
-        ("decode_attention", decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2, **seen)),
-        ("prefill_attention", prefill_attention(draw, *heads, [2] * 4, strided=True, **seen)),
-        ("rotate", rotate(draw, draw.normal(8, *heads), shape.rotary_size or None, weight=shape.qk_norm)),
+        ("kv_store", make.kv_store(draw, *kv_heads, list(range(8)))),
+        ("decode_attention", make.decode_attention(draw, *heads, [247] * 4, [0, 1, 2, 3] * 2, **seen)),
+        ("prefill_attention", make.prefill_attention(draw, *heads, [2] * 4, strided=True, **seen)),
+        ("rotate", make.rotate(draw, draw.normal(8, *heads), shape.rotary_size or None, weight=shape.qk_norm)),
         ("activate", {"x": draw.normal(8, 8 * size), "activation": shape.activation, "gated": shape.gated}),
     ):
         yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
