@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             )
     from transformers.utils import logging
 
-    from dynskip.evaluation.registry import EXPERIMENTS
+    from dynskip.evaluation.registry import EXPERIMENTS, section_name
     from dynskip.evaluation.report.sentences import section_sentences
     from dynskip.evaluation.run import EvalRun
     from dynskip.evaluation.sweep.setup import Setup
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     with EvalRun(setup, args.out, args.workers, progress=not args.quiet) as evaluation:
         summary = evaluation.run(names)
     for name in names:
-        for sentence in section_sentences(summary, EXPERIMENTS[name].section):
+        for sentence in section_sentences(summary, section_name(name)):
             print(f"{name}: {sentence}")
     print(f"{args.out / 'summary.json'}: every number with its interval")
     return 0

@@ -9,8 +9,7 @@ from typing import Any
 from dynskip.evaluation.experiments import controllers, depth, hidden_states, oracle, router, static
 from dynskip.evaluation.experiments.hidden_states import run_states
 from dynskip.evaluation.sweep.context import Context
-from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.sweep.store import WorkItem
 from dynskip.evaluation.tasks.controller_runs import run_controlled, run_timed
 from dynskip.evaluation.tasks.generations import run_generate
 from dynskip.evaluation.tasks.prompt_facts import run_facts
@@ -46,21 +45,19 @@ def run_item(item: WorkItem, context: Context) -> dict[str, Any]:
     return TASKS[item.task].run(item, context)
 
 
-@dataclass(frozen=True, slots=True)
-class Experiment:
-    """section: its name in summary.json. plan: the items it needs; asked again when all of them are done, so that later
-    items may depend on results, until nothing is missing. summarise: the section, from the results."""
-
-    section: str
-    plan: Callable[[Setup, ItemStore], list[WorkItem]]
-    summarise: Callable[[Setup, ItemStore], dict[str, Any]]
-
-
+# Modules by the names of the command line. plan(setup, store): the items that the experiment needs; asked again when
+# all of them are done, so that later items may depend on results, until nothing is missing. summarise(setup, store):
+# the section, from the results.
 EXPERIMENTS = {
-    "oracle": Experiment("oracle", oracle.plan, oracle.summarise),
-    "hidden-states": Experiment("hidden_states", hidden_states.plan, hidden_states.summarise),
-    "static": Experiment("static", static.plan, static.summarise),
-    "router": Experiment("router", router.plan, router.summarise),
-    "controllers": Experiment("controllers", controllers.plan, controllers.summarise),
-    "depth": Experiment("depth", depth.plan, depth.summarise),
+    "oracle": oracle,
+    "hidden-states": hidden_states,
+    "static": static,
+    "router": router,
+    "controllers": controllers,
+    "depth": depth,
 }
+
+
+def section_name(experiment: str) -> str:
+    """What the section of an experiment is called in summary.json."""
+    return experiment.replace("-", "_")

@@ -9,13 +9,12 @@ import time
 from collections.abc import Collection, Sequence
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from dynskip.causal_lm import CausalLM
-from dynskip.evaluation.registry import EXPERIMENTS, TASKS
+from dynskip.evaluation.registry import EXPERIMENTS, TASKS, section_name
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.dataset import duplicates, read_splits
 from dynskip.evaluation.sweep.setup import Setup
@@ -55,7 +54,7 @@ class EvalRun:
     def __enter__(self) -> EvalRun:
         return self
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.store.close()
         if error is not None:
             # Where the disk is full the log cannot grow either; what is on its way says why.
@@ -74,7 +73,7 @@ class EvalRun:
             experiment = EXPERIMENTS[name]
             while missing := self.store.missing(experiment.plan(self.setup, self.store)):
                 self._do(name, missing)
-            summary[experiment.section] = experiment.summarise(self.setup, self.store)
+            summary[section_name(name)] = experiment.summarise(self.setup, self.store)
             summary["conditions"] = self.conditions()
             write_json(path, summary)
             self.log(f"{name}: summary written")

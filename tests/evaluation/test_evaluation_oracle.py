@@ -21,7 +21,7 @@ def scores_of(signal_sd: float, noise_sd: float, num_seqs: int = 300, seed: int 
 
 def share(scores: OracleScores, control: str, reference: str, budget: float = 8.0) -> tuple[float, float, float]:
     at = scores.at(budget)
-    controls = scores.controls()
+    controls = scores.controls
     interval = scores.interval(controls[control].gain[:, at] / controls[reference].gain[:, at])
     return tuple(map(float, interval))
 
@@ -58,8 +58,8 @@ def test_random_assignment_is_that_of_the_same_histogram() -> None:
     chosen = scores.knapsack.choose(7.0)
     dealt_at_random = np.bincount(chosen, minlength=4) / len(chosen) @ scores.greedy.mean(0)
     # The hull's last step is taken in part, the knapsack's sequences are whole.
-    assert scores.oracle.random[0, at] == pytest.approx(dealt_at_random, abs=2e-3)
-    assert scores.oracle.score[0, at] == pytest.approx(scores.knapsack.value(7.0), abs=1e-3)
+    assert scores.controls["oracle"].random[0, at] == pytest.approx(dealt_at_random, abs=2e-3)
+    assert scores.controls["oracle"].score[0, at] == pytest.approx(scores.knapsack.value(7.0), abs=1e-3)
     generator = np.random.default_rng(0)
     shuffled = [scores.greedy[np.arange(len(chosen)), generator.permutation(chosen)].mean() for _ in range(300)]
     assert np.mean(shuffled) == pytest.approx(dealt_at_random, abs=1e-3)
@@ -77,8 +77,8 @@ def test_intervals_hold_their_value_and_repeat() -> None:
 def test_the_curve_has_the_papers_steps_and_ends_at_the_best() -> None:
     scores = scores_of(0.05, 0.05)
     assert scores.grid[[0, 1, -1]].tolist() == pytest.approx([4.0, 4.04, 24.0])
-    assert scores.oracle.score[0, 0] == pytest.approx(scores.greedy[:, 0].mean())
-    assert scores.oracle.score[0, -1] == pytest.approx(scores.greedy.max(1).mean())
+    assert scores.controls["oracle"].score[0, 0] == pytest.approx(scores.greedy[:, 0].mean())
+    assert scores.controls["oracle"].score[0, -1] == pytest.approx(scores.greedy.max(1).mean())
     assert scores.static[0, -1] == pytest.approx(scores.greedy.mean(0).max())
 
 

@@ -86,12 +86,12 @@ def test_the_ceiling_is_what_expected_scores_gain(signal: float, noise: float) -
     expected = 0.2 + signal * generator.standard_normal((6000, 4))
     sampled = expected + noise * generator.standard_normal((8, 6000, 4))
     scores = OracleScores((4, 8, 12, 24), expected, sampled, resamples=1)
-    whole = scores.in_sample.gain[0, -1]
-    share = {"value": float(scores.cross_fitted.gain[0, -1] / whole)}
+    whole = scores.controls["in-sample"].gain[0, -1]
+    share = {"value": float(scores.controls["cross-fitted"].gain[0, -1] / whole)}
     assert share["value"] == pytest.approx(signal**2 / (signal**2 + noise**2), abs=0.02)
-    assert ceiling(share)["value"] == pytest.approx(scores.oracle.gain[0, -1] / whole, abs=0.03)
-    assert luck(share)["value"] == pytest.approx(scores.equal_depth.gain[0, -1] / whole, abs=0.03)
-    half = scores.cross_fitted_means.gain[0, -1] / whole
+    assert ceiling(share)["value"] == pytest.approx(scores.controls["oracle"].gain[0, -1] / whole, abs=0.03)
+    assert luck(share)["value"] == pytest.approx(scores.controls["equal depth"].gain[0, -1] / whole, abs=0.03)
+    half = scores.controls["cross-fitted means"].gain[0, -1] / whole
     assert kept_by_means(share, 4)["value"] == pytest.approx(half, abs=0.03)
 
 
@@ -136,13 +136,13 @@ def test_the_lead_is_taken_from_the_means_where_it_was_not_paired() -> None:
 
 def test_like_is_compared_with_like() -> None:
     summary = example_summary()
-    found = claims.matching(summary["oracle"], "paths")
+    found = claims.Matching(summary["oracle"], "paths")
     (curve,) = (c for c in summary["oracle"]["curves"] if (c["family"], c["name"]) == ("paths", "in-sample"))
     reached = np.interp(0.3 - 0.4 / 24 - 0.02, curve["values"], curve["budgets"])
     assert found.sampled_oracle == pytest.approx(reached)
     assert f"on sampled outputs the oracle matches full depth at {reached:.2f} layers" in text_of(summary, "oracle")
     curve["values"] = [0.1] * len(curve["values"])
-    assert claims.matching(summary["oracle"], "paths").sampled_oracle is None
+    assert claims.Matching(summary["oracle"], "paths").sampled_oracle is None
 
 
 def test_a_share_that_survives_and_one_that_need_not() -> None:
@@ -181,7 +181,7 @@ def test_routers_without_a_share_or_without_a_choice_are_counted() -> None:
     for each in summary["router"]["rows"]:
         if each["metric"] == "captured_share" and each["family"] == "paths" and each["at"] == 6.0:
             each.update(value=None, low=None, high=None)
-    found = claims.routers(summary["router"], "paths")
+    found = claims.Routers(summary["router"], "paths")
     assert (len(found.gains), len(found.shares), found.num_shallow) == (8, 4, 4)
     assert "4 of them leave no share to capture, and are in no figure" in text_of(summary, "router")
 
@@ -215,7 +215,7 @@ def comparison(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_comparison_that_lacks_nothing_is_a_test() -> None:
-    found = claims.controllers(comparison())
+    found = claims.Controllers(comparison())
     assert (found.verdict, found.reasons, found.reach) == ("tested", [], 16.0)
     num = NUM_TRAININGS * (NUM_NOISE_SEEDS + 1)
     assert (len(found.names), found.better, found.worse) == (num, num, 0)
@@ -234,7 +234,7 @@ def test_a_comparison_that_lacks_nothing_is_a_test() -> None:
     ],
 )
 def test_each_thing_that_a_comparison_lacks_makes_it_untested(changes: dict[str, Any], reason: str, told: str) -> None:
-    found = claims.controllers(comparison(**changes))
+    found = claims.Controllers(comparison(**changes))
     assert (found.verdict, found.reasons) == ("untested", [reason])
     summary = {"conditions": {}, "controllers": comparison(**changes)}
     text = text_of(summary, "controllers")
@@ -244,8 +244,8 @@ def test_each_thing_that_a_comparison_lacks_makes_it_untested(changes: dict[str,
 
 
 def test_a_difference_that_one_draw_of_the_noise_makes_is_named() -> None:
-    assert claims.controllers(comparison(noise_seeds=1, trainings=1)).twins == []
-    found = claims.controllers(comparison(noise_seeds=1, trainings=1, twin=True))
+    assert claims.Controllers(comparison(noise_seeds=1, trainings=1)).twins == []
+    found = claims.Controllers(comparison(noise_seeds=1, trainings=1, twin=True))
     assert found.twins == ["hidden 0 1"]
 
 
@@ -314,7 +314,7 @@ def test_a_loss_a_gain_and_a_difference_that_is_none() -> None:
 
 def test_correlations_are_corrected_for_all_that_were_looked_at() -> None:
     summary = example_summary()
-    found = claims.correlations(summary["depth"])
+    found = claims.Correlations(summary["depth"])
     assert (len(found.rows), len(found.clear), len(found.kept)) == (8, 2, 2)
     told = text_of(summary, "depth")
     assert "Of 8 rank correlations of the oracle's depth, 2 have an uncorrected interval that leaves zero out" in told
@@ -334,7 +334,7 @@ def test_correlations_are_corrected_for_all_that_were_looked_at() -> None:
     for each in yardstick["depth"]["rows"]:
         if each.get("feature") == "full_loss":
             each["feature"] = "full_rouge_l"
-    assert len(claims.correlations(yardstick["depth"]).rows) == 6
+    assert len(claims.Correlations(yardstick["depth"]).rows) == 6
 
 
 # The committed run
@@ -373,5 +373,5 @@ def test_the_committed_run_holds_no_withdrawn_sentence(committed: dict[str, Any]
     assert not any("statements" in part or "answers" in part for part in committed.values() if isinstance(part, dict))
     page = (RUN / "report.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
     assert "4 of 23" not in page and "no loss" not in page
-    found = claims.controllers(committed["controllers"])
+    found = claims.Controllers(committed["controllers"])
     assert found.reasons == ["beyond", "alike", "noise", "trainings"]

@@ -10,7 +10,7 @@ import torch
 
 from dynskip import LayerPath
 from dynskip.controllers import SequenceController
-from dynskip.evaluation.routers.gain_share import Captured, captured_share
+from dynskip.evaluation.routers.gain_share import captured_share
 from dynskip.evaluation.routers.path_router import (
     PathRouter,
     RouterController,
@@ -19,6 +19,7 @@ from dynskip.evaluation.routers.path_router import (
     router_inputs,
 )
 from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
+from dynskip.evaluation.stats.intervals import Interval
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
 
@@ -52,7 +53,7 @@ def as_embeddings(features: np.ndarray) -> np.ndarray:
     return inputs
 
 
-def capture(predictor: str, told: bool, seed: int = 0, budget: float = 14.0) -> tuple[Captured, np.ndarray]:
+def capture(predictor: str, told: bool, seed: int = 0, budget: float = 14.0) -> tuple[dict[str, Interval], np.ndarray]:
     features, scores = prompts_of_kinds(600, seed, told)
     if predictor == "transformer":
         features = as_embeddings(features)
@@ -66,8 +67,7 @@ def capture(predictor: str, told: bool, seed: int = 0, budget: float = 14.0) -> 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_prompts_that_tell_everything_are_captured(predictor: str) -> None:
     captured, chosen = capture(predictor, told=True)
-    assert captured.share is not None
-    share, low, high = captured.share
+    share, low, high = captured["captured_share"]
     assert 0.9 < share <= 1.0
     assert low > 0.85 and low <= share <= high
     # It is paid for: about half of the prompts run all layers, and the mean keeps near to the budget.
@@ -81,10 +81,10 @@ def test_prompts_that_tell_nothing_give_nothing(predictor: str) -> None:
     for seed in range(4):
         captured, chosen = capture(predictor, told=False, seed=seed)
         if len(set(chosen.tolist())) == 1:  # one path for all: exactly its own random assignment
-            assert captured.gain == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+            assert captured["gain"] == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
             covered += 1
             continue
-        _, low, high = captured.gain
+        _, low, high = captured["gain"]
         covered += low <= 0 <= high
     assert covered >= 3
 
@@ -93,8 +93,8 @@ def test_the_oracle_itself_captures_everything() -> None:
     _, scores = prompts_of_kinds(200, 0, told=True)
     oracle = oracle_of(scores, 10.0)
     captured = captured_share(scores, oracle, oracle)
-    assert captured.share == pytest.approx((1.0, 1.0, 1.0))
-    assert captured.score.value == pytest.approx(captured.oracle.value)
+    assert captured["captured_share"] == pytest.approx((1.0, 1.0, 1.0))
+    assert captured["rouge_l"].value == pytest.approx(captured["oracle"].value)
 
 
 def test_random_assignment_is_the_expected_score_of_the_same_depths_dealt_at_random() -> None:
@@ -104,24 +104,24 @@ def test_random_assignment_is_the_expected_score_of_the_same_depths_dealt_at_ran
     rows = np.arange(200)
     dealt = np.mean([scores[rows, generator.permutation(chosen)].mean() for _ in range(4000)])
     captured = captured_share(scores, chosen, chosen)
-    assert captured.random.value == pytest.approx(dealt, abs=1e-3)
-    assert captured.gain.value == pytest.approx(captured.score.value - captured.random.value)
+    assert captured["random"].value == pytest.approx(dealt, abs=1e-3)
+    assert captured["gain"].value == pytest.approx(captured["rouge_l"].value - captured["random"].value)
 
 
 def test_choices_of_several_seeds_count_alike() -> None:
     _, scores = prompts_of_kinds(100, 0, told=True)
     chosen = np.stack([np.zeros(100, dtype=np.int64), np.full(100, 3)])
     captured = captured_share(scores, chosen, np.full(100, 3))
-    assert captured.score.value == pytest.approx((scores[:, 0].mean() + scores[:, 3].mean()) / 2)
-    assert captured.gain.value == pytest.approx(0.0)
+    assert captured["rouge_l"].value == pytest.approx((scores[:, 0].mean() + scores[:, 3].mean()) / 2)
+    assert captured["gain"].value == pytest.approx(0.0)
 
 
 def test_one_path_for_all_has_no_share() -> None:
     _, scores = prompts_of_kinds(50, 0, told=True)
     cheapest = np.zeros(50, dtype=np.int64)
     captured = captured_share(scores, cheapest, cheapest)
-    assert captured.share is None
-    assert captured.gain.value == pytest.approx(0.0)
+    assert "captured_share" not in captured
+    assert captured["gain"].value == pytest.approx(0.0)
 
 
 def test_a_price_keeps_to_its_budget() -> None:

@@ -123,10 +123,6 @@ def _static_points(setup: Setup, store: ItemStore) -> list[Point]:
 
 def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder, seed: int) -> Point:
     items = controlled_items(setup, controller, seed)
-
-    def column(name: str) -> Floats:
-        return np.array([value for item in items for value in store.result(item)[name]], dtype=np.float64)
-
     labels = {name: getattr(controller, name) for name in ("kind", "width", "alpha", "target_layers", "backbone")}
     labels |= {
         "parameters": num_parameters(controller),
@@ -136,7 +132,8 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
         "timed_as": controller.label if seed == ARGMAX else None,
     }
     name = controller.label if seed == ARGMAX else f"{controller.label}, sampled {seed}"
-    return Point(name, labels, column("rouge_l"), column("num_tokens"), column("num_run"), column("num_decided"))
+    columns = (store.column(items, column) for column in ("rouge_l", "num_tokens", "num_run", "num_decided"))
+    return Point(name, labels, *(np.array(values, dtype=np.float64) for values in columns))
 
 
 def num_parameters(controller: ControllerFolder) -> int:

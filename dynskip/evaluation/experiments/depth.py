@@ -21,7 +21,7 @@ from dynskip.evaluation.stats.knapsack import Knapsack, operating_points
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items, notes_on_choices
-from dynskip.evaluation.tasks.prompt_facts import NUMBERS, facts_items, read_numbers, read_task_types
+from dynskip.evaluation.tasks.prompt_facts import NUMBERS, facts_items, read_numbers
 from dynskip.evaluation.tasks.routes import reader_of
 
 NUM_BINS = 5
@@ -55,7 +55,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         assert set(features) == set(NUMBERS), "facts hold every number"
         features["generated_length"] = generations.num_tokens[:, -1].astype(np.float64)
         features["full_rouge_l"] = generations.rouge_l[:, -1]
-        tasks = read_task_types(store, facts)
+        tasks = store.column(facts, "task_type")
         knapsack = Knapsack(generations.rouge_l, costs)
         depths = {at: _depths(costs, knapsack.choose(at)) for at in operating_points(generations.rouge_l, costs)}
         reliable = _reliability(setup, store, members, list(depths))

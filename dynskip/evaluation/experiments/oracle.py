@@ -122,7 +122,7 @@ def _add_matching(section: dict[str, Any], family: str, scores: OracleScores) ->
     null, _, null_matching = scores.null_models()
     found = {"oracle": scores.matching_budget}
     for control in ("cross-fitted", "cross-fitted means", "equal depth"):
-        found[control] = scores.matching_budget_of(scores.controls()[control], scores.sampled.mean(0))
+        found[control] = scores.matching_budget_of(scores.controls[control], scores.sampled.mean(0))
     found["null"] = scores.interval(null_matching)
     for control, interval in found.items():
         labels = {"family": family, "control": control}
@@ -148,7 +148,7 @@ def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> No
     num_layers = scores.costs[-1]
     places = {"matching": scores.matching_budget.value}
     places |= {name: share * num_layers for name, share in _PLACES.items()}
-    controls = scores.controls()
+    controls = scores.controls
     for name, budget in places.items():
         column = scores.at(budget)
         if column == 0:
@@ -169,9 +169,9 @@ def _add_gains(section: dict[str, Any], family: str, scores: OracleScores) -> No
 
 def _add_curves(section: dict[str, Any], family: str, scores: OracleScores) -> None:
     budgets = [round(float(budget), 3) for budget in scores.grid]
-    curves = {name: choice.score for name, choice in scores.controls().items()}
-    curves["random, as the oracle's"] = scores.oracle.random
-    curves["random, as in-sample"] = scores.in_sample.random
+    curves = {name: choice.score for name, choice in scores.controls.items()}
+    curves["random, as the oracle's"] = scores.controls["oracle"].random
+    curves["random, as in-sample"] = scores.controls["in-sample"].random
     curves["static mixture"] = scores.static
     for name, values in curves.items():
         interval = scores.interval(values)

@@ -11,26 +11,28 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.routers.gain_share import captured_share
+from dynskip.evaluation.routers.path_router import PredictorName
 from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.path_families import choices, notes_on_choices
+from dynskip.evaluation.tasks.path_families import choices, family_items, notes_on_choices
 from dynskip.evaluation.tasks.prompt_facts import facts_items
 from dynskip.evaluation.tasks.router_cost import overhead_items
 from dynskip.evaluation.tasks.routes import (
     FITTED,
     TRAIN,
     TRAINED,
-    FamilyRoutes,
+    Problem,
     Routed,
+    problem,
     reader_of,
     routes,
-    split_items,
     trained_items,
 )
 from dynskip.evaluation.tasks.timing import Part, mixed_batch, read_timings, time_item
 
 _FULL = "full"
+_TIMED = (FITTED, TRAINED)  # each in an item of its own
 
 
 def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
@@ -40,14 +42,14 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
     for name, members in choices(setup).items():
         reader = reader_of(setup, name)
         for split in (TRAIN, setup.split):
-            items += [*split_items(setup, members, split), *facts_items(setup, reader, split)]
+            items += [*family_items(setup, members, split=split), *facts_items(setup, reader, split)]
     if store.missing(items):
         return items
     for name in choices(setup):
         trained = [item for alike in trained_items(setup, store, name).values() for item in alike]
-        items += [*trained, _time_item(setup, routes(setup, store, name, FITTED))]
+        items += [*trained, _time_item(setup, store, name, FITTED)]
         if not store.missing(trained):
-            items.append(_time_item(setup, routes(setup, store, name, TRAINED)))
+            items.append(_time_item(setup, store, name, TRAINED))
     return items
 
 
@@ -56,30 +58,25 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     overhead = {item.path: store.result(item) for item in overhead_items(setup)}
     for name in choices(setup):
-        fitted, trained = (routes(setup, store, name, predictors) for predictors in (FITTED, TRAINED))
-        timings = {found: read_timings(store, _time_item(setup, found), _FULL) for found in (fitted, trained)}
-        timed_as = {routed: timings[found] for found in timings for routed in found.routed}
-        by_budget = sorted((*fitted.routed, *trained.routed), key=lambda routed: routed.at)
-        found = FamilyRoutes(fitted.members, fitted.scores, tuple(by_budget))
-        for routed in found.routed:
+        task = problem(setup, store, name)
+        timings = {alike: read_timings(store, _time_item(setup, store, name, alike), _FULL) for alike in _TIMED}
+        timed = [(routed, timings[alike]) for alike in _TIMED for routed in routes(setup, store, name, alike)]
+        for routed, by_metric in sorted(timed, key=lambda pair: pair[0].at):
             labels = {"family": name, "predictor": routed.predictor, "at": routed.at}
-            captured = captured_share(found.scores, routed.chosen, routed.oracle)
-            layers = bootstrap_mean(np.array(found.costs, dtype=np.float64)[routed.chosen].mean(0))
+            captured = captured_share(task.test_scores, routed.chosen, routed.oracle)
+            layers = bootstrap_mean(np.array(task.costs, dtype=np.float64)[routed.chosen].mean(0))
+            share = {metric: captured.pop(metric) for metric in ("captured_share",) if metric in captured}
             measured = {
-                "rouge_l": captured.score,
-                "random": captured.random,
-                "oracle": captured.oracle,
-                "gain": captured.gain,
-                "over_static": _over_static_mix(found, routed, layers.value),
+                **captured,
+                "over_static": _over_static_mix(task, routed, layers.value),
                 "layers": layers,
-                **{metric: timed[routed.label] for metric, timed in timed_as[routed].items()},
+                **{metric: by_label[routed.label] for metric, by_label in by_metric.items()},
                 "overhead_ms_single": _median(overhead[routed.predictor]["single_ms"]),
                 "overhead_ms_batched": _median(overhead[routed.predictor]["batched_ms"]),
+                **share,
             }
-            if captured.share is not None:
-                measured["captured_share"] = captured.share
             rows += [interval.row(metric=metric, **labels) for metric, interval in measured.items()]
-        full = timings[fitted]["ms_per_token"][_FULL]
+        full = timings[FITTED]["ms_per_token"][_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
     notes = [
         f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
@@ -96,18 +93,19 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     return {"n": setup.prompts, "seeds": setup.seeds, "rows": rows, "notes": notes}
 
 
-def _time_item(setup: Setup, found: FamilyRoutes) -> WorkItem:
+def _time_item(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> WorkItem:
     """The item that times batches with the histogram of each router's paths, in turns with full passes."""
-    full = found.members[-1]
-    batches = {_FULL: [Part(full.checkpoint.hash, full.path, setup.timed_batch)]}
-    for routed in found.routed:
-        batches[routed.label] = mixed_batch(found.members, routed.chosen, setup.timed_batch)
+    members = problem(setup, store, family).members
+    batches = {_FULL: [Part(members[-1].checkpoint.hash, members[-1].path, setup.timed_batch)]}
+    for routed in routes(setup, store, family, predictors):
+        batches[routed.label] = mixed_batch(members, routed.chosen, setup.timed_batch)
     return time_item(setup, batches)
 
 
-def _over_static_mix(found: FamilyRoutes, routed: Routed, cost: float) -> Interval:
+def _over_static_mix(task: Problem, routed: Routed, cost: float) -> Interval:
     """The router's score minus that of the best mix of two fixed budgets of the same mean cost, paired."""
-    costs, means = np.array(found.costs, dtype=np.float64), found.scores.mean(0)
+    costs, scores = np.array(task.costs, dtype=np.float64), task.test_scores
+    means = scores.mean(0)
     mixes = [
         (share * means[low] + (1 - share) * means[high], share, low, high)
         for low in range(len(costs))
@@ -116,8 +114,8 @@ def _over_static_mix(found: FamilyRoutes, routed: Routed, cost: float) -> Interv
         for share in [1.0 if costs[low] == costs[high] else (costs[high] - cost) / (costs[high] - costs[low])]
     ]
     _, share, low, high = max(mixes)
-    mixed = share * found.scores[:, low] + (1 - share) * found.scores[:, high]
-    picked = found.scores[np.arange(len(found.scores)), routed.chosen].mean(0)
+    mixed = share * scores[:, low] + (1 - share) * scores[:, high]
+    picked = scores[np.arange(len(scores)), routed.chosen].mean(0)
     return bootstrap_mean(picked - mixed)
 
 

@@ -6,7 +6,7 @@ Nothing is resampled here: what would take the single items has the verdict "unt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,7 +27,6 @@ SAME_DEPTH = 0.05  # a router whose mean is this near to the cheapest path's lay
 YARDSTICKS = frozenset(("full_rouge_l",))  # correlations that no question is asked of
 
 
-@dataclass(frozen=True)
 class Strategies:
     """Uniform and random skipping against early exit, by budget; 1: closer to the full model, -1: farther, 0: open.
 
@@ -36,35 +35,18 @@ class Strategies:
     trained: budgets of the uniform paths that the weights were trained along, None where that is not known.
     """
 
-    weights: str
-    uniform: Mapping[int, Row]
-    uniform_layers: Mapping[int, Row]
-    random: Mapping[int, int]
-    random_first: Mapping[int, int]
-    exit: Mapping[int, Row]
-    first: Mapping[int, Row]
-    trained: tuple[int, ...] | None
+    def __init__(self, summary: Summary, weights: str) -> None:
+        def by_budget(strategy: str, metric: str = "cosine_final") -> dict[int, Row]:
+            found = select(summary["hidden_states"], metric=metric, weights=weights, strategy=strategy)
+            return {row["budget"]: row for row in found}
 
+        def against_exit(rows: Mapping[int, Row]) -> dict[int, int]:
+            return {budget: apart(row, self.exit[budget]) for budget, row in rows.items() if budget in self.exit}
 
-def strategies(summary: Summary, weights: str) -> Strategies:
-    """How the strategies compare on cosines of states with the weights of that name."""
-    section = summary["hidden_states"]
-
-    def by_budget(strategy: str, metric: str = "cosine_final") -> dict[int, Row]:
-        found = select(section, metric=metric, weights=weights, strategy=strategy)
-        return {row["budget"]: row for row in found}
-
-    exits, random, first = by_budget("exit"), by_budget("rls"), by_budget("rls-first")
-    return Strategies(
-        weights,
-        by_budget("uls - exit"),
-        by_budget("uls - exit", "cosine_layers"),
-        {budget: apart(row, exits[budget]) for budget, row in random.items() if budget in exits},
-        {budget: apart(row, exits[budget]) for budget, row in first.items() if budget in exits},
-        exits,
-        first,
-        trained_budgets(summary["conditions"].get("model")),
-    )
+        self.uniform, self.uniform_layers = by_budget("uls - exit"), by_budget("uls - exit", "cosine_layers")
+        self.exit, self.first = by_budget("exit"), by_budget("rls-first")
+        self.random, self.random_first = against_exit(by_budget("rls")), against_exit(self.first)
+        self.trained = trained_budgets(summary["conditions"].get("model"))
 
 
 def trained_budgets(model: str | None) -> tuple[int, ...] | None:
@@ -77,9 +59,8 @@ def trained_budgets(model: str | None) -> tuple[int, ...] | None:
     return tuple(sorted({budget for phase in phases for budget in phase.budget_weights_end}))
 
 
-@dataclass(frozen=True)
 class Controllers:
-    """Controllers that read something against fixed-input ones, and why the comparison is no test.
+    """Controllers that read something against fixed-input ones at as many layers, and why that is no test.
 
     reach: the most layers that a fixed-input controller runs. beyond: names of those that run more: part of their
     baseline is the full pass. num_alike: how many fixed-input controllers have one score, so that one counts several
@@ -87,16 +68,38 @@ class Controllers:
     better, worse: how many differ from zero after Holm's correction.
     """
 
-    names: Sequence[str]
-    reach: float
-    beyond: frozenset[str]
-    num_alike: int
-    twins: Sequence[str]
-    num_sampled: int
-    num_noise_seeds: int
-    num_trainings: int
-    better: int
-    worse: int
+    def __init__(self, section: Row) -> None:
+        layers = {row["controller"]: row["value"] for row in select(section, metric="layers")}
+        learned = [row for row in select(section, metric="rouge_l") if row.get("kind") != "static"]
+        rivals = select(section, metric="over_fixed")
+        reach: dict[tuple[Any, ...], float] = {}
+        did: dict[tuple[Any, ...], set[str]] = {}
+        for row in learned:
+            if row.get("kind") == "fixed":
+                alike = _labels(row, "backbone", "choice", "seed")
+                reach[alike] = max(reach.get(alike, 0.0), layers.get(row["controller"], 0.0))
+                did.setdefault(alike + _labels(row, "value", "low", "high"), set()).add(row["controller"])
+        trainings = Counter(_labels(row, *_RECIPE) for row in learned if row.get("choice") != "sampled")
+        sampled = [row for row in rivals if row.get("choice") == "sampled"]
+        likelier = [row for row in rivals if row.get("choice") != "sampled"]
+        same = {_labels(row, *_RECIPE) for row in likelier if row["value"] == 0 and p_value(row) == 1}
+        adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in rivals])
+        apart_from_zero = [row["value"] for row, p in zip(rivals, adjusted, strict=True) if p < 0.05]
+
+        self.names = [row["controller"] for row in rivals]
+        self.reach = max(reach.values(), default=0.0)
+        self.beyond = {
+            row["controller"]
+            for row in rivals
+            if layers.get(row["controller"], 0.0) > reach.get(_labels(row, "backbone", "choice", "seed"), 0.0) + 1e-6
+        }
+        self.num_alike = max(map(len, did.values()), default=0)
+        self.twins = [row["controller"] for row in sampled if _labels(row, *_RECIPE) in same and direction(row)]
+        self.num_sampled = len(sampled)
+        self.num_noise_seeds = len({row.get("seed") for row in learned if row.get("choice") == "sampled"})
+        self.num_trainings = min(trainings.values(), default=0)
+        self.better = sum(value > 0 for value in apart_from_zero)
+        self.worse = sum(value < 0 for value in apart_from_zero)
 
     @property
     def reasons(self) -> list[str]:
@@ -115,51 +118,12 @@ class Controllers:
         return "untested" if self.reasons or not self.names else "tested"
 
 
-def controllers(section: Row) -> Controllers:
-    """The comparison with fixed-input controllers at as many layers."""
-    layers = {row["controller"]: row["value"] for row in select(section, metric="layers")}
-    learned = [row for row in select(section, metric="rouge_l") if row.get("kind") != "static"]
-    fixed = [row for row in learned if row.get("kind") == "fixed"]
-    rivals = select(section, metric="over_fixed")
+# What two trainings of one kind have in common.
+_RECIPE = ("kind", "width", "alpha", "target_layers", "backbone")
 
-    def steered_alike(row: Row) -> tuple[Any, ...]:
-        return tuple(row.get(label) for label in ("backbone", "choice", "seed"))
 
-    reach: dict[tuple[Any, ...], float] = {}
-    for row in fixed:
-        reach[steered_alike(row)] = max(reach.get(steered_alike(row), 0.0), layers.get(row["controller"], 0.0))
-    beyond = {
-        row["controller"]
-        for row in rivals
-        if layers.get(row["controller"], 0.0) > reach.get(steered_alike(row), 0.0) + 1e-6
-    }
-    did: dict[tuple[Any, ...], set[str]] = {}
-    for row in fixed:
-        numbers = tuple(row.get(part) for part in ("value", "low", "high"))
-        did.setdefault((*steered_alike(row), *numbers), set()).add(row["controller"])
-    names = tuple(row["controller"] for row in rivals)
-    adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in rivals])
-    apart_from_zero = [row["value"] for row, p in zip(rivals, adjusted, strict=True) if p < 0.05]
-    sampled = {row.get("seed") for row in learned if row.get("choice") == "sampled"}
-
-    def recipe(row: Row) -> tuple[Any, ...]:
-        return tuple(row.get(label) for label in ("kind", "width", "alpha", "target_layers", "backbone"))
-
-    trainings = Counter(recipe(row) for row in learned if row.get("choice") != "sampled")
-    same = {recipe(row) for row in rivals if row.get("choice") != "sampled" and row["value"] == 0 and p_value(row) == 1}
-    twins = [row["controller"] for row in rivals if row.get("choice") == "sampled" and recipe(row) in same]
-    return Controllers(
-        names,
-        max(reach.values(), default=0.0),
-        frozenset(beyond),
-        max(map(len, did.values()), default=0),
-        [name for name, row in zip(names, rivals, strict=True) if name in twins and direction(row)],
-        sum(row.get("choice") == "sampled" for row in rivals),
-        len(sampled),
-        min(trainings.values(), default=0),
-        sum(value > 0 for value in apart_from_zero),
-        sum(value < 0 for value in apart_from_zero),
-    )
+def _labels(row: Row, *names: str) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -224,33 +188,24 @@ def floor(summary: Summary, family: str) -> Floor | None:
     return Floor(cheapest, num_layers, matching, lead, num_cheapest, sum(counts.values()) if counts else None)
 
 
-@dataclass(frozen=True)
 class Matching:
     """Where choices match full depth, those together that are scored on texts of one kind; None: nowhere, or unknown.
 
-    oracle, null: on greedy texts. sampled_oracle, equal_depth: on sampled ones.
+    oracle, null: on greedy texts. sampled_oracle, equal_depth: on sampled ones; the first is read off its curve.
     """
 
-    oracle: Row | None
-    null: Row | None
-    sampled_oracle: float | None
-    equal_depth: Row | None
-
-
-def matching(section: Row, family: str) -> Matching:
-    """The matching budgets of a family; that of the oracle on sampled texts is read off its curve."""
-    rows = {
-        name: find(section, metric="matching_budget", family=family, control=name)
-        for name in ("oracle", "null", "equal depth")
-    }
-    means = sorted(select(section, metric="mean_sampled", family=family), key=lambda row: row["budget"])
-    curve = curves_of(section, family).get("in-sample")
-    sampled = None
-    if curve is not None and means:
-        values, target = np.array([curve["values"]]), np.array([means[-1]["value"]])
-        found = float(smallest_budgets(np.array(curve["budgets"]), values, target)[0])
-        sampled = found if np.isfinite(found) else None
-    return Matching(rows["oracle"], rows["null"], sampled, rows["equal depth"])
+    def __init__(self, section: Row, family: str) -> None:
+        self.oracle, self.null, self.equal_depth = (
+            find(section, metric="matching_budget", family=family, control=name)
+            for name in ("oracle", "null", "equal depth")
+        )
+        self.sampled_oracle: float | None = None
+        means = sorted(select(section, metric="mean_sampled", family=family), key=lambda row: row["budget"])
+        curve = curves_of(section, family).get("in-sample")
+        if curve is not None and means:
+            values, target = np.array([curve["values"]]), np.array([means[-1]["value"]])
+            found = float(smallest_budgets(np.array(curve["budgets"]), values, target)[0])
+            self.sampled_oracle = found if np.isfinite(found) else None
 
 
 @dataclass(frozen=True)
@@ -306,7 +261,6 @@ def surviving(section: Row, family: str) -> Surviving | None:
     return None
 
 
-@dataclass(frozen=True)
 class Routers:
     """The prompt-only routers of one family. shares: what each captures; the others' choice leaves none to capture.
 
@@ -314,53 +268,28 @@ class Routers:
     path. best: the share of the one that gains most.
     """
 
-    family: str
-    gains: Sequence[Row]
-    shares: Sequence[Row]
-    above: int
-    num_shallow: int
-    best: Row | None
+    def __init__(self, section: Row, family: str) -> None:
+        self.gains = select(section, metric="gain", family=family)
+        self.shares = select(section, metric="captured_share", family=family)
+        layers = [row["value"] for row in select(section, metric="layers", family=family)]
+        by_gain = {_labels(row, "predictor", "at"): row["value"] for row in self.gains}
+        known = [row for row in self.shares if _labels(row, "predictor", "at") in by_gain]
+        self.above = sum(direction(row) > 0 for row in self.gains)
+        self.num_shallow = sum(value <= min(layers) + SAME_DEPTH for value in layers)
+        self.best = max(known, key=lambda row: by_gain[_labels(row, "predictor", "at")], default=None)
 
 
-def routers(section: Row, family: str) -> Routers:
-    """The routers of a family."""
-    gains = select(section, metric="gain", family=family)
-    shares = select(section, metric="captured_share", family=family)
-    layers = {(row["predictor"], row["at"]): row["value"] for row in select(section, metric="layers", family=family)}
-    cheapest = min(layers.values(), default=0.0)
-    by_gain = {(row["predictor"], row["at"]): row["value"] for row in gains}
-    known = [row for row in shares if (row["predictor"], row["at"]) in by_gain]
-    best = max(known, key=lambda row: by_gain[row["predictor"], row["at"]], default=None)
-    return Routers(
-        family,
-        gains,
-        shares,
-        sum(direction(row) > 0 for row in gains),
-        sum(value <= cheapest + SAME_DEPTH for value in layers.values()),
-        best,
-    )
-
-
-@dataclass(frozen=True)
 class Correlations:
-    """Rank correlations of the chosen depth: every one that was looked at, with its p-value adjusted by Holm."""
+    """All rank correlations of the chosen depth in a section, over families, budgets and features; yardsticks left out.
 
-    rows: Sequence[Row]
-    adjusted: Sequence[float]
+    adjusted: the p-value of each by Holm. clear: those with an interval that leaves zero out. kept: those that stay
+    after the correction.
+    """
 
-    @property
-    def clear(self) -> list[Row]:
-        """Those with an interval that leaves zero out."""
-        return [row for row in self.rows if direction(row)]
-
-    @property
-    def kept(self) -> list[Row]:
-        """Those that stay after the correction."""
-        return [row for row, p in zip(self.rows, self.adjusted, strict=True) if p < 0.05]
-
-
-def correlations(section: Row) -> Correlations:
-    """All rank correlations of a section, over families, budgets and features; yardsticks left out."""
-    rows = [row for row in select(section, metric="spearman") if row["feature"] not in YARDSTICKS]
-    known = [(row, p) for row in rows if (p := p_value(row)) is not None]
-    return Correlations([row for row, _ in known], holm([p for _, p in known]))
+    def __init__(self, section: Row) -> None:
+        rows = [row for row in select(section, metric="spearman") if row["feature"] not in YARDSTICKS]
+        known = [(row, p) for row in rows if (p := p_value(row)) is not None]
+        self.rows = [row for row, _ in known]
+        self.adjusted = holm([p for _, p in known])
+        self.clear = [row for row in self.rows if direction(row)]
+        self.kept = [row for row, p in zip(self.rows, self.adjusted, strict=True) if p < 0.05]

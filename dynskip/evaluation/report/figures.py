@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 from dynskip.evaluation.report import paper_numbers as paper
@@ -56,106 +57,110 @@ FEATURES = {
 }
 
 
-def hidden_states(section: Row, weights: str) -> str:
+def _drawn(name: str, width: float, height: float) -> Callable[[Callable[..., None]], Callable[..., str]]:
+    """Makes a function that draws a section into a figure one that takes the section and gives the SVG text.
+
+    name: of the figure in a page; of several of a kind with a place for what follows the section.
+    """
+
+    def decorate(draw: Callable[..., None]) -> Callable[..., str]:
+        @wraps(draw)
+        def text(section: Row, *more: Any) -> str:
+            return svg(name.format(*more), lambda figure: draw(figure, section, *more), width, height)
+
+        return text
+
+    return decorate
+
+
+@_drawn("hidden-{}", 10.0, 3.5)
+def hidden_states(figure: Any, section: Row, weights: str) -> None:
     """Similarity of hidden states, and divergence of predictions, by budget and strategy."""
     titles = {
         "cosine_final": "cosine of final states",
         "cosine_layers": "cosine, mean over layers",
         "kl": "KL of predictions (nats)",
     }
-
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(1, 3)
-        for axes, (metric, title) in zip(panels, titles.items(), strict=True):
-            for style, (strategy, label) in enumerate(STRATEGIES.items()):
-                rows = select(section, metric=metric, strategy=strategy, weights=weights)
-                series(axes, rows, "budget", label, style)
-            axes.set(title=title, xlabel="layers executed")
-            axes.set_xticks(distinct(select(section, metric=metric, weights=weights), "budget"))
-        _legend_below(figure, panels[0], columns=4)
-
-    return svg(f"hidden-{weights}", draw, 10.0, 3.5)
+    panels = figure.subplots(1, 3)
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        for style, (strategy, label) in enumerate(STRATEGIES.items()):
+            rows = select(section, metric=metric, strategy=strategy, weights=weights)
+            series(axes, rows, "budget", label, style)
+        axes.set(title=title, xlabel="layers executed")
+        axes.set_xticks(distinct(select(section, metric=metric, weights=weights), "budget"))
+    _legend_below(figure, panels[0], columns=4)
 
 
-def static_budgets(section: Row, num_layers: int) -> str:
+@_drawn("static", 9.0, 4.0)
+def static_budgets(figure: Any, section: Row, num_layers: int) -> None:
     """ROUGE-L by budget: absolute, and as a share of full depth beside the paper's."""
-
-    def draw(figure: Any) -> None:
-        absolute, relative = figure.subplots(1, 2)
-        for style, (family, label) in enumerate(FAMILIES.items()):
-            rows = select(section, metric="rouge_l", family=family)
-            series(absolute, rows, "budget", label, style, shift=0.25 * (style - 1))
-            full = find(section, metric="rouge_l", family=family, budget=num_layers)
-            if full is not None and full["value"]:
-                shares = [{"share": row["budget"] / num_layers, "value": row["value"] / full["value"]} for row in rows]
-                series(relative, shares, "share", label, style)
-        at_paper = [
-            {"share": budget / paper.NUM_LAYERS, "value": value / paper.STATIC_ROUGE_L[paper.NUM_LAYERS]}
-            for budget, value in paper.STATIC_ROUGE_L.items()
-        ]
-        series(relative, at_paper, "share", "the paper, OPT-1.3B, weights per budget", 3)
-        absolute.set(ylabel="ROUGE-L", title="ROUGE-L by budget", xlabel="layers executed")
-        absolute.set_xticks(sorted({row["budget"] for row in select(section, metric="rouge_l")}))
-        relative.set(title="as a share of full depth", xlabel="share of the layers executed")
-        _legend_below(figure, relative, columns=2)
-
-    return svg("static", draw, 9.0, 4.0)
+    absolute, relative = figure.subplots(1, 2)
+    for style, (family, label) in enumerate(FAMILIES.items()):
+        rows = select(section, metric="rouge_l", family=family)
+        series(absolute, rows, "budget", label, style, shift=0.25 * (style - 1))
+        full = find(section, metric="rouge_l", family=family, budget=num_layers)
+        if full is not None and full["value"]:
+            shares = [{"share": row["budget"] / num_layers, "value": row["value"] / full["value"]} for row in rows]
+            series(relative, shares, "share", label, style)
+    at_paper = [
+        {"share": budget / paper.NUM_LAYERS, "value": value / paper.STATIC_ROUGE_L[paper.NUM_LAYERS]}
+        for budget, value in paper.STATIC_ROUGE_L.items()
+    ]
+    series(relative, at_paper, "share", "the paper, OPT-1.3B, weights per budget", 3)
+    absolute.set(ylabel="ROUGE-L", title="ROUGE-L by budget", xlabel="layers executed")
+    absolute.set_xticks(sorted({row["budget"] for row in select(section, metric="rouge_l")}))
+    relative.set(title="as a share of full depth", xlabel="share of the layers executed")
+    _legend_below(figure, relative, columns=2)
 
 
-def wall_clock(section: Row) -> str:
+@_drawn("wall-clock", 10.0, 3.7)
+def wall_clock(figure: Any, section: Row) -> None:
     """Milliseconds per generated token against layers, in a batch and alone, and ROUGE-L against milliseconds."""
     batch, single = "ms_per_token", "ms_per_token_single"
-
-    def draw(figure: Any) -> None:
-        in_batch, alone, against_score = figure.subplots(1, 3)
-        for style, (family, label) in enumerate(FAMILIES.items()):
-            for axes, metric in ((in_batch, batch), (alone, single)):
-                rows = select(section, metric=metric, family=family)
-                series(axes, rows, "budget", label, style, shift=0.25 * (style - 1))
-            times = {row["budget"]: row["value"] for row in select(section, metric=batch, family=family)}
-            scores = [row for row in select(section, metric="rouge_l", family=family) if row["budget"] in times]
-            scores.sort(key=lambda row: times[row["budget"]])
-            if scores:
-                points(against_score, [times[row["budget"]] for row in scores], scores, label, style)
-        for axes, title in ((in_batch, "ms per token, in a batch"), (alone, "ms per token, alone")):
-            axes.set(title=title, xlabel="layers executed")
-            axes.set_ylim(bottom=0)
-            axes.set_xticks(sorted(distinct(select(section, metric=batch), "budget")))
-        against_score.set(title="ROUGE-L", xlabel="ms per token, in a batch")
-        _legend_below(figure, in_batch, columns=3)
-
-    return svg("wall-clock", draw, 10.0, 3.7)
+    in_batch, alone, against_score = figure.subplots(1, 3)
+    for style, (family, label) in enumerate(FAMILIES.items()):
+        for axes, metric in ((in_batch, batch), (alone, single)):
+            rows = select(section, metric=metric, family=family)
+            series(axes, rows, "budget", label, style, shift=0.25 * (style - 1))
+        times = {row["budget"]: row["value"] for row in select(section, metric=batch, family=family)}
+        scores = [row for row in select(section, metric="rouge_l", family=family) if row["budget"] in times]
+        scores.sort(key=lambda row: times[row["budget"]])
+        if scores:
+            points(against_score, [times[row["budget"]] for row in scores], scores, label, style)
+    for axes, title in ((in_batch, "ms per token, in a batch"), (alone, "ms per token, alone")):
+        axes.set(title=title, xlabel="layers executed")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(sorted(distinct(select(section, metric=batch), "budget")))
+    against_score.set(title="ROUGE-L", xlabel="ms per token, in a batch")
+    _legend_below(figure, in_batch, columns=3)
 
 
-def controllers(section: Row) -> str:
+@_drawn("controllers", 9.0, 4.8)
+def controllers(figure: Any, section: Row) -> None:
     """ROUGE-L of learned controllers against layers and against milliseconds per token; sampling ones are hollow."""
     scores = select(section, metric="rouge_l")
     kinds = sorted({controller_kind(row) for row in scores}, key=_kind_order)
-
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, metric in zip(panels, ("layers", "ms_per_token"), strict=True):
-            for style, kind in enumerate(kinds):
-                for hollow in (False, True):
-                    placed = [
-                        (place["value"], row)
-                        for row in scores
-                        if controller_kind(row) == kind and (row.get("choice") == "sampled") == hollow
-                        for place in [find(section, metric=metric, controller=row["controller"])]
-                        if place is not None
-                    ]
-                    placed.sort(key=lambda pair: pair[0])
-                    look = {} if kind == _UNIFORM else {"linestyle": "none"}
-                    look |= {"markerfacecolor": "w"} if hollow else {}
-                    label = f"{kind}, sampled" if hollow else kind
-                    if placed:
-                        points(axes, [place for place, _ in placed], [row for _, row in placed], label, style, **look)
-        count_layers(panels[0])
-        panels[0].set(ylabel="ROUGE-L", title="against layers", xlabel="mean layers of a generated token")
-        panels[1].set(title="against time, likelier decisions", xlabel="ms per generated token, in a batch")
-        _legend_below(figure, panels[0], columns=3)
-
-    return svg("controllers", draw, 9.0, 4.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, metric in zip(panels, ("layers", "ms_per_token"), strict=True):
+        for style, kind in enumerate(kinds):
+            for hollow in (False, True):
+                placed = [
+                    (place["value"], row)
+                    for row in scores
+                    if controller_kind(row) == kind and (row.get("choice") == "sampled") == hollow
+                    for place in [find(section, metric=metric, controller=row["controller"])]
+                    if place is not None
+                ]
+                placed.sort(key=lambda pair: pair[0])
+                look = {} if kind == _UNIFORM else {"linestyle": "none"}
+                look |= {"markerfacecolor": "w"} if hollow else {}
+                label = f"{kind}, sampled" if hollow else kind
+                if placed:
+                    points(axes, [place for place, _ in placed], [row for _, row in placed], label, style, **look)
+    count_layers(panels[0])
+    panels[0].set(ylabel="ROUGE-L", title="against layers", xlabel="mean layers of a generated token")
+    panels[1].set(title="against time, likelier decisions", xlabel="ms per generated token, in a batch")
+    _legend_below(figure, panels[0], columns=3)
 
 
 def controller_kind(row: Row) -> str:
@@ -183,28 +188,25 @@ def _kind_order(kind: str) -> tuple[int, int, str]:
     return place, int(digits or 0), kind
 
 
-def oracle(section: Row, family: str) -> str:
+@_drawn("oracle-{}", 10.0, 5.2)
+def oracle(figure: Any, section: Row, family: str) -> None:
     """The oracle's curve over mean budgets with its controls: on greedy outputs, and on sampled ones."""
     curves = curves_of(section, family)
-
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, names, metric in zip(panels, (GREEDY_CURVES, SAMPLED_CURVES), ("mean", "mean_sampled"), strict=True):
-            for style, (name, label) in enumerate(names.items()):
-                if name in curves:
-                    band(axes, curves[name], label, style, shaded=name in SHADED)
-            means = select(section, metric=metric, family=family)
-            budgets = [row["budget"] for row in means]
-            points(axes, budgets, means, "each budget alone", 0, linestyle="none", markerfacecolor="w")
-            if means:
-                axes.axhline(means[-1]["value"], color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
-            count_layers(axes)
-            axes.set_xlabel("mean layers executed")
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        panels[0].set(title="greedy outputs", ylabel="mean ROUGE-L")
-        panels[1].set(title="sampled outputs")
-
-    return svg(f"oracle-{family}", draw, 10.0, 5.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, names, metric in zip(panels, (GREEDY_CURVES, SAMPLED_CURVES), ("mean", "mean_sampled"), strict=True):
+        for style, (name, label) in enumerate(names.items()):
+            if name in curves:
+                band(axes, curves[name], label, style, shaded=name in SHADED)
+        means = select(section, metric=metric, family=family)
+        budgets = [row["budget"] for row in means]
+        points(axes, budgets, means, "each budget alone", 0, linestyle="none", markerfacecolor="w")
+        if means:
+            axes.axhline(means[-1]["value"], color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
+        count_layers(axes)
+        axes.set_xlabel("mean layers executed")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[0].set(title="greedy outputs", ylabel="mean ROUGE-L")
+    panels[1].set(title="sampled outputs")
 
 
 def surviving(section: Row, family: str) -> str:
@@ -239,24 +241,21 @@ def _forest(
     return svg(name, draw, width, 1.1 + line_height * len(rows))
 
 
-def depth(section: Row, family: str) -> str:
+@_drawn("depth-{}", 10.0, 3.5)
+def depth(figure: Any, section: Row, family: str) -> None:
     """The oracle's chosen depth against lengths and losses, in bins of equally many sequences."""
     rows = select(section, metric="binned_depth", family=family)
     features = distinct(rows, "feature")
-
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
-        for axes, feature in zip(panels, features, strict=False):
-            bins = [row for row in rows if row["feature"] == feature]
-            for style, at in enumerate(distinct(bins, "at")):
-                chosen = [row for row in bins if row["at"] == at]
-                middles = [(row["bin_low"] + row["bin_high"]) / 2 for row in chosen]
-                points(axes, middles, chosen, f"mean budget {at:g}", style)
-            axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
-        panels[0].set_ylabel("mean chosen depth")
-        _legend_below(figure, panels[0], columns=4)
-
-    return svg(f"depth-{family}", draw, 10.0, 3.5)
+    panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
+    for axes, feature in zip(panels, features, strict=False):
+        bins = [row for row in rows if row["feature"] == feature]
+        for style, at in enumerate(distinct(bins, "at")):
+            chosen = [row for row in bins if row["at"] == at]
+            middles = [(row["bin_low"] + row["bin_high"]) / 2 for row in chosen]
+            points(axes, middles, chosen, f"mean budget {at:g}", style)
+        axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
+    panels[0].set_ylabel("mean chosen depth")
+    _legend_below(figure, panels[0], columns=4)
 
 
 def correlations(rows: Sequence[Row], name: str) -> str:

@@ -92,7 +92,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         for row in section["rows"]
         if row["metric"] == "matching_budget" and row["family"] == family
     ]
-    sampled = claims.matching(section, family).sampled_oracle
+    sampled = claims.Matching(section, family).sampled_oracle
     if sampled is not None:
         found = [figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
         matching.insert(1, found)
@@ -207,7 +207,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
             "wide would leave zero out of in 80 % of runs, uncorrected."
         )
     ]
-    tested = claims.correlations(section)
+    tested = claims.Correlations(section)
     adjusted = {
         (row["family"], row["at"], row["feature"]): number(p)
         for row, p in zip(tested.rows, tested.adjusted, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dynskip.evaluation.report.claims import routers
+from dynskip.evaluation.report.claims import Routers
 from dynskip.evaluation.report.evidence import negated
 from dynskip.evaluation.report.figures import FAMILIES
 from dynskip.evaluation.report.numbers import cell, interval, number
@@ -56,7 +56,7 @@ def _oracle(section: Row) -> list[str]:
 def _router(section: Row) -> list[str]:
     lines = []
     for family in families_of(section, metric="ms_saved"):
-        best = routers(section, family).best
+        best = Routers(section, family).best
         if best is None:
             continue
         labels = {"family": family, "predictor": best["predictor"], "at": best["at"]}

@@ -118,7 +118,7 @@ def _first(section: Row, families: list[str], **labels: Any) -> Row | None:
 def controllers(section: Row, summary: Summary) -> list[Block]:
     """Experiment 3."""
     quality, cost = [], []
-    found = claims.controllers(section)
+    found = claims.Controllers(section)
     for row in select(section, metric="rouge_l"):
         name = {"controller": row["controller"]}
         over = find(section, metric="over_fixed", **name)

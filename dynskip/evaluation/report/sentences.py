@@ -20,7 +20,7 @@ def hidden_states(section: Row, summary: Summary) -> list[str]:
     """Skipping against exiting, and what the weights were trained along."""
     lines = []
     for weights in distinct(select(section), "weights"):
-        found = claims.strategies(summary, weights)
+        found = claims.Strategies(summary, weights)
         of = f"With {WEIGHTS.get(weights, weights)}"
         if found.uniform:
             told = _ordered({budget: direction(row) for budget, row in found.uniform.items()})
@@ -93,7 +93,7 @@ def static(section: Row, summary: Summary) -> list[str]:
 
 def controllers(section: Row, summary: Summary) -> list[str]:
     """Whether reading anything helps to choose layers, and why that is untested where it is."""
-    found = claims.controllers(section)
+    found = claims.Controllers(section)
     if not found.names:
         return [
             "Whether hidden states help to choose layers is untested: there is no fixed-input controller at as many "
@@ -146,7 +146,7 @@ def oracle(section: Row, summary: Summary) -> list[str]:
         near = claims.floor(summary, family)
         if near is not None:
             lines.append(f"{of}, {_floor(near)}.")
-        lines += [f"{of}, {text}." for text in _matching(claims.matching(section, family))]
+        lines += [f"{of}, {text}." for text in _matching(claims.Matching(section, family))]
         found = claims.surviving(section, family)
         if found is not None:
             lines += [f"{of}, {text}." for text in _surviving(found)]
@@ -237,7 +237,7 @@ def router(section: Row, summary: Summary) -> list[str]:
     """How many routers gain, how many choose at all, and which share they could have shown."""
     lines = []
     for family in families_of(section, metric="gain"):
-        found = claims.routers(section, family)
+        found = claims.Routers(section, family)
         of = f"With {FAMILIES.get(family, family)}"
         lines.append(
             f"{of}, {found.above} of {len(found.gains)} prompt-only routers gain more than random assignment of the "
@@ -264,7 +264,7 @@ def router(section: Row, summary: Summary) -> list[str]:
 
 def depth(section: Row, summary: Summary) -> list[str]:
     """Which correlations stay after the correction for all that were looked at, and what ties do to them."""
-    found = claims.correlations(section)
+    found = claims.Correlations(section)
     if not found.rows:
         return []
     lines = [

@@ -60,7 +60,7 @@ def _surviving(section: Row, summary: Summary) -> list[str]:
 
 
 def _router(section: Row, summary: Summary) -> list[str]:
-    found = [claims.routers(section, family) for family in families_of(section, metric="gain")]
+    found = [claims.Routers(section, family) for family in families_of(section, metric="gain")]
     sizes = [size for each in found for row in each.shares if (size := detectable(row)) is not None]
     num_routers, above = sum(len(each.gains) for each in found), sum(each.above for each in found)
     if not num_routers:
@@ -76,7 +76,7 @@ def _router(section: Row, summary: Summary) -> list[str]:
 
 
 def _controllers(section: Row, summary: Summary) -> list[str]:
-    found = claims.controllers(section)
+    found = claims.Controllers(section)
     if found.verdict == "tested":
         return sentences.controllers(section, summary)
     why = (
@@ -88,7 +88,7 @@ def _controllers(section: Row, summary: Summary) -> list[str]:
 
 
 def _hidden_states(section: Row, summary: Summary) -> list[str]:
-    found = claims.strategies(summary, distinct(select(section), "weights")[0])
+    found = claims.Strategies(summary, distinct(select(section), "weights")[0])
     if not found.uniform:
         return []
     first = min(found.uniform)
@@ -128,7 +128,7 @@ def _loss(section: Row, summary: Summary) -> list[str]:
 
 
 def _depth(section: Row, summary: Summary) -> list[str]:
-    found = claims.correlations(section)
+    found = claims.Correlations(section)
     if not found.rows:
         return []
     return [

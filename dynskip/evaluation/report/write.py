@@ -120,7 +120,7 @@ def _limits(summary: Mapping[str, Any]) -> list[Block]:
 def _conditions(summary: Mapping[str, Any]) -> list[Block]:
     conditions = summary["conditions"]
     rows = [[name.replace("_", " "), _text(value)] for name, value in conditions.items()]
-    trainings = claims.controllers(summary.get("controllers") or {}).num_trainings
+    trainings = claims.Controllers(summary.get("controllers") or {}).num_trainings
     compared = [
         ["model", str(conditions.get("model", MISSING)), paper.MODEL],
         ["parameters", _text(conditions.get("num_parameters")), f"{paper.NUM_PARAMETERS:,}"],

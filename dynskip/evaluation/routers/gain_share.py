@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from dynskip.evaluation.routers.path_router import Integers
@@ -13,27 +11,15 @@ from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap
 SMALLEST_GAIN = 1e-6
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What a choice of paths is worth between random assignment and the oracle, each with its 95 % interval.
-
-    score: mean score of the choice. random: expected mean score of the same paths dealt to the sequences at random.
-    gain: score - random. oracle: mean score of the oracle's choice. share: gain / (oracle - random), None where the
-    oracle gains nothing over random assignment.
-    """
-
-    score: Interval
-    random: Interval
-    oracle: Interval
-    gain: Interval
-    share: Interval | None
-
-
-def captured_share(scores: Floats, chosen: Integers, oracle: Integers, seed: int = 0) -> Captured:
-    """What the choice ``chosen`` captures, of scores [N, K], beside the oracle's choice ``oracle`` [N].
+def captured_share(scores: Floats, chosen: Integers, oracle: Integers, seed: int = 0) -> dict[str, Interval]:
+    """What the choice ``chosen`` is worth, of scores [N, K], beside the oracle's choice ``oracle`` [N].
 
     chosen: [N], or [S, N] for the choices of S seeds, which count alike. The oracle should be one of the same mean
     cost. Intervals are over sequences; the choices stay as they are.
+
+    Returns: rouge_l, the mean score of the choice; random, that expected of the same paths dealt to the sequences at
+    random; oracle, that of the oracle's choice; gain, the first minus the second; captured_share, gain / (oracle -
+    random), left out where the oracle gains nothing over random assignment.
     """
     num_seqs, num_paths = scores.shape
     dealt = np.eye(num_paths)[chosen.reshape(-1, num_seqs)].mean(0)
@@ -45,5 +31,8 @@ def captured_share(scores: Floats, chosen: Integers, oracle: Integers, seed: int
         return np.array([picked.mean(), random, best.mean(), gain, gain / room if room > SMALLEST_GAIN else np.nan])
 
     found = bootstrap(parts, scores, picked, best, dealt, seed=seed)
-    score, random, oracle_score, gain, share = map(found.at, range(5))
-    return Captured(score, random, oracle_score, gain, share if np.isfinite(share).all() else None)
+    names = ("rouge_l", "random", "oracle", "gain", "captured_share")
+    measured = {name: found.at(place) for place, name in enumerate(names)}
+    if not np.isfinite(measured["captured_share"]).all():
+        del measured["captured_share"]
+    return measured

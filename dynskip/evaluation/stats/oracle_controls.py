@@ -139,68 +139,40 @@ class OracleScores:
         random = np.einsum("sgk,sk->sg", hulls.shares(self.grid, self.counts), self.means(judged_on))
         return Choice(score, random)
 
-    def _mean_choice(self, choices: Sequence[Choice]) -> Choice:
-        return Choice(
-            np.mean([choice.score for choice in choices], axis=0),
-            np.mean([choice.random for choice in choices], axis=0),
-        )
+    @cached_property
+    def _groups(self) -> list[Floats]:
+        """Each [K, N, K]: as many draws as there are paths; what is left over is in none."""
+        size = len(self.costs)
+        return [self.sampled[first : first + size] for first in range(0, len(self.sampled) - size + 1, size)]
 
     @cached_property
-    def oracle(self) -> Choice:
-        """Chosen and judged on the greedy scores: the oracle of the paper."""
-        return self.choice(self.greedy, self.greedy)
-
-    @cached_property
-    def in_sample(self) -> Choice:
-        """Chosen and judged on the same sampled texts; the mean over draws."""
-        return self._mean_choice([self.choice(scores, scores) for scores in self.sampled])
-
-    @cached_property
-    def cross_fitted(self) -> Choice:
-        """Chosen on one draw and judged on all others; the mean over draws."""
-        total = self.sampled.sum(0)
-        others = [(scores, (total - scores) / (len(self.sampled) - 1)) for scores in self.sampled]
-        return self._mean_choice([self.choice(scores, rest) for scores, rest in others])
-
-    @cached_property
-    def cross_fitted_means(self) -> Choice:
-        """Chosen on the mean of one half of the draws, judged on the other: what expected scores allow."""
-        halves = self.sampled[::2].mean(0), self.sampled[1::2].mean(0)
-        return self._mean_choice([self.choice(*halves), self.choice(*halves[::-1])])
-
-    @cached_property
-    def cross_fitted_greedy(self) -> Choice:
-        """Chosen on the mean of all draws and judged on the greedy texts, which took no part in the choice."""
-        return self.choice(self.sampled.mean(0), self.greedy)
-
-    @cached_property
-    def equal_depth(self) -> Choice:
-        """The oracle on texts that are all of full depth: K draws whose means are shifted to those of the K depths.
-
-        Its columns differ by chance and by a constant, so what it gains is luck.
-        """
-        num_paths = len(self.costs)
-        means = self.sampled.mean((0, 1))
-        full = self.sampled[:, :, -1]
-        choices = []
-        for first in range(0, len(full) - num_paths + 1, num_paths):
-            columns = full[first : first + num_paths].T
-            shifted = columns - columns.mean(0) + means
-            choices.append(self.choice(shifted, shifted))
-        return self._mean_choice(choices)
-
     def controls(self) -> dict[str, Choice]:
-        """All choices by name."""
-        found = {
-            "oracle": self.oracle,
-            "in-sample": self.in_sample,
-            "cross-fitted": self.cross_fitted,
-            "cross-fitted means": self.cross_fitted_means,
-            "cross-fitted greedy": self.cross_fitted_greedy,
+        """By name what is chosen on some scores and judged on others, the mean over all such pairs.
+
+        oracle: on the greedy scores, as in the paper. in-sample: on the texts of one draw. cross-fitted: chosen on one
+        draw and judged on all others; means: on the mean of one half of the draws and on the other, what expected
+        scores allow; greedy: on the mean of all draws and on the greedy texts, which took no part in the choice.
+        equal depth: the oracle on texts that are all of full depth, K draws whose means are shifted to those of the K
+        depths: its columns differ by chance and by a constant, so what it gains is luck; absent with fewer draws.
+        """
+        draws, total = self.sampled, self.sampled.sum(0)
+        halves = draws[::2].mean(0), draws[1::2].mean(0)
+        pairs = {
+            "oracle": [(self.greedy, self.greedy)],
+            "in-sample": [(scores, scores) for scores in draws],
+            "cross-fitted": [(scores, (total - scores) / (len(draws) - 1)) for scores in draws],
+            "cross-fitted means": [halves, halves[::-1]],
+            "cross-fitted greedy": [(draws.mean(0), self.greedy)],
         }
-        if len(self.sampled) >= len(self.costs):
-            found["equal depth"] = self.equal_depth
-        return found
+        if self._groups:
+            full = [group[:, :, -1].T for group in self._groups]
+            shifted = [columns - columns.mean(0) + draws.mean((0, 1)) for columns in full]
+            pairs["equal depth"] = [(scores, scores) for scores in shifted]
+        found = {name: [self.choice(*pair) for pair in of_name] for name, of_name in pairs.items()}
+        return {
+            name: Choice(*(np.mean([getattr(each, part) for each in choices], axis=0) for part in ("score", "random")))
+            for name, choices in found.items()
+        }
 
     def at(self, budget: float) -> int:
         """The place of the largest mean cost of the grid that is at most ``budget``."""
@@ -215,14 +187,13 @@ class OracleScores:
     def matching_budget(self) -> Interval:
         """The smallest mean cost at which the oracle reaches the mean of the full depth."""
         target = self.means(self.greedy[:, -1])
-        drawn = smallest_budgets(self.grid, self.oracle.score, target)
+        drawn = smallest_budgets(self.grid, self.controls["oracle"].score, target)
         exact = self.knapsack.smallest_budget(float(self.greedy[:, -1].mean()))
         return percentiles(exact, drawn[1:])
 
     def matching_budget_of(self, choice: Choice, judged_on: Floats) -> Interval:
         """The smallest mean cost at which a choice reaches the mean of the full depth of the scores it is judged on."""
-        drawn = smallest_budgets(self.grid, choice.score, self.means(judged_on[:, -1]))
-        return self.interval(drawn)
+        return self.interval(smallest_budgets(self.grid, choice.score, self.means(judged_on[:, -1])))
 
     @cached_property
     def static(self) -> Floats:
@@ -242,11 +213,11 @@ class OracleScores:
 
     def best_of_draws(self) -> Floats:
         """[N, K]: the best of K draws at equal depth, the mean over groups of draws."""
-        size = len(self.costs)
-        groups = [self.sampled[first : first + size] for first in range(0, len(self.sampled) - size + 1, size)]
-        if not groups:
-            raise ValueError(f"OracleScores: sampled must hold at least {size} draws, got {len(self.sampled)}.")
-        return np.mean([group.max(0) for group in groups], axis=0)
+        if not self._groups:
+            raise ValueError(
+                f"OracleScores: sampled must hold at least {len(self.costs)} draws, got {len(self.sampled)}."
+            )
+        return np.mean([group.max(0) for group in self._groups], axis=0)
 
     def best_of_depths(self) -> Floats:
         """[N]: the best of K depths, one draw of each; the mean over draws."""

@@ -108,6 +108,10 @@ class ItemStore:
         result: dict[str, Any] = self._lines[item.key]["result"]
         return result
 
+    def column(self, items: Iterable[WorkItem], name: str) -> list[Any]:
+        """What the shards of one split gave under ``name``, row by row, in the order of the split."""
+        return [value for item in sorted(items, key=lambda item: item.shard) for value in self.result(item)[name]]
+
     @property
     def total_seconds(self) -> float:
         """How long all items took, one after another."""

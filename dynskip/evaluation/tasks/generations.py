@@ -109,7 +109,7 @@ def read_generations(store: ItemStore, items: Sequence[WorkItem]) -> Generations
     """What the items of one checkpoint, path list, split and seed gave, in the order of the split."""
     results = [store.result(item) for item in sorted(items, key=lambda item: item.shard)]
     paths = tuple(items[0].path.split())
-    rows = np.array([row for result in results for row in result["rows"]], dtype=np.int64)
+    rows = np.array(store.column(items, "rows"), dtype=np.int64)
 
     def column(path: str, name: str) -> list[Any]:
         return [value for result in results for value in result["paths"][path][name]]

@@ -44,14 +44,22 @@ def families(setup: Setup) -> dict[str, list[Member]]:
     return found
 
 
-def family_items(setup: Setup, members: Sequence[Member], seed: int = GREEDY) -> list[WorkItem]:
-    """The items of a family's generations on the setup's split: greedy ones, or sampled with ``seed``, from 1 on."""
-    return [item for member in members for item in _items_of(setup, member, seed)]
+def family_items(
+    setup: Setup, members: Sequence[Member], seed: int = GREEDY, split: str | None = None
+) -> list[WorkItem]:
+    """The items of a family's generations: greedy ones, or sampled with ``seed``, from 1 on.
+
+    split: None for the setup's. On another the paths of ``members`` are run and no others.
+    """
+    return [item for member in members for item in _items_of(setup, members, member, seed, split)]
 
 
-def family_generations(setup: Setup, store: ItemStore, members: Sequence[Member], seed: int = GREEDY) -> Generations:
+def family_generations(
+    setup: Setup, store: ItemStore, members: Sequence[Member], seed: int = GREEDY, split: str | None = None
+) -> Generations:
     """The generations of ``family_items``: a column for each member, in order."""
-    columns = [read_generations(store, _items_of(setup, member, seed)).along([member.path]) for member in members]
+    read = [read_generations(store, _items_of(setup, members, member, seed, split)) for member in members]
+    columns = [found.along([member.path]) for found, member in zip(read, members, strict=True)]
     rows = columns[0].rows
     assert all((column.rows == rows).all() for column in columns), "all weights answer the same prompts"
     return Generations(
@@ -79,12 +87,16 @@ def notes_on_choices(setup: Setup) -> list[str]:
     return [f"{name}: left out, only one of its budgets is among the candidates." for name in missing]
 
 
-def _items_of(setup: Setup, member: Member, seed: int) -> list[WorkItem]:
-    return generate_items(setup, member.checkpoint, _paths_of(setup, member, seed), seed=seed)
+def _items_of(setup: Setup, members: Sequence[Member], member: Member, seed: int, split: str | None) -> list[WorkItem]:
+    if split in (None, setup.split):
+        paths = _paths_of(setup, member, seed)
+    else:
+        paths = [other.path for other in members if other.checkpoint == member.checkpoint]
+    return generate_items(setup, member.checkpoint, paths, split, seed)
 
 
 def _paths_of(setup: Setup, member: Member, seed: int) -> list[str]:
-    """All paths that share a batch with the member's: those asked of the same weights."""
+    """All paths that share a batch with the member's on the setup's split: those asked of the same weights."""
     if member.checkpoint.num_layers != setup.num_layers:
         return [member.path]
     budgets = {*setup.candidates} if seed != GREEDY else {*setup.budgets, *setup.candidates}

@@ -55,18 +55,13 @@ def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
 
 def read_features(store: ItemStore, items: Sequence[WorkItem]) -> Floats:
     """[N, F], float64: the features of the prompts of one split, in its order."""
-    texts = _column(store, items, "features")
+    texts = store.column(items, "features")
     return np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]).astype(np.float64)
 
 
 def read_numbers(store: ItemStore, items: Sequence[WorkItem]) -> dict[str, Floats]:
     """By name of a number in ``NUMBERS`` [N], float64: its value for the prompts of one split, in its order."""
-    return {name: np.array(_column(store, items, name), dtype=np.float64) for name in NUMBERS}
-
-
-def read_task_types(store: ItemStore, items: Sequence[WorkItem]) -> list[str]:
-    """The types of task of the prompts of one split, in its order."""
-    return _column(store, items, "task_type")
+    return {name: np.array(store.column(items, name), dtype=np.float64) for name in NUMBERS}
 
 
 def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
@@ -110,11 +105,6 @@ def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, T
         attention_mask[seq, : len(ids)] = 1
         scored[seq, len(row.prompt_ids) - 1 : len(ids) - 1] = True
     return input_ids.to(device), attention_mask.to(device), scored.to(device)
-
-
-def _column(store: ItemStore, items: Sequence[WorkItem], name: str) -> list[Any]:
-    ordered = sorted(items, key=lambda item: item.shard)
-    return [value for item in ordered for value in store.result(item)[name]]
 
 
 OTHER = "other"

@@ -16,9 +16,8 @@ from dynskip.evaluation.stats.knapsack import Knapsack, operating_points
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.generations import generate_items, read_generations
-from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items
+from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
+from dynskip.evaluation.tasks.path_families import Member, choices, family_generations
 from dynskip.evaluation.tasks.prompt_facts import embed, facts_items, read_features, template_heads
 
 TRAIN = "train"
@@ -47,38 +46,9 @@ class Routed:
         return f"{self.predictor} at {self.at:g}"
 
 
-@dataclass(frozen=True, eq=False)
-class FamilyRoutes:
-    """Scores [N, K] of the test prompts along K paths of given layers, and all routers' choices among them."""
-
-    members: tuple[Member, ...]
-    scores: Floats
-    routed: tuple[Routed, ...]
-
-    @property
-    def costs(self) -> list[int]:
-        """[K]: the layers of each path."""
-        return [member.budget for member in self.members]
-
-
 def reader_of(setup: Setup, family: str) -> Checkpoint:
     """The weights whose embeddings describe the prompts of a family, and whose loss is the full model's."""
     return setup.full_checkpoint if family == "siblings" else setup.checkpoint
-
-
-def split_items(setup: Setup, members: Sequence[Member], split: str) -> list[WorkItem]:
-    """The greedy generations of ``members`` on ``split``: those paths and no others, by weights in one batch."""
-    if split == setup.split:
-        return family_items(setup, members)
-    return [item for items in _by_weights(setup, members, split).values() for item in items]
-
-
-def split_scores(setup: Setup, store: ItemStore, members: Sequence[Member], split: str) -> Floats:
-    """[N, K]: ROUGE-L of the prompts of ``split`` along each of ``members``."""
-    if split == setup.split:
-        return family_generations(setup, store, members).rouge_l
-    read = {key: read_generations(store, items) for key, items in _by_weights(setup, members, split).items()}
-    return np.concatenate([read[member.checkpoint.hash].along([member.path]).rouge_l for member in members], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +76,9 @@ def problem(setup: Setup, store: ItemStore, family: str) -> Problem:
     """The problem of a family; its generations must be done."""
     members = choices(setup)[family]
     costs = [member.budget for member in members]
-    scores, test_scores = (split_scores(setup, store, members, split) for split in (TRAIN, setup.split))
+    scores, test_scores = (
+        family_generations(setup, store, members, split=split).rouge_l for split in (TRAIN, setup.split)
+    )
     knapsack = Knapsack(scores, costs)
     labels = {at: knapsack.choose(at) for at in operating_points(scores, costs)}
     return Problem(tuple(members), reader_of(setup, family), labels, scores, test_scores)
@@ -125,7 +97,7 @@ def trained_items(setup: Setup, store: ItemStore, family: str) -> dict[tuple[Pre
 
 
 @lru_cache(maxsize=8)
-def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> FamilyRoutes:
+def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> list[Routed]:
     """The choices of the routers of a family that are such predictors; all items that they learn from must be done."""
     task = problem(setup, store, family)
     features, test_features = (
@@ -146,15 +118,7 @@ def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[Predic
             chosen = choose(predictor, at, labels)
             cost = float(np.array(task.costs)[chosen].mean())
             routed.append(Routed(predictor, at, chosen, test_knapsack.choose(cost)))
-    return FamilyRoutes(task.members, task.test_scores, tuple(routed))
-
-
-def _by_weights(setup: Setup, members: Sequence[Member], split: str) -> dict[str, list[WorkItem]]:
-    found: dict[str, list[WorkItem]] = {}
-    for member in members:
-        together = [other.path for other in members if other.checkpoint == member.checkpoint]
-        found.setdefault(member.checkpoint.hash, generate_items(setup, member.checkpoint, together, split))
-    return found
+    return routed
 
 
 def route_item(
@@ -172,13 +136,10 @@ def route_item(
     oracle's path of each training prompt, at a mean cost of ``at``.
     """
     text = json.dumps({"predictor": predictor, "at": at, "costs": list(costs), "labels": labels.tolist()})
-    options = (
-        ("max_tokens", setup.max_tokens),
-        ("num_rows", num_rows(setup, setup.split)),
-        ("split_seed", setup.split_seed),
-        ("template", setup.template),
-    )
-    return WorkItem("route", reader.hash, text, setup.data_hash, setup.split, seed, 0, options)
+    options: dict[str, Option] = {name: getattr(setup, name) for name in ("max_tokens", "split_seed", "template")}
+    options["num_rows"] = num_rows(setup, setup.split)
+    named = tuple(sorted(options.items()))
+    return WorkItem("route", reader.hash, text, setup.data_hash, setup.split, seed, 0, named)
 
 
 def run_route(item: WorkItem, context: Context) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,6 @@ from dynskip.training.pretrain.tokenizer import train_tokenizer, training_texts
 from dynskip.training.pretrain.trainer import PathTrainer
 from dynskip.training.resumable import check_numbers
 from dynskip.training.stage import default_device, record_start, run_stage, save_model
-
-Evaluate = Callable[[OPTForCausalLM, Sequence[Example], int], dict[str, float]]
 
 
 def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> OPTForCausalLM:
@@ -59,24 +58,22 @@ def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) 
     return model
 
 
+@dataclass(eq=False)
 class TrainingRun:
     """One run in ``directory``. ``evaluate`` maps model, examples and pad id to named scores."""
 
-    def __init__(
-        self, config: RunConfig, data: Sequence[Path], directory: Path, evaluate: Evaluate, progress: bool = True
-    ) -> None:
-        self.config = config
-        self.directory = directory
-        self._data = tuple(data)
-        self._evaluate = evaluate
-        self._progress = progress
+    config: RunConfig
+    data: Sequence[Path]
+    directory: Path
+    evaluate: Callable[[OPTForCausalLM, Sequence[Example], int], dict[str, float]]
+    progress: bool = True
 
     def _tokenizer(self, corpus: Corpus) -> PreTrainedTokenizerFast:
         directory = self.directory / "tokenizer"
         if not (directory / "complete").exists():
             shape = self.config.shape
             tokenizer = train_tokenizer(
-                training_texts(corpus), shape.vocab_size, shape.max_positions, progress=self._progress
+                training_texts(corpus), shape.vocab_size, shape.max_positions, progress=self.progress
             )
             if len(tokenizer) != shape.vocab_size:
                 raise ValueError(
@@ -92,12 +89,12 @@ class TrainingRun:
         record_start(
             self.directory,
             dataclasses.asdict(self.config),
-            self._data,
+            self.data,
             check_same_run,
             use_cpu=not torch.cuda.is_available(),
             kept=("config", "commit", "started"),
         )
-        corpus = read_corpus(self._data, self.config.split_seed)
+        corpus = read_corpus(self.data, self.config.split_seed)
         tokenizer = self._tokenizer(corpus)
         pad_id = tokenizer.pad_token_id
         max_tokens = self.config.shape.max_positions
@@ -131,8 +128,8 @@ class TrainingRun:
                 windows,
                 pad_id=pad_id,
                 seed=self.config.seed * 1000 + number,
-                score=(lambda model: self._evaluate(model, watched, pad_id)) if watched else None,
-                progress=self._progress,
+                score=(lambda model: self.evaluate(model, watched, pad_id)) if watched else None,
+                progress=self.progress,
             )
 
         def export(trainer: PathTrainer) -> dict[str, Any]:
@@ -151,7 +148,7 @@ class TrainingRun:
             (partly / "model.safetensors").chmod(0o644)
             exported = _load(partly, torch.bfloat16)
             torch.nn.Module.to(exported, default_device())
-            scores = self._evaluate(exported, scored, tokenizer.pad_token_id)
+            scores = self.evaluate(exported, scored, tokenizer.pad_token_id)
             check_numbers(scores, json.loads((last / "done.json").read_text())["num_steps"], last)
             num_bytes = sum(example.num_bytes for example in scored)
             write_json(partly / "scores.json", {"num_rows": len(scored), "num_bytes": num_bytes, **scores})
