@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from itertools import count
 
 import torch
 from torch.utils.data import Dataset
@@ -106,32 +108,36 @@ class BatchPlan(Plan):
                 "BatchPlan: windows must not be empty when passage_share is positive, "
                 f"got passage_share {self.passage_share}. Give a T0 file or a share of 0."
             )
-        self._lengths = {
-            "examples": [example.num_tokens for example in self.examples],
-            "windows": [len(window) for window in self.windows],
-        }
         self._choice = random.Random(f"{self.seed} source")
-        self._epochs = {"examples": 0, "windows": 0}
-        self._pending: dict[str, list[list[int]]] = {"examples": [], "windows": []}
+        self._batches = {
+            "examples": self._grouped("examples", [example.num_tokens for example in self.examples]),
+            "windows": self._grouped("windows", [len(window) for window in self.windows]),
+        }
         self._plan: list[tuple[str, list[int]]] = []
 
-    def _extend(self) -> None:
-        source = "windows" if self._choice.random() < self.passage_share else "examples"
-        if not self._pending[source]:
-            generator = random.Random(f"{self.seed} {source} {self._epochs[source]}")
-            self._pending[source] = group_by_length(self._lengths[source], self.tokens_per_batch, generator)
-            self._epochs[source] += 1
-        self._plan.append((source, self._pending[source].pop()))
+    def _grouped(self, source: str, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """The batches of a source, epoch after epoch."""
+        for epoch in count():
+            generator = random.Random(f"{self.seed} {source} {epoch}")
+            yield from reversed(group_by_length(lengths, self.tokens_per_batch, generator))
 
     def micro_batch(self, step: int, micro: int) -> Batch:
         """The batch of ``step``."""
         while len(self._plan) <= step:
-            self._extend()
+            source = "windows" if self._choice.random() < self.passage_share else "examples"
+            self._plan.append((source, next(self._batches[source])))
         source, indices = self._plan[step]
         if source == "examples":
             return pad_examples([self.examples[index] for index in indices], self.pad_id, self.response_only)
         input_ids = torch.tensor([self.windows[index] for index in indices])
         return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+@lru_cache(maxsize=2)
+def _shuffled(num_rows: int, seed: str) -> list[int]:
+    order = list(range(num_rows))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 @dataclass(eq=False)
@@ -162,21 +168,12 @@ class StepPlan(Plan):
                 f"{self.micro_batch_size} * {self.num_processes}. Choose a micro-batch that divides it."
             )
         self.num_micro_batches = self.batch_size // share
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def _row(self, place: int) -> int:
-        epoch, rank = divmod(place, len(self.examples))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(len(self.examples)))
-            random.Random(f"{self.seed} rows {epoch}").shuffle(self._order)
-        return self._order[rank]
 
     def rows(self, step: int) -> list[int]:
         """The indices of the examples of ``step``, over all processes, shortest first."""
-        first = step * self.batch_size
-        rows = [self._row(place) for place in range(first, first + self.batch_size)]
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = (divmod(place, len(self.examples)) for place in places)
+        rows = [_shuffled(len(self.examples), f"{self.seed} rows {epoch}")[rank] for epoch, rank in epochs]
         return sorted(rows, key=lambda row: (self.examples[row].num_tokens, row))
 
     def micro_batch(self, step: int, micro: int) -> Batch:

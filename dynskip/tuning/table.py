@@ -51,23 +51,19 @@ def write_table(path: Path, table: Table) -> None:
 
 def format_table(table: Table) -> str:
     """The table as JSON, an entry a line, so that a change of it can be read."""
-    lines = ["{"]
-    lines += [f"  {json.dumps(key)}: {json.dumps(table[key])}," for key in ("device", "capability", "measured")]
-    lines.append('  "ops": {')
-    for op, groups in table["ops"].items():
-        lines.append(f"    {json.dumps(op)}: {{")
-        for key, group in groups.items():
-            opening, closing = ("[", "]") if isinstance(group, list) else ("{", "}")
-            entries = (
-                [json.dumps(entry) for entry in group]
-                if isinstance(group, list)
-                else [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in group.items()]
-            )
-            lines.append(f"      {json.dumps(key)}: {opening}")
-            lines += [f"        {entry}{',' if entry is not entries[-1] else ''}" for entry in entries]
-            lines.append(f"      {closing}{',' if key != list(groups)[-1] else ''}")
-        lines.append(f"    }}{',' if op != list(table['ops'])[-1] else ''}")
-    return "\n".join([*lines, "  }", "}"]) + "\n"
+    lines = [f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("device", "capability", "measured")]
+    return "{\n" + "".join(lines) + f'  "ops": {_broken(table["ops"], 3, "  ")}\n}}\n'
+
+
+def _broken(value: Any, depth: int, indent: str) -> str:
+    """JSON in which lists and objects down to `depth` have a line for each of their entries."""
+    if depth == 0:
+        return json.dumps(value)
+    pairs = value.items() if isinstance(value, dict) else ((None, entry) for entry in value)
+    parts = [(_broken(entry, depth - 1, f"{indent}  "), name) for name, entry in pairs]
+    entries = ",\n".join(f"{indent}  {part if name is None else f'{json.dumps(name)}: {part}'}" for part, name in parts)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{entries}\n{indent}{closing}" if entries else f"{opening}\n{indent}{closing}"
 
 
 def _table(device: str | None, capability: int | None, measured: dict[str, Any] | None, ops: dict[str, Any]) -> Table:

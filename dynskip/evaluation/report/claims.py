@@ -6,7 +6,7 @@ Nothing is resampled here: what would take the single items has the verdict "unt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -145,47 +145,31 @@ def paper_null() -> PaperNull:
     return PaperNull(model.sd, matching / paper.NUM_LAYERS, dict(zip(costs, best.tolist(), strict=True)))
 
 
-@dataclass(frozen=True)
 class Floor:
     """How near the oracle's matching budget lies to the cheapest path, below which nothing can be chosen.
 
-    lead: full depth minus the cheapest path, paired where the section ``static`` has the difference.
+    share: the cheapest path's of the layers. near: whether the matching budget is near the floor. lead: full depth
+    minus the cheapest path, paired where the section ``static`` has the difference. num_cheapest: how many of num_seqs
+    sequences run the cheapest path, where that is known.
     """
 
-    cheapest: int
-    num_layers: int
-    matching: Row
-    lead: Row
-    num_cheapest: int | None
-    num_seqs: int | None
-
-    @property
-    def share(self) -> float:
-        """The cheapest path's share of the layers."""
-        return self.cheapest / self.num_layers
-
-    @property
-    def near(self) -> bool:
-        """Whether the matching budget is near the floor."""
-        way = self.num_layers - self.cheapest
-        return bool(self.matching["value"] - self.cheapest < NEAR_FLOOR * way)
+    def __init__(self, summary: Summary, family: str, matching: Row, means: Sequence[Row]) -> None:
+        self.matching, self.num_layers = matching, summary["conditions"]["num_layers"]
+        self.cheapest = means[0]["budget"]
+        self.share = self.cheapest / self.num_layers
+        self.near = matching["value"] - self.cheapest < NEAR_FLOOR * (self.num_layers - self.cheapest)
+        loss = find(summary.get("static") or {}, metric="rouge_l - full", family=family, budget=self.cheapest)
+        self.lead = {"value": means[-1]["value"] - means[0]["value"]} if loss is None else negated(loss)
+        histogram = summary["oracle"].get("histogram", ())
+        counts: Mapping[str, int] = next((each["counts"] for each in histogram if each["family"] == family), {})
+        self.num_cheapest, self.num_seqs = counts.get(str(self.cheapest)), sum(counts.values())
 
 
 def floor(summary: Summary, family: str) -> Floor | None:
     """The floor of a family's oracle; None where it never matches full depth."""
-    section, num_layers = summary["oracle"], summary["conditions"]["num_layers"]
-    matching = find(section, metric="matching_budget", family=family, control="oracle")
-    means = sorted(select(section, metric="mean", family=family), key=lambda row: row["budget"])
-    if matching is None or len(means) < 2:
-        return None
-    cheapest = means[0]["budget"]
-    loss = find(summary.get("static") or {}, metric="rouge_l - full", family=family, budget=cheapest)
-    lead = {"value": means[-1]["value"] - means[0]["value"]} if loss is None else negated(loss)
-    counts: Mapping[str, int] = next(
-        (each["counts"] for each in section.get("histogram", ()) if each["family"] == family), {}
-    )
-    num_cheapest = counts.get(str(cheapest)) if counts else None
-    return Floor(cheapest, num_layers, matching, lead, num_cheapest, sum(counts.values()) if counts else None)
+    matching = find(summary["oracle"], metric="matching_budget", family=family, control="oracle")
+    means = sorted(select(summary["oracle"], metric="mean", family=family), key=lambda row: row["budget"])
+    return None if matching is None or len(means) < 2 else Floor(summary, family, matching, means)
 
 
 class Matching:
@@ -208,56 +192,36 @@ class Matching:
             self.sampled_oracle = found if np.isfinite(found) else None
 
 
-@dataclass(frozen=True)
 class Surviving:
     """What survives of the oracle's gain at one mean budget, and what the same data allow a better choice.
 
-    share: of the gain on one draw, on another. ceiling: what a choice by expected scores would keep; empty where the
-    share's interval holds zero, it holds zero too. luck: what a choice on noise alone would show by the same reasoning,
-    beside the measured equal_depth; room: the largest ceiling that equal_depth leaves. by_means, expected_by_means:
-    measured and expected of a choice on the mean of half of the draws.
+    share: of the gain on one draw, on another. ceiling: what a choice by expected scores would keep; where the share's
+    interval holds zero, it holds zero too. luck: what a choice on noise alone would show by the same reasoning, beside
+    the measured equal_depth; room: the largest ceiling that equal_depth leaves. by_means, expected_by_means: measured
+    and expected of a choice on the mean of half of the draws. none_known: whether the share's interval holds zero or
+    lies below it, so that nothing need survive.
     """
 
-    family: str
-    at: float
-    share: Row
-    ceiling: Row
-    luck: Row
-    equal_depth: Row | None
-    room: float | None
-    by_means: Row | None
-    expected_by_means: Row
-    greedy: Row | None
+    def __init__(self, section: Row, share: Row) -> None:
+        def under(control: str) -> Row | None:
+            same = {label: share[label] for label in ("metric", "family", "place")}
+            return find(section, control=control, **same)
 
-    @property
-    def none_known(self) -> bool:
-        """Whether the share's interval holds zero or lies below it, so that nothing need survive."""
-        return direction(self.share) <= 0
+        self.at, self.share, self.none_known = share["at"], share, direction(share) <= 0
+        self.ceiling, self.luck, self.equal_depth = ceiling(share), luck(share), under("equal depth")
+        self.by_means, self.greedy = under("cross-fitted means"), under("cross-fitted greedy")
+        self.expected_by_means = kept_by_means(share, max(1, section.get("draws", 2) // 2))
+        self.room: float | None = None
+        if self.equal_depth is not None and self.equal_depth.get("low") is not None:
+            self.room = (1 - min(1.0, max(0.0, self.equal_depth["low"])) ** 2) ** 0.5
 
 
 def surviving(section: Row, family: str) -> Surviving | None:
     """What survives at a third of the depth, or the next larger part at which the family leaves a choice."""
     for place in ("third", "half", "full"):
-        at = {"metric": "surviving_share", "family": family, "place": place}
-        share = find(section, control="cross-fitted", **at)
-        if share is None:
-            continue
-        equal = find(section, control="equal depth", **at)
-        room = None
-        if equal is not None and equal.get("low") is not None:
-            room = (1 - min(1.0, max(0.0, equal["low"])) ** 2) ** 0.5
-        return Surviving(
-            family,
-            share["at"],
-            share,
-            ceiling(share),
-            luck(share),
-            equal,
-            room,
-            find(section, control="cross-fitted means", **at),
-            kept_by_means(share, max(1, section.get("draws", 2) // 2)),
-            find(section, control="cross-fitted greedy", **at),
-        )
+        share = find(section, metric="surviving_share", family=family, place=place, control="cross-fitted")
+        if share is not None:
+            return Surviving(section, share)
     return None
 
 
