@@ -19,9 +19,16 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
       "Tensor(b!) slot_tables, Tensor free_slots, Tensor(c!) slot_cursor, Tensor(d!) row_slots, Tensor(e!) run_ids, "
       "Tensor(f!) num_run, Tensor(g!) kv_ids, Tensor(h!) num_kv, Tensor(i!) slots, Tensor(j!) key_limits, int num_threads=0, "
       "bool overlaps=True, int carveout=-1) -> ()");
-  m.def("has_packed_linear() -> bool");
-  m.def("is_packed_linear_layout(Tensor weight, int packed_data, int packed_bytes) -> bool");
-  m.def("packed_linear(Tensor x, int packed_data, int num_outputs, Tensor? bias, int activation) -> Tensor");
+  m.def("packed_panel_outputs(Tensor weight, int packed_data, int packed_bytes) -> int");
+  m.def("packed_linear(Tensor x, int packed_data, int panel_outputs, int num_outputs, Tensor? bias, int activation) -> Tensor");
+  m.def("new_decoder(Tensor[] tensors, int[] integers, float[] floats) -> int");
+  m.def("delete_decoder(int decoder) -> ()");
+  m.def("decoder_times(int decoder) -> int[]");
+  m.def(
+      "decode_step(int decoder, Tensor token_ids, Tensor position_ids, Tensor cache_ids, Tensor active, int kv_policy, "
+      "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? slot_positions, Tensor(d!) context_lens, Tensor(e!) slot_tables, "
+      "Tensor free_slots, Tensor(f!) slot_cursor, Tensor(g!) counts, Tensor? gate_weight, Tensor? gate_bias, "
+      "Tensor? gate_asks, bool with_head, bool is_timed) -> Tensor");
   m.def("has_cuda() -> bool");
   m.def("replay(int[] graph_execs, int device_index) -> ()");
   m.def("instruction_set() -> str");
@@ -30,7 +37,9 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&dynskip::has_cuda));
-  m.impl("has_packed_linear", TORCH_BOX(&dynskip::has_packed_linear));
+  m.impl("new_decoder", TORCH_BOX(&dynskip::new_decoder));
+  m.impl("delete_decoder", TORCH_BOX(&dynskip::delete_decoder));
+  m.impl("decoder_times", TORCH_BOX(&dynskip::decoder_times));
   m.impl("instruction_set", TORCH_BOX(&dynskip::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&dynskip::use_instruction_set));
 }
@@ -43,7 +52,8 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("rotate", TORCH_BOX(&dynskip::rotate));
   m.impl("activate", TORCH_BOX(&dynskip::activate));
   m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
-  m.impl("is_packed_linear_layout", TORCH_BOX(&dynskip::is_packed_linear_layout));
+  m.impl("packed_panel_outputs", TORCH_BOX(&dynskip::packed_panel_outputs));
+  m.impl("decode_step", TORCH_BOX(&dynskip::decode_step));
   m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));
 }
 

@@ -60,20 +60,49 @@ bool has_cuda();
 // Launches captured graphs (cudaGraphExec_t as integers) one after another on torch's current stream of the device.
 void replay(std::vector<int64_t> graph_execs, int64_t device_index);
 
-// Whether this CPU can run packed_linear.
-bool has_packed_linear();
+// The outputs of a panel where the packed_bytes at packed_data hold weight [out, in] in a layout that packed_linear reads
+// on this machine; else 0.
+int64_t packed_panel_outputs(const torch::stable::Tensor& weight, int64_t packed_data, int64_t packed_bytes);
 
-// Whether the packed_bytes at packed_data hold weight [out, in] bfloat16 in the layout that packed_linear reads.
-bool is_packed_linear_layout(const torch::stable::Tensor& weight, int64_t packed_data, int64_t packed_bytes);
-
-// x [R, in] times the packed matrix [num_outputs, in] at packed_data, plus bias [num_outputs], through
-// the activation of that number in `Activation`.
+// x [R, in] times the packed matrix [num_outputs, in] at packed_data, plus bias [num_outputs], through the activation of
+// that number in `Activation`.
 torch::stable::Tensor packed_linear(
     const torch::stable::Tensor& x,
     int64_t packed_data,
+    int64_t panel_outputs,
     int64_t num_outputs,
     const std::optional<torch::stable::Tensor>& bias,
     int64_t activation);
+
+// A decoder for decode_step, from the description that dynskip/execution/native_step.py makes; it holds the tensors.
+int64_t new_decoder(
+    std::vector<torch::stable::Tensor> tensors, std::vector<int64_t> integers, std::vector<double> floats);
+void delete_decoder(int64_t decoder);
+
+// Nanoseconds in products, in attention and in the rest, of all steps that were timed.
+std::vector<int64_t> decoder_times(int64_t decoder);
+
+// A whole decode step; see dynskip.ops.native.decode_step.
+torch::stable::Tensor decode_step(
+    int64_t decoder,
+    const torch::stable::Tensor& token_ids,
+    const torch::stable::Tensor& position_ids,
+    const torch::stable::Tensor& cache_ids,
+    const torch::stable::Tensor& active,
+    int64_t kv_policy,
+    const torch::stable::Tensor& k_cache,
+    const torch::stable::Tensor& v_cache,
+    const std::optional<torch::stable::Tensor>& slot_positions,
+    const torch::stable::Tensor& context_lens,
+    const torch::stable::Tensor& slot_tables,
+    const torch::stable::Tensor& free_slots,
+    const torch::stable::Tensor& slot_cursor,
+    const torch::stable::Tensor& counts,
+    const std::optional<torch::stable::Tensor>& gate_weight,
+    const std::optional<torch::stable::Tensor>& gate_bias,
+    const std::optional<torch::stable::Tensor>& gate_asks,
+    bool with_head,
+    bool is_timed);
 
 // num_threads: how many threads share the work, 0 for the device's own choice; the result is the same. On a GPU that can,
 // the kernel overlaps with the one before it; carveout: the percentage of L1 that it asks for as shared memory, or -1.

@@ -243,13 +243,15 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
     }
     if (has_bit(scratch.takes_part, row)) {
       const int32_t seq = plan.cache_ids[row];
-      const bool shares = !has_bit(kv, row) && plan.kv_policy == KVPolicy::kShare;
-      const int32_t entry = shares ? last_slot(plan, scratch, layer, row) : slot;
+      const bool all_get_entries = plan.kv_policy == KVPolicy::kShare;
+      const int32_t entry = !has_bit(kv, row) && all_get_entries ? last_slot(plan, scratch, layer, row) : slot;
       if (seq >= plan.num_seqs) {
         failure = PlanFailure::kNoSuchSequence;
       } else {
-        int32_t* context_len = plan.context_lens + layer * plan.context_lens_stride + seq;
-        key_limit = *context_len;
+        key_limit = plan.context_lens[layer * plan.context_lens_stride + seq];
+        for (int32_t before = row - 1; before >= 0 && plan.cache_ids[before] == seq; --before) {
+          key_limit += all_get_entries || has_bit(kv, before) ? 1 : 0;
+        }
         // Nor is an entry that does not fit.
         if (entry >= 0 && static_cast<uint32_t>(key_limit) >= static_cast<uint32_t>(plan.max_context_len)) {
           failure = PlanFailure::kTableFull;
@@ -257,7 +259,7 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
           int32_t* table =
               plan.slot_tables + layer * plan.slot_tables_layer_stride + seq * plan.slot_tables_seq_stride;
           table[key_limit] = entry;
-          *context_len = ++key_limit;
+          ++key_limit;
         }
       }
     }
@@ -267,11 +269,18 @@ DYNSKIP_HOST_DEVICE inline PlanFailure append(
   return failure;
 }
 
-// Leaves to the next call what it starts from.
+// Leaves to the next call what it starts from: the last row of a sequence has seen all its entries.
 DYNSKIP_HOST_DEVICE inline void hand_over(
     const RowPlan& plan, const PlanScratch& scratch, int32_t thread, int32_t num_threads) {
   for (int32_t row = thread; row < plan.num_rows; row += num_threads) {
     plan.row_slots[row] = last_slot(plan, scratch, plan.num_layers, row);
+    const int32_t seq = plan.cache_ids[row];
+    const bool is_last = row + 1 == plan.num_rows || plan.cache_ids[row + 1] != seq;
+    if (is_last && seq >= 0 && seq < plan.num_seqs) {
+      for (int32_t layer = 0; layer < plan.num_layers; ++layer) {
+        plan.context_lens[layer * plan.context_lens_stride + seq] = plan.key_limits[layer * plan.key_limits_stride + row];
+      }
+    }
   }
   if (thread == 0) {
     const int32_t next_place = scratch.first_places[plan.num_layers];

@@ -15,8 +15,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#include "decode_attention_kernel.h"
-#include "row_kernels.h"
+#include "kernel_set.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -28,9 +27,9 @@ namespace dynskip {
 
 const Kernels kAvx2Kernels = {
     "avx2",
-    {decode_attention_heads<float>, layer_norm_row<float>, add_row<float>, rotate_row<float>, activate_row<float>},
-    {decode_attention_heads<BFloat16>, layer_norm_row<BFloat16>, add_row<BFloat16>, rotate_row<BFloat16>, activate_row<BFloat16>},
-    {decode_attention_heads<Float16>, layer_norm_row<Float16>, add_row<Float16>, rotate_row<Float16>, activate_row<Float16>},
+    kernels_of<float>(),
+    kernels_of<BFloat16>(),
+    kernels_of<Float16>(),
 };
 
 } // namespace dynskip

@@ -30,6 +30,9 @@ namespace dynskip {
 
 namespace {
 
+constexpr int64_t kPairElements = 2 * kMaxPanelOutputs; // of one pair of inputs in a panel
+// Rows whose sums fit into registers beside the operands: 6 x 4 vectors.
+constexpr int64_t kMaxBlockRows = 6;
 // Pairs of inputs whose part of a panel stays in the first cache while all rows pass over it.
 constexpr int64_t kChunkPairs = 64;
 constexpr int64_t kMaxChunkPairs = 112;
@@ -48,7 +51,7 @@ inline void multiply_block(
   __m512 total[num_rows][4];
   for (int row = 0; row < num_rows; ++row) {
     for (int j = 0; j < 4; ++j) {
-      total[row][j] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kPanelOutputs + j * 16);
+      total[row][j] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kMaxPanelOutputs + j * 16);
     }
   }
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
@@ -70,7 +73,7 @@ inline void multiply_block(
   }
   for (int row = 0; row < num_rows; ++row) {
     for (int j = 0; j < 4; ++j) {
-      _mm512_storeu_ps(sums + row * kPanelOutputs + j * 16, total[row][j]);
+      _mm512_storeu_ps(sums + row * kMaxPanelOutputs + j * 16, total[row][j]);
     }
   }
 }
@@ -102,9 +105,9 @@ inline void multiply_rows(
 }
 
 template <Activation activation>
-inline void finish_panel_by(const PackedProduct& product, int64_t panel, const float* sums) {
-  const int64_t first = panel * kPanelOutputs;
-  for (int64_t j = 0; j < kPanelOutputs && first + j < product.num_outputs; j += 16) {
+inline void finish_panel_by(const Product<BFloat16>& product, int64_t panel, const float* sums) {
+  const int64_t first = panel * kMaxPanelOutputs;
+  for (int64_t j = 0; j < kMaxPanelOutputs && first + j < product.num_outputs; j += 16) {
     const int64_t left = product.num_outputs - first - j;
     const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
     __m512 bias = _mm512_setzero_ps();
@@ -113,14 +116,14 @@ inline void finish_panel_by(const PackedProduct& product, int64_t panel, const f
       bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
     for (int64_t row = 0; row < product.num_rows; ++row) {
-      __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + row * kPanelOutputs + j), bias);
+      __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + row * kMaxPanelOutputs + j), bias);
       y = (__m512)activated<activation>((Lanes)y);
-      _mm256_mask_storeu_epi16(product.y + row * product.num_outputs + first + j, mask, (__m256i)_mm512_cvtneps_pbh(y));
+      _mm256_mask_storeu_epi16(product.y + row * product.y_stride + first + j, mask, (__m256i)_mm512_cvtneps_pbh(y));
     }
   }
 }
 
-void finish_panel(const PackedProduct& product, int64_t panel, const float* sums) {
+void finish_panel(const Product<BFloat16>& product, int64_t panel, const float* sums) {
   switch (product.activation) {
     case Activation::kRelu:
       return finish_panel_by<Activation::kRelu>(product, panel, sums);
@@ -135,18 +138,19 @@ void finish_panel(const PackedProduct& product, int64_t panel, const float* sums
   }
 }
 
-void multiply_panel(const PackedProduct& product, int64_t panel, float* sums) {
-  const BFloat16* weight = product.weight + panel * product.panel_stride;
+void multiply_panel(const Product<BFloat16>& product, int64_t panel, float* sums) {
+  const int64_t all_pairs = (product.num_inputs + 1) / 2;
+  const BFloat16* weight = product.weight + panel * packed_inputs<BFloat16>(product.num_inputs) * kMaxPanelOutputs;
   const int64_t num_blocks = (product.num_rows + kMaxBlockRows - 1) / kMaxBlockRows;
   if (num_blocks == 1) {
     const char* ahead = reinterpret_cast<const char*>(weight) + kPrefetchBytes;
-    multiply_rows<4>(product.num_rows, product.x, product.x_stride, weight, product.num_pairs, true, ahead, sums);
+    multiply_rows<4>(product.num_rows, product.x, product.x_stride, weight, all_pairs, true, ahead, sums);
     finish_panel(product, panel, sums);
     return;
   }
-  const int64_t chunk_pairs = product.num_pairs <= kMaxChunkPairs ? product.num_pairs : kChunkPairs;
-  for (int64_t pair = 0; pair < product.num_pairs; pair += chunk_pairs) {
-    const int64_t num_pairs = std::min(chunk_pairs, product.num_pairs - pair);
+  const int64_t chunk_pairs = all_pairs <= kMaxChunkPairs ? all_pairs : kChunkPairs;
+  for (int64_t pair = 0; pair < all_pairs; pair += chunk_pairs) {
+    const int64_t num_pairs = std::min(chunk_pairs, all_pairs - pair);
     const BFloat16* chunk = weight + pair * kPairElements;
     // The blocks share the prefetching of the next chunk: four lines for each pair, in all.
     const char* next = reinterpret_cast<const char*>(chunk + num_pairs * kPairElements);
@@ -155,7 +159,7 @@ void multiply_panel(const PackedProduct& product, int64_t panel, float* sums) {
       const int64_t num_rows = (product.num_rows - row + num_blocks - block - 1) / (num_blocks - block);
       const int64_t lines = (lines_left + num_blocks - block - 1) / (num_blocks - block);
       const BFloat16* x = product.x + row * product.x_stride + 2 * pair;
-      float* block_sums = sums + row * kPanelOutputs;
+      float* block_sums = sums + row * kMaxPanelOutputs;
       if (lines == 2) {
         multiply_rows<2>(num_rows, x, product.x_stride, chunk, num_pairs, pair == 0, next, block_sums);
       } else if (lines == 1) {
@@ -171,7 +175,7 @@ void multiply_panel(const PackedProduct& product, int64_t panel, float* sums) {
   finish_panel(product, panel, sums);
 }
 
-void multiply_panels_avx512(const PackedProduct& product, int64_t begin_panel, int64_t end_panel, float* sums) {
+void multiply_panels_avx512(const Product<BFloat16>& product, int64_t begin_panel, int64_t end_panel, float* sums) {
   for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
     multiply_panel(product, panel, sums);
   }
@@ -195,8 +199,8 @@ bool is_supported() {
 
 } // namespace
 
-MultiplyPanels multiply_panels() {
-  static const MultiplyPanels supported = is_supported() ? multiply_panels_avx512 : nullptr;
+MultiplyPanels<BFloat16> multiply_panels_avx512_bf16() {
+  static const MultiplyPanels<BFloat16> supported = is_supported() ? multiply_panels_avx512 : nullptr;
   return supported;
 }
 
@@ -206,7 +210,7 @@ MultiplyPanels multiply_panels() {
 
 namespace dynskip {
 
-MultiplyPanels multiply_panels() {
+MultiplyPanels<BFloat16> multiply_panels_avx512_bf16() {
   return nullptr;
 }
 

@@ -49,6 +49,22 @@ const Kernels& kernels() {
   return *current().load(std::memory_order_relaxed);
 }
 
+template <typename Element>
+MultiplyPanels<Element> multiply_panels(int64_t panel_outputs) {
+  if (panel_outputs == 0) {
+    return kernels().of<Element>().multiply_dense;
+  }
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    return panel_outputs == 32 ? multiply_panels_amx() : panel_outputs == 64 ? multiply_panels_avx512_bf16() : nullptr;
+  } else {
+    return panel_outputs == 64 ? kernels().of<Element>().multiply_packed : nullptr;
+  }
+}
+
+template MultiplyPanels<float> multiply_panels<float>(int64_t);
+template MultiplyPanels<BFloat16> multiply_panels<BFloat16>(int64_t);
+template MultiplyPanels<Float16> multiply_panels<Float16>(int64_t);
+
 std::string instruction_set() {
   return kernels().name;
 }

@@ -77,7 +77,62 @@ struct ActivateRow {
   Activation activation;
 };
 
-// What one thread does for one row: no kernel starts a thread or allocates.
+// Rows times a matrix, plus a bias, through an activation: y [num_rows, num_outputs]. Results are summed in float32 over
+// the inputs in order, and rounded once: the bits of a row depend on that row alone.
+//
+// The matrix is dense [num_outputs, num_inputs], or in oneDNN's layout: panels of 64 or 32 outputs, one after another; in
+// a panel, for each input (bfloat16: for each pair of inputs) the weights of its outputs. So a panel is read from front to
+// back. The inputs are padded with zeros to whole blocks, the outputs to a whole panel.
+template <typename Element>
+struct Product {
+  const Element* x; // packed bfloat16: zeros up to packed_inputs()
+  int64_t x_stride;
+  const Element* weight;
+  const Element* bias; // [num_outputs] or null
+  Element* y;
+  int64_t y_stride;
+  int64_t num_rows;
+  int64_t num_inputs;
+  int64_t num_outputs;
+  int64_t panel_outputs; // 64 or 32, or 0 for a dense matrix
+  Activation activation;
+};
+
+constexpr int64_t kMaxPanelOutputs = 64;
+constexpr int64_t kDensePanelOutputs = 16; // of a dense matrix, what a thread takes at once
+
+// Elements from one panel's row of weights to the next, in inputs: bfloat16 has its inputs in pairs.
+template <typename Element>
+constexpr int64_t kInputBlock = std::is_same_v<Element, BFloat16> ? 32 : 16;
+
+template <typename Element>
+constexpr int64_t packed_inputs(int64_t num_inputs) {
+  return (num_inputs + kInputBlock<Element> - 1) / kInputBlock<Element> * kInputBlock<Element>;
+}
+
+// Elements between rows, and zeros behind each, that suit every product: rows a power of two apart would fall on the same
+// lines of the cache.
+constexpr int64_t padded_row_stride(int64_t num_inputs) {
+  return (num_inputs + 31) / 32 * 32 + 32;
+}
+
+template <typename Element>
+constexpr int64_t num_panels(const Product<Element>& product) {
+  const int64_t outputs = product.panel_outputs == 0 ? kDensePanelOutputs : product.panel_outputs;
+  return (product.num_outputs + outputs - 1) / outputs;
+}
+
+// Floats that a thread needs beside a product.
+template <typename Element>
+constexpr int64_t product_scratch_floats(int64_t num_rows, int64_t num_inputs) {
+  return num_rows * (2 * kMaxPanelOutputs + (std::is_same_v<Element, Float16> ? padded_row_stride(num_inputs) : 0));
+}
+
+// Computes the outputs of some panels. Threads with panels of their own share a product.
+template <typename Element>
+using MultiplyPanels = void (*)(const Product<Element>& product, int64_t begin_panel, int64_t end_panel, float* scratch);
+
+// What one thread does: no kernel starts a thread or allocates.
 template <typename Element>
 struct ElementKernels {
   void (*decode_attention)(const DecodeAttentionTask<Element>&);
@@ -85,6 +140,9 @@ struct ElementKernels {
   void (*add)(Element* x, const Element* y, int64_t size); // x += y
   void (*rotate)(const RotateRow<Element>&);
   void (*activate)(const ActivateRow<Element>&);
+  float (*dot)(const Element* x, const float* y, int64_t size);
+  MultiplyPanels<Element> multiply_dense;
+  MultiplyPanels<Element> multiply_packed; // float32 and float16
 };
 
 struct Kernels {
@@ -114,49 +172,13 @@ extern const Kernels kAvx512Kernels;
 // The set for the best instruction set of this machine.
 const Kernels& kernels();
 
-// Rows times a bfloat16 matrix in the layout that packed_linear.cpp describes, plus a bias, through an activation.
-struct PackedProduct {
-  const BFloat16* x; // [num_rows, inputs], an even number of inputs
-  int64_t x_stride;
-  const BFloat16* weight;
-  const BFloat16* bias; // [num_outputs] or null
-  BFloat16* y; // [num_rows, num_outputs]
-  int64_t num_rows;
-  int64_t num_pairs; // of inputs
-  int64_t panel_stride;
-  int64_t num_outputs;
-  Activation activation;
-};
+// The function for a matrix with panels of so many outputs, 0 for a dense one; null where this CPU has none: packed
+// bfloat16 needs AVX-512 BF16 where panels have 64 outputs, AMX where they have 32.
+template <typename Element>
+MultiplyPanels<Element> multiply_panels(int64_t panel_outputs);
 
-constexpr int64_t kPanelOutputs = 64;
-constexpr int64_t kPairElements = 2 * kPanelOutputs; // of one pair of inputs in a panel
-constexpr int64_t kInputBlock = 32; // the layout pads the inputs to a multiple of this
-// Rows whose sums fit into registers beside the operands: 6 x 4 vectors.
-constexpr int64_t kMaxBlockRows = 6;
-
-constexpr int64_t packed_inputs(int64_t num_inputs) {
-  return (num_inputs + kInputBlock - 1) / kInputBlock * kInputBlock;
-}
-
-constexpr int64_t num_panels_of(int64_t num_outputs) {
-  return (num_outputs + kPanelOutputs - 1) / kPanelOutputs;
-}
-
-// Whether a product wants its rows copied, to packed_row_stride elements apart and with a zero behind an odd last input:
-// rows a power of two apart would fall on the same lines of the cache.
-constexpr bool copies_packed_rows(int64_t num_rows, int64_t num_inputs) {
-  return num_rows > kMaxBlockRows || num_inputs % 2 != 0;
-}
-
-constexpr int64_t packed_row_stride(int64_t num_inputs) {
-  return packed_inputs(num_inputs) + kInputBlock;
-}
-
-// Computes the outputs of some panels; sums is scratch, [num_rows, kPanelOutputs]. Threads with panels of their own share
-// a product. The bits of an output do not depend on how.
-using MultiplyPanels = void (*)(const PackedProduct& product, int64_t begin_panel, int64_t end_panel, float* sums);
-
-// The function, or null where this CPU has no AVX-512 BF16.
-MultiplyPanels multiply_panels();
+// Those of packed bfloat16, each of the instruction set that oneDNN has the layout for; null without it.
+MultiplyPanels<BFloat16> multiply_panels_avx512_bf16();
+MultiplyPanels<BFloat16> multiply_panels_amx();
 
 } // namespace dynskip

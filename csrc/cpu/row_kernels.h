@@ -120,6 +120,15 @@ DYNSKIP_INLINE void store_upto(Element* p, Lanes x, int64_t count) {
   }
 }
 
+template <typename Element>
+float dot_row(const Element* x, const float* y, int64_t size) {
+  Lanes total = {};
+  for (int64_t i = 0; i < size; i += kNumLanes) {
+    total += load_upto(x + i, size - i) * load_upto(y + i, size - i);
+  }
+  return sum(total);
+}
+
 template <bool has_weight, typename Element>
 DYNSKIP_INLINE void rotate_heads(const RotateRow<Element>& row) {
   const int64_t half = row.rotary_size / 2;

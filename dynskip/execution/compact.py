@@ -13,6 +13,7 @@ from dynskip.execution.executor import Executor
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import DecodeSteps, GraphMemory, sum_memory
 from dynskip.execution.kv_cache import EntryIndex, KVCache
+from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.threads import check_fork
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
@@ -27,8 +28,10 @@ from dynskip.routing.plan import KVPolicy, LayerPlan
 class CompactExecutor(Executor[KVCache]):
     """Runs steps of many sequences, each layer once, on the compact rows that the plan gives it.
 
-    The triton backend runs decode steps by its row ops, on a GPU from CUDA graphs. All other steps run op by op
-    through the backend's launchers.
+    The triton backend runs decode steps by its row ops, on a GPU from CUDA graphs; the native backend runs each in one
+    call into the C++ extension. All other steps run op by op through the backend's launchers.
+
+    native_steps: what runs the decode steps of the native backend; None on others.
 
     backend: whose launchers gather, scatter and attend. Raises RuntimeError where it is triton, and lacks its row ops.
     deterministic: compute each row with the same bits independent of its neighbours.
@@ -44,6 +47,9 @@ class CompactExecutor(Executor[KVCache]):
         reason = why_not_triton(decoder.device) if self.fuses else None
         if reason is not None:
             raise RuntimeError(f"CompactExecutor: decode steps must have the triton row ops, got none. {reason}")
+        self.native_steps = (
+            NativeSteps(decoder, lm_head, self.row_counts, deterministic) if backend.name == "native" else None
+        )
         self._retired: KVCache | None = None
         # Several batches may take turns, each with a cache of its own; what was made for one lives as long as it.
         self._steps: WeakKeyDictionary[KVCache, DecodeSteps] = WeakKeyDictionary()
@@ -93,7 +99,8 @@ class CompactExecutor(Executor[KVCache]):
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
-        return self.lm_head(self.decoder.finish(hidden_states, self.deterministic), deterministic=self.deterministic)
+        rows = self.decoder.finish(hidden_states, self.deterministic, self.backend)
+        return self.lm_head(rows, deterministic=self.deterministic)
 
     def logits(self, step: Step, cache: KVCache) -> Tensor:
         """[N, V]: the logits of a decode step; the next one may overwrite them."""
@@ -126,15 +133,11 @@ class CompactExecutor(Executor[KVCache]):
         cache: takes the new entries; None where nothing will be decoded from them.
         on_layer: called with each layer's index and input, [N, C], which the layer then changes in place.
         """
-        check_fork()
-        if step.plan.kv_policy is KVPolicy.SHARE:
-            assert cache is not None, "sharing entries needs a cache"
-            cache.may_repeat = True
-        steps = self._decode_steps(step, cache)
+        steps = self._decode_steps(step, cache, is_watched=on_layer is not None)
         if steps is not None:
             assert cache is not None, "decoding needs a cache"
             return steps.run(step, cache, head=False, on_layer=on_layer)
-        hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic)
+        hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic, self.backend)
         entries = _Entries(self, step, cache) if cache is not None else None
         positions = Positions(step.position_ids, self.decoder.cos_sin)
         for index, layer in enumerate(self.decoder.stack()):
@@ -145,8 +148,20 @@ class CompactExecutor(Executor[KVCache]):
                 self._run_layer(index, layer, plan, hidden_states, step, positions, entries)
         return hidden_states
 
-    def _decode_steps(self, step: Step, cache: KVCache | None) -> DecodeSteps | None:
-        return self._steps_of(cache) if self.fuses and step.decode and cache is not None else None
+    def _decode_steps(
+        self, step: Step, cache: KVCache | None, is_watched: bool = False
+    ) -> DecodeSteps | NativeSteps | None:
+        """What runs ``step`` whole; None where it runs op by op. is_watched: somebody looks at the layers' inputs."""
+        check_fork()
+        if step.plan.kv_policy is KVPolicy.SHARE:
+            assert cache is not None, "sharing entries needs a cache"
+            cache.may_repeat = True
+        if not step.decode or cache is None:
+            return None
+        if self.fuses:
+            return self._steps_of(cache)
+        native = self.native_steps
+        return native if native is not None and not is_watched and native.takes(step) else None
 
     def _steps_of(self, cache: KVCache) -> DecodeSteps:
         steps = self._steps.get(cache)

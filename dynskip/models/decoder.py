@@ -277,19 +277,24 @@ class Decoder(nn.Module):
         """The layers, from the first to the last."""
         return cast("list[DecoderLayer]", list(self.layers))
 
-    def embed(self, token_ids: Tensor, position_ids: Tensor, deterministic: bool = False) -> Tensor:
-        """[N, C]: the first layer's input for ``token_ids`` and ``position_ids``, each [N], int64; positions from 0."""
+    def embed(
+        self, token_ids: Tensor, position_ids: Tensor, deterministic: bool = False, backend: Backend | None = None
+    ) -> Tensor:
+        """[N, C]: the first layer's input for ``token_ids`` and ``position_ids``, each [N], int64; positions from 0.
+
+        backend: whose launcher normalises; None for the differentiable way, here and in `finish`.
+        """
         states: Tensor = self.embed_tokens(token_ids)
         if self.project_in is not None:
             states = self.project_in(states, deterministic=deterministic)
         if self.embed_positions is not None:
             states = states + self.embed_positions(position_ids + self.config.position_offset)
-        return states if self.embed_norm is None else self.embed_norm(states)
+        return states if self.embed_norm is None else _normed(self.embed_norm, states, backend)
 
-    def finish(self, hidden_states: Tensor, deterministic: bool = False) -> Tensor:
+    def finish(self, hidden_states: Tensor, deterministic: bool = False, backend: Backend | None = None) -> Tensor:
         """[R, E]: what the head sees of ``hidden_states`` [R, C], the last layer's output."""
         if self.final_norm is not None:
-            hidden_states = self.final_norm(hidden_states)
+            hidden_states = _normed(self.final_norm, hidden_states, backend)
         if self.project_out is not None:
             hidden_states = self.project_out(hidden_states, deterministic=deterministic)
         return hidden_states
@@ -312,3 +317,8 @@ class Decoder(nn.Module):
 
 def _dense(linear: Linear, rows: Tensor) -> Tensor:
     return F.linear(rows, linear.dense_weight(), linear.bias)
+
+
+def _normed(norm: Norm, rows: Tensor, backend: Backend | None) -> Tensor:
+    normed: Tensor = norm(rows) if backend is None else backend.gather_layer_norm(rows, None, *norm.of_rows())
+    return normed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -33,9 +33,13 @@ class Linear(torch.nn.Module):
 
     Dense: ``weight`` is a Parameter ``[out_features, in_features]`` on any device. After :meth:`pack_` the Parameter is
     gone and the matrix lives in the layout that oneDNN multiplies fastest; :meth:`unpack_` brings it back bit by bit.
-    The C++ extension multiplies few bfloat16 rows from that same copy faster than oneDNN; ``native_rows`` says up to
-    how many, 0 for none. ``state_dict`` holds the dense weight in both states.
+    The C++ extension multiplies few rows from that same copy; ``native_rows`` says up to how many, 0 for none.
+    ``state_dict`` holds the dense weight in both states.
+
+    num_changes: how often any Linear was packed or unpacked; who keeps addresses of matrices looks at it.
     """
+
+    num_changes: ClassVar[int] = 0
 
     weight: torch.nn.Parameter | None
     bias: torch.nn.Parameter | None
@@ -55,6 +59,7 @@ class Linear(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self._packed_weight: torch.Tensor | None = None
         self._packed_data = 0
+        self._panel_outputs = 0
         self._merged = False
         self.native_rows = 0
 
@@ -105,18 +110,25 @@ class Linear(torch.nn.Module):
             return self
         weight = self._dense().detach()
         self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        if use_native and native.reads_packed_weight(weight, self._packed_weight):
-            self._packed_data = native.packed_data(self._packed_weight)
+        if use_native and (panel := native.panel_outputs(weight, self._packed_weight)):
+            self._packed_data, self._panel_outputs = native.packed_data(self._packed_weight), panel
             self.native_rows = NATIVE_ROWS
         self.weight = None
+        Linear.num_changes += 1
         return self
 
     def unpack_(self) -> Linear:
         """Replace the packed weight by a dense Parameter of the same bits that requires grad."""
         if self._packed_weight is not None:
             self.weight = torch.nn.Parameter(self.dense_weight())
-            self._packed_weight, self._packed_data, self.native_rows = None, 0, 0
+            self._packed_weight, self._packed_data, self._panel_outputs, self.native_rows = None, 0, 0, 0
+            Linear.num_changes += 1
         return self
+
+    @property
+    def native_panels(self) -> tuple[int, int] | None:
+        """Address of the packed matrix and outputs of a panel, where the C++ extension can read it."""
+        return (self._packed_data, self._panel_outputs) if self._panel_outputs else None
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix [out_features, in_features]: the Parameter itself when dense, a new exact copy when packed."""
@@ -153,7 +165,8 @@ class Linear(torch.nn.Module):
 
     def _multiply(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         if self.native_rows and x.shape[0] <= self.native_rows:
-            return native.packed_linear(x, self._packed_data, self.out_features, self.bias, activation)
+            data, panel = self._packed_data, self._panel_outputs
+            return native.packed_linear(x, data, panel, self.out_features, self.bias, activation)
         if self._packed_weight is not None:
             name, algorithm = _POINTWISE[activation]
             return torch.ops.mkldnn._linear_pointwise(x, self._packed_weight, self.bias, name, [], algorithm)
@@ -192,7 +205,7 @@ class Linear(torch.nn.Module):
             state["_merged"] = False
         if self.packed:
             state["_parameters"] = {**self._parameters, "weight": torch.nn.Parameter(self.dense_weight())}
-            state["_packed_weight"], state["_packed_data"] = "pack", 0
+            state["_packed_weight"], state["_packed_data"], state["_panel_outputs"] = "pack", 0, 0
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -27,9 +27,9 @@ __all__ = [
     "has_cuda",
     "kv_store",
     "packed_linear",
+    "panel_outputs",
     "plan_rows",
     "prefill_attention",
-    "reads_packed_weight",
     "replay",
     "rotate",
     "scatter_add",
@@ -52,8 +52,11 @@ _OPS = (
     "rotate",
     "activate",
     "packed_linear",
-    "has_packed_linear",
-    "is_packed_linear_layout",
+    "packed_panel_outputs",
+    "new_decoder",
+    "delete_decoder",
+    "decoder_times",
+    "decode_step",
     "plan_rows",
     "has_cuda",
     "replay",
@@ -97,18 +100,16 @@ multiple of `WHOLE_HEADS`; of those outside of a window only the positions. The 
 nothing else."""
 
 
-def reads_packed_weight(weight: Tensor, packed_weight: Tensor) -> bool:
-    """Whether `packed_linear` can run here on `packed_weight`, which oneDNN made of `weight` [out, in].
+def panel_outputs(weight: Tensor, packed_weight: Tensor) -> int:
+    """How many outputs a panel of `packed_weight` has, which oneDNN made of `weight` [out, in]; 0: it cannot be read.
 
-    It looks at the packed bytes themselves, so that a oneDNN with another layout is never misread.
+    It looks at the packed bytes themselves, so that a oneDNN with another layout is never misread. Readable are panels
+    of 64 outputs in float32 and float16, and in bfloat16 on a CPU with AVX-512 BF16; of 32 in bfloat16 with AMX.
     """
-    if unavailable_reason() is not None or weight.dtype != torch.bfloat16:
-        return False
-    ops = torch.ops.dynskip_native
-    if not ops.has_packed_linear():
-        return False
+    if unavailable_reason() is not None or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return 0
     data, num_bytes = packed_data(packed_weight), torch.ops.mkldnn._nbytes(packed_weight)
-    return bool(ops.is_packed_linear_layout(weight.contiguous(), data, num_bytes))
+    return int(_op("packed_panel_outputs")(weight.contiguous(), data, num_bytes))
 
 
 def packed_data(packed_weight: Tensor) -> int:
@@ -116,15 +117,85 @@ def packed_data(packed_weight: Tensor) -> int:
     return int(torch.ops.mkldnn.data_ptr(packed_weight))
 
 
-def packed_linear(x: Tensor, data: int, num_outputs: int, bias: Tensor | None, activation: str) -> Tensor:
+def packed_linear(x: Tensor, data: int, panel: int, num_outputs: int, bias: Tensor | None, activation: str) -> Tensor:
     """Returns `x` times the packed matrix at the address `data`, plus `bias`, through `activation`: `[R, out]`.
 
-    x: `[R, in], bfloat16`, rows contiguous. The matrix is one that `reads_packed_weight` accepted and still exists.
-    activation: one of `reference.ACTIVATIONS`, in float32 before the result is rounded.
+    x: `[R, in]`, rows contiguous, in the matrix's dtype. panel: what `panel_outputs` said of the matrix, which still
+    exists. activation: one of `reference.ACTIVATIONS`, in float32 before the result is rounded.
 
     Cost: reads the matrix once. Fastest to about 50 rows. The bits of a row depend on that row alone.
     """
-    return _op("packed_linear")(x, data, num_outputs, bias, ACTIVATIONS.index(activation))
+    return _op("packed_linear")(x, data, panel, num_outputs, bias, ACTIVATIONS.index(activation))
+
+
+def new_decoder(tensors: list[Tensor], integers: list[int], floats: list[float]) -> int:
+    """The handle of a decoder for `decode_step`, which holds `tensors`; `execution.native_steps` describes it."""
+    return int(_op("new_decoder")(tensors, integers, floats))
+
+
+def delete_decoder(handle: int) -> None:
+    """Ends the threads of a decoder, and gives its memory back."""
+    _op("delete_decoder")(handle)
+
+
+def decoder_times(handle: int) -> tuple[int, int, int]:
+    """Nanoseconds of the first thread in products, in attention and in the rest, of all steps that were timed."""
+    products, attention, rest = _op("decoder_times")(handle)
+    return products, attention, rest
+
+
+def decode_step(
+    handle: int,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    cache_ids: Tensor,
+    active: Tensor,
+    kv_policy: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_positions: Tensor | None,
+    context_lens: Tensor,
+    slot_tables: Tensor,
+    free_slots: Tensor,
+    slot_cursor: Tensor,
+    counts: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_asks: Tensor | None,
+    with_head: bool,
+    is_timed: bool,
+) -> Tensor:
+    """Runs a decode step of N rows: `[N, V]`, the logits, or without head `[N, C]`, the last layer's output.
+
+    handle: of a decoder. token_ids, position_ids, cache_ids: `[N], int64`, of each row; rows of one sequence stand side
+    by side. active: `[L, N], bool`. kv_policy, slots and tables: as in `row_reference.plan_rows`. counts: `[2, L],
+    int64`, to which the rows that ran each layer, and that computed a key and a value, are added. gate_weight: `[L, 2,
+    C]`, gate_bias: `[L, 2]`, float32, gate_asks: `[L], bool`: as in `row_reference.gate_rows`, where gate_asks holds.
+    The interpreter's lock is free meanwhile; steps of one decoder wait for each other.
+
+    Cost: reads the matrices of the layers that have rows once, and the keys and values of their rows.
+    """
+    return _op("decode_step")(
+        handle,
+        token_ids,
+        position_ids,
+        cache_ids,
+        active,
+        kv_policy,
+        k_cache,
+        v_cache,
+        slot_positions,
+        context_lens,
+        slot_tables,
+        free_slots,
+        slot_cursor,
+        counts,
+        gate_weight,
+        gate_bias,
+        gate_asks,
+        with_head,
+        is_timed,
+    )
 
 
 def plan_rows(active: Tensor, *others: Any, **named: Any) -> None:

@@ -72,8 +72,8 @@ def fuse(model: Any, monkeypatch: pytest.MonkeyPatch, graphs: EagerGraphs | None
     if graphs is not None:
         make = executor._decode_steps
 
-        def with_graphs(step: Any, cache: Any) -> Any:
-            steps = make(step, cache)
+        def with_graphs(step: Any, cache: Any, is_watched: bool = False) -> Any:
+            steps = make(step, cache, is_watched)
             if steps is not None and steps.graphs is None:
                 steps.graphs = GraphedDecode(steps.fused, graphs)
             return steps

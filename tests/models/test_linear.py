@@ -184,7 +184,8 @@ def test_activations_of_a_packed_weight_are_as_exact_as_those_of_pytorch(dtype: 
         eager = torch_backend.activate(x[:num_rows], activation)
         error = (linear(x[:num_rows], activation).double() - exact).abs()
         allowed = 2 * (eager.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs()
-        assert (error <= allowed).all()
+        # GELU of -12 is -2e-32, which PyTorch's erf, 1 in float64 from 6 on, does not see.
+        assert (error <= allowed + 1e-30).all()
 
 
 def test_dense_weight_is_differentiable_and_packed_says_the_way_out() -> None:
@@ -246,25 +247,26 @@ def test_copies_hold_the_same_bits_and_memory_of_their_own() -> None:
         assert torch.equal(copied(x), expected) and torch.equal(copied.dense_weight(), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (4099, 130), (64, 2048)])
 @torch.no_grad()
-def test_native_product_reads_the_packed_layout(shape: tuple[int, int]) -> None:
-    if native.unavailable_reason() is not None or not torch.ops.dynskip_native.has_packed_linear():
-        pytest.skip("needs the C++ extension and AVX-512 BF16")
-    linear = make(*shape, torch.bfloat16)
+def test_native_product_reads_the_packed_layout(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if native.unavailable_reason() is not None:
+        pytest.skip("needs the C++ extension")
+    linear = make(*shape, dtype)
     weight = linear.dense_weight().detach().clone()
-    linear.pack_()
-    if linear.native_rows == 0 and torch.cpu._is_amx_tile_supported():
-        pytest.skip("oneDNN packs for AMX here, and multiplies a few rows faster than the extension would")
+    pack_or_skip(linear)
     assert linear.native_rows > 0, "oneDNN's packed layout has changed"
     assert linear._packed_weight is not None
-    assert not native.reads_packed_weight(weight.flip(0), linear._packed_weight)
-    strided = torch.randn(linear.native_rows, shape[1] + 3).bfloat16()[:, : shape[1]]
+    assert not native.panel_outputs(weight.flip(0), linear._packed_weight)
+    strided = torch.randn(linear.native_rows, shape[1] + 3).to(dtype)[:, : shape[1]]
     for activation in ACTIVATIONS:
         y = linear(strided, activation)
         exact = functional.linear(strided.double(), weight.double(), linear.bias.double())  # type: ignore[union-attr]
         exact = activate(exact, activation)
-        assert (y.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        # A float32 sum of 2048 products errs by several units in its last place.
+        tolerance = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+        assert (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
     strided[:] = torch.nan
     assert linear(strided, "relu").isnan().all()
 

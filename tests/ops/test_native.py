@@ -402,45 +402,71 @@ def test_rotations_and_activations_of_other_shapes_and_dtypes_are_refused() -> N
         torch.ops.dynskip_native.activate(torch.ones(2, 4), 5)
 
 
-def packed(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` [out, in] as packed_linear reads it: panels of 64 outputs, in them pairs of inputs side by side."""
-    num_outputs, num_inputs = weight.shape
-    padded = torch.zeros(-(-num_outputs // 64) * 64, -(-num_inputs // 32) * 32, dtype=weight.dtype)
-    padded[:num_outputs, :num_inputs] = weight
-    return padded.view(-1, 64, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+def packed(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`weight` [out, in] as packed_linear reads it, and the outputs of a panel; in bfloat16 inputs stand in pairs.
+
+    Skips where this CPU multiplies no such panels.
+    """
+    group, block = (2, 32) if weight.dtype == torch.bfloat16 else (1, 16)
+    for panel in (64, 32):
+        padded = torch.zeros(-(-weight.shape[0] // panel) * panel, -(-weight.shape[1] // block) * block).to(weight)
+        padded[: weight.shape[0], : weight.shape[1]] = weight
+        layout = padded.view(-1, panel, padded.shape[1] // group, group).transpose(1, 2).contiguous()
+        if torch.ops.dynskip_native.packed_panel_outputs(weight, layout.data_ptr(), layout.nbytes) == panel:
+            return layout, panel
+    pytest.skip(f"packed {weight.dtype} needs a CPU with AVX-512 BF16 or AMX")
 
 
-needs_packed_linear = pytest.mark.skipif(
-    not torch.ops.dynskip_native.has_packed_linear(), reason="needs a CPU with AVX-512 BF16"
-)
-
-
-@needs_packed_linear
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (130, 513)])
-def test_a_packed_product_goes_through_its_activation_unrounded(shape: tuple[int, int], activation: str) -> None:
-    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
-    layout = packed(weight)
-    is_layout = torch.ops.dynskip_native.is_packed_linear_layout
-    assert is_layout(weight, layout.data_ptr(), layout.nbytes)
-    x = torch.randn(48, shape[1]).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (130, 513), (70, 1500)])
+def test_a_packed_product_goes_through_its_activation_unrounded(
+    shape: tuple[int, int], dtype: torch.dtype, activation: str
+) -> None:
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    layout, panel = packed(weight)
+    x = torch.randn(70, shape[1]).to(dtype)
     for offset in (bias, None):
-        together = native.packed_linear(x, layout.data_ptr(), shape[0], offset, activation)
+        together = native.packed_linear(x, layout.data_ptr(), panel, shape[0], offset, activation)
         product = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
         exact = reference.activate(product, activation)
-        # Rounded once, after a float32 sum in the order of the inputs.
+        # Rounded once, after a float32 sum; an activation is off by units in the last place of its argument.
         sums = x.double().abs() @ weight.double().abs().t() * torch.finfo(torch.float32).eps * 2
-        assert ((together.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + sums).all()
-        for num_rows in (1, 6, 7):
-            alone = native.packed_linear(x[:num_rows], layout.data_ptr(), shape[0], offset, activation)
+        arguments = 4 * torch.finfo(torch.float32).eps * product.abs() + 1e-30
+        assert ((together.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + sums + arguments).all()
+        for num_rows in (1, 6, 7, 16, 33):
+            alone = native.packed_linear(x[:num_rows], layout.data_ptr(), panel, shape[0], offset, activation)
             assert torch.equal(alone, together[:num_rows])
     x[3] = torch.nan
-    y = native.packed_linear(x, layout.data_ptr(), shape[0], bias, activation)
+    y = native.packed_linear(x, layout.data_ptr(), panel, shape[0], bias, activation)
     assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
 
 
-@needs_packed_linear
-def test_an_activation_without_a_number_is_refused() -> None:
-    layout = packed(torch.ones(5, 7).bfloat16())
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_products_of_every_instruction_set_agree(dtype: torch.dtype, name: str) -> None:
+    weight = torch.randn(130, 1100).to(dtype)
+    layout, panel = packed(weight)
+    x = torch.randn(9, 1100).to(dtype)
+    try:
+        torch.ops.dynskip_native.use_instruction_set(name)
+    except RuntimeError:
+        pytest.skip(f"this CPU has no {name}")
+    try:
+        y = native.packed_linear(x, layout.data_ptr(), panel, 130, None, "none")
+    finally:
+        torch.ops.dynskip_native.use_instruction_set("best")
+    exact = x.double() @ weight.double().t()
+    sums = x.double().abs() @ weight.double().abs().t() * torch.finfo(torch.float32).eps * 2
+    assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + sums).all()
+
+
+def test_what_a_packed_product_cannot_read_is_refused() -> None:
+    weight = torch.ones(5, 7)
+    layout, panel = packed(weight)
+    multiply = torch.ops.dynskip_native.packed_linear
     with pytest.raises(RuntimeError, match=r"packed_linear: activation must be one of the numbers of .*, got -1"):
-        torch.ops.dynskip_native.packed_linear(torch.ones(1, 7).bfloat16(), layout.data_ptr(), 5, None, -1)
+        multiply(torch.ones(1, 7), layout.data_ptr(), panel, 5, None, -1)
+    with pytest.raises(RuntimeError, match=r"packed_linear: panel_outputs must be what .*, got 48"):
+        multiply(torch.ones(1, 7), layout.data_ptr(), 48, 5, None, 0)
+    assert not torch.ops.dynskip_native.packed_panel_outputs(weight + 1, layout.data_ptr(), layout.nbytes)

@@ -1,0 +1,882 @@
+// A whole decode step of a decoder in one call: rows and slots planned, embedding, layers, head.
+//
+// All threads go through the phases of a layer together; in a phase each takes tasks that no other has. What belongs to
+// one row of the residual stream is done by one and the same thread, so that such phases need not wait for each other.
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstring>
+#include <string>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "decoder.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "plan_rows.h"
+
+namespace dynskip {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Groups of panels, and tasks of attention, for each thread: one on a busy core does not hold up the others for long.
+constexpr int64_t kGroupsPerThread = 8;
+constexpr int64_t kAttentionTasksPerThread = 4;
+
+// Takes the numbers of a description one after the other.
+class Reader {
+ public:
+  Reader(const std::vector<int64_t>& integers, const std::vector<double>& floats, size_t num_tensors)
+      : integers_(integers), floats_(floats), num_tensors_(num_tensors) {}
+
+  int64_t integer() {
+    DYNSKIP_CHECK(next_integer_ < integers_.size(), "new_decoder: too few integers.");
+    return integers_[next_integer_++];
+  }
+
+  bool flag() {
+    return integer() != 0;
+  }
+
+  float number() {
+    DYNSKIP_CHECK(next_float_ < floats_.size(), "new_decoder: too few floats.");
+    return static_cast<float>(floats_[next_float_++]);
+  }
+
+  int64_t place() {
+    const int64_t place = integer();
+    DYNSKIP_CHECK(
+        place >= -1 && place < static_cast<int64_t>(num_tensors_), "new_decoder: there is no tensor ", place, ".");
+    return place;
+  }
+
+  NormSpec norm() {
+    NormSpec norm;
+    norm.exists = flag();
+    norm.weight = place();
+    norm.bias = place();
+    norm.rms = flag();
+    norm.eps = number();
+    return norm;
+  }
+
+  MatrixSpec matrix() {
+    MatrixSpec matrix;
+    matrix.num_outputs = integer();
+    matrix.num_inputs = integer();
+    matrix.panel_outputs = integer();
+    matrix.address = matrix.panel_outputs > 0 ? integer() : place();
+    matrix.bias = place();
+    return matrix;
+  }
+
+  bool is_at_end() const {
+    return next_integer_ == integers_.size() && next_float_ == floats_.size();
+  }
+
+ private:
+  const std::vector<int64_t>& integers_;
+  const std::vector<double>& floats_;
+  size_t num_tensors_;
+  size_t next_integer_ = 0;
+  size_t next_float_ = 0;
+};
+
+// The rows of each layer, planned for all layers at once or, where a gate decides, one by one.
+struct StepPlan {
+  RowPlan rows;
+  std::vector<uint8_t> active; // [L, N]; of a gate's layers filled in on the way
+  std::vector<int32_t> cache_ids, row_slots, run_ids, kv_ids, slots, key_limits;
+  PlanFailure failure = PlanFailure::kNone;
+
+  void plan(int64_t first_layer, int64_t num_layers, int64_t num_rows, int32_t* counts, int64_t all_layers,
+      const RowPlan& whole) {
+    RowPlan part = whole;
+    part.num_layers = static_cast<int32_t>(num_layers);
+    part.starts_step = first_layer == 0;
+    part.active = active.data() + first_layer * num_rows;
+    part.context_lens += first_layer * whole.context_lens_stride;
+    part.slot_tables += first_layer * whole.slot_tables_layer_stride;
+    part.run_ids = run_ids.data() + first_layer * num_rows;
+    part.kv_ids = kv_ids.data() + first_layer * num_rows;
+    part.slots = slots.data() + first_layer * num_rows;
+    part.key_limits = key_limits.data() + first_layer * num_rows;
+    part.num_run = counts + first_layer;
+    part.num_kv = counts + all_layers + first_layer;
+    const PlanFailure failed = plan_rows_on_cpu(part, 1);
+    failure = failed != PlanFailure::kNone ? failed : failure;
+  }
+};
+
+// What a gate reads: see dynskip.controllers.HiddenStateGate.
+struct Gate {
+  const float* weight = nullptr; // [L, 2, C]
+  const float* bias = nullptr; // [L, 2]
+  const bool* asks = nullptr; // [L]
+};
+
+template <typename Element>
+struct Norm {
+  bool exists;
+  const Element* weight;
+  const Element* bias;
+  bool rms;
+  float eps;
+};
+
+template <typename Element>
+class Step {
+ public:
+  Step(Decoder& decoder, int64_t num_rows, StepPlan& plan, const RowPlan& whole, const Gate& gate, int32_t* counts)
+      : decoder_(decoder),
+        kernels_(kernels().of<Element>()),
+        team_(*decoder.team),
+        num_rows_(num_rows),
+        plan_(plan),
+        whole_(whole),
+        gate_(gate),
+        counts_(counts) {
+    const int64_t heads = decoder.num_heads * decoder.head_size;
+    const int64_t keys = decoder.num_kv_heads * decoder.head_size;
+    const int64_t inner = decoder.ffn_size * (decoder.gated ? 2 : 1);
+    int64_t offset = 0;
+    const auto reserve = [&](Rows& rows, int64_t size) {
+      rows.stride = padded_row_stride(size);
+      rows.offset = offset;
+      offset += decoder.max_rows * rows.stride;
+    };
+    reserve(hidden_, decoder.hidden_size);
+    reserve(normed_, decoder.hidden_size);
+    reserve(run_normed_, decoder.hidden_size);
+    reserve(ffn_normed_, decoder.hidden_size);
+    reserve(query_, heads);
+    reserve(key_, keys);
+    reserve(value_, keys);
+    reserve(attention_, heads);
+    reserve(delta_, decoder.hidden_size);
+    reserve(ffn_delta_, decoder.hidden_size);
+    reserve(inner_, inner);
+    reserve(activated_, decoder.ffn_size);
+    reserve(embedded_, decoder.embedding_size);
+    num_elements_ = offset;
+  }
+
+  int64_t num_bytes() const {
+    return num_elements_ * static_cast<int64_t>(sizeof(Element)) + 64;
+  }
+
+  // The step's inputs and what it changes; called before run.
+  void begin(
+      const int64_t* token_ids,
+      const int64_t* position_ids,
+      Element* k_cache,
+      Element* v_cache,
+      int32_t* slot_positions,
+      Element* result,
+      bool with_head,
+      bool is_timed) {
+    token_ids_ = token_ids;
+    position_ids_ = position_ids;
+    k_cache_ = k_cache;
+    v_cache_ = v_cache;
+    slot_positions_ = slot_positions;
+    is_timed_ = is_timed;
+    memory_ = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(decoder_.memory.data()) + 63) / 64 * 64);
+    logits_ = with_head ? result : nullptr;
+    // Without a head the last states are the result.
+    hidden_states_ = with_head ? row(hidden_, 0) : result;
+    hidden_stride_ = with_head ? hidden_.stride : decoder_.hidden_size;
+    if (gate_.asks == nullptr) {
+      plan_all(0, decoder_.layers.size());
+    }
+  }
+
+  void run(int64_t member) {
+    Clock clock(*this, member);
+    embed(member);
+    for (size_t index = 0; index < decoder_.layers.size(); ++index) {
+      if (gate_.asks != nullptr) {
+        decide(member, index);
+      }
+      run_layer(member, index, clock);
+    }
+    if (logits_ != nullptr) {
+      head(member, clock);
+    }
+    clock.lap(kOther);
+  }
+
+ private:
+  struct Rows {
+    int64_t offset;
+    int64_t stride;
+  };
+
+  enum { kProducts, kAttention, kOther };
+
+  // The first thread's time.
+  class Clock {
+   public:
+    Clock(Step& step, int64_t member) : times_(step.is_timed_ && member == 0 ? step.decoder_.times_ns : nullptr) {
+      if (times_ != nullptr) {
+        before_ = std::chrono::steady_clock::now();
+      }
+    }
+
+    void lap(int kind) {
+      if (times_ != nullptr) {
+        const auto now = std::chrono::steady_clock::now();
+        times_[kind] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - before_).count();
+        before_ = now;
+      }
+    }
+
+   private:
+    int64_t* times_;
+    std::chrono::steady_clock::time_point before_;
+  };
+
+  Element* row(const Rows& rows, int64_t index) const {
+    return memory_ + rows.offset + index * rows.stride;
+  }
+
+  Element* hidden(int64_t index) const {
+    return hidden_states_ + index * hidden_stride_;
+  }
+
+  bool owns(int64_t member, int64_t index) const {
+    return index % team_.size() == member;
+  }
+
+  const Element* element(int64_t place) const {
+    return static_cast<const Element*>(decoder_.data(place));
+  }
+
+  Norm<Element> norm(const NormSpec& spec) const {
+    return {spec.exists, element(spec.weight), element(spec.bias), spec.rms, spec.eps};
+  }
+
+  void apply(const Norm<Element>& norm, const Element* x, Element* out, int64_t size) const {
+    LayerNormRow<Element> task;
+    task.x = x;
+    task.weight = norm.weight;
+    task.bias = norm.bias;
+    task.out = out;
+    task.size = size;
+    task.eps = norm.eps;
+    task.rms = norm.rms;
+    kernels_.layer_norm(task);
+  }
+
+  // The norm of a row, or where norms stand behind what they normalise the row itself.
+  void input(const Norm<Element>& norm, const Element* x, Element* out) const {
+    if (decoder_.norm_first) {
+      apply(norm, x, out, decoder_.hidden_size);
+    } else {
+      copy(x, out, decoder_.hidden_size);
+    }
+  }
+
+  static void copy(const Element* x, Element* out, int64_t size) {
+    std::memcpy(static_cast<void*>(out), x, size * sizeof(Element));
+  }
+
+  void add(Element* x, const Element* delta, const Norm<Element>& norm) const {
+    kernels_.add(x, delta, decoder_.hidden_size);
+    if (!decoder_.norm_first) {
+      apply(norm, x, x, decoder_.hidden_size);
+    }
+  }
+
+  Product<Element> product(
+      const MatrixSpec& matrix, const Element* x, int64_t x_stride, Element* y, int64_t y_stride, int64_t num_rows,
+      Activation activation = Activation::kNone) const {
+    Product<Element> product;
+    product.x = x;
+    product.x_stride = x_stride;
+    product.weight = matrix.panel_outputs > 0 ? reinterpret_cast<const Element*>(matrix.address) : element(matrix.address);
+    product.bias = element(matrix.bias);
+    product.y = y;
+    product.y_stride = y_stride;
+    product.num_rows = num_rows;
+    product.num_inputs = matrix.num_inputs;
+    product.num_outputs = matrix.num_outputs;
+    product.panel_outputs = matrix.panel_outputs;
+    product.activation = activation;
+    return product;
+  }
+
+  // Products of one phase.
+  template <size_t size>
+  void multiply(int64_t member, const std::array<Product<Element>, size>& products) {
+    std::array<int64_t, size> panels;
+    int64_t all_panels = 0;
+    for (size_t i = 0; i < size; ++i) {
+      panels[i] = products[i].num_rows == 0 ? 0 : num_panels(products[i]);
+      all_panels += panels[i];
+    }
+    const int64_t group = std::max<int64_t>(1, all_panels / (team_.size() * kGroupsPerThread));
+    float* scratch = decoder_.scratch[member].data();
+    int64_t task = team_.next_task();
+    int64_t first = 0; // task of a product
+    for (size_t i = 0; i < size; ++i) {
+      const int64_t num_groups = (panels[i] + group - 1) / group;
+      if (num_groups > 0 && task < first + num_groups) {
+        const MultiplyPanels<Element> run = multiply_panels<Element>(products[i].panel_outputs);
+        for (; task < first + num_groups; task = team_.next_task()) {
+          const int64_t begin = (task - first) * group;
+          run(products[i], begin, std::min(begin + group, panels[i]), scratch);
+        }
+      }
+      first += num_groups;
+    }
+    team_.wait();
+  }
+
+  void embed(int64_t member) {
+    const auto* tokens = element(decoder_.embed_tokens);
+    const auto* positions = element(decoder_.embed_positions);
+    const int64_t embedding_size = decoder_.embedding_size;
+    const bool is_projected = decoder_.project_in.num_outputs > 0;
+    if (is_projected) {
+      for (int64_t index = 0; index < num_rows_; ++index) {
+        if (owns(member, index)) {
+          copy(tokens + token_ids_[index] * embedding_size, row(embedded_, index), embedding_size);
+        }
+      }
+      team_.wait();
+      multiply<1>(
+          member, {product(decoder_.project_in, row(embedded_, 0), embedded_.stride, hidden(0), hidden_stride_, num_rows_)});
+    }
+    const Norm<Element> embed_norm = norm(decoder_.embed_norm);
+    for (int64_t index = 0; index < num_rows_; ++index) {
+      if (!owns(member, index)) {
+        continue;
+      }
+      Element* x = hidden(index);
+      if (!is_projected) {
+        copy(tokens + token_ids_[index] * embedding_size, x, embedding_size);
+      }
+      if (positions != nullptr) {
+        const int64_t position = position_ids_[index] + decoder_.position_offset;
+        kernels_.add(x, positions + position * decoder_.hidden_size, decoder_.hidden_size);
+      }
+      if (embed_norm.exists) {
+        apply(embed_norm, x, x, decoder_.hidden_size);
+      }
+    }
+  }
+
+  // Asks the gate, and plans the layer; all threads wait for it.
+  void decide(int64_t member, size_t layer) {
+    const int64_t size = decoder_.hidden_size;
+    if (gate_.asks[layer]) {
+      for (int64_t index = 0; index < num_rows_; ++index) {
+        if (owns(member, index)) {
+          const float* skip = gate_.weight + 2 * layer * size;
+          const float no = kernels_.dot(hidden(index), skip, size) + (gate_.bias == nullptr ? 0.0f : gate_.bias[2 * layer]);
+          const float yes =
+              kernels_.dot(hidden(index), skip + size, size) + (gate_.bias == nullptr ? 0.0f : gate_.bias[2 * layer + 1]);
+          plan_.active[layer * num_rows_ + index] = yes >= no;
+        }
+      }
+      team_.wait();
+    }
+    if (member == 0) {
+      plan_all(layer, 1);
+    }
+    team_.wait();
+  }
+
+  void plan_all(size_t first_layer, size_t num_layers) {
+    plan_.plan(first_layer, num_layers, num_rows_, counts_, decoder_.layers.size(), whole_);
+  }
+
+  void run_layer(int64_t member, size_t index, Clock& clock) {
+    const LayerSpec& layer = decoder_.layers[index];
+    const int64_t num_run = counts_[index];
+    const int64_t num_kv = counts_[decoder_.layers.size() + index];
+    if (num_kv == 0) {
+      return;
+    }
+    const int32_t* run_ids = plan_.run_ids.data() + index * num_rows_;
+    const int32_t* kv_ids = plan_.kv_ids.data() + index * num_rows_;
+    const int32_t* slots = plan_.slots.data() + index * num_rows_;
+    const Norm<Element> attention_norm = norm(layer.attention_norm);
+    const Norm<Element> ffn_norm = norm(layer.ffn_norm);
+    const bool same_rows = num_run == num_kv; // who runs computes a key and a value
+    const bool same_norm = decoder_.shared_norm;
+
+    for (int64_t i = 0; i < num_kv; ++i) {
+      if (owns(member, kv_ids[i])) {
+        input(attention_norm, hidden(kv_ids[i]), row(normed_, i));
+      }
+    }
+    for (int64_t i = 0; i < num_run; ++i) {
+      if (!owns(member, run_ids[i])) {
+        continue;
+      }
+      if (!same_rows) {
+        input(attention_norm, hidden(run_ids[i]), row(run_normed_, i));
+      }
+      if (decoder_.parallel && !same_norm) {
+        input(ffn_norm, hidden(run_ids[i]), row(ffn_normed_, i));
+      }
+    }
+    team_.wait();
+    clock.lap(kOther);
+
+    const Rows& run_rows = same_rows ? normed_ : run_normed_;
+    const Rows& parallel_rows = same_norm ? run_rows : ffn_normed_;
+    const Activation in_product = decoder_.gated ? Activation::kNone : decoder_.activation;
+    multiply<4>(
+        member,
+        {product(layer.q_proj, row(run_rows, 0), run_rows.stride, row(query_, 0), query_.stride, num_run),
+         product(layer.k_proj, row(normed_, 0), normed_.stride, row(key_, 0), key_.stride, num_kv),
+         product(layer.v_proj, row(normed_, 0), normed_.stride, row(value_, 0), value_.stride, num_kv),
+         product(
+             layer.fc1, row(parallel_rows, 0), parallel_rows.stride, row(inner_, 0), inner_.stride,
+             decoder_.parallel ? num_run : 0, in_product)});
+    clock.lap(kProducts);
+
+    place(member, layer, run_ids, num_run, kv_ids, num_kv, slots);
+    team_.wait();
+    if (num_run == 0) {
+      clock.lap(kOther);
+      return;
+    }
+    clock.lap(kOther);
+    attend(member, layer, index, run_ids, num_run);
+    team_.wait();
+    clock.lap(kAttention);
+
+    if (!decoder_.parallel) {
+      multiply<1>(
+          member,
+          {product(layer.out_proj, row(attention_, 0), attention_.stride, row(delta_, 0), delta_.stride, num_run)});
+      clock.lap(kProducts);
+      for (int64_t i = 0; i < num_run; ++i) {
+        if (owns(member, run_ids[i])) {
+          Element* x = hidden(run_ids[i]);
+          add(x, row(delta_, i), attention_norm);
+          input(ffn_norm, x, row(ffn_normed_, i));
+        }
+      }
+      team_.wait();
+      clock.lap(kOther);
+      multiply<1>(
+          member,
+          {product(
+              layer.fc1, row(ffn_normed_, 0), ffn_normed_.stride, row(inner_, 0), inner_.stride, num_run, in_product)});
+      clock.lap(kProducts);
+    }
+    if (decoder_.gated) {
+      activate(member, num_run);
+      team_.wait();
+      clock.lap(kOther);
+    }
+    const Rows& last = decoder_.gated ? activated_ : inner_;
+    const Product<Element> fc2 =
+        product(layer.fc2, row(last, 0), last.stride, row(ffn_delta_, 0), ffn_delta_.stride, num_run);
+    if (decoder_.parallel) {
+      multiply<2>(
+          member,
+          {fc2, product(layer.out_proj, row(attention_, 0), attention_.stride, row(delta_, 0), delta_.stride, num_run)});
+    } else {
+      multiply<1>(member, {fc2});
+    }
+    clock.lap(kProducts);
+    for (int64_t i = 0; i < num_run; ++i) {
+      if (owns(member, run_ids[i])) {
+        Element* x = hidden(run_ids[i]);
+        if (decoder_.parallel) {
+          add(x, row(delta_, i), attention_norm);
+        }
+        add(x, row(ffn_delta_, i), ffn_norm);
+      }
+    }
+  }
+
+  // Turns queries and keys to their positions, and puts keys and values into their slots.
+  void place(
+      int64_t member, const LayerSpec& layer, const int32_t* run_ids, int64_t num_run, const int32_t* kv_ids,
+      int64_t num_kv, const int32_t* slots) {
+    const auto* cos_sin = static_cast<const float*>(decoder_.data(decoder_.cos_sin));
+    const int64_t rotary_size = cos_sin == nullptr ? 0 : decoder_.tensors[decoder_.cos_sin].size(1);
+    const auto rotate = [&](Element* x, int64_t index, const NormSpec& spec, int64_t num_heads) {
+      RotateRow<Element> task;
+      task.x = x;
+      task.cos_sin = cos_sin + position_ids_[index] * rotary_size;
+      task.weight = element(spec.weight);
+      task.num_heads = num_heads;
+      task.head_size = decoder_.head_size;
+      task.rotary_size = rotary_size;
+      task.eps = spec.eps;
+      kernels_.rotate(task);
+    };
+    if (cos_sin != nullptr) {
+      for (int64_t i = 0; i < num_run; ++i) {
+        if (owns(member, i)) {
+          rotate(row(query_, i), run_ids[i], layer.q_norm, decoder_.num_heads);
+        }
+      }
+    }
+    const int64_t size = decoder_.num_kv_heads * decoder_.head_size;
+    for (int64_t i = 0; i < num_kv; ++i) {
+      // Others than those of the queries, where a single row has both.
+      if (!owns(member, i + 1)) {
+        continue;
+      }
+      const int32_t index = kv_ids[i];
+      const int64_t slot = slots[index];
+      if (slot < 0) {
+        continue;
+      }
+      if (cos_sin != nullptr) {
+        rotate(row(key_, i), index, layer.k_norm, decoder_.num_kv_heads);
+      }
+      copy(row(key_, i), k_cache_ + slot * size, size);
+      copy(row(value_, i), v_cache_ + slot * size, size);
+      if (slot_positions_ != nullptr) {
+        slot_positions_[slot] = static_cast<int32_t>(position_ids_[index]);
+      }
+    }
+  }
+
+  void attend(int64_t member, const LayerSpec& layer, size_t index, const int32_t* run_ids, int64_t num_run) {
+    const int64_t num_heads = decoder_.num_heads;
+    const int64_t group_size = num_heads / decoder_.num_kv_heads;
+    const int64_t blocks_wanted =
+        team_.size() == 1 ? 1 : (kAttentionTasksPerThread * team_.size() + num_run - 1) / num_run;
+    int64_t block_heads = (num_heads + blocks_wanted - 1) / blocks_wanted;
+    if (num_run * decoder_.num_kv_heads >= team_.size()) {
+      block_heads = (block_heads + group_size - 1) / group_size * group_size;
+    }
+    const int64_t num_blocks = (num_heads + block_heads - 1) / block_heads;
+    const int32_t* key_limits = plan_.key_limits.data() + index * num_rows_;
+    const auto* slopes = static_cast<const float*>(decoder_.data(decoder_.slopes));
+    for (int64_t i = team_.next_task(); i < num_run * num_blocks; i = team_.next_task()) {
+      const int64_t place = i / num_blocks;
+      const int32_t id = run_ids[place];
+      DecodeAttentionTask<Element> task;
+      task.query = row(query_, place);
+      task.k_cache = k_cache_;
+      task.v_cache = v_cache_;
+      task.slots = whole_.slot_tables + index * whole_.slot_tables_layer_stride +
+          plan_.cache_ids[id] * whole_.slot_tables_seq_stride;
+      task.out = row(attention_, place);
+      task.scratch = decoder_.scratch[member].data();
+      task.num_tokens = key_limits[id];
+      task.slot_stride = decoder_.num_kv_heads * decoder_.head_size;
+      task.first_head = i % num_blocks * block_heads;
+      task.num_heads = std::min(block_heads, num_heads - task.first_head);
+      task.head_size = decoder_.head_size;
+      task.group_size = group_size;
+      task.scale = layer.scale;
+      task.slopes = slopes;
+      task.window = layer.window;
+      task.position = position_ids_[id];
+      task.slot_positions = slot_positions_;
+      kernels_.decode_attention(task);
+    }
+  }
+
+  // Gates times what they let through, in parts of rows.
+  void activate(int64_t member, int64_t num_run) {
+    const int64_t size = decoder_.ffn_size;
+    const int64_t parts = std::max<int64_t>(1, team_.size() / num_run);
+    const int64_t part_size = (size / parts + 15) / 16 * 16;
+    for (int64_t i = team_.next_task(); i < num_run * parts; i = team_.next_task()) {
+      const int64_t first = i % parts * part_size;
+      ActivateRow<Element> task;
+      task.x = row(inner_, i / parts) + first;
+      task.factors = task.x + size;
+      task.out = row(activated_, i / parts) + first;
+      task.size = std::min(part_size, size - first);
+      task.activation = decoder_.activation;
+      if (task.size > 0) {
+        kernels_.activate(task);
+      }
+    }
+  }
+
+  void head(int64_t member, Clock& clock) {
+    const Norm<Element> final_norm = norm(decoder_.final_norm);
+    for (int64_t index = 0; index < num_rows_; ++index) {
+      if (owns(member, index)) {
+        if (final_norm.exists) {
+          apply(final_norm, hidden(index), row(normed_, index), decoder_.hidden_size);
+        } else {
+          copy(hidden(index), row(normed_, index), decoder_.hidden_size);
+        }
+      }
+    }
+    team_.wait();
+    clock.lap(kOther);
+    const bool is_projected = decoder_.project_out.num_outputs > 0;
+    if (is_projected) {
+      multiply<1>(
+          member,
+          {product(
+              decoder_.project_out, row(normed_, 0), normed_.stride, row(embedded_, 0), embedded_.stride, num_rows_)});
+    }
+    const Rows& rows = is_projected ? embedded_ : normed_;
+    multiply<1>(
+        member, {product(decoder_.lm_head, row(rows, 0), rows.stride, logits_, decoder_.vocab_size, num_rows_)});
+    clock.lap(kProducts);
+  }
+
+  Decoder& decoder_;
+  const ElementKernels<Element>& kernels_;
+  Team& team_;
+  int64_t num_rows_;
+  StepPlan& plan_;
+  const RowPlan& whole_;
+  const Gate& gate_;
+  int32_t* counts_;
+  Rows hidden_, normed_, run_normed_, ffn_normed_, query_, key_, value_, attention_, delta_, ffn_delta_, inner_, activated_, embedded_;
+  int64_t num_elements_;
+  Element* memory_ = nullptr;
+  const int64_t* token_ids_ = nullptr;
+  const int64_t* position_ids_ = nullptr;
+  Element* k_cache_ = nullptr;
+  Element* v_cache_ = nullptr;
+  int32_t* slot_positions_ = nullptr;
+  Element* hidden_states_ = nullptr;
+  int64_t hidden_stride_ = 0;
+  Element* logits_ = nullptr;
+  bool is_timed_ = false;
+};
+
+void check_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t end) {
+  DYNSKIP_CHECK(
+      ids.dim() == 1 && ids.size(0) == num_rows && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
+      "decode_step: ", name, " must be contiguous [", num_rows, "] int64, got ", shape_of(ids), ".");
+  const auto* values = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t row = 0; row < num_rows; ++row) {
+    DYNSKIP_CHECK(
+        values[row] >= 0 && values[row] < end, "decode_step: ", name, " must lie in 0..", end - 1, ", got ", values[row],
+        " in row ", row, ".");
+  }
+}
+
+Decoder& decoder_at(int64_t handle) {
+  DYNSKIP_CHECK(handle != 0, "decode_step: decoder must be what new_decoder returned, got 0.");
+  return *reinterpret_cast<Decoder*>(handle);
+}
+
+} // namespace
+
+int64_t new_decoder(std::vector<Tensor> tensors, std::vector<int64_t> integers, std::vector<double> floats) {
+  auto decoder = std::make_unique<Decoder>();
+  Reader reader(integers, floats, tensors.size());
+  const int64_t num_layers = reader.integer();
+  for (int64_t* size :
+       {&decoder->hidden_size, &decoder->num_heads, &decoder->num_kv_heads, &decoder->head_size, &decoder->embedding_size,
+        &decoder->ffn_size, &decoder->vocab_size, &decoder->position_offset}) {
+    *size = reader.integer();
+  }
+  for (bool* flag : {&decoder->norm_first, &decoder->parallel, &decoder->shared_norm, &decoder->gated}) {
+    *flag = reader.flag();
+  }
+  decoder->activation = static_cast<Activation>(reader.integer());
+  for (int64_t* place : {&decoder->embed_tokens, &decoder->embed_positions, &decoder->cos_sin, &decoder->slopes}) {
+    *place = reader.place();
+  }
+  decoder->embed_norm = reader.norm();
+  decoder->final_norm = reader.norm();
+  decoder->project_in = reader.matrix();
+  decoder->project_out = reader.matrix();
+  decoder->lm_head = reader.matrix();
+  for (int64_t index = 0; index < num_layers; ++index) {
+    LayerSpec layer;
+    for (NormSpec* norm : {&layer.attention_norm, &layer.ffn_norm, &layer.q_norm, &layer.k_norm}) {
+      *norm = reader.norm();
+    }
+    for (MatrixSpec* matrix : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.out_proj, &layer.fc1, &layer.fc2}) {
+      *matrix = reader.matrix();
+    }
+    layer.scale = reader.number();
+    layer.window = reader.integer();
+    decoder->layers.push_back(layer);
+  }
+  DYNSKIP_CHECK(reader.is_at_end() && decoder->embed_tokens >= 0, "new_decoder: the description must fit its layers.");
+  decoder->tensors = std::move(tensors);
+  return reinterpret_cast<int64_t>(decoder.release());
+}
+
+void delete_decoder(int64_t handle) {
+  delete &decoder_at(handle);
+}
+
+std::vector<int64_t> decoder_times(int64_t handle) {
+  const Decoder& decoder = decoder_at(handle);
+  return {decoder.times_ns[0], decoder.times_ns[1], decoder.times_ns[2]};
+}
+
+Tensor decode_step(
+    int64_t handle,
+    const Tensor& token_ids,
+    const Tensor& position_ids,
+    const Tensor& cache_ids,
+    const Tensor& active,
+    int64_t kv_policy,
+    const Tensor& k_cache,
+    const Tensor& v_cache,
+    const std::optional<Tensor>& slot_positions,
+    const Tensor& context_lens,
+    const Tensor& slot_tables,
+    const Tensor& free_slots,
+    const Tensor& slot_cursor,
+    const Tensor& counts,
+    const std::optional<Tensor>& gate_weight,
+    const std::optional<Tensor>& gate_bias,
+    const std::optional<Tensor>& gate_asks,
+    bool with_head,
+    bool is_timed) {
+  Decoder& decoder = decoder_at(handle);
+  const std::lock_guard<std::mutex> lock(decoder.mutex);
+  const int64_t num_rows = token_ids.numel();
+  const int64_t num_layers = decoder.layers.size();
+  DYNSKIP_CHECK(
+      num_rows > 0 && num_rows <= 65536, "decode_step: token_ids must hold 1..65536 tokens, got ", num_rows, ".");
+  check_ids("token_ids", token_ids, num_rows, decoder.vocab_size);
+  int64_t num_positions = INT32_MAX;
+  if (decoder.embed_positions >= 0) {
+    num_positions = decoder.tensors[decoder.embed_positions].size(0) - decoder.position_offset;
+  }
+  if (decoder.cos_sin >= 0) {
+    num_positions = std::min(num_positions, decoder.tensors[decoder.cos_sin].size(0));
+  }
+  check_ids("position_ids", position_ids, num_rows, num_positions);
+  DYNSKIP_CHECK(
+      slot_tables.dim() == 3 && slot_tables.size(0) == num_layers && is_int32_contiguous(slot_tables),
+      "decode_step: slot_tables must be contiguous [", num_layers, ", B, S_max] int32, got ", shape_of(slot_tables), ".");
+  const int64_t num_seqs = slot_tables.size(1);
+  check_ids("cache_ids", cache_ids, num_rows, num_seqs);
+  DYNSKIP_CHECK(
+      active.dim() == 2 && active.size(0) == num_layers && active.size(1) == num_rows && active.is_contiguous() &&
+          active.scalar_type() == ScalarType::Bool,
+      "decode_step: active must be contiguous [", num_layers, ", ", num_rows, "] bool, got ", shape_of(active), ".");
+  DYNSKIP_CHECK(kv_policy >= 0 && kv_policy <= 3, "decode_step: kv_policy must be 0..3, got ", kv_policy, ".");
+  DYNSKIP_CHECK(
+      context_lens.dim() == 2 && context_lens.size(0) == num_layers && context_lens.size(1) == num_seqs &&
+          is_int32_contiguous(context_lens),
+      "decode_step: context_lens must be contiguous [", num_layers, ", ", num_seqs, "] int32.");
+  for (const Tensor* cache : {&k_cache, &v_cache}) {
+    DYNSKIP_CHECK(
+        cache->dim() == 3 && cache->size(0) == free_slots.numel() && cache->size(1) == decoder.num_kv_heads &&
+            cache->size(2) == decoder.head_size && cache->is_contiguous() && cache->scalar_type() == decoder.dtype(),
+        "decode_step: k_cache and v_cache must be contiguous [", free_slots.numel(), ", ", decoder.num_kv_heads, ", ",
+        decoder.head_size, "] of the decoder's dtype, got ", shape_of(*cache), ".");
+  }
+  DYNSKIP_CHECK(
+      !slot_positions.has_value() || (is_int32_contiguous(*slot_positions) && slot_positions->numel() == k_cache.size(0)),
+      "decode_step: slot_positions must be contiguous [num_slots] int32.");
+  DYNSKIP_CHECK(
+      is_int32_contiguous(free_slots) && is_int32_contiguous(slot_cursor) && slot_cursor.numel() == 1,
+      "decode_step: free_slots and slot_cursor must be contiguous int32.");
+  DYNSKIP_CHECK(
+      counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == 2 * num_layers,
+      "decode_step: counts must be contiguous [2, ", num_layers, "] int64.");
+  Gate gate;
+  if (gate_weight.has_value()) {
+    DYNSKIP_CHECK(
+        gate_weight->numel() == num_layers * 2 * decoder.hidden_size && gate_weight->is_contiguous() &&
+            gate_weight->scalar_type() == ScalarType::Float && gate_asks.has_value() &&
+            gate_asks->numel() == num_layers && gate_asks->scalar_type() == ScalarType::Bool && gate_asks->is_contiguous(),
+        "decode_step: gate_weight must be contiguous [", num_layers, ", 2, ", decoder.hidden_size,
+        "] float32, and gate_asks [", num_layers, "] bool.");
+    DYNSKIP_CHECK(
+        !gate_bias.has_value() || (gate_bias->numel() == num_layers * 2 && gate_bias->is_contiguous() &&
+                                   gate_bias->scalar_type() == ScalarType::Float),
+        "decode_step: gate_bias must be contiguous [", num_layers, ", 2] float32.");
+    gate.weight = static_cast<const float*>(gate_weight->data_ptr());
+    gate.bias = gate_bias.has_value() ? static_cast<const float*>(gate_bias->data_ptr()) : nullptr;
+    gate.asks = static_cast<const bool*>(gate_asks->data_ptr());
+  }
+
+  const int64_t num_threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (decoder.team == nullptr || decoder.team->size() != num_threads) {
+    decoder.team.reset(new Team(num_threads));
+    decoder.scratch.resize(num_threads);
+  }
+
+  StepPlan plan;
+  const auto* mask = static_cast<const uint8_t*>(active.data_ptr());
+  plan.active.assign(mask, mask + num_layers * num_rows);
+  const auto* ids = static_cast<const int64_t*>(cache_ids.data_ptr());
+  plan.cache_ids.assign(ids, ids + num_rows);
+  plan.row_slots.resize(num_rows);
+  for (std::vector<int32_t>* rows : {&plan.run_ids, &plan.kv_ids, &plan.slots, &plan.key_limits}) {
+    rows->resize(num_layers * num_rows);
+  }
+  RowPlan whole = {};
+  whole.num_rows = static_cast<int32_t>(num_rows);
+  whole.num_seqs = static_cast<int32_t>(num_seqs);
+  whole.max_context_len = static_cast<int32_t>(slot_tables.size(2));
+  whole.num_slots = static_cast<int32_t>(free_slots.numel());
+  whole.kv_policy = static_cast<KVPolicy>(kv_policy);
+  whole.cache_ids = plan.cache_ids.data();
+  whole.context_lens = static_cast<int32_t*>(context_lens.data_ptr());
+  whole.slot_tables = static_cast<int32_t*>(slot_tables.data_ptr());
+  whole.free_slots = static_cast<const int32_t*>(free_slots.data_ptr());
+  whole.slot_cursor = static_cast<int32_t*>(slot_cursor.data_ptr());
+  whole.row_slots = plan.row_slots.data();
+  whole.active_stride = whole.run_ids_stride = whole.kv_ids_stride = whole.slots_stride = whole.key_limits_stride = num_rows;
+  whole.context_lens_stride = num_seqs;
+  whole.slot_tables_layer_stride = num_seqs * slot_tables.size(2);
+  whole.slot_tables_seq_stride = slot_tables.size(2);
+
+  std::vector<int32_t> of_layers(2 * num_layers);
+  Tensor result = torch::stable::empty({num_rows, with_head ? decoder.vocab_size : decoder.hidden_size}, decoder.dtype());
+  for_element_type(decoder.dtype(), "decode_step", [&](auto element) {
+    using Element = decltype(element);
+    const bool is_larger = num_rows > decoder.max_rows;
+    if (is_larger) {
+      decoder.max_rows = std::max(num_rows, 2 * decoder.max_rows);
+    }
+    Step<Element> step(decoder, num_rows, plan, whole, gate, of_layers.data());
+    if (is_larger) {
+      decoder.memory.assign(step.num_bytes(), 0);
+    }
+    const int64_t most_inputs = std::max({decoder.hidden_size, decoder.ffn_size, decoder.num_heads * decoder.head_size,
+                                          decoder.embedding_size});
+    for (std::vector<float>& scratch : decoder.scratch) {
+      scratch.resize(std::max(
+          product_scratch_floats<Element>(decoder.max_rows, most_inputs),
+          decode_attention_scratch_floats(decoder.num_heads, decoder.head_size)));
+    }
+    step.begin(
+        static_cast<const int64_t*>(token_ids.data_ptr()),
+        static_cast<const int64_t*>(position_ids.data_ptr()),
+        static_cast<Element*>(k_cache.data_ptr()),
+        static_cast<Element*>(v_cache.data_ptr()),
+        slot_positions.has_value() ? static_cast<int32_t*>(slot_positions->data_ptr()) : nullptr,
+        static_cast<Element*>(result.data_ptr()),
+        with_head,
+        is_timed);
+    if (plan.failure == PlanFailure::kNone) {
+      decoder.team->run([&](int64_t member) { step.run(member); });
+    }
+  });
+  DYNSKIP_CHECK(
+      plan.failure != PlanFailure::kTableFull, "decode_step: slot_tables must have room for one more entry of each row, got a "
+      "full table of ", whole.max_context_len, " entries. Create the cache for longer contexts.");
+  DYNSKIP_CHECK(
+      plan.failure != PlanFailure::kNoFreeSlot,
+      "decode_step: free_slots must have a slot for each new key from slot_cursor on, got too few of ", whole.num_slots,
+      ". Create the cache with more slots.");
+  auto* counted = static_cast<int64_t*>(counts.data_ptr());
+  for (int64_t i = 0; i < 2 * num_layers; ++i) {
+    counted[i] += of_layers[i];
+  }
+  return result;
+}
+
+} // namespace dynskip

@@ -1,0 +1,73 @@
+// A decoder as a decode step needs it: its tensors and sizes, the threads that run it and the memory that it works in.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+#include "team.h"
+
+namespace dynskip {
+
+// Places in Decoder::tensors; -1 where there is none.
+struct NormSpec {
+  bool exists;
+  int64_t weight;
+  int64_t bias;
+  bool rms;
+  float eps;
+};
+
+// panel_outputs, address: of a packed matrix; a dense one has 0 and a place in Decoder::tensors.
+struct MatrixSpec {
+  int64_t panel_outputs;
+  int64_t address;
+  int64_t num_outputs; // 0 where there is no matrix
+  int64_t num_inputs;
+  int64_t bias;
+};
+
+struct LayerSpec {
+  NormSpec attention_norm, ffn_norm, q_norm, k_norm;
+  MatrixSpec q_proj, k_proj, v_proj, out_proj, fc1, fc2;
+  float scale;
+  int64_t window;
+};
+
+struct Decoder {
+  std::vector<torch::stable::Tensor> tensors;
+  int64_t hidden_size, num_heads, num_kv_heads, head_size, embedding_size, ffn_size, vocab_size, position_offset;
+  bool norm_first, parallel, shared_norm, gated;
+  Activation activation;
+  int64_t embed_tokens, embed_positions, cos_sin, slopes; // places
+  NormSpec embed_norm, final_norm;
+  MatrixSpec project_in, project_out, lm_head;
+  std::vector<LayerSpec> layers;
+
+  torch::headeronly::ScalarType dtype() const {
+    return tensors[embed_tokens].scalar_type();
+  }
+
+  const void* data(int64_t place) const {
+    return place < 0 ? nullptr : tensors[place].data_ptr();
+  }
+
+  // One step at a time.
+  std::mutex mutex;
+  std::unique_ptr<Team, EndTeam> team;
+
+  // What steps of up to max_rows rows work in. Rows are padded_row_stride() apart, with zeros behind each.
+  int64_t max_rows = 0;
+  std::vector<char> memory;
+  std::vector<std::vector<float>> scratch; // of each thread
+
+  // Nanoseconds in matrix products, in attention and in the rest, of all steps that were timed.
+  int64_t times_ns[3] = {};
+};
+
+} // namespace dynskip

@@ -1,0 +1,194 @@
+"""Decode steps whole, one call into the C++ extension each: rows and slots planned, embedding, layers, head."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dynskip.controllers import HiddenStateGate
+from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.step import RowCounts, Step
+from dynskip.models.decoder import Decoder, DecoderLayer, Norm
+from dynskip.models.linear import Linear
+from dynskip.ops import native
+from dynskip.ops.reference import ACTIVATIONS
+from dynskip.ops.row_reference import KV_POLICY_CODES
+from dynskip.routing.plan import Plan
+from dynskip.routing.routes import ControllerDecision
+
+
+class NativeSteps:
+    """Runs decode steps of known paths, and those of hidden-state gates, in one call into the extension each.
+
+    A step computes what the compact executor computes op by op, with the same bits. The extension keeps threads for the
+    steps as long as this object lives, as many as torch has; it follows weights that change in place.
+    """
+
+    def __init__(self, decoder: Decoder, lm_head: Linear, row_counts: RowCounts, deterministic: bool) -> None:
+        self.decoder = decoder
+        self.lm_head = lm_head
+        self.row_counts = row_counts
+        self.deterministic = deterministic
+        self.is_timed = False
+        row_counts.on_device = torch.zeros(2, decoder.config.num_layers, dtype=torch.int64)
+        self._made_at = -1
+        self._dtype: torch.dtype | None = None
+        self._handle = 0
+        self._known: tuple[Plan, int] | None = None  # the last plan, and the entries that it needs at most
+        self._gates: dict[HiddenStateGate, tuple[Tensor, Tensor | None, Tensor]] = {}
+
+    def takes(self, step: Step) -> bool:
+        """Whether ``step`` can be run in one call: not where Python code decides layer by layer.
+
+        In deterministic mode a gate is Python code, too: prompts ask it op by op, and near-ties must fall alike.
+        """
+        if not step.decode or not self._is_ready():
+            return False
+        return step.plan.active is not None or (not self.deterministic and _gate_of(step.plan) is not None)
+
+    @torch.no_grad()
+    def run(
+        self, step: Step, cache: KVCache, head: bool, on_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Run ``step``: [N, C], the last layer's output, or with ``head`` [N, V], the logits.
+
+        A sequence may bring several tokens, one after the other: each attends to those before it.
+        """
+        assert on_layer is None, "inside of a call nobody looks at the layers' inputs"
+        plan = step.plan
+        num_rows = plan.rows.num_rows
+        known = self._known
+        if known is None or known[0] is not plan:
+            exact = plan.active is not None
+            num_entries = sum(num_kv for _, num_kv in plan.num_rows_by_layer) if exact else plan.num_layers * num_rows
+            self._known = known = plan, num_entries
+        gate = _gate_of(plan)
+        if gate is None:
+            active, weight, bias, asks = plan.active, None, None, None
+        else:
+            weight, bias, asks = self._prepared(gate)
+            active = ~asks[:, None].expand(-1, num_rows).contiguous()
+        assert active is not None, "a plan has a mask or a gate"
+        cache.reserve(known[1], exact=gate is None)
+        cache_ids = step.cache_ids
+        if num_rows != cache_ids.shape[0]:
+            cache_ids = cache_ids[plan.rows.seq_ids.long()]
+        counts = self.row_counts.on_device
+        assert counts is not None, "made with this object"
+        return native.decode_step(
+            self._handle,
+            step.token_ids,
+            step.position_ids,
+            cache_ids,
+            active,
+            KV_POLICY_CODES[plan.kv_policy],
+            cache.k_cache,
+            cache.v_cache,
+            cache.slot_positions,
+            cache.context_lens,
+            cache.slot_tables,
+            cache.free_slots,
+            cache.slot_cursor,
+            counts,
+            weight,
+            bias,
+            asks,
+            head,
+            self.is_timed,
+        )
+
+    @property
+    def times_s(self) -> tuple[float, float, float]:
+        """Seconds of the first thread in products, in attention and in the rest, of all steps while `is_timed` held."""
+        products, attention, rest = native.decoder_times(self._handle) if self._handle else (0, 0, 0)
+        return products / 1e9, attention / 1e9, rest / 1e9
+
+    def _is_ready(self) -> bool:
+        """Whether the extension can read all matrices; describes the decoder anew where one was packed or unpacked."""
+        if self._made_at != Linear.num_changes or self._dtype != self.decoder.dtype:
+            self._made_at, self._dtype = Linear.num_changes, self.decoder.dtype
+            self._handle = 0
+            linears = [linear for linear in self.decoder.modules() if isinstance(linear, Linear)]
+            if all(self._reads(linear) for linear in (*linears, self.lm_head)):
+                self._handle = _Description(self.decoder, self.lm_head).new_decoder()
+                weakref.finalize(self, native.delete_decoder, self._handle)
+        return self._handle != 0
+
+    def _reads(self, linear: Linear) -> bool:
+        # Prompts multiply by dense weights with the library's bits, which a deterministic step would have to have.
+        return linear.native_panels is not None if linear.packed else not self.deterministic
+
+    def _prepared(self, gate: HiddenStateGate) -> tuple[Tensor, Tensor | None, Tensor]:
+        if gate not in self._gates:
+            asks = torch.tensor([layer not in gate.always for layer in range(gate.num_layers)])
+            bias = None if gate.bias is None else gate.bias.float().contiguous()
+            self._gates[gate] = gate.weight.float().contiguous(), bias, asks
+        return self._gates[gate]
+
+
+class _Description:
+    """A decoder as lists of tensors and numbers, in the order in which the extension's `new_decoder` reads them."""
+
+    def __init__(self, decoder: Decoder, lm_head: Linear) -> None:
+        self.tensors: list[Tensor] = []
+        self.integers: list[int] = []
+        self.floats: list[float] = []
+        config = decoder.config
+        self.integers += (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads)
+        self.integers += (config.head_size, config.embedding_size, config.ffn_size, config.vocab_size)
+        self.integers += (config.position_offset, config.norm_first, config.parallel, config.shared_norm, config.gated)
+        self.integers.append(ACTIVATIONS.index(config.activation))
+        self._tensor(decoder.embed_tokens.weight)
+        self._tensor(None if decoder.embed_positions is None else decoder.embed_positions.weight)
+        self._tensor(decoder.cos_sin)
+        self._tensor(decoder.slopes)
+        self._norm(decoder.embed_norm)
+        self._norm(decoder.final_norm)
+        for linear in (decoder.project_in, decoder.project_out, lm_head):
+            self._matrix(linear)
+        for layer in decoder.stack():
+            self._layer(layer)
+
+    def new_decoder(self) -> int:
+        """The extension's handle of it."""
+        return native.new_decoder(self.tensors, [int(number) for number in self.integers], self.floats)
+
+    def _layer(self, layer: DecoderLayer) -> None:
+        for norm in (layer.attention_norm, layer.feed_forward_norm, layer.q_norm, layer.k_norm):
+            self._norm(norm)
+        for linear in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj, layer.fc1, layer.fc2):
+            self._matrix(linear)
+        self.floats.append(layer.scale)
+        self.integers.append(layer.window)
+
+    def _tensor(self, tensor: Tensor | None) -> None:
+        self.integers.append(-1 if tensor is None else len(self.tensors))
+        if tensor is not None:
+            self.tensors.append(tensor.detach() if not isinstance(tensor, torch.nn.Parameter) else tensor)
+
+    def _norm(self, norm: Norm | None) -> None:
+        self.integers.append(norm is not None)
+        self._tensor(None if norm is None else norm.weight)
+        self._tensor(None if norm is None else norm.bias)
+        self.integers.append(norm is not None and norm.rms)
+        self.floats.append(0.0 if norm is None else norm.eps)
+
+    def _matrix(self, linear: Linear | None) -> None:
+        self.integers += (0, 0) if linear is None else (linear.out_features, linear.in_features)
+        panels = None if linear is None else linear.native_panels
+        if panels is not None:
+            self.integers += (panels[1], panels[0])
+        else:
+            self.integers.append(0)
+            self._tensor(None if linear is None else linear.weight)
+        self._tensor(None if linear is None else linear.bias)
+
+
+def _gate_of(plan: Plan) -> HiddenStateGate | None:
+    decision = plan.decide
+    if isinstance(decision, ControllerDecision) and isinstance(decision.controller, HiddenStateGate):
+        return decision.controller
+    return None

@@ -1,0 +1,348 @@
+"""Decode steps in one call into the extension: the bits of the same step op by op, and what its threads stand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import ALL_VARIANTS, FAMILIES, convert_, family_hf
+from models import NUM_LAYERS, VARIANTS, random_prompts, tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynskip import CausalLM, LayerPath, SamplingParams
+from dynskip.controllers import HiddenStateGate
+from dynskip.engine.closed_batch import Generation
+from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.step import Step, packed_positions
+from dynskip.ops import native
+from dynskip.routing.plan import KVPolicy, Plan
+
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the C++ extension")
+
+PATHS = [LayerPath.parse(text, NUM_LAYERS) for text in ("full", "uniform:3", "exit:2", "layers:0,5", "uniform:3")]
+LENGTHS = [5, 1, 9, 3, 7]
+ONE_EACH = ((1,) * 5,) * 4
+POLICIES = [KVPolicy.EVICT, KVPolicy.PROPAGATE, KVPolicy.SHARE]
+GATE = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 32, generator=torch.Generator().manual_seed(4)))
+
+
+def native_model(family: str, variant: str, dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
+    if family == "opt":
+        return tiny_model(variant, dtype=dtype, backend="native", **options)
+    hf = convert_(family_hf(family, **FAMILIES[family][variant]), dtype)
+    return CausalLM.from_hf(hf, backend="native", **options)
+
+
+def plans(kv_policy: KVPolicy | None, counts: Sequence[int], seed: int) -> Plan:
+    """Paths without a policy, else random masks: a layer without rows, and a row without layers, among them."""
+    if kv_policy is None:
+        return Plan.per_sequence(PATHS, counts)
+    active = torch.rand(sum(counts), NUM_LAYERS, generator=torch.Generator().manual_seed(seed)) < 0.5
+    active[:, 2] = active[0] = False
+    return Plan.per_token(active, counts, kv_policy)
+
+
+def run_steps(
+    model: CausalLM, kv_policy: KVPolicy | None, whole: bool, counts: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], KVCache, CompactExecutor]:
+    """Logits of a prompt's step and of decode steps, the cache behind them, and the executor."""
+    executor = model.new_executor("compact", model.deterministic)
+    assert isinstance(executor, CompactExecutor) and executor.native_steps is not None
+    if not whole:
+        executor.native_steps = None
+    total = sum(LENGTHS) + sum(map(sum, counts))
+    cache = executor.new_cache(5, max(LENGTHS) + len(counts) * 4, total * NUM_LAYERS)
+    cache_ids = torch.tensor([3, 0, 4, 1, 2])
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, model.config.vocab_size, (sum(LENGTHS),), generator=generator)
+    prompt = Step(tokens, packed_positions(LENGTHS, model.device), cache_ids, plans(kv_policy, LENGTHS, 1), fresh=True)
+    logits = [executor.head(executor.run(prompt, cache)).clone()]
+    lengths = torch.tensor(LENGTHS)
+    for seed, new in enumerate(counts, start=2):
+        tokens = torch.randint(3, model.config.vocab_size, (sum(new),), generator=generator)
+        positions = packed_positions(new, model.device) + lengths.repeat_interleave(torch.tensor(new))
+        step = Step(tokens, positions, cache_ids, plans(kv_policy, new, seed), decode=True)
+        if whole:
+            assert executor.native_steps is not None and executor.native_steps.takes(step)
+        logits.append(executor.logits(step, cache).clone())
+        lengths += torch.tensor(new)
+    return logits, cache, executor
+
+
+def assert_same(model: CausalLM, kv_policy: KVPolicy | None, counts: Sequence[Sequence[int]] = ONE_EACH) -> None:
+    whole, cache, executor = run_steps(model, kv_policy, True, counts)
+    by_op, expected, other = run_steps(model, kv_policy, False, counts)
+    for step, (one, two) in enumerate(zip(whole, by_op, strict=True)):
+        assert one.isfinite().all(), step
+        assert torch.equal(one, two), f"step {step}: {(one.float() - two.float()).abs().max()}"
+    assert torch.equal(cache.context_lens, expected.context_lens)
+    for layer, seq in cache.context_lens.nonzero().tolist():
+        held = cache.slot_tables[layer, seq, : cache.context_lens[layer, seq]]
+        assert torch.equal(held, expected.slot_tables[layer, seq, : len(held)])
+        assert torch.equal(cache.k_cache[held.long()], expected.k_cache[held.long()])
+        assert torch.equal(cache.v_cache[held.long()], expected.v_cache[held.long()])
+    assert cache.num_slots_used == expected.num_slots_used
+    assert executor.row_counts.run == other.row_counts.run and executor.row_counts.kv == other.row_counts.kv
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [*ALL_VARIANTS, *(("opt", name) for name in VARIANTS)], ids=lambda value: value
+)
+def test_a_whole_step_has_the_bits_of_its_ops(family: str, variant: str) -> None:
+    model = native_model(family, variant)
+    for kv_policy in (None, KVPolicy.SHARE):
+        assert_same(model, kv_policy)
+
+
+@pytest.mark.parametrize("kv_policy", [None, *POLICIES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_in_every_dtype_and_under_every_policy(family: str, dtype: torch.dtype, kv_policy: KVPolicy | None) -> None:
+    assert_same(native_model(family, "plain", dtype, deterministic=True), kv_policy)
+
+
+@pytest.mark.parametrize("kv_policy", [None, *POLICIES])
+@pytest.mark.parametrize(
+    ("family", "variant"), [("llama", "one-kv-head"), ("mistral", "window"), ("bloom", "three-heads")]
+)
+def test_a_sequence_may_bring_several_rows(family: str, variant: str, kv_policy: KVPolicy | None) -> None:
+    model = native_model(family, variant, deterministic=True)
+    assert_same(model, kv_policy, ((4, 1, 1, 3, 2), (1, 1, 4, 1, 1)))
+    together, cache, _ = run_steps(model, kv_policy, True, ((3, 3, 3, 3, 3),))
+    assert together[1].shape[0] == 15 and bool((cache.context_lens <= torch.tensor(LENGTHS)[[1, 3, 4, 0, 2]] + 3).all())
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox"])
+def test_rows_of_one_sequence_are_its_tokens_one_by_one(family: str) -> None:
+    """Three tokens in one step have the bits of three steps of one token each."""
+    model = native_model(family, "pre-norm" if family == "opt" else "plain")
+    tokens = torch.arange(10, 18)
+
+    def logits(counts: Sequence[int]) -> Tensor:
+        executor = model.new_executor("compact", False)
+        cache = executor.new_cache(1, 16, 16 * NUM_LAYERS)
+        found, first = [], 0
+        for count in counts:
+            plan = Plan.per_sequence([PATHS[1]], [count])
+            positions = torch.arange(first, first + count)
+            step = Step(tokens[first : first + count], positions, torch.tensor([0]), plan, decode=True)
+            found.append(executor.logits(step, cache).clone())
+            first += count
+        return torch.cat(found)
+
+    assert torch.equal(logits([3, 4, 1]), logits([1] * 8))
+
+
+@pytest.mark.parametrize("kv_policy", ["evict", "propagate", "share"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gates_decide_inside(kv_policy: str, bias: bool) -> None:
+    model = native_model("llama", "plain")
+    gate = HiddenStateGate(GATE.weight, torch.randn(NUM_LAYERS, 2) if bias else None, always=(1,))
+    texts = []
+    for executor in ("compact", "reference"):
+        params = [SamplingParams(max_tokens=9, ignore_eos=True)] * 5
+        generation = Generation(model, random_prompts(LENGTHS), params, gate, kv_policy, executor=executor)
+        texts.append([sequence.token_ids for sequence in generation.run()])
+    assert texts[0] == texts[1]
+    counts = model.executor("compact").row_counts
+    assert counts.run[1] > counts.run[2] > 0 or counts.run[1] > counts.run[3] > 0
+
+
+class Entries(TorchDispatchMode):
+    """Counts the ops of the extension that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "dynskip_native":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_one_entry_into_the_extension() -> None:
+    model = native_model("llama", "plain")
+    executor = model.executor("compact")
+    cache = executor.new_cache(5, 8, 8 * 5 * NUM_LAYERS)
+    with Entries() as entries:
+        for place in range(3):
+            tokens, positions = torch.full((5,), 7), torch.full((5,), place)
+            plan = Plan.per_sequence(PATHS, [1] * 5)
+            executor.logits(Step(tokens, positions, torch.arange(5), plan, decode=True), cache)
+    # The first step also has the decoder described.
+    assert entries.names == ["new_decoder.default", *["decode_step.default"] * 3]
+
+
+def test_it_follows_weights_that_change() -> None:
+    model = native_model("llama", "biases")
+    for change in ("pack", "in place", "data", "unpack"):
+        layer = model.decoder.stack()[0]
+        with torch.no_grad():
+            if change == "in place":
+                layer.q_proj.bias.add_(0.5)
+            elif change == "data":
+                layer.attention_norm.weight.data = layer.attention_norm.weight * 2
+            elif change == "unpack":
+                model.unpack_()
+                layer.fc1.weight.mul_(0.5)
+        if change != "unpack":
+            assert_same(model, None)
+        with torch.no_grad():
+            found = Generation(model, random_prompts([3, 4]), [SamplingParams(max_tokens=6, ignore_eos=True)] * 2)
+            expected = Generation(
+                model, random_prompts([3, 4]), [SamplingParams(max_tokens=6, ignore_eos=True)] * 2, executor="reference"
+            )
+            assert [s.token_ids for s in found.run()] == [s.token_ids for s in expected.run()], change
+
+
+def test_what_cannot_be_read_runs_op_by_op() -> None:
+    """Dense weights in deterministic mode, whose prompts have the library's bits."""
+    model = native_model("llama", "plain", deterministic=True, pack=False)
+    with Entries() as entries:
+        generate(model, 5)
+    assert "decode_step.default" not in entries.names and "decode_attention.default" in entries.names
+
+
+def test_bad_input_is_refused() -> None:
+    model = native_model("llama", "plain")
+    executor = model.executor("compact")
+    cache = executor.new_cache(2, 2, 8 * NUM_LAYERS)
+    plan = Plan.per_sequence(PATHS[:1], [1])
+
+    def step(token: int = 7, position: int = 0, cache_id: int = 0) -> Step:
+        ids = torch.tensor([token]), torch.tensor([position]), torch.tensor([cache_id])
+        return Step(*ids, plan, decode=True)
+
+    for bad, message in (
+        (step(token=-1), r"token_ids must lie in 0\.\..*got -1 in row 0"),
+        (step(token=10**6), "token_ids must lie in"),
+        (step(position=-1), "position_ids must lie in"),
+        (step(position=10**6), "position_ids must lie in"),
+        (step(cache_id=2), "cache_ids must lie in 0..1, got 2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            executor.logits(bad, cache)
+    cache.clear()
+    for place in range(2):
+        assert executor.logits(step(position=place), cache).isfinite().all()
+    with pytest.raises(RuntimeError, match="room for one more entry of each row, got a full table of 2 entries"):
+        executor.logits(step(position=2), cache)
+
+
+def generate(model: CausalLM, num_tokens: int = 40) -> list[list[int]]:
+    params = [SamplingParams(max_tokens=num_tokens, ignore_eos=True)] * 3
+    return [sequence.token_ids for sequence in Generation(model, random_prompts([3, 4, 2]), params).run()]
+
+
+def test_two_engines_step_at_once_and_others_run_meanwhile() -> None:
+    models = [native_model("llama", "plain"), native_model("gpt2", "plain")]
+    expected = [generate(model) for model in models]
+    found: list[list[list[list[int]]]] = [[], []]
+    ticks = 0
+    done = threading.Event()
+
+    def run(index: int) -> None:
+        found[index] += [generate(models[index]) for _ in range(5)]
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+    clock = threading.Thread(target=tick)
+    for thread in (clock, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    clock.join()
+    assert found == [[tokens] * 5 for tokens in expected] and ticks
+
+
+def test_one_model_in_two_threads() -> None:
+    model = native_model("llama", "plain")
+    expected = generate(model)
+    found: list[list[list[int]]] = []
+    threads = [threading.Thread(target=lambda: found.append(generate(model))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 3
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = {paths!r}
+import os, signal, threading, time, warnings
+import torch
+torch.set_num_threads(2)
+from test_native_steps import generate, native_model
+model = native_model("llama", "plain")
+expected = generate(model)
+"""
+
+
+def run_program(body: str) -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.format(paths=[str(Path(__file__).parent), *filter(None, sys.path)]) + body
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_forked_child_computes_alone() -> None:
+    body = """
+warnings.simplefilter("ignore")
+child = os.fork()
+if child == 0:
+    os._exit(0 if generate(model) == expected else 3)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+assert generate(model) == expected
+print("fine")
+"""
+    done = run_program(body)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_ctrl_c_ends_a_program_between_steps() -> None:
+    body = """
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        generate(model)
+except KeyboardInterrupt:
+    print("interrupted")
+assert generate(model) == expected
+print("fine")
+"""
+    done = run_program(body)
+    assert done.stdout == "interrupted\nfine\n", done.stderr
+
+
+def test_threads_end_with_the_model() -> None:
+    body = """
+import gc
+threads = len(os.listdir("/proc/self/task"))
+for _ in range(4):
+    other = native_model("gpt2", "plain")
+    generate(other, 3)
+    del other
+    gc.collect()
+assert len(os.listdir("/proc/self/task")) <= threads, (threads, os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+assert generate(model) == expected
+torch.set_num_threads(3)
+assert generate(model) == expected
+print("fine")
+"""
+    done = run_program(body)
+    assert done.stdout == "fine\n", done.stderr
