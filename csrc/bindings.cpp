@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
       "Tensor? slot_positions=None) -> Tensor");
   m.def("rotate(Tensor(a!) x, Tensor position_ids, Tensor cos_sin, Tensor? weight=None, float eps=0.0) -> ()");
   m.def("activate(Tensor x, int activation, bool gated=False) -> Tensor");
+  m.def("most_likely(Tensor logits) -> Tensor");
+  m.def(
+      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor output, "
+      "Tensor position) -> Tensor");
   m.def(
       "plan_rows(Tensor active, int first_layer, int kv_policy, Tensor cache_ids, Tensor(a!) context_lens, "
       "Tensor(b!) slot_tables, Tensor free_slots, Tensor(c!) slot_cursor, Tensor(d!) row_slots, Tensor(e!) run_ids, "
@@ -51,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&dynskip::decode_attention));
   m.impl("rotate", TORCH_BOX(&dynskip::rotate));
   m.impl("activate", TORCH_BOX(&dynskip::activate));
+  m.impl("most_likely", TORCH_BOX(&dynskip::most_likely));
+  m.impl("choose_tokens", TORCH_BOX(&dynskip::choose_tokens));
   m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
   m.impl("packed_panel_outputs", TORCH_BOX(&dynskip::packed_panel_outputs));
   m.impl("decode_step", TORCH_BOX(&dynskip::decode_step));

@@ -1,4 +1,4 @@
-// The ops of the extension; dynskip/ops/reference.py and dynskip/ops/row_reference.py specify them.
+// The ops of the extension; dynskip/ops/reference.py, row_reference.py and choice_reference.py specify them.
 
 #pragma once
 
@@ -53,6 +53,19 @@ void rotate(
 
 // activation: a number of `Activation`.
 torch::stable::Tensor activate(const torch::stable::Tensor& x, int64_t activation, bool gated);
+
+// The first token of the largest logit of each row of logits [R, V], or -1 where that is not finite.
+torch::stable::Tensor most_likely(const torch::stable::Tensor& logits);
+
+// As `Choice` says for each row; all are [R], float64 or int64.
+torch::stable::Tensor choose_tokens(
+    const torch::stable::Tensor& logits,
+    const torch::stable::Tensor& temperature,
+    const torch::stable::Tensor& top_k,
+    const torch::stable::Tensor& top_p,
+    const torch::stable::Tensor& seed,
+    const torch::stable::Tensor& output,
+    const torch::stable::Tensor& position);
 
 // Whether the extension was built with its CUDA sources: the CUDA part of plan_rows, and replay.
 bool has_cuda();

@@ -2,6 +2,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +17,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#define DYNSKIP_HAS_AVX2
 #include "kernel_set.h"
 
 #if defined(__clang__)

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "choose_kernel.h"
 #include "decode_attention_kernel.h"
 #include "product_kernels.h"
 #include "row_kernels.h"
@@ -17,6 +18,8 @@ constexpr ElementKernels<Element> kernels_of() {
   kernels.add = add_row<Element>;
   kernels.rotate = rotate_row<Element>;
   kernels.activate = activate_row<Element>;
+  kernels.largest_logit = largest_logit<Element>;
+  kernels.choose_token = choose_token<Element>;
   kernels.dot = dot_row<Element>;
   kernels.multiply_dense = multiply_dense<Element>;
   if constexpr (!std::is_same_v<Element, BFloat16>) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "choose.h"
 #include "element.h"
 
 namespace dynskip {
@@ -140,6 +141,8 @@ struct ElementKernels {
   void (*add)(Element* x, const Element* y, int64_t size); // x += y
   void (*rotate)(const RotateRow<Element>&);
   void (*activate)(const ActivateRow<Element>&);
+  LargestLogit (*largest_logit)(const Element* logits, int64_t num_logits);
+  int64_t (*choose_token)(const ChoiceRow<Element>&); // kNoToken for none
   float (*dot)(const Element* x, const float* y, int64_t size);
   MultiplyPanels<Element> multiply_dense;
   MultiplyPanels<Element> multiply_packed; // float32 and float16

@@ -194,14 +194,10 @@ DYNSKIP_INLINE float maximum(Lanes x) {
   return largest;
 }
 
-// e^(x + tail), without has_tail e^x, for x <= 0 and a tail near 0, error below 2 ulp; zero for x below -87, where float32
-// would be subnormal.
+// e^(x + tail), without has_tail e^x, for x in -87..0 and a tail near 0, error below 2 ulp.
 template <bool has_tail>
-DYNSKIP_INLINE Lanes exp_of_sum(Lanes x, Lanes tail) {
-  constexpr float kLowest = -87.0f;
+DYNSKIP_INLINE Lanes exp_in_range(Lanes x, Lanes tail) {
   constexpr float kRoundToInteger = 0x1.8p23f;
-  const IntLanes vanishes = x < kLowest;
-  x = select(vanishes, broadcast(kLowest), x);
   const Lanes shifted = x * 0x1.715476p0f + kRoundToInteger;
   const Lanes n = shifted - kRoundToInteger;
   // ln 2 in two parts, the first short enough for its product with n to be exact.
@@ -213,7 +209,16 @@ DYNSKIP_INLINE Lanes exp_of_sum(Lanes x, Lanes tail) {
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
     y = y * r + coefficient;
   }
-  const Lanes scaled = (Lanes)((IntLanes)y + ((IntLanes)shifted << 23));
+  return (Lanes)((IntLanes)y + ((IntLanes)shifted << 23));
+}
+
+// The same for any x <= 0; zero for x below -87, where float32 would be subnormal.
+template <bool has_tail>
+DYNSKIP_INLINE Lanes exp_of_sum(Lanes x, Lanes tail) {
+  constexpr float kLowest = -87.0f;
+  const IntLanes vanishes = x < kLowest;
+  x = select(vanishes, broadcast(kLowest), x);
+  const Lanes scaled = exp_in_range<has_tail>(x, tail);
   return select(vanishes, Lanes{}, select(x != x, x, scaled));
 }
 

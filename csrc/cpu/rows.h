@@ -14,16 +14,20 @@ namespace dynskip {
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kMinElementsPerThread = 32 * 1024;
 
+// Calls run(begin, end) once for each thread.
 template <typename Run>
-void for_each_row(int64_t num_rows, int64_t row_size, const Run& run) {
+void for_some_rows(int64_t num_rows, int64_t row_size, const Run& run) {
   const int64_t grain = std::max<int64_t>(1, kMinElementsPerThread / std::max<int64_t>(1, row_size));
   if (num_rows <= grain) {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      run(row);
-    }
-    return;
+    run(0, num_rows);
+  } else {
+    torch::stable::parallel_for(0, num_rows, grain, run);
   }
-  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+}
+
+template <typename Run>
+void for_each_row(int64_t num_rows, int64_t row_size, const Run& run) {
+  for_some_rows(num_rows, row_size, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       run(row);
     }

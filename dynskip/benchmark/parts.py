@@ -19,7 +19,7 @@ from dynskip.execution.kv_cache import KVCache
 from dynskip.measure.runners import DynskipRunner
 from dynskip.models.linear import Linear
 from dynskip.ops.backends import Backend
-from dynskip.sampling import choose_tokens
+from dynskip.ops.choice import choose_tokens
 from dynskip.scheduler.scheduler import Scheduler
 
 # The parts that only choosing and compacting rows costs, and choosing tokens.

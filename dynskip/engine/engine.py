@@ -26,7 +26,7 @@ from dynskip.engine.step import StepExecution
 from dynskip.engine.token_stream import TokenStream
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.routing.routes import Paths, Route, resolve
-from dynskip.sampling import Sampler, SamplingParams
+from dynskip.sampling import SamplingParams, draw_seed
 from dynskip.scheduler.outcome import Tally
 from dynskip.scheduler.policies.make import make_policy
 from dynskip.scheduler.scheduler import Scheduler
@@ -191,9 +191,8 @@ class Engine:
             self._num_ids += 1
         elif request_id in self._requests or request_id in self._outputs:
             raise ValueError(f"add_request: request_id must be new, got {request_id!r}, which is in use.")
-        sequences = [
-            OutputSequence(prompt_ids, params, route, Sampler(params, index), index) for index in range(params.n)
-        ]
+        seed = draw_seed(params)
+        sequences = [OutputSequence(prompt_ids, params, route, seed, index) for index in range(params.n)]
         request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now())
         if self.tally.first_s is None:
             self.tally.first_s = request.arrival_s - self._start_s
@@ -402,7 +401,6 @@ class Engine:
         request = sequence.request
         if sequence.finish_reason is None:
             del sequence.logprobs[len(sequence.token_ids) :]
-            sequence.sampler.take_back(len(sequence.token_ids))
             sequence.state.begin_again(len(sequence.token_ids), self.scheduler.step)
             if request.error is None and sequence.token_ids:
                 try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynskip.engine.request import OutputSequence, Span
 from dynskip.execution.step import to_device
-from dynskip.sampling import most_likely
+from dynskip.ops.choice import most_likely
 
 
 class TokensInFlight:
@@ -29,8 +29,9 @@ class TokensInFlight:
     def __init__(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
         self.sequences = sequences
         self._rows = {sequence: row for row, sequence in enumerate(sequences)}
-        # Where logits are not finite the host will see so; the device runs some token meanwhile.
-        self._token_ids, reported = most_likely(logits)
+        reported = most_likely(logits)
+        # Where logits are not finite the host will see so; the device runs token 0 meanwhile.
+        self._token_ids = reported.clamp(min=0)
         self._host, self._copied = reported, None
         if logits.device.type == "cuda":
             self._host = torch.empty(reported.shape, dtype=reported.dtype, pin_memory=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import Route
-from dynskip.sampling import Sampler, SamplingParams
+from dynskip.sampling import Choice, SamplingParams
 from dynskip.scheduler.sequence import SequenceState
 
 # Called with the request's id, the number of the output and its new token.
@@ -23,14 +23,14 @@ class RequestError(RuntimeError):
 class OutputSequence:
     """One output while it grows.
 
-    prompt_ids, params, route: those of the request. state: what the scheduler knows of it.
+    prompt_ids, params, route, seed: those of the request. state: what the scheduler knows of it.
     token_ids, logprobs: as chosen so far. finish_reason: None until it has ended, see `RequestOutput`.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
     route: Route
-    sampler: Sampler
+    seed: int | None
     index: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -47,6 +47,11 @@ class OutputSequence:
     def num_tokens(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def choice(self) -> Choice:
+        """How its next token is chosen."""
+        return Choice(self.params, self.seed or 0, self.index, len(self.token_ids))
 
     @property
     def is_replayed(self) -> bool:
@@ -112,6 +117,8 @@ class RequestOutput:
     finish_reason: "stop" (end of sequence, stop token or stop text), "length", "abort", or "error".
     logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
     error: the exception that ended the request, such as a NonFiniteError; None unless finish_reason is "error".
+    seed: what the outputs were drawn by, given or not: the same prompt, path and parameters with it repeat them. None
+        where they were not sampled.
     samples: all ``n`` outputs; token_ids, text, finish_reason and logprobs are those of the first.
     queue_s: from arrival to admission. ttft_s: from arrival to the first token. tpot_s: from the first token to the
         last, by the tokens after the first. latency_s: from arrival to the end. None where it did not come that far.
@@ -131,6 +138,7 @@ class RequestOutput:
     tpot_s: float | None = field(compare=False)
     latency_s: float = field(compare=False)
     num_preemptions: int = field(compare=False)
+    seed: int | None = field(default=None, compare=False)
     text: str | None = None
 
     @property
@@ -167,4 +175,5 @@ class RequestOutput:
             tpot_s=(end_s - first_s) / num_later if first_s is not None and num_later > 0 else None,
             latency_s=end_s - arrival_s,
             num_preemptions=sum(sequence.state.num_preemptions for sequence in request.sequences),
+            seed=first.seed,
         )

@@ -15,8 +15,9 @@ from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import OutputSequence, Request, Span
+from dynskip.ops.choice import choose_tokens
 from dynskip.routing.routes import PathRoute
-from dynskip.sampling import NOT_FINITE, choose_tokens
+from dynskip.sampling import NOT_FINITE
 from dynskip.scheduler.outcome import Tally
 from dynskip.scheduler.scheduler import Chunk, Decision, Scheduler
 from dynskip.scheduler.sequence import SequenceState
@@ -242,10 +243,8 @@ class StepExecution:
             logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
         tokens: list[int | None]
         try:
-            tokens = [*choose_tokens(logits, [sequence.sampler for sequence in sequences])]
+            tokens = [*choose_tokens(logits, [sequence.choice for sequence in sequences])]
         except Exception:
-            for sequence in sequences:
-                sequence.sampler.take_back(len(sequence.token_ids))
             tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
@@ -256,7 +255,7 @@ class StepExecution:
 
     def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
         try:
-            return choose_tokens(logits[None], [sequence.sampler])[0]
+            return choose_tokens(logits[None], [sequence.choice])[0]
         except Exception as error:
             self._fail(sequence, error)
             return None

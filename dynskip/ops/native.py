@@ -1,8 +1,8 @@
 """The launchers of the C++ extension, for tensors on a CPU. They check what memory safety needs; `ops` checks the rest.
 
 `prefill_attention` is the torch backend's own function: PyTorch's attention over whole sequences is fast as it is.
-Beside the launchers stand `packed_linear`, which `Linear` uses, and what a fused decode step needs of the host's
-language: `plan_rows`, on a CPU or a GPU, and `replay`.
+Beside the launchers stand `packed_linear`, which `Linear` uses, `most_likely` and `choose_tokens`, and what a fused
+decode step needs of the host's language: `plan_rows`, on a CPU or a GPU, and `replay`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from dynskip.ops.torch_backend import prefill_attention
 __all__ = [
     "WHOLE_HEADS",
     "activate",
+    "choose_tokens",
     "decode_attention",
     "gather_layer_norm",
     "has_cuda",
     "kv_store",
+    "most_likely",
     "packed_linear",
     "panel_outputs",
     "plan_rows",
@@ -57,6 +59,8 @@ _OPS = (
     "delete_decoder",
     "decoder_times",
     "decode_step",
+    "most_likely",
+    "choose_tokens",
     "plan_rows",
     "has_cuda",
     "replay",
@@ -82,7 +86,7 @@ def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
 
 
 def _launcher(name: str) -> Callable[..., Any]:
-    """The launcher of an op that the extension has with the signature of `reference`, which specifies it."""
+    """The launcher of an op that the extension has with the signature of the function that specifies it."""
 
     def launch(*arguments: Any, **named: Any) -> Any:
         return _op(name)(*arguments, **named)
@@ -98,6 +102,13 @@ decode_attention = _launcher("decode_attention")
 """Needs `slot_table` to be contiguous. Cost: reads 2 * sum(context_lens) * G * D elements once, fast where D is a
 multiple of `WHOLE_HEADS`; of those outside of a window only the positions. The bits of one head of one row depend on
 nothing else."""
+
+most_likely = _launcher("most_likely")
+"""See `choice_reference.most_likely`."""
+choose_tokens = _launcher("choose_tokens")
+"""See `choice_reference.choose_tokens`, whose noise and formulas these are to the bit. What top_p keeps is summed in
+float32: a token at its edge, within 2e-6 of `top_p`, may fall to the other side. The bits of a row depend on that row
+alone."""
 
 
 def panel_outputs(weight: Tensor, packed_weight: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,15 +119,30 @@ def test_stop_texts_cut_the_text_before_the_first_of_them() -> None:
     assert output.finish_reason == "stop"
 
 
-def test_n_outputs_draw_apart_and_each_can_be_repeated() -> None:
+def test_n_outputs_draw_apart_and_can_be_repeated() -> None:
     params = SamplingParams(max_tokens=5, temperature=1.5, n=4, seed=10, ignore_eos=True)
     outputs = llm().generate(PROMPTS, params, PATHS)
     for prompt, path, output in zip(PROMPTS, PATHS, outputs, strict=True):
         assert len({tuple(sample.token_ids) for sample in output.samples}) > 1
-        assert output.token_ids == output.samples[0].token_ids
-        for place, sample in enumerate(output.samples):
-            alone = SamplingParams(max_tokens=5, temperature=1.5, seed=10 + place, ignore_eos=True)
-            assert llm().generate([prompt], alone, path)[0].token_ids == sample.token_ids
+        assert output.token_ids == output.samples[0].token_ids and output.seed == 10
+        for n in (1, 3):
+            (fewer,) = llm().generate([prompt], replace(params, n=n), path)
+            assert fewer.samples == output.samples[:n]
+        # An output is keyed by seed and number, not by their sum.
+        (next_seed,) = llm().generate([prompt], replace(params, seed=11, n=3), path)
+        assert all(next_seed.samples[place] != output.samples[place + 1] for place in range(3))
+
+
+def test_a_drawn_seed_is_reported_and_repeats_the_outputs() -> None:
+    params = SamplingParams(max_tokens=6, temperature=1.5, top_p=0.9, n=2, ignore_eos=True)
+    first, second, third = llm().generate(PROMPTS, params, PATHS)
+    assert len({first.seed, second.seed, third.seed}) == 3
+    for prompt, path, output in zip(PROMPTS, PATHS, (first, second, third), strict=True):
+        assert output.seed is not None
+        (again,) = llm().generate([prompt], replace(params, seed=output.seed), path)
+        assert again == output and again.seed == output.seed
+    (greedily,) = llm().generate(PROMPTS[:1], greedy(2, seed=4))
+    assert greedily.seed is None
 
 
 @pytest.mark.parametrize("kv_policy", [None, "propagate", "evict", "share"])

@@ -42,7 +42,7 @@ class Interrupt:
         "groups.py",
         "kv_pool.py",
         "slot_pool.py",
-        "sampling.py",
+        "ops/choice.py",
     )
 
     def __init__(self, at: int) -> None:

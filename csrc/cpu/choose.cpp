@@ -1,0 +1,138 @@
+#include "choose.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "ops.h"
+#include "rows.h"
+
+namespace dynskip {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+uint64_t kth_smallest(uint64_t* keys, int64_t num_keys, int64_t k) {
+  constexpr int64_t kFewKeys = 512;
+  constexpr int kDigitBits = 11;
+  constexpr uint64_t kMask = (1u << kDigitBits) - 1;
+  while (num_keys > kFewKeys) {
+    uint64_t differing = 0;
+    for (int64_t i = 0; i < num_keys; ++i) {
+      differing |= keys[i] ^ keys[0];
+    }
+    const uint32_t high = static_cast<uint32_t>(differing >> 32);
+    if (high == 0) {
+      return keys[k];
+    }
+    const int shift = std::max(64 - __builtin_clz(high) - kDigitBits, 32);
+    uint32_t counts[kMask + 1] = {};
+    for (int64_t i = 0; i < num_keys; ++i) {
+      ++counts[keys[i] >> shift & kMask];
+    }
+    uint64_t digit = 0;
+    while (k >= counts[digit]) {
+      k -= counts[digit++];
+    }
+    int64_t num_same = 0;
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const uint64_t key = keys[i];
+      keys[num_same] = key;
+      num_same += (key >> shift & kMask) == digit;
+    }
+    num_keys = num_same;
+  }
+  std::nth_element(keys, keys + k, keys + num_keys);
+  return keys[k];
+}
+
+namespace {
+
+void check_logits(const char* op, const Tensor& logits) {
+  DYNSKIP_CHECK(
+      logits.dim() == 2 && logits.size(1) >= 1 && (logits.size(1) == 1 || logits.stride(1) == 1),
+      op, ": logits must be [R, V] with contiguous rows and V at least 1, got ", shape_of(logits), ".");
+  DYNSKIP_CHECK(
+      logits.size(1) <= INT32_MAX - kChoiceBlock, op, ": logits must have columns that int32 can number, got ",
+      logits.size(1), ".");
+}
+
+template <typename Value>
+const Value* checked_column(const char* name, const Tensor& column, ScalarType dtype, int64_t num_rows) {
+  DYNSKIP_CHECK(
+      column.scalar_type() == dtype && column.dim() == 1 && column.size(0) == num_rows && column.is_contiguous(),
+      "choose_tokens: ", name, " must be contiguous [", num_rows, "] ", dtype == ScalarType::Double ? "float64" : "int64",
+      ", got ", shape_of(column), ".");
+  return static_cast<const Value*>(column.data_ptr());
+}
+
+} // namespace
+
+Tensor most_likely(const Tensor& logits) {
+  check_logits("most_likely", logits);
+  const int64_t num_rows = logits.size(0);
+  const int64_t num_logits = logits.size(1);
+  Tensor tokens = torch::stable::empty({num_rows}, ScalarType::Long);
+  auto* results = static_cast<int64_t*>(tokens.data_ptr());
+  for_element_type(logits.scalar_type(), "most_likely", [&](auto element) {
+    using Element = decltype(element);
+    const auto kernel = kernels().of<Element>().largest_logit;
+    const auto* values = static_cast<const Element*>(logits.data_ptr());
+    const int64_t stride = logits.stride(0);
+    for_each_row(num_rows, num_logits, [&](int64_t row) {
+      const LargestLogit largest = kernel(values + row * stride, num_logits);
+      results[row] = std::isfinite(largest.value) ? largest.token : kNoToken;
+    });
+  });
+  return tokens;
+}
+
+Tensor choose_tokens(
+    const Tensor& logits,
+    const Tensor& temperature,
+    const Tensor& top_k,
+    const Tensor& top_p,
+    const Tensor& seed,
+    const Tensor& output,
+    const Tensor& position) {
+  check_logits("choose_tokens", logits);
+  const int64_t num_rows = logits.size(0);
+  const int64_t num_logits = logits.size(1);
+  const auto* temperatures = checked_column<double>("temperature", temperature, ScalarType::Double, num_rows);
+  const auto* top_ks = checked_column<int64_t>("top_k", top_k, ScalarType::Long, num_rows);
+  const auto* top_ps = checked_column<double>("top_p", top_p, ScalarType::Double, num_rows);
+  const auto* seeds = checked_column<int64_t>("seed", seed, ScalarType::Long, num_rows);
+  const auto* outputs = checked_column<int64_t>("output", output, ScalarType::Long, num_rows);
+  const auto* positions = checked_column<int64_t>("position", position, ScalarType::Long, num_rows);
+  Tensor tokens = torch::stable::empty({num_rows}, ScalarType::Long);
+  auto* results = static_cast<int64_t*>(tokens.data_ptr());
+  for_element_type(logits.scalar_type(), "choose_tokens", [&](auto element) {
+    using Element = decltype(element);
+    const auto kernel = kernels().of<Element>().choose_token;
+    const auto* values = static_cast<const Element*>(logits.data_ptr());
+    const int64_t stride = logits.stride(0);
+    for_some_rows(num_rows, num_logits, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> maxima(new float[num_choice_maxima(num_logits)]);
+      const std::unique_ptr<uint64_t[]> keys(new uint64_t[num_choice_keys(num_logits)]);
+      for (int64_t row = begin; row < end; ++row) {
+        ChoiceRow<Element> task;
+        task.logits = values + row * stride;
+        task.num_logits = num_logits;
+        task.choice.temperature = temperatures[row];
+        task.choice.top_k = top_ks[row];
+        task.choice.top_p = top_ps[row];
+        task.choice.seed = static_cast<uint64_t>(seeds[row]);
+        task.choice.output = static_cast<uint32_t>(outputs[row]);
+        task.choice.position = static_cast<uint32_t>(positions[row]);
+        task.maxima = maxima.get();
+        task.keys = keys.get();
+        results[row] = kernel(task);
+      }
+    });
+  });
+  return tokens;
+}
+
+} // namespace dynskip

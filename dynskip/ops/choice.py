@@ -1,0 +1,60 @@
+"""The choice of next tokens for the rows of a batch, each by parameters of its own.
+
+On a CPU the C++ extension chooses. Where it is absent, and on other devices, the specification runs, which is the torch
+backend of this op; `resolve_backend` has warned of an absent extension by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dynskip.ops import choice_reference, native
+from dynskip.ops.checks import FLOAT_DTYPES
+from dynskip.sampling import Choice
+
+
+def choose_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
+    """The next token of each row of `logits` `[R, V]`, `NOT_FINITE` for none; waits for the device once.
+
+    A row's token depends on that row and its choice alone. See `choice_reference.choose_tokens`.
+    """
+    if all(choice.params.greedy for choice in choices):
+        chosen = most_likely(logits)
+    else:
+        columns = choice_columns(choices, logits.shape[1], logits.device)
+        chosen = _launchers(logits).choose_tokens(logits, *columns)
+    tokens: list[int] = chosen.tolist()
+    return tokens
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """See `choice_reference.most_likely`."""
+    tokens: Tensor = _launchers(logits).most_likely(logits)
+    return tokens
+
+
+def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.device) -> tuple[Tensor, ...]:
+    """temperature, top_k, top_p, seed, output and position of `choices`, `[R]` each, as `choose_tokens` wants them."""
+    params = [choice.params for choice in choices]
+    floats = torch.tensor([[each.temperature for each in params], [each.top_p for each in params]], dtype=torch.float64)
+    integers = torch.tensor(
+        [
+            [min(each.top_k or 0, num_tokens) for each in params],
+            [choice.seed for choice in choices],
+            [choice.output for choice in choices],
+            [choice.position for choice in choices],
+        ],
+        dtype=torch.int64,
+    )
+    temperature, top_p = floats.to(device)
+    top_k, seed, output, position = integers.to(device)
+    return temperature, top_k, top_p, seed, output, position
+
+
+def _launchers(logits: Tensor) -> ModuleType:
+    on_cpu = logits.device.type == "cpu" and logits.dtype in FLOAT_DTYPES
+    return native if on_cpu and native.unavailable_reason() is None else choice_reference
