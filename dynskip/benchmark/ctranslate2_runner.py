@@ -42,9 +42,15 @@ def export(hf_model: HFOPTForCausalLM, directory: Path) -> None:
 
 
 class CTranslate2Process:
-    """A process that has loaded an exported model and generates one batch at a time, stopping where it is told to."""
+    """A process that has loaded an exported model and generates one batch at a time, stopping where it is told to.
 
-    def __init__(self, directory: Path, num_threads: int, compute_type: str = "float32") -> None:
+    settle_s: how long each step waits until the process's threads sleep; 0 where it is stopped while others are timed.
+    """
+
+    def __init__(
+        self, directory: Path, num_threads: int, compute_type: str = "float32", settle_s: float = _SETTLE_S
+    ) -> None:
+        self._settle_s = settle_s
         command = [sys.executable, "-m", "dynskip.benchmark.ctranslate2_worker", str(directory)]
         command += [str(num_threads), compute_type]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -63,7 +69,7 @@ class CTranslate2Process:
     def step(self) -> float:
         """The milliseconds of the next decode step, measured where it ran."""
         ms = float(self._ask({"do": "step"})["ms"])
-        time.sleep(_SETTLE_S)
+        time.sleep(self._settle_s)
         return ms
 
     def finish(self) -> None:

@@ -1,0 +1,100 @@
+"""What is measured: shapes, who is timed beside dynskip on each, and in which cells; and how long that will take."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.peers.weights import SMOLLM2
+from bench.peers.workload import MEAN_OUTPUT, PROMPT_LEN
+
+# (batch, prompt length): each has a prefill, and those of `PROMPT_LEN` tokens decode steps behind it.
+CELLS = ((1, 64), (8, 64), (32, 64), (1, 512), (8, 512))
+STEPS = 6  # of a turn; one more before them is not counted
+# Rough milliseconds on two cores with AMX, to say in advance how long a run will take.
+_PREFILL_MS = {"opt-1.3b": 2.8, "llama-3.2-1b": 2.6, SMOLLM2: 0.35}  # a token
+_STEP_MS = {
+    "opt-1.3b": {1: 60, 8: 75, 32: 150},
+    "llama-3.2-1b": {1: 55, 8: 70, 32: 140},
+    SMOLLM2: {1: 12, 8: 16, 32: 28},
+}
+_LOAD_S = {"opt-1.3b": 20.0, "llama-3.2-1b": 20.0, SMOLLM2: 12.0}
+_STREAM_MS = {"opt-1.3b": 31.0, "llama-3.2-1b": 31.0, SMOLLM2: 4.0}  # a token of two streams at full depth and one not
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One competitor: a class of `worker.PEERS`, and how it is started and loaded.
+
+    cells: of `CELLS`, those that it is timed in. factor: how many times as long as dynskip it is expected to need, for
+    estimates only. tried: what did not make it faster, or could not be used.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    factor: float = 1.4
+    streams: bool = False
+    cells: tuple[tuple[int, int], ...] = CELLS
+    tried: str = ""
+
+
+def prefill_rounds(pair_ms: float, rounds: int, budget_s: float) -> int:
+    """How often both are timed where one prefill of each takes ``pair_ms``: at least twice."""
+    return max(2, min(rounds, int(budget_s * 1e3 / pair_ms)))
+
+
+def vllm_env(kv_gib: int = 2) -> dict[str, str]:
+    """Both cores, and the engine in the process that is asked."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+DYNSKIP = Peer("dynskip", "dynskip")
+_VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True)
+_TRANSFORMERS = Peer("transformers", "transformers", factor=2.0)
+PEERS = {
+    "opt-1.3b": (
+        _VLLM,
+        _TRANSFORMERS,
+        Peer("CTranslate2 int8", "ctranslate2", {"compute_type": "int8"}, factor=2.0),
+        Peer("CTranslate2 float32", "ctranslate2", {"compute_type": "float32"}, factor=4.0, cells=CELLS[:3]),
+    ),
+    "llama-3.2-1b": (_VLLM, _TRANSFORMERS),
+    SMOLLM2: (
+        _VLLM,
+        _TRANSFORMERS,
+        Peer("llama.cpp bf16", "llama.cpp"),
+        Peer("llama.cpp Q4_1", "llama.cpp"),
+    ),
+}
+
+
+def peer_file(models: Path, shape: str, peer: Peer) -> tuple[str, Path]:
+    """The kind of file that the peer loads, as `weights` calls it, and its place; "shipped" is not written."""
+    if peer.kind == "ctranslate2":
+        return "ctranslate2", models / f"{shape}.ctranslate2"
+    if peer.kind == "llama.cpp":
+        return ("shipped" if "Q4" in peer.name else "gguf"), models / f"{shape}.bf16.gguf"
+    return "folder", models / shape
+
+
+def estimate_s(shape: str, peer: Peer, rounds: int, budget_s: float, num_requests: int) -> float:
+    """What one peer beside dynskip takes, roughly."""
+    total_ms = 1e3 * _LOAD_S[shape]
+    for batch, prompt_len in peer.cells:
+        pair_ms = batch * prompt_len * _PREFILL_MS[shape] * (1 + peer.factor)
+        total_ms += pair_ms * prefill_rounds(pair_ms, rounds, budget_s)
+        if prompt_len == PROMPT_LEN:
+            total_ms += _STEP_MS[shape][batch] * (1 + peer.factor) * (STEPS + 1) * rounds
+    if peer.streams:
+        total_ms += num_requests * MEAN_OUTPUT * _STREAM_MS[shape]
+    return total_ms / 1e3

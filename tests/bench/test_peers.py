@@ -1,0 +1,254 @@
+"""The comparison with other engines: its driver against a process without a model, its rows, and its tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bench.peers import plan, run, table
+from bench.peers.plan import CELLS, DYNSKIP, PEERS, Peer, estimate_s, prefill_rounds
+from bench.peers.process import PeerError, PeerProcess
+from bench.peers.results import Results, read
+from bench.peers.workload import draw_prompts, draw_requests
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = "fake_peer:FakePeer"
+CONDITIONS = {
+    "shape": "opt-1.3b",
+    "machine": "test-2-cores",
+    "cpu": "Test",
+    "num_cores": 2,
+    "versions": {"torch": "2.13"},
+    "commit": "abc",
+    "date": "2026-01-01 00:00 UTC",
+    "load": [0.1, 0.2, 0.3],
+    "rounds": 4,
+    "budget_s": 1.0,
+    "requests": 8,
+}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes find bench and the helpers."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests" / "helpers"))))
+
+
+def fake(tmp_path: Path, name: str = "fake") -> PeerProcess:
+    """A peer without a model."""
+    return PeerProcess(name, [sys.executable, "-m", "bench.peers.worker", FAKE], tmp_path / f"{name}.log")
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[PeerProcess]:
+    """A loaded one."""
+    with fake(tmp_path) as process:
+        process.ask("load", folder="somewhere")
+        yield process
+
+
+def test_a_peer_runs_only_while_it_answers(peer: PeerProcess) -> None:
+    peer.ask("spawn")
+    before = peer.ask("ticks")
+    assert peer.is_stopped and len(peer.processes) == 2
+    time.sleep(0.5)
+    assert peer.is_stopped
+    # The time between two questions did not exist for its threads.
+    assert peer.ask("ticks") - before < 100
+
+
+def test_what_it_prints_is_in_the_log_and_no_answer(peer: PeerProcess, tmp_path: Path) -> None:
+    assert (tmp_path / "fake.log").read_text(encoding="utf-8") == "loading somewhere\n"
+    assert peer.peak_bytes() > 2**20
+
+
+def test_an_exception_is_an_error_and_the_peer_goes_on(peer: PeerProcess) -> None:
+    with pytest.raises(PeerError, match="fake: ValueError: nothing to give"):
+        peer.ask("fail")
+    assert peer.is_stopped
+    assert peer.ask("prefill", batch=2, prompt_len=4, num_new=1) == 2.0
+
+
+def test_a_peer_that_ends_says_how(peer: PeerProcess) -> None:
+    with pytest.raises(PeerError, match=r"must answer 'die', got exit status 3: .*out of luck"):
+        peer.ask("die")
+    with pytest.raises(PeerError, match="must answer 'ticks', got exit status 3"):
+        peer.ask("ticks")
+
+
+def test_a_peer_that_takes_too_long_is_ended(peer: PeerProcess) -> None:
+    leader = peer.processes[0]
+    with pytest.raises(PeerError, match="sleep must end within 0 s, got no answer"):
+        peer.ask("sleep", timeout_s=0.2)
+    assert not leader.is_running()
+
+
+def test_a_stopped_peer_and_its_children_end_with_it(tmp_path: Path) -> None:
+    with fake(tmp_path) as process:
+        child = psutil.Process(process.ask("spawn"))
+        leader = process.processes[0]
+    assert not leader.is_running()
+    # What has lost its parent is a zombie until init has looked.
+    deadline_s = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s, "killed with its group"
+        time.sleep(0.01)
+
+
+def test_a_package_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.peers.worker", "no_such_engine:Peer"]
+    with (
+        PeerProcess("gone", command, tmp_path / "gone.log") as process,
+        pytest.raises(PeerError, match="gone: ModuleNotFoundError: No module named 'no_such_engine'"),
+    ):
+        process.ask("load", folder="")
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> argparse.Namespace:
+    """A shape with a peer that needs twice dynskip's time and one that is not installed, and the arguments of a run."""
+    twice = Peer("vLLM", FAKE, {"ms": 2.0}, streams=True, cells=((1, 64), (8, 512)))
+    gone = Peer("transformers", "no_such_engine:Peer", cells=((1, 64),))
+    monkeypatch.setitem(PEERS, "opt-1.3b", (twice, gone))
+    monkeypatch.setattr(run, "DYNSKIP", Peer(DYNSKIP.name, FAKE))
+    monkeypatch.setattr(run, "describe", lambda: CONDITIONS)
+    models = tmp_path / "models"
+    (models / "opt-1.3b").mkdir(parents=True)
+    return argparse.Namespace(
+        peer="", rounds=4, budget=1.0, requests=8, fresh=False, out=tmp_path / "out", models=models
+    )
+
+
+def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the run has left."""
+    (path,) = args.out.glob("*.jsonl")
+    return read(path)[1]
+
+
+def test_a_run_leaves_a_row_for_everything(fakes: argparse.Namespace) -> None:
+    run.measure_shape("opt-1.3b", fakes)
+    rows = {(row["peer"], row["what"], row.get("prompt_len")): row for row in rows_of(fakes)}
+    # The first step of a turn does not count, however slow it is.
+    assert rows["vLLM", "decode", 64]["ours"] == 1.0 and rows["vLLM", "decode", 64]["theirs"] == 2.0
+    assert rows["vLLM", "prefill", 512]["theirs"] == 16.0
+    for what in (("decode", 64), ("prefill", 64), ("prefill", 512), ("stream", None)):
+        row = rows[("vLLM", *what)]
+        assert row["value"] == row["low"] == row["high"] == 2.0, what
+    assert rows["vLLM", "stream, paper's depths", None]["value"] == 4.0
+    assert rows["vLLM", "memory", None]["theirs"] > 0
+    assert ("vLLM", "decode", 512) not in rows
+    assert "No module named 'no_such_engine'" in rows["transformers", "load", None]["error"]
+
+
+def test_a_run_goes_on_where_it_stopped(fakes: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.peer = "vllm"
+    run.measure_shape("opt-1.3b", fakes)
+    (path,) = fakes.out.glob("*.jsonl")
+    whole = path.read_text(encoding="utf-8")
+    run.measure_shape("opt-1.3b", fakes)
+    assert path.read_text(encoding="utf-8") == whole
+    # Broken off behind the first prefill: that one stays, and what was not measured is.
+    lines = whole.splitlines()
+    kept = lines[: next(i for i, line in enumerate(lines) if '"prefill"' in line) + 1]
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    run.measure_shape("opt-1.3b", fakes)
+    assert {row["what"] for row in rows_of(fakes)} == {json.loads(line)["what"] for line in lines[1:]}
+    # Rows of another state do not stand beside these.
+    monkeypatch.setattr(run, "describe", lambda: CONDITIONS | {"commit": "def"})
+    with pytest.raises(ValueError, match=r"must be of this state to go on with it, got \{'commit': 'abc'\}"):
+        run.measure_shape("opt-1.3b", fakes)
+    fakes.fresh = True
+    run.measure_shape("opt-1.3b", fakes)
+
+
+def test_a_row_that_failed_is_tried_again(tmp_path: Path) -> None:
+    results = Results(tmp_path / "x.jsonl", CONDITIONS)
+    results.add({"peer": "vLLM", "what": "load", "error": "gone"})
+    assert not results.has(peer="vLLM", what="load")
+    results.add({"peer": "vLLM", "what": "load", "version": "1"})
+    assert results.has(peer="vLLM", what="load")
+    assert read(results.path)[1] == [{"peer": "vLLM", "what": "load", "version": "1"}]
+
+
+def test_a_peer_that_dies_leaves_rows_that_say_so(fakes: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        PeerProcess, "ask", lambda self, do, original=PeerProcess.ask, **more: original(self, deadly(self, do), **more)
+    )
+    run.measure_shape("opt-1.3b", fakes)
+    failed = {(row["peer"], row["what"]) for row in rows_of(fakes) if "error" in row}
+    dead = {("vLLM", what) for what in ("decode", "prefill", "memory", "stream", "stream, paper's depths")}
+    assert failed == dead | {("transformers", "load")}
+    assert not any(row["what"] == "done" for row in rows_of(fakes))
+
+
+def deadly(process: PeerProcess, do: str) -> str:
+    """The question, but of vLLM's decode steps its end."""
+    if process.name == "vLLM" and do == "decode":
+        os.kill(process.processes[0].pid, 9)
+    return do
+
+
+def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) -> None:
+    results = Results(tmp_path / "opt-1.3b-test.jsonl", CONDITIONS)
+    settings = {"version": "1", "settings": "bf16", "env": {"CORES": "2"}, "tried": ""}
+    ratio = {"ours": 50.0, "theirs": 75.0, "value": 1.5, "low": 1.4, "high": 1.6}
+    results.add({"peer": "vLLM", "what": "load", **settings})
+    results.add({"peer": "vLLM", "what": "decode", "batch": 1, "prompt_len": 64, **ratio})
+    results.add({"peer": "vLLM", "what": "decode", "batch": 8, "prompt_len": 64, **ratio, "value": 1.49})
+    results.add({"peer": "vLLM", "what": "decode", "batch": 32, "prompt_len": 64, "error": "vLLM: out of memory"})
+    results.add({"peer": "vLLM", "what": "prefill", "batch": 8, "prompt_len": 512, **ratio, "ours": 9000.0})
+    results.add({"peer": "vLLM", "what": "memory", "ours": 3.0, "theirs": 5.25})
+    results.add({"peer": "transformers", "what": "load", "error": "No module named 'transformers'"})
+    results.add({"peer": DYNSKIP.name, "what": "tokens", "same": 256, "near": 256, "of": 256})
+    results.add({"peer": "vLLM", "what": "tokens", "same": 200, "near": 255, "of": 256})
+    text = table.render(tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert lines[0] == ["opt-1.3b", "dynskip", "vLLM", "transformers", "target over vLLM"]
+    assert ["decode, ms a step, batch 1", "50", "75 (1.50x, 1.40-1.60)", "not timed", ">= 1.45x, met"] in lines
+    assert ["decode, ms a step, batch 8", "50", "75 (1.49x, 1.40-1.60)", "not timed", ">= 1.5x, missed"] in lines
+    assert ["decode, ms a step, batch 32", "failed", "failed", "not timed", ">= 1.43x, missed"] in lines
+    assert ["prefill of 512, s, batch 8", "9", "0.075 (1.50x, 1.40-1.60)", "not timed", ">= 0.97x, met"] in lines
+    assert ["memory, GB at most", "3", "5.25", "not timed", ""] in lines
+    assert lines[-1][1:] == ["256 / 256 of 256", "200 / 255 of 256", "not checked", ""]
+    flat = " ".join(text.split())
+    assert "vLLM 1: bf16, CORES=2." in flat
+    assert "Failed, vLLM, decode at batch 32: vLLM: out of memory" in flat
+    assert "Failed, transformers, load: No module named 'transformers'" in flat
+
+
+def test_the_readme_shows_the_committed_results(tmp_path: Path) -> None:
+    assert table.main(["--check"]) == 0, "run python -m bench.peers.table"
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n", encoding="utf-8")
+    arguments = ["--page", str(page), "--results", str(tmp_path)]
+    assert table.main([*arguments, "--check"]) == 1
+    assert table.main(arguments) == 0
+    assert table.main([*arguments, "--check"]) == 0
+    assert page.read_text(encoding="utf-8").startswith("before\n") and "Not measured yet." in page.read_text("utf-8")
+
+
+def test_every_peer_is_given_the_same_work() -> None:
+    assert draw_prompts(2, 3, 100) == draw_prompts(2, 3, 100) != draw_prompts(2, 3, 101)
+    deep, mixed = draw_requests(24, False, 64), draw_requests(24, True, 64)
+    assert [request.num_output for request in deep] == [request.num_output for request in mixed]
+    assert {request.path.budget for request in deep} == {24}
+    assert {request.path.budget for request in draw_requests(24, True, 512)} == {4, 8, 12, 24}
+    assert {request.path.budget for request in draw_requests(16, True, 512)} == {3, 5, 8, 16}
+
+
+def test_a_run_says_how_long_it_will_take() -> None:
+    peer = PEERS["opt-1.3b"][0]
+    assert prefill_rounds(100.0, 6, 20.0) == 6 and prefill_rounds(5e3, 6, 20.0) == 4 and prefill_rounds(1e6, 6, 1) == 2
+    short, long = estimate_s("opt-1.3b", peer, 2, 5.0, 8), estimate_s("opt-1.3b", peer, 6, 20.0, 256)
+    assert 0 < short < long < 1200
+    assert all(set(peer.cells) <= set(CELLS) for peers in PEERS.values() for peer in peers)
+    assert set(plan.PEERS) == set(table.TARGETS)
