@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -96,7 +97,7 @@ void delete_decoder(int64_t decoder);
 std::vector<int64_t> decoder_times(int64_t decoder);
 
 // A whole decode step; see dynskip.ops.native.decode_step.
-torch::stable::Tensor decode_step(
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> decode_step(
     int64_t decoder,
     const torch::stable::Tensor& token_ids,
     const torch::stable::Tensor& position_ids,

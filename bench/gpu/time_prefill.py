@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.gpu import recorder
 from bench.gpu.recorder import Benchmark, Group, Question, Recorder
@@ -20,6 +19,7 @@ from dynskip.costs.layer_costs import ModelBytes
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.request import Span
 from dynskip.execution.compact import CompactExecutor
+from dynskip.execution.executor import Predictions
 from dynskip.execution.step import Step, packed_positions
 from dynskip.measure.device import Device, time_in_turns
 from dynskip.measure.random_models import hf_config, random_hf_model
@@ -201,9 +201,10 @@ class Prefill:
         runner = generation.engine.runner
         run = runner.prompt
 
-        def record(spans: Sequence[Span], cache: Any) -> Tensor:
-            self.logits = run(spans, cache)
-            return self.logits
+        def record(spans: Sequence[Span], cache: Any) -> Predictions:
+            predictions = run(spans, cache)
+            self.logits = predictions.logits
+            return predictions
 
         runner.prompt = record  # type: ignore[method-assign]
         generation.prefill()

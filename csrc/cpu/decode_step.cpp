@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <string>
+#include <tuple>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -179,7 +181,9 @@ class Step {
       int32_t* slot_positions,
       Element* result,
       bool with_head,
+      int64_t* tokens,
       bool is_timed) {
+    tokens_ = tokens;
     token_ids_ = token_ids;
     position_ids_ = position_ids;
     k_cache_ = k_cache;
@@ -629,6 +633,10 @@ class Step {
     multiply<1>(
         member, {product(decoder_.lm_head, row(rows, 0), rows.stride, logits_, decoder_.vocab_size, num_rows_)});
     clock.lap(kProducts);
+    for (int64_t index = team_.next_task(); index < num_rows_; index = team_.next_task()) {
+      const LargestLogit largest = kernels_.largest_logit(logits_ + index * decoder_.vocab_size, decoder_.vocab_size);
+      tokens_[index] = std::isfinite(largest.value) ? largest.token : kNoToken;
+    }
   }
 
   Decoder& decoder_;
@@ -642,6 +650,7 @@ class Step {
   Rows hidden_, normed_, run_normed_, ffn_normed_, query_, key_, value_, attention_, delta_, ffn_delta_, inner_, activated_, embedded_;
   int64_t num_elements_;
   Element* memory_ = nullptr;
+  int64_t* tokens_ = nullptr;
   const int64_t* token_ids_ = nullptr;
   const int64_t* position_ids_ = nullptr;
   Element* k_cache_ = nullptr;
@@ -719,7 +728,7 @@ std::vector<int64_t> decoder_times(int64_t handle) {
   return {decoder.times_ns[0], decoder.times_ns[1], decoder.times_ns[2]};
 }
 
-Tensor decode_step(
+std::tuple<Tensor, Tensor> decode_step(
     int64_t handle,
     const Tensor& token_ids,
     const Tensor& position_ids,
@@ -835,6 +844,7 @@ Tensor decode_step(
 
   std::vector<int32_t> of_layers(2 * num_layers);
   Tensor result = torch::stable::empty({num_rows, with_head ? decoder.vocab_size : decoder.hidden_size}, decoder.dtype());
+  Tensor tokens = torch::stable::empty({with_head ? num_rows : 0}, ScalarType::Long);
   for_element_type(decoder.dtype(), "decode_step", [&](auto element) {
     using Element = decltype(element);
     const bool is_larger = num_rows > decoder.max_rows;
@@ -860,6 +870,7 @@ Tensor decode_step(
         slot_positions.has_value() ? static_cast<int32_t*>(slot_positions->data_ptr()) : nullptr,
         static_cast<Element*>(result.data_ptr()),
         with_head,
+        static_cast<int64_t*>(tokens.data_ptr()),
         is_timed);
     if (plan.failure == PlanFailure::kNone) {
       decoder.team->run([&](int64_t member) { step.run(member); });
@@ -876,7 +887,7 @@ Tensor decode_step(
   for (int64_t i = 0; i < 2 * num_layers; ++i) {
     counted[i] += of_layers[i];
   }
-  return result;
+  return {result, tokens};
 }
 
 } // namespace dynskip

@@ -11,6 +11,7 @@ from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import Cache
 from dynskip.engine.request import OutputSequence, Span
+from dynskip.execution.executor import Predictions
 from dynskip.execution.step import Step, packed_positions, to_device
 from dynskip.routing.routes import PathRoute, StepTokens
 
@@ -39,18 +40,19 @@ class ModelRunner:
             self.executor = model.new_executor(executor, self.deterministic)
         self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
 
-    def prompt(self, spans: Sequence[Span], cache: Cache) -> Tensor:
-        """[B, V]: the logits of the last token of each span: all begin their sequences, or none does."""
+    def prompt(self, spans: Sequence[Span], cache: Cache) -> Predictions:
+        """What follows the last token of each span: all begin their sequences, or none does."""
         step = self._spans_step(spans, [span.sequence.state.cache_id for span in spans], is_prompt=True)
         last_rows = torch.tensor([span.num_tokens for span in spans]).cumsum(0) - 1
-        return self.executor.head(self.executor.run(step, cache)[to_device(last_rows, self.model.device)])
+        rows = self.executor.run(step, cache)[to_device(last_rows, self.model.device)]
+        return Predictions(self.executor.head(rows))
 
-    def decode(self, spans: Sequence[Span], cache: Cache, in_flight: TokensInFlight | None = None) -> Tensor:
-        """[B, V]: the logits of spans of one token each; the next step may overwrite them.
+    def decode(self, spans: Sequence[Span], cache: Cache, in_flight: TokensInFlight | None = None) -> Predictions:
+        """What follows spans of one token each; the next step may overwrite it.
 
         in_flight: holds the tokens of those spans whose tokens the host does not know.
         """
-        return self.executor.logits(self.decode_step(spans, in_flight), cache)
+        return self.executor.predict(self.decode_step(spans, in_flight), cache)
 
     def decode_step(self, spans: Sequence[Span], in_flight: TokensInFlight | None = None) -> Step:
         """The decode step of ``spans``; its plan is kept while they and their paths stay the same."""

@@ -15,6 +15,7 @@ from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.request import OutputSequence, Request, Span
+from dynskip.execution.executor import Predictions
 from dynskip.ops.choice import choose_tokens
 from dynskip.routing.routes import PathRoute
 from dynskip.sampling import NOT_FINITE
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 # Tokens that are decoded with those that a stop text may have.
 _NUM_CONTEXT = 8
-# Sequences, and their logits [B, V].
-Logits = tuple[list[OutputSequence], Tensor]
+# Sequences, and what follows each.
+Predicted = tuple[list[OutputSequence], Predictions]
 
 
 @dataclass
@@ -126,37 +127,37 @@ class StepExecution:
         tally.num_paths += num_paths
         for same in _by_key(spans):
             attempts = self._attempt(same, self._run_decode)
-            for sequences, logits in attempts:
+            for sequences, predictions in attempts:
                 if len(attempts) == 1 and self._may_fly(sequences):
-                    self._launch(sequences, logits)
+                    self._launch(sequences, predictions.logits)
                 else:
-                    self._accept(sequences, logits)
+                    self._accept(sequences, predictions)
         tally.num_union_layers += self._union.bit_count()
 
-    def _run_prompt(self, spans: Sequence[Span]) -> Tensor:
+    def _run_prompt(self, spans: Sequence[Span]) -> Predictions:
         return self.runner.prompt(spans, self.kv.cache)
 
-    def _run_decode(self, spans: Sequence[Span]) -> Tensor:
+    def _run_decode(self, spans: Sequence[Span]) -> Predictions:
         if spans[0].sequence.path is not None:
             return self.runner.decode(spans, self.kv.cache, self.in_flight)
         # Only the executor knows how many rows ran each layer.
         counts = self.runner.executor.row_counts
         before = [*counts.run]
-        logits = self.runner.decode(spans, self.kv.cache, self.in_flight)
+        predictions = self.runner.decode(spans, self.kv.cache, self.in_flight)
         num_run = [after - earlier for after, earlier in zip(counts.run, before, strict=True)]
         self.tally.num_row_layers += sum(num_run)
         self._union |= sum(1 << layer for layer, count in enumerate(num_run) if count)
-        return logits
+        return predictions
 
-    def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Tensor]) -> list[Logits]:
-        """The sequences and their logits. Where running them together raises, each runs alone, or ends by it."""
+    def _attempt(self, spans: Sequence[Span], run: Callable[[Sequence[Span]], Predictions]) -> list[Predicted]:
+        """The sequences and what follows. Where running them together raises, each runs alone, or ends by it."""
         spans = [span for span in spans if span.sequence.finish_reason is None]
         if not spans:
             return []
         begin_s = time.perf_counter()
         mark = self.kv.cache.mark([span.sequence.state.cache_id for span in spans])
         try:
-            logits = run(spans)
+            predictions = run(spans)
         except Exception as error:
             self.kv.cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
             self.read()  # a sequence that fails gets what was chosen before, and may have ended by it
@@ -165,18 +166,18 @@ class StepExecution:
                     self._fail(spans[0].sequence, error)
                 return []
             alone = [each for span in spans for each in self._attempt([span], run)]
-            return [(sequences, logits.clone()) for sequences, logits in alone]
+            return [(sequences, Predictions(predicted.logits.clone())) for sequences, predicted in alone]
         self.model_s += time.perf_counter() - begin_s
-        return [([span.sequence for span in spans], logits)]
+        return [([span.sequence for span in spans], predictions)]
 
     def _accept_complete(
         self,
-        attempts: Sequence[Logits],
+        attempts: Sequence[Predicted],
         complete: set[OutputSequence],
         copies: dict[OutputSequence, list[OutputSequence]],
     ) -> None:
         """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
-        for sequences, logits in attempts:
+        for sequences, predictions in attempts:
             rows: list[int] = []
             accepted: list[OutputSequence] = []
             for row, sequence in enumerate(sequences):
@@ -195,7 +196,8 @@ class StepExecution:
             for sequence in accepted:
                 self.prefixes.add(sequence)
             if accepted:
-                self._accept(accepted, logits if len(rows) == len(sequences) == len(set(rows)) else logits[rows])
+                are_all = len(rows) == len(sequences) == len(set(rows))
+                self._accept(accepted, predictions if are_all else predictions.of_rows(rows))
 
     def _may_fly(self, sequences: Sequence[OutputSequence]) -> bool:
         """Whether the tokens of a decode step may be read late: nothing but the most likely tokens is asked for.
@@ -230,20 +232,21 @@ class StepExecution:
             if sequence.finish_reason is None:
                 self._append(sequence, token, None, now_s)
 
-    def _accept(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
-        """Choose a token from the logits of each sequence, unless it has one, and see whether it is the last."""
+    def _accept(self, sequences: Sequence[OutputSequence], predictions: Predictions) -> None:
+        """Choose a token for each sequence, unless it has one, and see whether it is the last."""
         self.read()
         rows = [row for row, sequence in enumerate(sequences) if not sequence.is_replayed]
         if len(rows) < len(sequences):
-            sequences, logits = [sequences[row] for row in rows], logits[rows]
+            sequences, predictions = [sequences[row] for row in rows], predictions.of_rows(rows)
         if not rows:
             return
         begin_s = time.perf_counter()
+        logits = predictions.logits
         if any(sequence.params.logprobs is not None for sequence in sequences):
             logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
         tokens: list[int | None]
         try:
-            tokens = [*choose_tokens(logits, [sequence.choice for sequence in sequences])]
+            tokens = [*choose_tokens(logits, [sequence.choice for sequence in sequences], predictions.most_likely)]
         except Exception:
             tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
         self.model_s += time.perf_counter() - begin_s

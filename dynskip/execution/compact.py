@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dynskip.execution.executor import Executor
+from dynskip.execution.executor import Executor, Predictions
 from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import DecodeSteps, GraphMemory, sum_memory
 from dynskip.execution.kv_cache import EntryIndex, KVCache
@@ -104,8 +104,14 @@ class CompactExecutor(Executor[KVCache]):
 
     def logits(self, step: Step, cache: KVCache) -> Tensor:
         """[N, V]: the logits of a decode step; the next one may overwrite them."""
+        return self.predict(step, cache).logits
+
+    def predict(self, step: Step, cache: KVCache) -> Predictions:
+        """See `Executor.predict`."""
         steps = self._decode_steps(step, cache)
-        return super().logits(step, cache) if steps is None else steps.run(step, cache, head=True)
+        if isinstance(steps, NativeSteps):
+            return steps.predict(step, cache)
+        return Predictions(super().logits(step, cache) if steps is None else steps.run(step, cache, head=True))
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from dynskip.execution.step import RowCounts, Step
 
 CacheT = TypeVar("CacheT")
+
+
+class Predictions(NamedTuple):
+    """logits: [R, V]. most_likely: [R], int64, as `choice_reference.most_likely` says; None: nobody has looked yet."""
+
+    logits: Tensor
+    most_likely: Tensor | None = None
+
+    def of_rows(self, rows: list[int]) -> Predictions:
+        """Those of some rows."""
+        return Predictions(self.logits[rows], None if self.most_likely is None else self.most_likely[rows])
 
 
 class Executor(Protocol[CacheT]):
@@ -39,6 +50,10 @@ class Executor(Protocol[CacheT]):
     def logits(self, step: Step, cache: CacheT) -> Tensor:
         """[N, V]: the logits of the rows of a decode step; the next step may overwrite them."""
         return self.head(self.run(step, cache))
+
+    def predict(self, step: Step, cache: CacheT) -> Predictions:
+        """`logits`, and the most likely tokens where they come with them."""
+        return Predictions(self.logits(step, cache))
 
     def warm_up(self, cache: CacheT, max_rows: int) -> None:
         """Compile and load what decode steps of at most ``max_rows`` rows launch: no step waits for it later."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynskip.controllers import HiddenStateGate
+from dynskip.execution.executor import Predictions
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import RowCounts, Step
 from dynskip.models.decoder import Decoder, DecoderLayer, Norm
@@ -49,15 +50,23 @@ class NativeSteps:
             return False
         return step.plan.active is not None or (not self.deterministic and _gate_of(step.plan) is not None)
 
-    @torch.no_grad()
     def run(
         self, step: Step, cache: KVCache, head: bool, on_layer: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
-        """Run ``step``: [N, C], the last layer's output, or with ``head`` [N, V], the logits.
+        """Run ``step``: [N, C], the last layer's output, or with ``head`` [N, V], the logits."""
+        assert on_layer is None, "inside of a call nobody looks at the layers' inputs"
+        return self._run(step, cache, head)[0]
+
+    def predict(self, step: Step, cache: KVCache) -> Predictions:
+        """Run ``step``: its logits, and the most likely token of each row."""
+        return Predictions(*self._run(step, cache, head=True))
+
+    @torch.no_grad()
+    def _run(self, step: Step, cache: KVCache, head: bool) -> tuple[Tensor, Tensor]:
+        """What `native.decode_step` returns.
 
         A sequence may bring several tokens, one after the other: each attends to those before it.
         """
-        assert on_layer is None, "inside of a call nobody looks at the layers' inputs"
         plan = step.plan
         num_rows = plan.rows.num_rows
         known = self._known

@@ -17,13 +17,15 @@ from dynskip.ops.checks import FLOAT_DTYPES
 from dynskip.sampling import Choice
 
 
-def choose_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
+def choose_tokens(logits: Tensor, choices: Sequence[Choice], likely: Tensor | None = None) -> list[int]:
     """The next token of each row of `logits` `[R, V]`, `NOT_FINITE` for none; waits for the device once.
+
+    likely: `most_likely` of `logits`, where it is known.
 
     A row's token depends on that row and its choice alone. See `choice_reference.choose_tokens`.
     """
     if all(choice.params.greedy for choice in choices):
-        chosen = most_likely(logits)
+        chosen = most_likely(logits) if likely is None else likely
     else:
         columns = choice_columns(choices, logits.shape[1], logits.device)
         chosen = _launchers(logits).choose_tokens(logits, *columns)

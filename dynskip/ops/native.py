@@ -175,8 +175,10 @@ def decode_step(
     gate_asks: Tensor | None,
     with_head: bool,
     is_timed: bool,
-) -> Tensor:
-    """Runs a decode step of N rows: `[N, V]`, the logits, or without head `[N, C]`, the last layer's output.
+) -> tuple[Tensor, Tensor]:
+    """Runs a decode step of N rows: `[N, V]`, the logits, and `[N], int64`, what `most_likely` says of them.
+
+    Without head it returns `[N, C]`, the last layer's output, and an empty tensor.
 
     handle: of a decoder. token_ids, position_ids, cache_ids: `[N], int64`, of each row; rows of one sequence stand side
     by side. active: `[L, N], bool`. kv_policy, slots and tables: as in `row_reference.plan_rows`. counts: `[2, L],
@@ -186,7 +188,7 @@ def decode_step(
 
     Cost: reads the matrices of the layers that have rows once, and the keys and values of their rows.
     """
-    return _op("decode_step")(
+    rows, tokens = _op("decode_step")(
         handle,
         token_ids,
         position_ids,
@@ -207,6 +209,7 @@ def decode_step(
         with_head,
         is_timed,
     )
+    return rows, tokens
 
 
 def plan_rows(active: Tensor, *others: Any, **named: Any) -> None:
