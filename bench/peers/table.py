@@ -7,6 +7,7 @@ python -m bench.peers.table --check  exit status 1 where the page shows somethin
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,8 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
     for name in (DYNSKIP.name, *names):
         row = found.get((name, "load", None, None))
         if row is not None and "settings" in row:
-            variables = "".join(f", {key}={value}" for key, value in row["env"].items())
+            # Of libraries the name, without where they are.
+            variables = "".join(f", {key}={re.sub('[^:]*/', '', value)}" for key, value in row["env"].items())
             tried = f" Tried: {row['tried']}." if row["tried"] else ""
             yield f"{name} {row['version']}: {row['settings']}{variables}.{tried}"
     for row in rows:

@@ -199,7 +199,12 @@ def deadly(process: PeerProcess, do: str) -> str:
 
 def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) -> None:
     results = Results(tmp_path / "opt-1.3b-test.jsonl", CONDITIONS)
-    settings = {"version": "1", "settings": "bf16", "env": {"CORES": "2"}, "tried": ""}
+    settings = {
+        "version": "1",
+        "settings": "bf16",
+        "env": {"CORES": "2", "LD_PRELOAD": "/a/b/libx.so:/c/liby.so"},
+        "tried": "",
+    }
     ratio = {"ours": 50.0, "theirs": 75.0, "value": 1.5, "low": 1.4, "high": 1.6}
     results.add({"peer": "vLLM", "what": "load", **settings})
     results.add({"peer": "vLLM", "what": "decode", "batch": 1, "prompt_len": 64, **ratio})
@@ -220,7 +225,7 @@ def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) 
     assert ["memory, GB at most", "3", "5.25", "not timed", ""] in lines
     assert lines[-1][1:] == ["256 / 256 of 256", "200 / 255 of 256", "not checked", ""]
     flat = " ".join(text.split())
-    assert "vLLM 1: bf16, CORES=2." in flat
+    assert "vLLM 1: bf16, CORES=2, LD_PRELOAD=libx.so:liby.so." in flat
     assert "Failed, vLLM, decode at batch 32: vLLM: out of memory" in flat
     assert "Failed, transformers, load: No module named 'transformers'" in flat
 
