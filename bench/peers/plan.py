@@ -65,8 +65,10 @@ def vllm_env(kv_gib: int = 2) -> dict[str, str]:
 
 
 DYNSKIP = Peer("dynskip", "dynskip")
-_VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True)
-_TRANSFORMERS = Peer("transformers", "transformers", factor=2.0)
+_VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True, tried="without torch.compile, slower")
+_TRANSFORMERS = Peer("transformers", "transformers", factor=2.0, tried="a static cache, no faster")
+# llama.cpp would repack 4-bit weights for AMX, and then crashes (0.3.36, in ggml_backend_amx_mul_mat).
+_NOT_REPACKED = "weights repacked for AMX, a crash in ggml_backend_amx_mul_mat"
 PEERS = {
     "opt-1.3b": (
         _VLLM,
@@ -78,8 +80,8 @@ PEERS = {
     SMOLLM2: (
         _VLLM,
         _TRANSFORMERS,
-        Peer("llama.cpp bf16", "llama.cpp"),
-        Peer("llama.cpp Q4_1", "llama.cpp"),
+        Peer("llama.cpp bf16", "llama.cpp", factor=6.0, tried=_NOT_REPACKED),
+        Peer("llama.cpp Q4_1", "llama.cpp", factor=6.0, tried=_NOT_REPACKED),
     ),
 }
 
