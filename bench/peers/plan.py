@@ -73,7 +73,7 @@ PEERS = {
     "opt-1.3b": (
         _VLLM,
         _TRANSFORMERS,
-        Peer("CTranslate2 int8", "ctranslate2", {"compute_type": "int8"}, factor=2.0),
+        Peer("CTranslate2 int8", "ctranslate2", {"compute_type": "int8"}, factor=2.0, cells=CELLS[:4]),
         Peer("CTranslate2 float32", "ctranslate2", {"compute_type": "float32"}, factor=4.0, cells=CELLS[:3]),
     ),
     "llama-3.2-1b": (_VLLM, _TRANSFORMERS),

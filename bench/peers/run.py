@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="shapes whose name has this in it")
     parser.add_argument("--peer", default="", help="peers whose name has this in it")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each comparison at most")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds that the prefills of one batch may take")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds that the prefills of one batch may take")
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="of each stream")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "peers")
@@ -226,10 +226,15 @@ def main(argv: list[str] | None = None) -> int:
     shapes = [shape for shape in PEERS if args.only in shape]
     if not shapes:
         parser.error(f"--only must be a part of one of {', '.join(PEERS)}, got {args.only!r}")
+    total_s = 0.0
     for shape in shapes:
         peers = [peer for peer in PEERS[shape] if args.peer.lower() in peer.name.lower()]
         seconds = sum(estimate_s(shape, peer, args.rounds, args.budget, args.requests) for peer in peers)
         print(f"{shape}: about {seconds / 60:.0f} minutes beside {', '.join(peer.name for peer in peers)}", flush=True)
+        total_s += seconds
+    print(
+        f"together about {total_s / 60:.0f} minutes, and a few more to write files that are not there yet", flush=True
+    )
     for shape in shapes:
         measure_shape(shape, args)
     return 0

@@ -15,6 +15,7 @@ from dynskip import LLM, LayerPath, NonFiniteError, OPTForCausalLM, SamplingPara
 from dynskip.controllers import TokenContext
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.model_runner import ModelRunner
+from dynskip.execution.executor import Predictions
 
 PROMPTS = random_prompts([5, 1, 7])
 CHOICES = [greedy(4), greedy(4, logprobs=None), greedy(4, temperature=1.0, seed=0)]
@@ -115,13 +116,13 @@ def test_tokens_with_layers_of_their_own(kind: str, prompt_depth: str, kv_policy
 def test_what_a_run_alone_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     decode, num_calls = ModelRunner.decode, 0
 
-    def flipping(self: ModelRunner, *args: Any) -> Tensor:
+    def flipping(self: ModelRunner, *args: Any) -> Predictions:
         nonlocal num_calls
         num_calls += 1
-        logits = decode(self, *args)
+        logits = decode(self, *args).logits
         if num_calls == 2:
             logits[1, 5] = torch.inf
-        return logits
+        return Predictions(logits)
 
     llm = LLM(tiny_model(deterministic=True))
     whole = llm.generate(PROMPTS, greedy(5))
