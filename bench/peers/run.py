@@ -232,9 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = sum(estimate_s(shape, peer, args.rounds, args.budget, args.requests) for peer in peers)
         print(f"{shape}: about {seconds / 60:.0f} minutes beside {', '.join(peer.name for peer in peers)}", flush=True)
         total_s += seconds
-    print(
-        f"together about {total_s / 60:.0f} minutes, and a few more to write files that are not there yet", flush=True
-    )
+    print(f"together about {total_s / 60:.0f} minutes, and more to write files that are not there yet", flush=True)
     for shape in shapes:
         measure_shape(shape, args)
     return 0
