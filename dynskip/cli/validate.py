@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``validate``."""
     parser.add_argument("--backend", action="append", choices=_BACKENDS, help="repeatable (default: all that run here)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all)")
-    names = LazyChoices(lambda: _ops_of("triton", None))
+    names = LazyChoices(lambda: tuple(dict.fromkeys(_ops_of("triton", None) + _ops_of("native", None))))
     parser.add_argument("--op", action="append", choices=names, metavar="OP", help="repeatable (default: all)")
     parser.add_argument("--inject-fault", choices=names, metavar="OP", help="falsify the results of this op")
     parser.add_argument(
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             )
     if not results:
         reasons_shown = " ".join(f"{what}: {reason}" for what, reason in not_run.items())
-        raise UserError(f"nothing to validate: {reasons_shown or 'only the triton backend has row ops'}")
+        raise UserError(f"nothing to validate: {reasons_shown or 'no backend has these ops'}")
     passed = all(result.passed for result in results)
     if args.json:
         cases = [dataclasses.asdict(result) | {"passed": result.passed} for result in results]
@@ -135,11 +135,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ops_of(backend: str, chosen: list[str] | None) -> tuple[str, ...]:
-    """The ops to validate on `backend`: those chosen that it has. Only triton has the parts of a decode step."""
+    """The ops to validate on `backend`: those chosen that it has; triton has the parts of a decode step, native all."""
     from dynskip.ops.backends import OP_NAMES
     from dynskip.ops.row_ops import ROW_OP_NAMES
+    from dynskip.validation.native_ops import NATIVE_OP_NAMES
 
-    names = OP_NAMES + ROW_OP_NAMES if backend == "triton" else OP_NAMES
+    names = OP_NAMES + {"triton": ROW_OP_NAMES, "native": NATIVE_OP_NAMES}.get(backend, ())
     return tuple(name for name in names if chosen is None or name in chosen)
 
 

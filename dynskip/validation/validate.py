@@ -23,6 +23,7 @@ from dynskip.ops.row_ops import ROW_OP_NAMES, RowOps, get_row_ops
 from dynskip.validation import errors
 from dynskip.validation.cases import make_cases
 from dynskip.validation.errors import Result, max_error, storage_bytes
+from dynskip.validation.native_ops import NATIVE_OP_NAMES, validate_native_op
 from dynskip.validation.op_arguments import make_workspace
 from dynskip.validation.tensors import Arguments, Case, copy_with_storage, map_tensors, tensors_in
 
@@ -76,21 +77,26 @@ def validate(
     """The results of every case of every op on `backend` in `dtype`.
 
     inject_fault: an op whose results are falsified after it ran, to prove that this would be noticed. progress: shows a
-    bar. op_names: of the ops, and for "triton" of the row ops, too. Raises: ValueError for an unknown backend, dtype or
-    op, or one that `backend` does not have, RuntimeError for a backend that cannot run on `device`.
+    bar. op_names: of the ops, for "triton" of the row ops, too, for "native" of `NATIVE_OP_NAMES`.
+    Raises: ValueError for an unknown backend, dtype or op, or one that `backend` does not have, RuntimeError for a
+    backend that cannot run on `device`.
     """
     if dtype not in FLOAT_DTYPES:
         names = ", ".join(map(dtype_name, FLOAT_DTYPES))
         raise ValueError(f"validate: dtype must be one of {names}, got {dtype_name(dtype)}. Choose one of these.")
     chosen = resolve_backend(backend, device).name
-    known_names = ops.OP_NAMES + (ROW_OP_NAMES if chosen == "triton" else ())
+    own_names = {"triton": ROW_OP_NAMES, "native": NATIVE_OP_NAMES}.get(chosen, ())
+    known_names = ops.OP_NAMES + own_names
     for argument, name in (*(("op_names", name) for name in op_names), ("inject_fault", inject_fault)):
         if name is not None and name not in known_names:
             known = ", ".join(known_names)
             raise ValueError(f"validate: {argument} must be among {known}, got {name!r}. Choose one of these.")
-    cases = [case for op in op_names for case in make_cases(op, dtype, device)]
+    cases = [case for op in op_names if op not in NATIVE_OP_NAMES for case in make_cases(op, dtype, device)]
     bar = tqdm(cases, desc=f"{chosen} {dtype_name(dtype)}", unit="case", disable=not progress)
-    return [validate_case(chosen, dtype, case, falsify=inject_fault == case.op) for case in bar]
+    results = [validate_case(chosen, dtype, case, falsify=inject_fault == case.op) for case in bar]
+    for op in (name for name in op_names if name in NATIVE_OP_NAMES):
+        results += validate_native_op(op, dtype, falsify=inject_fault == op)
+    return results
 
 
 def validate_case(backend: str, dtype: torch.dtype, case: Case, falsify: bool = False) -> Result:
