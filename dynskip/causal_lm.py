@@ -248,10 +248,7 @@ class CausalLM(nn.Module):
         logits = _unpack(runner.head(hidden_states), keep)
         if not output_hidden_states:
             return CausalLMOutput(logits=logits)
-        is_compact = executor == "compact"
-        last = self.decoder.finish(
-            hidden_states, self.deterministic and is_compact, self.backend if is_compact else None
-        )
+        last = runner.finish(hidden_states)
         return CausalLMOutput(logits=logits, hidden_states=tuple(_unpack(state, keep) for state in (*inputs, last)))
 
     def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -50,6 +50,8 @@ class CompactExecutor(Executor[KVCache]):
         self.native_steps = (
             NativeSteps(decoder, lm_head, self.row_counts, deterministic) if backend.name == "native" else None
         )
+        # Norms before the first and behind the last layer have the bits that they have in a whole step.
+        self._normaliser = None if self.native_steps is None else backend
         self._retired: KVCache | None = None
         # Several batches may take turns, each with a cache of its own; what was made for one lives as long as it.
         self._steps: WeakKeyDictionary[KVCache, DecodeSteps] = WeakKeyDictionary()
@@ -99,8 +101,11 @@ class CompactExecutor(Executor[KVCache]):
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
-        rows = self.decoder.finish(hidden_states, self.deterministic, self.backend)
-        return self.lm_head(rows, deterministic=self.deterministic)
+        return self.lm_head(self.finish(hidden_states), deterministic=self.deterministic)
+
+    def finish(self, hidden_states: Tensor) -> Tensor:
+        """See `Executor.finish`."""
+        return self.decoder.finish(hidden_states, self.deterministic, self._normaliser)
 
     def logits(self, step: Step, cache: KVCache) -> Tensor:
         """[N, V]: the logits of a decode step; the next one may overwrite them."""
@@ -143,7 +148,7 @@ class CompactExecutor(Executor[KVCache]):
         if steps is not None:
             assert cache is not None, "decoding needs a cache"
             return steps.run(step, cache, head=False, on_layer=on_layer)
-        hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic, self.backend)
+        hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic, self._normaliser)
         entries = _Entries(self, step, cache) if cache is not None else None
         positions = Positions(step.position_ids, self.decoder.cos_sin)
         for index, layer in enumerate(self.decoder.stack()):

@@ -47,6 +47,10 @@ class Executor(Protocol[CacheT]):
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
         ...
 
+    def finish(self, hidden_states: Tensor) -> Tensor:
+        """[R, E]: what the head sees of the last layer's output ``hidden_states``, [R, C]."""
+        ...
+
     def logits(self, step: Step, cache: CacheT) -> Tensor:
         """[N, V]: the logits of the rows of a decode step; the next step may overwrite them."""
         return self.head(self.run(step, cache))

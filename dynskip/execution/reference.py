@@ -135,8 +135,11 @@ class ReferenceExecutor(Executor[ReferenceCache]):
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """[R, V]: the logits of the last layer's output ``hidden_states``, [R, C]."""
-        states = self.decoder.finish(hidden_states)
-        return nn.functional.linear(states, self.lm_head.dense_weight(), self.lm_head.bias)
+        return nn.functional.linear(self.finish(hidden_states), self.lm_head.dense_weight(), self.lm_head.bias)
+
+    def finish(self, hidden_states: Tensor) -> Tensor:
+        """See `Executor.finish`."""
+        return self.decoder.finish(hidden_states)
 
     def _run_layer(
         self,

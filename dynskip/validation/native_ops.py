@@ -98,6 +98,10 @@ class _WholeSteps(Executor[KVCache]):
         """What `run` returned."""
         return hidden_states
 
+    def finish(self, hidden_states: Tensor) -> Tensor:
+        """What `run` returned."""
+        return hidden_states
+
 
 @torch.no_grad()
 def _logits(executor: Executor[Any], config: DecoderConfig, kv_policy: KVPolicy | None) -> Tensor:
