@@ -116,6 +116,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> decode_step(
     const std::optional<torch::stable::Tensor>& gate_bias,
     const std::optional<torch::stable::Tensor>& gate_asks,
     bool with_head,
+    const std::optional<torch::stable::Tensor>& head_rows,
     bool is_timed);
 
 // num_threads: how many threads share the work, 0 for the device's own choice; the result is the same. On a GPU that can,

@@ -8,8 +8,11 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -181,8 +184,12 @@ class Step {
       int32_t* slot_positions,
       Element* result,
       bool with_head,
+      const int64_t* head_rows,
+      int64_t num_head_rows,
       int64_t* tokens,
       bool is_timed) {
+    head_rows_ = head_rows;
+    num_head_rows_ = num_head_rows;
     tokens_ = tokens;
     token_ids_ = token_ids;
     position_ids_ = position_ids;
@@ -611,13 +618,15 @@ class Step {
 
   void head(int64_t member, Clock& clock) {
     const Norm<Element> final_norm = norm(decoder_.final_norm);
-    for (int64_t index = 0; index < num_rows_; ++index) {
-      if (owns(member, index)) {
-        if (final_norm.exists) {
-          apply(final_norm, hidden(index), row(normed_, index), decoder_.hidden_size);
-        } else {
-          copy(hidden(index), row(normed_, index), decoder_.hidden_size);
-        }
+    for (int64_t i = 0; i < num_head_rows_; ++i) {
+      const int64_t index = head_rows_ == nullptr ? i : head_rows_[i];
+      if (!owns(member, index)) {
+        continue;
+      }
+      if (final_norm.exists) {
+        apply(final_norm, hidden(index), row(normed_, i), decoder_.hidden_size);
+      } else {
+        copy(hidden(index), row(normed_, i), decoder_.hidden_size);
       }
     }
     team_.wait();
@@ -627,15 +636,15 @@ class Step {
       multiply<1>(
           member,
           {product(
-              decoder_.project_out, row(normed_, 0), normed_.stride, row(embedded_, 0), embedded_.stride, num_rows_)});
+              decoder_.project_out, row(normed_, 0), normed_.stride, row(embedded_, 0), embedded_.stride, num_head_rows_)});
     }
     const Rows& rows = is_projected ? embedded_ : normed_;
-    multiply<1>(
-        member, {product(decoder_.lm_head, row(rows, 0), rows.stride, logits_, decoder_.vocab_size, num_rows_)});
+    const int64_t vocab_size = decoder_.vocab_size;
+    multiply<1>(member, {product(decoder_.lm_head, row(rows, 0), rows.stride, logits_, vocab_size, num_head_rows_)});
     clock.lap(kProducts);
-    for (int64_t index = team_.next_task(); index < num_rows_; index = team_.next_task()) {
-      const LargestLogit largest = kernels_.largest_logit(logits_ + index * decoder_.vocab_size, decoder_.vocab_size);
-      tokens_[index] = std::isfinite(largest.value) ? largest.token : kNoToken;
+    for (int64_t i = team_.next_task(); i < num_head_rows_; i = team_.next_task()) {
+      const LargestLogit largest = kernels_.largest_logit(logits_ + i * vocab_size, vocab_size);
+      tokens_[i] = std::isfinite(largest.value) ? largest.token : kNoToken;
     }
   }
 
@@ -650,6 +659,8 @@ class Step {
   Rows hidden_, normed_, run_normed_, ffn_normed_, query_, key_, value_, attention_, delta_, ffn_delta_, inner_, activated_, embedded_;
   int64_t num_elements_;
   Element* memory_ = nullptr;
+  const int64_t* head_rows_ = nullptr; // null for all
+  int64_t num_head_rows_ = 0;
   int64_t* tokens_ = nullptr;
   const int64_t* token_ids_ = nullptr;
   const int64_t* position_ids_ = nullptr;
@@ -674,15 +685,31 @@ void check_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t en
   }
 }
 
-Decoder& decoder_at(int64_t handle) {
-  DYNSKIP_CHECK(handle != 0, "decode_step: decoder must be what new_decoder returned, got 0.");
-  return *reinterpret_cast<Decoder*>(handle);
+// The decoders that there are. A step holds its own, so that one which is deleted meanwhile lives until it ends.
+struct Decoders {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::shared_ptr<Decoder>> by_handle;
+  int64_t last_handle = 0;
+
+  static Decoders& all() {
+    static auto* decoders = new Decoders; // never destroyed: threads may outlive it at the end of the process
+    return *decoders;
+  }
+};
+
+std::shared_ptr<Decoder> decoder_at(int64_t handle) {
+  Decoders& all = Decoders::all();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto found = all.by_handle.find(handle);
+  DYNSKIP_CHECK(
+      found != all.by_handle.end(), "decode_step: handle must be what new_decoder returned, got ", handle, ".");
+  return found->second;
 }
 
 } // namespace
 
 int64_t new_decoder(std::vector<Tensor> tensors, std::vector<int64_t> integers, std::vector<double> floats) {
-  auto decoder = std::make_unique<Decoder>();
+  auto decoder = std::make_shared<Decoder>();
   Reader reader(integers, floats, tensors.size());
   const int64_t num_layers = reader.integer();
   for (int64_t* size :
@@ -716,16 +743,22 @@ int64_t new_decoder(std::vector<Tensor> tensors, std::vector<int64_t> integers, 
   }
   DYNSKIP_CHECK(reader.is_at_end() && decoder->embed_tokens >= 0, "new_decoder: the description must fit its layers.");
   decoder->tensors = std::move(tensors);
-  return reinterpret_cast<int64_t>(decoder.release());
+  Decoders& all = Decoders::all();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.by_handle[++all.last_handle] = std::move(decoder);
+  return all.last_handle;
 }
 
 void delete_decoder(int64_t handle) {
-  delete &decoder_at(handle);
+  const std::shared_ptr<Decoder> last = decoder_at(handle); // its threads end outside of the lock
+  Decoders& all = Decoders::all();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.by_handle.erase(handle);
 }
 
 std::vector<int64_t> decoder_times(int64_t handle) {
-  const Decoder& decoder = decoder_at(handle);
-  return {decoder.times_ns[0], decoder.times_ns[1], decoder.times_ns[2]};
+  const std::shared_ptr<Decoder> decoder = decoder_at(handle);
+  return {decoder->times_ns[0], decoder->times_ns[1], decoder->times_ns[2]};
 }
 
 std::tuple<Tensor, Tensor> decode_step(
@@ -747,8 +780,10 @@ std::tuple<Tensor, Tensor> decode_step(
     const std::optional<Tensor>& gate_bias,
     const std::optional<Tensor>& gate_asks,
     bool with_head,
+    const std::optional<Tensor>& head_rows,
     bool is_timed) {
-  Decoder& decoder = decoder_at(handle);
+  const std::shared_ptr<Decoder> held = decoder_at(handle);
+  Decoder& decoder = *held;
   const std::lock_guard<std::mutex> lock(decoder.mutex);
   const int64_t num_rows = token_ids.numel();
   const int64_t num_layers = decoder.layers.size();
@@ -842,9 +877,17 @@ std::tuple<Tensor, Tensor> decode_step(
   whole.slot_tables_layer_stride = num_seqs * slot_tables.size(2);
   whole.slot_tables_seq_stride = slot_tables.size(2);
 
+  int64_t num_head_rows = num_rows;
+  if (head_rows.has_value()) {
+    num_head_rows = head_rows->numel();
+    check_ids("head_rows", *head_rows, num_head_rows, num_rows);
+    DYNSKIP_CHECK(num_head_rows <= num_rows, "decode_step: head_rows must be at most ", num_rows, " rows.");
+  }
+
   std::vector<int32_t> of_layers(2 * num_layers);
-  Tensor result = torch::stable::empty({num_rows, with_head ? decoder.vocab_size : decoder.hidden_size}, decoder.dtype());
-  Tensor tokens = torch::stable::empty({with_head ? num_rows : 0}, ScalarType::Long);
+  Tensor result = with_head ? torch::stable::empty({num_head_rows, decoder.vocab_size}, decoder.dtype())
+                            : torch::stable::empty({num_rows, decoder.hidden_size}, decoder.dtype());
+  Tensor tokens = torch::stable::empty({with_head ? num_head_rows : 0}, ScalarType::Long);
   for_element_type(decoder.dtype(), "decode_step", [&](auto element) {
     using Element = decltype(element);
     const bool is_larger = num_rows > decoder.max_rows;
@@ -870,6 +913,8 @@ std::tuple<Tensor, Tensor> decode_step(
         slot_positions.has_value() ? static_cast<int32_t*>(slot_positions->data_ptr()) : nullptr,
         static_cast<Element*>(result.data_ptr()),
         with_head,
+        head_rows.has_value() ? static_cast<const int64_t*>(head_rows->data_ptr()) : nullptr,
+        num_head_rows,
         static_cast<int64_t*>(tokens.data_ptr()),
         is_timed);
     if (plan.failure == PlanFailure::kNone) {

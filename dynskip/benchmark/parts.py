@@ -16,14 +16,17 @@ from dynskip.engine import step as engine_step
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.native_steps import NativeSteps
 from dynskip.measure.runners import DynskipRunner
 from dynskip.models.linear import Linear
 from dynskip.ops.backends import Backend
 from dynskip.ops.choice import choose_tokens
 from dynskip.scheduler.scheduler import Scheduler
 
-# The parts that only choosing and compacting rows costs, and choosing tokens.
-OVERHEAD = ("planning", "gather", "scatter", "sampling")
+# Of a step in one call, what is neither product nor attention: planning, norms, rotation, sums, the most likely tokens.
+REST = "rest of the call"
+# The parts that only choosing and compacting rows costs, and choosing tokens; of a step in one call more than these.
+OVERHEAD = ("planning", "gather", "scatter", "sampling", REST)
 
 # What is timed, with the class or module whose attribute it is. A hook in the step itself would cost every step.
 _HOOKS: tuple[tuple[Any, Any, str], ...] = (
@@ -73,15 +76,19 @@ def measure_parts(runner: DynskipRunner, num_steps: int, on_call: Callable[[str]
     assert runner.generation is not None, "prefilled"
     found = StepParts()
     clock = _Clock()
-    with _hooked(clock, runner):
+    with _hooked(clock, runner) as whole_steps:
         for _ in range(num_steps):
             if on_call is not None:
                 on_call("parts of a step")
             clock.parts.clear()
+            before = () if whole_steps is None else whole_steps.times_s
             start = time.perf_counter()
             runner.step()
             total_ms = (time.perf_counter() - start) * 1e3 - clock.parts.pop("uncounted", 0.0)
             parts = dict(clock.parts)
+            if whole_steps is not None:
+                spent_ms = [(after - earlier) * 1e3 for after, earlier in zip(whole_steps.times_s, before, strict=True)]
+                parts |= zip(("products", "attention", REST), spent_ms, strict=True)
             found.steps.append({**parts, "other": total_ms - sum(parts.values()), "step": total_ms})
     return found
 
@@ -110,8 +117,8 @@ class _Clock:
 
 
 @contextmanager
-def _hooked(clock: _Clock, runner: DynskipRunner) -> Iterator[None]:
-    """Let ``clock`` see the parts of every step while the context lasts."""
+def _hooked(clock: _Clock, runner: DynskipRunner) -> Iterator[NativeSteps | None]:
+    """Let ``clock`` see the parts of every step while the context lasts; yields what times those in one call."""
     assert runner.generation is not None
     executor = runner.generation.executor
     assert isinstance(executor, CompactExecutor), "the specification is not timed"
@@ -120,9 +127,13 @@ def _hooked(clock: _Clock, runner: DynskipRunner) -> Iterator[None]:
         assert getattr(owner, function.__name__) is function, f"{owner.__name__} must call {function.__name__}"
         setattr(owner, function.__name__, clock.wrap(part, function))
     executor.backend = _timed_backend(clock, backend)
+    if executor.native_steps is not None:
+        executor.native_steps.is_timed = True
     try:
-        yield
+        yield executor.native_steps
     finally:
+        if executor.native_steps is not None:
+            executor.native_steps.is_timed = False
         executor.backend = backend
         for owner, function, _ in _HOOKS:
             setattr(owner, function.__name__, function)

@@ -44,8 +44,7 @@ class ModelRunner:
         """What follows the last token of each span: all begin their sequences, or none does."""
         step = self._spans_step(spans, [span.sequence.state.cache_id for span in spans], is_prompt=True)
         last_rows = torch.tensor([span.num_tokens for span in spans]).cumsum(0) - 1
-        rows = self.executor.run(step, cache)[to_device(last_rows, self.model.device)]
-        return Predictions(self.executor.head(rows))
+        return self.executor.predict(step, cache, to_device(last_rows, self.model.device))
 
     def decode(self, spans: Sequence[Span], cache: Cache, in_flight: TokensInFlight | None = None) -> Predictions:
         """What follows spans of one token each; the next step may overwrite it.

@@ -111,12 +111,15 @@ class CompactExecutor(Executor[KVCache]):
         """[N, V]: the logits of a decode step; the next one may overwrite them."""
         return self.predict(step, cache).logits
 
-    def predict(self, step: Step, cache: KVCache) -> Predictions:
+    def predict(self, step: Step, cache: KVCache, rows: Tensor | None = None) -> Predictions:
         """See `Executor.predict`."""
         steps = self._decode_steps(step, cache)
         if isinstance(steps, NativeSteps):
-            return steps.predict(step, cache)
-        return Predictions(super().logits(step, cache) if steps is None else steps.run(step, cache, head=True))
+            return steps.predict(step, cache, rows)
+        if steps is not None:
+            return Predictions(steps.run(step, cache, head=True))
+        states = self.run(step, cache)
+        return Predictions(self.head(states if rows is None else states[rows]))
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""
@@ -167,10 +170,10 @@ class CompactExecutor(Executor[KVCache]):
         if step.plan.kv_policy is KVPolicy.SHARE:
             assert cache is not None, "sharing entries needs a cache"
             cache.may_repeat = True
-        if not step.decode or cache is None:
+        if cache is None:
             return None
         if self.fuses:
-            return self._steps_of(cache)
+            return self._steps_of(cache) if step.decode else None
         native = self.native_steps
         return native if native is not None and not is_watched and native.takes(step) else None
 

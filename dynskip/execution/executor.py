@@ -55,9 +55,9 @@ class Executor(Protocol[CacheT]):
         """[N, V]: the logits of the rows of a decode step; the next step may overwrite them."""
         return self.head(self.run(step, cache))
 
-    def predict(self, step: Step, cache: CacheT) -> Predictions:
-        """`logits`, and the most likely tokens where they come with them."""
-        return Predictions(self.logits(step, cache))
+    def predict(self, step: Step, cache: CacheT, rows: Tensor | None = None) -> Predictions:
+        """What follows ``rows`` ([R], int64) of ``step``, or each row; most likely tokens where they come with it."""
+        return Predictions(self.logits(step, cache) if rows is None else self.head(self.run(step, cache)[rows]))
 
     def warm_up(self, cache: CacheT, max_rows: int) -> None:
         """Compile and load what decode steps of at most ``max_rows`` rows launch: no step waits for it later."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from dynskip.ops.row_reference import KV_POLICY_CODES
 from dynskip.routing.plan import Plan
 from dynskip.routing.routes import ControllerDecision
 
+# Prompts that run in one call: up to so many rows, of so many tokens each, and rows times values of a layer's matrices.
+# Beyond, oneDNN's products and PyTorch's attention win back what their overhead costs (bench/LOG.md).
+MOST_PROMPT_ROWS = 1024
+_MOST_PROMPT_TOKENS = 128
+_MOST_PROMPT_WORK = 3.2e9
+
 
 class NativeSteps:
     """Runs decode steps of known paths, and those of hidden-state gates, in one call into the extension each.
@@ -34,19 +40,25 @@ class NativeSteps:
         self.row_counts = row_counts
         self.deterministic = deterministic
         self.is_timed = False
+        self.most_prompt_rows = MOST_PROMPT_ROWS
         row_counts.on_device = torch.zeros(2, decoder.config.num_layers, dtype=torch.int64)
         self._made_at = -1
+        self._matrices: Sequence[tuple[object, ...]] = ()
+        self._delete: Callable[[], object] = lambda: None
         self._dtype: torch.dtype | None = None
         self._handle = 0
         self._known: tuple[Plan, int] | None = None  # the last plan, and the entries that it needs at most
         self._gates: dict[HiddenStateGate, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def takes(self, step: Step) -> bool:
-        """Whether ``step`` can be run in one call: not where Python code decides layer by layer.
+        """Whether ``step`` is run in one call: not where Python code decides layer by layer, nor for long prompts.
 
         In deterministic mode a gate is Python code, too: prompts ask it op by op, and near-ties must fall alike.
+        Prompts are none of its steps there, for their bits may not depend on how many rows come with them.
         """
-        if not step.decode or not self._is_ready():
+        if not step.decode and not self._takes_prompts(step):
+            return False
+        if not self._is_ready():
             return False
         return step.plan.active is not None or (not self.deterministic and _gate_of(step.plan) is not None)
 
@@ -57,12 +69,12 @@ class NativeSteps:
         assert on_layer is None, "inside of a call nobody looks at the layers' inputs"
         return self._run(step, cache, head)[0]
 
-    def predict(self, step: Step, cache: KVCache) -> Predictions:
-        """Run ``step``: its logits, and the most likely token of each row."""
-        return Predictions(*self._run(step, cache, head=True))
+    def predict(self, step: Step, cache: KVCache, rows: Tensor | None = None) -> Predictions:
+        """Run ``step``: the logits and the most likely token of ``rows`` ([R], int64), None for all."""
+        return Predictions(*self._run(step, cache, head=True, head_rows=rows))
 
     @torch.no_grad()
-    def _run(self, step: Step, cache: KVCache, head: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, step: Step, cache: KVCache, head: bool, head_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `native.decode_step` returns.
 
         A sequence may bring several tokens, one after the other: each attends to those before it.
@@ -106,6 +118,7 @@ class NativeSteps:
             bias,
             asks,
             head,
+            head_rows,
             self.is_timed,
         )
 
@@ -115,15 +128,25 @@ class NativeSteps:
         products, attention, rest = native.decoder_times(self._handle) if self._handle else (0, 0, 0)
         return products / 1e9, attention / 1e9, rest / 1e9
 
+    def _takes_prompts(self, step: Step) -> bool:
+        rows = step.plan.rows
+        is_short = rows.num_rows <= self.most_prompt_rows and max(rows.num_new_tokens) <= _MOST_PROMPT_TOKENS
+        work = rows.num_rows * self.decoder.config.layer_size
+        return step.fresh and is_short and work <= _MOST_PROMPT_WORK and not self.deterministic
+
     def _is_ready(self) -> bool:
         """Whether the extension can read all matrices; describes the decoder anew where one was packed or unpacked."""
         if self._made_at != Linear.num_changes or self._dtype != self.decoder.dtype:
-            self._made_at, self._dtype = Linear.num_changes, self.decoder.dtype
-            self._handle = 0
-            linears = [linear for linear in self.decoder.modules() if isinstance(linear, Linear)]
-            if all(self._reads(linear) for linear in (*linears, self.lm_head)):
-                self._handle = _Description(self.decoder, self.lm_head).new_decoder()
-                weakref.finalize(self, native.delete_decoder, self._handle)
+            linears = [linear for linear in (*self.decoder.modules(), self.lm_head) if isinstance(linear, Linear)]
+            # A change of another model changes nothing here.
+            matrices = [(linear.native_panels, id(linear.weight), self.decoder.dtype) for linear in linears]
+            if matrices != self._matrices:
+                self._delete()
+                self._handle = 0
+                if all(self._reads(linear) for linear in linears):
+                    self._handle = _Description(self.decoder, self.lm_head).new_decoder()
+                    self._delete = weakref.finalize(self, native.delete_decoder, self._handle)
+            self._made_at, self._dtype, self._matrices = Linear.num_changes, self.decoder.dtype, matrices
         return self._handle != 0
 
     def _reads(self, linear: Linear) -> bool:

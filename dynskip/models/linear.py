@@ -36,7 +36,7 @@ class Linear(torch.nn.Module):
     The C++ extension multiplies few rows from that same copy; ``native_rows`` says up to how many, 0 for none.
     ``state_dict`` holds the dense weight in both states.
 
-    num_changes: how often any Linear was packed or unpacked; who keeps addresses of matrices looks at it.
+    num_changes: how often any Linear was packed, unpacked or given a Parameter; who keeps addresses looks at it.
     """
 
     num_changes: ClassVar[int] = 0
@@ -62,6 +62,11 @@ class Linear(torch.nn.Module):
         self._panel_outputs = 0
         self._merged = False
         self.native_rows = 0
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As every module does it, and counted."""
+        super().register_parameter(name, param)
+        Linear.num_changes += 1
 
     @staticmethod
     def of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:

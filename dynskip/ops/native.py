@@ -174,11 +174,13 @@ def decode_step(
     gate_bias: Tensor | None,
     gate_asks: Tensor | None,
     with_head: bool,
+    head_rows: Tensor | None,
     is_timed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a decode step of N rows: `[N, V]`, the logits, and `[N], int64`, what `most_likely` says of them.
+    """Runs a decode step of N rows: `[R, V]`, the logits, and `[R], int64`, what `most_likely` says of them.
 
-    Without head it returns `[N, C]`, the last layer's output, and an empty tensor.
+    They are those of the rows in head_rows, `[R], int64`; None for all. Without head it returns `[N, C]`, the last
+    layer's output, and an empty tensor.
 
     handle: of a decoder. token_ids, position_ids, cache_ids: `[N], int64`, of each row; rows of one sequence stand side
     by side. active: `[L, N], bool`. kv_policy, slots and tables: as in `row_reference.plan_rows`. counts: `[2, L],
@@ -207,6 +209,7 @@ def decode_step(
         gate_bias,
         gate_asks,
         with_head,
+        head_rows,
         is_timed,
     )
     return rows, tokens

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from families import cut_family
+from models import cpu_backend
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from bench import serving
@@ -112,7 +113,7 @@ def test_a_task_may_measure_itself() -> None:
 
 def test_products_are_those_of_the_model(hf_model: HFOPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every multiplication of a real step is in the products, with the same rows, and no other."""
-    model = OPTForCausalLM.from_hf(hf_model)
+    model = OPTForCausalLM.from_hf(hf_model, backend="torch")
     prompts = torch.randint(0, 128, (5, 4))
     paths = [LayerPath.random(4, 2, seed=seed) for seed in range(5)]
     runner = DynskipRunner(model, prompts, paths, max_new_tokens=4)
@@ -226,26 +227,29 @@ def test_models_of_every_architecture_are_made_checked_and_run(name: str) -> Non
 # Parts of a step
 
 
-def test_parts_add_up_and_leave_no_trace(hf_model: HFOPTForCausalLM) -> None:
-    model = OPTForCausalLM.from_hf(hf_model)
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_parts_add_up_and_leave_no_trace(hf_model: HFOPTForCausalLM, backend: str) -> None:
+    model = OPTForCausalLM.from_hf(hf_model, backend=cpu_backend(backend))
     paths = [LayerPath.random(4, 2, seed=seed) for seed in range(4)]
     runner = DynskipRunner(model, torch.randint(0, 128, (4, 5)), paths, max_new_tokens=8)
     runner.prefill()
-    forward, backend = Linear.forward, model.executor().backend  # type: ignore[union-attr]
+    forward, launchers = Linear.forward, model.executor().backend  # type: ignore[union-attr]
     found = parts.measure_parts(runner, num_steps=3)
-    assert Linear.forward is forward and model.executor().backend is backend  # type: ignore[union-attr]
+    assert Linear.forward is forward and model.executor().backend is launchers  # type: ignore[union-attr]
     assert len(found.steps) == 3
-    names = {"planning", "gather", "scatter", "sampling", "products", "attention", "kv store", "layer norm", "other"}
+    names = {"planning", "sampling", "products", "attention", "other"}
+    names |= {"rest of the call"} if backend == "native" else {"gather", "scatter", "kv store", "layer norm"}
+    of_llama = set() if backend == "native" else {"rotary", "activation"}
     for step in found.steps:
         assert set(step) == names | {"step"}
         assert step["step"] == pytest.approx(sum(step[name] for name in names))
         assert all(ms > 0 for name, ms in step.items() if name != "gather")
     assert 0 < found.overhead_share < 1
     assert found.parts[0] == "step"
-    llama = CausalLM.from_hf(random_hf_model(hf_config(OTHERS["llama"])))
+    llama = CausalLM.from_hf(random_hf_model(hf_config(OTHERS["llama"])), backend=cpu_backend(backend))
     runner = DynskipRunner(llama, torch.randint(0, 128, (4, 5)), paths, max_new_tokens=4)
     runner.prefill()
-    assert set(parts.measure_parts(runner, num_steps=1).steps[0]) == names | {"step", "rotary", "activation"}
+    assert set(parts.measure_parts(runner, num_steps=1).steps[0]) == names | {"step"} | of_llama
 
 
 def test_time_inside_a_part_counts_once() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from made_up_results import made_up_setup, summary_of
 
-from dynskip.evaluation.registry import EXPERIMENTS
+from dynskip.evaluation.registry import EXPERIMENTS, section_name
 from dynskip.evaluation.report.evidence import ceiling
 from dynskip.evaluation.report.numbers import percent
 from dynskip.evaluation.report.sentences import section_sentences
@@ -25,7 +25,7 @@ def rows_of(section: dict[str, Any], **labels: Any) -> list[dict[str, Any]]:
 
 
 def told_of(section: dict[str, Any], name: str) -> list[str]:
-    name = EXPERIMENTS[name].section
+    name = section_name(name)
     return section_sentences({"conditions": {"num_layers": 24}, name: section}, name)
 
 
