@@ -32,6 +32,8 @@ using torch::stable::Tensor;
 // Groups of panels, and tasks of attention, for each thread: one on a busy core does not hold up the others for long.
 constexpr int64_t kGroupsPerThread = 8;
 constexpr int64_t kAttentionTasksPerThread = 4;
+// Rows of one task of a product: they stay in the second cache while panels pass by.
+constexpr int64_t kBlockRows = 256;
 
 // Takes the numbers of a description one after the other.
 class Reader {
@@ -337,14 +339,18 @@ class Step {
     int64_t first = 0; // task of a product
     for (size_t i = 0; i < size; ++i) {
       const int64_t num_groups = (panels[i] + group - 1) / group;
-      if (num_groups > 0 && task < first + num_groups) {
-        const MultiplyPanels<Element> run = multiply_panels<Element>(products[i].panel_outputs);
-        for (; task < first + num_groups; task = team_.next_task()) {
-          const int64_t begin = (task - first) * group;
-          run(products[i], begin, std::min(begin + group, panels[i]), scratch);
-        }
+      const int64_t num_blocks = (products[i].num_rows + kBlockRows - 1) / kBlockRows;
+      const int64_t end = first + num_groups * num_blocks;
+      for (; task < end; task = team_.next_task()) {
+        const int64_t first_row = (task - first) / num_groups * kBlockRows;
+        const int64_t begin = (task - first) % num_groups * group;
+        Product<Element> block = products[i];
+        block.x += first_row * block.x_stride;
+        block.y += first_row * block.y_stride;
+        block.num_rows = std::min(kBlockRows, block.num_rows - first_row);
+        multiply_panels<Element>(block.panel_outputs)(block, begin, std::min(begin + group, panels[i]), scratch);
       }
-      first += num_groups;
+      first = end;
     }
     team_.wait();
   }
@@ -902,7 +908,7 @@ std::tuple<Tensor, Tensor> decode_step(
                                           decoder.embedding_size});
     for (std::vector<float>& scratch : decoder.scratch) {
       scratch.resize(std::max(
-          product_scratch_floats<Element>(decoder.max_rows, most_inputs),
+          product_scratch_floats<Element>(std::min(decoder.max_rows, kBlockRows), most_inputs),
           decode_attention_scratch_floats(decoder.num_heads, decoder.head_size)));
     }
     step.begin(

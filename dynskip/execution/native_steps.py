@@ -13,7 +13,7 @@ from dynskip.execution.executor import Predictions
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import RowCounts, Step
 from dynskip.models.decoder import Decoder, DecoderLayer, Norm
-from dynskip.models.linear import Linear
+from dynskip.models.linear import NATIVE_ROWS, Linear
 from dynskip.ops import native
 from dynskip.ops.reference import ACTIVATIONS
 from dynskip.ops.row_reference import KV_POLICY_CODES
@@ -21,10 +21,12 @@ from dynskip.routing.plan import Plan
 from dynskip.routing.routes import ControllerDecision
 
 # Prompts that run in one call: up to so many rows, of so many tokens each, and rows times values of a layer's matrices.
-# Beyond, oneDNN's products and PyTorch's attention win back what their overhead costs (bench/LOG.md).
-MOST_PROMPT_ROWS = 1024
-_MOST_PROMPT_TOKENS = 128
-_MOST_PROMPT_WORK = 3.2e9
+# Beyond, oneDNN's products and PyTorch's attention win back what their overhead costs; without AMX they do so from
+# NATIVE_ROWS on (bench/LOG.md).
+MOST_PROMPT_ROWS = 2048
+_MOST_PROMPT_TOKENS = 256
+_MOST_PROMPT_WORK = 7.3e9
+_AMX_PANEL = 32
 
 
 class NativeSteps:
@@ -129,10 +131,14 @@ class NativeSteps:
         return products / 1e9, attention / 1e9, rest / 1e9
 
     def _takes_prompts(self, step: Step) -> bool:
-        rows = step.plan.rows
-        is_short = rows.num_rows <= self.most_prompt_rows and max(rows.num_new_tokens) <= _MOST_PROMPT_TOKENS
-        work = rows.num_rows * self.decoder.config.layer_size
-        return step.fresh and is_short and work <= _MOST_PROMPT_WORK and not self.deterministic
+        rows, layer = step.plan.rows, self.decoder.stack()[0]
+        if not step.fresh or self.deterministic or rows.num_rows > self.most_prompt_rows:
+            return False
+        panels = layer.q_proj.native_panels
+        if panels is None or panels[1] != _AMX_PANEL:
+            return rows.num_rows <= NATIVE_ROWS
+        is_little_work = rows.num_rows * self.decoder.config.layer_size <= _MOST_PROMPT_WORK
+        return is_little_work and max(rows.num_new_tokens) <= _MOST_PROMPT_TOKENS
 
     def _is_ready(self) -> bool:
         """Whether the extension can read all matrices; describes the decoder anew where one was packed or unpacked."""
