@@ -1,7 +1,9 @@
-"""What results say of where they are from: the CPU, the versions of packages, the commit of the checkout."""
+"""The machine: what results say of it, of versions and of the checkout; and huge pages, which it is asked for."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -43,6 +45,28 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # no git here, or a .git that git refuses: the result is without a commit, and shows it
     return head + ("+" if changed else "")
+
+
+_HUGE_PAGE = 2**21
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # of Linux; the second from 6.1 on
+
+
+def ask_for_huge_pages(address: int, num_bytes: int, is_written: bool) -> bool:
+    """Ask Linux to hold the whole 2 MiB of some memory in huge pages; whether it agreed. Elsewhere nothing is asked.
+
+    Keys and values lie apart by slots, often a 4 KiB page each, and each page is looked up on its own.
+    is_written: the memory holds something: it is moved at once, about 3 s a GB; else it comes so when it is written.
+    """
+    begin, end = -(-address // _HUGE_PAGE) * _HUGE_PAGE, (address + num_bytes) // _HUGE_PAGE * _HUGE_PAGE
+    if begin >= end or platform.system() != "Linux":
+        return False
+    advice = _MADV_COLLAPSE if is_written else _MADV_HUGEPAGE
+    return _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice) == 0
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _git(root: Path, *args: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dynskip.execution.cgroup import cgroup_memory
 from dynskip.execution.slot_pool import BYTES_PER_SLOT, KVCacheMemoryError, SlotPool
 from dynskip.execution.threads import check_fork
+from dynskip.host import ask_for_huge_pages
 from dynskip.routing.flat_rows import FlatRows
 from dynskip.routing.plan import KVPolicy, LayerPlan, Plan
 
@@ -120,6 +121,9 @@ class KVCache:
             )
         self.k_cache = torch.empty(shape, dtype=dtype, device=device)
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            for cache in (self.k_cache, self.v_cache):
+                ask_for_huge_pages(cache.data_ptr(), cache.nbytes, is_written=False)
         self.slot_positions = torch.zeros(num_slots, dtype=torch.int32, device=device) if has_positions else None
         self.slot_tables = torch.full((num_layers, num_seqs, max_context_len), -1, dtype=torch.int32, device=device)
         self.context_lens = torch.zeros((num_layers, num_seqs), dtype=torch.int32, device=device)

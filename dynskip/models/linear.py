@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional
 
+from dynskip.host import ask_for_huge_pages
 from dynskip.ops import native, torch_backend
 from dynskip.ops.reference import ACTIVATIONS
 
@@ -117,6 +118,7 @@ class Linear(torch.nn.Module):
         self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         if use_native and (panel := native.panel_outputs(weight, self._packed_weight)):
             self._packed_data, self._panel_outputs = native.packed_data(self._packed_weight), panel
+            ask_for_huge_pages(self._packed_data, self.weight_bytes, is_written=True)
             self.native_rows = NATIVE_ROWS
         self.weight = None
         Linear.num_changes += 1

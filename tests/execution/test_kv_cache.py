@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from dynskip import LayerPath
 from dynskip.execution import kv_cache
 from dynskip.execution.kv_cache import EntryIndex, KVCache, KVCacheMemoryError
 from dynskip.execution.reference import ReferenceCache
+from dynskip.host import ask_for_huge_pages
 from dynskip.routing.plan import KVPolicy, Plan
 
 CPU = torch.device("cpu")
@@ -461,3 +463,14 @@ def test_available_bytes_is_below_all_memory() -> None:
     import psutil
 
     assert 0 < kv_cache.available_bytes(CPU) <= psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_large_memory_is_asked_for_in_huge_pages() -> None:
+    """Where the system does not give any, it says so; what is held stays as it is."""
+    held = torch.arange(3 * 2**19, dtype=torch.int64)
+    before = held.clone()
+    for is_written in (False, True):
+        assert ask_for_huge_pages(held.data_ptr(), held.nbytes, is_written) in (True, False)
+        assert torch.equal(held, before)
+    assert not ask_for_huge_pages(held.data_ptr(), 2**20, is_written=False)
