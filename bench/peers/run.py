@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,9 @@ def start(shape: str, peer: Peer, args: Any, results: Results) -> PeerProcess:
     except PeerError:
         process.close()
         raise
-    results.add({"peer": peer.name, "what": "load", **loaded, "env": peer.env, "tried": peer.tried})
+    # Files by their names alone: folders are those of one machine.
+    env = {name: re.sub("[^:]*/", "", value) for name, value in peer.env.items()}
+    results.add({"peer": peer.name, "what": "load", **loaded, "env": env, "tried": peer.tried})
     return process
 
 
