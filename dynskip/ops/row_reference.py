@@ -238,7 +238,7 @@ def plan_rows(
 
     active: `[n, M], bool`: which rows run layers first_layer, first_layer + 1, ... kv_policy: ABSENT, EVICT, PROPAGATE
     or SHARE. cache_ids: `[M], int32`: the cache sequence of each row, or -1: the row takes no part, whatever `active`
-    says. Rows have different sequences.
+    says. Rows of one sequence stand side by side, in the order of its tokens.
 
     The cache, mutated: context_lens `[L, B], int32`, slot_tables `[L, B, S_max], int32`: each row that gets an entry in
     a layer appends one slot to its table there. slot_cursor `[1], int32`: new keys take the slots that stand in

@@ -196,6 +196,24 @@ def test_a_mask_of_any_nonzero_byte_is_true() -> None:
     result.assert_equal(expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_threads", [1, 7])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_of_one_sequence_follow_each_other(policy: int, num_threads: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(policy)
+    state = State.of(4, 70, 16, generator)
+    whole, by_layer = state.clone(device), state.clone(device)
+    for _ in range(3):
+        sequences = cache_ids_of(70, 0.1, generator)
+        cache_ids = sequences.repeat_interleave(torch.randint(1, 5, (70,), generator=generator))[:70]
+        active = torch.rand(4, 70, generator=generator) < 0.5
+        row_reference.plan_rows(active, 0, policy, cache_ids, *state.tensors())
+        run_native(whole, active, policy, cache_ids, num_threads=num_threads)
+        run_native(by_layer, active, policy, cache_ids, per_call=1)
+        whole.assert_equal(state)
+        by_layer.assert_equal(state)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("num_threads", [1, 64])
 def test_a_full_table_is_refused_and_nothing_is_written_beyond_it(policy: int, num_threads: int) -> None:
