@@ -340,6 +340,8 @@ print("fine")
 
 def test_ctrl_c_ends_a_program_between_steps() -> None:
     body = """
+# A shell's background processes ignore the signal, and so would this one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stop = threading.Event()
 
 def interrupt():
