@@ -70,4 +70,7 @@ struct Decoder {
   int64_t times_ns[3] = {};
 };
 
+// The decoder that new_decoder made.
+std::shared_ptr<Decoder> decoder_at(int64_t handle);
+
 } // namespace dynskip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynskip import LayerPath
+from dynskip import LayerPath, host
 from dynskip.execution import kv_cache
 from dynskip.execution.kv_cache import EntryIndex, KVCache, KVCacheMemoryError
 from dynskip.execution.reference import ReferenceCache
@@ -466,11 +467,27 @@ def test_available_bytes_is_below_all_memory() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-def test_large_memory_is_asked_for_in_huge_pages() -> None:
-    """Where the system does not give any, it says so; what is held stays as it is."""
+def test_whole_huge_pages_are_asked_for_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.arange(3 * 2**19, dtype=torch.int64)
-    before = held.clone()
-    for is_written in (False, True):
-        assert ask_for_huge_pages(held.data_ptr(), held.nbytes, is_written) in (True, False)
-        assert torch.equal(held, before)
-    assert not ask_for_huge_pages(held.data_ptr(), 2**20, is_written=False)
+    before, address, page = held.clone(), held.data_ptr(), 2**21
+    ask_for_huge_pages(address, held.nbytes, is_written=True)
+    assert torch.equal(held, before)
+
+    asked: list[tuple[int, int, int]] = []
+
+    class Libc:
+        @staticmethod
+        def madvise(begin: ctypes.c_void_p, size: ctypes.c_size_t, advice: int) -> int:
+            asked.append((begin.value or 0, size.value, advice))
+            return -1
+
+    monkeypatch.setattr(host, "_libc", Libc)
+    assert not ask_for_huge_pages(3 * page - 1, 4 * page + 1, is_written=False)
+    assert not ask_for_huge_pages(page + 4096, 2 * page, is_written=True)
+    assert not ask_for_huge_pages(page + 4096, 2 * page - 4096, is_written=True)
+    assert not ask_for_huge_pages(page + 4096, page, is_written=True)
+    assert asked == [(3 * page, 4 * page, 14), (2 * page, page, 25), (2 * page, page, 25)]
+    asked.clear()
+    cache = KVCache(2, 1, 8, 4096, 4, 64, torch.float32, torch.device("cpu"))
+    assert len(asked) == 2 and all(advice == 14 for _, _, advice in asked)
+    assert cache.k_cache.data_ptr() <= asked[0][0] < cache.k_cache.data_ptr() + page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,30 +269,54 @@ def generate(model: CausalLM, num_tokens: int = 40) -> list[list[int]]:
     return [sequence.token_ids for sequence in Generation(model, random_prompts([3, 4, 2]), params).run()]
 
 
-def test_two_engines_step_at_once_and_others_run_meanwhile() -> None:
+def test_two_engines_step_at_once() -> None:
     models = [native_model("llama", "plain"), native_model("gpt2", "plain")]
     expected = [generate(model) for model in models]
     found: list[list[list[list[int]]]] = [[], []]
-    ticks = 0
-    done = threading.Event()
 
     def run(index: int) -> None:
         found[index] += [generate(models[index]) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[tokens] * 5 for tokens in expected]
+
+
+def test_other_threads_run_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is made to give the interpreter's lock up here: only the call itself does."""
+    model = native_model("llama", "plain")
+    generate(model)
+    call, ticks, meanwhile, done = native.decode_step, 0, 0, threading.Event()
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal meanwhile
+        before = ticks
+        result = call(*arguments)
+        meanwhile += ticks - before
+        return result
 
     def tick() -> None:
         nonlocal ticks
         while not done.is_set():
             ticks += 1
+            time.sleep(0)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+    monkeypatch.setattr(native, "decode_step", counted)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
     clock = threading.Thread(target=tick)
-    for thread in (clock, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    clock.join()
-    assert found == [[tokens] * 5 for tokens in expected] and ticks
+    clock.start()
+    try:
+        for _ in range(5):
+            generate(model)
+    finally:
+        done.set()
+        clock.join()
+        sys.setswitchinterval(interval)
+    assert meanwhile > 0
 
 
 def test_one_model_in_two_threads() -> None:
