@@ -23,6 +23,7 @@ import torch
 
 from dynskip.causal_lm import CausalLM
 from dynskip.cli.options import in_range
+from dynskip.costs.defaults import predicted_costs
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, cost_keys, load_cached
 from dynskip.engine.closed_batch import Generation
@@ -42,7 +43,8 @@ from dynskip.simulation.simulate import EngineOptions, simulate
 from dynskip.simulation.workload import PAPER_MIX, Workload, at_full_depth, parse_mix
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("stream", "closed", "static", "overhead")
+PARTS = ("stream", "closed", "static", "overhead", "queues")
+QUEUES = (32, 64, 128, 256)
 
 
 class Batches:
@@ -196,6 +198,42 @@ def measure_closed(
                 "union": unions[policy],
             }
         )
+    return lines
+
+
+def measure_queues(
+    model: CausalLM, jobs: Sequence[Job], calibrated: StepCosts, batch: int, num_rounds: int = 3
+) -> list[dict[str, Any]]:
+    """Queues that run empty, from as many requests as a batch has to many more: how much sooner `cohort` ends them.
+
+    Under calibrated costs, and under those that are taken where nothing was calibrated.
+    """
+    lines = []
+    for kind, costs in (("calibrated", calibrated), ("predicted", predicted_costs(model))):
+        for queue in QUEUES:
+            seconds: dict[str, list[float]] = {"lockstep": [], "cohort": []}
+            for turn in range(num_rounds):
+                for policy in ("lockstep", "cohort") if turn % 2 else ("cohort", "lockstep"):
+                    served = Served(policy, model, jobs[:queue], costs, policy=policy, batch=batch)
+                    while served.progress < 1:
+                        served.advance()
+                    seconds[policy].append(served.outcome.decode_s + served.outcome.prefill_s)
+                    served.engine.close()
+            ratios = sorted(other / own for other, own in zip(*seconds.values(), strict=True))
+            lines.append(
+                {
+                    "part": "queues",
+                    "batch": batch,
+                    "name": f"{queue}, {kind}",
+                    "requests": queue,
+                    "costs": kind,
+                    "cohort_s": sorted(seconds["cohort"])[num_rounds // 2],
+                    "lockstep_s": sorted(seconds["lockstep"])[num_rounds // 2],
+                    "over_lockstep": ratios[num_rounds // 2],
+                    "lowest": ratios[0],
+                }
+            )
+            print(lines[-1], file=sys.stderr)
     return lines
 
 
@@ -361,6 +399,15 @@ _STATIC_TABLE = (
     "who | seconds | tokens/s | over static batches | over transformers",
     "{name} | {seconds:.1f} | {tokens_per_s:.1f} | {over_static:.2f}x | {over_transformers:.2f}x",
 )
+_QUEUES = """\
+## Queues that run empty
+
+As many requests at once, and nobody after them: lock-step over cohort, with prefill.
+"""
+_QUEUES_TABLE = (
+    "batch | requests | costs | cohort s | lockstep s | over lockstep, median (lowest)",
+    "{batch} | {requests} | {costs} | {cohort_s:.2f} | {lockstep_s:.2f} | {over_lockstep:.2f}x ({lowest:.2f}x)",
+)
 _OVERHEAD = """\
 ## Scheduler and bookkeeping
 
@@ -374,7 +421,7 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
     """The result as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if version)
     text = [_HEAD.format(**conditions, shown_versions=versions)]
-    stream, closed, static, overhead = ([line for line in lines if line["part"] == part] for part in PARTS)
+    stream, closed, static, overhead, queues = ([line for line in lines if line["part"] == part] for part in PARTS)
     for batch in sorted({line["batch"] for line in stream}):
         own = _with_ratios([line for line in stream if line["batch"] == batch])
         text += [_STREAM.format(**own[0], pool=4 * batch), _table(_STREAM_TABLE, own)]
@@ -383,6 +430,8 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         text += [_CLOSED, _table(_CLOSED_TABLE, closed)]
     if static:
         text += [_STATIC.format(**static[0]), _table(_STATIC_TABLE, static)]
+    if queues:
+        text += [_QUEUES, _table(_QUEUES_TABLE, queues)]
     if overhead:
         engine = next(line for line in overhead if line["name"] == "engine")
         text += [_OVERHEAD.format(**engine), _table(_OVERHEAD_TABLE, [line for line in overhead if line is not engine])]
@@ -502,6 +551,9 @@ def main() -> int:
             keep(measure_stream(model, jobs, costs, batch, args.prefill, args.policy or ("lockstep", "cohort")))
     if "closed" in parts:
         keep(measure_closed(model, jobs, costs))
+    if "queues" in parts:
+        for batch in args.batch or (16, 32):
+            keep(measure_queues(model, jobs, costs, batch))
     if "overhead" in parts:
         keep(measure_overhead(model, jobs[:768], costs))
     if "static" in parts and hf_model is not None:

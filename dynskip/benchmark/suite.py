@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
+from dynskip.assets import OPT_MINI, opt_mini_directory
 from dynskip.benchmark import ctranslate2_runner
 from dynskip.benchmark.parts import measure_parts
 from dynskip.benchmark.report import SECTIONS, Report, Row
+from dynskip.benchmark.targets import SHARE_TARGET, Targets
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, roofline_ms
+from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.measure import machine
 from dynskip.measure.agreement import Agreement, Gate
@@ -28,20 +32,14 @@ from dynskip.measure.timing import Samples, Task, interleave, progress_bar
 from dynskip.models.registry import decoder_config
 from dynskip.paths import LayerPath
 
-# A decode step at full depth as a multiple of its products, at most.
-PRODUCTS_TARGET = 1.25
-# How much faster than transformers a step must be, by batch.
-TRANSFORMERS_TARGETS = {1: 1.4, 8: 1.6, 32: 1.9}
-# The share of the speed-up that products, embedding and head allow which a path must reach.
-SHARE_TARGET = 0.95
-# A step of independent paths as a multiple of its products, at most.
-MIX_TARGET = 1.3
-# Planning, gathering, scattering and greedy choice as a share of a step, at most.
-OVERHEAD_TARGET = 0.03
 # Rounds and steps a round with CTranslate2, whose steps take seconds.
 _FEW_ROUNDS, _FEW_REPEATS = 3, 3
 # Of a sequence's new tokens, those outside the rounds: by prefill, warm-ups and the rounds with CTranslate2.
 _OTHER_TOKENS = 3 + _FEW_ROUNDS * _FEW_REPEATS
+# Steps at the beginning of a turn that are not counted.
+_LEAD_INS = 2
+# The largest batch of long prompts.
+_LONG_BATCH = 8
 # A prefill of at most so many rows is short: it is timed so many times as often, after a warm-up.
 _MORE_ROUNDS = {128: 4, 512: 2}
 
@@ -50,13 +48,15 @@ _MORE_ROUNDS = {128: 4, 512: 2}
 class Options:
     """What to measure. ``depths`` and ``mix_depth``: shares of the layers that shared and mixed paths run.
 
-    vocab_size: another than the shape's own.
+    shape: random weights of it; or a model by name whose own weights are run. vocab_size: another than the shape's own.
+    long_prompt_len: of the prompts whose prefill is timed a second time; None for none.
     """
 
     shape: str = "opt-1.3b"
     batches: tuple[int, ...] = (1, 8, 32)
     sections: tuple[str, ...] = SECTIONS
     prompt_len: int = 64
+    long_prompt_len: int | None = 512
     num_rounds: int = 8
     num_repeats: int = 2
     num_prefill_rounds: int = 3
@@ -70,7 +70,7 @@ class Options:
     @property
     def max_new_tokens(self) -> int:
         """Tokens that a sequence generates at most: one by the prefill and one by each step of any kind."""
-        return 2 * self.num_rounds * self.num_repeats + _OTHER_TOKENS
+        return self.num_rounds * (2 * self.num_repeats + _LEAD_INS) + _OTHER_TOKENS
 
 
 @dataclass
@@ -91,6 +91,7 @@ class Suite:
         if unknown:
             raise ValueError(f"bench: sections must be among {', '.join(SECTIONS)}, got {unknown[0]!r}.")
         self.options = options
+        self.targets = Targets.of(options.shape)
         self.rows: list[Row] = []
         self.skipped: dict[str, str] = {}
         self.conditions: dict[str, Any] = {}
@@ -100,7 +101,7 @@ class Suite:
     def run(self) -> Report:
         """Measure everything asked for."""
         options = self.options
-        config = hf_config(options.shape, options.vocab_size)
+        config = _config(options)
         shape = decoder_config(config)
         # Why CTranslate2 is left out of what was asked for.
         reason = ctranslate2_runner.unavailable_reason(shape.architecture)
@@ -181,6 +182,8 @@ class Suite:
         batch = _Batch(size, prompts, paths, runners)
         self._measure_prefill(batch, model)
         self._measure_decode(batch, model)
+        if "prefill" in options.sections:
+            self._measure_long_prefill(size, model, hf_model)
         if "overhead" in options.sections:
             for name in ("full", "mix") if self._has_mix(size) else ("full",):
                 self._measure_overhead(batch, name)
@@ -213,9 +216,26 @@ class Suite:
         embed_ms = self._embed_ms(model, num_rows)
         if "prefill" in options.sections:
             size, full = batch.size, samples["full"]
-            self._speedup("prefill", size, "speed-up over transformers", full, samples["transformers"], 1.0)
+            target = self.targets.prefill
+            self._speedup("prefill", size, "speed-up over transformers", full, samples["transformers"], target)
             self._ratio("prefill", size, "full depth / its products as it runs them", full, samples["products full"])
         self._path_rows("prefill", batch, samples, embed_ms)
+
+    def _measure_long_prefill(self, size: int, model: CausalLM, hf_model: Any) -> None:
+        """Time the prefill of long prompts, of batches that do not take minutes."""
+        length = self.options.long_prompt_len
+        if length is None or size > _LONG_BATCH or length >= model.decoder_config.max_positions:
+            return
+        generator = torch.Generator().manual_seed(size)
+        prompts = torch.randint(0, model.decoder_config.vocab_size, (size, length), generator=generator)
+        ours = DynskipRunner(model, prompts, [LayerPath.full(model.num_layers)] * size, 1)
+        tasks: dict[str, Task] = {
+            "full": ours.prefill,
+            "transformers": TransformersRunner(hf_model, prompts, 1).prefill,
+        }
+        samples = self._interleave(f"batch {size}: long prefill", tasks, self.options.num_prefill_rounds, 1, 1)
+        what = f"speed-up over transformers, prompts of {length}"
+        self._speedup("prefill", size, what, samples["full"], samples["transformers"], self.targets.prefill)
 
     def _prefill_matters(self, name: str) -> bool:
         sections = self.options.sections
@@ -231,32 +251,63 @@ class Suite:
             return
         names = [name for name in batch.runners if name != "transformers" or "decode" in options.sections]
         tasks: dict[str, Task] = {name: batch.runners[name].step for name in names}
+        inside = {name: _InsideOfSteps(runner) for name in ("full", "mix") if (runner := batch.runners.get(name))}
+        tasks |= {name: counted.step for name, counted in inside.items()}
         for name in batch.paths:
             tasks[f"products {name}"] = Products(model, PathMix.of(batch.paths[name])).run
-        if "decode" in options.sections:
-            tasks["products onednn"] = Products(model, PathMix.of(batch.paths["full"]), onednn=True).run
+        for name in inside:
+            tasks[f"products onednn {name}"] = Products(model, PathMix.of(batch.paths[name]), onednn=True).run
         if batch.size == 1 and "decode" in options.sections:
             tasks["reading"] = machine.WeightReader(_bytes_read(model)).read
         title = f"batch {batch.size}: decode"
-        samples = self._interleave(title, tasks, options.num_rounds, options.num_repeats, 1)
+        samples = self._interleave(title, tasks, options.num_rounds, options.num_repeats, 1, _LEAD_INS)
+        if "reading" in samples:
+            bandwidth_gbps = _bytes_read(model) / samples["reading"].range_ms[0] / 1e6
+            self.speeds.append(replace(self.speeds[-1], bandwidth_gbps=bandwidth_gbps))
+        floors = {name: self._floor(model, batch, samples, name, counted) for name, counted in inside.items()}
         if "decode" in options.sections:
-            size, full = batch.size, samples["full"]
-            onednn, own = samples["products onednn"], samples["products full"]
-            self._ratio("decode", size, "full depth / its products by oneDNN", full, onednn, PRODUCTS_TARGET)
-            self._ratio("decode", size, "full depth / its products as it runs them", full, own, PRODUCTS_TARGET)
-            target = TRANSFORMERS_TARGETS.get(size)
+            size, full, targets = batch.size, samples["full"], self.targets
+            what = "full depth / its products, keys and values"
+            self._ratio("decode", size, what, full, floors["full"], targets.floor.get(size))
+            target = targets.transformers.get(size)
             self._speedup("decode", size, "speed-up over transformers", full, samples["transformers"], target)
             if "reading" in samples:
-                bandwidth_gbps = _bytes_read(model) / samples["reading"].range_ms[0] / 1e6
-                self.speeds.append(replace(self.speeds[-1], bandwidth_gbps=bandwidth_gbps))
-                self._ratio("decode", size, "full depth / reading the weights once", full, samples["reading"])
+                what = "full depth / reading the weights once"
+                self._ratio("decode", size, what, full, samples["reading"], targets.reading)
+            self._rest(size, inside["full"], full)
         embed_ms = self._embed_ms(model, batch.size)
         self._path_rows("decode", batch, samples, embed_ms)
         if "mix" in samples and "mix" in options.sections:
-            mix, products = samples["mix"], samples["products mix"]
             what = f"independent {options.mix_depth:.0%} paths"
-            self._ratio("mix", batch.size, f"{what} / their products", mix, products, MIX_TARGET)
+            floor = f"{what} / their products, keys and values"
+            self._ratio("mix", batch.size, floor, samples["mix"], floors["mix"], self.targets.mix)
             self._path("mix", batch.size, what, samples, "mix", embed_ms)
+
+    def _floor(
+        self, model: CausalLM, batch: _Batch, samples: Mapping[str, Samples], name: str, inside: _InsideOfSteps
+    ) -> Samples:
+        """The products of the path called ``name`` by the fastest of who multiplies, and reading its keys and values.
+
+        Products are timed one after the other by the model's own code and by oneDNN, and inside the steps themselves,
+        where no interpreter stands between them.
+        """
+        ways = [samples[f"products {name}"], samples[f"products onednn {name}"]]
+        if inside.products_ms:
+            turn = _LEAD_INS + self.options.num_repeats
+            counted = inside.products_ms[-len(ways[0].rounds) * turn :]
+            ways.append(Samples([counted[i + _LEAD_INS : i + turn] for i in range(0, len(counted), turn)]))
+        entries = sum(len(path.layers) for path in batch.paths[name])
+        context_len = self.options.prompt_len + self.options.num_rounds * self.options.num_repeats / 2
+        shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
+        kv_ms = entries * context_len * shape.kv_entry_bytes / self.speeds[-1].bandwidth_gbps / 1e6
+        return min(ways, key=lambda way: way.ms).plus(kv_ms)
+
+    def _rest(self, size: int, inside: _InsideOfSteps, full: Samples) -> None:
+        """A row of what is neither product nor attention in a step's one call, where steps are one call."""
+        if inside.rest_ms:
+            rest = Samples([inside.rest_ms])
+            what, target = "neither product nor attention inside the call, us", self.targets.rest_us
+            self._append("decode", size, what, 1e3 * rest.ms, target, False, rest, full)
 
     def _path_rows(self, phase: str, batch: _Batch, samples: Mapping[str, Samples], embed_ms: float) -> None:
         if "paths" in self.options.sections:
@@ -272,10 +323,10 @@ class Suite:
             parts = measure_parts(runner, num_steps, lambda _: bar.update())
         detail = {part: round(parts.ms(part), 2) for part in parts.parts}
         self.conditions.setdefault("parts_ms", {})[f"{name} {batch.size}"] = detail
-        what = "planning, gather, scatter, greedy choice" + (", independent paths" if name == "mix" else ", full depth")
+        what = "all but products and attention" + (", independent paths" if name == "mix" else ", full depth")
         step = Samples([[one["step"] for one in parts.steps]])
         overhead = Samples([[parts.overhead_ms] * len(parts.steps)])
-        self._append("overhead", batch.size, what, parts.overhead_share, OVERHEAD_TARGET, False, overhead, step)
+        self._append("overhead", batch.size, what, parts.overhead_share, None, False, overhead, step)
 
     def _measure_ctranslate2(self, directory: Path, gate: Gate, batches: list[_Batch]) -> None:
         options = self.options
@@ -330,25 +381,68 @@ class Suite:
         ours: Samples,
         other: Samples,
     ) -> None:
-        ours_ms, other_ms = round(ours.ms, 2), round(other.ms, 2)
+        ours_ms, other_ms = round(ours.ms, 4), round(other.ms, 4)
         self.rows.append(
             Row(section, size, what, round(value, 4), target, at_least, ours_ms, other_ms, ours.num_samples)
         )
 
     def _interleave(
-        self, title: str, tasks: Mapping[str, Task], num_rounds: int, num_repeats: int, num_warm_ups: int
+        self,
+        title: str,
+        tasks: Mapping[str, Task],
+        num_rounds: int,
+        num_repeats: int,
+        num_warm_ups: int,
+        num_lead_ins: int = 0,
     ) -> dict[str, Samples]:
-        total = len(tasks) * (num_warm_ups + num_rounds * num_repeats)
+        total = len(tasks) * (num_warm_ups + num_rounds * (num_lead_ins + num_repeats))
         with self._bar(title, total) as bar:
 
             def on_call(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            return interleave(tasks, num_rounds, num_repeats, num_warm_ups, on_call)
+            return interleave(tasks, num_rounds, num_repeats, num_warm_ups, on_call, num_lead_ins)
 
     def _bar(self, title: str, total: int) -> AbstractContextManager[Any]:
         return progress_bar(title, total, self.options.progress)
+
+
+class _InsideOfSteps:
+    """Steps of a runner, with the milliseconds that each spends in products and in the rest of its one call.
+
+    Both lists stay empty where steps are not one call.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        assert isinstance(runner, DynskipRunner) and runner.generation is not None, "prefilled"
+        executor = runner.generation.executor
+        self.products_ms: list[float] = []
+        self.rest_ms: list[float] = []
+        self._runner = runner
+        self._steps = executor.native_steps if isinstance(executor, CompactExecutor) else None
+
+    def step(self) -> None:
+        """Run a step and count."""
+        if self._steps is None:
+            self._runner.step()
+            return
+        self._steps.is_timed = True
+        try:
+            before = self._steps.times_s
+            self._runner.step()
+            spent_ms = [1e3 * (now - then) for now, then in zip(self._steps.times_s, before, strict=True)]
+        finally:
+            self._steps.is_timed = False
+        if sum(spent_ms) > 0:
+            self.products_ms.append(spent_ms[0])
+            self.rest_ms.append(spent_ms[2])
+
+
+def _config(options: Options) -> Any:
+    if options.shape == OPT_MINI:
+        return AutoConfig.from_pretrained(opt_mini_directory())
+    return hf_config(options.shape, options.vocab_size)
 
 
 def _budget(num_layers: int, depth: float) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
+from dynskip.assets import OPT_MINI
 from dynskip.benchmark.report import SECTIONS
 from dynskip.cli.options import BACKENDS, UserError, add_number, file_path, in_range, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
@@ -25,11 +26,12 @@ EXAMPLES = """examples:
   dynskip bench --out bench/results/cpu       also as JSON lines and Markdown, named after shape and machine
 
 sections:
-  decode       a decode step against its matrix products, against transformers, and against reading all weights once
-  prefill      the prompts of a batch, against transformers
+  decode       a decode step against its matrix products with its keys and values, against transformers, and against
+               reading all weights once; what else is in its call
+  prefill      the prompts of a batch, of --prompt-len and of 512 tokens, against transformers
   paths        one path for all: how much of the speed-up that its products, embedding and head allow
   mix          independent random paths in one batch of 32
-  overhead     planning, gathering, scattering and greedy choice as a share of a step
+  overhead     everything but products and attention as a share of a step
   ctranslate2  a decode step against CTranslate2 in float32, where it is installed; OPT only
 
 All times are medians. What is compared is timed in turns, so that a busy machine disturbs both alike: believe ratios
@@ -41,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench``."""
     parser.add_argument("--only", metavar="A,B,...", help=f"sections to run, of {','.join(SECTIONS)} (default: all)")
     parser.add_argument(
-        "--shape", choices=tuple(SHAPES), default=DEFAULT_SHAPE, help="model shapes (default: %(default)s)"
+        "--shape", choices=(*SHAPES, OPT_MINI), default=DEFAULT_SHAPE, help="model shapes (default: %(default)s)"
     )
     parser.add_argument(
         "--batch", type=in_range(1, 1024), action="append", metavar="N", help="repeatable (default: 1, 8 and 32)"

@@ -24,17 +24,28 @@ class UnmeasuredCostsWarning(UserWarning):
 def default_costs(model: CausalLM) -> StepCosts:
     """What `dynskip calibrate` measured on this device for models of this shape; else a prediction, with a warning."""
     device, shape = cost_keys(model)
-    known = load_cached(device, shape)
-    if known is not None:
-        return known
+    costs = known_costs(model)
+    if not costs.predicted:
+        return costs
     warnings.warn(
         f"No costs were measured for {shape} on {device}: the scheduler predicts them from bytes and operations. "
         f"{_advice(model)} measures them.",
         UnmeasuredCostsWarning,
         stacklevel=3,
     )
+    return costs
+
+
+def known_costs(model: CausalLM) -> StepCosts:
+    """As `default_costs`, without a warning: for those who correct a prediction by what steps take."""
+    known = load_cached(*cost_keys(model))
+    return predicted_costs(model) if known is None else known
+
+
+def predicted_costs(model: CausalLM) -> StepCosts:
+    """What bytes and operations let expect on a usual device of the model's kind, whatever was measured."""
     costs = LayerCosts.modelled(ModelBytes.of(model.decoder_config, model.dtype.itemsize), _USUAL[model.device.type])
-    return StepCosts(model.num_layers, costs, costs, device=device, predicted=True)
+    return StepCosts(model.num_layers, costs, costs, device=cost_keys(model)[0], predicted=True)
 
 
 def calibrate_command(model: CausalLM, name: str | None = None) -> str:

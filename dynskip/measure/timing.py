@@ -61,11 +61,13 @@ def interleave(
     num_repeats: int = 1,
     num_warm_ups: int = 1,
     on_call: Callable[[str], None] | None = None,
+    num_lead_ins: int = 0,
 ) -> dict[str, Samples]:
     """The samples of each task: in every round each runs ``num_repeats`` times, the first of a round changing in turn.
 
     num_warm_ups: calls of each task before the first round, not counted. on_call: told the name of each task before it
-    runs.
+    runs. num_lead_ins: calls at the beginning of each turn, not counted: threads of the task before may spin for
+    milliseconds behind their last work, and are asleep by then.
     """
     names = list(tasks)
     for name in names:
@@ -75,6 +77,8 @@ def interleave(
     for turn in range(num_rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            for _ in range(num_lead_ins):
+                timed(tasks[name], name, on_call)
             samples[name].rounds.append([timed(tasks[name], name, on_call) for _ in range(num_repeats)])
     return samples
 
