@@ -24,6 +24,7 @@ from dynskip.engine.worker import Add, EngineWorker
 from dynskip.llm import LLM, Prompt
 from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
+from dynskip.speculation.draft import DraftEntries, Drafts
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class AsyncLLM:
         request_id: Hashable = None,
         kv_policy: str | None = None,
         prompt_depth: str = "path",
+        draft: Drafts = None,
+        draft_entries: DraftEntries = "own",
     ) -> AsyncGenerator[Piece]:
         """The output of ``prompt`` piece by piece; arguments as in ``Engine.add_request``, with n = 1.
 
@@ -101,6 +104,7 @@ class AsyncLLM:
         if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"stream: n must be 1, got {params.n}. Use generate, or a stream for each output.")
         options = {"request_id": request_id, "kv_policy": kv_policy, "prompt_depth": prompt_depth}
+        options |= {"draft": draft, "draft_entries": draft_entries}
         return self._stream(self._adding("stream", prompt, params, path, **options), params)
 
     def generate(
@@ -112,10 +116,13 @@ class AsyncLLM:
         request_id: Hashable = None,
         kv_policy: str | None = None,
         prompt_depth: str = "path",
+        draft: Drafts = None,
+        draft_entries: DraftEntries = "own",
     ) -> Coroutine[Any, Any, TextOutput]:
         """What ``prompt`` becomes, to be awaited; arguments as in ``Engine.add_request``, errors as in `stream`."""
         params = SamplingParams() if params is None else params
         options = {"request_id": request_id, "kv_policy": kv_policy, "prompt_depth": prompt_depth}
+        options |= {"draft": draft, "draft_entries": draft_entries}
         return self._generate(self._adding("generate", prompt, params, path, **options), params)
 
     async def abort(self, request_id: Hashable) -> RequestOutput:

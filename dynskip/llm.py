@@ -20,6 +20,7 @@ from dynskip.prompts import Message, chat_ids, text_ids
 from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
 from dynskip.scheduler.policies.policy import MAX_BATCH
+from dynskip.speculation.draft import DraftEntries, Drafts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,6 +82,8 @@ class LLM:
         *,
         kv_policy: str | None = None,
         prompt_depth: str = "path",
+        draft: Drafts = None,
+        draft_entries: DraftEntries = "own",
         executor: ExecutorName = "compact",
         progress: bool = False,
     ) -> list[Output]:
@@ -93,6 +96,10 @@ class LLM:
             is the token at position p), a controller, or None for all layers.
         kv_policy, prompt_depth: for per-token paths only: what a skipped layer stores ("propagate", "evict", "share"),
             and whether the prompt runs its own layers ("path") or all ("full").
+        draft: a path that guesses tokens, which each prompt's own path verifies: the same output, sooner. A LayerPath,
+            one per prompt (None for none), "auto" for the one that `dynskip search` has found, or None.
+        draft_entries: whose keys and values a draft reads, those of its "own" making or the "path"'s; for the latter it
+            runs layers of the path only.
         progress: show a progress bar on stderr.
 
         A prompt whose logits are not finite ends with finish_reason "error" and its `Output.error`; the others go on.
@@ -103,7 +110,16 @@ class LLM:
         all_params = self._params(params, len(every))
         prompt_ids = [self.encode(prompt, f"generate: prompt {index}") for index, prompt in enumerate(every)]
         generation = Generation(
-            self.model, prompt_ids, all_params, paths, kv_policy, prompt_depth, executor, self.tokenizer
+            self.model,
+            prompt_ids,
+            all_params,
+            paths,
+            kv_policy,
+            prompt_depth,
+            executor,
+            self.tokenizer,
+            draft,
+            draft_entries,
         )
         _run_with_bar(generation) if progress else generation.run()
         return [

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from dynskip.causal_lm import CausalLM, ExecutorName, check_tokens
 from dynskip.engine.diagnosis import NonFiniteError
+from dynskip.engine.drafting import find_draft
 from dynskip.engine.engine import Engine
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.request import OutputSequence, RequestOutput, Span
 from dynskip.execution.step import Step
 from dynskip.routing.routes import Paths, resolve
 from dynskip.sampling import SamplingParams
+from dynskip.speculation.draft import DraftEntries, Drafts, resolve_drafts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +42,8 @@ class Generation:
         prompt_depth: str = "path",
         executor: ExecutorName = "compact",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        draft: Drafts = None,
+        draft_entries: DraftEntries = "own",
     ) -> None:
         for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             check_tokens(prompt, param.num_new_tokens(1), model.decoder_config, f"generate: prompt {index}")
@@ -46,8 +51,16 @@ class Generation:
         packed = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
         prompt_ids = torch.split(packed, [len(prompt) for prompt in prompts])
         routes = resolve(paths, model.num_layers, prompt_ids, model.embed_tokens, kv_policy, prompt_depth)
+        drafts = resolve_drafts(
+            draft,
+            draft_entries,
+            [route.path for route in routes],
+            model.num_layers,
+            partial(find_draft, model),
+            "generate",
+        )
         num_slots = num_counted = longest = 0
-        for index, (prompt, param, route) in enumerate(zip(prompts, params, routes, strict=True)):
+        for index, (prompt, param, route, guess) in enumerate(zip(prompts, params, routes, drafts, strict=True)):
             fitting = route.most_tokens(model.decoder_config.max_positions)
             total = len(prompt) + param.num_new_tokens(fitting - len(prompt))
             longest = max(longest, total)
@@ -55,6 +68,9 @@ class Generation:
             # The last token of an output is never run, so it takes no entry. Copies of a prompt share its entries.
             num_slots += param.n * route.num_entries(total - 1) - (param.n - 1) * route.num_entries(len(prompt))
             num_counted += param.n * total * route.layers.budget
+            if guess is not None and guess.entries == "own":
+                num_slots += param.n * total * guess.path.budget
+                num_counted += param.n * total * guess.path.budget
         num_seqs = sum(param.n for param in params)
         self.executor = model.executor(executor)
         self.cache = self.executor.new_cache(num_seqs, longest - 1, num_slots)
@@ -68,8 +84,10 @@ class Generation:
             kv=KVPool(self.cache, num_seqs, max(num_counted, 1)),
         )
         self.reads_late, self.engine.runner.reads_late = self.engine.runner.reads_late, False
-        batch = zip(prompts, params, routes, strict=True)
-        self._requests = [self.engine.add_route(list(prompt), param, route) for prompt, param, route in batch]
+        batch = zip(prompts, params, routes, drafts, strict=True)
+        self._requests = [
+            self.engine.add_route(list(prompt), param, route, draft=guess) for prompt, param, route, guess in batch
+        ]
         self.sequences = [sequence for request in self._requests for sequence in request.sequences]
         self._index = {sequence: index for index, sequence in enumerate(self.sequences)}
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from dynskip.arguments import as_token_ids, shown
 from dynskip.causal_lm import CausalLM, ExecutorName, check_tokens
-from dynskip.costs.defaults import default_costs
+from dynskip.costs.defaults import default_costs, known_costs
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.config import EngineConfig
+from dynskip.engine.drafting import Drafting, find_draft
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.prefixes import PrefixIndex
@@ -31,6 +33,7 @@ from dynskip.scheduler.outcome import Tally
 from dynskip.scheduler.policies.make import make_policy
 from dynskip.scheduler.scheduler import Scheduler
 from dynskip.scheduler.sequence import SequenceState
+from dynskip.speculation.draft import Draft, DraftEntries, Drafts, resolve_drafts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,6 +113,7 @@ class Engine:
             tokenizer,
             self._now,
             self._hand_over,
+            Drafting(self.runner, self.kv, self.tally, lambda: costs or known_costs(model), config.max_prefill_tokens),
         )
         self._requests: dict[Hashable, Request] = {}
         self._to_abort: deque[Request] = deque()
@@ -131,13 +135,16 @@ class Engine:
         request_id: Hashable = None,
         kv_policy: str | None = None,
         prompt_depth: str = "path",
+        draft: Drafts = None,
+        draft_entries: DraftEntries = "own",
         on_token: OnToken | None = None,
     ) -> Hashable:
         """Let a request wait; returns its id.
 
         token_ids: the prompt, a list or a one-dimensional array. path: a LayerPath, bool [L], bool [T, L] per token, a
             controller, or None for all layers. Prompt and masks are copied.
-        kv_policy, prompt_depth: as in ``LLM.generate``. request_id: anything hashable; None for the next number.
+        kv_policy, prompt_depth, draft, draft_entries: as in ``LLM.generate``.
+        request_id: anything hashable; None for the next number.
         on_token: called after each token; where it raises, the request ends with that error.
         Raises TypeError or ValueError on bad input, also where prompt and max_tokens would not fit into the memory
         even alone, and what a controller that chooses a path raises.
@@ -161,7 +168,15 @@ class Engine:
         routes = resolve(
             paths, self.model.num_layers, [prompt], self.model.embed_tokens, kv_policy, prompt_depth, "add_request"
         )
-        return self.add_route(prompt_ids, params, routes[0], request_id, on_token).request_id
+        drafts = resolve_drafts(
+            draft,
+            draft_entries,
+            [routes[0].path],
+            self.model.num_layers,
+            partial(find_draft, self.model),
+            "add_request",
+        )
+        return self.add_route(prompt_ids, params, routes[0], request_id, on_token, drafts[0]).request_id
 
     def add_route(
         self,
@@ -170,8 +185,9 @@ class Engine:
         route: Route,
         request_id: Hashable = None,
         on_token: OnToken | None = None,
+        draft: Draft | None = None,
     ) -> Request:
-        """As `add_request`, for a prompt that has been checked and a route that has been found; returns the request."""
+        """As `add_request`, for a prompt that was checked, and route and draft that were found; returns the request."""
         self._abort_queued()
         if params.stop and self.execution.tokenizer is None:
             raise ValueError("add_request: stop must be left out without a tokenizer. Use stop_token_ids.")
@@ -192,8 +208,10 @@ class Engine:
         elif request_id in self._requests or request_id in self._outputs:
             raise ValueError(f"add_request: request_id must be new, got {request_id!r}, which is in use.")
         seed = draw_seed(params)
-        sequences = [OutputSequence(prompt_ids, params, route, seed, index) for index in range(params.n)]
-        request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now())
+        if draft is not None and draft.entries == "own" and self.kv.make_place_for_drafts():
+            self.runner.executor.release()  # what was made for the tables as they were
+        sequences = [OutputSequence(prompt_ids, params, route, seed, index, draft) for index in range(params.n)]
+        request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now(), draft)
         if self.tally.first_s is None:
             self.tally.first_s = request.arrival_s - self._start_s
         try:
@@ -401,6 +419,8 @@ class Engine:
         request = sequence.request
         if sequence.finish_reason is None:
             del sequence.logprobs[len(sequence.token_ids) :]
+            del sequence.was_guessed[len(sequence.token_ids) :]
+            sequence.guesses = []
             sequence.state.begin_again(len(sequence.token_ids), self.scheduler.step)
             if request.error is None and sequence.token_ids:
                 try:

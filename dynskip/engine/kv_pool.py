@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from dynskip.execution.kv_cache import KVCache
@@ -11,6 +12,14 @@ from dynskip.scheduler.kv_budget import KVBudget
 from dynskip.scheduler.sequence import SequenceState, Status
 
 Cache: TypeAlias = KVCache | ReferenceCache
+
+
+@dataclass(slots=True)
+class DraftPlace:
+    """The entries that a draft has made for itself: of the first ``num_tokens`` tokens of its sequence."""
+
+    cache_id: int
+    num_tokens: int = 0
 
 
 class KVPool(KVBudget):
@@ -27,21 +36,55 @@ class KVPool(KVBudget):
     def __init__(self, cache: Cache, num_seqs: int, num_slots: int) -> None:
         super().__init__(num_slots, page_size=1)
         self.cache = cache
-        self._num_seqs = num_seqs
+        self._num_seqs = self._num_places = num_seqs
         self._free_ids = list(range(num_seqs))[::-1]
         self._left_ids: list[int] = []
+        self._drafts: dict[SequenceState, DraftPlace] = {}
+
+    def make_place_for_drafts(self) -> bool:
+        """Let each sequence have a second place in the tables, for a draft's own entries; whether the tables grew."""
+        if self._num_places > self._num_seqs:
+            return False
+        self.cache.add_sequences(self._num_seqs)
+        self._free_ids = [*range(self._num_seqs, 2 * self._num_seqs), *self._free_ids]
+        self._num_places = 2 * self._num_seqs
+        return True
+
+    def draft_place(self, sequence: SequenceState) -> DraftPlace | None:
+        """Where the own entries of the draft of ``sequence`` are; None where it has none."""
+        return self._drafts.get(sequence)
+
+    def open_draft(self, sequence: SequenceState) -> DraftPlace:
+        """A place in the tables for own entries of the draft of ``sequence``."""
+        assert self._num_places > self._num_seqs, "there are places for drafts"
+        place = self._drafts[sequence] = DraftPlace(self._free_ids.pop(0))
+        return place
+
+    def drop_draft(self, sequence: SequenceState) -> None:
+        """Forget the own entries of the draft of ``sequence``, if it has any."""
+        place = self._drafts.pop(sequence, None)
+        if place is not None:
+            self.num_used -= self.cache.release([place.cache_id])
+            self._free_ids.insert(0, place.cache_id)
+
+    def reclaim(self, num_slots: int) -> None:
+        """Drop own entries of drafts, those of the last arrivals first, until ``num_slots`` are free."""
+        while self.num_free < num_slots and self._drafts:
+            self.drop_draft(max(self._drafts, key=lambda sequence: sequence.order))
 
     @property
     def num_free_seqs(self) -> int:
         """How many more sequences the tables of the cache have a place for."""
-        return len(self._free_ids)
+        num_for_drafts = self._num_places - self._num_seqs
+        return len(self._free_ids) - num_for_drafts + len(self._drafts)
 
     def restart(self) -> None:
         """Forget all entries."""
         self.cache.clear()
         self._left_ids = []
         self.num_used = 0
-        self._free_ids = list(range(self._num_seqs))[::-1]
+        self._drafts = {}
+        self._free_ids = list(range(self._num_places))[::-1]
 
     def take(self, num_slots: int) -> None:
         """Count ``num_slots`` more as held."""
@@ -55,6 +98,7 @@ class KVPool(KVBudget):
 
     def release(self, sequence: SequenceState) -> None:
         """Forget the entries of ``sequence``; those that no other sequence owns are free."""
+        self.drop_draft(sequence)
         if sequence.status is Status.PREFILLING:
             self.num_used -= _num_reserved(sequence)
         if sequence.cache_id >= 0:
@@ -67,6 +111,8 @@ class KVPool(KVBudget):
         """Forget the entries of ``sequence`` at the next `settle`, with those of all others that have left."""
         assert sequence.cache_id >= 0 and sequence.status is Status.RUNNING, "only a running sequence ends by itself"
         self._left_ids.append(sequence.cache_id)
+        if (place := self._drafts.pop(sequence, None)) is not None:
+            self._left_ids.append(place.cache_id)
         sequence.cache_id = -1
         sequence.num_cached = 0
 

@@ -10,6 +10,8 @@ from dynskip.paths import LayerPath
 from dynskip.routing.routes import Route
 from dynskip.sampling import Choice, SamplingParams
 from dynskip.scheduler.sequence import SequenceState
+from dynskip.speculation.acceptance import Rate, own_rate
+from dynskip.speculation.draft import Draft
 
 # Called with the request's id, the number of the output and its new token.
 OnToken = Callable[[Hashable, int, int], None]
@@ -23,8 +25,11 @@ class RequestError(RuntimeError):
 class OutputSequence:
     """One output while it grows.
 
-    prompt_ids, params, route, seed: those of the request. state: what the scheduler knows of it.
-    token_ids, logprobs: as chosen so far. finish_reason: None until it has ended, see `RequestOutput`.
+    prompt_ids, params, route, seed, draft: those of the request. state: what the scheduler knows of it.
+    guesses: tokens behind its last one that its draft expects, until the step that verifies them ends. rate: how often
+        they are right. num_drafted, num_accepted: how many were made, and were right.
+    token_ids, logprobs: as chosen so far. was_guessed: of each token, whether the draft had guessed it.
+    finish_reason: None until it has ended, see `RequestOutput`.
     """
 
     prompt_ids: list[int]
@@ -32,7 +37,13 @@ class OutputSequence:
     route: Route
     seed: int | None
     index: int = 0
+    draft: Draft | None = None
     token_ids: list[int] = field(default_factory=list)
+    was_guessed: list[bool] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
+    rate: Rate = field(default_factory=own_rate)
+    num_drafted: int = 0
+    num_accepted: int = 0
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     request: Request = field(init=False, repr=False)
@@ -51,7 +62,11 @@ class OutputSequence:
     @property
     def choice(self) -> Choice:
         """How its next token is chosen."""
-        return Choice(self.params, self.seed or 0, self.index, len(self.token_ids))
+        return self.choice_of(len(self.token_ids))
+
+    def choice_of(self, position: int) -> Choice:
+        """How token number ``position`` of its output is chosen."""
+        return Choice(self.params, self.seed or 0, self.index, position)
 
     @property
     def is_replayed(self) -> bool:
@@ -59,8 +74,12 @@ class OutputSequence:
         return len(self.token_ids) >= self.state.num_generated
 
     def tokens(self, first: int, count: int) -> list[int]:
-        """``count`` tokens of prompt and output, from token ``first`` on."""
+        """``count`` tokens of prompt, output and guesses, from token ``first`` on."""
         num_prompt = len(self.prompt_ids)
+        if first + count > self.num_tokens and self.guesses:
+            known = self.tokens(first, self.num_tokens - first) if first < self.num_tokens else []
+            skipped = max(0, first - self.num_tokens)
+            return known + self.guesses[skipped : skipped + count - len(known)]
         if first >= num_prompt:
             return self.token_ids[first - num_prompt : first - num_prompt + count]
         if first + count <= num_prompt:
@@ -85,6 +104,7 @@ class Request:
     stop_ids: frozenset[int]
     on_token: OnToken | None
     arrival_s: float
+    draft: Draft | None = None
     admitted_s: float | None = None
     first_s: float | None = None
     error: Exception | None = None
@@ -98,12 +118,16 @@ class Request:
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """One output of a request; the fields are those of `RequestOutput`."""
+    """One output of a request; the fields are those of `RequestOutput`.
+
+    was_guessed: of each token, whether the draft had guessed it; None without a draft.
+    """
 
     token_ids: list[int]
     finish_reason: str
     logprobs: list[dict[int, float]] | None
     text: str | None = None
+    was_guessed: list[bool] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -123,6 +147,8 @@ class RequestOutput:
     queue_s: from arrival to admission. ttft_s: from arrival to the first token. tpot_s: from the first token to the
         last, by the tokens after the first. latency_s: from arrival to the end. None where it did not come that far.
     num_preemptions: how often its keys and values were given up and computed again.
+    draft: the path that guessed its tokens, if there was one. num_drafted, num_accepted: how many it guessed for all
+        outputs together, and how many of them its own path chose, too.
     """
 
     request_id: Hashable = field(compare=False)
@@ -140,6 +166,9 @@ class RequestOutput:
     num_preemptions: int = field(compare=False)
     seed: int | None = field(default=None, compare=False)
     text: str | None = None
+    draft: Draft | None = field(default=None, compare=False)
+    num_drafted: int = field(default=0, compare=False)
+    num_accepted: int = field(default=0, compare=False)
 
     @property
     def texts(self) -> tuple[str | None, ...]:
@@ -158,7 +187,10 @@ class RequestOutput:
         for sequence in request.sequences:
             assert sequence.finish_reason is not None, "its outputs have ended"
             logprobs = None if sequence.params.logprobs is None else sequence.logprobs
-            samples.append(SequenceOutput(sequence.token_ids, sequence.finish_reason, logprobs))
+            was_guessed = None if request.draft is None else sequence.was_guessed
+            samples.append(
+                SequenceOutput(sequence.token_ids, sequence.finish_reason, logprobs, was_guessed=was_guessed)
+            )
         first, arrival_s, first_s = request.sequences[0], request.arrival_s, request.first_s
         num_later = max(len(sample.token_ids) for sample in samples) - 1
         return RequestOutput(
@@ -176,4 +208,7 @@ class RequestOutput:
             latency_s=end_s - arrival_s,
             num_preemptions=sum(sequence.state.num_preemptions for sequence in request.sequences),
             seed=first.seed,
+            draft=request.draft,
+            num_drafted=sum(sequence.num_drafted for sequence in request.sequences),
+            num_accepted=sum(sequence.num_accepted for sequence in request.sequences),
         )

@@ -20,6 +20,8 @@ class EngineStats:
     num_finished, num_aborted: sequences that ended by themselves, or were aborted or failed.
     num_shared_tokens: prompt tokens whose entries were another sequence's.
     bookkeeping_share: of all step time, what scheduling took.
+    num_drafted, num_accepted: tokens that drafts guessed, and those of them that were right. num_verifications: steps
+        of one sequence that verified guesses.
     """
 
     outcome: Outcome
@@ -33,6 +35,24 @@ class EngineStats:
     peak_kv_bytes: int
     num_shared_tokens: int
     bookkeeping_share: float
+    num_drafted: int
+    num_accepted: int
+    num_verifications: int
+
+    @property
+    def acceptance(self) -> float:
+        """The share of guessed tokens that were right; 0 where none were guessed."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def drafts_per_verification(self) -> float:
+        """Tokens guessed for a verification, on average."""
+        return self.num_drafted / self.num_verifications if self.num_verifications else 0.0
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """Tokens that a verification gives, its own among them, on average."""
+        return 1 + self.num_accepted / self.num_verifications if self.num_verifications else 0.0
 
     @staticmethod
     def of(tally: Tally, scheduler: Scheduler, kv: KVPool, entry_bytes: int) -> EngineStats:
@@ -57,12 +77,16 @@ class EngineStats:
             peak_kv_bytes=tally.peak_kv_slots * entry_bytes,
             num_shared_tokens=tally.num_shared_tokens,
             bookkeeping_share=tally.bookkeeping_s / busy_s if busy_s else 0.0,
+            num_drafted=tally.num_drafted,
+            num_accepted=tally.num_accepted,
+            num_verifications=tally.num_verifications,
         )
 
     def line(self) -> dict[str, Any]:
         """What a JSON line holds of it, flat."""
         values = asdict(self)
-        return {**values.pop("outcome"), **values}
+        rates = ("acceptance", "drafts_per_verification", "tokens_per_verification")
+        return {**values.pop("outcome"), **values, **{name: getattr(self, name) for name in rates}}
 
     def __str__(self) -> str:
         """One line for a terminal."""
@@ -72,4 +96,5 @@ class EngineStats:
             f"{outcome.tokens_per_s:.0f} tokens/s | rows {outcome.rows:.1f} | layers {outcome.layers:.1f} of union "
             f"{outcome.union:.1f} | KV {self.kv_bytes / 2**20:.0f} of {self.kv_capacity_bytes / 2**20:.0f} MiB | "
             f"preempted {outcome.num_preempted}"
+            + (f" | accepted {self.acceptance:.0%} of drafts" if self.num_drafted else "")
         )

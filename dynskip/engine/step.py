@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dynskip.engine.diagnosis import diagnose
+from dynskip.engine.drafting import Drafting
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
@@ -18,7 +19,7 @@ from dynskip.engine.request import OutputSequence, Request, Span
 from dynskip.execution.executor import Predictions
 from dynskip.ops.choice import choose_tokens
 from dynskip.routing.routes import PathRoute
-from dynskip.sampling import NOT_FINITE
+from dynskip.sampling import NOT_FINITE, Choice
 from dynskip.scheduler.outcome import Tally
 from dynskip.scheduler.scheduler import Chunk, Decision, Scheduler
 from dynskip.scheduler.sequence import SequenceState
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 # Tokens that are decoded with those that a stop text may have.
 _NUM_CONTEXT = 8
-# Sequences, and what follows each.
-Predicted = tuple[list[OutputSequence], Predictions]
+# Spans, and what follows each of them, or with guesses each of their rows.
+Predicted = tuple[list[Span], Predictions]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class StepExecution:
     tokenizer: PreTrainedTokenizerBase | None
     now: Callable[[], float]
     on_end: Callable[[Request], None]
+    drafting: Drafting
     model_s: float = 0.0
     in_flight: TokensInFlight | None = None
     _union: int = 0  # the layers that rows of the step have run, as bits
@@ -111,6 +113,8 @@ class StepExecution:
         spans: list[Span] = []
         num_paths = 0
         self._union = 0
+        if any(state.owner.draft is not None or state.owner.is_replayed for state in decision.decode):
+            self.read()  # several rows of a sequence begin with a token that the host knows
         for group, states in decision.parts:
             # schedule() has already counted the token of this step, so the input token is num_tokens - 2.
             part = [Span(s.owner, s.num_tokens - 2, 1) for s in states if s.owner.finish_reason is None]
@@ -122,16 +126,24 @@ class StepExecution:
                     tally.num_row_layers += num_fixed * group.path.budget
         if not spans:
             return
+        begin_s = time.perf_counter()
+        spans = self.drafting.extend(spans)
+        self.model_s += time.perf_counter() - begin_s
         tally.num_decode_steps += 1
-        tally.num_rows += len(spans)
+        tally.num_rows += sum(span.num_tokens for span in spans)
         tally.num_paths += num_paths
         for same in _by_key(spans):
             attempts = self._attempt(same, self._run_decode)
-            for sequences, predictions in attempts:
+            for run, predictions in attempts:
+                if any(span.num_tokens > 1 for span in run):
+                    self._verify(run, predictions)
+                    continue
+                sequences = [span.sequence for span in run]
                 if len(attempts) == 1 and self._may_fly(sequences):
                     self._launch(sequences, predictions.logits)
                 else:
                     self._accept(sequences, predictions)
+        self.drafting.end_step()
         tally.num_union_layers += self._union.bit_count()
 
     def _run_prompt(self, spans: Sequence[Span]) -> Predictions:
@@ -161,14 +173,18 @@ class StepExecution:
         except Exception as error:
             self.kv.cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
             self.read()  # a sequence that fails gets what was chosen before, and may have ended by it
+            if len(spans) == 1 and spans[0].num_tokens > 1 and run == self._run_decode:
+                # Rows that were guessed are not the request's: without them it is as if nobody had guessed.
+                self.drafting.forget(spans[0].sequence)
+                return self._attempt([Span(spans[0].sequence, spans[0].first, 1)], run)
             if len(spans) == 1:
                 if spans[0].sequence.finish_reason is None:
                     self._fail(spans[0].sequence, error)
                 return []
             alone = [each for span in spans for each in self._attempt([span], run)]
-            return [(sequences, Predictions(predicted.logits.clone())) for sequences, predicted in alone]
+            return [(run, Predictions(predicted.logits.clone())) for run, predicted in alone]
         self.model_s += time.perf_counter() - begin_s
-        return [([span.sequence for span in spans], predictions)]
+        return [(spans, predictions)]
 
     def _accept_complete(
         self,
@@ -177,7 +193,8 @@ class StepExecution:
         copies: dict[OutputSequence, list[OutputSequence]],
     ) -> None:
         """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
-        for sequences, predictions in attempts:
+        for spans, predictions in attempts:
+            sequences = [span.sequence for span in spans]
             rows: list[int] = []
             accepted: list[OutputSequence] = []
             for row, sequence in enumerate(sequences):
@@ -208,6 +225,7 @@ class StepExecution:
             sequence.params.greedy
             and sequence.params.logprobs is None
             and sequence.path is not None
+            and sequence.draft is None
             and not sequence.is_replayed
             for sequence in sequences
         )
@@ -244,26 +262,83 @@ class StepExecution:
         logits = predictions.logits
         if any(sequence.params.logprobs is not None for sequence in sequences):
             logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
-        tokens: list[int | None]
+        tokens: list[int | Exception]
+        choices = [sequence.choice for sequence in sequences]
         try:
-            tokens = [*choose_tokens(logits, [sequence.choice for sequence in sequences], predictions.most_likely)]
+            tokens = [*choose_tokens(logits, choices, predictions.most_likely)]
         except Exception:
-            tokens = [self._choose_alone(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
+            tokens = [_token_or_error(row, choice) for row, choice in zip(logits, choices, strict=True)]
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             # A request that has failed takes its other outputs with it.
-            if token is not None and sequence.finish_reason is None:
+            if sequence.finish_reason is not None:
+                continue
+            if isinstance(token, Exception):
+                self._fail(sequence, token)
+            else:
                 self._append(sequence, token, None if sequence.params.logprobs is None else logits[row], now_s)
 
-    def _choose_alone(self, sequence: OutputSequence, logits: Tensor) -> int | None:
+    def _verify(self, spans: Sequence[Span], predictions: Predictions) -> None:
+        """Give each sequence the tokens that its rows choose, up to the first that is not what the next row has run."""
+        self.read()
+        begin_s = time.perf_counter()
+        logits = predictions.logits
+        if any(span.sequence.params.logprobs is not None for span in spans):
+            logits = logits.cpu()
+        places: dict[tuple[OutputSequence, int], int] = {}  # row of each output token that is not known yet
+        choices = []
+        first_row = 0
+        for sequence, _, count in spans:
+            for rank in range(count):
+                position = sequence.state.num_generated - 1 + rank
+                if position >= len(sequence.token_ids):
+                    places[sequence, position] = first_row + rank
+                    choices.append(sequence.choice_of(position))
+            first_row += count
+        rows = [*places.values()]
+        chosen = predictions.of_rows(rows) if len(rows) < first_row else predictions
+        tokens: dict[int, int | Exception]
         try:
-            return choose_tokens(logits[None], [sequence.choice])[0]
-        except Exception as error:
-            self._fail(sequence, error)
-            return None
+            tokens = dict(zip(rows, choose_tokens(chosen.logits, choices, chosen.most_likely), strict=True))
+        except Exception:
+            tokens = {row: _token_or_error(logits[row], choice) for row, choice in zip(rows, choices, strict=True)}
+        self.model_s += time.perf_counter() - begin_s
+        now_s = self.now()
+        for span in spans:
+            first = span.sequence.state.num_generated - 1  # the output token that the first row gives
+            own = [places.get((span.sequence, first + rank)) for rank in range(span.num_tokens)]
+            self._take(span, [None if row is None else (tokens[row], logits[row]) for row in own], now_s)
 
-    def _append(self, sequence: OutputSequence, token: int, logits: Tensor | None, now_s: float) -> None:
+    def _take(self, span: Span, chosen: Sequence[tuple[int | Exception, Tensor] | None], now_s: float) -> None:
+        """Append the tokens of one sequence; chosen: of each row, None where its token was known before."""
+        sequence, state = span.sequence, span.sequence.state
+        if sequence.finish_reason is not None:
+            return
+        inputs = sequence.tokens(span.first, span.num_tokens)
+        num_kept = 1
+        for each, token in zip(chosen, inputs[1:], strict=False):
+            if each is not None and each[0] != token:
+                break
+            num_kept += 1
+        self.drafting.accepted(span, num_kept)
+        for rank, each in enumerate(chosen[:num_kept]):
+            if each is None:
+                continue
+            next_token, logits = each
+            if isinstance(next_token, Exception):
+                self._fail(sequence, next_token)
+            else:
+                kept_logits = None if sequence.params.logprobs is None else logits
+                self._append(sequence, next_token, kept_logits, now_s, was_guessed=rank + 1 < num_kept)
+            if sequence.finish_reason is not None:
+                return
+        state.num_cached += num_kept - 1
+        state.num_generated += num_kept - 1
+
+    def _append(
+        self, sequence: OutputSequence, token: int, logits: Tensor | None, now_s: float, was_guessed: bool = False
+    ) -> None:
         """Give ``sequence`` a token. ``logits``: [V], those it was chosen from; only for log-probabilities."""
         request, params = sequence.request, sequence.params
         if token == NOT_FINITE:
@@ -273,6 +348,7 @@ class StepExecution:
             if params.logprobs is not None:
                 assert logits is not None, "tokens with log-probabilities do not fly"
                 sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+            sequence.was_guessed.append(was_guessed)
             sequence.token_ids.append(token)
             self.tally.num_tokens += 1
             if request.first_s is None:
@@ -351,6 +427,14 @@ def _by_key(spans: Sequence[Span]) -> list[list[Span]]:
     for span in spans:
         same.setdefault(span.sequence.route.key, []).append(span)
     return list(same.values())
+
+
+def _token_or_error(logits: Tensor, choice: Choice) -> int | Exception:
+    """The token that is chosen from one row's logits, [V], or what that raises."""
+    try:
+        return choose_tokens(logits[None], [choice])[0]
+    except Exception as error:
+        return error
 
 
 def _top_logprobs(logits: Tensor, token: int, num_top: int) -> dict[int, float]:

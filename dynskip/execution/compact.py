@@ -117,7 +117,8 @@ class CompactExecutor(Executor[KVCache]):
         if isinstance(steps, NativeSteps):
             return steps.predict(step, cache, rows)
         if steps is not None:
-            return Predictions(steps.run(step, cache, head=True))
+            logits = steps.run(step, cache, head=True)
+            return Predictions(logits if rows is None else logits[rows])
         states = self.run(step, cache)
         return Predictions(self.head(states if rows is None else states[rows]))
 
@@ -173,14 +174,15 @@ class CompactExecutor(Executor[KVCache]):
         if cache is None:
             return None
         if self.fuses:
-            return self._steps_of(cache) if step.decode else None
+            return self._steps_of(cache, step.plan.rows.num_rows) if step.decode else None
         native = self.native_steps
         return native if native is not None and not is_watched and native.takes(step) else None
 
-    def _steps_of(self, cache: KVCache) -> DecodeSteps:
+    def _steps_of(self, cache: KVCache, num_rows: int = 1) -> DecodeSteps:
         steps = self._steps.get(cache)
-        if steps is None:
-            max_rows = row_bucket(min(cache.context_lens.shape[1], ROW_BUCKETS[-1]))
+        if steps is None or steps.fused.max_rows < num_rows:
+            # Sequences may bring several rows each: buffers are made anew for the first step that is so large.
+            max_rows = row_bucket(max(min(cache.context_lens.shape[1], ROW_BUCKETS[-1]), num_rows))
             ops = get_row_ops("triton")
             fused = FusedDecode(self.decoder, self.lm_head, cache, max_rows, ops, self.deterministic)
             steps = self._steps[cache] = DecodeSteps(fused, self.row_counts)

@@ -234,7 +234,8 @@ class DecodeSteps:
         fused, buffers, plan = self.fused, self.fused.buffers, step.plan
         num_rows = plan.rows.num_rows
         if self._cache_ids is not step.cache_ids:
-            fused.set_rows(step.cache_ids)
+            has_more = num_rows != step.cache_ids.shape[0]
+            fused.set_rows(step.cache_ids[plan.rows.seq_ids.to(step.cache_ids)] if has_more else step.cache_ids)
             self._cache_ids = step.cache_ids
         fused.set_tokens(step.token_ids, step.position_ids)
         if self._plan is not plan or self._shape is None:

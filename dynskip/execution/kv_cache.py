@@ -258,6 +258,42 @@ class KVCache:
         assert bool((context_lens[held] >= num_tokens).all()), "the source holds fewer tokens"
         self._begin(source, target, held * num_tokens)
 
+    def truncate(self, cache_ids: Sequence[int], num_tokens: Sequence[int], most: int) -> None:
+        """Keep the first ``num_tokens`` entries of these sequences in each layer, which hold at most ``most`` more.
+
+        For sequences with a fixed path. Settles first. Cost: linear in ``most`` for each sequence and layer.
+        """
+        self.settle()
+        device = self.context_lens.device
+        ids = torch.tensor(cache_ids, dtype=torch.int64, device=device)
+        context_lens = self.context_lens.index_select(1, ids)
+        kept = torch.minimum(context_lens, torch.tensor(num_tokens, dtype=torch.int32, device=device))
+        places = kept[:, :, None] + self._places[:most]
+        layers = torch.arange(len(places), device=device)[:, None, None]
+        inside = places.clamp(max=self.slot_tables.shape[2] - 1).long()
+        slots = self.slot_tables[layers, ids[None, :, None], inside]
+        self.pool.drop_owner(slots.masked_select(places < context_lens[:, :, None]))
+        self.context_lens[:, ids] = kept
+
+    def add_sequences(self, num_seqs: int) -> None:
+        """Make room in the tables for ``num_seqs`` more sequences, behind those that there are.
+
+        Raises KVCacheMemoryError where there is no memory for that.
+        """
+        num_layers, _, longest = self.slot_tables.shape
+        needed_bytes = self.slot_tables.nbytes + 4 * num_layers * num_seqs * longest
+        free_bytes = available_bytes(self.slot_tables.device)
+        if needed_bytes > free_bytes:
+            raise KVCacheMemoryError(
+                f"KVCache.add_sequences: tables for {num_seqs} more sequences need {needed_bytes / 2**20:.1f} MiB, got "
+                f"{free_bytes / 2**20:.1f} MiB free. Use a smaller pool or max_context_len."
+            )
+        self.slot_tables = torch.cat(
+            [self.slot_tables, self.slot_tables.new_full((num_layers, num_seqs, longest), -1)], 1
+        )
+        self.context_lens = torch.cat([self.context_lens, self.context_lens.new_zeros((num_layers, num_seqs))], 1)
+        self._index = None
+
     def mark(self, cache_ids: Sequence[int]) -> CacheMark:
         """What `rewind` needs to take back the entries that these sequences get from now on."""
         return CacheMark(tuple(cache_ids), self.context_lens.clone())

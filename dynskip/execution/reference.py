@@ -70,6 +70,16 @@ class ReferenceCache:
         assert all(length >= num_tokens for length in lengths), "the source holds fewer tokens"
         self._begin(source, target, num_tokens)
 
+    def truncate(self, cache_ids: Sequence[int], num_tokens: Sequence[int], most: int) -> None:
+        """Keep the first ``num_tokens`` entries of these sequences in each layer."""
+        kept = dict(zip(cache_ids, num_tokens, strict=True))
+        for (layer, seq), (key, value, positions) in list(self.entries.items()):
+            if (count := kept.get(seq)) is not None:
+                self.entries[layer, seq] = key[:count], value[:count], positions[:count]
+
+    def add_sequences(self, num_seqs: int) -> None:
+        """Nothing: it has room for any sequence."""
+
     def mark(self, cache_ids: Sequence[int]) -> ReferenceMark:
         """What `rewind` needs to take back the entries that these sequences get from now on."""
         entries = {place: entry for place, entry in self.entries.items() if place[1] in cache_ids}

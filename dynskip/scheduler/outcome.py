@@ -15,6 +15,7 @@ class Tally:
 
     ttft_s: from arrival to first token. queue_s: from arrival to admission. tpot_s: from the first token to the last,
     by the tokens after the first; requests of one token have none. An engine keeps the last thousands of each.
+    num_drafted, num_accepted: tokens that drafts guessed, and that were right. num_verifications: of one sequence each.
     first_s, last_s: when the first request arrived, and the last step ended.
     bookkeeping_s: what of the decode time scheduling took. num_shared_tokens: prompt tokens that another sequence ran.
     """
@@ -37,6 +38,9 @@ class Tally:
     peak_kv_slots: int = 0
     num_preempted: int = 0
     longest_wait: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_verifications: int = 0
     ttft_s: list[float] = field(default_factory=list)
     queue_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)

@@ -183,6 +183,7 @@ class Scheduler:
         growth = {s: g for _, sequences in parts for s in sequences if (g := self.kv.growth(s))}
         needed = sum(growth.values())
         preempted: list[SequenceState] = []
+        self.kv.reclaim(needed)
         if needed <= self.kv.num_free:
             return preempted
         residents = sorted([*self.groups.resident_sequences(), *self._prefilling], key=lambda s: s.order)
@@ -246,9 +247,10 @@ class Scheduler:
         if self._chunk_size(head, head.num_tokens) > num_tokens_left:
             return False
         needed = self.kv.slots(head.num_known_tokens, head.path.budget)
-        if not self.groups.num_resident:
-            return needed <= self.kv.num_free
-        return needed + self._reserve(head) <= self.kv.num_free
+        if self.groups.num_resident:
+            needed += self._reserve(head)
+        self.kv.reclaim(needed)
+        return needed <= self.kv.num_free
 
     def _reserve(self, head: SequenceState) -> int:
         """The slots that one more token of every resident sequence, and of ``head``, may take."""

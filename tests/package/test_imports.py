@@ -37,6 +37,7 @@ ORDER = [
     "causal_lm",
     # from prompts to texts
     "costs",
+    "speculation",
     "scheduler",
     "simulation",
     "engine",

@@ -1,0 +1,382 @@
+"""Guessing ahead: before a decode step, the drafts of its sequences guess the tokens that the step then verifies.
+
+A guess is a row of the step like any other, at the position behind its sequence's last token. What the step chooses
+from a row's logits is the sequence's next token, guessed or not; the rows behind the first wrong guess have seen a
+token that never came, and their entries are given back.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from dynskip.causal_lm import CausalLM
+from dynskip.costs.step_costs import StepCosts
+from dynskip.engine.kv_pool import KVPool
+from dynskip.engine.model_runner import ModelRunner
+from dynskip.engine.request import OutputSequence, Span
+from dynskip.execution.executor import Predictions
+from dynskip.models.linear import NATIVE_ROWS
+from dynskip.ops.choice import choose_tokens
+from dynskip.paths import LayerPath
+from dynskip.scheduler.outcome import Tally
+from dynskip.speculation.acceptance import Acceptance
+from dynskip.speculation.draft import Draft
+from dynskip.speculation.lengths import MOST_GUESSES, Candidate, Choice, DraftLengths
+
+# Known tokens of a preempted sequence that run again in one step.
+REPLAYED_ROWS = 8
+# Own entries that a draft lacks run as rows of its first guess, if they are no more than these; else as a prompt.
+_FEW_ROWS = 8
+# The share of the time that guesses may cost which are made to see whether they would be right.
+_PROBED_SHARE = 0.01
+# A probe looks at so many guesses.
+_PROBE_LENGTH = 1
+
+
+class DraftWarning(UserWarning):
+    """A draft failed; its request goes on without one."""
+
+
+def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
+    """What a search has left as the draft of ``model`` for requests along ``path``; None where none pays."""
+    raise NotImplementedError
+
+
+@dataclass
+class _Learnt:
+    """What is known of a model's drafts, whichever engine has seen it."""
+
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    lengths: DraftLengths | None = None
+
+    def of_costs(self, costs: StepCosts, most_rows: int) -> DraftLengths:
+        """The lengths that those costs make pay, with what was learnt of these costs before."""
+        if self.lengths is None or self.lengths.costs != costs or self.lengths.most_rows != most_rows:
+            self.lengths = DraftLengths(costs, most_rows)
+        return self.lengths
+
+
+# An engine lives as long as a batch of `LLM.generate`, which is too short to learn from.
+_LEARNT: WeakKeyDictionary[CausalLM, _Learnt] = WeakKeyDictionary()
+
+
+@dataclass
+class Drafting:
+    """Decides how many tokens the sequences of a step guess, lets their drafts guess them, and learns from it.
+
+    costs: asked for when the first draft comes. max_prompt_tokens: most tokens of a prompt that a draft runs in a step.
+    """
+
+    runner: ModelRunner
+    kv: KVPool
+    tally: Tally
+    costs: Callable[[], StepCosts]
+    max_prompt_tokens: int
+    acceptance: Acceptance = field(init=False)
+    _lengths: DraftLengths | None = None
+    _dropped: list[tuple[int, int, int]] = field(default_factory=list)  # cache sequence, tokens kept, entries behind
+    _choice: Choice | None = None
+    _begin_s: float = 0.0
+    _is_regular: bool = True  # whether the step does nothing but guess and verify
+    _is_probe: bool = False  # whether its guesses are made to see whether they would be right
+    _guessed_ms: float = 0.0
+    _spent_ms: float = 0.0  # of all steps with a draft in them
+    _probed_ms: float = 0.0
+    _gains: float = 0.0
+    _num_chosen: int = 0
+
+    def __post_init__(self) -> None:
+        self._learnt = _LEARNT.setdefault(self.runner.model, _Learnt())
+        self.acceptance = self._learnt.acceptance
+
+    def extend(self, spans: Sequence[Span]) -> list[Span]:
+        """The decode spans of a step, one token each, with the tokens that are guessed or known behind them.
+
+        Guesses are in `OutputSequence.guesses`. Memory that the step's own rows need is not touched.
+        """
+        self._choice = None
+        self._is_regular, self._is_probe = True, False
+        if all(span.sequence.draft is None and not span.sequence.is_replayed for span in spans):
+            return list(spans)
+        self._begin_s = time.perf_counter()
+        num_free = self.kv.num_free
+        extended = list(spans)
+        candidates: list[tuple[int, Candidate]] = []
+        others: list[LayerPath] = []
+        for index, span in enumerate(spans):
+            sequence = span.sequence
+            sequence.guesses = []
+            path = sequence.path
+            if path is None:
+                continue
+            if sequence.is_replayed:
+                num_known = min(sequence.num_tokens - span.first - 1, REPLAYED_ROWS, num_free // max(path.budget, 1))
+                num_free -= num_known * path.budget
+                extended[index] = Span(sequence, span.first, 1 + num_known)
+                others.append(path)
+            elif (candidate := self._candidate(sequence, path)) is None:
+                others.append(path)
+            else:
+                candidates.append((index, candidate))
+        if not candidates:
+            return extended
+        lengths = self._choose([candidate for _, candidate in candidates], others)
+        guessing = []
+        for (index, candidate), length in zip(candidates, lengths, strict=True):
+            span = spans[index]
+            length, num_slots = self._affordable(span, candidate, length, num_free)
+            if length:
+                num_free -= num_slots
+                guessing.append((index, length))
+        self._guessed_ms = 0.0
+        if guessing:
+            begin_s = time.perf_counter()
+            self._guess([spans[index] for index, _ in guessing], [length for _, length in guessing])
+            for index, _ in guessing:
+                span = spans[index]
+                extended[index] = Span(span.sequence, span.first, 1 + len(span.sequence.guesses))
+            self._guessed_ms = 1e3 * (time.perf_counter() - begin_s)
+        return extended
+
+    def accepted(self, span: Span, num_kept: int) -> None:
+        """Learn that the first ``num_kept`` rows of ``span`` have seen tokens that came."""
+        sequence = span.sequence
+        num_guesses = len(sequence.guesses)
+        if num_guesses and sequence.draft is not None and sequence.path is not None:
+            num_right = min(num_kept - 1, num_guesses)
+            self.acceptance.add(sequence.path, sequence.draft, sequence.rate, num_right, num_guesses)
+            sequence.num_drafted += num_guesses
+            sequence.num_accepted += num_right
+            self.tally.num_drafted += num_guesses
+            self.tally.num_accepted += num_right
+            self.tally.num_verifications += 1
+            place = self.kv.draft_place(sequence.state)
+            # The last guess was never run by the draft itself.
+            num_tokens = span.first + min(num_kept, num_guesses)
+            if place is not None and place.num_tokens > num_tokens:
+                self._dropped.append((place.cache_id, num_tokens, place.num_tokens - num_tokens))
+                place.num_tokens = num_tokens
+        if num_kept < span.num_tokens and sequence.state.cache_id >= 0:
+            self._dropped.append((sequence.state.cache_id, span.first + num_kept, span.num_tokens - num_kept))
+        sequence.guesses = []
+
+    @property
+    def predicted_gain(self) -> float:
+        """Tokens a second over those without guesses, as predicted: the mean over the steps that could have guessed."""
+        return self._gains / self._num_chosen if self._num_chosen else 1.0
+
+    def forget(self, sequence: OutputSequence) -> None:
+        """Take back the guesses of a step that could not run with them."""
+        sequence.guesses = []
+        self.kv.drop_draft(sequence.state)
+
+    def end_step(self) -> None:
+        """Give back the entries of wrong guesses, and learn from how long the step took."""
+        if self._dropped:
+            cache_ids, num_tokens, num_dropped = zip(*self._dropped, strict=True)
+            self.kv.cache.truncate(cache_ids, num_tokens, max(num_dropped))
+            self._dropped = []
+        if self._choice is None or self._lengths is None or not self._is_regular:
+            return
+        measured_ms = 1e3 * (time.perf_counter() - self._begin_s)
+        self._spent_ms += measured_ms
+        self._gains += self._choice.gain
+        self._num_chosen += 1
+        self._lengths.observe(self._choice, self._guessed_ms, measured_ms - self._guessed_ms)
+        if self._is_probe:
+            self._probed_ms += self._lengths.extra_ms(self._choice)
+
+    def _candidate(self, sequence: OutputSequence, path: LayerPath) -> Candidate | None:
+        draft = sequence.draft
+        if draft is None:
+            return None
+        # The last token of an output is never run, and a guess behind it is worth nothing.
+        num_left = sequence.state.max_tokens - len(sequence.token_ids)
+        if num_left < 2:
+            return None
+        rate = self.acceptance.of(path, draft, sequence.rate)
+        candidate = Candidate(path, draft, rate, min(num_left - 1, MOST_GUESSES))
+        return candidate if self._is_worth_entries(sequence, candidate, num_left) else None
+
+    def _is_worth_entries(self, sequence: OutputSequence, candidate: Candidate, num_left: int) -> bool:
+        """Whether what the draft saves for ``num_left`` tokens is more than the entries take that it still lacks."""
+        if candidate.draft.entries == "path":
+            return True
+        place = self.kv.draft_place(sequence.state)
+        num_missing = sequence.num_tokens - (0 if place is None else place.num_tokens)
+        if num_missing <= _FEW_ROWS:
+            return True
+        lengths = self._draft_lengths()
+        choice = lengths.choose([candidate])
+        saved_ms = num_left * choice.plain_ms * (1 - 1 / choice.gain)
+        return saved_ms > lengths.costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
+
+    def _draft_lengths(self) -> DraftLengths:
+        if self._lengths is None:
+            is_native = self.runner.model.backend.name == "native"
+            self._lengths = self._learnt.of_costs(self.costs(), NATIVE_ROWS if is_native else 4 * NATIVE_ROWS)
+        return self._lengths
+
+    def _choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...]:
+        choice = self._choice = self._draft_lengths().choose(candidates, others)
+        if any(choice.lengths):
+            return choice.lengths
+        return self._probe(candidates, others) or choice.lengths
+
+    def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
+        """Lengths for a look at one draft that does not seem to pay, where all such looks have cost little so far."""
+        assert self._choice is not None and self._lengths is not None
+        place = max(range(len(candidates)), key=lambda index: candidates[index].rate)
+        probe = self._lengths.probe(candidates, others, place, _PROBE_LENGTH)
+        if self._probed_ms + self._lengths.extra_ms(probe) > _PROBED_SHARE * self._spent_ms:
+            return None
+        self._choice, self._is_probe = probe, True
+        return probe.lengths
+
+    def _affordable(self, span: Span, candidate: Candidate, length: int, num_free: int) -> tuple[int, int]:
+        """At most ``length`` guesses of a sequence for which there is memory, and the slots that they take."""
+        sequence, budget = span.sequence, candidate.path.budget
+        draft = candidate.draft
+        if length and draft.entries == "own":
+            place = self.kv.draft_place(sequence.state) or self.kv.open_draft(sequence.state)
+            if place is None:
+                return 0, 0
+            num_missing = span.first + 1 - place.num_tokens
+            own = draft.path.budget * (num_missing + length - 1)
+            while length and own + length * budget > num_free:
+                length -= 1
+                own -= draft.path.budget
+            return length, own + length * budget
+        while length and length * budget > num_free:
+            length -= 1
+        return length, length * budget
+
+    def _guess(self, spans: Sequence[Span], lengths: Sequence[int]) -> None:
+        """Let the drafts of ``spans`` guess, ``lengths`` tokens each; where they fail nobody guesses in this step."""
+        cache = self.kv.cache
+        sequences = [span.sequence for span in spans]
+        places = [self.kv.draft_place(sequence.state) for sequence in sequences]
+        held = [sequence.state.cache_id for sequence in sequences]
+        held += [place.cache_id for place in places if place is not None]
+        mark = cache.mark(held)
+        before = [None if place is None else place.num_tokens for place in places]
+        try:
+            self._run(spans, lengths)
+        except Exception as error:
+            cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
+            for sequence, place, num_tokens in zip(sequences, places, before, strict=True):
+                sequence.guesses = []
+                sequence.draft = None
+                if place is not None and num_tokens is not None:
+                    place.num_tokens = num_tokens
+                    self.kv.drop_draft(sequence.state)
+            warnings.warn(
+                f"A draft failed, and {len(sequences)} outputs go on without: {error!r}", DraftWarning, stacklevel=2
+            )
+
+    def _run(self, spans: Sequence[Span], lengths: Sequence[int]) -> None:
+        cache = self.kv.cache
+        # Those that guess most come first: as others are done, the rest are still the first rows.
+        order = sorted(range(len(spans)), key=lambda index: -lengths[index])
+        rows = [_Guessing(spans[index], lengths[index], self.kv) for index in order]
+        for row in rows:
+            self._catch_up(row)
+        rows = [row for row in rows if row.num_missing <= _FEW_ROWS]
+        own_paths = [row for row in rows if row.place is None]
+        turn = 0
+        while rows:
+            predictions = self.runner.guess(
+                [row.next_tokens for row in rows],
+                [(row.first, row.cache_id) for row in rows],
+                [row.draft.path for row in rows],
+                cache,
+            )
+            tokens = self._choose_tokens(rows, predictions)
+            turn += 1
+            for row, token in zip(rows, tokens, strict=True):
+                row.take(token)
+            rows = [row for row in rows if turn < row.length and not row.is_stuck]
+        if own_paths:
+            # Entries that the draft made among the path's are made anew, by all layers, when it verifies.
+            cache.truncate(
+                [row.cache_id for row in own_paths],
+                [row.span.first for row in own_paths],
+                max(row.num_run for row in own_paths),
+            )
+
+    def _choose_tokens(self, rows: Sequence[_Guessing], predictions: Predictions) -> list[int]:
+        """What the path would choose from these logits, by the same noise: a right guess is the token itself."""
+        choices = [row.sequence.choice_of(len(row.sequence.token_ids) + len(row.sequence.guesses)) for row in rows]
+        return choose_tokens(predictions.logits, choices, predictions.most_likely)
+
+    def _catch_up(self, row: _Guessing) -> None:
+        """Make the own entries that a draft lacks, as far as one step may, if they are many."""
+        if row.place is None or row.num_missing <= _FEW_ROWS:
+            return
+        sequence, place = row.sequence, row.place
+        if not place.num_tokens:
+            self._copy_from_sibling(sequence, place.cache_id)
+        count = min(row.num_missing - 1, self.max_prompt_tokens)
+        if count:
+            tokens = sequence.tokens(place.num_tokens, count)
+            self.runner.prefill_draft(tokens, (place.num_tokens, place.cache_id), row.draft.path, self.kv.cache)
+            place.num_tokens += count
+        self._is_regular = False
+
+    def _copy_from_sibling(self, sequence: OutputSequence, cache_id: int) -> None:
+        """Begin with the entries that another output of the same prompt has already."""
+        place = self.kv.draft_place(sequence.state)
+        assert place is not None
+        num_prompt = len(sequence.prompt_ids)
+        for other in sequence.request.sequences:
+            theirs = self.kv.draft_place(other.state)
+            if other is not sequence and theirs is not None and theirs.num_tokens >= num_prompt:
+                self.kv.cache.share(theirs.cache_id, cache_id, num_prompt)
+                place.num_tokens = num_prompt
+                return
+
+
+class _Guessing:
+    """A sequence while its draft guesses."""
+
+    def __init__(self, span: Span, length: int, kv: KVPool) -> None:
+        self.span = span
+        self.length = length
+        self.sequence = span.sequence
+        draft = self.sequence.draft
+        assert draft is not None
+        self.draft: Draft = draft
+        self.place = kv.draft_place(self.sequence.state)
+        self.cache_id = self.sequence.state.cache_id if self.place is None else self.place.cache_id
+        self.num_run = 0
+        self.is_stuck = False
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that run before the next guess: the last one, and in own entries those that have none yet."""
+        return 1 if self.place is None else self.span.first + 1 + len(self.sequence.guesses) - self.place.num_tokens
+
+    @property
+    def first(self) -> int:
+        """The position of the first of them."""
+        return self.span.first + 1 + len(self.sequence.guesses) - self.num_missing
+
+    @property
+    def next_tokens(self) -> list[int]:
+        """These tokens."""
+        return self.sequence.tokens(self.first, self.num_missing)
+
+    def take(self, token: int) -> None:
+        """The tokens have run, and ``token`` was chosen behind them; `NOT_FINITE` ends the guessing."""
+        count = self.num_missing
+        self.num_run += count
+        if self.place is not None:
+            self.place.num_tokens += count
+        if token < 0:
+            self.is_stuck = True
+        else:
+            self.sequence.guesses.append(token)

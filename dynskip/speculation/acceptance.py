@@ -1,0 +1,64 @@
+"""How often the tokens of a draft are right: a rate of each pair of paths, and of each request on top of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dynskip.paths import LayerPath
+from dynskip.speculation.draft import Draft
+
+# What is believed of a draft that nobody has tried, and as how many guesses that counts.
+_FIRST, _FIRST_WEIGHT = 0.7, 2.0
+# A pair of paths remembers about so many guesses; a request's own rate begins as so many of its pair's.
+_MEMORY = 256.0
+_PAIR_WEIGHT = 8.0
+# A request remembers about so many of its own: texts change.
+_OWN_MEMORY = 64.0
+
+
+@dataclass(slots=True)
+class Rate:
+    """A share of right guesses among those that were looked at, older ones counting less and less."""
+
+    memory: float
+    right: float = 0.0
+    seen: float = 0.0
+
+    def add(self, right: int, seen: int) -> None:
+        """Count ``right`` of ``seen`` guesses."""
+        keep = max(0.0, 1 - seen / self.memory)
+        self.right, self.seen = keep * self.right + right, keep * self.seen + seen
+
+    def mean(self, prior: float, weight: float) -> float:
+        """The share, where ``prior`` counts as ``weight`` guesses."""
+        return (self.right + prior * weight) / (self.seen + weight)
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """The rates of one engine, by the path that verifies and the draft that guesses.
+
+    A guess behind a wrong one is not looked at: nothing is learnt of it.
+    """
+
+    _pairs: dict[tuple[LayerPath, Draft], Rate] = field(default_factory=dict)
+
+    def pair(self, path: LayerPath, draft: Draft) -> float:
+        """The share of guesses of ``draft`` that are right for requests along ``path``."""
+        rate = self._pairs.get((path, draft))
+        return _FIRST if rate is None else rate.mean(_FIRST, _FIRST_WEIGHT)
+
+    def of(self, path: LayerPath, draft: Draft, own: Rate) -> float:
+        """The same of one request, whose own rate is ``own``."""
+        return own.mean(self.pair(path, draft), _PAIR_WEIGHT)
+
+    def add(self, path: LayerPath, draft: Draft, own: Rate, accepted: int, drafted: int) -> None:
+        """Count a verification that has accepted the first ``accepted`` of ``drafted`` guesses."""
+        seen = min(accepted + 1, drafted)
+        own.add(accepted, seen)
+        self._pairs.setdefault((path, draft), Rate(_MEMORY)).add(accepted, seen)
+
+
+def own_rate() -> Rate:
+    """The rate of a new request."""
+    return Rate(_OWN_MEMORY)

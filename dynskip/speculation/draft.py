@@ -1,0 +1,93 @@
+"""`Draft`: the path that guesses the tokens of a request, and what the ``draft`` argument stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from dynskip.arguments import shown
+from dynskip.paths import LayerPath
+
+DraftEntries = Literal["own", "path"]
+ENTRIES: tuple[DraftEntries, ...] = ("own", "path")
+Drafts: TypeAlias = "LayerPath | Draft | Sequence[LayerPath | Draft | None] | Literal['auto'] | None"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A path that guesses tokens which the request's own path verifies.
+
+    entries: whose keys and values it reads: those of its "own" making, for all tokens of the request, or the "path"'s,
+        to which it adds its own for the tokens that it guesses; its layers are among the path's then.
+    """
+
+    path: LayerPath
+    entries: DraftEntries = "own"
+
+    def check(self, path: LayerPath | None, what: str) -> None:
+        """Raise ValueError, about ``what``, where it cannot guess for a request along ``path``."""
+        if path is None:
+            raise ValueError(
+                f"{what}: draft must be None for a request whose tokens have layers of their own each, got "
+                f"{self.path}. What a token runs is decided with its path's states, which a draft has not."
+            )
+        if self.path.num_layers != path.num_layers:
+            raise ValueError(f"{what}: draft must be of {path.num_layers} layers, got one of {self.path.num_layers}.")
+        others = set(self.path.layers) - set(path.layers)
+        if self.entries == "path" and others:
+            raise ValueError(
+                f"{what}: draft must run layers of the path only where draft_entries is 'path', got layer "
+                f"{min(others)} beside {path}. Use draft_entries='own'."
+            )
+
+    def for_path(self, path: LayerPath) -> Draft:
+        """The same for requests along ``path``: where it is the path's beginning, both make the same entries."""
+        is_beginning = path.layers[: self.path.budget] == self.path.layers
+        return Draft(self.path, "path") if is_beginning else self
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.entries} entries"
+
+
+def resolve_drafts(
+    draft: Drafts,
+    entries: str,
+    paths: Sequence[LayerPath | None],
+    num_layers: int,
+    find: Callable[[LayerPath | None], Draft | None],
+    what: str,
+) -> list[Draft | None]:
+    """The draft of each request along ``paths``, None for none.
+
+    find: gives the draft that a search has left for a path, for "auto". Raises TypeError or ValueError, about ``what``.
+    """
+    if entries not in ENTRIES:
+        raise ValueError(f"{what}: draft_entries must be 'own' or 'path', got {shown(entries)}.")
+    if draft is None:
+        return [None] * len(paths)
+    given: Sequence[object]
+    if isinstance(draft, str):
+        if draft != "auto":
+            raise ValueError(f"{what}: draft must be a LayerPath, 'auto' or None, got {shown(draft)}.")
+        given = [find(path) for path in paths]
+    elif isinstance(draft, LayerPath | Draft):
+        given = [draft] * len(paths)
+    elif isinstance(draft, Sequence):
+        given = draft
+        if len(given) != len(paths):
+            raise ValueError(f"{what}: draft must be one for all or one per prompt, got {len(given)} for {len(paths)}.")
+    else:
+        raise TypeError(f"{what}: draft must be a LayerPath, 'auto' or None, got {type(draft).__name__}.")
+    found: list[Draft | None] = []
+    for each, path in zip(given, paths, strict=True):
+        if each is None:
+            found.append(None)
+            continue
+        one = Draft(each, entries) if isinstance(each, LayerPath) else each
+        if not isinstance(one, Draft):
+            raise TypeError(f"{what}: draft must be a LayerPath, 'auto' or None, got {type(each).__name__}.")
+        one.check(path, what)
+        assert path is not None, "checked"
+        found.append(one.for_path(path))
+    return found

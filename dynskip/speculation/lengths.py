@@ -1,0 +1,171 @@
+"""How many tokens to guess in a step: what guessing and verifying take against the tokens that they are worth."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from dynskip.costs.step_costs import StepCosts
+from dynskip.paths import LayerPath
+from dynskip.speculation.draft import Draft
+
+# The most tokens that are guessed before they are verified.
+MOST_GUESSES = 8
+# What guessing must gain to be worth it: costs and rates are estimates.
+_LEAST_GAIN = 1.03
+# Rates are rounded to such steps: the same question comes again and again.
+_RATE_STEPS = 32
+_MOST_KNOWN = 4096
+# The weight of the newest of many steps in how measured times compare with predicted ones.
+_NEWEST = 0.05
+# The ratio of two such comparisons is rounded to steps of so many percent.
+_RATIO_STEP = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sequence that may guess: at most ``most`` tokens along ``draft``, each right with probability ``rate``."""
+
+    path: LayerPath
+    draft: Draft
+    rate: float
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a step does. lengths: of each drafter. gain: tokens a second over those without guesses, as predicted.
+
+    guess_ms, verify_ms: predicted and not corrected, of all guesses and of the step that verifies them; plain_ms: of a
+        step without any.
+    """
+
+    lengths: tuple[int, ...]
+    gain: float
+    guess_ms: float
+    verify_ms: float
+    plain_ms: float
+
+
+@dataclass(slots=True)
+class _Times:
+    """How long something takes as a multiple of what is predicted: a mean of which later steps have a larger part."""
+
+    ratio: float = 1.0
+    num_seen: int = 0
+
+    def add(self, predicted_ms: float, measured_ms: float) -> None:
+        """Count a step."""
+        if predicted_ms <= 0 or measured_ms <= 0:
+            return
+        ratio = measured_ms / predicted_ms
+        if self.num_seen:
+            # Now and then a machine does something else: no step counts for more than twice what is known.
+            ratio = min(ratio, 2 * self.ratio)
+        self.num_seen += 1
+        self.ratio += max(1 / self.num_seen, _NEWEST) * (ratio - self.ratio)
+
+
+@dataclass
+class DraftLengths:
+    """Chooses lengths by the costs of steps, which it corrects by what guesses and steps took.
+
+    costs: what steps are predicted to take. most_rows: of a step that verifies, unless it has more without guesses.
+    """
+
+    costs: StepCosts
+    most_rows: int
+    _guesses: _Times = field(default_factory=_Times)
+    _steps: _Times = field(default_factory=_Times)
+    _known: dict[object, Choice] = field(default_factory=dict)
+
+    def choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Choice:
+        """How many tokens each of ``candidates`` guesses in a step in which ``others`` have one row each."""
+        rounded = [
+            (each.path, each.draft, round(each.rate * _RATE_STEPS), min(each.most, MOST_GUESSES)) for each in candidates
+        ]
+        # With one path after the other, who comes first makes no difference.
+        order = sorted(range(len(rounded)), key=lambda index: -rounded[index][2])
+        ratio = self._ratio
+        key = (tuple(rounded[index] for index in order), tuple(Counter(others).items()), ratio)
+        choice = self._known.get(key)
+        if choice is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            choice = self._known[key] = self._best([candidates[index] for index in order], others, ratio)
+        lengths = [0] * len(rounded)
+        for place, index in enumerate(order):
+            lengths[index] = choice.lengths[place]
+        return replace(choice, lengths=tuple(lengths))
+
+    def probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], place: int, length: int) -> Choice:
+        """A step in which the candidate at ``place`` alone guesses ``length`` tokens, whether or not that pays."""
+        lengths = [length * (index == place) for index in range(len(candidates))]
+        return self._evaluate(candidates, lengths, others, self._ratio)
+
+    def observe(self, choice: Choice, guessed_ms: float, stepped_ms: float) -> None:
+        """Learn from a step of ``choice``, whose guesses took ``guessed_ms`` and all else ``stepped_ms``."""
+        self._guesses.add(choice.guess_ms, guessed_ms)
+        self._steps.add(choice.verify_ms, stepped_ms)
+
+    def extra_ms(self, choice: Choice) -> float:
+        """What the guesses of ``choice`` are expected to cost a step, in milliseconds as they were measured."""
+        guess_ms = choice.guess_ms * self._guesses.ratio
+        return guess_ms + (choice.verify_ms - choice.plain_ms) * self._steps.ratio
+
+    @property
+    def _ratio(self) -> float:
+        """How much longer guesses take than steps, each as a multiple of what is predicted."""
+        if not self._guesses.num_seen or not self._steps.num_seen:
+            return 1.0
+        return float(_RATIO_STEP ** round(math.log(self._guesses.ratio / self._steps.ratio, _RATIO_STEP)))
+
+    def _best(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratio: float) -> Choice:
+        """The best choice for ``candidates``, those with the highest rates first."""
+        none = self._evaluate(candidates, [0] * len(candidates), others, ratio)
+        best = none
+        room = max(0, self.most_rows - len(candidates) - len(others))
+        # Whoever guesses best guesses first: all of them, half of them, ...
+        num_guessing = len(candidates)
+        while num_guessing:
+            for most in range(1, MOST_GUESSES + 1):
+                lengths = [min(most, each.most) if place < num_guessing else 0 for place, each in enumerate(candidates)]
+                if not any(lengths) or sum(lengths) > room:
+                    break
+                choice = self._evaluate(candidates, lengths, others, ratio)
+                if choice.gain > best.gain:
+                    best = choice
+                elif choice.gain < 0.9 * best.gain:
+                    break
+            num_guessing //= 2
+        return best if best.gain >= _LEAST_GAIN else none
+
+    def _evaluate(
+        self, candidates: Sequence[Candidate], lengths: Sequence[int], others: Sequence[LayerPath], ratio: float
+    ) -> Choice:
+        rows: Counter[LayerPath] = Counter(others)
+        plain: Counter[LayerPath] = Counter(others)
+        tokens = float(len(others))
+        for each, length in zip(candidates, lengths, strict=True):
+            rows[each.path] += 1 + length
+            plain[each.path] += 1
+            tokens += expected_tokens(each.rate, length)
+        guess_ms = 0.0
+        for turn in range(max(lengths, default=0)):
+            guessing = Counter(
+                each.draft.path for each, length in zip(candidates, lengths, strict=True) if length > turn
+            )
+            guess_ms += self.costs.decode_ms(tuple(guessing.items()))
+        verify_ms = self.costs.decode_ms(tuple(rows.items()))
+        plain_ms = self.costs.decode_ms(tuple(plain.items()))
+        num_plain = len(candidates) + len(others)
+        total_ms = guess_ms * ratio + verify_ms
+        gain = tokens / num_plain * plain_ms / total_ms if total_ms > 0 else 1.0
+        return Choice(tuple(lengths), gain if any(lengths) else 1.0, guess_ms, verify_ms, plain_ms)
+
+
+def expected_tokens(rate: float, length: int) -> float:
+    """The tokens that a verification of ``length`` guesses gives, each right with probability ``rate``."""
+    return sum(rate**power for power in range(length + 1))

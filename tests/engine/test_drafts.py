@@ -1,0 +1,452 @@
+"""Drafts: a request with one becomes, bit for bit, what it becomes without, and nothing is left of its guesses."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model, word_tokenizer
+from streams import PATHS, Ask, Parity, assert_empty, costs, drawn, engine, greedy, model, same, serve
+
+from dynskip import LLM, CausalLM, LayerPath, SamplingParams
+from dynskip.engine.drafting import DraftWarning
+from dynskip.engine.model_runner import ModelRunner
+from dynskip.engine.request import RequestOutput
+from dynskip.ops.backends import available_backends
+from dynskip.scheduler.policies.make import POLICIES
+from dynskip.speculation.acceptance import Acceptance, own_rate
+from dynskip.speculation.draft import Draft
+from dynskip.speculation.lengths import Candidate, DraftLengths, expected_tokens
+
+FULL = PATHS[3]
+# A layer of a random model changes little: leaving one out is right about half of the time.
+DRAFTS = [
+    Draft(LayerPath.of(NUM_LAYERS, [0, 1, 2, 3, 4]), "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [0, 1, 2, 3, 4])),
+    Draft(LayerPath.of(NUM_LAYERS, [0, 2, 3, 5]), "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [1, 2, 4, 5])),
+    Draft(LayerPath.of(NUM_LAYERS, [], allow_empty=True)),
+    Draft(FULL),
+    Draft(FULL, "path"),
+]
+
+
+@pytest.fixture
+def random_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
+    """Lengths drawn at random, in place of those that pay."""
+    draw = random.Random(0)
+    choose = DraftLengths.choose
+
+    def drawn_lengths(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        lengths = tuple(draw.randint(0, min(each.most, draw.choice([1, 3, 8]))) for each in candidates)
+        # Own entries are worth making, whatever they cost.
+        return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
+
+    monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
+    return draw
+
+
+def draft_options(draft: Draft) -> dict[str, Any]:
+    return {"draft": draft.path, "draft_entries": draft.entries}
+
+
+def with_draft(ask: Ask, draft: Draft) -> Ask:
+    return Ask(ask.prompt, ask.params, ask.path, {**ask.options, **draft_options(draft)})
+
+
+def asks_of(count: int, seed: int) -> list[Ask]:
+    """Requests of all lengths, paths, ways to choose a token and to end."""
+    draw = random.Random(seed)
+    asks = []
+    for index, prompt in enumerate(random_prompts([draw.randint(1, 20) for _ in range(count)], seed)):
+        max_tokens = draw.randint(1, 16)
+        copies = draw.choice([1, 1, 1, 3])
+        params = (
+            greedy(max_tokens, n=copies)
+            if index % 2
+            else drawn(max_tokens, index, n=copies, top_p=draw.choice([1.0, 0.7]), top_k=draw.choice([None, 5]))
+        )
+        asks.append(Ask(prompt, params, FULL if index % 3 else PATHS[2]))
+    return asks
+
+
+def fits(draft: Draft, ask: Ask) -> bool:
+    return draft.entries == "own" or set(draft.path.layers) <= set(ask.path.layers)
+
+
+# Equal to the same request without a draft
+
+
+@pytest.mark.parametrize("num_slots", [None, 420])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_stream_with_drafts_equals_the_one_without(
+    policy: str, num_slots: int | None, random_lengths: random.Random
+) -> None:
+    asks = asks_of(28, seed=1)
+    alone = [ask.alone() for ask in asks]
+    for index, output in list(enumerate(alone))[::4]:  # ended by a token inside of what is guessed
+        stop = output.token_ids[min(3, len(output.token_ids) - 1)]
+        params = replace(asks[index].params, stop_token_ids=(stop,))
+        asks[index] = Ask(asks[index].prompt, params, asks[index].path)
+        alone[index] = asks[index].alone()
+    served = engine(policy, num_slots, batch=6)
+    ids, outputs = [], {}
+    for index, ask in enumerate(asks):
+        fitting = [draft for draft in DRAFTS if fits(draft, ask)]
+        told = ask if index % 5 == 4 else with_draft(ask, fitting[index % len(fitting)])
+        ids.append(told.add(served))
+        for _ in range(random_lengths.choice([0, 0, 1, 2])):
+            outputs.update({output.request_id: output for output in served.step()})
+    outputs.update({output.request_id: output for output in served.run()})
+    assert_empty(served)
+    for request_id, expected in zip(ids, alone, strict=True):
+        assert same(outputs[request_id], expected)
+    found = [outputs[request_id] for request_id in ids]
+    assert sum(output.num_drafted for output in found) == served.tally.num_drafted > 100
+    assert 0 < served.tally.num_accepted < served.tally.num_drafted
+    assert all(output.num_drafted == 0 for output in found[4::5])
+    assert bool(served.stats().outcome.num_preempted) == (num_slots is not None)
+
+
+@pytest.mark.parametrize("draft", DRAFTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_draft_alone(draft: Draft, dtype: torch.dtype, random_lengths: random.Random) -> None:
+    own = model(dtype)
+    for ask in (Ask(*random_prompts([9]), greedy(24), FULL), Ask(*random_prompts([9]), drawn(24, 3, n=2), FULL)):
+        served = engine(model=own, batch=4)
+        (output,) = serve(served, [with_draft(ask, draft)])
+        assert same(output, ask.alone(model=own))
+        assert output.draft is not None and output.draft.path == draft.path
+        assert 0 <= output.num_accepted <= output.num_drafted
+        assert output.num_drafted >= 8
+        for sample in output.samples:
+            assert sample.was_guessed is not None and len(sample.was_guessed) == len(sample.token_ids)
+        guessed = sum(sum(sample.was_guessed or ()) for sample in output.samples)
+        assert guessed == output.num_accepted
+        if draft.path == FULL:
+            assert output.num_accepted == output.num_drafted, "the path agrees with itself"
+
+
+def test_a_draft_that_is_the_beginning_of_the_path_needs_no_entries_of_its_own() -> None:
+    assert DRAFTS[1].for_path(FULL) == DRAFTS[0]
+    assert DRAFTS[3].for_path(FULL) == DRAFTS[3]
+
+
+@pytest.mark.parametrize("executor", ["compact", "reference"])
+def test_without_determinism_tokens_are_the_same(executor: Any, random_lengths: random.Random) -> None:
+    wide = tiny_model(dtype=torch.float64)
+    asks = asks_of(12, seed=2)
+    expected = serve(engine(model=wide), asks)
+    told = [with_draft(ask, DRAFTS[3]) for ask in asks]
+    outputs = serve(engine(model=wide, executor=executor), told)
+    tokens = [[sample.token_ids for sample in output.samples] for output in outputs]
+    assert tokens == [[sample.token_ids for sample in output.samples] for output in expected]
+    assert sum(output.num_accepted for output in outputs) > 0
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_native_bf16_is_equal_to_the_bit_up_to_48_rows(name: str, random_lengths: random.Random) -> None:
+    loose = tiny_model(dtype=torch.bfloat16, backend=name)
+    for index in range(4):
+        ask = Ask(*random_prompts([9], index), greedy(20), FULL)
+        (output,) = serve(engine(model=loose), [with_draft(ask, DRAFTS[index])])
+        expected = ask.alone(model=loose)
+        assert output.num_drafted > 0
+        if name == "native":
+            assert same(output, expected)
+        else:
+            assert_near_tie(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("draft", [DRAFTS[0], DRAFTS[3]], ids=str)
+def test_fused_steps_take_several_rows_of_a_sequence(draft: Draft, random_lengths: random.Random) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hf_model = tiny_hf().to(device)
+    reason = available_backends(device)["triton"]
+    if reason is not None:
+        pytest.skip(f"no triton backend: {reason}")
+    fused = CausalLM.from_hf(hf_model, backend="triton", deterministic=True)
+    ask = Ask(*random_prompts([5]), greedy(10), FULL)
+    expected = ask.alone(model=fused)
+    (output,) = serve(engine(model=fused, batch=2), [with_draft(ask, draft)])
+    assert same(output, expected)
+    assert output.num_drafted >= 8 and output.num_accepted
+
+
+def assert_near_tie(output: RequestOutput, expected: RequestOutput, within: float = 0.1) -> None:
+    """Equal tokens, up to one that was about as likely as the one in its place."""
+    for position, (ours, theirs) in enumerate(zip(output.token_ids, expected.token_ids, strict=True)):
+        if ours != theirs:
+            assert output.logprobs is not None
+            values = output.logprobs[position]
+            assert abs(values[ours] - values[theirs]) < within
+            return
+
+
+def test_prefixes_are_shared_and_only_verified_entries_are(random_lengths: random.Random) -> None:
+    common = random_prompts([20])[0]
+    served = engine(batch=8, max_prefill_tokens=16)
+    asks = [Ask([*common, *tail], greedy(12), PATHS[2]) for tail in ([5], [6, 7], [8, 9, 10])]
+    ids = [with_draft(asks[0], DRAFTS[3]).add(served)]
+    for _ in range(4):
+        served.step()
+    ids += [with_draft(ask, DRAFTS[3]).add(served) for ask in asks[1:]]
+    outputs = {output.request_id: output for output in served.run()}
+    assert served.stats().num_shared_tokens == 2 * 16
+    assert_empty(served)
+    for request_id, ask in zip(ids, asks, strict=True):
+        assert same(outputs[request_id], ask.alone(max_prefill_tokens=16))
+
+
+def test_copies_of_a_prompt_share_the_entries_of_their_drafts(random_lengths: random.Random) -> None:
+    ask = Ask(*random_prompts([40]), drawn(20, 3, n=4), FULL)
+    served = engine(batch=8)
+    (output,) = serve(served, [with_draft(ask, DRAFTS[3])])
+    assert same(output, ask.alone())
+    # Guesses apart, layer 1 ran the prompt twice: once for the path and once for the draft.
+    assert served.runner.executor.row_counts.kv[1] < 2 * 40 + 4 * 20 * 9
+
+
+@pytest.mark.parametrize("stop", ["w053", "w053 w", "3 w0"])
+def test_stop_texts_that_end_inside_of_what_is_guessed(stop: str, random_lengths: random.Random) -> None:
+    llm = LLM(model(), tokenizer=word_tokenizer())
+    prompts = random_prompts([3, 5, 8, 4])
+    params = SamplingParams(max_tokens=24, stop=stop, ignore_eos=True)
+    expected = llm.generate(prompts, params, FULL)
+    for draft in DRAFTS[:4]:
+        outputs = llm.generate(prompts, params, FULL, **draft_options(draft))
+        assert [(o.text, o.token_ids, o.finish_reason) for o in outputs] == [
+            (o.text, o.token_ids, o.finish_reason) for o in expected
+        ]
+
+
+# What becomes of it in mid-draft
+
+
+def test_a_callback_sees_each_token_once_and_none_behind_the_end(random_lengths: random.Random) -> None:
+    seen: list[int] = []
+    ask = Ask(*random_prompts([6]), greedy(20), FULL)
+    expected = ask.alone()
+    stop = expected.token_ids[7]
+    served = engine()
+    params = replace(ask.params, stop_token_ids=(stop,))
+    with_draft(Ask(ask.prompt, params, FULL), DRAFTS[6]).add(
+        served, on_token=lambda _id, _index, token: seen.append(token)
+    )
+    (output,) = served.run()
+    assert seen == output.token_ids == expected.token_ids[: expected.token_ids.index(stop) + 1]
+
+
+def test_a_request_that_is_aborted_inside_of_a_verification(random_lengths: random.Random) -> None:
+    for at in range(1, 12):
+        served = engine(batch=4)
+        ask = Ask(*random_prompts([6]), greedy(20), FULL)
+        other = Ask(*random_prompts([4], 1), greedy(20), FULL)
+        seen = []
+
+        def on_token(request_id: Any, _index: int, _token: int, at: int = at, seen: list[int] = seen) -> None:
+            seen.append(1)
+            if len(seen) == at:
+                served.abort(request_id)  # noqa: B023  # called before the next turn
+
+        with_draft(ask, DRAFTS[6]).add(served, on_token=on_token)
+        with_draft(other, DRAFTS[3]).add(served, request_id="other")
+        outputs = {output.request_id: output for output in served.run()}
+        assert same(outputs["other"], other.alone())
+        assert len(seen) == at
+        assert_empty(served)
+
+
+def test_a_callback_that_interrupts_a_verification_loses_nothing(random_lengths: random.Random) -> None:
+    served = engine(batch=4)
+    ask = Ask(*random_prompts([6]), greedy(20), FULL)
+    seen: list[int] = []
+
+    def on_token(_id: Any, _index: int, token: int) -> None:
+        seen.append(token)
+        if len(seen) in (3, 9):
+            raise KeyboardInterrupt
+
+    with_draft(ask, DRAFTS[6]).add(served, on_token=on_token)
+    outputs: list[RequestOutput] = []
+    while served.has_unfinished:
+        with contextlib.suppress(KeyboardInterrupt):
+            outputs += served.step()
+    assert same(outputs[0], ask.alone())
+    assert_empty(served)
+
+
+def test_a_fault_in_a_draft_ends_nothing(monkeypatch: pytest.MonkeyPatch, random_lengths: random.Random) -> None:
+    guess, calls = ModelRunner.guess, []
+
+    def fails(self: ModelRunner, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("a draft fails")
+        return guess(self, *args)
+
+    monkeypatch.setattr(ModelRunner, "guess", fails)
+    asks = [Ask(prompt, greedy(16), FULL) for prompt in random_prompts([6, 4])]
+    served = engine(batch=4)
+    with pytest.warns(DraftWarning, match="a draft fails"):
+        outputs = serve(served, [with_draft(ask, draft) for ask, draft in zip(asks, DRAFTS[2:4], strict=True)])
+    for ask, output in zip(asks, outputs, strict=True):
+        assert same(output, ask.alone())
+
+
+def test_a_verification_that_fails_runs_without_guesses(
+    monkeypatch: pytest.MonkeyPatch, random_lengths: random.Random
+) -> None:
+    decode = ModelRunner.decode
+
+    def fails(self: ModelRunner, spans: Sequence[Any], *args: Any) -> Any:
+        if any(span.num_tokens > 1 for span in spans):
+            raise MemoryError("no room")
+        return decode(self, spans, *args)
+
+    monkeypatch.setattr(ModelRunner, "decode", fails)
+    asks = [Ask(prompt, greedy(8), FULL) for prompt in random_prompts([6, 4])]
+    outputs = serve(engine(batch=4), [with_draft(ask, draft) for ask, draft in zip(asks, DRAFTS[2:4], strict=True)])
+    for ask, output in zip(asks, outputs, strict=True):
+        assert same(output, ask.alone())
+        assert output.num_accepted == 0
+
+
+def test_own_entries_of_drafts_go_before_anything_is_preempted(random_lengths: random.Random) -> None:
+    asks = [Ask(prompt, greedy(12), FULL) for prompt in random_prompts([10, 10, 10])]
+    needed = 3 * (10 + 12 - 1) * NUM_LAYERS
+    served = engine(num_slots=needed + 20, batch=4)
+    outputs = serve(served, [with_draft(ask, DRAFTS[3]) for ask in asks])
+    assert served.stats().outcome.num_preempted == 0
+    assert sum(output.num_drafted for output in outputs) > 0
+    for ask, output in zip(asks, outputs, strict=True):
+        assert same(output, ask.alone())
+
+
+def test_known_tokens_of_a_preempted_request_run_several_at_a_time() -> None:
+    asks = [Ask(prompt, greedy(15), FULL) for prompt in random_prompts([5, 9, 3, 7])]
+    served = engine(num_slots=270, batch=4)
+    outputs = serve(served, asks)
+    num_preempted = served.stats().outcome.num_preempted
+    assert num_preempted >= 1
+    num_known = sum(len(output.token_ids) for output in outputs if output.num_preemptions)
+    assert served.tally.num_decode_steps < 14 * 4 + num_preempted * num_known
+    for ask, output in zip(asks, outputs, strict=True):
+        assert same(output, ask.alone())
+
+
+# Exact sampling
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_path(random_lengths: random.Random) -> None:
+    from scipy.stats import chisquare
+
+    tiny = CausalLM.from_hf(tiny_hf(vocab_size=12), backend="torch", deterministic=True)
+    (prompt,) = [[5, 6, 7, 8]]
+    num_draws = 1000
+    params = SamplingParams(max_tokens=3, temperature=1.0, seed=11, n=num_draws, ignore_eos=True)
+    served = engine(model=tiny, batch=64)
+    served.add_request(prompt, params, FULL, draft=DRAFTS[3].path)
+    (output,) = served.run()
+    begins = [tuple(sample.token_ids[:2]) for sample in output.samples]
+    common = max(set(begins), key=begins.count)
+    thirds = [sample.token_ids[2] for sample in output.samples if tuple(sample.token_ids[:2]) == common]
+    logits = tiny(torch.tensor([[*prompt, *common]]), paths=FULL).logits[0, -1].double()
+    expected = logits.softmax(0) * len(thirds)
+    counts = torch.bincount(torch.tensor(thirds), minlength=12).double()
+    assert output.num_accepted > 200, "third tokens whose place was guessed are among them"
+    assert len(thirds) > 50
+    assert chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
+
+
+# How many tokens are guessed
+
+
+def test_lengths_follow_acceptance_and_cost() -> None:
+    lengths = DraftLengths(costs(), most_rows=48)
+    shallow = Draft(LayerPath.of(NUM_LAYERS, [0]), "path")
+
+    def length(rate: float, draft: Draft = shallow) -> int:
+        return lengths.choose([Candidate(FULL, draft, rate, 8)]).lengths[0]
+
+    assert length(0.0) == 0
+    assert [length(rate) for rate in (0.2, 0.6, 0.9)] == sorted(length(rate) for rate in (0.2, 0.6, 0.9))
+    assert length(0.9) >= 2
+    assert length(1.0, Draft(FULL, "path")) == 0, "a draft as deep as the path gains nothing"
+    crowd = [Candidate(FULL, shallow, 0.9, 8)] * 40
+    assert sum(lengths.choose(crowd).lengths) <= 8, "no more rows than run with the same bits"
+    mixed = lengths.choose([Candidate(FULL, shallow, 0.9, 8), Candidate(FULL, shallow, 0.05, 8)]).lengths
+    assert mixed[0] > mixed[1] == 0
+
+
+def test_the_expected_tokens_are_those_of_independent_guesses() -> None:
+    draw = random.Random(0)
+    rate, length, total = 0.7, 4, 0
+    for _ in range(20000):
+        accepted = next((index for index in range(length) if draw.random() >= rate), length)
+        total += accepted + 1
+    assert total / 20000 == pytest.approx(expected_tokens(rate, length), rel=0.02)
+
+
+def test_rates_are_learnt_of_the_pair_and_of_the_request() -> None:
+    acceptance = Acceptance()
+    draft = DRAFTS[0]
+    good, bad = own_rate(), own_rate()
+    for _ in range(200):
+        acceptance.add(FULL, draft, good, 3, 4)  # the fourth is wrong
+        acceptance.add(FULL, draft, bad, 0, 4)  # nothing is learnt of three of them
+    assert acceptance.of(FULL, draft, good) == pytest.approx(0.75, abs=0.05)
+    assert acceptance.of(FULL, draft, bad) < 0.15
+    assert acceptance.pair(FULL, draft) == pytest.approx(3 / 5, abs=0.1)
+    assert acceptance.pair(FULL, DRAFTS[2]) == Acceptance().pair(FULL, draft)
+
+
+def test_costs_are_corrected_by_what_steps_take() -> None:
+    lengths = DraftLengths(costs(), most_rows=48)
+    candidate = Candidate(FULL, Draft(LayerPath.of(NUM_LAYERS, [0]), "path"), 0.8, 8)
+    before = lengths.choose([candidate])
+    assert before.gain > 1.2
+    for _ in range(100):
+        lengths.observe(before, 2 * before.guess_ms, 2 * before.verify_ms)
+    assert lengths.choose([candidate]) == before, "all of it takes twice as long"
+    for _ in range(100):
+        lengths.observe(before, 9 * before.guess_ms, before.verify_ms)
+    assert lengths.choose([candidate]).lengths == (0,)
+
+
+def test_a_draft_that_is_never_right_is_tried_rarely() -> None:
+    served = engine(model=tiny_model(deterministic=True), batch=1)
+    ask = Ask(*random_prompts([5]), greedy(56), FULL)
+    wrong = Draft(LayerPath.of(NUM_LAYERS, [], allow_empty=True))
+    (output,) = serve(served, [with_draft(ask, wrong)])
+    assert output.num_accepted <= 0.3 * output.num_drafted
+    assert 0 < output.num_drafted <= 24
+
+
+# Bad input
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"draft": LayerPath.full(3)}, "draft must be of 6 layers"),
+    ({"draft": "fast"}, "draft must be a LayerPath, 'auto' or None"),
+    ({"draft": 4}, "draft must be a LayerPath, 'auto' or None"),
+    ({"draft": [LayerPath.full(6)] * 2}, "one for all or one per prompt"),
+    ({"draft": LayerPath.full(6), "draft_entries": "mine"}, "draft_entries must be 'own' or 'path'"),
+    ({"draft": LayerPath.full(6), "draft_entries": "path", "path": PATHS[1]}, "layers of the path only"),
+    ({"draft": LayerPath.full(6), "path": Parity()}, "draft must be None for a request whose tokens"),
+    ({"draft": LayerPath.full(6), "path": torch.ones(30, NUM_LAYERS, dtype=torch.bool)}, "draft must be None"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_drafts_are_refused(options: dict[str, Any], message: str) -> None:
+    served = engine()
+    with pytest.raises((TypeError, ValueError), match=message):
+        served.add_request([5, 6, 7], greedy(4), **{"path": FULL, **options})
+    assert_empty(served)
