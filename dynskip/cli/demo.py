@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.demo_answers import MODEL, answers_page, run_answers
 from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
+from dynskip.cli.demo_drafts import drafts_page, run_drafts
 from dynskip.cli.demo_serving import run_serving, serving_page
 from dynskip.cli.options import BACKENDS, UserError, add_number, set_threads, show_progress
 from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES
@@ -41,6 +42,7 @@ EXAMPLES = """examples:
   dynskip demo                       all parts: under three minutes on two free cores
   dynskip demo --only answers        the real model only
   dynskip demo --only text           texts only: seconds
+  dynskip demo --only draft          a text with and without a draft: seconds
   dynskip demo --only serving        a stream of requests only: seconds
   dynskip demo --only time --batch 8 another batch
   dynskip demo --shape opt-0.2b-24   time a smaller model
@@ -51,6 +53,7 @@ parts:
          layers but three, and held against transformers; left out with a word where the package is missing
   text   prompts through opt-mini, the model shipped with dynskip, in one batch, each along its own path; every text is
          compared with the one that its prompt gets alone
+  draft  one prompt with and without a draft, the tokens that it guessed marked, and the seconds of both
   serving  a stream of requests of mixed depths through opt-mini, by two policies in turns: lock-step, and cohorts of
          paths that go together; first it is checked that both give each request the same tokens
   time   random weights of a real size: decode steps at full depth, by transformers, along shared paths and along
@@ -72,10 +75,14 @@ class TextResult:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``demo``."""
-    parser.add_argument("--only", choices=("answers", "text", "serving", "time"), help="one part (default: all)")
-    parser.add_argument("--model", metavar="NAME", help="text, serving: folder, hub id or opt-mini (the default)")
     parser.add_argument(
-        "--max-tokens", type=int, default=48, metavar="N", help="answers, text: new tokens at most (default: 48)"
+        "--only", choices=("answers", "text", "draft", "serving", "time"), help="one part (default: all)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="text, draft, serving: folder, hub id or opt-mini (the default)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=48, metavar="N", help="answers, text, draft: new tokens at most (default: 48)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.5, metavar="T", help="text: 0 is greedy (default: 0.5, with fixed seeds)"
@@ -110,6 +117,12 @@ def run(args: argparse.Namespace) -> int:
             print(text_page(results, seconds))
             if args.model is None or find_model(args.model) == opt_mini_directory():
                 print("opt-mini learned to speak at full depth and along uniform:12, :8 and :4, along no other path.\n")
+    if args.only in (None, "draft"):
+        drafted = run_drafts(args.model, args.max_tokens, args.backend)
+        found["draft"] = dataclasses.asdict(drafted)
+        status = max(status, int(not drafted.same_text))
+        if not args.json:
+            print(drafts_page(drafted))
     if args.only in (None, "serving"):
         serving = run_serving(args.model, args.requests, args.backend, progress)
         found["serving"] = dataclasses.asdict(serving)

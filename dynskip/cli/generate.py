@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dynskip.cli import streams
 from dynskip.cli.options import UserError, add_model_options, file_path, load_llm, set_threads, show_progress
 from dynskip.prompts import check_unicode, lines
+from dynskip.speculation.draft import ENTRIES
 
 if TYPE_CHECKING:
     from dynskip.llm import Output
@@ -26,6 +27,8 @@ EXAMPLES = """examples:
       one batch, each prompt along its own path
   dynskip generate --chat --path exit:12 "Name three things that float."
       as a request, in the form that the model was fine-tuned on
+  dynskip generate --draft uniform:4 "Name three things that float."
+      the same text, sooner: 4 layers guess tokens, which all layers verify
   dynskip generate --temperature 0.8 --top-p 0.95 --seed 1 --n 3 "The storm"
       three samples, the same ones each time
   dynskip generate --model facebook/opt-1.3b --path random:12:7 --json --file prompts.txt > outputs.jsonl
@@ -48,6 +51,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="FILE", help="read prompts from FILE, one a line; - is stdin")
     parser.add_argument(
         "--path", action="append", dest="paths", metavar="PATH", help="one for all prompts, or one per prompt, in order"
+    )
+    parser.add_argument(
+        "--draft", metavar="PATH", help="a path that guesses tokens which each prompt's own path verifies; or auto"
+    )
+    parser.add_argument(
+        "--draft-entries",
+        choices=ENTRIES,
+        default="own",
+        help="whose keys and values the draft reads: its own, or the path's (default: %(default)s)",
     )
     parser.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt and line")
@@ -88,7 +100,14 @@ def run(args: argparse.Namespace) -> int:
     if args.chat and getattr(llm.tokenizer, "chat_template", None) is None:
         raise UserError("--chat must be left out: the tokenizer of this model has no chat template")
     inputs = [llm.chat_prompt(prompt) for prompt in prompts] if args.chat else prompts
-    outputs = llm.generate(inputs, params, paths=chosen[0] if len(chosen) == 1 else chosen, progress=progress)
+    outputs = llm.generate(
+        inputs,
+        params,
+        paths=chosen[0] if len(chosen) == 1 else chosen,
+        draft=args.draft if args.draft in (None, "auto") else LayerPath.parse(args.draft, num_layers),
+        draft_entries=args.draft_entries,
+        progress=progress,
+    )
     show = _print_json if args.json else _print_text
     show(prompts, outputs)
     failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
@@ -143,6 +162,9 @@ def _print_json(prompts: list[str], outputs: list[Output]) -> None:
             "num_prompt_tokens": len(output.prompt_ids),
             "num_layers": output.path.num_layers,
             "layers": output.path.layers,
+            "draft": None if output.draft is None else output.draft.path.layers,
+            "num_drafted": output.num_drafted,
+            "num_accepted": output.num_accepted,
             "outputs": samples,
             "error": None if output.error is None else str(output.error),
         }

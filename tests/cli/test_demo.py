@@ -311,3 +311,12 @@ def test_answers_are_shown_at_both_depths_and_held_against_transformers(
     assert whole["text"].startswith("Bread rises") and whole["nats"] < short["nats"]
     page = demo_answers.answers_page(demo_answers.Answers([demo_answers.Answer(**whole)], False))
     assert "NOT EQUAL TO transformers'" in page and "[30 layers]" in page
+
+
+def test_a_draft_is_shown_beside_the_text_without(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--only", "draft", "--max-tokens", "12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["draft"]
+    assert found["same_text"] and found["num_tokens"] == 12
+    assert 0 < found["num_accepted"] <= found["num_drafted"]
+    assert found["marked"].replace("[", "").replace("]", "") == found["text"]
+    assert found["marked"].count("[") == found["marked"].count("]") > 0
