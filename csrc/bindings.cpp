@@ -33,6 +33,11 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? slot_positions, Tensor(d!) context_lens, Tensor(e!) slot_tables, "
       "Tensor free_slots, Tensor(f!) slot_cursor, Tensor(g!) counts, Tensor? gate_weight, Tensor? gate_bias, "
       "Tensor? gate_asks, bool with_head, Tensor? head_rows, bool is_timed) -> (Tensor, Tensor)");
+  m.def(
+      "guess_tokens(int decoder, Tensor token_ids, Tensor position_ids, Tensor cache_ids, Tensor active, "
+      "Tensor num_guesses, Tensor[] choices, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? slot_positions, "
+      "Tensor(d!) context_lens, Tensor(e!) slot_tables, Tensor free_slots, Tensor(f!) slot_cursor, Tensor(g!) counts, "
+      "bool is_timed) -> Tensor");
   m.def("has_cuda() -> bool");
   m.def("replay(int[] graph_execs, int device_index) -> ()");
   m.def("instruction_set() -> str");
@@ -60,6 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
   m.impl("packed_panel_outputs", TORCH_BOX(&dynskip::packed_panel_outputs));
   m.impl("decode_step", TORCH_BOX(&dynskip::decode_step));
+  m.impl("guess_tokens", TORCH_BOX(&dynskip::guess_tokens));
   m.impl("packed_linear", TORCH_BOX(&dynskip::packed_linear));
 }
 

@@ -88,7 +88,8 @@ torch::stable::Tensor packed_linear(
     const std::optional<torch::stable::Tensor>& bias,
     int64_t activation);
 
-// A decoder for decode_step, from the description that dynskip/execution/native_step.py makes; it holds the tensors.
+// A decoder for decode_step and guess_tokens, from the description that dynskip/execution/native_steps.py makes; it holds
+// the tensors.
 int64_t new_decoder(
     std::vector<torch::stable::Tensor> tensors, std::vector<int64_t> integers, std::vector<double> floats);
 void delete_decoder(int64_t decoder);
@@ -117,6 +118,25 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> decode_step(
     const std::optional<torch::stable::Tensor>& gate_asks,
     bool with_head,
     const std::optional<torch::stable::Tensor>& head_rows,
+    bool is_timed);
+
+// Some decode steps, one after the other; see dynskip.ops.native.guess_tokens.
+torch::stable::Tensor guess_tokens(
+    int64_t decoder,
+    const torch::stable::Tensor& token_ids,
+    const torch::stable::Tensor& position_ids,
+    const torch::stable::Tensor& cache_ids,
+    const torch::stable::Tensor& active,
+    const torch::stable::Tensor& num_guesses,
+    std::vector<torch::stable::Tensor> choices,
+    const torch::stable::Tensor& k_cache,
+    const torch::stable::Tensor& v_cache,
+    const std::optional<torch::stable::Tensor>& slot_positions,
+    const torch::stable::Tensor& context_lens,
+    const torch::stable::Tensor& slot_tables,
+    const torch::stable::Tensor& free_slots,
+    const torch::stable::Tensor& slot_cursor,
+    const torch::stable::Tensor& counts,
     bool is_timed);
 
 // num_threads: how many threads share the work, 0 for the device's own choice; the result is the same. On a GPU that can,

@@ -1,4 +1,4 @@
-#include "choose.h"
+#include "choices.h"
 
 #include <algorithm>
 #include <cmath>
@@ -60,15 +60,37 @@ void check_logits(const char* op, const Tensor& logits) {
 }
 
 template <typename Value>
-const Value* checked_column(const char* name, const Tensor& column, ScalarType dtype, int64_t num_rows) {
+const Value* checked_column(
+    const char* op, const char* name, const Tensor& column, ScalarType dtype, int64_t num_rows) {
   DYNSKIP_CHECK(
       column.scalar_type() == dtype && column.dim() == 1 && column.size(0) == num_rows && column.is_contiguous(),
-      "choose_tokens: ", name, " must be contiguous [", num_rows, "] ", dtype == ScalarType::Double ? "float64" : "int64",
+      op, ": ", name, " must be contiguous [", num_rows, "] ", dtype == ScalarType::Double ? "float64" : "int64",
       ", got ", shape_of(column), ".");
   return static_cast<const Value*>(column.data_ptr());
 }
 
 } // namespace
+
+std::vector<Choice> checked_choices(
+    const char* op, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p, const Tensor& seed,
+    const Tensor& output, const Tensor& position, int64_t num_rows) {
+  const auto* temperatures = checked_column<double>(op, "temperature", temperature, ScalarType::Double, num_rows);
+  const auto* top_ks = checked_column<int64_t>(op, "top_k", top_k, ScalarType::Long, num_rows);
+  const auto* top_ps = checked_column<double>(op, "top_p", top_p, ScalarType::Double, num_rows);
+  const auto* seeds = checked_column<int64_t>(op, "seed", seed, ScalarType::Long, num_rows);
+  const auto* outputs = checked_column<int64_t>(op, "output", output, ScalarType::Long, num_rows);
+  const auto* positions = checked_column<int64_t>(op, "position", position, ScalarType::Long, num_rows);
+  std::vector<Choice> choices(num_rows);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    choices[row].temperature = temperatures[row];
+    choices[row].top_k = top_ks[row];
+    choices[row].top_p = top_ps[row];
+    choices[row].seed = static_cast<uint64_t>(seeds[row]);
+    choices[row].output = static_cast<uint32_t>(outputs[row]);
+    choices[row].position = static_cast<uint32_t>(positions[row]);
+  }
+  return choices;
+}
 
 Tensor most_likely(const Tensor& logits) {
   check_logits("most_likely", logits);
@@ -100,12 +122,8 @@ Tensor choose_tokens(
   check_logits("choose_tokens", logits);
   const int64_t num_rows = logits.size(0);
   const int64_t num_logits = logits.size(1);
-  const auto* temperatures = checked_column<double>("temperature", temperature, ScalarType::Double, num_rows);
-  const auto* top_ks = checked_column<int64_t>("top_k", top_k, ScalarType::Long, num_rows);
-  const auto* top_ps = checked_column<double>("top_p", top_p, ScalarType::Double, num_rows);
-  const auto* seeds = checked_column<int64_t>("seed", seed, ScalarType::Long, num_rows);
-  const auto* outputs = checked_column<int64_t>("output", output, ScalarType::Long, num_rows);
-  const auto* positions = checked_column<int64_t>("position", position, ScalarType::Long, num_rows);
+  const std::vector<Choice> choices =
+      checked_choices("choose_tokens", temperature, top_k, top_p, seed, output, position, num_rows);
   Tensor tokens = torch::stable::empty({num_rows}, ScalarType::Long);
   auto* results = static_cast<int64_t*>(tokens.data_ptr());
   for_element_type(logits.scalar_type(), "choose_tokens", [&](auto element) {
@@ -120,12 +138,7 @@ Tensor choose_tokens(
         ChoiceRow<Element> task;
         task.logits = values + row * stride;
         task.num_logits = num_logits;
-        task.choice.temperature = temperatures[row];
-        task.choice.top_k = top_ks[row];
-        task.choice.top_p = top_ps[row];
-        task.choice.seed = static_cast<uint64_t>(seeds[row]);
-        task.choice.output = static_cast<uint32_t>(outputs[row]);
-        task.choice.position = static_cast<uint32_t>(positions[row]);
+        task.choice = choices[row];
         task.maxima = maxima.get();
         task.keys = keys.get();
         results[row] = kernel(task);

@@ -3,6 +3,8 @@
 // All threads go through the phases of a layer together; in a phase each takes tasks that no other has. What belongs to
 // one row of the residual stream is done by one and the same thread, so that such phases need not wait for each other.
 
+#include "decode_step.h"
+
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -16,10 +18,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
-#include "decoder.h"
 #include "dispatch.h"
 #include "ops.h"
-#include "plan_rows.h"
 
 namespace dynskip {
 
@@ -57,13 +57,6 @@ struct StepPlan {
     const PlanFailure failed = plan_rows_on_cpu(part, 1);
     failure = failed != PlanFailure::kNone ? failed : failure;
   }
-};
-
-// What a gate reads: see dynskip.controllers.HiddenStateGate.
-struct Gate {
-  const float* weight = nullptr; // [L, 2, C]
-  const float* bias = nullptr; // [L, 2]
-  const bool* asks = nullptr; // [L]
 };
 
 template <typename Element>
@@ -116,31 +109,21 @@ class Step {
     return num_elements_ * static_cast<int64_t>(sizeof(Element)) + 64;
   }
 
-  // The step's inputs and what it changes; called before run.
-  void begin(
-      const int64_t* token_ids,
-      const int64_t* position_ids,
-      Element* k_cache,
-      Element* v_cache,
-      int32_t* slot_positions,
-      Element* result,
-      bool with_head,
-      const int64_t* head_rows,
-      int64_t num_head_rows,
-      int64_t* tokens,
-      bool is_timed) {
-    head_rows_ = head_rows;
-    num_head_rows_ = num_head_rows;
+  // The step's inputs and what it changes; called before run. Without a head the last states are the result.
+  void begin(const StepCache& cache, const StepRows& rows, Element* result, int64_t* tokens) {
+    const bool with_head = rows.with_head;
+    head_rows_ = rows.head_rows;
+    num_head_rows_ = rows.num_head_rows;
+    choices_ = rows.choices;
     tokens_ = tokens;
-    token_ids_ = token_ids;
-    position_ids_ = position_ids;
-    k_cache_ = k_cache;
-    v_cache_ = v_cache;
-    slot_positions_ = slot_positions;
-    is_timed_ = is_timed;
+    token_ids_ = rows.token_ids;
+    position_ids_ = rows.position_ids;
+    k_cache_ = static_cast<Element*>(cache.k_cache.data_ptr());
+    v_cache_ = static_cast<Element*>(cache.v_cache.data_ptr());
+    slot_positions_ = cache.slot_positions.has_value() ? static_cast<int32_t*>(cache.slot_positions->data_ptr()) : nullptr;
+    is_timed_ = rows.is_timed;
     memory_ = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(decoder_.memory.data()) + 63) / 64 * 64);
     logits_ = with_head ? result : nullptr;
-    // Without a head the last states are the result.
     hidden_states_ = with_head ? row(hidden_, 0) : result;
     hidden_stride_ = with_head ? hidden_.stride : decoder_.hidden_size;
     if (gate_.asks == nullptr) {
@@ -588,9 +571,22 @@ class Step {
     multiply<1>(member, {product(decoder_.lm_head, row(rows, 0), rows.stride, logits_, vocab_size, num_head_rows_)});
     clock.lap(kProducts);
     for (int64_t i = team_.next_task(); i < num_head_rows_; i = team_.next_task()) {
-      const LargestLogit largest = kernels_.largest_logit(logits_ + i * vocab_size, vocab_size);
-      tokens_[i] = std::isfinite(largest.value) ? largest.token : kNoToken;
+      tokens_[i] = choose(member, i);
     }
+  }
+
+  int64_t choose(int64_t member, int64_t index) const {
+    ChoiceRow<Element> row;
+    row.logits = logits_ + index * decoder_.vocab_size;
+    row.num_logits = decoder_.vocab_size;
+    if (choices_ == nullptr) {
+      const LargestLogit largest = kernels_.largest_logit(row.logits, row.num_logits);
+      return std::isfinite(largest.value) ? largest.token : kNoToken;
+    }
+    row.choice = choices_[index];
+    row.maxima = decoder_.choice_scratch[member].maxima.data();
+    row.keys = decoder_.choice_scratch[member].keys.data();
+    return kernels_.choose_token(row);
   }
 
   Decoder& decoder_;
@@ -606,6 +602,7 @@ class Step {
   Element* memory_ = nullptr;
   const int64_t* head_rows_ = nullptr; // null for all
   int64_t num_head_rows_ = 0;
+  const Choice* choices_ = nullptr; // null for the most likely tokens
   int64_t* tokens_ = nullptr;
   const int64_t* token_ids_ = nullptr;
   const int64_t* position_ids_ = nullptr;
@@ -618,19 +615,187 @@ class Step {
   bool is_timed_ = false;
 };
 
-void check_ids(const char* name, const Tensor& ids, int64_t num_rows, int64_t end) {
-  DYNSKIP_CHECK(
-      ids.dim() == 1 && ids.size(0) == num_rows && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
-      "decode_step: ", name, " must be contiguous [", num_rows, "] int64, got ", shape_of(ids), ".");
-  const auto* values = static_cast<const int64_t*>(ids.data_ptr());
-  for (int64_t row = 0; row < num_rows; ++row) {
-    DYNSKIP_CHECK(
-        values[row] >= 0 && values[row] < end, "decode_step: ", name, " must lie in 0..", end - 1, ", got ", values[row],
-        " in row ", row, ".");
+// The threads of a step, as many as torch has.
+void make_team(Decoder& decoder) {
+  const int64_t num_threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (decoder.team == nullptr || decoder.team->size() != num_threads) {
+    decoder.team.reset(new Team(num_threads));
+    decoder.scratch.resize(num_threads);
+    decoder.choice_scratch.resize(num_threads);
   }
 }
 
+// Before the slots are planned, and with what is planned then.
+StepPlan new_plan(const Decoder& decoder, const StepRows& rows) {
+  const size_t num_pairs = decoder.layers.size() * rows.num_rows;
+  StepPlan plan;
+  plan.active.assign(rows.active, rows.active + num_pairs);
+  plan.cache_ids.assign(rows.cache_ids, rows.cache_ids + rows.num_rows);
+  plan.row_slots.resize(rows.num_rows);
+  for (std::vector<int32_t>* lists : {&plan.run_ids, &plan.kv_ids, &plan.slots, &plan.key_limits}) {
+    lists->resize(num_pairs);
+  }
+  return plan;
+}
+
+RowPlan row_plan(const StepCache& cache, const StepRows& rows, StepPlan& plan) {
+  RowPlan whole = {};
+  whole.num_rows = static_cast<int32_t>(rows.num_rows);
+  whole.num_seqs = static_cast<int32_t>(cache.num_seqs());
+  whole.max_context_len = static_cast<int32_t>(cache.slot_tables.size(2));
+  whole.num_slots = static_cast<int32_t>(cache.free_slots.numel());
+  whole.kv_policy = rows.kv_policy;
+  whole.cache_ids = plan.cache_ids.data();
+  whole.context_lens = static_cast<int32_t*>(cache.context_lens.data_ptr());
+  whole.slot_tables = static_cast<int32_t*>(cache.slot_tables.data_ptr());
+  whole.free_slots = static_cast<const int32_t*>(cache.free_slots.data_ptr());
+  whole.slot_cursor = static_cast<int32_t*>(cache.slot_cursor.data_ptr());
+  whole.row_slots = plan.row_slots.data();
+  whole.active_stride = whole.run_ids_stride = whole.kv_ids_stride = whole.slots_stride = whole.key_limits_stride =
+      rows.num_rows;
+  whole.context_lens_stride = cache.num_seqs();
+  whole.slot_tables_layer_stride = cache.num_seqs() * cache.slot_tables.size(2);
+  whole.slot_tables_seq_stride = cache.slot_tables.size(2);
+  return whole;
+}
+
 } // namespace
+
+int64_t num_positions(const Decoder& decoder) {
+  int64_t count = INT32_MAX;
+  if (decoder.embed_positions >= 0) {
+    count = decoder.tensors[decoder.embed_positions].size(0) - decoder.position_offset;
+  }
+  if (decoder.cos_sin >= 0) {
+    count = std::min(count, decoder.tensors[decoder.cos_sin].size(0));
+  }
+  return count;
+}
+
+const int64_t* checked_ids(const char* op, const char* name, const Tensor& ids, int64_t num_rows, int64_t end) {
+  DYNSKIP_CHECK(
+      ids.dim() == 1 && ids.size(0) == num_rows && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
+      op, ": ", name, " must be contiguous [", num_rows, "] int64, got ", shape_of(ids), ".");
+  const auto* values = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t row = 0; row < num_rows; ++row) {
+    DYNSKIP_CHECK(
+        values[row] >= 0 && values[row] < end, op, ": ", name, " must lie in 0..", end - 1, ", got ", values[row],
+        " in row ", row, ".");
+  }
+  return values;
+}
+
+void check_cache(const char* op, const Decoder& decoder, const StepCache& cache) {
+  const int64_t num_layers = decoder.layers.size();
+  DYNSKIP_CHECK(
+      cache.slot_tables.dim() == 3 && cache.slot_tables.size(0) == num_layers && is_int32_contiguous(cache.slot_tables),
+      op, ": slot_tables must be contiguous [", num_layers, ", B, S_max] int32, got ", shape_of(cache.slot_tables), ".");
+  DYNSKIP_CHECK(
+      cache.context_lens.dim() == 2 && cache.context_lens.size(0) == num_layers &&
+          cache.context_lens.size(1) == cache.num_seqs() && is_int32_contiguous(cache.context_lens),
+      op, ": context_lens must be contiguous [", num_layers, ", ", cache.num_seqs(), "] int32.");
+  for (const Tensor* entries : {&cache.k_cache, &cache.v_cache}) {
+    DYNSKIP_CHECK(
+        entries->dim() == 3 && entries->size(0) == cache.free_slots.numel() &&
+            entries->size(1) == decoder.num_kv_heads && entries->size(2) == decoder.head_size &&
+            entries->is_contiguous() && entries->scalar_type() == decoder.dtype(),
+        op, ": k_cache and v_cache must be contiguous [", cache.free_slots.numel(), ", ", decoder.num_kv_heads, ", ",
+        decoder.head_size, "] of the decoder's dtype, got ", shape_of(*entries), ".");
+  }
+  DYNSKIP_CHECK(
+      !cache.slot_positions.has_value() ||
+          (is_int32_contiguous(*cache.slot_positions) && cache.slot_positions->numel() == cache.k_cache.size(0)),
+      op, ": slot_positions must be contiguous [num_slots] int32.");
+  bool asks_positions = decoder.slopes >= 0;
+  for (const LayerSpec& layer : decoder.layers) {
+    asks_positions |= layer.window > 0;
+  }
+  DYNSKIP_CHECK(
+      !asks_positions || cache.slot_positions.has_value(),
+      op, ": slot_positions must be given with slopes or a window.");
+  DYNSKIP_CHECK(
+      is_int32_contiguous(cache.free_slots) && is_int32_contiguous(cache.slot_cursor) && cache.slot_cursor.numel() == 1,
+      op, ": free_slots and slot_cursor must be contiguous int32.");
+}
+
+StepRows checked_rows(
+    const char* op,
+    const Decoder& decoder,
+    const StepCache& cache,
+    const Tensor& token_ids,
+    const Tensor& position_ids,
+    const Tensor& cache_ids,
+    const Tensor& active) {
+  StepRows rows = {};
+  rows.num_rows = token_ids.numel();
+  const int64_t num_layers = decoder.layers.size();
+  DYNSKIP_CHECK(
+      rows.num_rows > 0 && rows.num_rows <= 65536, op, ": token_ids must hold 1..65536 tokens, got ", rows.num_rows, ".");
+  rows.token_ids = checked_ids(op, "token_ids", token_ids, rows.num_rows, decoder.vocab_size);
+  rows.position_ids = checked_ids(op, "position_ids", position_ids, rows.num_rows, num_positions(decoder));
+  rows.cache_ids = checked_ids(op, "cache_ids", cache_ids, rows.num_rows, cache.num_seqs());
+  DYNSKIP_CHECK(
+      active.dim() == 2 && active.size(0) == num_layers && active.size(1) == rows.num_rows && active.is_contiguous() &&
+          active.scalar_type() == ScalarType::Bool,
+      op, ": active must be contiguous [", num_layers, ", ", rows.num_rows, "] bool, got ", shape_of(active), ".");
+  rows.active = static_cast<const uint8_t*>(active.data_ptr());
+  return rows;
+}
+
+int64_t* checked_counts(const char* op, const Decoder& decoder, const Tensor& counts) {
+  const int64_t num_layers = decoder.layers.size();
+  DYNSKIP_CHECK(
+      counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == 2 * num_layers,
+      op, ": counts must be contiguous [2, ", num_layers, "] int64.");
+  return static_cast<int64_t*>(counts.data_ptr());
+}
+
+void run_step(
+    const char* op, Decoder& decoder, const StepCache& cache, const StepRows& rows, void* result, int64_t* tokens,
+    int64_t* counts) {
+  make_team(decoder);
+  StepPlan plan = new_plan(decoder, rows);
+  const RowPlan whole = row_plan(cache, rows, plan);
+  std::vector<int32_t> of_layers(2 * decoder.layers.size());
+  for_element_type(decoder.dtype(), op, [&](auto element) {
+    using Element = decltype(element);
+    const bool is_larger = rows.num_rows > decoder.max_rows;
+    if (is_larger) {
+      decoder.max_rows = std::max(rows.num_rows, 2 * decoder.max_rows);
+    }
+    Step<Element> step(decoder, rows.num_rows, plan, whole, rows.gate, of_layers.data());
+    if (is_larger) {
+      decoder.memory.assign(step.num_bytes(), 0);
+    }
+    const int64_t most_inputs = std::max({decoder.hidden_size, decoder.ffn_size, decoder.num_heads * decoder.head_size,
+                                          decoder.embedding_size});
+    for (std::vector<float>& scratch : decoder.scratch) {
+      scratch.resize(std::max(
+          product_scratch_floats<Element>(std::min(decoder.max_rows, kBlockRows), most_inputs),
+          decode_attention_scratch_floats(decoder.num_heads, decoder.head_size)));
+    }
+    for (ChoiceScratch& scratch : decoder.choice_scratch) {
+      if (rows.choices != nullptr) {
+        scratch.maxima.resize(num_choice_maxima(decoder.vocab_size));
+        scratch.keys.resize(num_choice_keys(decoder.vocab_size));
+      }
+    }
+    step.begin(cache, rows, static_cast<Element*>(result), tokens);
+    if (plan.failure == PlanFailure::kNone) {
+      decoder.team->run([&](int64_t member) { step.run(member); });
+    }
+  });
+  DYNSKIP_CHECK(
+      plan.failure != PlanFailure::kTableFull, op, ": slot_tables must have room for one more entry of each row, got a "
+      "full table of ", whole.max_context_len, " entries. Create the cache for longer contexts.");
+  DYNSKIP_CHECK(
+      plan.failure != PlanFailure::kNoFreeSlot,
+      op, ": free_slots must have a slot for each new key from slot_cursor on, got too few of ", whole.num_slots,
+      ". Create the cache with more slots.");
+  for (size_t i = 0; i < of_layers.size(); ++i) {
+    counts[i] += of_layers[i];
+  }
+}
 
 std::tuple<Tensor, Tensor> decode_step(
     int64_t handle,
@@ -656,56 +821,13 @@ std::tuple<Tensor, Tensor> decode_step(
   const std::shared_ptr<Decoder> held = decoder_at(handle);
   Decoder& decoder = *held;
   const std::lock_guard<std::mutex> lock(decoder.mutex);
-  const int64_t num_rows = token_ids.numel();
   const int64_t num_layers = decoder.layers.size();
-  DYNSKIP_CHECK(
-      num_rows > 0 && num_rows <= 65536, "decode_step: token_ids must hold 1..65536 tokens, got ", num_rows, ".");
-  check_ids("token_ids", token_ids, num_rows, decoder.vocab_size);
-  int64_t num_positions = INT32_MAX;
-  if (decoder.embed_positions >= 0) {
-    num_positions = decoder.tensors[decoder.embed_positions].size(0) - decoder.position_offset;
-  }
-  if (decoder.cos_sin >= 0) {
-    num_positions = std::min(num_positions, decoder.tensors[decoder.cos_sin].size(0));
-  }
-  check_ids("position_ids", position_ids, num_rows, num_positions);
-  DYNSKIP_CHECK(
-      slot_tables.dim() == 3 && slot_tables.size(0) == num_layers && is_int32_contiguous(slot_tables),
-      "decode_step: slot_tables must be contiguous [", num_layers, ", B, S_max] int32, got ", shape_of(slot_tables), ".");
-  const int64_t num_seqs = slot_tables.size(1);
-  check_ids("cache_ids", cache_ids, num_rows, num_seqs);
-  DYNSKIP_CHECK(
-      active.dim() == 2 && active.size(0) == num_layers && active.size(1) == num_rows && active.is_contiguous() &&
-          active.scalar_type() == ScalarType::Bool,
-      "decode_step: active must be contiguous [", num_layers, ", ", num_rows, "] bool, got ", shape_of(active), ".");
+  const StepCache cache = {k_cache, v_cache, slot_positions, context_lens, slot_tables, free_slots, slot_cursor};
+  check_cache("decode_step", decoder, cache);
+  StepRows rows = checked_rows("decode_step", decoder, cache, token_ids, position_ids, cache_ids, active);
   DYNSKIP_CHECK(kv_policy >= 0 && kv_policy <= 3, "decode_step: kv_policy must be 0..3, got ", kv_policy, ".");
-  DYNSKIP_CHECK(
-      context_lens.dim() == 2 && context_lens.size(0) == num_layers && context_lens.size(1) == num_seqs &&
-          is_int32_contiguous(context_lens),
-      "decode_step: context_lens must be contiguous [", num_layers, ", ", num_seqs, "] int32.");
-  for (const Tensor* cache : {&k_cache, &v_cache}) {
-    DYNSKIP_CHECK(
-        cache->dim() == 3 && cache->size(0) == free_slots.numel() && cache->size(1) == decoder.num_kv_heads &&
-            cache->size(2) == decoder.head_size && cache->is_contiguous() && cache->scalar_type() == decoder.dtype(),
-        "decode_step: k_cache and v_cache must be contiguous [", free_slots.numel(), ", ", decoder.num_kv_heads, ", ",
-        decoder.head_size, "] of the decoder's dtype, got ", shape_of(*cache), ".");
-  }
-  DYNSKIP_CHECK(
-      !slot_positions.has_value() || (is_int32_contiguous(*slot_positions) && slot_positions->numel() == k_cache.size(0)),
-      "decode_step: slot_positions must be contiguous [num_slots] int32.");
-  bool asks_positions = decoder.slopes >= 0;
-  for (const LayerSpec& layer : decoder.layers) {
-    asks_positions |= layer.window > 0;
-  }
-  DYNSKIP_CHECK(
-      !asks_positions || slot_positions.has_value(), "decode_step: slot_positions must be given with slopes or a window.");
-  DYNSKIP_CHECK(
-      is_int32_contiguous(free_slots) && is_int32_contiguous(slot_cursor) && slot_cursor.numel() == 1,
-      "decode_step: free_slots and slot_cursor must be contiguous int32.");
-  DYNSKIP_CHECK(
-      counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == 2 * num_layers,
-      "decode_step: counts must be contiguous [2, ", num_layers, "] int64.");
-  Gate gate;
+  rows.kv_policy = static_cast<KVPolicy>(kv_policy);
+  rows.is_timed = is_timed;
   if (gate_weight.has_value()) {
     DYNSKIP_CHECK(
         gate_weight->numel() == num_layers * 2 * decoder.hidden_size && gate_weight->is_contiguous() &&
@@ -717,98 +839,25 @@ std::tuple<Tensor, Tensor> decode_step(
         !gate_bias.has_value() || (gate_bias->numel() == num_layers * 2 && gate_bias->is_contiguous() &&
                                    gate_bias->scalar_type() == ScalarType::Float),
         "decode_step: gate_bias must be contiguous [", num_layers, ", 2] float32.");
-    gate.weight = static_cast<const float*>(gate_weight->data_ptr());
-    gate.bias = gate_bias.has_value() ? static_cast<const float*>(gate_bias->data_ptr()) : nullptr;
-    gate.asks = static_cast<const bool*>(gate_asks->data_ptr());
+    rows.gate.weight = static_cast<const float*>(gate_weight->data_ptr());
+    rows.gate.bias = gate_bias.has_value() ? static_cast<const float*>(gate_bias->data_ptr()) : nullptr;
+    rows.gate.asks = static_cast<const bool*>(gate_asks->data_ptr());
   }
-
-  const int64_t num_threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  if (decoder.team == nullptr || decoder.team->size() != num_threads) {
-    decoder.team.reset(new Team(num_threads));
-    decoder.scratch.resize(num_threads);
-  }
-
-  StepPlan plan;
-  const auto* mask = static_cast<const uint8_t*>(active.data_ptr());
-  plan.active.assign(mask, mask + num_layers * num_rows);
-  const auto* ids = static_cast<const int64_t*>(cache_ids.data_ptr());
-  plan.cache_ids.assign(ids, ids + num_rows);
-  plan.row_slots.resize(num_rows);
-  for (std::vector<int32_t>* rows : {&plan.run_ids, &plan.kv_ids, &plan.slots, &plan.key_limits}) {
-    rows->resize(num_layers * num_rows);
-  }
-  RowPlan whole = {};
-  whole.num_rows = static_cast<int32_t>(num_rows);
-  whole.num_seqs = static_cast<int32_t>(num_seqs);
-  whole.max_context_len = static_cast<int32_t>(slot_tables.size(2));
-  whole.num_slots = static_cast<int32_t>(free_slots.numel());
-  whole.kv_policy = static_cast<KVPolicy>(kv_policy);
-  whole.cache_ids = plan.cache_ids.data();
-  whole.context_lens = static_cast<int32_t*>(context_lens.data_ptr());
-  whole.slot_tables = static_cast<int32_t*>(slot_tables.data_ptr());
-  whole.free_slots = static_cast<const int32_t*>(free_slots.data_ptr());
-  whole.slot_cursor = static_cast<int32_t*>(slot_cursor.data_ptr());
-  whole.row_slots = plan.row_slots.data();
-  whole.active_stride = whole.run_ids_stride = whole.kv_ids_stride = whole.slots_stride = whole.key_limits_stride = num_rows;
-  whole.context_lens_stride = num_seqs;
-  whole.slot_tables_layer_stride = num_seqs * slot_tables.size(2);
-  whole.slot_tables_seq_stride = slot_tables.size(2);
-
-  int64_t num_head_rows = num_rows;
+  rows.with_head = with_head;
+  rows.num_head_rows = rows.num_rows;
   if (head_rows.has_value()) {
-    num_head_rows = head_rows->numel();
-    check_ids("head_rows", *head_rows, num_head_rows, num_rows);
-    DYNSKIP_CHECK(num_head_rows <= num_rows, "decode_step: head_rows must be at most ", num_rows, " rows.");
+    rows.num_head_rows = head_rows->numel();
+    DYNSKIP_CHECK(
+        rows.num_head_rows <= rows.num_rows, "decode_step: head_rows must be at most ", rows.num_rows, " rows.");
+    rows.head_rows = checked_ids("decode_step", "head_rows", *head_rows, rows.num_head_rows, rows.num_rows);
   }
+  int64_t* counted = checked_counts("decode_step", decoder, counts);
 
-  std::vector<int32_t> of_layers(2 * num_layers);
-  Tensor result = with_head ? torch::stable::empty({num_head_rows, decoder.vocab_size}, decoder.dtype())
-                            : torch::stable::empty({num_rows, decoder.hidden_size}, decoder.dtype());
-  Tensor tokens = torch::stable::empty({with_head ? num_head_rows : 0}, ScalarType::Long);
-  for_element_type(decoder.dtype(), "decode_step", [&](auto element) {
-    using Element = decltype(element);
-    const bool is_larger = num_rows > decoder.max_rows;
-    if (is_larger) {
-      decoder.max_rows = std::max(num_rows, 2 * decoder.max_rows);
-    }
-    Step<Element> step(decoder, num_rows, plan, whole, gate, of_layers.data());
-    if (is_larger) {
-      decoder.memory.assign(step.num_bytes(), 0);
-    }
-    const int64_t most_inputs = std::max({decoder.hidden_size, decoder.ffn_size, decoder.num_heads * decoder.head_size,
-                                          decoder.embedding_size});
-    for (std::vector<float>& scratch : decoder.scratch) {
-      scratch.resize(std::max(
-          product_scratch_floats<Element>(std::min(decoder.max_rows, kBlockRows), most_inputs),
-          decode_attention_scratch_floats(decoder.num_heads, decoder.head_size)));
-    }
-    step.begin(
-        static_cast<const int64_t*>(token_ids.data_ptr()),
-        static_cast<const int64_t*>(position_ids.data_ptr()),
-        static_cast<Element*>(k_cache.data_ptr()),
-        static_cast<Element*>(v_cache.data_ptr()),
-        slot_positions.has_value() ? static_cast<int32_t*>(slot_positions->data_ptr()) : nullptr,
-        static_cast<Element*>(result.data_ptr()),
-        with_head,
-        head_rows.has_value() ? static_cast<const int64_t*>(head_rows->data_ptr()) : nullptr,
-        num_head_rows,
-        static_cast<int64_t*>(tokens.data_ptr()),
-        is_timed);
-    if (plan.failure == PlanFailure::kNone) {
-      decoder.team->run([&](int64_t member) { step.run(member); });
-    }
-  });
-  DYNSKIP_CHECK(
-      plan.failure != PlanFailure::kTableFull, "decode_step: slot_tables must have room for one more entry of each row, got a "
-      "full table of ", whole.max_context_len, " entries. Create the cache for longer contexts.");
-  DYNSKIP_CHECK(
-      plan.failure != PlanFailure::kNoFreeSlot,
-      "decode_step: free_slots must have a slot for each new key from slot_cursor on, got too few of ", whole.num_slots,
-      ". Create the cache with more slots.");
-  auto* counted = static_cast<int64_t*>(counts.data_ptr());
-  for (int64_t i = 0; i < 2 * num_layers; ++i) {
-    counted[i] += of_layers[i];
-  }
+  Tensor result = with_head ? torch::stable::empty({rows.num_head_rows, decoder.vocab_size}, decoder.dtype())
+                            : torch::stable::empty({rows.num_rows, decoder.hidden_size}, decoder.dtype());
+  Tensor tokens = torch::stable::empty({with_head ? rows.num_head_rows : 0}, ScalarType::Long);
+  run_step(
+      "decode_step", decoder, cache, rows, result.data_ptr(), static_cast<int64_t*>(tokens.data_ptr()), counted);
   return {result, tokens};
 }
 

@@ -39,6 +39,12 @@ struct LayerSpec {
   int64_t window;
 };
 
+// What a thread chooses tokens with: see ChoiceRow.
+struct ChoiceScratch {
+  std::vector<float> maxima;
+  std::vector<uint64_t> keys;
+};
+
 struct Decoder {
   std::vector<torch::stable::Tensor> tensors;
   int64_t hidden_size, num_heads, num_kv_heads, head_size, embedding_size, ffn_size, vocab_size, position_offset;
@@ -65,6 +71,7 @@ struct Decoder {
   int64_t max_rows = 0;
   std::vector<char> memory;
   std::vector<std::vector<float>> scratch; // of each thread
+  std::vector<ChoiceScratch> choice_scratch; // of each thread
 
   // Nanoseconds in matrix products, in attention and in the rest, of all steps that were timed.
   int64_t times_ns[3] = {};

@@ -18,10 +18,10 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import OutputSequence, Span
-from dynskip.execution.executor import Predictions
+from dynskip.execution.turns import Turns
 from dynskip.models.linear import NATIVE_ROWS
-from dynskip.ops.choice import choose_tokens
 from dynskip.paths import LayerPath
+from dynskip.sampling import NOT_FINITE
 from dynskip.scheduler.outcome import Tally
 from dynskip.speculation.acceptance import Acceptance
 from dynskip.speculation.draft import Draft
@@ -280,26 +280,24 @@ class Drafting:
 
     def _run(self, spans: Sequence[Span], lengths: Sequence[int]) -> None:
         cache = self.kv.cache
-        # Those that guess most come first: as others are done, the rest are still the first rows.
-        order = sorted(range(len(spans)), key=lambda index: -lengths[index])
-        rows = [_Guessing(spans[index], lengths[index], self.kv) for index in order]
+        rows = [_Guessing(span, length, self.kv) for span, length in zip(spans, lengths, strict=True)]
         for row in rows:
             self._catch_up(row)
         rows = [row for row in rows if row.num_missing <= _FEW_ROWS]
         own_paths = [row for row in rows if row.place is None]
-        turn = 0
-        while rows:
-            predictions = self.runner.guess(
+        if rows:
+            turns = Turns(
                 [row.next_tokens for row in rows],
-                [(row.first, row.cache_id) for row in rows],
+                [row.first for row in rows],
+                [row.cache_id for row in rows],
                 [row.draft.path for row in rows],
-                cache,
+                [row.length for row in rows],
+                # What the path would choose from these logits, by the same noise: a right guess is the token itself.
+                [row.sequence.choice for row in rows],
+                self.runner.model.device,
             )
-            tokens = self._choose_tokens(rows, predictions)
-            turn += 1
-            for row, token in zip(rows, tokens, strict=True):
-                row.take(token)
-            rows = [row for row in rows if turn < row.length and not row.is_stuck]
+            for row, tokens in zip(rows, self.runner.guess(turns, cache), strict=True):
+                row.take(tokens)
         if own_paths:
             # Entries that the draft made among the path's are made anew, by all layers, when it verifies.
             cache.truncate(
@@ -307,11 +305,6 @@ class Drafting:
                 [row.span.first for row in own_paths],
                 max(row.num_run for row in own_paths),
             )
-
-    def _choose_tokens(self, rows: Sequence[_Guessing], predictions: Predictions) -> list[int]:
-        """What the path would choose from these logits, by the same noise: a right guess is the token itself."""
-        choices = [row.sequence.choice_of(len(row.sequence.token_ids) + len(row.sequence.guesses)) for row in rows]
-        return choose_tokens(predictions.logits, choices, predictions.most_likely)
 
     def _catch_up(self, row: _Guessing) -> None:
         """Make the own entries that a draft lacks, as far as one step may, if they are many."""
@@ -353,30 +346,25 @@ class _Guessing:
         self.place = kv.draft_place(self.sequence.state)
         self.cache_id = self.sequence.state.cache_id if self.place is None else self.place.cache_id
         self.num_run = 0
-        self.is_stuck = False
 
     @property
     def num_missing(self) -> int:
-        """Tokens that run before the next guess: the last one, and in own entries those that have none yet."""
-        return 1 if self.place is None else self.span.first + 1 + len(self.sequence.guesses) - self.place.num_tokens
+        """Tokens that run before the first guess: the last one, and in own entries those that have none yet."""
+        return 1 if self.place is None else self.span.first + 1 - self.place.num_tokens
 
     @property
     def first(self) -> int:
         """The position of the first of them."""
-        return self.span.first + 1 + len(self.sequence.guesses) - self.num_missing
+        return self.span.first + 1 - self.num_missing
 
     @property
     def next_tokens(self) -> list[int]:
         """These tokens."""
         return self.sequence.tokens(self.first, self.num_missing)
 
-    def take(self, token: int) -> None:
-        """The tokens have run, and ``token`` was chosen behind them; `NOT_FINITE` ends the guessing."""
-        count = self.num_missing
-        self.num_run += count
+    def take(self, tokens: list[int]) -> None:
+        """The missing tokens and all but the last of ``tokens``, which were guessed behind them, have run."""
+        self.num_run = self.num_missing + len(tokens) - 1
         if self.place is not None:
-            self.place.num_tokens += count
-        if token < 0:
-            self.is_stuck = True
-        else:
-            self.sequence.guesses.append(token)
+            self.place.num_tokens += self.num_run
+        self.sequence.guesses = [token for token in tokens if token != NOT_FINITE]

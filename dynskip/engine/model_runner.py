@@ -13,8 +13,9 @@ from dynskip.engine.kv_pool import Cache
 from dynskip.engine.request import OutputSequence, Span
 from dynskip.execution.executor import Predictions
 from dynskip.execution.step import Step, packed_positions, to_device
+from dynskip.execution.turns import Turns, rows_step
 from dynskip.paths import LayerPath
-from dynskip.routing.routes import PathRoute, StepTokens, path_plan
+from dynskip.routing.routes import PathRoute, StepTokens
 
 
 class ModelRunner:
@@ -55,48 +56,23 @@ class ModelRunner:
         if all(span.num_tokens == 1 for span in spans):
             return self.executor.predict(self.decode_step(spans, in_flight), cache)
         tokens = [sequence.tokens(first, count) for sequence, first, count in spans]
-        places = [(span.first, span.sequence.state.cache_id) for span in spans]
+        firsts, ids = [span.first for span in spans], [span.sequence.state.cache_id for span in spans]
         paths = [span.sequence.route.layers for span in spans]
-        return self.executor.predict(self._rows_step(tokens, places, paths), cache)
+        return self.executor.predict(rows_step(tokens, firsts, ids, paths, self.model.device), cache)
 
-    def guess(
-        self,
-        tokens: Sequence[list[int]],
-        places: Sequence[tuple[int, int]],
-        paths: Sequence[LayerPath],
-        cache: Cache,
-    ) -> Predictions:
-        """What follows the last of ``tokens``, the new ones of some sequences, along ``paths``, as decode rows.
-
-        places: of each sequence, the position of its first token and its place in the cache.
-        """
-        step = self._rows_step(tokens, places, paths)
-        if max(map(len, tokens)) == 1:
-            return self.executor.predict(step, cache)
-        last_rows = torch.tensor([len(each) for each in tokens]).cumsum(0) - 1
-        return self.executor.predict(step, cache, to_device(last_rows, self.model.device))
+    @torch.no_grad()
+    def guess(self, turns: Turns, cache: Cache) -> list[list[int]]:
+        """See `Executor.guess`."""
+        return self.executor.guess(turns, cache)
 
     @torch.no_grad()
     def prefill_draft(self, tokens: list[int], place: tuple[int, int], path: LayerPath, cache: Cache) -> None:
-        """Leave the entries of ``tokens`` along ``path`` in ``cache``, at a place as in `guess`."""
-        step = self._rows_step([tokens], [place], [path], decode=False)
-        self.executor.run(step, cache)
+        """Leave the entries of ``tokens`` along ``path`` in ``cache``.
 
-    def _rows_step(
-        self,
-        tokens: Sequence[list[int]],
-        places: Sequence[tuple[int, int]],
-        paths: Sequence[LayerPath],
-        decode: bool = True,
-    ) -> Step:
-        device = self.model.device
-        flat = [token for each in tokens for token in each]
-        positions = [first + rank for each, (first, _) in zip(tokens, places, strict=True) for rank in range(len(each))]
-        token_ids, position_ids = to_device(torch.tensor([flat, positions]), device)
-        cache_ids = to_device(torch.tensor([cache_id for _, cache_id in places]), device)
-        plan = path_plan(tuple(paths), tuple(map(len, tokens)))
-        fresh = not decode and not any(first for first, _ in places)
-        return Step(token_ids, position_ids, cache_ids, plan, decode=decode, fresh=fresh)
+        place: the position of the first of them, and their sequence in the cache.
+        """
+        step = rows_step([tokens], place[:1], place[1:], [path], self.model.device, decode=False)
+        self.executor.run(step, cache)
 
     def decode_step(self, spans: Sequence[Span], in_flight: TokensInFlight | None = None) -> Step:
         """The decode step of ``spans``; its plan is kept while they and their paths stay the same."""

@@ -16,6 +16,7 @@ from dynskip.execution.kv_cache import EntryIndex, KVCache
 from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.threads import check_fork
+from dynskip.execution.turns import Turns
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.models.decoder import Decoder, DecoderLayer, Positions
 from dynskip.models.linear import Linear
@@ -121,6 +122,11 @@ class CompactExecutor(Executor[KVCache]):
             return Predictions(logits if rows is None else logits[rows])
         states = self.run(step, cache)
         return Predictions(self.head(states if rows is None else states[rows]))
+
+    def guess(self, turns: Turns, cache: KVCache) -> list[list[int]]:
+        """See `Executor.guess`."""
+        steps = self._decode_steps(turns.first_step, cache)
+        return steps.guess(turns, cache) if isinstance(steps, NativeSteps) else super().guess(turns, cache)
 
     def prompt_attention(self) -> str:
         """Which attention whole prompts run, for people to read: `prompt_attention` chooses."""

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from dynskip.execution.step import RowCounts, Step
+from dynskip.execution.turns import Turns
+from dynskip.ops.choice import choose_tokens
 
 CacheT = TypeVar("CacheT")
 
@@ -58,6 +60,25 @@ class Executor(Protocol[CacheT]):
     def predict(self, step: Step, cache: CacheT, rows: Tensor | None = None) -> Predictions:
         """What follows ``rows`` ([R], int64) of ``step``, or each row; most likely tokens where they come with it."""
         return Predictions(self.logits(step, cache) if rows is None else self.head(self.run(step, cache)[rows]))
+
+    def guess(self, turns: Turns, cache: CacheT) -> list[list[int]]:
+        """The tokens that each sequence of ``turns`` guesses; the last one may be `NOT_FINITE`.
+
+        They leave entries in ``cache``: of the tokens of the first step, and of all guesses but the last.
+        """
+        guesses: list[list[int]] = [[] for _ in turns.tokens]
+        predictions = self.predict(turns.first_step, cache, turns.last_rows)
+        going = list(range(len(guesses)))
+        while True:
+            choices = [turns.choice(index, len(guesses[index])) for index in going]
+            tokens = choose_tokens(predictions.logits, choices, predictions.most_likely)
+            for index, token in zip(going, tokens, strict=True):
+                guesses[index].append(token)
+            following = turns.next_step(guesses)
+            if following is None:
+                return guesses
+            going, step = following
+            predictions = self.predict(step, cache)
 
     def warm_up(self, cache: CacheT, max_rows: int) -> None:
         """Compile and load what decode steps of at most ``max_rows`` rows launch: no step waits for it later."""

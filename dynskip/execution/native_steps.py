@@ -1,4 +1,7 @@
-"""Decode steps whole, one call into the C++ extension each: rows and slots planned, embedding, layers, head."""
+"""Decode steps whole, one call into the C++ extension each: rows and slots planned, embedding, layers, head.
+
+The steps in which drafts guess are one call all together.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ from dynskip.controllers import HiddenStateGate
 from dynskip.execution.executor import Predictions
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import RowCounts, Step
+from dynskip.execution.turns import Turns
 from dynskip.models.decoder import Decoder, DecoderLayer, Norm
 from dynskip.models.linear import NATIVE_ROWS, Linear
 from dynskip.ops import native
+from dynskip.ops.choice import choice_columns
 from dynskip.ops.reference import ACTIVATIONS
 from dynskip.ops.row_reference import KV_POLICY_CODES
 from dynskip.routing.plan import Plan
 from dynskip.routing.routes import ControllerDecision
+from dynskip.sampling import NOT_FINITE
 
 # Prompts that run in one call: up to so many rows, of so many tokens each, and rows times values of a layer's matrices.
 # Beyond, oneDNN's products and PyTorch's attention win back what their overhead costs; without AMX they do so from
@@ -76,6 +82,39 @@ class NativeSteps:
         return Predictions(*self._run(step, cache, head=True, head_rows=rows))
 
     @torch.no_grad()
+    def guess(self, turns: Turns, cache: KVCache) -> list[list[int]]:
+        """See `Executor.guess`: all steps in one call."""
+        step, counts = turns.first_step, self.row_counts.on_device
+        active, cache_ids = step.plan.active, _ids_of_rows(step)
+        assert active is not None and counts is not None, "a path is known; made with this object"
+        choices = turns.choices
+        is_greedy = all(choice.params.greedy for choice in choices)
+        # A guess that is not finite is the last one: how many slots are taken is known afterwards.
+        cache.reserve(turns.num_entries)
+        tokens = native.guess_tokens(
+            self._handle,
+            step.token_ids,
+            step.position_ids,
+            cache_ids,
+            active,
+            torch.tensor(turns.num_guesses),
+            () if is_greedy else choice_columns(choices, self.decoder.config.vocab_size, step.token_ids.device),
+            cache.k_cache,
+            cache.v_cache,
+            cache.slot_positions,
+            cache.context_lens,
+            cache.slot_tables,
+            cache.free_slots,
+            cache.slot_cursor,
+            counts,
+            self.is_timed,
+        )
+        cache.settle()
+        return [
+            _until_not_finite(row[:count]) for row, count in zip(tokens.t().tolist(), turns.num_guesses, strict=True)
+        ]
+
+    @torch.no_grad()
     def _run(self, step: Step, cache: KVCache, head: bool, head_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `native.decode_step` returns.
 
@@ -96,9 +135,7 @@ class NativeSteps:
             active = ~asks[:, None].expand(-1, num_rows).contiguous()
         assert active is not None, "a plan has a mask or a gate"
         cache.reserve(known[1], exact=gate is None)
-        cache_ids = step.cache_ids
-        if num_rows != cache_ids.shape[0]:
-            cache_ids = cache_ids[plan.rows.seq_ids.long()]
+        cache_ids = _ids_of_rows(step)
         counts = self.row_counts.on_device
         assert counts is not None, "made with this object"
         return native.decode_step(
@@ -223,6 +260,16 @@ class _Description:
             self.integers.append(0)
             self._tensor(None if linear is None else linear.weight)
         self._tensor(None if linear is None else linear.bias)
+
+
+def _ids_of_rows(step: Step) -> Tensor:
+    """[N], int64: the place in the cache of each row's sequence."""
+    cache_ids, rows = step.cache_ids, step.plan.rows
+    return cache_ids if rows.num_rows == cache_ids.shape[0] else cache_ids[rows.seq_ids.long()]
+
+
+def _until_not_finite(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(NOT_FINITE) + 1] if NOT_FINITE in tokens else tokens
 
 
 def _gate_of(plan: Plan) -> HiddenStateGate | None:

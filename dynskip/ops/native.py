@@ -59,6 +59,7 @@ _OPS = (
     "delete_decoder",
     "decoder_times",
     "decode_step",
+    "guess_tokens",
     "most_likely",
     "choose_tokens",
     "plan_rows",
@@ -213,6 +214,58 @@ def decode_step(
         is_timed,
     )
     return rows, tokens
+
+
+def guess_tokens(
+    handle: int,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    cache_ids: Tensor,
+    active: Tensor,
+    num_guesses: Tensor,
+    choices: Sequence[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_positions: Tensor | None,
+    context_lens: Tensor,
+    slot_tables: Tensor,
+    free_slots: Tensor,
+    slot_cursor: Tensor,
+    counts: Tensor,
+    is_timed: bool,
+) -> Tensor:
+    """Runs decode steps of B sequences one after the other: `[K, B], int64`, the tokens that each of them has chosen.
+
+    The first step brings N rows, at least one of each sequence; each next one brings one row of every sequence that
+    still guesses: the token that its last row has chosen, at the next position, in the same layers. A sequence whose
+    logits are not finite gets `NOT_FINITE` and guesses no more; behind its last guess it has `NOT_FINITE`, too.
+
+    num_guesses: `[B], int64`, the tokens that each sequence guesses, at least 1; K is the largest. choices: the columns
+    of `choice_reference.choose_tokens`, each `[B]`, for the first guesses, with position 1 more for each next one; none
+    for the most likely tokens. The rest is as in `decode_step`; skipped layers store nothing. A full cache is a
+    RuntimeError, and leaves the entries of the steps before.
+
+    Cost: that of the steps, each of which reads the matrices of the layers that have rows once.
+    """
+    tokens: Tensor = _op("guess_tokens")(
+        handle,
+        token_ids,
+        position_ids,
+        cache_ids,
+        active,
+        num_guesses,
+        choices,
+        k_cache,
+        v_cache,
+        slot_positions,
+        context_lens,
+        slot_tables,
+        free_slots,
+        slot_cursor,
+        counts,
+        is_timed,
+    )
+    return tokens
 
 
 def plan_rows(active: Tensor, *others: Any, **named: Any) -> None:

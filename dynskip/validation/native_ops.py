@@ -1,9 +1,10 @@
-"""What only the native backend has: a whole decode step, and the choice of tokens, against their specifications."""
+"""What only the native backend has: whole decode steps, and the choice of tokens, against their specifications."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.reference import ReferenceExecutor
 from dynskip.execution.step import RowCounts, Step, packed_positions
+from dynskip.execution.turns import Turns
 from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.models.decoder import Decoder
 from dynskip.models.linear import Linear
 from dynskip.ops import choice_reference, native
 from dynskip.ops.checks import dtype_name
+from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy, Plan
+from dynskip.sampling import Choice, SamplingParams
 from dynskip.validation import errors
 from dynskip.validation.errors import Result, max_error
 
-NATIVE_OP_NAMES = ("decode_step", "choose_tokens")
+NATIVE_OP_NAMES = ("decode_step", "guess_tokens", "choose_tokens")
 
 _LAYERS, _VOCAB = 4, 200
 # Every part that a layer may have, in few decoders.
@@ -47,15 +51,33 @@ _COUNTS = ((7, 1, 12), (1, 1, 1), (1, 1, 1), (3, 1, 2))
 
 def validate_native_op(name: str, dtype: torch.dtype, falsify: bool) -> list[Result]:
     """The results of every case of one of `NATIVE_OP_NAMES`; with `falsify` after an element of each was changed."""
-    results = _decode_steps(dtype, falsify) if name == "decode_step" else _choices(dtype, falsify)
+    results = {"decode_step": _decode_steps, "guess_tokens": _guesses, "choose_tokens": _choices}[name](dtype, falsify)
     return [Result("native", dtype_name(dtype), name, case, error, allowed) for case, error, allowed in results]
+
+
+def _guesses(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, float]]:
+    """The error is how many tokens differ from those of the steps one by one, which `decode_step` answers for."""
+    generator = torch.Generator().manual_seed(9)
+    for name, changes in _DECODERS.items():
+        steps = _WholeSteps(*_random_decoder(_config(changes), dtype))
+        for temperature in (0.0, 1.5):
+            tokens = [torch.randint(_VOCAB, (count,), generator=generator).tolist() for count in _COUNTS[0]]
+            paths = [LayerPath.of(_LAYERS, [0, 2]), LayerPath.of(_LAYERS, [1, 2, 3]), LayerPath.full(_LAYERS)]
+            params = SamplingParams(temperature=temperature, top_k=50)
+            choices = [Choice(params, 977, output, 3 * output) for output in range(3)]
+            turns = Turns(tokens, [0] * 3, range(3), paths, [4, 1, 5], choices, torch.device("cpu"))
+            found = []
+            for guess in (steps.guess, partial(Executor.guess, steps)):
+                guesses = guess(turns, steps.new_cache(3, 32, 32 * 3 * _LAYERS))
+                found.append(torch.tensor([token for each in guesses for token in each]))
+            if falsify:
+                errors.change_one_element(found[0])
+            yield f"{name}, temperature {temperature}", float((found[0] != found[1]).sum()), 0.0
 
 
 def _decode_steps(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, float]]:
     for name, changes in _DECODERS.items():
-        config = DecoderConfig.of_sizes(
-            "case", _LAYERS, 64, 4, **{"vocab_size": _VOCAB, "max_positions": 64, **changes}
-        )
+        config = _config(changes)
         decoder, head = _random_decoder(config, dtype)
         wide, wide_head = copy.deepcopy(decoder).double(), copy.deepcopy(head).double()
         for policy in (None, KVPolicy.EVICT, KVPolicy.PROPAGATE, KVPolicy.SHARE):
@@ -72,6 +94,10 @@ def _decode_steps(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, floa
                 case = f"{name}, {'paths' if policy is None else policy.value}, {'packed' if packs else 'dense'}"
                 allowed = errors.allowed_error(exact, eager, exact.abs().max().item() * _LAYERS)
                 yield case, max_error(logits.double(), exact), allowed
+
+
+def _config(changes: dict[str, Any]) -> DecoderConfig:
+    return DecoderConfig.of_sizes("case", _LAYERS, 64, 4, **{"vocab_size": _VOCAB, "max_positions": 64, **changes})
 
 
 class _WholeSteps(Executor[KVCache]):
@@ -93,6 +119,11 @@ class _WholeSteps(Executor[KVCache]):
         step.decode = True
         assert cache is not None and self.steps.takes(step), "the extension reads every matrix"
         return self.steps.run(step, cache, head=True, on_layer=on_layer)
+
+    def guess(self, turns: Turns, cache: KVCache) -> list[list[int]]:
+        """See `Executor.guess`."""
+        assert self.steps.takes(turns.first_step), "the extension reads every matrix"
+        return self.steps.guess(turns, cache)
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """What `run` returned."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL_VARIANTS, FAMILIES, convert_, family_hf
-from models import NUM_LAYERS, VARIANTS, random_prompts, tiny_model
+from caches import assert_same_entries
+from families import ALL_VARIANTS, FAMILIES, native_model
+from models import NUM_LAYERS, VARIANTS, random_prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,13 +34,6 @@ LENGTHS = [5, 1, 9, 3, 7]
 ONE_EACH = ((1,) * 5,) * 4
 POLICIES = [KVPolicy.EVICT, KVPolicy.PROPAGATE, KVPolicy.SHARE]
 GATE = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 32, generator=torch.Generator().manual_seed(4)))
-
-
-def native_model(family: str, variant: str, dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
-    if family == "opt":
-        return tiny_model(variant, dtype=dtype, backend="native", **options)
-    hf = convert_(family_hf(family, **FAMILIES[family][variant]), dtype)
-    return CausalLM.from_hf(hf, backend="native", **options)
 
 
 def plans(kv_policy: KVPolicy | None, counts: Sequence[int], seed: int) -> Plan:
@@ -85,13 +79,7 @@ def assert_same(model: CausalLM, kv_policy: KVPolicy | None, counts: Sequence[Se
     for step, (one, two) in enumerate(zip(whole, by_op, strict=True)):
         assert one.isfinite().all(), step
         assert torch.equal(one, two), f"step {step}: {(one.float() - two.float()).abs().max()}"
-    assert torch.equal(cache.context_lens, expected.context_lens)
-    for layer, seq in cache.context_lens.nonzero().tolist():
-        held = cache.slot_tables[layer, seq, : cache.context_lens[layer, seq]]
-        assert torch.equal(held, expected.slot_tables[layer, seq, : len(held)])
-        assert torch.equal(cache.k_cache[held.long()], expected.k_cache[held.long()])
-        assert torch.equal(cache.v_cache[held.long()], expected.v_cache[held.long()])
-    assert cache.num_slots_used == expected.num_slots_used
+    assert_same_entries(cache, expected)
     assert executor.row_counts.run == other.row_counts.run and executor.row_counts.kv == other.row_counts.kv
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from models import NUM_LAYERS, VARIANTS, VOCAB_SIZE, tiny_hf
+from models import NUM_LAYERS, VARIANTS, VOCAB_SIZE, tiny_hf, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from dynskip import LayerPath
+from dynskip import CausalLM, LayerPath
 from dynskip.models.hf_model import layer_list, only_layers
 
 _LLAMA3 = {
@@ -176,6 +176,14 @@ def family_hf(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **
         return tiny_hf(dtype=dtype, seed=seed, **changes)
     model = AutoModelForCausalLM.from_config(family_config(family, **changes), attn_implementation="eager")
     return convert_(random_weights_(model, seed), dtype)
+
+
+def native_model(family: str, variant: str, dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
+    """Our model of a variant on the native backend; options as in CausalLM.from_hf."""
+    if family == "opt":
+        return tiny_model(variant, dtype=dtype, backend="native", **options)
+    hf = family_hf(family, dtype=dtype, **FAMILIES[family][variant])
+    return CausalLM.from_hf(hf, backend="native", **options)
 
 
 def convert_(hf_model: Any, dtype: torch.dtype) -> Any:

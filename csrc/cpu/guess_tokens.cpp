@@ -1,0 +1,165 @@
+// Some decode steps in one call: each but the first runs the tokens that the step before has chosen.
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "choices.h"
+#include "decode_step.h"
+#include "ops.h"
+
+namespace dynskip {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A sequence that guesses. What it runs next is one row: `token` at `position`, in the layers of its last row in the first
+// step.
+struct Guesser {
+  int64_t place; // among all sequences
+  int64_t last_row; // in the first step
+  int64_t num_left; // tokens that it still guesses
+  int64_t position;
+  int64_t token;
+};
+
+// Those of a first step: rows side by side in the same place of the cache are one sequence's.
+std::vector<Guesser> guessers_of(const Decoder& decoder, const StepRows& rows, const Tensor& num_guesses) {
+  std::vector<Guesser> guessers;
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    if (row + 1 == rows.num_rows || rows.cache_ids[row + 1] != rows.cache_ids[row]) {
+      const int64_t place = guessers.size();
+      guessers.push_back({place, row, 0, rows.position_ids[row], 0});
+    }
+  }
+  const int64_t* lengths = checked_ids("guess_tokens", "num_guesses", num_guesses, guessers.size(), INT32_MAX);
+  const int64_t end = num_positions(decoder);
+  for (Guesser& guesser : guessers) {
+    guesser.num_left = lengths[guesser.place];
+    DYNSKIP_CHECK(
+        guesser.num_left >= 1 && guesser.num_left <= end - guesser.position, "guess_tokens: num_guesses must lie in 1..",
+        end - guesser.position, ", the positions left from the last token on, got ", guesser.num_left, " of sequence ",
+        guesser.place, ".");
+  }
+  return guessers;
+}
+
+// The rows of a step after the first, with the memory that they point to.
+struct NextRows {
+  std::vector<int64_t> token_ids, position_ids, cache_ids;
+  std::vector<uint8_t> active;
+
+  StepRows of(const std::vector<Guesser>& guessers, const StepRows& first, int64_t num_layers) {
+    token_ids.clear();
+    position_ids.clear();
+    cache_ids.clear();
+    active.clear();
+    for (const Guesser& guesser : guessers) {
+      token_ids.push_back(guesser.token);
+      position_ids.push_back(guesser.position);
+      cache_ids.push_back(first.cache_ids[guesser.last_row]);
+    }
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+      for (const Guesser& guesser : guessers) {
+        active.push_back(first.active[layer * first.num_rows + guesser.last_row]);
+      }
+    }
+    StepRows rows = first;
+    rows.num_rows = guessers.size();
+    rows.token_ids = token_ids.data();
+    rows.position_ids = position_ids.data();
+    rows.cache_ids = cache_ids.data();
+    rows.active = active.data();
+    return rows;
+  }
+};
+
+} // namespace
+
+Tensor guess_tokens(
+    int64_t handle,
+    const Tensor& token_ids,
+    const Tensor& position_ids,
+    const Tensor& cache_ids,
+    const Tensor& active,
+    const Tensor& num_guesses,
+    std::vector<Tensor> choice_columns,
+    const Tensor& k_cache,
+    const Tensor& v_cache,
+    const std::optional<Tensor>& slot_positions,
+    const Tensor& context_lens,
+    const Tensor& slot_tables,
+    const Tensor& free_slots,
+    const Tensor& slot_cursor,
+    const Tensor& counts,
+    bool is_timed) {
+  const std::shared_ptr<Decoder> held = decoder_at(handle);
+  Decoder& decoder = *held;
+  const std::lock_guard<std::mutex> lock(decoder.mutex);
+  const StepCache cache = {k_cache, v_cache, slot_positions, context_lens, slot_tables, free_slots, slot_cursor};
+  check_cache("guess_tokens", decoder, cache);
+  StepRows first = checked_rows("guess_tokens", decoder, cache, token_ids, position_ids, cache_ids, active);
+  first.is_timed = is_timed;
+  std::vector<Guesser> guessers = guessers_of(decoder, first, num_guesses);
+  const int64_t num_seqs = guessers.size();
+  DYNSKIP_CHECK(
+      choice_columns.empty() || choice_columns.size() == 6, "guess_tokens: choices must be six columns or none, got ",
+      choice_columns.size(), ".");
+  std::vector<Choice> choices;
+  if (!choice_columns.empty()) {
+    choices = checked_choices(
+        "guess_tokens", choice_columns[0], choice_columns[1], choice_columns[2], choice_columns[3], choice_columns[4],
+        choice_columns[5], num_seqs);
+  }
+  int64_t* counted = checked_counts("guess_tokens", decoder, counts);
+
+  int64_t num_steps = 0;
+  for (const Guesser& guesser : guessers) {
+    num_steps = std::max(num_steps, guesser.num_left);
+  }
+  Tensor guesses = torch::stable::empty({num_steps, num_seqs}, ScalarType::Long);
+  auto* result = static_cast<int64_t*>(guesses.data_ptr());
+  std::fill(result, result + num_steps * num_seqs, kNoToken);
+  const Tensor logits = torch::stable::empty({num_seqs, decoder.vocab_size}, decoder.dtype());
+  std::vector<int64_t> head_rows(num_seqs), chosen(num_seqs);
+  NextRows next;
+  for (int64_t step = 0; !guessers.empty(); ++step) {
+    const int64_t num_rows = guessers.size();
+    StepRows rows = first;
+    if (step > 0) {
+      rows = next.of(guessers, first, decoder.layers.size());
+    } else {
+      std::transform(guessers.begin(), guessers.end(), head_rows.begin(), [](const Guesser& each) { return each.last_row; });
+      rows.head_rows = head_rows.data();
+    }
+    rows.num_head_rows = num_rows;
+    rows.choices = choices.empty() ? nullptr : choices.data();
+    run_step("guess_tokens", decoder, cache, rows, logits.data_ptr(), chosen.data(), counted);
+
+    size_t num_going = 0;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      Guesser guesser = guessers[i];
+      guesser.token = chosen[i];
+      ++guesser.position;
+      --guesser.num_left;
+      result[step * num_seqs + guesser.place] = guesser.token;
+      if (guesser.token != kNoToken && guesser.num_left > 0) {
+        if (!choices.empty()) {
+          choices[num_going] = choices[i];
+          ++choices[num_going].position;
+        }
+        guessers[num_going++] = guesser;
+      }
+    }
+    guessers.resize(num_going);
+  }
+  return guesses;
+}
+
+} // namespace dynskip

@@ -1,0 +1,109 @@
+"""Drafts on the native backend, which guesses in one call: the same outputs as without, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import native_model
+from models import NUM_LAYERS, random_prompts
+from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, same, serve
+
+from dynskip import CausalLM, LayerPath
+from dynskip.engine.drafting import DraftWarning
+from dynskip.ops import native
+from dynskip.speculation.draft import Draft
+from dynskip.speculation.lengths import Candidate, DraftLengths
+
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the C++ extension")
+
+FULL = PATHS[3]
+DRAFTS = [
+    Draft(LayerPath.of(NUM_LAYERS, [0, 1, 2, 3, 4]), "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [0, 2, 3, 5]), "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [1, 2, 4, 5])),
+    Draft(FULL, "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [], allow_empty=True)),
+]
+
+
+@functools.cache
+def model(family: str = "opt", dtype: torch.dtype = torch.float32) -> CausalLM:
+    return native_model(family, "pre-norm" if family == "opt" else "plain", dtype, deterministic=True)
+
+
+@pytest.fixture(autouse=True)
+def random_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths drawn at random, in place of those that pay."""
+    draw = random.Random(0)
+    choose = DraftLengths.choose
+
+    def drawn_lengths(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        lengths = tuple(draw.randint(0, min(each.most, draw.choice([1, 3, 8]))) for each in candidates)
+        return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
+
+    monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
+
+
+def asks_of(count: int, is_drafted: bool) -> list[Ask]:
+    """Requests of all drafts together, greedy ones and drawn ones."""
+    asks = []
+    for index, prompt in enumerate(random_prompts([3 + index % 5 for index in range(count)])):
+        draft = DRAFTS[index % len(DRAFTS)]
+        params = greedy(14) if index % 2 else drawn(14, index, n=1 + index % 3, top_p=0.9)
+        options = {"draft": draft.path, "draft_entries": draft.entries} if is_drafted else {}
+        asks.append(Ask(prompt, params, FULL, options))
+    return asks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox"])
+def test_a_batch_of_drafts_equals_the_one_without(family: str, dtype: torch.dtype) -> None:
+    own = model(family, dtype)
+    served = engine(model=own, batch=6)
+    outputs = serve(served, asks_of(10, True))
+    for output, ask in zip(outputs, asks_of(10, False), strict=True):
+        assert same(output, ask.alone(model=own))
+    assert served.tally.num_drafted > served.tally.num_accepted > 0
+    for output in outputs[3::5]:
+        assert output.num_drafted == output.num_accepted > 0, "the path agrees with itself"
+
+
+def test_all_guesses_of_a_step_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    call = native.guess_tokens
+
+    def counted(handle: int, token_ids: Any, position_ids: Any, cache_ids: Any, *others: Any) -> Any:
+        tokens = call(handle, token_ids, position_ids, cache_ids, *others)
+        calls.append(int((tokens >= 0).sum()))
+        return tokens
+
+    monkeypatch.setattr(native, "guess_tokens", counted)
+    served = engine(model=model(), batch=6)
+    serve(served, asks_of(10, True))
+    assert sum(calls) == served.tally.num_drafted
+    assert len(calls) < served.tally.num_decode_steps
+
+
+def test_a_fault_in_the_call_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, calls = native.guess_tokens, []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(1)
+        tokens = call(*arguments)
+        if len(calls) == 3:
+            raise RuntimeError("guesses fail behind the steps")
+        return tokens
+
+    monkeypatch.setattr(native, "guess_tokens", fails)
+    served = engine(model=model(), batch=6)
+    with pytest.warns(DraftWarning, match="guesses fail behind the steps"):
+        outputs = serve(served, asks_of(10, True))
+    for output, ask in zip(outputs, asks_of(10, False), strict=True):
+        assert same(output, ask.alone(model=model()))
+    assert_empty(served)
