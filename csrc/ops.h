@@ -118,10 +118,12 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> decode_step(
     const std::optional<torch::stable::Tensor>& gate_asks,
     bool with_head,
     const std::optional<torch::stable::Tensor>& head_rows,
-    bool is_timed);
+    bool is_timed,
+    const std::optional<torch::stable::Tensor>& begun_rows,
+    const std::optional<torch::stable::Tensor>& begun_states);
 
 // Some decode steps, one after the other; see dynskip.ops.native.guess_tokens.
-torch::stable::Tensor guess_tokens(
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> guess_tokens(
     int64_t decoder,
     const torch::stable::Tensor& token_ids,
     const torch::stable::Tensor& position_ids,
@@ -129,6 +131,7 @@ torch::stable::Tensor guess_tokens(
     const torch::stable::Tensor& active,
     const torch::stable::Tensor& num_guesses,
     std::vector<torch::stable::Tensor> choices,
+    const std::optional<torch::stable::Tensor>& num_common,
     const torch::stable::Tensor& k_cache,
     const torch::stable::Tensor& v_cache,
     const std::optional<torch::stable::Tensor>& slot_positions,

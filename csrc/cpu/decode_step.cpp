@@ -122,6 +122,8 @@ class Step {
     v_cache_ = static_cast<Element*>(cache.v_cache.data_ptr());
     slot_positions_ = cache.slot_positions.has_value() ? static_cast<int32_t*>(cache.slot_positions->data_ptr()) : nullptr;
     is_timed_ = rows.is_timed;
+    begun_ = rows.begun;
+    kept_ = rows.kept;
     memory_ = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(decoder_.memory.data()) + 63) / 64 * 64);
     logits_ = with_head ? result : nullptr;
     hidden_states_ = with_head ? row(hidden_, 0) : result;
@@ -135,11 +137,13 @@ class Step {
     Clock clock(*this, member);
     embed(member);
     for (size_t index = 0; index < decoder_.layers.size(); ++index) {
+      keep(member, index);
       if (gate_.asks != nullptr) {
         decide(member, index);
       }
       run_layer(member, index, clock);
     }
+    keep(member, decoder_.layers.size());
     if (logits_ != nullptr) {
       head(member, clock);
     }
@@ -298,6 +302,10 @@ class Step {
         continue;
       }
       Element* x = hidden(index);
+      if (begun_ != nullptr && begun_[index] != nullptr) {
+        copy(static_cast<const Element*>(begun_[index]), x, decoder_.hidden_size);
+        continue;
+      }
       if (!is_projected) {
         copy(tokens + token_ids_[index] * embedding_size, x, embedding_size);
       }
@@ -307,6 +315,16 @@ class Step {
       }
       if (embed_norm.exists) {
         apply(embed_norm, x, x, decoder_.hidden_size);
+      }
+    }
+  }
+
+  // Hands out the states of rows that a caller wants as they are in front of a layer.
+  void keep(int64_t member, size_t layer) {
+    for (int64_t index = 0; kept_ != nullptr && index < num_rows_; ++index) {
+      const KeptState& kept = kept_[index];
+      if (kept.out != nullptr && static_cast<size_t>(kept.layer) == layer && owns(member, index)) {
+        copy(hidden(index), static_cast<Element*>(kept.out), decoder_.hidden_size);
       }
     }
   }
@@ -613,6 +631,8 @@ class Step {
   int64_t hidden_stride_ = 0;
   Element* logits_ = nullptr;
   bool is_timed_ = false;
+  const void* const* begun_ = nullptr;
+  const KeptState* kept_ = nullptr;
 };
 
 // The threads of a step, as many as torch has.
@@ -623,6 +643,26 @@ void make_team(Decoder& decoder) {
     decoder.scratch.resize(num_threads);
     decoder.choice_scratch.resize(num_threads);
   }
+}
+
+// For each row the state that it begins with; empty where all begin with their embeddings.
+std::vector<const void*> checked_begun(
+    const Decoder& decoder, int64_t num_rows, const std::optional<Tensor>& rows, const std::optional<Tensor>& states) {
+  if (!rows.has_value()) {
+    return {};
+  }
+  const int64_t count = rows->numel();
+  const int64_t* ids = checked_ids("decode_step", "begun_rows", *rows, count, num_rows);
+  DYNSKIP_CHECK(
+      states.has_value() && states->dim() == 2 && states->size(0) == count && states->size(1) == decoder.hidden_size &&
+          states->is_contiguous() && states->scalar_type() == decoder.dtype(),
+      "decode_step: begun_states must be contiguous [", count, ", ", decoder.hidden_size, "] of the decoder's dtype.");
+  std::vector<const void*> begun(num_rows);
+  const int64_t row_bytes = decoder.hidden_size * states->element_size();
+  for (int64_t i = 0; i < count; ++i) {
+    begun[ids[i]] = static_cast<const char*>(states->data_ptr()) + i * row_bytes;
+  }
+  return begun;
 }
 
 // Before the slots are planned, and with what is planned then.
@@ -817,7 +857,9 @@ std::tuple<Tensor, Tensor> decode_step(
     const std::optional<Tensor>& gate_asks,
     bool with_head,
     const std::optional<Tensor>& head_rows,
-    bool is_timed) {
+    bool is_timed,
+    const std::optional<Tensor>& begun_rows,
+    const std::optional<Tensor>& begun_states) {
   const std::shared_ptr<Decoder> held = decoder_at(handle);
   Decoder& decoder = *held;
   const std::lock_guard<std::mutex> lock(decoder.mutex);
@@ -851,6 +893,8 @@ std::tuple<Tensor, Tensor> decode_step(
         rows.num_head_rows <= rows.num_rows, "decode_step: head_rows must be at most ", rows.num_rows, " rows.");
     rows.head_rows = checked_ids("decode_step", "head_rows", *head_rows, rows.num_head_rows, rows.num_rows);
   }
+  const std::vector<const void*> begun = checked_begun(decoder, rows.num_rows, begun_rows, begun_states);
+  rows.begun = begun.empty() ? nullptr : begun.data();
   int64_t* counted = checked_counts("decode_step", decoder, counts);
 
   Tensor result = with_head ? torch::stable::empty({rows.num_head_rows, decoder.vocab_size}, decoder.dtype())

@@ -35,6 +35,12 @@ struct Gate {
   const bool* asks = nullptr; // [L]; null without a gate
 };
 
+// The state of a row in front of a layer, L for the last states, is written to out, [C]; nowhere where that is null.
+struct KeptState {
+  int64_t layer;
+  void* out;
+};
+
 struct StepRows {
   int64_t num_rows;
   const int64_t* token_ids; // [num_rows]
@@ -44,6 +50,11 @@ struct StepRows {
   KVPolicy kv_policy = KVPolicy::kAbsent;
   Gate gate;
   bool is_timed = false;
+
+  // [num_rows], each null for a row that begins with its embedding, else the state [C] that it begins with; or null for
+  // no such row.
+  const void* const* begun = nullptr;
+  const KeptState* kept = nullptr; // [num_rows], or null for none
 
   bool with_head = true;
   const int64_t* head_rows = nullptr; // [num_head_rows], or null for all

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -27,6 +28,7 @@ struct Guesser {
   int64_t num_left; // tokens that it still guesses
   int64_t position;
   int64_t token;
+  int64_t num_common; // layers behind which its states are kept, 0 for none
 };
 
 // Those of a first step: rows side by side in the same place of the cache are one sequence's.
@@ -35,7 +37,7 @@ std::vector<Guesser> guessers_of(const Decoder& decoder, const StepRows& rows, c
   for (int64_t row = 0; row < rows.num_rows; ++row) {
     if (row + 1 == rows.num_rows || rows.cache_ids[row + 1] != rows.cache_ids[row]) {
       const int64_t place = guessers.size();
-      guessers.push_back({place, row, 0, rows.position_ids[row], 0});
+      guessers.push_back({place, row, 0, rows.position_ids[row], 0, 0});
     }
   }
   const int64_t* lengths = checked_ids("guess_tokens", "num_guesses", num_guesses, guessers.size(), INT32_MAX);
@@ -82,7 +84,7 @@ struct NextRows {
 
 } // namespace
 
-Tensor guess_tokens(
+std::tuple<Tensor, Tensor> guess_tokens(
     int64_t handle,
     const Tensor& token_ids,
     const Tensor& position_ids,
@@ -90,6 +92,7 @@ Tensor guess_tokens(
     const Tensor& active,
     const Tensor& num_guesses,
     std::vector<Tensor> choice_columns,
+    const std::optional<Tensor>& num_common,
     const Tensor& k_cache,
     const Tensor& v_cache,
     const std::optional<Tensor>& slot_positions,
@@ -117,6 +120,13 @@ Tensor guess_tokens(
         "guess_tokens", choice_columns[0], choice_columns[1], choice_columns[2], choice_columns[3], choice_columns[4],
         choice_columns[5], num_seqs);
   }
+  if (num_common.has_value()) {
+    const int64_t num_layers = decoder.layers.size();
+    const int64_t* depths = checked_ids("guess_tokens", "num_common", *num_common, num_seqs, num_layers + 1);
+    for (Guesser& guesser : guessers) {
+      guesser.num_common = depths[guesser.place];
+    }
+  }
   int64_t* counted = checked_counts("guess_tokens", decoder, counts);
 
   int64_t num_steps = 0;
@@ -126,11 +136,15 @@ Tensor guess_tokens(
   Tensor guesses = torch::stable::empty({num_steps, num_seqs}, ScalarType::Long);
   auto* result = static_cast<int64_t*>(guesses.data_ptr());
   std::fill(result, result + num_steps * num_seqs, kNoToken);
+  Tensor states = torch::stable::empty(
+      {num_common.has_value() ? num_steps : 0, num_seqs, decoder.hidden_size}, decoder.dtype());
+  const int64_t state_bytes = decoder.hidden_size * states.element_size();
+  std::vector<KeptState> kept;
   const Tensor logits = torch::stable::empty({num_seqs, decoder.vocab_size}, decoder.dtype());
   std::vector<int64_t> head_rows(num_seqs), chosen(num_seqs);
   NextRows next;
   for (int64_t step = 0; !guessers.empty(); ++step) {
-    const int64_t num_rows = guessers.size();
+    const int64_t num_going = guessers.size();
     StepRows rows = first;
     if (step > 0) {
       rows = next.of(guessers, first, decoder.layers.size());
@@ -138,12 +152,23 @@ Tensor guess_tokens(
       std::transform(guessers.begin(), guessers.end(), head_rows.begin(), [](const Guesser& each) { return each.last_row; });
       rows.head_rows = head_rows.data();
     }
-    rows.num_head_rows = num_rows;
+    rows.num_head_rows = num_going;
     rows.choices = choices.empty() ? nullptr : choices.data();
+    if (num_common.has_value()) {
+      kept.assign(rows.num_rows, {0, nullptr});
+      for (int64_t i = 0; i < num_going; ++i) {
+        const Guesser& guesser = guessers[i];
+        if (guesser.num_common > 0) {
+          char* out = static_cast<char*>(states.data_ptr()) + (step * num_seqs + guesser.place) * state_bytes;
+          kept[step == 0 ? guesser.last_row : i] = {guesser.num_common, out};
+        }
+      }
+      rows.kept = kept.data();
+    }
     run_step("guess_tokens", decoder, cache, rows, logits.data_ptr(), chosen.data(), counted);
 
-    size_t num_going = 0;
-    for (int64_t i = 0; i < num_rows; ++i) {
+    size_t num_left = 0;
+    for (int64_t i = 0; i < num_going; ++i) {
       Guesser guesser = guessers[i];
       guesser.token = chosen[i];
       ++guesser.position;
@@ -151,15 +176,15 @@ Tensor guess_tokens(
       result[step * num_seqs + guesser.place] = guesser.token;
       if (guesser.token != kNoToken && guesser.num_left > 0) {
         if (!choices.empty()) {
-          choices[num_going] = choices[i];
-          ++choices[num_going].position;
+          choices[num_left] = choices[i];
+          ++choices[num_left].position;
         }
-        guessers[num_going++] = guesser;
+        guessers[num_left++] = guesser;
       }
     }
-    guessers.resize(num_going);
+    guessers.resize(num_left);
   }
-  return guesses;
+  return {guesses, states};
 }
 
 } // namespace dynskip

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import OutputSequence, Span
-from dynskip.execution.turns import Turns
+from dynskip.execution.turns import BegunRows, Turns
 from dynskip.models.linear import NATIVE_ROWS
 from dynskip.paths import LayerPath
 from dynskip.sampling import NOT_FINITE
@@ -53,10 +55,11 @@ class _Learnt:
     acceptance: Acceptance = field(default_factory=Acceptance)
     lengths: DraftLengths | None = None
 
-    def of_costs(self, costs: StepCosts, most_rows: int) -> DraftLengths:
+    def of_costs(self, costs: StepCosts, most_rows: int, resumes: bool) -> DraftLengths:
         """The lengths that those costs make pay, with what was learnt of these costs before."""
-        if self.lengths is None or self.lengths.costs != costs or self.lengths.most_rows != most_rows:
-            self.lengths = DraftLengths(costs, most_rows)
+        made = DraftLengths(costs, most_rows, resumes)
+        if self.lengths is None or not made.asks_as(self.lengths):
+            self.lengths = made
         return self.lengths
 
 
@@ -109,7 +112,7 @@ class Drafting:
         others: list[LayerPath] = []
         for index, span in enumerate(spans):
             sequence = span.sequence
-            sequence.guesses = []
+            sequence.guesses, sequence.begun = [], None
             path = sequence.path
             if path is None:
                 continue
@@ -162,7 +165,7 @@ class Drafting:
                 place.num_tokens = num_tokens
         if num_kept < span.num_tokens and sequence.state.cache_id >= 0:
             self._dropped.append((sequence.state.cache_id, span.first + num_kept, span.num_tokens - num_kept))
-        sequence.guesses = []
+        sequence.guesses, sequence.begun = [], None
 
     @property
     def predicted_gain(self) -> float:
@@ -171,7 +174,10 @@ class Drafting:
 
     def forget(self, sequence: OutputSequence) -> None:
         """Take back the guesses of a step that could not run with them."""
-        sequence.guesses = []
+        if sequence.begun is not None and sequence.state.cache_id >= 0:
+            num_begun = len(sequence.begun.states)
+            self.kv.cache.truncate([sequence.state.cache_id], [sequence.num_tokens - 1], num_begun)
+        sequence.guesses, sequence.begun = [], None
         self.kv.drop_draft(sequence.state)
 
     def end_step(self) -> None:
@@ -218,7 +224,8 @@ class Drafting:
     def _draft_lengths(self) -> DraftLengths:
         if self._lengths is None:
             is_native = self.runner.model.backend.name == "native"
-            self._lengths = self._learnt.of_costs(self.costs(), NATIVE_ROWS if is_native else 4 * NATIVE_ROWS)
+            most_rows = NATIVE_ROWS if is_native else 4 * NATIVE_ROWS
+            self._lengths = self._learnt.of_costs(self.costs(), most_rows, self.runner.executor.resumes)
         return self._lengths
 
     def _choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...]:
@@ -269,7 +276,7 @@ class Drafting:
         except Exception as error:
             cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
             for sequence, place, num_tokens in zip(sequences, places, before, strict=True):
-                sequence.guesses = []
+                sequence.guesses, sequence.begun = [], None
                 sequence.draft = None
                 if place is not None and num_tokens is not None:
                     place.num_tokens = num_tokens
@@ -280,7 +287,8 @@ class Drafting:
 
     def _run(self, spans: Sequence[Span], lengths: Sequence[int]) -> None:
         cache = self.kv.cache
-        rows = [_Guessing(span, length, self.kv) for span, length in zip(spans, lengths, strict=True)]
+        resumes = self.runner.executor.resumes
+        rows = [_Guessing(span, length, self.kv, resumes) for span, length in zip(spans, lengths, strict=True)]
         for row in rows:
             self._catch_up(row)
         rows = [row for row in rows if row.num_missing <= _FEW_ROWS]
@@ -295,15 +303,19 @@ class Drafting:
                 # What the path would choose from these logits, by the same noise: a right guess is the token itself.
                 [row.sequence.choice for row in rows],
                 self.runner.model.device,
+                [row.num_common for row in rows] if any(row.num_common for row in rows) else None,
             )
-            for row, tokens in zip(rows, self.runner.guess(turns, cache), strict=True):
-                row.take(tokens)
+            tokens, states = self.runner.guess(turns, cache)
+            for index, row in enumerate(rows):
+                row.take(tokens[index], None if states is None else states[:, index])
         if own_paths:
-            # Entries that the draft made among the path's are made anew, by all layers, when it verifies.
+            # Entries that the draft made among the path's are the path's own in the layers that both begin with. Behind
+            # them they are made anew when the path verifies.
             cache.truncate(
                 [row.cache_id for row in own_paths],
                 [row.span.first for row in own_paths],
                 max(row.num_run for row in own_paths),
+                [0 if row.sequence.begun is None else row.sequence.begun.num_layers for row in own_paths],
             )
 
     def _catch_up(self, row: _Guessing) -> None:
@@ -336,7 +348,7 @@ class Drafting:
 class _Guessing:
     """A sequence while its draft guesses."""
 
-    def __init__(self, span: Span, length: int, kv: KVPool) -> None:
+    def __init__(self, span: Span, length: int, kv: KVPool, resumes: bool) -> None:
         self.span = span
         self.length = length
         self.sequence = span.sequence
@@ -345,6 +357,9 @@ class _Guessing:
         self.draft: Draft = draft
         self.place = kv.draft_place(self.sequence.state)
         self.cache_id = self.sequence.state.cache_id if self.place is None else self.place.cache_id
+        path = self.sequence.path
+        assert path is not None, "a draft guesses for a path"
+        self.num_common = draft.num_common_layers(path) if resumes and self.place is None else 0
         self.num_run = 0
 
     @property
@@ -362,9 +377,14 @@ class _Guessing:
         """These tokens."""
         return self.sequence.tokens(self.first, self.num_missing)
 
-    def take(self, tokens: list[int]) -> None:
-        """The missing tokens and all but the last of ``tokens``, which were guessed behind them, have run."""
+    def take(self, tokens: list[int], states: Tensor | None) -> None:
+        """The missing tokens and all but the last of ``tokens``, which were guessed behind them, have run.
+
+        states: [K, C], theirs behind the layers that draft and path begin with, if it has any.
+        """
         self.num_run = self.num_missing + len(tokens) - 1
         if self.place is not None:
             self.place.num_tokens += self.num_run
         self.sequence.guesses = [token for token in tokens if token != NOT_FINITE]
+        if self.num_common and states is not None and self.sequence.guesses:
+            self.sequence.begun = BegunRows(self.num_common, states[: self.num_run])

@@ -420,7 +420,7 @@ class Engine:
         if sequence.finish_reason is None:
             del sequence.logprobs[len(sequence.token_ids) :]
             del sequence.was_guessed[len(sequence.token_ids) :]
-            sequence.guesses = []
+            sequence.guesses, sequence.begun = [], None
             sequence.state.begin_again(len(sequence.token_ids), self.scheduler.step)
             if request.error is None and sequence.token_ids:
                 try:

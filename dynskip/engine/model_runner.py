@@ -13,7 +13,7 @@ from dynskip.engine.kv_pool import Cache
 from dynskip.engine.request import OutputSequence, Span
 from dynskip.execution.executor import Predictions
 from dynskip.execution.step import Step, packed_positions, to_device
-from dynskip.execution.turns import Turns, rows_step
+from dynskip.execution.turns import Guesses, Turns, rows_step
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import PathRoute, StepTokens
 
@@ -58,10 +58,11 @@ class ModelRunner:
         tokens = [sequence.tokens(first, count) for sequence, first, count in spans]
         firsts, ids = [span.first for span in spans], [span.sequence.state.cache_id for span in spans]
         paths = [span.sequence.route.layers for span in spans]
-        return self.executor.predict(rows_step(tokens, firsts, ids, paths, self.model.device), cache)
+        begun = [span.sequence.begun for span in spans]
+        return self.executor.predict(rows_step(tokens, firsts, ids, paths, self.model.device, begun=begun), cache)
 
     @torch.no_grad()
-    def guess(self, turns: Turns, cache: Cache) -> list[list[int]]:
+    def guess(self, turns: Turns, cache: Cache) -> Guesses:
         """See `Executor.guess`."""
         return self.executor.guess(turns, cache)
 

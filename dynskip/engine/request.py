@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from dynskip.execution.turns import BegunRows
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import Route
 from dynskip.sampling import Choice, SamplingParams
@@ -28,6 +29,7 @@ class OutputSequence:
     prompt_ids, params, route, seed, draft: those of the request. state: what the scheduler knows of it.
     guesses: tokens behind its last one that its draft expects, until the step that verifies them ends. rate: how often
         they are right. num_drafted, num_accepted: how many were made, and were right.
+    begun: what the draft has run of the step that verifies its guesses, if it has.
     token_ids, logprobs: as chosen so far. was_guessed: of each token, whether the draft had guessed it.
     finish_reason: None until it has ended, see `RequestOutput`.
     """
@@ -41,6 +43,7 @@ class OutputSequence:
     token_ids: list[int] = field(default_factory=list)
     was_guessed: list[bool] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
+    begun: BegunRows | None = None
     rate: Rate = field(default_factory=own_rate)
     num_drafted: int = 0
     num_accepted: int = 0

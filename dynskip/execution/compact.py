@@ -16,7 +16,7 @@ from dynskip.execution.kv_cache import EntryIndex, KVCache
 from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.threads import check_fork
-from dynskip.execution.turns import Turns
+from dynskip.execution.turns import Guesses, Turns
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.models.decoder import Decoder, DecoderLayer, Positions
 from dynskip.models.linear import Linear
@@ -123,7 +123,12 @@ class CompactExecutor(Executor[KVCache]):
         states = self.run(step, cache)
         return Predictions(self.head(states if rows is None else states[rows]))
 
-    def guess(self, turns: Turns, cache: KVCache) -> list[list[int]]:
+    @property
+    def resumes(self) -> bool:
+        """See `Executor.resumes`; fused steps begin with embeddings."""
+        return not self.fuses
+
+    def guess(self, turns: Turns, cache: KVCache) -> Guesses:
         """See `Executor.guess`."""
         steps = self._decode_steps(turns.first_step, cache)
         return steps.guess(turns, cache) if isinstance(steps, NativeSteps) else super().guess(turns, cache)
@@ -158,7 +163,8 @@ class CompactExecutor(Executor[KVCache]):
         if steps is not None:
             assert cache is not None, "decoding needs a cache"
             return steps.run(step, cache, head=False, on_layer=on_layer)
-        hidden_states = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic, self._normaliser)
+        embeddings = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic, self._normaliser)
+        hidden_states = step.begin_(embeddings)
         entries = _Entries(self, step, cache) if cache is not None else None
         positions = Positions(step.position_ids, self.decoder.cos_sin)
         for index, layer in enumerate(self.decoder.stack()):
@@ -180,6 +186,7 @@ class CompactExecutor(Executor[KVCache]):
         if cache is None:
             return None
         if self.fuses:
+            assert step.begun is None, "fused steps begin with embeddings"
             return self._steps_of(cache, step.plan.rows.num_rows) if step.decode else None
         native = self.native_steps
         return native if native is not None and not is_watched and native.takes(step) else None

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from dynskip.execution.step import RowCounts, Step
-from dynskip.execution.turns import Turns
+from dynskip.execution.turns import Guesses, Turns
 from dynskip.ops.choice import choose_tokens
 
 CacheT = TypeVar("CacheT")
@@ -32,6 +32,11 @@ class Executor(Protocol[CacheT]):
     """
 
     row_counts: RowCounts
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it runs steps with rows that have begun, and keeps states for them: see `Step.begun`."""
+        return True
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> CacheT:
         """A cache for ``num_seqs`` sequences of at most ``max_context_len`` tokens and ``num_slots`` entries in all."""
@@ -61,24 +66,29 @@ class Executor(Protocol[CacheT]):
         """What follows ``rows`` ([R], int64) of ``step``, or each row; most likely tokens where they come with it."""
         return Predictions(self.logits(step, cache) if rows is None else self.head(self.run(step, cache)[rows]))
 
-    def guess(self, turns: Turns, cache: CacheT) -> list[list[int]]:
-        """The tokens that each sequence of ``turns`` guesses; the last one may be `NOT_FINITE`.
+    def guess(self, turns: Turns, cache: CacheT) -> Guesses:
+        """What each sequence of ``turns`` guesses.
 
-        They leave entries in ``cache``: of the tokens of the first step, and of all guesses but the last.
+        It leaves entries in ``cache``: of the tokens of the first step, and of all guesses but the last.
         """
         guesses: list[list[int]] = [[] for _ in turns.tokens]
-        predictions = self.predict(turns.first_step, cache, turns.last_rows)
-        going = list(range(len(guesses)))
+        kept = None if turns.num_common is None else _KeptStates(turns)
+        going, step, rows = list(range(len(guesses))), turns.first_step, turns.last_rows
         while True:
+            if kept is None:
+                predictions = self.predict(step, cache, rows)
+            else:
+                states = self.run(step, cache, kept.begin_step(going, rows))
+                kept.look(step.plan.num_layers, states)
+                predictions = Predictions(self.head(states if rows is None else states[rows]))
             choices = [turns.choice(index, len(guesses[index])) for index in going]
             tokens = choose_tokens(predictions.logits, choices, predictions.most_likely)
             for index, token in zip(going, tokens, strict=True):
                 guesses[index].append(token)
             following = turns.next_step(guesses)
             if following is None:
-                return guesses
-            going, step = following
-            predictions = self.predict(step, cache)
+                return Guesses(guesses, None if kept is None else kept.states)
+            (going, step), rows = following, None
 
     def warm_up(self, cache: CacheT, max_rows: int) -> None:
         """Compile and load what decode steps of at most ``max_rows`` rows launch: no step waits for it later."""
@@ -91,3 +101,32 @@ class Executor(Protocol[CacheT]):
     def release(self) -> None:
         """Give back the memory of retired caches, static buffers and graphs."""
         return
+
+
+class _KeptStates:
+    """The states that some sequences have behind a number of layers, as `Guesses.states`, collected layer by layer."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.states: Tensor | None = None
+        self._step = -1
+        self._going: list[int] = []
+        self._rows: list[int] = []
+
+    def begin_step(self, going: list[int], rows: Tensor | None) -> Callable[[int, Tensor], None]:
+        """What looks at the layers of the next step, in which the sequences ``going`` have ``rows``; None for all."""
+        self._step += 1
+        self._going = going
+        self._rows = list(range(len(going))) if rows is None else rows.tolist()
+        return self.look
+
+    def look(self, layer: int, hidden_states: Tensor) -> None:
+        """Keep what is wanted of the input of ``layer``, [N, C]; that of layer L is the last layer's output."""
+        if self.states is None:
+            shape = self.turns.num_steps, len(self.turns.tokens), hidden_states.shape[1]
+            self.states = hidden_states.new_empty(shape)
+        wanted = self.turns.num_common
+        assert wanted is not None, "states are kept"
+        for index, row in zip(self._going, self._rows, strict=True):
+            if layer and wanted[index] == layer:
+                self.states[self._step, index] = hidden_states[row]

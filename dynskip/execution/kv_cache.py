@@ -258,9 +258,16 @@ class KVCache:
         assert bool((context_lens[held] >= num_tokens).all()), "the source holds fewer tokens"
         self._begin(source, target, held * num_tokens)
 
-    def truncate(self, cache_ids: Sequence[int], num_tokens: Sequence[int], most: int) -> None:
+    def truncate(
+        self,
+        cache_ids: Sequence[int],
+        num_tokens: Sequence[int],
+        most: int,
+        first_layers: Sequence[int] | None = None,
+    ) -> None:
         """Keep the first ``num_tokens`` entries of these sequences in each layer, which hold at most ``most`` more.
 
+        first_layers: of each sequence, the layer from which on that holds; None for all layers.
         For sequences with a fixed path. Settles first. Cost: linear in ``most`` for each sequence and layer.
         """
         self.settle()
@@ -268,6 +275,9 @@ class KVCache:
         ids = torch.tensor(cache_ids, dtype=torch.int64, device=device)
         context_lens = self.context_lens.index_select(1, ids)
         kept = torch.minimum(context_lens, torch.tensor(num_tokens, dtype=torch.int32, device=device))
+        if first_layers is not None:
+            is_before = torch.arange(len(kept), device=device)[:, None] < torch.tensor(first_layers, device=device)
+            kept = torch.where(is_before, context_lens, kept)
         places = kept[:, :, None] + self._places[:most]
         layers = torch.arange(len(places), device=device)[:, None, None]
         inside = places.clamp(max=self.slot_tables.shape[2] - 1).long()

@@ -15,7 +15,7 @@ from dynskip.controllers import HiddenStateGate
 from dynskip.execution.executor import Predictions
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import RowCounts, Step
-from dynskip.execution.turns import Turns
+from dynskip.execution.turns import Guesses, Turns
 from dynskip.models.decoder import Decoder, DecoderLayer, Norm
 from dynskip.models.linear import NATIVE_ROWS, Linear
 from dynskip.ops import native
@@ -82,7 +82,7 @@ class NativeSteps:
         return Predictions(*self._run(step, cache, head=True, head_rows=rows))
 
     @torch.no_grad()
-    def guess(self, turns: Turns, cache: KVCache) -> list[list[int]]:
+    def guess(self, turns: Turns, cache: KVCache) -> Guesses:
         """See `Executor.guess`: all steps in one call."""
         step, counts = turns.first_step, self.row_counts.on_device
         active, cache_ids = step.plan.active, _ids_of_rows(step)
@@ -91,7 +91,7 @@ class NativeSteps:
         is_greedy = all(choice.params.greedy for choice in choices)
         # A guess that is not finite is the last one: how many slots are taken is known afterwards.
         cache.reserve(turns.num_entries)
-        tokens = native.guess_tokens(
+        tokens, states = native.guess_tokens(
             self._handle,
             step.token_ids,
             step.position_ids,
@@ -99,6 +99,7 @@ class NativeSteps:
             active,
             torch.tensor(turns.num_guesses),
             () if is_greedy else choice_columns(choices, self.decoder.config.vocab_size, step.token_ids.device),
+            None if turns.num_common is None else torch.tensor(turns.num_common),
             cache.k_cache,
             cache.v_cache,
             cache.slot_positions,
@@ -110,9 +111,9 @@ class NativeSteps:
             self.is_timed,
         )
         cache.settle()
-        return [
-            _until_not_finite(row[:count]) for row, count in zip(tokens.t().tolist(), turns.num_guesses, strict=True)
-        ]
+        columns = zip(tokens.t().tolist(), turns.num_guesses, strict=True)
+        guesses = [_until_not_finite(column[:count]) for column, count in columns]
+        return Guesses(guesses, None if turns.num_common is None else states)
 
     @torch.no_grad()
     def _run(self, step: Step, cache: KVCache, head: bool, head_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -159,6 +160,7 @@ class NativeSteps:
             head,
             head_rows,
             self.is_timed,
+            *(step.begun or ()),
         )
 
     @property

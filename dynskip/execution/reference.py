@@ -70,11 +70,19 @@ class ReferenceCache:
         assert all(length >= num_tokens for length in lengths), "the source holds fewer tokens"
         self._begin(source, target, num_tokens)
 
-    def truncate(self, cache_ids: Sequence[int], num_tokens: Sequence[int], most: int) -> None:
-        """Keep the first ``num_tokens`` entries of these sequences in each layer."""
-        kept = dict(zip(cache_ids, num_tokens, strict=True))
+    def truncate(
+        self,
+        cache_ids: Sequence[int],
+        num_tokens: Sequence[int],
+        most: int,
+        first_layers: Sequence[int] | None = None,
+    ) -> None:
+        """See `KVCache.truncate`."""
+        firsts = [0] * len(cache_ids) if first_layers is None else first_layers
+        kept = {seq: (count, first) for seq, count, first in zip(cache_ids, num_tokens, firsts, strict=True)}
         for (layer, seq), (key, value, positions) in list(self.entries.items()):
-            if (count := kept.get(seq)) is not None:
+            count, first = kept.get(seq, (0, layer + 1))
+            if layer >= first:
                 self.entries[layer, seq] = key[:count], value[:count], positions[:count]
 
     def add_sequences(self, num_seqs: int) -> None:
@@ -126,7 +134,7 @@ class ReferenceExecutor(Executor[ReferenceCache]):
         bounds = step.plan.rows.cu_seqlens.tolist()
         cache_ids = step.cache_ids.tolist()
         cache = ReferenceCache() if cache is None else cache
-        hidden_states = self.decoder.embed(step.token_ids, step.position_ids)
+        hidden_states = step.begin_(self.decoder.embed(step.token_ids, step.position_ids))
         # Keys and values by row, [N, G, D]: SHARE reuses those of the last layer that a row ran.
         last: list[tuple[Tensor, Tensor] | None] = [None] * num_seqs
         for index, layer in enumerate(self.decoder.stack()):

@@ -21,6 +21,8 @@ class Step:
     plan: what each layer does with the N rows.
     decode: True when every sequence brings one token and attends through the cache.
     fresh: True when no sequence has entries in the cache yet, so that rows attend to the rows of the step alone.
+    begun: rows that begin with a state in place of their embedding: their numbers, [R], int64, and the states, [R, C].
+        They skip the layers that the states have run, where the cache has their entries already.
     """
 
     token_ids: Tensor
@@ -29,6 +31,11 @@ class Step:
     plan: Plan
     decode: bool = False
     fresh: bool = False
+    begun: tuple[Tensor, Tensor] | None = None
+
+    def begin_(self, hidden_states: Tensor) -> Tensor:
+        """``hidden_states``, the embeddings of all rows, [N, C], with the states of those that have begun."""
+        return hidden_states if self.begun is None else hidden_states.index_copy_(0, *self.begun)
 
 
 class RowCounts:

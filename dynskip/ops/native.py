@@ -177,6 +177,8 @@ def decode_step(
     with_head: bool,
     head_rows: Tensor | None,
     is_timed: bool,
+    begun_rows: Tensor | None = None,
+    begun_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a decode step of N rows: `[R, V]`, the logits, and `[R], int64`, what `most_likely` says of them.
 
@@ -187,6 +189,7 @@ def decode_step(
     by side. active: `[L, N], bool`. kv_policy, slots and tables: as in `row_reference.plan_rows`. counts: `[2, L],
     int64`, to which the rows that ran each layer, and that computed a key and a value, are added. gate_weight: `[L, 2,
     C]`, gate_bias: `[L, 2]`, float32, gate_asks: `[L], bool`: as in `row_reference.gate_rows`, where gate_asks holds.
+    begun_rows: `[R'], int64`, rows that begin with begun_states, `[R', C]`, in place of their embeddings.
     The interpreter's lock is free meanwhile; steps of one decoder wait for each other.
 
     Cost: reads the matrices of the layers that have rows once, and the keys and values of their rows.
@@ -212,6 +215,8 @@ def decode_step(
         with_head,
         head_rows,
         is_timed,
+        begun_rows,
+        begun_states,
     )
     return rows, tokens
 
@@ -224,6 +229,7 @@ def guess_tokens(
     active: Tensor,
     num_guesses: Tensor,
     choices: Sequence[Tensor],
+    num_common: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_positions: Tensor | None,
@@ -233,8 +239,11 @@ def guess_tokens(
     slot_cursor: Tensor,
     counts: Tensor,
     is_timed: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Runs decode steps of B sequences one after the other: `[K, B], int64`, the tokens that each of them has chosen.
+
+    With num_common, `[B], int64`, also `[K, B, C]`: the state of each sequence's last row in each step behind the first
+    num_common layers of the decoder; undefined where the sequence has no row, or 0 such layers. Else an empty tensor.
 
     The first step brings N rows, at least one of each sequence; each next one brings one row of every sequence that
     still guesses: the token that its last row has chosen, at the next position, in the same layers. A sequence whose
@@ -247,7 +256,7 @@ def guess_tokens(
 
     Cost: that of the steps, each of which reads the matrices of the layers that have rows once.
     """
-    tokens: Tensor = _op("guess_tokens")(
+    tokens, states = _op("guess_tokens")(
         handle,
         token_ids,
         position_ids,
@@ -255,6 +264,7 @@ def guess_tokens(
         active,
         num_guesses,
         choices,
+        num_common,
         k_cache,
         v_cache,
         slot_positions,
@@ -265,7 +275,7 @@ def guess_tokens(
         counts,
         is_timed,
     )
-    return tokens
+    return tokens, states
 
 
 def plan_rows(active: Tensor, *others: Any, **named: Any) -> None:

@@ -46,6 +46,17 @@ class Draft:
         is_beginning = path.layers[: self.path.budget] == self.path.layers
         return Draft(self.path, "path") if is_beginning else self
 
+    def num_common_layers(self, path: LayerPath) -> int:
+        """How many of the decoder's first layers compute the same for the draft as for ``path``; 0 where it runs none.
+
+        They do as long as both run the same layers and read the same entries.
+        """
+        if self.entries == "own":
+            return 0
+        others = set(path.layers) ^ set(self.path.layers)
+        first = min(others, default=path.num_layers)
+        return first if any(layer < first for layer in path.layers) else 0
+
     def __str__(self) -> str:
         return f"{self.path}, {self.entries} entries"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -73,10 +74,12 @@ class DraftLengths:
     """Chooses lengths by the costs of steps, which it corrects by what guesses and steps took.
 
     costs: what steps are predicted to take. most_rows: of a step that verifies, unless it has more without guesses.
+    resumes: whether what a draft has run of its path is not run again when the path verifies.
     """
 
     costs: StepCosts
     most_rows: int
+    resumes: bool = False
     _guesses: _Times = field(default_factory=_Times)
     _steps: _Times = field(default_factory=_Times)
     _known: dict[object, Choice] = field(default_factory=dict)
@@ -149,7 +152,11 @@ class DraftLengths:
         plain: Counter[LayerPath] = Counter(others)
         tokens = float(len(others))
         for each, length in zip(candidates, lengths, strict=True):
-            rows[each.path] += 1 + length
+            if length:
+                # The last token and all guesses but the last, as many rows as guesses, have begun along the draft.
+                num_begun = each.draft.num_common_layers(each.path) if self.resumes else 0
+                rows[_behind(each.path, num_begun)] += length
+            rows[each.path] += 1
             plain[each.path] += 1
             tokens += expected_tokens(each.rate, length)
         guess_ms = 0.0
@@ -164,6 +171,13 @@ class DraftLengths:
         total_ms = guess_ms * ratio + verify_ms
         gain = tokens / num_plain * plain_ms / total_ms if total_ms > 0 else 1.0
         return Choice(tuple(lengths), gain if any(lengths) else 1.0, guess_ms, verify_ms, plain_ms)
+
+
+@functools.lru_cache(maxsize=256)
+def _behind(path: LayerPath, num_layers: int) -> LayerPath:
+    """What ``path`` runs behind the decoder's first ``num_layers`` layers."""
+    layers = [layer for layer in path.layers if layer >= num_layers]
+    return LayerPath.of(path.num_layers, layers, allow_empty=True)
 
 
 def expected_tokens(rate: float, length: int) -> float:

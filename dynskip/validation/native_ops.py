@@ -15,7 +15,7 @@ from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.reference import ReferenceExecutor
 from dynskip.execution.step import RowCounts, Step, packed_positions
-from dynskip.execution.turns import Turns
+from dynskip.execution.turns import Guesses, Turns
 from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.models.decoder import Decoder
 from dynskip.models.linear import Linear
@@ -68,7 +68,7 @@ def _guesses(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, fl
             turns = Turns(tokens, [0] * 3, range(3), paths, [4, 1, 5], choices, torch.device("cpu"))
             found = []
             for guess in (steps.guess, partial(Executor.guess, steps)):
-                guesses = guess(turns, steps.new_cache(3, 32, 32 * 3 * _LAYERS))
+                guesses = guess(turns, steps.new_cache(3, 32, 32 * 3 * _LAYERS)).tokens
                 found.append(torch.tensor([token for each in guesses for token in each]))
             if falsify:
                 errors.change_one_element(found[0])
@@ -120,7 +120,7 @@ class _WholeSteps(Executor[KVCache]):
         assert cache is not None and self.steps.takes(step), "the extension reads every matrix"
         return self.steps.run(step, cache, head=True, on_layer=on_layer)
 
-    def guess(self, turns: Turns, cache: KVCache) -> list[list[int]]:
+    def guess(self, turns: Turns, cache: KVCache) -> Guesses:
         """See `Executor.guess`."""
         assert self.steps.takes(turns.first_step), "the extension reads every matrix"
         return self.steps.guess(turns, cache)

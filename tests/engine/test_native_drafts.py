@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from families import native_model
-from models import NUM_LAYERS, random_prompts
+from models import NUM_LAYERS, random_prompts, tiny_model
 from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, same, serve
 
 from dynskip import CausalLM, LayerPath
 from dynskip.engine.drafting import DraftWarning
+from dynskip.engine.model_runner import ModelRunner
 from dynskip.ops import native
 from dynskip.speculation.draft import Draft
 from dynskip.speculation.lengths import Candidate, DraftLengths
@@ -50,10 +51,14 @@ def random_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
 
 
+def prompts(count: int) -> list[list[int]]:
+    return random_prompts([3 + index % 5 for index in range(count)])
+
+
 def asks_of(count: int, is_drafted: bool) -> list[Ask]:
     """Requests of all drafts together, greedy ones and drawn ones."""
     asks = []
-    for index, prompt in enumerate(random_prompts([3 + index % 5 for index in range(count)])):
+    for index, prompt in enumerate(prompts(count)):
         draft = DRAFTS[index % len(DRAFTS)]
         params = greedy(14) if index % 2 else drawn(14, index, n=1 + index % 3, top_p=0.9)
         options = {"draft": draft.path, "draft_entries": draft.entries} if is_drafted else {}
@@ -79,15 +84,52 @@ def test_all_guesses_of_a_step_are_one_call(monkeypatch: pytest.MonkeyPatch) -> 
     call = native.guess_tokens
 
     def counted(handle: int, token_ids: Any, position_ids: Any, cache_ids: Any, *others: Any) -> Any:
-        tokens = call(handle, token_ids, position_ids, cache_ids, *others)
+        tokens, states = call(handle, token_ids, position_ids, cache_ids, *others)
         calls.append(int((tokens >= 0).sum()))
-        return tokens
+        return tokens, states
 
     monkeypatch.setattr(native, "guess_tokens", counted)
     served = engine(model=model(), batch=6)
     serve(served, asks_of(10, True))
     assert sum(calls) == served.tally.num_drafted
     assert len(calls) < served.tally.num_decode_steps
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_draft_that_the_path_begins_with_runs_its_layers_once(backend: str) -> None:
+    """All layers run the same rows: the draft's those that it guesses and the last guess, the others all of these."""
+    own = model() if backend == "native" else tiny_model(deterministic=True)
+    served = engine(model=own, batch=4)
+    asks = [Ask(prompt, greedy(16), FULL, {"draft": LayerPath.early_exit(NUM_LAYERS, 4)}) for prompt in prompts(5)]
+    outputs = serve(served, asks)
+    for output, ask in zip(outputs, asks, strict=True):
+        assert output.draft is not None and output.draft.entries == "path"
+        assert same(output, Ask(ask.prompt, ask.params, FULL).alone(model=own))
+    assert served.tally.num_drafted > 40
+    counts = served.runner.executor.row_counts
+    assert counts.run == [counts.run[0]] * NUM_LAYERS and counts.kv == counts.run
+
+
+@pytest.mark.parametrize("num_failures", [1, 3])
+def test_a_verification_that_fails_behind_its_layers_runs_again_without_guesses(
+    num_failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = ModelRunner.decode, []
+
+    def fails(self: ModelRunner, spans: Sequence[Any], *others: Any) -> Any:
+        predictions = decode(self, spans, *others)
+        if any(span.num_tokens > 1 for span in spans):
+            calls.append(sum(span.sequence.begun is not None for span in spans))
+            if 2 < len(calls) <= 2 + num_failures:
+                raise MemoryError("fails behind the step")
+        return predictions
+
+    monkeypatch.setattr(ModelRunner, "decode", fails)
+    served = engine(model=model(), batch=6)
+    outputs = serve(served, asks_of(10, True))
+    assert sum(calls) > 10
+    for output, ask in zip(outputs, asks_of(10, False), strict=True):
+        assert same(output, ask.alone(model=model()))
 
 
 def test_a_fault_in_the_call_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.executor import Executor
 from dynskip.execution.kv_cache import KVCacheMemoryError
 from dynskip.execution.native_steps import NativeSteps
-from dynskip.execution.turns import Turns, rows_step
+from dynskip.execution.turns import Guesses, Turns, rows_step
 from dynskip.ops import native
 from dynskip.sampling import NOT_FINITE, Choice
 
@@ -52,6 +52,7 @@ class Case:
         num_guesses: Sequence[int] = NUM_GUESSES,
         num_slots: int = 400,
         longest: int = 24,
+        num_common: Sequence[int] | None = None,
     ) -> None:
         executor = model.new_executor("compact", model.deterministic)
         assert isinstance(executor, CompactExecutor) and executor.native_steps is not None
@@ -68,9 +69,9 @@ class Case:
         executor.native_steps = steps
         executor.row_counts.reset()
         choices = [Choice(each, 11 + index, index, 2 * index) for index, each in enumerate(params)]
-        self.turns = Turns(tokens, LENGTHS, CACHE_IDS, DRAFTS, num_guesses, choices, model.device)
+        self.turns = Turns(tokens, LENGTHS, CACHE_IDS, DRAFTS, num_guesses, choices, model.device, num_common)
 
-    def guess(self, how: str) -> list[list[int]]:
+    def guess(self, how: str) -> Guesses:
         """The guesses: "whole" in one call, "step" in one call a step, "op" op by op."""
         with torch.no_grad():
             if how == "whole":
@@ -80,12 +81,23 @@ class Case:
             return Executor.guess(self.executor, self.turns, self.cache)
 
 
+def kept_states(turns: Turns, guesses: list[list[int]], states: torch.Tensor) -> torch.Tensor:
+    """[N, C]: the states that are defined."""
+    assert states.shape[:2] == (turns.num_steps, len(guesses)) and turns.num_common is not None
+    kept = [states[: len(tokens), i] for i, tokens in enumerate(guesses) if turns.num_common[i]]
+    return torch.cat(kept)
+
+
 def assert_same(model: CausalLM, **options: Any) -> list[list[int]]:
     whole = Case(model, **options)
-    guesses = whole.guess("whole")
+    guesses, states = whole.guess("whole")
     for how in ("step", "op"):
         other = Case(model, **options)
-        assert guesses == other.guess(how), how
+        tokens, expected = other.guess(how)
+        assert guesses == tokens, how
+        assert (states is None) == (expected is None)
+        if states is not None and expected is not None:
+            assert torch.equal(*(kept_states(whole.turns, guesses, each) for each in (states, expected))), how
         assert_same_entries(whole.cache, other.cache)
         assert whole.executor.row_counts.run == other.executor.row_counts.run
         assert whole.executor.row_counts.kv == other.executor.row_counts.kv
@@ -116,6 +128,22 @@ def test_in_every_dtype(
     assert len({token for tokens in guesses for token in tokens}) > 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("opt", "pre-norm"),
+        ("opt", "post-norm-projected"),
+        ("llama", "plain"),
+        ("gpt_neox", "plain"),
+        ("bloom", "plain"),
+    ],
+)
+def test_states_behind_some_layers_come_with_the_guesses(family: str, variant: str, dtype: torch.dtype) -> None:
+    model = native_model(family, variant, dtype, deterministic=True)
+    assert_same(model, num_common=[3, 0, 1, NUM_LAYERS, 2], params=DRAWN)
+
+
 @pytest.fixture
 def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -130,7 +158,7 @@ def test_by_several_threads(three_threads: None) -> None:
 
 def test_a_guess_that_is_not_finite_is_the_last() -> None:
     model = native_model("llama", "plain")
-    guesses = Case(model).guess("whole")[2]
+    guesses = Case(model).guess("whole").tokens[2]
     place = next(place for place, token in enumerate(guesses[:-1]) if token >= PROMPT_TOKENS)
     with torch.no_grad():
         model.decoder.embed_tokens.weight[guesses[place]] = float("nan")
@@ -143,7 +171,7 @@ def test_a_draft_of_the_whole_path_guesses_what_the_path_chooses() -> None:
     """Sequence 4 is its own draft: its guesses are the tokens of plain decode steps."""
     model = native_model("opt", "pre-norm")
     case = Case(model)
-    guesses = case.guess("whole")[4]
+    guesses = case.guess("whole").tokens[4]
     token, found = case.turns.tokens[4], []
     alone = Case(model)
     for place in range(2):
@@ -216,7 +244,9 @@ def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
     assert case.cache.num_slots_used == used
 
 
-def raw_guess(case: Case, choices: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+def raw_guess(
+    case: Case, choices: Sequence[torch.Tensor] = (), num_common: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     step, cache, steps = case.turns.first_step, case.cache, case.executor.native_steps
     assert steps is not None and steps.takes(step) and step.plan.active is not None
     return native.guess_tokens(
@@ -227,6 +257,7 @@ def raw_guess(case: Case, choices: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         step.plan.active,
         torch.tensor(case.turns.num_guesses),
         choices,
+        None if num_common is None else torch.tensor(num_common),
         cache.k_cache,
         cache.v_cache,
         cache.slot_positions,
@@ -237,6 +268,12 @@ def raw_guess(case: Case, choices: Sequence[torch.Tensor] = ()) -> torch.Tensor:
         torch.zeros(2, NUM_LAYERS, dtype=torch.int64),
         False,
     )
+
+
+def test_states_are_kept_behind_layers_of_the_decoder() -> None:
+    case = Case(native_model("llama", "plain"))
+    with pytest.raises(RuntimeError, match=r"guess_tokens: num_common must lie in 0..6, got 7 in row 2"):
+        raw_guess(case, num_common=[0, 6, 7, 0, 0])
 
 
 def test_choices_are_six_columns_or_none() -> None:
