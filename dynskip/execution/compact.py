@@ -191,11 +191,11 @@ class CompactExecutor(Executor[KVCache]):
         native = self.native_steps
         return native if native is not None and not is_watched and native.takes(step) else None
 
-    def _steps_of(self, cache: KVCache, num_rows: int = 1) -> DecodeSteps:
+    def _steps_of(self, cache: KVCache, num_rows: int = 0) -> DecodeSteps:
         steps = self._steps.get(cache)
-        if steps is None or steps.fused.max_rows < num_rows:
-            # Sequences may bring several rows each: buffers are made anew for the first step that is so large.
-            max_rows = row_bucket(max(min(cache.context_lens.shape[1], ROW_BUCKETS[-1]), num_rows))
+        # Sequences that verify guesses bring more rows than the cache has places.
+        if steps is None or steps.fused.max_rows < min(num_rows, ROW_BUCKETS[-1]):
+            max_rows = row_bucket(min(max(cache.context_lens.shape[1], num_rows), ROW_BUCKETS[-1]))
             ops = get_row_ops("triton")
             fused = FusedDecode(self.decoder, self.lm_head, cache, max_rows, ops, self.deterministic)
             steps = self._steps[cache] = DecodeSteps(fused, self.row_counts)

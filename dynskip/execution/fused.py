@@ -91,7 +91,7 @@ class DecodeBuffers:
 
 
 class FusedDecode:
-    """Runs decode steps of the sequences of one cache, one token a sequence, by the fused kernels of ``ops``.
+    """Runs decode steps of the sequences of one cache by the fused kernels of ``ops``.
 
     It has the cache's tensors, and leaves to others how long the cache itself is kept.
 
@@ -150,7 +150,10 @@ class FusedDecode:
         return self.buffers.num_bytes + sum(tensor.numel() * tensor.element_size() for tensor in workspace)
 
     def set_rows(self, cache_ids: Tensor) -> None:
-        """Put the sequences ``cache_ids`` ([N], int) into rows 0..N-1, and none into the others."""
+        """Put the sequences ``cache_ids`` ([N], int) into rows 0..N-1, and none into the others.
+
+        Rows of one sequence stand side by side, in the order of their positions.
+        """
         num_rows = cache_ids.shape[0]
         torch.arange(num_rows, out=self.buffers.all_ids[:num_rows])
         self.buffers.all_ids[num_rows:].fill_(-1)

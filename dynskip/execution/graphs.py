@@ -223,6 +223,7 @@ class DecodeSteps:
         self._plan: Plan | None = None
         self._shape: StepShape | None = None
         self._cache_ids: Tensor | None = None
+        self._counts: tuple[int, ...] = ()
 
     def run(
         self, step: Step, cache: KVCache, head: bool, on_layer: Callable[[int, Tensor], None] | None = None
@@ -233,10 +234,9 @@ class DecodeSteps:
         """
         fused, buffers, plan = self.fused, self.fused.buffers, step.plan
         num_rows = plan.rows.num_rows
-        if self._cache_ids is not step.cache_ids:
-            has_more = num_rows != step.cache_ids.shape[0]
-            fused.set_rows(step.cache_ids[plan.rows.seq_ids.to(step.cache_ids)] if has_more else step.cache_ids)
-            self._cache_ids = step.cache_ids
+        if self._cache_ids is not step.cache_ids or self._counts != plan.rows.num_new_tokens:
+            fused.set_rows(step.cache_ids_of_rows)
+            self._cache_ids, self._counts = step.cache_ids, plan.rows.num_new_tokens
         fused.set_tokens(step.token_ids, step.position_ids)
         if self._plan is not plan or self._shape is None:
             self._plan, self._shape = plan, StepShape.of(plan)

@@ -85,7 +85,7 @@ class NativeSteps:
     def guess(self, turns: Turns, cache: KVCache) -> Guesses:
         """See `Executor.guess`: all steps in one call."""
         step, counts = turns.first_step, self.row_counts.on_device
-        active, cache_ids = step.plan.active, _ids_of_rows(step)
+        active, cache_ids = step.plan.active, step.cache_ids_of_rows
         assert active is not None and counts is not None, "a path is known; made with this object"
         choices = turns.choices
         is_greedy = all(choice.params.greedy for choice in choices)
@@ -136,7 +136,7 @@ class NativeSteps:
             active = ~asks[:, None].expand(-1, num_rows).contiguous()
         assert active is not None, "a plan has a mask or a gate"
         cache.reserve(known[1], exact=gate is None)
-        cache_ids = _ids_of_rows(step)
+        cache_ids = step.cache_ids_of_rows
         counts = self.row_counts.on_device
         assert counts is not None, "made with this object"
         return native.decode_step(
@@ -262,12 +262,6 @@ class _Description:
             self.integers.append(0)
             self._tensor(None if linear is None else linear.weight)
         self._tensor(None if linear is None else linear.bias)
-
-
-def _ids_of_rows(step: Step) -> Tensor:
-    """[N], int64: the place in the cache of each row's sequence."""
-    cache_ids, rows = step.cache_ids, step.plan.rows
-    return cache_ids if rows.num_rows == cache_ids.shape[0] else cache_ids[rows.seq_ids.long()]
 
 
 def _until_not_finite(tokens: list[int]) -> list[int]:

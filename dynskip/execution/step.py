@@ -33,6 +33,14 @@ class Step:
     fresh: bool = False
     begun: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def cache_ids_of_rows(self) -> Tensor:
+        """[N], int64: the place in the cache of each row's sequence."""
+        rows = self.plan.rows
+        if rows.num_rows == self.cache_ids.shape[0]:
+            return self.cache_ids
+        return self.cache_ids[rows.seq_ids.to(self.cache_ids.device).long()]
+
     def begin_(self, hidden_states: Tensor) -> Tensor:
         """``hidden_states``, the embeddings of all rows, [N, C], with the states of those that have begun."""
         return hidden_states if self.begun is None else hidden_states.index_copy_(0, *self.begun)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, family_hf
 from models import NUM_LAYERS, VARIANTS, cpu_backend, random_prompts, tiny_model
+from streams import costs
 from torch import Tensor
 
 from dynskip import CausalLM, LayerPath, SamplingParams
@@ -22,10 +23,13 @@ from dynskip.execution.fused import FusedDecode
 from dynskip.execution.graphs import WHOLE_STEP_AFTER, GraphedDecode
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step_shape import StepShape
+from dynskip.execution.turns import rows_step
 from dynskip.kernels.launches import LAUNCHES
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
+from dynskip.speculation.draft import Draft
+from dynskip.speculation.lengths import Candidate, Choice, DraftLengths
 
 # Of each architecture but OPT: keys shared, windowed, placed or scaled in its own way first, then other parts.
 FUSED_VARIANTS = [
@@ -153,6 +157,57 @@ def test_a_controller_of_somebody_else_runs_without_graphs(monkeypatch: pytest.M
     fuse(fused, monkeypatch, graphs)
     assert texts(fused, Odd(), "propagate") == texts(plain, Odd(), "propagate")
     assert not graphs.replays
+
+
+@pytest.mark.parametrize("graphed", [False, True], ids=["launched", "graphed"])
+@pytest.mark.parametrize(("family", "variant"), [("opt", "pre-norm"), ("mistral", "window"), ("bloom", "three-heads")])
+def test_sequences_may_bring_several_rows(
+    family: str, variant: str, graphed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the cache has places, other numbers of them in each step, and the same places each time."""
+    changes = VARIANTS[variant] if family == "opt" else FAMILIES[family][variant]
+    hf_model = family_hf(family, dtype=torch.float64, **changes)
+    cache_ids, found = torch.tensor([2, 0, 1]), []
+    for fuses in (False, True):
+        model = CausalLM.from_hf(hf_model, backend="torch")
+        executor = fuse(model, monkeypatch, EagerGraphs() if graphed else None) if fuses else model.executor()
+        cache, lengths = executor.new_cache(3, 24, 400), [0, 0, 0]
+        logits = []
+        for counts in ((1, 1, 1), (3, 1, 4), (1, 1, 1), (2, 2, 2), (1, 3, 2), (1, 1, 1)):
+            tokens = [list(range(10 + first, 10 + first + count)) for first, count in zip(lengths, counts, strict=True)]
+            step = rows_step(tokens, lengths, [2, 0, 1], PATHS[:3], model.device)
+            step.cache_ids = cache_ids
+            logits.append(executor.logits(step, cache).clone())
+            lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", ["own", "path"])
+def test_drafts_guess_and_paths_verify(entries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused steps begin with embeddings: no row goes on behind the layers that draft and path have in common."""
+    model = tiny_model(dtype=torch.float64)
+    fuse(model, monkeypatch)
+    # Layer 4 is left out: what has to be made again is right now and then.
+    draft = Draft(LayerPath.of(NUM_LAYERS, [0, 1, 2, 3, 5]), entries)
+    monkeypatch.setattr(DraftLengths, "choose", lambda self, candidates, others=(): chosen(candidates))
+    outputs = []
+    for draft_of in (None, draft):
+        engine = Engine(model, batch=3, costs=costs())
+        executor = engine.runner.executor
+        assert isinstance(executor, CompactExecutor) and executor.resumes
+        executor.fuses = draft_of is not None
+        assert executor.resumes != executor.fuses
+        ids = [engine.add_request(*each, PATHS[0], draft=draft_of) for each in zip(PROMPTS, PARAMS, strict=True)]
+        ended = {output.request_id: output for output in engine.run()}
+        outputs.append([ended[request_id] for request_id in ids])
+        assert engine.kv.cache.num_slots_used == 0
+    assert [output.token_ids for output in outputs[0]] == [output.token_ids for output in outputs[1]]
+    assert sum(output.num_drafted for output in outputs[1]) > sum(output.num_accepted for output in outputs[1]) > 0
+
+
+def chosen(candidates: Sequence[Candidate]) -> Choice:
+    return Choice(tuple(min(each.most, 3) for each in candidates), 1e9, 1.0, 1.0, 1.0)
 
 
 def test_a_retired_cache_and_its_graphs_serve_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
