@@ -103,6 +103,10 @@ class DraftLengths:
             lengths[index] = choice.lengths[place]
         return replace(choice, lengths=tuple(lengths))
 
+    def asks_as(self, other: DraftLengths) -> bool:
+        """Whether both choose by the same costs under the same limits."""
+        return (self.costs, self.most_rows, self.resumes) == (other.costs, other.most_rows, other.resumes)
+
     def probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], place: int, length: int) -> Choice:
         """A step in which the candidate at ``place`` alone guesses ``length`` tokens, whether or not that pays."""
         lengths = [length * (index == place) for index in range(len(candidates))]

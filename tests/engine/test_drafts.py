@@ -423,7 +423,7 @@ def test_costs_are_corrected_by_what_steps_take() -> None:
 def test_a_draft_that_is_never_right_is_tried_rarely() -> None:
     served = engine(model=tiny_model(deterministic=True), batch=1)
     ask = Ask(*random_prompts([5]), greedy(56), FULL)
-    wrong = Draft(LayerPath.of(NUM_LAYERS, [], allow_empty=True))
+    wrong = Draft(LayerPath.of(NUM_LAYERS, [5]))
     (output,) = serve(served, [with_draft(ask, wrong)])
     assert output.num_accepted <= 0.3 * output.num_drafted
     assert 0 < output.num_drafted <= 24
