@@ -123,9 +123,15 @@ constexpr int64_t num_panels(const Product<Element>& product) {
   return (product.num_outputs + outputs - 1) / outputs;
 }
 
+// Panels of 32 outputs whose sums a thread holds at once where many rows pass over them.
+constexpr int64_t kChunkPanels = 8;
+
 // Floats that a thread needs beside a product.
 template <typename Element>
 constexpr int64_t product_scratch_floats(int64_t num_rows, int64_t num_inputs) {
+  if (std::is_same_v<Element, BFloat16>) {
+    return num_rows * kChunkPanels * 32;
+  }
   return num_rows * (2 * kMaxPanelOutputs + (std::is_same_v<Element, Float16> ? padded_row_stride(num_inputs) : 0));
 }
 
