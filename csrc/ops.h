@@ -118,6 +118,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> decode_step(
     const std::optional<torch::stable::Tensor>& gate_asks,
     bool with_head,
     const std::optional<torch::stable::Tensor>& head_rows,
+    bool is_prompt,
     bool is_timed,
     const std::optional<torch::stable::Tensor>& begun_rows,
     const std::optional<torch::stable::Tensor>& begun_states);

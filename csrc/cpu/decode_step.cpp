@@ -100,13 +100,16 @@ class Step {
     reserve(delta_, decoder.hidden_size);
     reserve(ffn_delta_, decoder.hidden_size);
     reserve(inner_, inner);
-    reserve(activated_, decoder.ffn_size);
+    activated_ = inner_;
+    if (decoder.gated && decoder.ffn_size % kInputBlock<Element> != 0) {
+      reserve(activated_, decoder.ffn_size); // in place factors would stand where a product wants zeros
+    }
     reserve(embedded_, decoder.embedding_size);
     num_elements_ = offset;
   }
 
   int64_t num_bytes() const {
-    return num_elements_ * static_cast<int64_t>(sizeof(Element)) + 64;
+    return num_elements_ * static_cast<int64_t>(sizeof(Element));
   }
 
   // The step's inputs and what it changes; called before run. Without a head the last states are the result.
@@ -121,10 +124,11 @@ class Step {
     k_cache_ = static_cast<Element*>(cache.k_cache.data_ptr());
     v_cache_ = static_cast<Element*>(cache.v_cache.data_ptr());
     slot_positions_ = cache.slot_positions.has_value() ? static_cast<int32_t*>(cache.slot_positions->data_ptr()) : nullptr;
+    is_prompt_ = rows.is_prompt;
     is_timed_ = rows.is_timed;
     begun_ = rows.begun;
     kept_ = rows.kept;
-    memory_ = reinterpret_cast<Element*>((reinterpret_cast<uintptr_t>(decoder_.memory.data()) + 63) / 64 * 64);
+    memory_ = reinterpret_cast<Element*>(decoder_.memory.get());
     logits_ = with_head ? result : nullptr;
     hidden_states_ = with_head ? row(hidden_, 0) : result;
     hidden_stride_ = with_head ? hidden_.stride : decoder_.hidden_size;
@@ -179,6 +183,11 @@ class Step {
     int64_t* times_;
     std::chrono::steady_clock::time_point before_;
   };
+
+  // Of one thread, at the beginning of a line of the cache.
+  float* scratch(int64_t member) const {
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(decoder_.scratch[member].data()) + 63) / 64 * 64);
+  }
 
   Element* row(const Rows& rows, int64_t index) const {
     return memory_ + rows.offset + index * rows.stride;
@@ -260,7 +269,7 @@ class Step {
       all_panels += panels[i];
     }
     const int64_t group = std::max<int64_t>(1, all_panels / (team_.size() * kGroupsPerThread));
-    float* scratch = decoder_.scratch[member].data();
+    float* scratch = this->scratch(member);
     int64_t task = team_.next_task();
     int64_t first = 0; // task of a product
     for (size_t i = 0; i < size; ++i) {
@@ -408,7 +417,11 @@ class Step {
       return;
     }
     clock.lap(kOther);
-    attend(member, layer, index, run_ids, num_run);
+    if (is_prompt_ && attend_prompt_ != nullptr) {
+      attend_prompts(member, layer, index, run_ids, num_run);
+    } else {
+      attend(member, layer, index, run_ids, num_run);
+    }
     team_.wait();
     clock.lap(kAttention);
 
@@ -527,7 +540,7 @@ class Step {
       task.slots = whole_.slot_tables + index * whole_.slot_tables_layer_stride +
           plan_.cache_ids[id] * whole_.slot_tables_seq_stride;
       task.out = row(attention_, place);
-      task.scratch = decoder_.scratch[member].data();
+      task.scratch = scratch(member);
       task.num_tokens = key_limits[id];
       task.slot_stride = decoder_.num_kv_heads * decoder_.head_size;
       task.first_head = i % num_blocks * block_heads;
@@ -540,6 +553,57 @@ class Step {
       task.position = position_ids_[id];
       task.slot_positions = slot_positions_;
       kernels_.decode_attention(task);
+    }
+  }
+
+  // Blocks of rows of one prompt each, and the query heads of one key-value head.
+  void attend_prompts(int64_t member, const LayerSpec& layer, size_t index, const int32_t* run_ids, int64_t num_run) {
+    if constexpr (std::is_same_v<Element, BFloat16>) {
+      const int64_t group_size = decoder_.num_heads / decoder_.num_kv_heads;
+      const int64_t parts = (group_size + kMostPromptHeads - 1) / kMostPromptHeads;
+      const int64_t part_heads = (group_size + parts - 1) / parts;
+      const int64_t num_tasks = decoder_.num_kv_heads * parts;
+      const int32_t* key_limits = plan_.key_limits.data() + index * num_rows_;
+      int64_t next = team_.next_task();
+      int64_t first = 0; // task of a block
+      for (int64_t begin = 0, end = 0; begin < num_run; begin = end) {
+        const int32_t cache_id = plan_.cache_ids[run_ids[begin]];
+        for (end = begin + 1; end < num_run && end < begin + kPromptRows; ++end) {
+          if (plan_.cache_ids[run_ids[end]] != cache_id) {
+            break;
+          }
+        }
+        for (; next < first + num_tasks; next = team_.next_task()) {
+          const int64_t part = (next - first) % parts * part_heads;
+          PromptAttentionTask task;
+          task.query = row(query_, begin);
+          task.k_cache = k_cache_;
+          task.v_cache = v_cache_;
+          task.slots = whole_.slot_tables + index * whole_.slot_tables_layer_stride +
+              cache_id * whole_.slot_tables_seq_stride;
+          task.out = row(attention_, begin);
+          task.scratch = scratch(member);
+          for (int64_t i = 0; i < kPromptRows; ++i) {
+            const int32_t id = run_ids[std::min(begin + i, end - 1)];
+            task.key_limits[i] = key_limits[id];
+            task.positions[i] = static_cast<int32_t>(position_ids_[id]);
+          }
+          task.num_rows = end - begin;
+          task.query_stride = query_.stride;
+          task.out_stride = attention_.stride;
+          task.slot_stride = decoder_.num_kv_heads * decoder_.head_size;
+          task.kv_head = (next - first) / parts;
+          task.first_head = task.kv_head * group_size + part;
+          task.num_heads = std::min(part_heads, group_size - part);
+          task.head_size = decoder_.head_size;
+          task.scale = layer.scale;
+          task.slopes = static_cast<const float*>(decoder_.data(decoder_.slopes));
+          task.window = layer.window;
+          task.slot_positions = slot_positions_;
+          attend_prompt_(task);
+        }
+        first += num_tasks;
+      }
     }
   }
 
@@ -630,9 +694,12 @@ class Step {
   Element* hidden_states_ = nullptr;
   int64_t hidden_stride_ = 0;
   Element* logits_ = nullptr;
+  bool is_prompt_ = false;
   bool is_timed_ = false;
   const void* const* begun_ = nullptr;
   const KeptState* kept_ = nullptr;
+  // Long prompts attend in blocks where there is a function for it.
+  AttendPrompt attend_prompt_ = std::is_same_v<Element, BFloat16> ? attend_prompt_amx(decoder_.head_size) : nullptr;
 };
 
 // The threads of a step, as many as torch has.
@@ -801,18 +868,22 @@ void run_step(
     using Element = decltype(element);
     const bool is_larger = rows.num_rows > decoder.max_rows;
     if (is_larger) {
-      decoder.max_rows = std::max(rows.num_rows, 2 * decoder.max_rows);
+      decoder.max_rows = std::max(rows.num_rows, std::min(2 * decoder.max_rows, decoder.max_rows + kBlockRows));
     }
     Step<Element> step(decoder, rows.num_rows, plan, whole, rows.gate, of_layers.data());
     if (is_larger) {
-      decoder.memory.assign(step.num_bytes(), 0);
+      decoder.memory.reset();
+      decoder.memory = zeroed_memory(step.num_bytes());
     }
     const int64_t most_inputs = std::max({decoder.hidden_size, decoder.ffn_size, decoder.num_heads * decoder.head_size,
                                           decoder.embedding_size});
     for (std::vector<float>& scratch : decoder.scratch) {
-      scratch.resize(std::max(
-          product_scratch_floats<Element>(std::min(decoder.max_rows, kBlockRows), most_inputs),
-          decode_attention_scratch_floats(decoder.num_heads, decoder.head_size)));
+      scratch.resize(
+          std::max({product_scratch_floats<Element>(std::min(decoder.max_rows, kBlockRows), most_inputs),
+                    decode_attention_scratch_floats(decoder.num_heads, decoder.head_size),
+                    prompt_attention_scratch_floats(
+                        std::min(decoder.num_heads / decoder.num_kv_heads, kMostPromptHeads), decoder.head_size)}) +
+          16);
     }
     for (ChoiceScratch& scratch : decoder.choice_scratch) {
       if (rows.choices != nullptr) {
@@ -857,6 +928,7 @@ std::tuple<Tensor, Tensor> decode_step(
     const std::optional<Tensor>& gate_asks,
     bool with_head,
     const std::optional<Tensor>& head_rows,
+    bool is_prompt,
     bool is_timed,
     const std::optional<Tensor>& begun_rows,
     const std::optional<Tensor>& begun_states) {
@@ -869,6 +941,7 @@ std::tuple<Tensor, Tensor> decode_step(
   StepRows rows = checked_rows("decode_step", decoder, cache, token_ids, position_ids, cache_ids, active);
   DYNSKIP_CHECK(kv_policy >= 0 && kv_policy <= 3, "decode_step: kv_policy must be 0..3, got ", kv_policy, ".");
   rows.kv_policy = static_cast<KVPolicy>(kv_policy);
+  rows.is_prompt = is_prompt;
   rows.is_timed = is_timed;
   if (gate_weight.has_value()) {
     DYNSKIP_CHECK(

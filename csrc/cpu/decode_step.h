@@ -49,6 +49,7 @@ struct StepRows {
   const uint8_t* active; // [L, num_rows]
   KVPolicy kv_policy = KVPolicy::kAbsent;
   Gate gate;
+  bool is_prompt = false;
   bool is_timed = false;
 
   // [num_rows], each null for a row that begins with its embedding, else the state [C] that it begins with; or null for

@@ -2,8 +2,14 @@
 
 #include "decoder.h"
 
+#include <cstring>
+#include <new>
 #include <string>
 #include <unordered_map>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "check.h"
 #include "ops.h"
@@ -147,6 +153,24 @@ void delete_decoder(int64_t handle) {
 std::vector<int64_t> decoder_times(int64_t handle) {
   const std::shared_ptr<Decoder> decoder = decoder_at(handle);
   return {decoder->times_ns[0], decoder->times_ns[1], decoder->times_ns[2]};
+}
+
+Memory zeroed_memory(int64_t num_bytes) {
+  constexpr int64_t kLine = 64;
+  constexpr int64_t kHugePage = int64_t{1} << 21;
+  const int64_t alignment = num_bytes >= kHugePage ? kHugePage : kLine;
+  const int64_t size = (num_bytes + alignment - 1) / alignment * alignment;
+  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, size)), std::free);
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+#if defined(__linux__)
+  if (alignment == kHugePage) {
+    madvise(memory.get(), size, MADV_HUGEPAGE); // a wish: small pages do as well, more slowly
+  }
+#endif
+  std::memset(memory.get(), 0, size);
+  return memory;
 }
 
 } // namespace dynskip

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -45,6 +46,11 @@ struct ChoiceScratch {
   std::vector<uint64_t> keys;
 };
 
+using Memory = std::unique_ptr<char, void (*)(void*)>;
+
+// Zeros at the beginning of a line of the cache; many of them in huge pages where Linux has some to give.
+Memory zeroed_memory(int64_t num_bytes);
+
 struct Decoder {
   std::vector<torch::stable::Tensor> tensors;
   int64_t hidden_size, num_heads, num_kv_heads, head_size, embedding_size, ffn_size, vocab_size, position_offset;
@@ -69,7 +75,7 @@ struct Decoder {
 
   // What steps of up to max_rows rows work in. Rows are padded_row_stride() apart, with zeros behind each.
   int64_t max_rows = 0;
-  std::vector<char> memory;
+  Memory memory{nullptr, std::free};
   std::vector<std::vector<float>> scratch; // of each thread
   std::vector<ChoiceScratch> choice_scratch; // of each thread
 

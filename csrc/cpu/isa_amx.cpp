@@ -23,28 +23,19 @@
 #endif
 
 #define DYNSKIP_HAS_AVX512
+#include "amx_tiles.h"
 #include "product_kernels.h"
 
 namespace dynskip {
 
 namespace {
 
-constexpr int64_t kTileRows = 16;
 constexpr int64_t kAmxPanelOutputs = 32;
-constexpr int64_t kTileInputs = 32;
 constexpr int64_t kBlockElements = kTileInputs * kAmxPanelOutputs; // of a panel, for the inputs of one tile
 constexpr int64_t kBlockBytes = kBlockElements * 2;
 constexpr int64_t kAheadBytes = 8 * 1024;
 // Where many rows pass over a panel, the part of it that stays in the first cache meanwhile, in blocks of inputs.
 constexpr int64_t kChunkBlocks = 8;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 // Sums in tiles 0..3: two blocks of rows by two of outputs; rows in 4 and 5, weights in 6 and 7.
 void configure(int64_t upper_rows, int64_t lower_rows) {
@@ -54,9 +45,7 @@ void configure(int64_t upper_rows, int64_t lower_rows) {
     const bool is_lower = tile == 2 || tile == 3 || tile == 5;
     config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? kTileRows : is_lower ? std::max<int64_t>(lower_rows, 1) : upper_rows);
   }
-  // The intrinsic reads 64 bytes and tells the compiler of 8.
-  asm volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
+  load_config(config);
 }
 
 // sums [num_rows, 32] = x times a panel; x: 16 rows at most, or with two_blocks 32.

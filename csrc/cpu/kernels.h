@@ -44,6 +44,45 @@ constexpr int64_t decode_attention_scratch_floats(int64_t num_heads, int64_t hea
   return num_heads * (kChunkTokens + 2 * whole_vectors + 2);
 }
 
+// Rows of one prompt that attend together, and heads of one task at most.
+constexpr int64_t kPromptRows = 32;
+constexpr int64_t kMostPromptHeads = 8;
+constexpr int64_t kMostPromptHeadSize = 256;
+
+// The attention of some rows of one prompt for some query heads of one key-value head.
+struct PromptAttentionTask {
+  const BFloat16* query; // [num_rows, H, D], rows query_stride apart
+  const BFloat16* k_cache; // [num_slots, G, D]
+  const BFloat16* v_cache; // [num_slots, G, D]
+  const int32_t* slots; // of the prompt's tokens
+  BFloat16* out; // [num_rows, H, D], rows out_stride apart
+  float* scratch; // prompt_attention_scratch_floats(num_heads, head_size)
+  int32_t key_limits[kPromptRows]; // tokens that each row attends to, at least 1 of each place
+  int32_t positions[kPromptRows]; // read with slopes and windows only, as slot_positions
+  int64_t num_rows;
+  int64_t query_stride;
+  int64_t out_stride;
+  int64_t slot_stride;
+  int64_t kv_head;
+  int64_t first_head; // of the query
+  int64_t num_heads; // kMostPromptHeads at most
+  int64_t head_size; // a multiple of 16, kMostPromptHeadSize at most
+  float scale;
+  const float* slopes; // [H], or null
+  int64_t window; // 0 for none
+  const int32_t* slot_positions; // [num_slots]
+};
+
+constexpr int64_t prompt_attention_scratch_floats(int64_t num_heads, int64_t head_size) {
+  const int64_t whole_tiles = (head_size + 31) / 32 * 32;
+  return num_heads * kPromptRows * (2 * whole_tiles + 2) + kChunkTokens * (whole_tiles + 2 * kPromptRows) + 16;
+}
+
+using AttendPrompt = void (*)(const PromptAttentionTask&);
+
+// The function for heads of so many elements; null without AMX, or where it takes no such heads.
+AttendPrompt attend_prompt_amx(int64_t head_size);
+
 // One row of LayerNorm, or of RMSNorm: out [C] from x [C]; weight and bias [C], or null.
 template <typename Element>
 struct LayerNormRow {

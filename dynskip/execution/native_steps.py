@@ -26,13 +26,12 @@ from dynskip.routing.plan import Plan
 from dynskip.routing.routes import ControllerDecision
 from dynskip.sampling import NOT_FINITE
 
-# Prompts that run in one call: up to so many rows, of so many tokens each, and rows times values of a layer's matrices.
-# Beyond, oneDNN's products and PyTorch's attention win back what their overhead costs; without AMX they do so from
-# NATIVE_ROWS on (bench/LOG.md).
-MOST_PROMPT_ROWS = 2048
-_MOST_PROMPT_TOKENS = 256
-_MOST_PROMPT_WORK = 7.3e9
+# Rows of a step of prompts that runs in one call with AMX; the memory that it works in stays, and grows with them.
+# Without AMX oneDNN's products win from NATIVE_ROWS on (bench/LOG.md).
+MOST_PROMPT_ROWS = 8192
 _AMX_PANEL = 32
+# Where prompts attend row by row, tokens of one from which PyTorch's attention wins.
+_MOST_TOKENS_BY_ROW = 256
 
 
 class NativeSteps:
@@ -59,10 +58,11 @@ class NativeSteps:
         self._gates: dict[HiddenStateGate, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def takes(self, step: Step) -> bool:
-        """Whether ``step`` is run in one call: not where Python code decides layer by layer, nor for long prompts.
+        """Whether ``step`` is run in one call: not where Python code decides layer by layer.
 
-        In deterministic mode a gate is Python code, too: prompts ask it op by op, and near-ties must fall alike.
-        Prompts are none of its steps there, for their bits may not depend on how many rows come with them.
+        Long prompts run so with AMX alone. In deterministic mode a gate is Python code, too: prompts ask it op by op,
+        and near-ties must fall alike. Prompts are none of its steps there, for their bits may not depend on how many
+        rows come with them.
         """
         if not step.decode and not self._takes_prompts(step):
             return False
@@ -159,6 +159,7 @@ class NativeSteps:
             asks,
             head,
             head_rows,
+            not step.decode,
             self.is_timed,
             *(step.begun or ()),
         )
@@ -171,13 +172,14 @@ class NativeSteps:
 
     def _takes_prompts(self, step: Step) -> bool:
         rows, layer = step.plan.rows, self.decoder.stack()[0]
-        if not step.fresh or self.deterministic or rows.num_rows > self.most_prompt_rows:
+        if self.deterministic or rows.num_rows > self.most_prompt_rows:
             return False
         panels = layer.q_proj.native_panels
         if panels is None or panels[1] != _AMX_PANEL:
-            return rows.num_rows <= NATIVE_ROWS
-        is_little_work = rows.num_rows * self.decoder.config.layer_size <= _MOST_PROMPT_WORK
-        return is_little_work and max(rows.num_new_tokens) <= _MOST_PROMPT_TOKENS
+            return step.fresh and rows.num_rows <= NATIVE_ROWS
+        if native.attends_in_blocks(self.decoder.config.head_size):
+            return True
+        return step.fresh and max(rows.num_new_tokens) <= _MOST_TOKENS_BY_ROW
 
     def _is_ready(self) -> bool:
         """Whether the extension can read all matrices; describes the decoder anew where one was packed or unpacked."""

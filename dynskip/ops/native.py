@@ -45,6 +45,7 @@ _BUILD_CUDA = (
 )
 WHOLE_HEADS = 16
 """`decode_attention` is fast where the head size is a multiple of this."""
+_MOST_BLOCK_HEAD = 256
 CUDA_MISSING = f"The C++ extension was built without its CUDA sources. {_BUILD_CUDA}"
 _OPS = (
     "gather_layer_norm",
@@ -145,6 +146,11 @@ def new_decoder(tensors: list[Tensor], integers: list[int], floats: list[float])
     return int(_op("new_decoder")(tensors, integers, floats))
 
 
+def attends_in_blocks(head_size: int) -> bool:
+    """Whether prompts of `decode_step` attend in blocks of rows in bfloat16 on a CPU with AMX."""
+    return head_size % WHOLE_HEADS == 0 and head_size <= _MOST_BLOCK_HEAD
+
+
 def delete_decoder(handle: int) -> None:
     """Ends the threads of a decoder, and gives its memory back."""
     _op("delete_decoder")(handle)
@@ -176,6 +182,7 @@ def decode_step(
     gate_asks: Tensor | None,
     with_head: bool,
     head_rows: Tensor | None,
+    is_prompt: bool,
     is_timed: bool,
     begun_rows: Tensor | None = None,
     begun_states: Tensor | None = None,
@@ -189,6 +196,7 @@ def decode_step(
     by side. active: `[L, N], bool`. kv_policy, slots and tables: as in `row_reference.plan_rows`. counts: `[2, L],
     int64`, to which the rows that ran each layer, and that computed a key and a value, are added. gate_weight: `[L, 2,
     C]`, gate_bias: `[L, 2]`, float32, gate_asks: `[L], bool`: as in `row_reference.gate_rows`, where gate_asks holds.
+    is_prompt: rows of a sequence attend in blocks where the extension can, summed in another order than one by one.
     begun_rows: `[R'], int64`, rows that begin with begun_states, `[R', C]`, in place of their embeddings.
     The interpreter's lock is free meanwhile; steps of one decoder wait for each other.
 
@@ -214,6 +222,7 @@ def decode_step(
         gate_asks,
         with_head,
         head_rows,
+        is_prompt,
         is_timed,
         begun_rows,
         begun_states,

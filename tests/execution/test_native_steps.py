@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from caches import assert_same_entries
-from families import ALL_VARIANTS, FAMILIES, native_model
-from models import NUM_LAYERS, VARIANTS, random_prompts
+from families import ALL_VARIANTS, FAMILIES, LARGE, convert_, family_hf, large_changes, native_model
+from models import NUM_LAYERS, VARIANTS, random_prompts, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,6 +151,77 @@ def test_short_prompts_run_whole(family: str) -> None:
             assert predictions.most_likely.tolist() == predictions.logits.argmax(1).tolist()
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def large_model(family: str, dtype: torch.dtype, **changes: Any) -> CausalLM:
+    """Two layers, heads of 64 or 96, weights rounded to bfloat16; skips where prompts do not attend in blocks."""
+    hf = convert_(convert_(family_hf(family, **large_changes(family) | changes), torch.bfloat16), dtype)
+    model = CausalLM.from_hf(hf, backend="native")
+    panels = model.decoder.stack()[0].q_proj.native_panels
+    if dtype == torch.bfloat16 and (panels is None or panels[1] != 32):
+        pytest.skip("prompts attend in blocks on a CPU with AMX")
+    return model
+
+
+def run_prompts(model: CausalLM, chunks: Sequence[Sequence[int]], whole: bool, kv_policy: KVPolicy | None) -> Tensor:
+    """[N, C]: the last layer's output of prompts that come in these chunks, prompt by prompt."""
+    executor = model.new_executor("compact", False)
+    assert isinstance(executor, CompactExecutor) and executor.native_steps is not None
+    totals = [sum(counts) for counts in zip(*chunks, strict=True)]
+    cache = executor.new_cache(len(totals), max(totals), 2 * sum(totals))
+    tokens = [torch.randint(3, 90, (total,), generator=torch.Generator().manual_seed(total)) for total in totals]
+    masks = [torch.rand(total, 2, generator=torch.Generator().manual_seed(total)) < 0.6 for total in totals]
+    states: list[list[Tensor]] = [[] for _ in totals]
+    done = [0] * len(totals)
+    for counts in chunks:
+        seqs = [seq for seq, count in enumerate(counts) if count]
+        new = [counts[seq] for seq in seqs]
+        parts = [slice(done[seq], done[seq] + counts[seq]) for seq in seqs]
+        active = torch.cat([masks[seq][part] for seq, part in zip(seqs, parts, strict=True)])
+        plan = Plan.per_sequence([LayerPath.full(2)] * len(new), new)
+        if kv_policy is not None:
+            plan = Plan.per_token(active, new, kv_policy)
+        step = Step(
+            torch.cat([tokens[seq][part] for seq, part in zip(seqs, parts, strict=True)]),
+            torch.cat([torch.arange(part.start, part.stop) for part in parts]),
+            torch.tensor(seqs),
+            plan,
+            fresh=not any(done),
+        )
+        if not whole:
+            executor.native_steps.most_prompt_rows = 0
+        assert executor.native_steps.takes(step) == whole
+        for seq, rows in zip(seqs, executor.run(step, cache).split(new), strict=True):
+            states[seq].append(rows.clone())
+        done = [before + count for before, count in zip(done, counts, strict=True)]
+    return torch.cat([torch.cat(rows) for rows in states])
+
+
+@pytest.mark.parametrize("kv_policy", [None, *POLICIES])
+@pytest.mark.parametrize("family", LARGE)
+def test_prompts_attend_in_blocks(family: str, kv_policy: KVPolicy | None) -> None:
+    """As near to float32 as op by op: lengths around a block of rows and of keys."""
+    lengths = [[150, 1, 32, 290, 65]]
+    whole = run_prompts(large_model(family, torch.bfloat16), lengths, True, kv_policy).double()
+    by_op = run_prompts(large_model(family, torch.bfloat16), lengths, False, kv_policy).double()
+    exact = run_prompts(large_model(family, torch.float32), lengths, False, kv_policy).double()
+    assert whole.isfinite().all()
+    for one, two, right in zip(whole.split(lengths[0]), by_op.split(lengths[0]), exact.split(lengths[0]), strict=True):
+        assert (one - right).norm() <= 1.2 * (two - right).norm(), f"{(one - right).norm()}, {(two - right).norm()}"
+
+
+@pytest.mark.parametrize("kv_policy", [None, *POLICIES])
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("qwen3", {}), ("bloom", {}), ("llama", {"head_dim": 48})]
+)
+def test_rows_of_prompts_depend_on_no_others(family: str, changes: dict[str, Any], kv_policy: KVPolicy | None) -> None:
+    """Alone, beside others and in chunks, a prompt has the same bits."""
+    model = large_model(family, torch.bfloat16, **changes)
+    together = run_prompts(model, [[150, 3, 290]], True, kv_policy)
+    alone = [run_prompts(model, [[length]], True, kv_policy) for length in (150, 3, 290)]
+    assert torch.equal(together, torch.cat(alone))
+    in_chunks = [[40, 3, 33], [110, 0, 1], [0, 0, 256]]
+    assert torch.equal(together, run_prompts(model, in_chunks, True, kv_policy))
 
 
 @pytest.mark.parametrize("kv_policy", ["evict", "propagate", "share"])

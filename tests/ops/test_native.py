@@ -419,7 +419,7 @@ def packed(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (130, 513), (70, 1500)])
+@pytest.mark.parametrize("shape", [(192, 192), (100, 36), (5, 7), (130, 513), (70, 1500), (5000, 300)])
 def test_a_packed_product_goes_through_its_activation_unrounded(
     shape: tuple[int, int], dtype: torch.dtype, activation: str
 ) -> None:
