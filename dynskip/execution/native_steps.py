@@ -5,6 +5,7 @@ The steps in which drafts guess are one call all together.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -26,9 +27,9 @@ from dynskip.routing.plan import Plan
 from dynskip.routing.routes import ControllerDecision
 from dynskip.sampling import NOT_FINITE
 
-# Rows of a step of prompts that runs in one call with AMX; the memory that it works in stays, and grows with them.
-# Without AMX oneDNN's products win from NATIVE_ROWS on (bench/LOG.md).
-MOST_PROMPT_ROWS = 8192
+# Rows of one call: the memory that calls work in stays, and grows with them. More rows than that read the matrices from
+# memory no less often.
+PASS_ROWS = 2048
 _AMX_PANEL = 32
 # Where prompts attend row by row, tokens of one from which PyTorch's attention wins.
 _MOST_TOKENS_BY_ROW = 256
@@ -37,8 +38,8 @@ _MOST_TOKENS_BY_ROW = 256
 class NativeSteps:
     """Runs decode steps of known paths, and those of hidden-state gates, in one call into the extension each.
 
-    A step computes what the compact executor computes op by op, with the same bits. The extension keeps threads for the
-    steps as long as this object lives, as many as torch has; it follows weights that change in place.
+    A decode step computes what the compact executor computes op by op, with the same bits. The extension keeps threads
+    for the steps as long as this object lives, as many as torch has; it follows weights that change in place.
     """
 
     def __init__(self, decoder: Decoder, lm_head: Linear, row_counts: RowCounts, deterministic: bool) -> None:
@@ -47,7 +48,8 @@ class NativeSteps:
         self.row_counts = row_counts
         self.deterministic = deterministic
         self.is_timed = False
-        self.most_prompt_rows = MOST_PROMPT_ROWS
+        self.most_prompt_rows = sys.maxsize
+        self.pass_rows = PASS_ROWS
         row_counts.on_device = torch.zeros(2, decoder.config.num_layers, dtype=torch.int64)
         self._made_at = -1
         self._matrices: Sequence[tuple[object, ...]] = ()
@@ -139,30 +141,62 @@ class NativeSteps:
         cache_ids = step.cache_ids_of_rows
         counts = self.row_counts.on_device
         assert counts is not None, "made with this object"
-        return native.decode_step(
-            self._handle,
-            step.token_ids,
-            step.position_ids,
-            cache_ids,
-            active,
-            KV_POLICY_CODES[plan.kv_policy],
-            cache.k_cache,
-            cache.v_cache,
-            cache.slot_positions,
-            cache.context_lens,
-            cache.slot_tables,
-            cache.free_slots,
-            cache.slot_cursor,
-            counts,
-            weight,
-            bias,
-            asks,
-            head,
-            head_rows,
-            not step.decode,
-            self.is_timed,
-            *(step.begun or ()),
-        )
+
+        def call(rows: slice | None, head: bool, head_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+            return native.decode_step(
+                self._handle,
+                step.token_ids if rows is None else step.token_ids[rows],
+                step.position_ids if rows is None else step.position_ids[rows],
+                cache_ids if rows is None else cache_ids[rows],
+                active if rows is None else active[:, rows].contiguous(),
+                KV_POLICY_CODES[plan.kv_policy],
+                cache.k_cache,
+                cache.v_cache,
+                cache.slot_positions,
+                cache.context_lens,
+                cache.slot_tables,
+                cache.free_slots,
+                cache.slot_cursor,
+                counts,
+                weight,
+                bias,
+                asks,
+                head,
+                head_rows,
+                not step.decode,
+                self.is_timed,
+                *(step.begun or ()),
+            )
+
+        if step.decode or num_rows <= self.pass_rows:
+            return call(None, head, head_rows)
+        return self._in_passes(call, num_rows, head, head_rows)
+
+    def _in_passes(
+        self,
+        call: Callable[[slice | None, bool, Tensor | None], tuple[Tensor, Tensor]],
+        num_rows: int,
+        head: bool,
+        head_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``call`` returns for all rows, in passes of at most ``pass_rows``; each sees those before it."""
+        num_passes = -(-num_rows // self.pass_rows)
+        ends = [num_rows * (index + 1) // num_passes for index in range(num_passes)]
+        parts, places = [], []
+        for begin, end in zip([0, *ends], ends, strict=False):
+            rows, wanted = slice(begin, end), None
+            if head_rows is not None:
+                places.append(((head_rows >= begin) & (head_rows < end)).nonzero()[:, 0])
+                wanted = head_rows[places[-1]] - begin
+            has_head = head and (wanted is None or len(wanted) > 0)
+            part = call(rows, has_head, wanted if has_head else None)
+            if has_head == head:
+                parts.append(part)
+        results, tokens = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
+        if head_rows is None:
+            return results, tokens
+        order = torch.cat(places).argsort()
+        return results[order], tokens[order]
 
     @property
     def times_s(self) -> tuple[float, float, float]:

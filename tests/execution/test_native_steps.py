@@ -23,6 +23,7 @@ from dynskip.controllers import HiddenStateGate
 from dynskip.engine.closed_batch import Generation
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.native_steps import PASS_ROWS
 from dynskip.execution.step import Step, packed_positions
 from dynskip.ops import native
 from dynskip.routing.plan import KVPolicy, Plan
@@ -163,10 +164,17 @@ def large_model(family: str, dtype: torch.dtype, **changes: Any) -> CausalLM:
     return model
 
 
-def run_prompts(model: CausalLM, chunks: Sequence[Sequence[int]], whole: bool, kv_policy: KVPolicy | None) -> Tensor:
+def run_prompts(
+    model: CausalLM,
+    chunks: Sequence[Sequence[int]],
+    whole: bool,
+    kv_policy: KVPolicy | None,
+    pass_rows: int = PASS_ROWS,
+) -> Tensor:
     """[N, C]: the last layer's output of prompts that come in these chunks, prompt by prompt."""
     executor = model.new_executor("compact", False)
     assert isinstance(executor, CompactExecutor) and executor.native_steps is not None
+    executor.native_steps.pass_rows = pass_rows
     totals = [sum(counts) for counts in zip(*chunks, strict=True)]
     cache = executor.new_cache(len(totals), max(totals), 2 * sum(totals))
     tokens = [torch.randint(3, 90, (total,), generator=torch.Generator().manual_seed(total)) for total in totals]
@@ -215,13 +223,32 @@ def test_prompts_attend_in_blocks(family: str, kv_policy: KVPolicy | None) -> No
     ("family", "changes"), [("llama", {}), ("qwen3", {}), ("bloom", {}), ("llama", {"head_dim": 48})]
 )
 def test_rows_of_prompts_depend_on_no_others(family: str, changes: dict[str, Any], kv_policy: KVPolicy | None) -> None:
-    """Alone, beside others and in chunks, a prompt has the same bits."""
+    """Alone, beside others, in chunks and in several calls, a prompt has the same bits."""
     model = large_model(family, torch.bfloat16, **changes)
     together = run_prompts(model, [[150, 3, 290]], True, kv_policy)
     alone = [run_prompts(model, [[length]], True, kv_policy) for length in (150, 3, 290)]
     assert torch.equal(together, torch.cat(alone))
     in_chunks = [[40, 3, 33], [110, 0, 1], [0, 0, 256]]
     assert torch.equal(together, run_prompts(model, in_chunks, True, kv_policy))
+    assert torch.equal(together, run_prompts(model, [[150, 3, 290]], True, kv_policy, pass_rows=37))
+
+
+def test_the_head_sees_its_rows_in_every_call() -> None:
+    """Rows in any order, calls without any; and without a list all rows."""
+    model = large_model("llama", torch.bfloat16)
+    lengths, order = [40, 1, 9], torch.tensor([49, 3, 40, 39])
+    found = []
+    for pass_rows in (50, 17, 7):
+        executor = model.new_executor("compact", False)
+        executor.native_steps.pass_rows = pass_rows
+        plan = Plan.per_sequence([LayerPath.full(2)] * 3, lengths)
+        step = Step(torch.arange(3, 53), packed_positions(lengths, model.device), torch.arange(3), plan, fresh=True)
+        found += [executor.predict(step, executor.new_cache(3, 40, 100), rows) for rows in (order, None)]
+    for some, everything in zip(found[::2], found[1::2], strict=True):
+        assert torch.equal(some.logits, found[0].logits) and torch.equal(everything.logits, found[1].logits)
+        assert torch.equal(everything.logits[order], some.logits)
+        assert torch.equal(some.most_likely, some.logits.argmax(1))
+        assert torch.equal(everything.most_likely, everything.logits.argmax(1))
 
 
 @pytest.mark.parametrize("kv_policy", ["evict", "propagate", "share"])
