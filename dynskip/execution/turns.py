@@ -106,7 +106,7 @@ class Turns:
 
     @cached_property
     def first_step(self) -> Step:
-        """The rows that the sequences bring."""
+        """The step of the rows that the sequences bring."""
         return rows_step(self.tokens, self.first_positions, self.cache_ids, self.paths, self.device)
 
     @property
