@@ -16,8 +16,10 @@ from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.executor import Executor
 from dynskip.execution.reference import ReferenceExecutor
 from dynskip.execution.step import Step, packed_positions
+from dynskip.found import FoundPaths
 from dynskip.models.config import DecoderConfig
 from dynskip.models.decoder import Decoder
+from dynskip.models.found import find_found_paths, weights_digest, weights_version
 from dynskip.models.linear import Linear
 from dynskip.models.memory import MemoryReport
 from dynskip.models.registry import decoder_config
@@ -54,6 +56,7 @@ class CausalLM(nn.Module):
         self._backend: Backend | None = None
         self._compact: CompactExecutor | None = None
         self._reference = ReferenceExecutor(self.decoder, self.lm_head)
+        self._digest: tuple[object, str] | None = None
 
     @staticmethod
     def from_pretrained(
@@ -145,6 +148,19 @@ class CausalLM(nn.Module):
     def memory(self) -> MemoryReport:
         """What the weights take, and what the process holds now and held at its peak, in bytes."""
         return MemoryReport.of(self)
+
+    @property
+    def weights_digest(self) -> str:
+        """The SHA-256 of all weights in bfloat16: what found paths are kept by. Worked out anew once they change."""
+        version = weights_version(self)
+        if self._digest is None or self._digest[0] != version:
+            self._digest = version, weights_digest(self, self.decoder_config.is_head_tied)
+        return self._digest[1]
+
+    @property
+    def found_paths(self) -> FoundPaths | None:
+        """What `dynskip search` has found for these weights; None where it has not run. See `LayerPath.found`."""
+        return find_found_paths(self.weights_digest, self.config.name_or_path)
 
     def pack_(self) -> CausalLM:
         """Replace every matrix by its packed form where the device has one; drops the dense copies.

@@ -10,6 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+OTHER_CACHE = "Set DYNSKIP_CACHE to a folder of your own"
+
+
+def cache_folder() -> Path:
+    """``$DYNSKIP_CACHE``, or ``dynskip`` in the user's folder for caches; ValueError for a user without a home."""
+    chosen, caches = os.environ.get("DYNSKIP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return (Path(caches) if caches else Path.home() / ".cache") / "dynskip"
+    except RuntimeError as error:  # there is neither $HOME nor an entry of this user in the password database
+        raise ValueError(f"cache_folder: the user must have a home, got none. {OTHER_CACHE}.") from error
+
 
 def file_hash(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""

@@ -6,9 +6,11 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynskip.arguments import as_int, shown
+from dynskip.found import Searched, found_paths_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,8 @@ MAX_LAYERS = 4096
 class LayerPath:
     """The layers that a sequence runs, in increasing order, out of ``num_layers``.
 
-    Build one with :meth:`full`, :meth:`uniform`, :meth:`early_exit`, :meth:`random`, :meth:`of` or :meth:`parse`.
+    Build one with :meth:`full`, :meth:`uniform`, :meth:`early_exit`, :meth:`random`, :meth:`of`, :meth:`found` or
+    :meth:`parse`.
     Paths are immutable, hashable and compare by value.
     """
 
@@ -100,8 +103,20 @@ class LayerPath:
         return LayerPath(num_layers, tuple(sorted(chosen)))
 
     @staticmethod
-    def parse(text: str, num_layers: int) -> LayerPath:
-        """The path that ``text`` names: ``full``, ``uniform:B``, ``exit:B``, ``random:B:SEED`` or ``layers:0,5,23``."""
+    def found(model: Searched | str | Path, budget: int) -> LayerPath:
+        """The path of ``budget`` layers that `dynskip search` has found for a model.
+
+        model: a `CausalLM`, or a folder with a model and what a search has left beside it. Raises ValueError, naming
+        the command, where no search has run, or none for that budget; TypeError for what is no model.
+        """
+        found = found_paths_of(model, "LayerPath.found")
+        num_layers, budget = _budget("LayerPath.found", found.num_layers, budget)
+        return LayerPath.of(num_layers, found.layers_of(budget, "LayerPath.found"))
+
+    @staticmethod
+    def parse(text: str, num_layers: int, model: Searched | str | Path | None = None) -> LayerPath:
+        """The path that ``text`` names: ``full``, ``uniform:B``, ``exit:B``, ``random:B:SEED`` or ``layers:0,5,23``;
+        where ``model`` is given, as in :meth:`found`, also ``found:B``."""
         kind, _, rest = text.strip().partition(":")
         try:
             if kind == "full" and not rest:
@@ -115,11 +130,12 @@ class LayerPath:
                 return LayerPath.random(num_layers, budget=_parse_int(budget), seed=_parse_int(seed))
             if kind == "layers":
                 return LayerPath.of(num_layers, [_parse_int(part) for part in rest.split(",")])
+            if kind == "found" and model is not None:
+                return LayerPath.found(model, budget=_parse_int(rest))
         except _NotAnInteger:
             pass  # the error below names the whole text, which says more than the part that failed
-        raise ValueError(
-            f"LayerPath.parse: path must be full, uniform:B, exit:B, random:B:SEED or layers:I,J,..., got {text!r}."
-        )
+        known = "full, uniform:B, exit:B, random:B:SEED" + (", found:B" if model is not None else "")
+        raise ValueError(f"LayerPath.parse: path must be {known} or layers:I,J,..., got {text!r}.")
 
     @property
     def budget(self) -> int:

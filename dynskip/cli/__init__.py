@@ -18,7 +18,20 @@ from dynskip.cli import streams
 from dynskip.cli.options import user_message
 from dynskip.version import __version__
 
-COMMANDS = ("bench", "calibrate", "demo", "eval", "generate", "info", "report", "simulate", "train", "tune", "validate")
+COMMANDS = (
+    "bench",
+    "calibrate",
+    "demo",
+    "eval",
+    "generate",
+    "info",
+    "report",
+    "search",
+    "simulate",
+    "train",
+    "tune",
+    "validate",
+)
 
 USER_MISTAKE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

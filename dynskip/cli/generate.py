@@ -40,6 +40,7 @@ paths:
   exit:B          the first B layers
   random:B:SEED   B layers at random
   layers:I,J,...  exactly these, counted from 0
+  found:B         the B layers that `dynskip search` has found for the model
 """
 
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     llm = load_llm(args)
     num_layers = llm.model.num_layers
-    chosen = [LayerPath.parse(text, num_layers) for text in paths]
+    chosen = [LayerPath.parse(text, num_layers, llm.model) for text in paths]
     if args.chat and getattr(llm.tokenizer, "chat_template", None) is None:
         raise UserError("--chat must be left out: the tokenizer of this model has no chat template")
     inputs = [llm.chat_prompt(prompt) for prompt in prompts] if args.chat else prompts

@@ -78,17 +78,22 @@ def add_number(
     parser.add_argument(option, type=in_range(least, most), default=default, metavar=metavar, help=shown)
 
 
-def add_model_options(parser: argparse.ArgumentParser, model_default: str = "opt-mini") -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, model_default: str = "opt-mini", positional: bool = False
+) -> None:
     """Add what chooses a model and how it runs: --model, --dtype, --device, --backend, --deterministic, --threads.
 
-    model_default: what runs without --model, for its help.
+    model_default: what runs without --model, for its help. positional: MODEL, which must be given, in its place.
     """
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"folder, GGUF file, hub id, or opt-mini (default: {model_default})",
-    )
+    if positional:
+        group.add_argument("model", metavar="MODEL", help="folder, GGUF file, hub id, or a model by name")
+    else:
+        group.add_argument(
+            "--model",
+            metavar="NAME",
+            help=f"folder, GGUF file, hub id, or opt-mini (default: {model_default})",
+        )
     group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
     group.add_argument("--backend", choices=BACKENDS, help="who gathers, scatters and attends (default: auto)")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynskip.costs.step_costs import StepCosts
+from dynskip.files import OTHER_CACHE, cache_folder
 from dynskip.host import cpu_model
 from dynskip.models.config import DecoderConfig
 
@@ -17,20 +17,6 @@ if TYPE_CHECKING:
 
 class CostCacheWarning(UserWarning):
     """Measured costs cannot be read, so the scheduler works with predicted ones."""
-
-
-_OTHER_FOLDER = "Set DYNSKIP_CACHE to a folder of your own"
-
-
-def cache_folder() -> Path:
-    """``$DYNSKIP_CACHE``, or ``dynskip`` in the user's folder for caches; ValueError for a user without a home."""
-    chosen, caches = os.environ.get("DYNSKIP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        if chosen:
-            return Path(chosen).expanduser()
-        return (Path(caches) if caches else Path.home() / ".cache") / "dynskip"
-    except RuntimeError as error:  # there is neither $HOME nor an entry of this user in the password database
-        raise ValueError(f"cache_folder: the user must have a home, got none. {_OTHER_FOLDER}.") from error
 
 
 def device_key(device: str = "cpu", num_threads: int | None = None) -> str:
@@ -82,7 +68,7 @@ def load_cached(device: str, shape: str) -> StepCosts | None:
         reason = error.strerror if isinstance(error, OSError) else error.__cause__ or error
         warnings.warn(
             f"The costs in {path} cannot be used ({reason}). Remove the file and run `dynskip calibrate`. "
-            f"{_OTHER_FOLDER} where this one is not yours.",
+            f"{OTHER_CACHE} where this one is not yours.",
             CostCacheWarning,
             stacklevel=2,
         )

@@ -93,18 +93,23 @@ def unique_passages(texts: Iterable[str], min_chars: int = 80, min_fresh: float 
     return passages
 
 
-def read_passages(path: Path) -> list[str]:
-    """Deduplicated passages of a JSON-lines file of ``prompt`` and ``completion``, plain or packed with xz."""
-    texts: list[str] = []
+def read_completions(path: Path) -> list[Instruction]:
+    """Prompts and completions of a JSON-lines file that holds both in each line, plain or packed with xz."""
+    rows: list[Instruction] = []
     for number, line in enumerate(_open_text(path), start=1):
         row = json.loads(line)
         if "prompt" not in row or "completion" not in row:
             raise ValueError(
-                f"read_passages: {path.name} line {number} must hold prompt and completion, got {sorted(row)}. "
+                f"read_completions: {path.name} line {number} must hold prompt and completion, got {sorted(row)}. "
                 "Give the T0 file as published."
             )
-        texts += [row["prompt"], row["completion"]]
-    return unique_passages(texts)
+        rows.append(Instruction(row["prompt"], "", row["completion"]))
+    return rows
+
+
+def read_passages(path: Path) -> list[str]:
+    """Deduplicated passages of a file that `read_completions` reads."""
+    return unique_passages(text for row in read_completions(path) for text in (row.instruction, row.output))
 
 
 def read_corpus(paths: Iterable[Path], split_seed: int = 42) -> Corpus:

@@ -21,6 +21,7 @@ from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import OutputSequence, Span
 from dynskip.execution.turns import BegunRows, Turns
+from dynskip.found import found_paths_of, search_command
 from dynskip.models.linear import NATIVE_ROWS
 from dynskip.paths import LayerPath
 from dynskip.sampling import NOT_FINITE
@@ -44,8 +45,20 @@ class DraftWarning(UserWarning):
 
 
 def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
-    """What a search has left as the draft of ``model`` for requests along ``path``; None where none pays."""
-    raise NotImplementedError
+    """What a search has left as the draft of ``model`` for requests along ``path``; None where none pays.
+
+    A draft is searched for the full path, other paths have none. Raises ValueError, naming the command, where no search
+    for a draft has run.
+    """
+    found = found_paths_of(model, "find_draft")
+    if not found.searched_draft:
+        raise ValueError(
+            "find_draft: model must have a draft that a search has found, got paths only. Run "
+            f"`{search_command(model.config.name_or_path)} --score speed`."
+        )
+    if found.draft is None or path is None or path.budget < path.num_layers:
+        return None
+    return Draft(LayerPath.of(found.num_layers, found.draft.layers), found.draft.entries)
 
 
 @dataclass

@@ -163,8 +163,23 @@ class CompactExecutor(Executor[KVCache]):
         if steps is not None:
             assert cache is not None, "decoding needs a cache"
             return steps.run(step, cache, head=False, on_layer=on_layer)
+        return self.run_layers_(self.embed(step), step, cache, on_layer)
+
+    @torch.no_grad()
+    def embed(self, step: Step) -> Tensor:
+        """[N, C]: the first layer's input for every row of ``step``."""
         embeddings = self.decoder.embed(step.token_ids, step.position_ids, self.deterministic, self._normaliser)
-        hidden_states = step.begin_(embeddings)
+        return step.begin_(embeddings)
+
+    @torch.no_grad()
+    def run_layers_(
+        self,
+        hidden_states: Tensor,
+        step: Step,
+        cache: KVCache | None,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """``hidden_states`` [N, C], changed in place by the layers that ``step`` runs; op by op. See `run`."""
         entries = _Entries(self, step, cache) if cache is not None else None
         positions = Positions(step.position_ids, self.decoder.cos_sin)
         for index, layer in enumerate(self.decoder.stack()):

@@ -16,7 +16,8 @@ from dynskip import Engine, OPTForCausalLM, SamplingParams
 from dynskip.cli import main
 from dynskip.costs.defaults import UnmeasuredCostsWarning, default_costs
 from dynskip.costs.step_costs import StepCosts
-from dynskip.costs.store import CostCacheWarning, cache_folder, cached_path, device_key, load_cached, shape_key
+from dynskip.costs.store import CostCacheWarning, cached_path, device_key, load_cached, shape_key
+from dynskip.files import cache_folder
 
 COSTS = replace(StepCosts.h200(), num_layers=NUM_LAYERS)
 DEVICE, SHAPE = "a-device", f"l{NUM_LAYERS}-c32-f64-v101-float32"

@@ -23,6 +23,7 @@ ORDER = [
     "arguments",
     "files",
     "host",
+    "found",
     "paths",
     "sampling",
     "prompts",
@@ -51,6 +52,7 @@ ORDER = [
     "tuning",
     "benchmark",
     "evaluation",
+    "search",
     "cli",
     "__main__",
 ]

@@ -132,7 +132,7 @@ def test_corpus_refuses_other_files(tmp_path: Path) -> None:
             read_corpus([wrong])
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"text": "?"}\n')
-    with pytest.raises(ValueError, match=r"read_passages: rows.jsonl line 1 must hold prompt and completion"):
+    with pytest.raises(ValueError, match=r"read_completions: rows.jsonl line 1 must hold prompt and completion"):
         read_corpus([lines])
 
 

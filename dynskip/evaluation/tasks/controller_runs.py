@@ -132,7 +132,7 @@ def run_timed(item: WorkItem, context: Context) -> dict[str, Any]:
 
     def along(path: str) -> Any:
         llm = context.llm(setup.checkpoint.hash)
-        return lambda: decode_ms(llm, prompts, LayerPath.parse(path, setup.num_layers)) / batch
+        return lambda: decode_ms(llm, prompts, LayerPath.parse(path, setup.num_layers, llm.model)) / batch
 
     def steered(controller_hash: str) -> Any:
         folder = folder_of(setup, controller_hash)

@@ -97,7 +97,7 @@ def _generate(item: WorkItem, context: Context, rows: Sequence[Row]) -> list[Out
     llm = context.llm(item.checkpoint)
     paths = item.path.split()
     params = [_params(item, row.index, path, context.setup) for row in rows for path in paths]
-    parsed = [LayerPath.parse(path, llm.model.num_layers) for path in paths]
+    parsed = [LayerPath.parse(path, llm.model.num_layers, llm.model) for path in paths]
     outputs = llm.generate([list(row.prompt_ids) for row in rows for _ in paths], params, parsed * len(rows))
     for output in outputs:
         if output.error is not None:

@@ -87,7 +87,11 @@ def run_time(item: WorkItem, context: Context) -> dict[str, Any]:
         def run() -> float:
             first, total_ms = 0, 0.0
             for llm, own in batches:
-                paths = [LayerPath.parse(part.path, llm.model.num_layers) for part in own for _ in range(part.count)]
+                paths = [
+                    LayerPath.parse(part.path, llm.model.num_layers, llm.model)
+                    for part in own
+                    for _ in range(part.count)
+                ]
                 prompts = [list(rows[(first + seq) % len(rows)].prompt_ids) for seq in range(len(paths))]
                 first += len(paths)
                 total_ms += decode_ms(llm, prompts, paths)

@@ -1,0 +1,80 @@
+"""``dynskip search`` from the command line, on a folder with a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_hf, word_tokenizer
+from searches import data_file
+
+from dynskip.cli import main
+from dynskip.found import FOUND_PATHS
+from dynskip.search.run import FIGURE, RESULT
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model in ``model``, its data in ``rows.json``, and a cache of its own."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path / "cache"))
+    tiny_hf().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    data_file(tmp_path)
+    return tmp_path
+
+
+def search(folder: Path, *options: str) -> int:
+    rows = ["--rows", "3", "--judge-rows", "3", "--dtype", "float32", "--backend", "torch"]
+    return main(["search", str(folder / "model"), "--data", str(folder / "rows.json"), *rows, *options])
+
+
+def test_a_search_prints_the_frontier_and_generate_takes_the_path(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    assert search(folder, "--budget", "3,5", "--out", str(folder / "run")) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[1].split() == ["layers", "found", "uniform", "exit", "random"]
+    assert [line.split()[0] for line in lines[2:4]] == ["5", "3"]
+    assert [line.split()[0] for line in lines if line.startswith("found:")] == ["found:5", "found:4", "found:3"]
+    assert json.loads((folder / "run" / RESULT).read_text())["rows"]
+    assert (folder / "run" / FIGURE).read_text().startswith("<svg")
+    assert (folder / "model" / FOUND_PATHS).is_file()
+    arguments = ["--model", str(folder / "model"), "--dtype", "float32", "--json", "--max-tokens", "2"]
+    assert main(["generate", *arguments, "--path", "found:3", "w005 w006"]) == 0
+    output = json.loads(capsys.readouterr().out)
+    found = json.loads((folder / "model" / FOUND_PATHS).read_text())
+    assert output["layers"] == found["layers"]["3"] and len(output["layers"]) == 3
+    assert main(["generate", *arguments, "--path", "found:2", "w005 w006"]) == 2
+    assert "budget must be one that was searched (3, 4, 5), got 2" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:No costs were measured")
+def test_a_search_for_a_draft_says_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert search(folder, "--score", "speed", "--all", "--method", "influence") == 0
+    out = capsys.readouterr().out
+    assert "gain as a draft that reads the full path's entries, predicted" in out and "\ndraft: " in out
+    assert list((folder / "cache/search").iterdir()), "measures are kept where no folder is given"
+    assert "found:" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "3,x"], "--budget must be layer counts with commas between, got '3,x'"),
+        (["--budget", "9"], "budgets must lie in 1..5, got 9"),
+        (["--budget", "3", "--all"], "not allowed with argument"),
+        (["--rows", "400", "--budget", "3"], "rows must hold 403 without input"),
+        (["--score", "luck"], "invalid choice: 'luck'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search(folder, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
