@@ -28,7 +28,7 @@ def weights_digest(model: nn.Module, is_head_tied: bool) -> str:
             continue
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {list(weight.shape)}\n".encode())
-        digest.update(rounded.view(torch.int16).numpy())
+        digest.update(rounded.view(torch.int16).numpy().data)
     return digest.hexdigest()
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dynskip.causal_lm import CausalLM
 from dynskip.data.examples import Example
+from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import Step, packed_positions
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import Plan
 
-# Rows whose logits are held at once: 512 rows of 50,000 words in float32 are 100 MB.
-_HEAD_ROWS = 512
+# Rows whose logits are held at once. On a CPU few, which stay in the cache; a GPU wants many.
+_HEAD_ROWS = {"cpu": 64, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Pass:
 
     def __init__(self, model: CausalLM, texts: Sequence[Example]) -> None:
         self.model = model
+        executor = model.executor()
+        assert isinstance(executor, CompactExecutor), "what runs layers on states that are given"
+        self.executor = executor
         self.num_texts = len(texts)
         self.num_tokens = tuple(len(text.response_ids) for text in texts)
         device = model.device
@@ -56,18 +60,19 @@ class Pass:
 
     def states(self) -> Tensor:
         """[N, C]: the first layer's input of every row."""
-        return self.model.executor().embed(self._step(()))
+        return self.executor.embed(self._step(()))
 
     def run_(self, states: Tensor, layers: Sequence[int]) -> None:
         """Let ``layers`` change ``states`` [N, C]."""
-        self.model.executor().run_layers_(states, self._step(layers), None)
+        self.executor.run_layers_(states, self._step(layers), None)
 
     @torch.no_grad()
     def measure(self, states: Tensor) -> Measured:
         """What the head makes of ``states`` [N, C], the last layer's output."""
         nats = torch.zeros(self.num_texts, dtype=torch.float64)
         agreed = torch.zeros(self.num_texts, dtype=torch.int64)
-        parts = [each.split(_HEAD_ROWS) for each in (self.predicting, self.targets, self.text_ids)]
+        num_rows = _HEAD_ROWS[states.device.type]
+        parts = [torch.split(each, num_rows) for each in (self.predicting, self.targets, self.text_ids)]
         for rows, targets, text_ids in zip(*parts, strict=True):
             logits = self.model.head(states.index_select(0, rows)).float()
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -92,8 +97,8 @@ class DraftPass(Pass):
         full = range(model.num_layers)
         num_texts, num_rows = len(texts), len(self.predicting)
         num_slots = model.num_layers * (len(self.token_ids) + num_rows)
-        self._cache: KVCache = model.executor().new_cache(num_texts + num_rows, max(self.lengths) + 1, num_slots)
-        model.executor().run(self._step(full), self._cache)
+        self._cache: KVCache = self.executor.new_cache(num_texts + num_rows, max(self.lengths) + 1, num_slots)
+        self.executor.run(self._step(full), self._cache)
         places = self.position_ids[self.predicting]
         for row, (text, place) in enumerate(zip(self.text_ids.tolist(), places.tolist(), strict=True)):
             if place:
@@ -108,7 +113,7 @@ class DraftPass(Pass):
         """Let ``layers`` change ``states`` [N, C]; the entries that they make are given back."""
         step = self._step(layers)
         step.fresh, step.decode = False, True
-        self.model.executor().run_layers_(states, step, self._cache)
+        self.executor.run_layers_(states, step, self._cache)
         self._cache.truncate(self.cache_ids.tolist(), self._held, 1)
 
 

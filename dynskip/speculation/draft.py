@@ -81,7 +81,8 @@ def resolve_drafts(
     if isinstance(draft, str):
         if draft != "auto":
             raise ValueError(f"{what}: draft must be a LayerPath, 'auto' or None, got {shown(draft)}.")
-        given = [find(path) for path in paths]
+        known = {path: find(path) for path in dict.fromkeys(paths)}
+        given = [known[path] for path in paths]
     elif isinstance(draft, LayerPath | Draft):
         given = [draft] * len(paths)
     elif isinstance(draft, Sequence):
