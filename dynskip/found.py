@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dynskip.arguments import shown
-from dynskip.files import write_json
+from dynskip.files import write_text
 
 FOUND_PATHS = "found-paths.json"
 _FORMAT = 1
@@ -67,7 +68,9 @@ class FoundPaths:
         """Write it to ``path`` as JSON, in one piece."""
         path.parent.mkdir(parents=True, exist_ok=True)
         layers = {str(budget): list(self.layers[budget]) for budget in sorted(self.layers, reverse=True)}
-        write_json(path, {"format": _FORMAT, **asdict(self), "layers": layers})
+        text = json.dumps({"format": _FORMAT, **asdict(self), "layers": layers}, indent=2)
+        # A path a line: people read such files.
+        write_text(path, re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
     @staticmethod
     def read(path: Path) -> FoundPaths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,25 @@ def model() -> CausalLM:
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(NAME)
+
+
+def test_its_found_paths_are_shipped(
+    llm: LLM, model: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path))
+    for own in (llm.model, model):
+        for budget in (27, 25, 20, 15):
+            path = LayerPath.found(own, budget)
+            assert path.budget == budget and {0, 1, 2, 29} <= set(path.layers), "without those it says nothing"
+    # What the search is for: nats of an answer along its path beside those along the paper's.
+    prompt = llm.chat_prompt(QUESTION)
+    [output] = llm.generate([prompt], SamplingParams(max_tokens=32))
+    ids, targets = torch.tensor([prompt + output.token_ids]), torch.tensor(output.token_ids)
+    nats = {}
+    for path in (LayerPath.full(30), LayerPath.found(llm.model, 20), LayerPath.uniform(30, 27)):
+        logits = llm.model(ids, paths=path).logits[0, len(prompt) - 1 : -1]
+        nats[path.budget] = float(torch.nn.functional.cross_entropy(logits.float(), targets))
+    assert nats[30] < nats[20] < nats[27]
 
 
 def prompts() -> list[list[int]]:

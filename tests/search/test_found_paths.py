@@ -12,6 +12,7 @@ from families import FAMILIES, family_hf
 from models import NUM_LAYERS, tiny_hf, tiny_model
 
 from dynskip import LLM, CausalLM, LayerPath
+from dynskip.assets import FOUND_PATHS_FOLDER, PACKAGED
 from dynskip.engine.drafting import find_draft
 from dynskip.found import FoundDraft, FoundPaths
 from dynskip.models.found import place_to_keep
@@ -128,6 +129,13 @@ def test_what_searches_have_found_is_put_together() -> None:
     assert old.updated(new) == both
     none_pays = FoundPaths("a", 6, searched_draft=True)
     assert old.updated(none_pays) == dataclasses.replace(old, draft=None)
+
+
+def test_what_is_shipped_is_of_a_model_that_the_package_knows() -> None:
+    shipped = {path.stem: FoundPaths.read(path) for path in FOUND_PATHS_FOLDER.glob("*.json")}
+    assert set(shipped) <= set(PACKAGED)
+    assert "smollm2-135m-instruct" in shipped
+    assert {27, 25, 20, 15} <= set(shipped["smollm2-135m-instruct"].layers)
 
 
 def test_a_damaged_file_is_an_error() -> None:
