@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from models import tiny_hf, word_tokenizer
 from searches import data_file
 
 from dynskip.cli import main
+from dynskip.cli.search import add_options
 from dynskip.found import FOUND_PATHS
-from dynskip.search.run import FIGURE, RESULT
+from dynskip.search.methods import METHODS
+from dynskip.search.run import FIGURE, RESULT, SCORES
 
 
 @pytest.fixture
@@ -60,6 +63,13 @@ def test_a_search_for_a_draft_says_what_it_found(folder: Path, capsys: pytest.Ca
     assert "gain as a draft that reads the full path's entries, predicted" in out and "\ndraft: " in out
     assert list((folder / "cache/search").iterdir()), "measures are kept where no folder is given"
     assert "found:" not in out
+
+
+def test_scores_and_methods_are_those_of_the_search() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    choices = {action.dest: tuple(action.choices) for action in parser._actions if action.choices}
+    assert choices["score"] == tuple(SCORES) and choices["method"] == METHODS
 
 
 @pytest.mark.parametrize(
