@@ -14,7 +14,7 @@ import pytest
 import torch
 from caches import assert_same_entries
 from families import ALL_VARIANTS, FAMILIES, LARGE, convert_, family_hf, large_changes, native_model
-from models import NUM_LAYERS, VARIANTS, random_prompts, tiny_model
+from models import NUM_LAYERS, VARIANTS, random_prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
