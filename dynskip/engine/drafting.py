@@ -96,14 +96,15 @@ class Drafting:
     _lengths: DraftLengths | None = None
     _dropped: list[tuple[int, int, int]] = field(default_factory=list)  # cache sequence, tokens kept, entries behind
     _choice: Choice | None = None
+    _num_seqs: int = 0  # of the step
     _begin_s: float = 0.0
     _is_regular: bool = True  # whether the step does nothing but guess and verify
     _is_probe: bool = False  # whether its guesses are made to see whether they would be right
     _guessed_ms: float = 0.0
     _spent_ms: float = 0.0  # of all steps with a draft in them
     _probed_ms: float = 0.0
-    _gains: float = 0.0
-    _num_chosen: int = 0
+    _gained_ms: float = 0.0  # what those steps would have taken without guesses, as predicted
+    _regular_ms: float = 0.0
 
     def __post_init__(self) -> None:
         self._learnt = _LEARNT.setdefault(self.runner.model, _Learnt())
@@ -182,8 +183,8 @@ class Drafting:
 
     @property
     def predicted_gain(self) -> float:
-        """Tokens a second over those without guesses, as predicted: the mean over the steps that could have guessed."""
-        return self._gains / self._num_chosen if self._num_chosen else 1.0
+        """Tokens a second over those without guesses, as predicted for the steps that could have guessed."""
+        return self._gained_ms / self._regular_ms if self._regular_ms else 1.0
 
     def forget(self, sequence: OutputSequence) -> None:
         """Take back the guesses of a step that could not run with them."""
@@ -199,15 +200,18 @@ class Drafting:
             cache_ids, num_tokens, num_dropped = zip(*self._dropped, strict=True)
             self.kv.cache.truncate(cache_ids, num_tokens, max(num_dropped))
             self._dropped = []
-        if self._choice is None or self._lengths is None or not self._is_regular:
+        if self._choice is None or self._lengths is None:
             return
         measured_ms = 1e3 * (time.perf_counter() - self._begin_s)
         self._spent_ms += measured_ms
-        self._gains += self._choice.gain
-        self._num_chosen += 1
-        self._lengths.observe(self._choice, self._guessed_ms, measured_ms - self._guessed_ms)
+        if not self._is_regular:
+            self._probed_ms += self._guessed_ms * self._is_probe
+            return
+        self._gained_ms += measured_ms * self._choice.gain
+        self._regular_ms += measured_ms
+        self._lengths.observe(self._choice, self._num_seqs, self._guessed_ms, measured_ms - self._guessed_ms)
         if self._is_probe:
-            self._probed_ms += self._lengths.extra_ms(self._choice)
+            self._probed_ms += self._lengths.extra_ms(self._choice, self._num_seqs)
 
     def _candidate(self, sequence: OutputSequence, path: LayerPath) -> Candidate | None:
         draft = sequence.draft
@@ -242,8 +246,11 @@ class Drafting:
         return self._lengths
 
     def _choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...]:
-        choice = self._choice = self._draft_lengths().choose(candidates, others)
-        if any(choice.lengths):
+        lengths = self._draft_lengths()
+        self._num_seqs = len(candidates) + len(others)
+        plain = lengths.plain(candidates, others)
+        choice = self._choice = plain or lengths.choose(candidates, others)
+        if plain is not None or any(choice.lengths):
             return choice.lengths
         return self._probe(candidates, others) or choice.lengths
 
@@ -252,7 +259,7 @@ class Drafting:
         assert self._choice is not None and self._lengths is not None
         place = max(range(len(candidates)), key=lambda index: candidates[index].rate)
         probe = self._lengths.probe(candidates, others, place, _PROBE_LENGTH)
-        if self._probed_ms + self._lengths.extra_ms(probe) > _PROBED_SHARE * self._spent_ms:
+        if self._probed_ms + self._lengths.extra_ms(probe, self._num_seqs) > _PROBED_SHARE * self._spent_ms:
             return None
         self._choice, self._is_probe = probe, True
         return probe.lengths

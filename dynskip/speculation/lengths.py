@@ -21,6 +21,8 @@ _RATE_STEPS = 32
 _MOST_KNOWN = 4096
 # The weight of the newest of many steps in how measured times compare with predicted ones.
 _NEWEST = 0.05
+# Steps without guesses at first, and again after so many with some.
+_FIRST_PLAIN, _PLAIN_EVERY = 3, 64
 # The ratio of two such comparisons is rounded to steps of so many percent.
 _RATIO_STEP = 1.05
 
@@ -69,6 +71,29 @@ class _Times:
         self.ratio += max(1 / self.num_seen, _NEWEST) * (ratio - self.ratio)
 
 
+@dataclass(slots=True)
+class _Learnt:
+    """What was seen of steps of about as many sequences: of guesses, of steps that verify, and of steps without any."""
+
+    guesses: _Times = field(default_factory=_Times)
+    verifications: _Times = field(default_factory=_Times)
+    plain: _Times = field(default_factory=_Times)
+    num_since_plain: int = 0
+
+    @property
+    def wants_plain(self) -> bool:
+        """Whether a step without guesses is due: what they gain is known beside such steps only."""
+        return self.plain.num_seen < _FIRST_PLAIN or self.num_since_plain >= _PLAIN_EVERY
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """How guesses and verifications compare with their predictions, over how plain steps compare with theirs."""
+        if not self.plain.num_seen:
+            return 1.0, 1.0
+        verify = self.verifications.ratio / self.plain.ratio if self.verifications.num_seen else 1.0
+        return _rounded(self.guesses.ratio / self.plain.ratio if self.guesses.num_seen else verify), _rounded(verify)
+
+
 @dataclass
 class DraftLengths:
     """Chooses lengths by the costs of steps, which it corrects by what guesses and steps took.
@@ -80,8 +105,7 @@ class DraftLengths:
     costs: StepCosts
     most_rows: int
     resumes: bool = False
-    _guesses: _Times = field(default_factory=_Times)
-    _steps: _Times = field(default_factory=_Times)
+    _learnt: dict[int, _Learnt] = field(default_factory=dict)  # by the bits of the number of sequences
     _known: dict[object, Choice] = field(default_factory=dict)
 
     def choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Choice:
@@ -91,17 +115,23 @@ class DraftLengths:
         ]
         # With one path after the other, who comes first makes no difference.
         order = sorted(range(len(rounded)), key=lambda index: -rounded[index][2])
-        ratio = self._ratio
-        key = (tuple(rounded[index] for index in order), tuple(Counter(others).items()), ratio)
+        ratios = self._of(len(candidates) + len(others)).ratios
+        key = (tuple(rounded[index] for index in order), tuple(Counter(others).items()), ratios)
         choice = self._known.get(key)
         if choice is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            choice = self._known[key] = self._best([candidates[index] for index in order], others, ratio)
+            choice = self._known[key] = self._best([candidates[index] for index in order], others, ratios)
         lengths = [0] * len(rounded)
         for place, index in enumerate(order):
             lengths[index] = choice.lengths[place]
         return replace(choice, lengths=tuple(lengths))
+
+    def plain(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> Choice | None:
+        """A step in which nobody guesses, where one is due to see what guesses gain; else None."""
+        if not self._of(len(candidates) + len(others)).wants_plain:
+            return None
+        return self._evaluate(candidates, [0] * len(candidates), others, (1.0, 1.0))
 
     def asks_as(self, other: DraftLengths) -> bool:
         """Whether both choose by the same costs under the same limits."""
@@ -110,28 +140,33 @@ class DraftLengths:
     def probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], place: int, length: int) -> Choice:
         """A step in which the candidate at ``place`` alone guesses ``length`` tokens, whether or not that pays."""
         lengths = [length * (index == place) for index in range(len(candidates))]
-        return self._evaluate(candidates, lengths, others, self._ratio)
+        return self._evaluate(candidates, lengths, others, self._of(len(candidates) + len(others)).ratios)
 
-    def observe(self, choice: Choice, guessed_ms: float, stepped_ms: float) -> None:
-        """Learn from a step of ``choice``, whose guesses took ``guessed_ms`` and all else ``stepped_ms``."""
-        self._guesses.add(choice.guess_ms, guessed_ms)
-        self._steps.add(choice.verify_ms, stepped_ms)
+    def observe(self, choice: Choice, num_seqs: int, guessed_ms: float, stepped_ms: float) -> None:
+        """Learn from a step of ``num_seqs`` sequences: guesses took ``guessed_ms``, all else ``stepped_ms``."""
+        learnt = self._of(num_seqs)
+        if any(choice.lengths):
+            learnt.guesses.add(choice.guess_ms, guessed_ms)
+            learnt.verifications.add(choice.verify_ms, stepped_ms)
+            learnt.num_since_plain += 1
+        else:
+            learnt.plain.add(choice.verify_ms, stepped_ms)
+            learnt.num_since_plain = 0
 
-    def extra_ms(self, choice: Choice) -> float:
+    def extra_ms(self, choice: Choice, num_seqs: int) -> float:
         """What the guesses of ``choice`` are expected to cost a step, in milliseconds as they were measured."""
-        guess_ms = choice.guess_ms * self._guesses.ratio
-        return guess_ms + (choice.verify_ms - choice.plain_ms) * self._steps.ratio
+        learnt = self._of(num_seqs)
+        guess, verify = learnt.ratios
+        return (choice.guess_ms * guess + choice.verify_ms * verify - choice.plain_ms) * learnt.plain.ratio
 
-    @property
-    def _ratio(self) -> float:
-        """How much longer guesses take than steps, each as a multiple of what is predicted."""
-        if not self._guesses.num_seen or not self._steps.num_seen:
-            return 1.0
-        return float(_RATIO_STEP ** round(math.log(self._guesses.ratio / self._steps.ratio, _RATIO_STEP)))
+    def _of(self, num_seqs: int) -> _Learnt:
+        return self._learnt.setdefault(num_seqs.bit_length(), _Learnt())
 
-    def _best(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratio: float) -> Choice:
+    def _best(
+        self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratios: tuple[float, float]
+    ) -> Choice:
         """The best choice for ``candidates``, those with the highest rates first."""
-        none = self._evaluate(candidates, [0] * len(candidates), others, ratio)
+        none = self._evaluate(candidates, [0] * len(candidates), others, ratios)
         best = none
         room = max(0, self.most_rows - len(candidates) - len(others))
         # Whoever guesses best guesses first: all of them, half of them, ...
@@ -141,7 +176,7 @@ class DraftLengths:
                 lengths = [min(most, each.most) if place < num_guessing else 0 for place, each in enumerate(candidates)]
                 if not any(lengths) or sum(lengths) > room:
                     break
-                choice = self._evaluate(candidates, lengths, others, ratio)
+                choice = self._evaluate(candidates, lengths, others, ratios)
                 if choice.gain > best.gain:
                     best = choice
                 elif choice.gain < 0.9 * best.gain:
@@ -150,7 +185,11 @@ class DraftLengths:
         return best if best.gain >= _LEAST_GAIN else none
 
     def _evaluate(
-        self, candidates: Sequence[Candidate], lengths: Sequence[int], others: Sequence[LayerPath], ratio: float
+        self,
+        candidates: Sequence[Candidate],
+        lengths: Sequence[int],
+        others: Sequence[LayerPath],
+        ratios: tuple[float, float],
     ) -> Choice:
         rows: Counter[LayerPath] = Counter(others)
         plain: Counter[LayerPath] = Counter(others)
@@ -172,7 +211,7 @@ class DraftLengths:
         verify_ms = self.costs.decode_ms(tuple(rows.items()))
         plain_ms = self.costs.decode_ms(tuple(plain.items()))
         num_plain = len(candidates) + len(others)
-        total_ms = guess_ms * ratio + verify_ms
+        total_ms = guess_ms * ratios[0] + verify_ms * ratios[1]
         gain = tokens / num_plain * plain_ms / total_ms if total_ms > 0 else 1.0
         return Choice(tuple(lengths), gain if any(lengths) else 1.0, guess_ms, verify_ms, plain_ms)
 
@@ -182,6 +221,10 @@ def _behind(path: LayerPath, num_layers: int) -> LayerPath:
     """What ``path`` runs behind the decoder's first ``num_layers`` layers."""
     layers = [layer for layer in path.layers if layer >= num_layers]
     return LayerPath.of(path.num_layers, layers, allow_empty=True)
+
+
+def _rounded(ratio: float) -> float:
+    return float(_RATIO_STEP ** round(math.log(ratio, _RATIO_STEP)))
 
 
 def expected_tokens(rate: float, length: int) -> float:

@@ -48,6 +48,7 @@ def random_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
         return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
 
     monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
     return draw
 
 
@@ -412,12 +413,18 @@ def test_costs_are_corrected_by_what_steps_take() -> None:
     candidate = Candidate(FULL, Draft(LayerPath.of(NUM_LAYERS, [0]), "path"), 0.8, 8)
     before = lengths.choose([candidate])
     assert before.gain > 1.2
-    for _ in range(100):
-        lengths.observe(before, 2 * before.guess_ms, 2 * before.verify_ms)
+    plain = lengths.plain([candidate], [])
+    assert plain is not None and plain.lengths == (0,), "nothing is known yet of steps without guesses"
+    for _ in range(50):
+        lengths.observe(before, 1, 2 * before.guess_ms, 2 * before.verify_ms)
+        lengths.observe(plain, 1, 0.0, 2 * plain.plain_ms)
     assert lengths.choose([candidate]) == before, "all of it takes twice as long"
+    assert lengths.plain([candidate], []) is None
     for _ in range(100):
-        lengths.observe(before, 9 * before.guess_ms, before.verify_ms)
+        lengths.observe(before, 1, 20 * before.guess_ms, 2 * before.verify_ms)
     assert lengths.choose([candidate]).lengths == (0,)
+    assert lengths.choose([candidate] * 4).lengths == (before.lengths[0],) * 4, "of as many sequences nothing is known"
+    assert lengths.plain([candidate], []) is not None, "after so many steps it is time for one without guesses"
 
 
 def test_a_draft_that_is_never_right_is_tried_rarely() -> None:
