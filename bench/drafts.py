@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,23 +100,27 @@ class Scaled:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
-        self._original: dict[Linear, torch.Tensor] = {}
+        self._original: dict[Linear, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def scale(self, kept: Sequence[int], factor: float) -> None:
         """Scale what all layers but ``kept`` add by ``factor``."""
         for index, layer in enumerate(self.model.decoder.layers):
             for linear in (layer.out_proj, layer.fc2):
-                weight = self._original.setdefault(linear, linear.dense_weight().detach())
+                original = (linear.dense_weight().detach(), linear.bias)
+                weight, bias = self._original.setdefault(linear, original)
+                own = 1.0 if index in kept else factor
                 linear.unpack_()
-                linear.weight = torch.nn.Parameter(weight if index in kept else weight * factor, requires_grad=False)
+                linear.weight = torch.nn.Parameter(weight * own, requires_grad=False)
+                if bias is not None:
+                    linear.bias = torch.nn.Parameter(bias * own, requires_grad=False)
                 linear.pack_()
 
-    def seek(self, draft: Draft, wanted: float, prompts: list[list[int]], num_tries: int = 7) -> float:
+    def seek(self, draft: Draft, wanted: float, prompts: list[list[int]], num_tries: int = 6) -> float:
         """Scale until ``draft`` agrees with the full model ``wanted`` of the time, or about; returns the factor."""
-        low, high = 0.0, 1.0
+        low, high = 1e-3, 1.0
         factor = 1.0
         for _ in range(num_tries if wanted else 1):
-            factor = (low + high) / 2 if wanted else 1.0
+            factor = math.sqrt(low * high) if wanted else 1.0
             self.scale(draft.path.layers, factor)
             found = self._agreement(draft, prompts)
             print(f"outputs of other layers x {factor:.3f}: agreement {found:.2f}", file=sys.stderr)
@@ -201,7 +206,7 @@ def random_rows(shape: str, num_rounds: int) -> Iterator[dict[str, Any]]:
         known: dict[Draft, float] = {}
         for cell in cells:
             if cell.draft not in known:
-                known = {cell.draft: scaled.seek(cell.draft, wanted, prompts[:8])}
+                known = {cell.draft: scaled.seek(cell.draft, wanted, prompts[:16])}
             yield {**measure(model, costs, cell, prompts, num_rounds), "model": shape, "factor": known[cell.draft]}
 
 
