@@ -36,6 +36,8 @@ REPLAYED_ROWS = 8
 _FEW_ROWS = 8
 # The share of the time that guesses may cost which are made to see whether they would be right.
 _PROBED_SHARE = 0.01
+# Where no guess pays, so many steps go by before the question is asked again: asking costs time, too.
+_IDLE_STEPS = 3
 # A probe looks at so many guesses.
 _PROBE_LENGTH = 1
 
@@ -97,6 +99,7 @@ class Drafting:
     _dropped: list[tuple[int, int, int]] = field(default_factory=list)  # cache sequence, tokens kept, entries behind
     _choice: Choice | None = None
     _num_seqs: int = 0  # of the step
+    _num_idle: int = 0
     _begin_s: float = 0.0
     _is_regular: bool = True  # whether the step does nothing but guess and verify
     _is_probe: bool = False  # whether its guesses are made to see whether they would be right
@@ -118,6 +121,9 @@ class Drafting:
         self._choice = None
         self._is_regular, self._is_probe = True, False
         if all(span.sequence.draft is None and not span.sequence.is_replayed for span in spans):
+            return list(spans)
+        if self._num_idle and not any(span.sequence.is_replayed for span in spans):
+            self._num_idle -= 1
             return list(spans)
         self._begin_s = time.perf_counter()
         num_free = self.kv.num_free
@@ -222,10 +228,9 @@ class Drafting:
         if num_left < 2:
             return None
         rate = self.acceptance.of(path, draft, sequence.rate)
-        candidate = Candidate(path, draft, rate, min(num_left - 1, MOST_GUESSES))
-        return candidate if self._is_worth_entries(sequence, candidate, num_left) else None
+        return Candidate(path, draft, rate, min(num_left - 1, MOST_GUESSES))
 
-    def _is_worth_entries(self, sequence: OutputSequence, candidate: Candidate, num_left: int) -> bool:
+    def _is_worth_entries(self, sequence: OutputSequence, candidate: Candidate) -> bool:
         """Whether what the draft saves for ``num_left`` tokens is more than the entries take that it still lacks."""
         if candidate.draft.entries == "path":
             return True
@@ -235,6 +240,7 @@ class Drafting:
             return True
         lengths = self._draft_lengths()
         choice = lengths.choose([candidate])
+        num_left = sequence.state.max_tokens - len(sequence.token_ids)
         saved_ms = num_left * choice.plain_ms * (1 - 1 / choice.gain)
         return saved_ms > lengths.costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
 
@@ -252,7 +258,10 @@ class Drafting:
         choice = self._choice = plain or lengths.choose(candidates, others)
         if plain is not None or any(choice.lengths):
             return choice.lengths
-        return self._probe(candidates, others) or choice.lengths
+        probed = self._probe(candidates, others)
+        if probed is None:
+            self._num_idle = _IDLE_STEPS
+        return probed or choice.lengths
 
     def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
         """Lengths for a look at one draft that does not seem to pay, where all such looks have cost little so far."""
@@ -268,6 +277,8 @@ class Drafting:
         """At most ``length`` guesses of a sequence for which there is memory, and the slots that they take."""
         sequence, budget = span.sequence, candidate.path.budget
         draft = candidate.draft
+        if length and not self._is_worth_entries(sequence, candidate):
+            return 0, 0
         if length and draft.entries == "own":
             place = self.kv.draft_place(sequence.state) or self.kv.open_draft(sequence.state)
             if place is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,10 +19,10 @@ _LEAST_GAIN = 1.03
 # Rates are rounded to such steps: the same question comes again and again.
 _RATE_STEPS = 32
 _MOST_KNOWN = 4096
-# The weight of the newest of many steps in how measured times compare with predicted ones.
-_NEWEST = 0.05
+# Steps that the ratio of measured to predicted times is the median of.
+_REMEMBERED = 15
 # Steps without guesses at first, and again after so many with some.
-_FIRST_PLAIN, _PLAIN_EVERY = 3, 64
+_FIRST_PLAIN, _PLAIN_EVERY = 8, 32
 # The ratio of two such comparisons is rounded to steps of so many percent.
 _RATIO_STEP = 1.05
 
@@ -54,21 +54,22 @@ class Choice:
 
 @dataclass(slots=True)
 class _Times:
-    """How long something takes as a multiple of what is predicted: a mean of which later steps have a larger part."""
+    """How long something takes as a multiple of what is predicted: the median of the last steps.
+
+    A mean would not do: the first steps behind a prompt share their cores with threads that still spin.
+    """
 
     ratio: float = 1.0
     num_seen: int = 0
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     def add(self, predicted_ms: float, measured_ms: float) -> None:
         """Count a step."""
         if predicted_ms <= 0 or measured_ms <= 0:
             return
-        ratio = measured_ms / predicted_ms
-        if self.num_seen:
-            # Now and then a machine does something else: no step counts for more than twice what is known.
-            ratio = min(ratio, 2 * self.ratio)
         self.num_seen += 1
-        self.ratio += max(1 / self.num_seen, _NEWEST) * (ratio - self.ratio)
+        self._last.append(measured_ms / predicted_ms)
+        self.ratio = sorted(self._last)[len(self._last) // 2]
 
 
 @dataclass(slots=True)
