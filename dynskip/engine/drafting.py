@@ -163,6 +163,8 @@ class Drafting:
                 span = spans[index]
                 extended[index] = Span(span.sequence, span.first, 1 + len(span.sequence.guesses))
             self._guessed_ms = 1e3 * (time.perf_counter() - begin_s)
+        elif any(lengths):
+            self._choice = None  # there was no memory for it, or entries were not worth making: nothing is learnt
         return extended
 
     def accepted(self, span: Span, num_kept: int) -> None:
@@ -238,11 +240,10 @@ class Drafting:
         num_missing = sequence.num_tokens - (0 if place is None else place.num_tokens)
         if num_missing <= _FEW_ROWS:
             return True
-        lengths = self._draft_lengths()
-        choice = lengths.choose([candidate])
+        assert self._choice is not None, "it guesses by a choice"
         num_left = sequence.state.max_tokens - len(sequence.token_ids)
-        saved_ms = num_left * choice.plain_ms * (1 - 1 / choice.gain)
-        return saved_ms > lengths.costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
+        saved_ms = num_left * self._choice.plain_ms / self._num_seqs * (1 - 1 / max(self._choice.gain, 1.0))
+        return saved_ms > self._draft_lengths().costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
 
     def _draft_lengths(self) -> DraftLengths:
         if self._lengths is None:

@@ -21,8 +21,8 @@ _RATE_STEPS = 32
 _MOST_KNOWN = 4096
 # Steps that the ratio of measured to predicted times is the median of.
 _REMEMBERED = 15
-# Steps without guesses at first, and again after so many with some.
-_FIRST_PLAIN, _PLAIN_EVERY = 8, 32
+# Steps of a kind before their ratio counts; steps without guesses come first, and again after so many with some.
+_FIRST_STEPS, _PLAIN_EVERY = 6, 32
 # The ratio of two such comparisons is rounded to steps of so many percent.
 _RATIO_STEP = 1.05
 
@@ -63,6 +63,11 @@ class _Times:
     num_seen: int = 0
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
+    @property
+    def is_known(self) -> bool:
+        """Whether enough steps were seen: the first of a kind are slow, and say little."""
+        return self.num_seen >= _FIRST_STEPS
+
     def add(self, predicted_ms: float, measured_ms: float) -> None:
         """Count a step."""
         if predicted_ms <= 0 or measured_ms <= 0:
@@ -84,15 +89,15 @@ class _Learnt:
     @property
     def wants_plain(self) -> bool:
         """Whether a step without guesses is due: what they gain is known beside such steps only."""
-        return self.plain.num_seen < _FIRST_PLAIN or self.num_since_plain >= _PLAIN_EVERY
+        return not self.plain.is_known or self.num_since_plain >= _PLAIN_EVERY
 
     @property
     def ratios(self) -> tuple[float, float]:
         """How guesses and verifications compare with their predictions, over how plain steps compare with theirs."""
-        if not self.plain.num_seen:
+        if not self.plain.is_known:
             return 1.0, 1.0
-        verify = self.verifications.ratio / self.plain.ratio if self.verifications.num_seen else 1.0
-        return _rounded(self.guesses.ratio / self.plain.ratio if self.guesses.num_seen else verify), _rounded(verify)
+        verify = self.verifications.ratio / self.plain.ratio if self.verifications.is_known else 1.0
+        return _rounded(self.guesses.ratio / self.plain.ratio if self.guesses.is_known else verify), _rounded(verify)
 
 
 @dataclass
