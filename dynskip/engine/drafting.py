@@ -69,6 +69,8 @@ class _Learnt:
 
     acceptance: Acceptance = field(default_factory=Acceptance)
     lengths: DraftLengths | None = None
+    spent_ms: float = 0.0  # of all steps with a draft in them
+    probed_ms: float = 0.0
 
     def of_costs(self, costs: StepCosts, most_rows: int, resumes: bool) -> DraftLengths:
         """The lengths that those costs make pay, with what was learnt of these costs before."""
@@ -104,8 +106,6 @@ class Drafting:
     _is_regular: bool = True  # whether the step does nothing but guess and verify
     _is_probe: bool = False  # whether its guesses are made to see whether they would be right
     _guessed_ms: float = 0.0
-    _spent_ms: float = 0.0  # of all steps with a draft in them
-    _probed_ms: float = 0.0
     _gained_ms: float = 0.0  # what those steps would have taken without guesses, as predicted
     _regular_ms: float = 0.0
 
@@ -211,15 +211,15 @@ class Drafting:
         if self._choice is None or self._lengths is None:
             return
         measured_ms = 1e3 * (time.perf_counter() - self._begin_s)
-        self._spent_ms += measured_ms
+        self._learnt.spent_ms += measured_ms
         if not self._is_regular:
-            self._probed_ms += self._guessed_ms * self._is_probe
+            self._learnt.probed_ms += self._guessed_ms * self._is_probe
             return
         self._gained_ms += measured_ms * self._choice.gain
         self._regular_ms += measured_ms
         self._lengths.observe(self._choice, self._num_seqs, self._guessed_ms, measured_ms - self._guessed_ms)
         if self._is_probe:
-            self._probed_ms += self._lengths.extra_ms(self._choice, self._num_seqs)
+            self._learnt.probed_ms += self._lengths.extra_ms(self._choice, self._num_seqs)
 
     def _candidate(self, sequence: OutputSequence, path: LayerPath) -> Candidate | None:
         draft = sequence.draft
@@ -265,11 +265,14 @@ class Drafting:
         return probed or choice.lengths
 
     def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
-        """Lengths for a look at one draft that does not seem to pay, where all such looks have cost little so far."""
+        """Lengths for a look at drafts that do not seem to pay, where all such looks have cost little so far."""
         assert self._choice is not None and self._lengths is not None
         place = max(range(len(candidates)), key=lambda index: candidates[index].rate)
         probe = self._lengths.probe(candidates, others, place, _PROBE_LENGTH)
-        if self._probed_ms + self._lengths.extra_ms(probe, self._num_seqs) > _PROBED_SHARE * self._spent_ms:
+        if (
+            self._learnt.probed_ms + self._lengths.extra_ms(probe, self._num_seqs)
+            > _PROBED_SHARE * self._learnt.spent_ms
+        ):
             return None
         self._choice, self._is_probe = probe, True
         return probe.lengths

@@ -7,6 +7,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from dynskip.costs.step_costs import StepCosts
 from dynskip.paths import LayerPath
@@ -19,10 +20,10 @@ _LEAST_GAIN = 1.03
 # Rates are rounded to such steps: the same question comes again and again.
 _RATE_STEPS = 32
 _MOST_KNOWN = 4096
-# Steps that the ratio of measured to predicted times is the median of.
-_REMEMBERED = 15
+# Steps that the ratio of measured to predicted times is the lower quartile of.
+_REMEMBERED = 31
 # Steps of a kind before their ratio counts; steps without guesses come first, and again after so many with some.
-_FIRST_STEPS, _PLAIN_EVERY = 6, 32
+_FIRST_STEPS, _PLAIN_EVERY = 10, 32
 # The ratio of two such comparisons is rounded to steps of so many percent.
 _RATIO_STEP = 1.05
 
@@ -35,6 +36,13 @@ class Candidate:
     draft: Draft
     rate: float
     most: int
+
+
+class Ratios(NamedTuple):
+    """How many times as long as predicted guesses and verifications take, over the same of plain steps."""
+
+    guess: float = 1.0
+    verify: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +62,9 @@ class Choice:
 
 @dataclass(slots=True)
 class _Times:
-    """How long something takes as a multiple of what is predicted: the median of the last steps.
+    """How long something takes as a multiple of what is predicted: the lower quartile of the last steps.
 
-    A mean would not do: the first steps behind a prompt share their cores with threads that still spin.
+    What disturbs a step makes it longer: the first behind a prompt share their cores with threads that still spin.
     """
 
     ratio: float = 1.0
@@ -74,7 +82,7 @@ class _Times:
             return
         self.num_seen += 1
         self._last.append(measured_ms / predicted_ms)
-        self.ratio = sorted(self._last)[len(self._last) // 2]
+        self.ratio = sorted(self._last)[len(self._last) // 4]
 
 
 @dataclass(slots=True)
@@ -92,12 +100,15 @@ class _Learnt:
         return not self.plain.is_known or self.num_since_plain >= _PLAIN_EVERY
 
     @property
-    def ratios(self) -> tuple[float, float]:
+    def ratios(self) -> Ratios:
         """How guesses and verifications compare with their predictions, over how plain steps compare with theirs."""
         if not self.plain.is_known:
-            return 1.0, 1.0
-        verify = self.verifications.ratio / self.plain.ratio if self.verifications.is_known else 1.0
-        return _rounded(self.guesses.ratio / self.plain.ratio if self.guesses.is_known else verify), _rounded(verify)
+            return Ratios()
+        unit = self.plain.ratio
+        verify = self.verifications.ratio / unit if self.verifications.is_known else 1.0
+        if not self.guesses.is_known:
+            return Ratios(_rounded(verify), _rounded(verify))
+        return Ratios(_rounded(self.guesses.ratio / unit), _rounded(verify))
 
 
 @dataclass
@@ -137,14 +148,19 @@ class DraftLengths:
         """A step in which nobody guesses, where one is due to see what guesses gain; else None."""
         if not self._of(len(candidates) + len(others)).wants_plain:
             return None
-        return self._evaluate(candidates, [0] * len(candidates), others, (1.0, 1.0))
+        return self._evaluate(candidates, [0] * len(candidates), others, Ratios())
 
     def asks_as(self, other: DraftLengths) -> bool:
         """Whether both choose by the same costs under the same limits."""
         return (self.costs, self.most_rows, self.resumes) == (other.costs, other.most_rows, other.resumes)
 
     def probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], place: int, length: int) -> Choice:
-        """A step in which the candidate at ``place`` alone guesses ``length`` tokens, whether or not that pays."""
+        """What would pay if all took what is predicted; else the candidate at ``place`` guesses ``length`` tokens."""
+        order = sorted(range(len(candidates)), key=lambda index: -candidates[index].rate)
+        best = self._best([candidates[index] for index in order], others, Ratios())
+        if any(best.lengths):
+            by_index = dict(zip(order, best.lengths, strict=True))
+            return replace(best, lengths=tuple(by_index[index] for index in range(len(candidates))))
         lengths = [length * (index == place) for index in range(len(candidates))]
         return self._evaluate(candidates, lengths, others, self._of(len(candidates) + len(others)).ratios)
 
@@ -162,15 +178,14 @@ class DraftLengths:
     def extra_ms(self, choice: Choice, num_seqs: int) -> float:
         """What the guesses of ``choice`` are expected to cost a step, in milliseconds as they were measured."""
         learnt = self._of(num_seqs)
-        guess, verify = learnt.ratios
-        return (choice.guess_ms * guess + choice.verify_ms * verify - choice.plain_ms) * learnt.plain.ratio
+        ratios = learnt.ratios
+        total_ms = choice.guess_ms * ratios.guess + choice.verify_ms * ratios.verify
+        return (total_ms - choice.plain_ms) * learnt.plain.ratio
 
     def _of(self, num_seqs: int) -> _Learnt:
         return self._learnt.setdefault(num_seqs.bit_length(), _Learnt())
 
-    def _best(
-        self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratios: tuple[float, float]
-    ) -> Choice:
+    def _best(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratios: Ratios) -> Choice:
         """The best choice for ``candidates``, those with the highest rates first."""
         none = self._evaluate(candidates, [0] * len(candidates), others, ratios)
         best = none
@@ -195,7 +210,7 @@ class DraftLengths:
         candidates: Sequence[Candidate],
         lengths: Sequence[int],
         others: Sequence[LayerPath],
-        ratios: tuple[float, float],
+        ratios: Ratios,
     ) -> Choice:
         rows: Counter[LayerPath] = Counter(others)
         plain: Counter[LayerPath] = Counter(others)
@@ -217,7 +232,7 @@ class DraftLengths:
         verify_ms = self.costs.decode_ms(tuple(rows.items()))
         plain_ms = self.costs.decode_ms(tuple(plain.items()))
         num_plain = len(candidates) + len(others)
-        total_ms = guess_ms * ratios[0] + verify_ms * ratios[1]
+        total_ms = guess_ms * ratios.guess + verify_ms * (ratios.verify if any(lengths) else 1.0)
         gain = tokens / num_plain * plain_ms / total_ms if total_ms > 0 else 1.0
         return Choice(tuple(lengths), gain if any(lengths) else 1.0, guess_ms, verify_ms, plain_ms)
 
