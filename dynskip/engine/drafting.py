@@ -71,6 +71,7 @@ class _Learnt:
     lengths: DraftLengths | None = None
     spent_ms: float = 0.0  # of all steps with a draft in them
     probed_ms: float = 0.0
+    next_probe_ms: float = 0.0  # what must be spent before there is time for another
 
     def of_costs(self, costs: StepCosts, most_rows: int, resumes: bool) -> DraftLengths:
         """The lengths that those costs make pay, with what was learnt of these costs before."""
@@ -267,12 +268,13 @@ class Drafting:
     def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
         """Lengths for a look at drafts that do not seem to pay, where all such looks have cost little so far."""
         assert self._choice is not None and self._lengths is not None
+        learnt = self._learnt
+        if learnt.spent_ms < learnt.next_probe_ms:
+            return None
         place = max(range(len(candidates)), key=lambda index: candidates[index].rate)
         probe = self._lengths.probe(candidates, others, place, _PROBE_LENGTH)
-        if (
-            self._learnt.probed_ms + self._lengths.extra_ms(probe, self._num_seqs)
-            > _PROBED_SHARE * self._learnt.spent_ms
-        ):
+        learnt.next_probe_ms = (learnt.probed_ms + self._lengths.extra_ms(probe, self._num_seqs)) / _PROBED_SHARE
+        if learnt.spent_ms < learnt.next_probe_ms:
             return None
         self._choice, self._is_probe = probe, True
         return probe.lengths
