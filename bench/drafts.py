@@ -391,7 +391,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="Alpaca, for opt-mini's prompts")
     parser.add_argument("--picture", type=Path, help="only write a picture of a run of opt-mini to this SVG file")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "drafts", help="folder")
     args = parser.parse_args()
     if args.picture is not None:
         args.picture.write_text(picture(), encoding="utf-8")

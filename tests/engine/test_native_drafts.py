@@ -49,6 +49,7 @@ def random_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
 
     monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
 
 
 def prompts(count: int) -> list[list[int]]:
