@@ -97,7 +97,10 @@ def test_a_whole_step_has_the_bits_of_its_ops(family: str, variant: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
 def test_in_every_dtype_and_under_every_policy(family: str, dtype: torch.dtype, kv_policy: KVPolicy | None) -> None:
-    assert_same(native_model(family, "plain", dtype, deterministic=True), kv_policy)
+    model = native_model(family, "plain", dtype, deterministic=True)
+    if not model.lm_head.packed:
+        pytest.skip(f"{dtype} is not packed on this CPU, and deterministic steps by dense matrices run op by op")
+    assert_same(model, kv_policy)
 
 
 @pytest.mark.parametrize("kv_policy", [None, *POLICIES])
