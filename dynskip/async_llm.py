@@ -50,7 +50,7 @@ class AsyncLLM:
     """Serves any number of consumers at once from one model.
 
     model: an LLM, or what LLM takes for one. No other caller may run the model while requests are served.
-    dtype, device, backend: as in LLM; not with an LLM or a model object.
+    dtype, device, backend, adapter: as in LLM; not with an LLM or a model object.
     policy, engine_options: as in `Engine`.
     metrics_path, metrics_every_s, live: `path`, `every_s` and `live` of a `MetricsLog`.
 
@@ -67,12 +67,13 @@ class AsyncLLM:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        adapter: str | Path | None = None,
         metrics_path: Path | str | None = None,
         metrics_every_s: float = 1.0,
         live: bool = False,
         **engine_options: Any,
     ) -> None:
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend}
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend, "adapter": adapter}
         given = [name for name, value in options.items() if value is not None]
         if isinstance(model, LLM) and given:
             raise ValueError(f"AsyncLLM: {given[0]} must be left out with an LLM, got both.")

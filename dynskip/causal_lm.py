@@ -66,12 +66,15 @@ class CausalLM(nn.Module):
         backend: str = "auto",
         deterministic: bool = False,
         pack: bool = True,
+        adapter: str | Path | None = None,
     ) -> CausalLM:
         """The model of a checkpoint, ready for inference; ``"opt-mini"`` is the one shipped with the package.
 
         dtype: float32, bfloat16 or float16, or its name.
         pack: on a CPU, keep one oneDNN-packed copy of each matrix instead of the dense one; such a model is not
             trainable until :meth:`unpack_`.
+        adapter: the folder of a LoRA adapter in peft's format, which is merged into the weights where they are read;
+            ``config.adapter`` is it then. One that computes anything else than W + scale * B A is refused.
         Every tensor of the checkpoint is read, or the checkpoint refused; code in its folder never runs. A head beside
         a config that ties it is used, and ``config.tie_word_embeddings`` of the model is False then.
         Raises FileNotFoundError, ValueError or OSError for a checkpoint that is missing, foreign, damaged or has NaN.
@@ -85,6 +88,7 @@ class CausalLM(nn.Module):
             device,
             backend,
             pack,
+            adapter,
         )
 
     @staticmethod
@@ -160,7 +164,15 @@ class CausalLM(nn.Module):
     @property
     def found_paths(self) -> FoundPaths | None:
         """What `dynskip search` has found for these weights; None where it has not run. See `LayerPath.found`."""
-        return find_found_paths(self.weights_digest, self.config.name_or_path)
+        return find_found_paths(self.weights_digest, self.weights_folder)
+
+    @property
+    def weights_folder(self) -> str:
+        """Where what is found for these weights lies beside them: with the adapter, or with the model if it has none.
+
+        A hub id, a file or nothing where it has no folder.
+        """
+        return getattr(self.config, "adapter", None) or self.config.name_or_path
 
     def pack_(self) -> CausalLM:
         """Replace every matrix by its packed form where the device has one; drops the dense copies.

@@ -108,18 +108,21 @@ def found_paths_of(model: Searched | str | Path, function: str) -> FoundPaths:
     if isinstance(model, str | Path):
         beside = Path(model).expanduser() / FOUND_PATHS
         found = FoundPaths.read(beside) if beside.is_file() else None
-        name = str(model)
+        name, adapter = str(model), None
     elif hasattr(type(model), "found_paths"):
-        found, name = model.found_paths, getattr(getattr(model, "config", None), "name_or_path", "")
+        config = getattr(model, "config", None)
+        found, name, adapter = model.found_paths, getattr(config, "name_or_path", ""), getattr(config, "adapter", None)
     else:
         raise TypeError(f"{function}: model must be a dynskip.CausalLM or a folder, got {type(model).__name__}.")
     if found is None:
         raise ValueError(
-            f"{function}: model must have paths that a search has found, got none. Run `{search_command(name)}`."
+            f"{function}: model must have paths that a search has found, got none. Run "
+            f"`{search_command(name, adapter)}`."
         )
     return found
 
 
-def search_command(model: str = "") -> str:
-    """The command that searches paths of ``model``."""
-    return f"dynskip search {shlex.quote(model) if model else 'MODEL'} --data FILE"
+def search_command(model: str = "", adapter: str | None = None) -> str:
+    """The command that searches paths of ``model`` with ``adapter``."""
+    merged = f" --adapter {shlex.quote(adapter)}" if adapter else ""
+    return f"dynskip search {shlex.quote(model) if model else 'MODEL'}{merged} --data FILE"

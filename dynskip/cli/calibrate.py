@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     if args.model is not None and args.shape is not None:
         raise UserError("--model and --shape exclude each other: --shape makes a model with random weights")
+    if args.model is None and args.adapter is not None:
+        raise UserError("--adapter must come with --model: --shape makes a model with random weights")
     progress = show_progress(args.quiet)
 
     from tqdm import tqdm

@@ -33,6 +33,8 @@ EXAMPLES = """examples:
       three samples, the same ones each time
   dynskip generate --model facebook/opt-1.3b --path random:12:7 --json --file prompts.txt > outputs.jsonl
       prompts from a file, one a line; outputs as JSON lines
+  dynskip generate --model facebook/opt-1.3b --adapter runs/lora "The lighthouse keeper"
+      with a LoRA adapter that is merged into the weights
 
 paths:
   full            all layers

@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynskip.cli.options import DTYPES, torch_dtype
+from dynskip.cli.options import DTYPES, UserError, add_adapter_option, torch_dtype
 from dynskip.host import cpu_fields, cpu_model, package_version
 from dynskip.kernels import switches
 from dynskip.version import __version__
@@ -35,12 +35,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="also load this folder, GGUF file, hub id or name and tell what memory it takes"
     )
+    add_adapter_option(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of its weights (default: bfloat16)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; exit status 0."""
+    if args.adapter is not None and args.model is None:
+        raise UserError("--adapter must come with --model, the base that it is merged into")
     report = {
         "dynskip": {"version": __version__, "location": str(Path(__file__).parents[1])},
         "versions": {
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         "opt-mini": _shipped_model(),
     }
     if args.model is not None:
-        report["model"] = _loaded_model(args.model, args.dtype)
+        report["model"] = _loaded_model(args.model, args.dtype, args.adapter)
     if args.json:
         print(json.dumps(report))
     else:
@@ -142,7 +145,7 @@ def _sizes(config: DecoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("architecture", *sizes)}
 
 
-def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
+def _loaded_model(name: str, dtype: str, adapter: Path | None) -> dict[str, Any]:
     """What a checkpoint takes once loaded, and what this process held before and at its peak."""
     import psutil
 
@@ -152,11 +155,12 @@ def _loaded_model(name: str, dtype: str) -> dict[str, Any]:
     weights_dtype = torch_dtype(dtype)
     assert weights_dtype is not None, "--dtype has a default"
     before_bytes = psutil.Process().memory_info().rss
-    model = CausalLM.from_pretrained(name, dtype=weights_dtype)
+    model = CausalLM.from_pretrained(name, dtype=weights_dtype, adapter=adapter)
     memory, executor = model.memory, model.executor()
     assert isinstance(executor, CompactExecutor), "the default"
     return {
         "name": name,
+        "adapter": getattr(model.config, "adapter", None),
         "dtype": dtype,
         **_sizes(model.decoder_config),
         "kv_bytes_per_token_and_layer": model.kv_entry_bytes,
@@ -211,6 +215,7 @@ def _print_table(report: dict[str, Any]) -> None:
         )
         rows += [
             ("loaded", f"{loaded['name']} in {loaded['dtype']}: {weights}"),
+            *([] if loaded["adapter"] is None else [("", f"merged with the adapter in {loaded['adapter']}")]),
             ("", _described(loaded)),
             ("", f"{loaded['kv_bytes_per_token_and_layer']} bytes of KV per token and executed layer"),
             ("attention", f"of prompts {loaded['prompt_attention']}; of decode {loaded['decode_attention']}"),

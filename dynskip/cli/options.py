@@ -81,7 +81,9 @@ def add_number(
 def add_model_options(
     parser: argparse.ArgumentParser, model_default: str = "opt-mini", positional: bool = False
 ) -> None:
-    """Add what chooses a model and how it runs: --model, --dtype, --device, --backend, --deterministic, --threads.
+    """Add what chooses a model and how it runs.
+
+    --model, --adapter, --dtype, --device, --backend, --deterministic, --threads.
 
     model_default: what runs without --model, for its help. positional: MODEL, which must be given, in its place.
     """
@@ -94,11 +96,19 @@ def add_model_options(
             metavar="NAME",
             help=f"folder, GGUF file, hub id, or opt-mini (default: {model_default})",
         )
+    add_adapter_option(group)
     group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
     group.add_argument("--backend", choices=BACKENDS, help="who gathers, scatters and attends (default: auto)")
     group.add_argument("--deterministic", action="store_true", help="no bit of a row depends on its neighbours; slower")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def add_adapter_option(parser: Any) -> None:
+    """Add --adapter, beside the option that chooses the model."""
+    parser.add_argument(
+        "--adapter", type=file_path, metavar="FOLDER", help="LoRA adapter in peft's format, merged into the weights"
+    )
 
 
 def load_llm(args: argparse.Namespace) -> LLM:
@@ -111,6 +121,7 @@ def load_llm(args: argparse.Namespace) -> LLM:
         device=torch_device(args.device),
         backend=args.backend,
         deterministic=args.deterministic or None,
+        adapter=args.adapter,
     )
 
 

@@ -26,6 +26,8 @@ EXAMPLES = """examples:
       then exchange layers as long as that helps
   dynskip search runs/chat --data t0_train_50k.jsonl.xz --score speed --all
       the draft that guesses tokens for the full path fastest
+  dynskip search runs/chat --adapter runs/lora --data alpaca_data.json.xz
+      paths of the model with an adapter; kept beside the adapter
   dynskip generate --model runs/chat --path found:20 --chat "Why does bread rise?"
       what the result is for; draft="auto" of LLM.generate takes the draft
 
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     budgets = _budgets(args, model.num_layers)
     options = SearchOptions(budgets, args.score, args.method, args.rows, args.judge_rows, args.seed)
     folder: Path = args.out or cache_folder() / "search" / model.weights_digest[:16]
-    for path in (folder / RESULT, place_to_keep(model.weights_digest, model.config.name_or_path)):
+    for path in (folder / RESULT, place_to_keep(model.weights_digest, model.weights_folder)):
         check_writable(path, "Name another folder with --out, or set DYNSKIP_CACHE to one of your own.")
     result = PathSearch(model, llm.tokenizer, args.data, options, folder, progress).run()
     write_text(folder / FIGURE, figure(result.rows, FAMILIES) + "\n")

@@ -56,7 +56,7 @@ def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
     if not found.searched_draft:
         raise ValueError(
             "find_draft: model must have a draft that a search has found, got paths only. Run "
-            f"`{search_command(model.config.name_or_path)} --score speed`."
+            f"`{search_command(model.config.name_or_path, getattr(model.config, 'adapter', None))} --score speed`."
         )
     if found.draft is None or path is None or path.budget < path.num_layers:
         return None

@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dynskip.models.config import DecoderConfig
 from dynskip.models.linear import Linear
 from dynskip.models.registry import get_architecture
-from dynskip.models.source import Source
-from dynskip.models.source_files import one_line, read_source
+from dynskip.models.source import Source, one_line
+from dynskip.models.source_files import read_source
 from dynskip.models.source_model import source_of
 from dynskip.models.weights import HEAD, StoredWeights, stored_names, to_stored
 from dynskip.ops.backends import resolve_backend
@@ -31,10 +31,14 @@ def load(
     device: torch.device | str,
     backend: str,
     pack: bool,
+    adapter: str | Path | None,
 ) -> _Model:
     """The model of a local directory or hub id; see CausalLM.from_pretrained. make_model: makes an empty one."""
     found_dtype, found_device = find_dtype("from_pretrained", dtype), _find_device(device)
-    return _convert(make_model, read_source(source), found_dtype, found_device, backend, pack, from_files=True)
+    found = read_source(source, adapter=adapter)
+    if found.adapter is not None:
+        found.config.adapter = str(found.adapter)
+    return _convert(make_model, found, found_dtype, found_device, backend, pack, from_files=True)
 
 
 def convert(make_model: Callable[[Any], _Model], hf_model: nn.Module, backend: str, pack: bool) -> _Model:
@@ -54,7 +58,8 @@ def save(
     if decoder_config.is_head_tied:
         weights = {key: tensor for key, tensor in weights.items() if key != HEAD}
     state = {name: _own_storage(held) for name, held in to_stored(architecture, decoder_config, weights)}
-    config = type(config).from_dict(config.to_dict())
+    # What was merged is part of the weights now: a folder of this machine says nothing to who loads them.
+    config = type(config).from_dict({key: value for key, value in config.to_dict().items() if key != "adapter"})
     config.dtype = dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(directory)

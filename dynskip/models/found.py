@@ -41,16 +41,16 @@ def weights_version(model: nn.Module) -> tuple[Any, ...]:
 def find_found_paths(digest: str, source: str) -> FoundPaths | None:
     """What searches have found for the weights of ``digest``, loaded from ``source``; None where none has run.
 
-    A file beside the model comes first, then the user's cache, then what is shipped. Raises ValueError for a damaged
-    file, and for one beside the model that is of other weights.
+    source: see `CausalLM.weights_folder`. A file beside the model comes first, then the user's cache, then what is
+    shipped. Raises ValueError for a damaged file, and for one beside the model that is of other weights.
     """
     beside = _beside(source)
     if beside is not None and beside.is_file():
         found = FoundPaths.read(beside)
         if found.weights != digest:
             raise ValueError(
-                f"found_paths: {beside} must be of the weights beside it, got one of others. Remove it, and "
-                "search again."
+                f"found_paths: {beside} must be of the weights beside it, got one of others, or of the adapter with "
+                "another base. Remove it, and search again."
             )
         return found
     try:
@@ -59,7 +59,8 @@ def find_found_paths(digest: str, source: str) -> FoundPaths | None:
         cached = None  # a user without a home, for whom nothing was ever kept
     if cached is not None and cached.is_file():
         return FoundPaths.read(cached)
-    shipped = (FoundPaths.read(path) for path in sorted(FOUND_PATHS_FOLDER.glob("*.json")))
+    beside_shipped = sorted(FOUND_PATHS_FOLDER.parent.glob(f"*/{FOUND_PATHS}"))
+    shipped = (FoundPaths.read(path) for path in (*sorted(FOUND_PATHS_FOLDER.glob("*.json")), *beside_shipped))
     return next((found for found in shipped if found.weights == digest), None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Source:
     function: what asks for it; errors begin with it. name: what they call the source.
     config: transformers', untied where the tensors hold a head of their own. decoder_config: ours, of it.
     tensors: by transformers' names, every one that the config says, in its shape; a tied head is left out.
+    adapter: the folder of the adapter that is merged into them; None for none.
     """
 
     function: str
@@ -42,6 +44,7 @@ class Source:
     architecture: Architecture
     decoder_config: DecoderConfig
     tensors: dict[str, Tensor | Deferred]
+    adapter: Path | None = None
 
     @staticmethod
     def of(function: str, name: str, config: Any, tensors: Mapping[str, Tensor | Deferred]) -> Source:
@@ -60,7 +63,7 @@ class Source:
             if not stored.endswith(architecture.derived):
                 held[stored] = tensor
         for key in sorted(held):
-            _check_tensor(f"{function}: {key} of {name}", held[key])
+            check_tensor(f"{function}: {key} of {name}", held[key])
         if config.tie_word_embeddings and head in held:
             if embedding not in held or _equal(held[head], held[embedding]):
                 held[embedding] = held.pop(head)
@@ -87,15 +90,7 @@ def check_end_tokens(what: str, ends: object) -> None:
         raise ValueError(f"{what} must be a token id or a list of them, got {str(ends)[:100]}.")
 
 
-def _equal(one: Tensor | Deferred, other: Tensor | Deferred) -> bool:
-    one, other = (held.read() if isinstance(held, Deferred) else held for held in (one, other))
-    if one is other:
-        return True
-    same_kind = one.dtype == other.dtype and one.shape == other.shape
-    return same_kind and torch.equal(one, other.to(one.device))
-
-
-def _check_tensor(what: str, tensor: object) -> None:
+def check_tensor(what: str, tensor: object) -> None:
     """Raise ValueError, beginning with ``what``, unless ``tensor`` is a dense one of numbers that are in memory."""
     if isinstance(tensor, Deferred):
         return
@@ -114,6 +109,20 @@ def _check_tensor(what: str, tensor: object) -> None:
             f"{what} must be {', '.join(map(dtype_name, _DTYPES))}, got {dtype_name(tensor.dtype)}. Quantised weights "
             "are not supported: save the model dequantised."
         )
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error in at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _equal(one: Tensor | Deferred, other: Tensor | Deferred) -> bool:
+    one, other = (held.read() if isinstance(held, Deferred) else held for held in (one, other))
+    if one is other:
+        return True
+    same_kind = one.dtype == other.dtype and one.shape == other.shape
+    return same_kind and torch.equal(one, other.to(one.device))
 
 
 def _shapes(architecture: Architecture, config: DecoderConfig) -> dict[str, torch.Size]:

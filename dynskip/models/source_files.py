@@ -14,22 +14,34 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from dynskip.assets import find_model
+from dynskip.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter, find_model
+from dynskip.models.adapter import merge, read_adapter
 from dynskip.models.gguf import read_gguf
 from dynskip.models.registry import ARCHITECTURES, decoder_config
-from dynskip.models.source import Source, check_end_tokens, check_keys
+from dynskip.models.source import Source, check_end_tokens, check_keys, one_line
 from dynskip.models.weights import Deferred
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 GGUF = ".gguf"
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
-def read_source(source: str | Path, function: str = "from_pretrained") -> Source:
+def read_source(source: str | Path, function: str = "from_pretrained", adapter: str | Path | None = None) -> Source:
     """The model in a directory, in a GGUF file or at a hub id, its tensors mapped from the files and not yet read.
 
+    adapter: the folder of a LoRA adapter that is merged into them; None for none but that of a model by name.
     Raises FileNotFoundError, NotADirectoryError, TypeError or ValueError, beginning with ``function``.
     """
+    own = find_adapter(source)
+    if own is not None and adapter is not None:
+        raise ValueError(f"{function}: adapter must be left out with {source}, which has one, got {str(adapter)!r}.")
+    chosen = own or adapter
+    found = _read_whole(source, function)
+    return found if chosen is None else merge(found, read_adapter(chosen, function))
+
+
+def _read_whole(source: str | Path, function: str) -> Source:
+    """The model of `read_source` before an adapter is merged into it."""
     name = _check_name(source, function)
     if name.endswith(GGUF):
         held = read_gguf(name, function)
@@ -67,12 +79,6 @@ def read_end_tokens(name: str, function: str) -> int | list[int] | None:
     return ends
 
 
-def one_line(error: BaseException) -> str:
-    """The text of an error in at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
-
-
 def _check_name(source: str | Path, function: str) -> str:
     if not isinstance(source, str | Path):
         raise TypeError(f"{function}: the model must be a directory or a hub id, got {type(source).__name__}.")
@@ -96,8 +102,8 @@ def _check_name(source: str | Path, function: str) -> str:
 
 def _refuse_adapter(name: str, file: str, function: str) -> NoReturn:
     raise ValueError(
-        f"{function}: {name} must hold one whole model, got an adapter ({file}). Merge it into the base with "
-        "merge_and_unload() of peft, and save that."
+        f"{function}: {name} must hold one whole model, got an adapter ({file}). Name its base as the model, and a "
+        "folder with nothing but the adapter as adapter."
     )
 
 

@@ -47,7 +47,9 @@ class StoredWeights:
         parts = []
         for name in stored_names(self.architecture, key):
             held = self.tensors[name]
-            tensor = held.read() if isinstance(held, Deferred) else held.detach()
+            if isinstance(held, Deferred):
+                held = self.tensors[name] = held.read()  # once, also where it holds query, key and value
+            tensor = held.detach()
             self._uses[name] -= 1
             if not self._uses[name]:
                 del self.tensors[name]

@@ -97,8 +97,10 @@ class PathSearch:
         rows = {"rows": options.num_rows, "judge_rows": options.num_judge_rows}
         item = WorkItem("", weights, "", file_hash(data), "", options.seed, 0, tuple(sorted((where | rows).items())))
         self.items = {split: dataclasses.replace(item, split=split) for split in ("search", "judge")}
+        adapter = getattr(model.config, "adapter", None)
         self.conditions = {
             "model": Path(model.config.name_or_path).name,
+            **({} if adapter is None else {"adapter": Path(adapter).name}),
             "data": data.name,
             **dataclasses.asdict(options),
             **where,
@@ -116,7 +118,7 @@ class PathSearch:
                 found, rows = self._search(searching, judging)
         finally:
             bar.close()
-        kept = place_to_keep(found.weights, self.model.config.name_or_path)
+        kept = place_to_keep(found.weights, self.model.weights_folder)
         before = self.model.found_paths
         (found if before is None else before.updated(found)).write(kept)
         result = {"found": dataclasses.asdict(found), "families": FAMILIES, "rows": rows}

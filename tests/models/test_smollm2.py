@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import adapted, undecided
+from checkpoints import PEFT_WARNS
 from families import cut_family
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynskip import LLM, AsyncLLM, CausalLM, Engine, LayerPath, SamplingParams
-from dynskip.assets import PACKAGED, packaged_file
+from dynskip.assets import PACKAGED, find_adapter, packaged_file
 from dynskip.cli import main
 from dynskip.engine.closed_batch import Generation
 from dynskip.models.gguf import read_gguf
 
 pytest.importorskip("gguf", reason="gguf is not installed")
-NAME = "smollm2-135m-instruct"
+NAME, TUNED = "smollm2-135m-instruct", "smollm2-135m-paths"
 try:
     PATH = packaged_file(NAME)
 except FileNotFoundError:
@@ -121,6 +123,33 @@ def test_logits_are_those_of_transformers(hf_model: Any) -> None:
             for of in (ours, copy.deepcopy(hf_model).to(dtype))
         ]
         assert errors[0] <= 2 * errors[1], errors
+
+
+@PEFT_WARNS
+def test_greedy_tokens_with_an_adapter_are_those_of_peft(model: CausalLM, hf_model: Any, tmp_path: Path) -> None:
+    wrapped = adapted(hf_model, tmp_path, lora_alpha=0.5)
+    ours = CausalLM.from_pretrained(NAME, dtype="float32", adapter=tmp_path)
+    given, params = prompts()[:4], [SamplingParams(max_tokens=16, ignore_eos=True)] * 4
+    outputs, plain = (
+        [sequence.token_ids for sequence in Generation(of, given, params, SHORT).run()] for of in (ours, model)
+    )
+    assert outputs != plain, "the adapter counts"
+    rows = [prompt + output for prompt, output in zip(given, outputs, strict=True)]
+    with cut_family(wrapped.get_base_model(), SHORT):
+        expected = logits_of(wrapped, rows)
+    for prompt, output, logits in zip(given, outputs, expected, strict=True):
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == output
+    assert undecided(PATH, tmp_path) == 0
+
+
+def test_the_adapter_that_is_shipped_has_found_paths_on_every_machine() -> None:
+    try:
+        folder = find_adapter(TUNED)
+    except FileNotFoundError:
+        pytest.skip(f"dynskip comes without {TUNED}")
+    assert folder is not None and undecided(PATH, folder) == 0
+    tuned = CausalLM.from_pretrained(TUNED)
+    assert tuned.found_paths is not None and tuned.found_paths.layers
 
 
 @pytest.mark.filterwarnings("ignore::dynskip.costs.defaults.UnmeasuredCostsWarning")

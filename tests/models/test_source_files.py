@@ -149,7 +149,7 @@ def test_wider_weights_are_rounded_once(folder: Path) -> None:
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_beside_the_base(file: str, folder: Path) -> None:
     (folder / file).write_text("{}")
-    with pytest.raises(ValueError, match=rf"must hold one whole model, got an adapter \({file}\)\. Merge it"):
+    with pytest.raises(ValueError, match=rf"must hold one whole model, got an adapter \({file}\)\. Name its base as"):
         load(folder)
 
 

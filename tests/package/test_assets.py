@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_hf, tiny_model
+from checkpoints import PEFT_WARNS
+from models import stored_state, tiny_hf, tiny_model, word_tokenizer
 
-from dynskip import LLM, Engine, OPTForCausalLM, assets
-from dynskip.assets import PACKAGED, find_model, opt_mini_directory, packaged_file
+from dynskip import LLM, CausalLM, Engine, LayerPath, OPTForCausalLM, assets
+from dynskip.assets import ADAPTED, PACKAGED, find_adapter, find_model, opt_mini_directory, packaged_file
 from dynskip.cli import main
 from dynskip.costs.defaults import UnmeasuredCostsWarning, calibrate_command, default_costs
 from dynskip.costs.store import cached_path, device_key, shape_key
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.found import FOUND_PATHS, FoundPaths
+from dynskip.models.found import place_to_keep
 from dynskip.models.registry import read_decoder_config
 from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
 
@@ -81,6 +84,69 @@ def test_models_of_other_packages_are_known_by_their_names(
     (nowhere / name).rmdir()
     with pytest.raises(FileNotFoundError, match=r"find_model: .* must be installed"):
         find_model(name)
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapted_models_are_known_by_their_names(
+    name: str, nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny model in place of the base, and a random adapter in place of the one that is shipped."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from adapters import CONFIG, WEIGHTS, adapted
+    from gguf_files import tiny_model as gguf_model
+    from gguf_files import write_model
+
+    base, hf_model, folder = ADAPTED[name], gguf_model("llama"), nowhere / "assets" / name
+    _, module, file = PACKAGED[base]
+    (nowhere / "site" / module).mkdir(parents=True)
+    (nowhere / "site" / module / "__init__.py").write_text("")
+    write_model(nowhere / "site" / module / file, hf_model)
+    monkeypatch.syspath_prepend(nowhere / "site")
+    monkeypatch.setenv("DYNSKIP_CACHE", str(nowhere / "cache"))
+    for where in (assets, sys.modules["dynskip.models.found"]):
+        monkeypatch.setattr(where, "FOUND_PATHS_FOLDER", nowhere / "assets" / "found-paths")
+    missing = rf"find_adapter: {name} must come with dynskip, got no adapter_config.json in .* beside {base}\."
+    for ask in (find_model, CausalLM.from_pretrained, LLM, read_decoder_config):
+        with pytest.raises(FileNotFoundError, match=missing):
+            ask(name)
+    with pytest.raises(FileNotFoundError, match=missing):
+        CausalLM.from_pretrained(base, adapter=name)
+    assert main(["generate", "--model", name, "a"]) == 2 and "must come with dynskip" in capsys.readouterr().err
+    merged = adapted(hf_model, folder).merge_and_unload().state_dict()
+    (folder / WEIGHTS).rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=rf"got no {WEIGHTS}"):
+        find_adapter(name)
+    (folder / "elsewhere").rename(folder / WEIGHTS)
+
+    model = CausalLM.from_pretrained(name, dtype="float32")
+    assert model.config.adapter == str(folder) == str(find_adapter(name))
+    for key, tensor in stored_state(model).items():
+        torch.testing.assert_close(tensor, merged[key])
+    digest = model.weights_digest
+    assert digest != CausalLM.from_pretrained(base, dtype="float32").weights_digest
+    for adapter in (folder, name):
+        assert CausalLM.from_pretrained(base, dtype="float32", adapter=adapter).weights_digest == digest
+    assert LLM(name, tokenizer=word_tokenizer(), dtype="float32").model.weights_digest == digest
+    with pytest.raises(ValueError, match=rf"adapter must be left out with {name}, which has one"):
+        CausalLM.from_pretrained(name, adapter=folder)
+    assert find_model(name) == packaged_file(base) and read_decoder_config(name).hidden_size == 128
+    with pytest.raises(ValueError, match=rf"Checkpoint.of: {name} must be one folder or file, got a base and its"):
+        Checkpoint.of(name)
+    trained = load_for_training(name, torch.device("cpu"))
+    assert all(torch.equal(trained.state_dict()[key], tensor) for key, tensor in stored_state(model).items())
+
+    assert model.found_paths is None and "cache" in str(place_to_keep(digest, model.weights_folder))
+    FoundPaths(digest, 2, {1: (1,)}).write(folder / FOUND_PATHS)
+    assert LayerPath.found(model, 1).layers == (1,)
+    assert CausalLM.from_pretrained(base).found_paths is None
+    assert main(["info", "--model", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["adapter"] == str(folder)
+
+    assert find_adapter(Path(name)) is None, "a Path is nothing but a path"
+    (folder / CONFIG).unlink()
+    (nowhere / name).mkdir()
+    assert find_adapter(name) is None and find_model(name) == name
 
 
 def test_the_commands_know_it_too(nowhere: Path, capsys: pytest.CaptureFixture[str]) -> None:

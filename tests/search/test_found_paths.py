@@ -12,9 +12,9 @@ from families import FAMILIES, family_hf
 from models import NUM_LAYERS, tiny_hf, tiny_model
 
 from dynskip import LLM, CausalLM, LayerPath
-from dynskip.assets import FOUND_PATHS_FOLDER, PACKAGED
+from dynskip.assets import ADAPTED, FOUND_PATHS_FOLDER, PACKAGED
 from dynskip.engine.drafting import find_draft
-from dynskip.found import FoundDraft, FoundPaths
+from dynskip.found import FOUND_PATHS, FoundDraft, FoundPaths
 from dynskip.models.found import place_to_keep
 from dynskip.speculation.draft import Draft
 
@@ -134,6 +134,8 @@ def test_what_searches_have_found_is_put_together() -> None:
 def test_what_is_shipped_is_of_a_model_that_the_package_knows() -> None:
     shipped = {path.stem: FoundPaths.read(path) for path in FOUND_PATHS_FOLDER.glob("*.json")}
     assert set(shipped) <= set(PACKAGED)
+    beside = {path.parent.name for path in FOUND_PATHS_FOLDER.parent.glob(f"*/{FOUND_PATHS}")}
+    assert beside <= set(ADAPTED), "paths of an adapted model lie with its adapter"
     assert "smollm2-135m-instruct" in shipped
     assert {27, 25, 20, 15} <= set(shipped["smollm2-135m-instruct"].layers)
 

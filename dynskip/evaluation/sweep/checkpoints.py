@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynskip.assets import find_model, opt_mini_directory
+from dynskip.assets import find_adapter, find_model, opt_mini_directory
 from dynskip.controllers.registry import controller_class
 from dynskip.controllers.storage import read_config
 from dynskip.files import file_hash
@@ -81,6 +81,11 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str | Path) -> None:
 
 
 def _directory(source: str | Path | None) -> Path:
+    if find_adapter(source) is not None:
+        raise ValueError(
+            f"Checkpoint.of: {source} must be one folder or file, got a base and its adapter. Save both as one with "
+            f"save_pretrained of LLM({str(source)!r}).model and of its tokenizer."
+        )
     path = opt_mini_directory() if source is None else Path(find_model(source))
     if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
