@@ -145,7 +145,7 @@ def _sizes(config: DecoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("architecture", *sizes)}
 
 
-def _loaded_model(name: str, dtype: str, adapter: Path | None) -> dict[str, Any]:
+def _loaded_model(name: str, dtype: str, adapter: str | None) -> dict[str, Any]:
     """What a checkpoint takes once loaded, and what this process held before and at its peak."""
     import psutil
 

@@ -106,9 +106,7 @@ def add_model_options(
 
 def add_adapter_option(parser: Any) -> None:
     """Add --adapter, beside the option that chooses the model."""
-    parser.add_argument(
-        "--adapter", type=file_path, metavar="FOLDER", help="LoRA adapter in peft's format, merged into the weights"
-    )
+    parser.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter in peft's format, merged into the weights")
 
 
 def load_llm(args: argparse.Namespace) -> LLM:

@@ -93,7 +93,9 @@ def read_adapter(adapter: str | Path, function: str) -> Adapter:
         raise TypeError(f"{function}: adapter must be a folder, got {type(adapter).__name__}.")
     folder = find_adapter(adapter) or Path(os.path.expanduser(adapter))
     if not folder.is_dir():
-        raise FileNotFoundError(f"{function}: adapter must be a folder, got {str(adapter)!r}, which is none.")
+        raise FileNotFoundError(
+            f"{function}: adapter must be a folder, got {str(adapter)!r}, which is none. Download what lies on a hub."
+        )
     what = f"{function}: {folder}"
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():

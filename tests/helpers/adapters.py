@@ -64,7 +64,7 @@ def adapted_llama(folder: Path) -> tuple[Any, Path, Path]:
     return adapted(hf_model, folder / "adapter"), folder / "base", folder / "adapter"
 
 
-def load(base: Path, adapter: Path, **options: Any) -> CausalLM:
+def load(base: Path, adapter: Path | str, **options: Any) -> CausalLM:
     return CausalLM.from_pretrained(base, **{"dtype": "float32", "backend": "torch", **options}, adapter=adapter)
 
 

@@ -153,12 +153,18 @@ def test_another_base(llama: tuple[Path, Path], tmp_path: Path) -> None:
     refused(tmp_path / "deep", adapter, r"all its target_modules, got none of model\.layers\.6\.mlp\.down_proj")
 
 
-def test_files_that_are_not_there_or_damaged(llama: tuple[Path, Path], tmp_path: Path) -> None:
+def test_files_that_are_not_there_or_damaged(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = llama
     with pytest.raises(TypeError, match=r"from_pretrained: adapter must be a folder, got int"):
         load(base, 3)  # type: ignore[arg-type]  # what is refused
-    refused(base, tmp_path / "nowhere", r"adapter must be a folder, got '.*nowhere', which is none", FileNotFoundError)
+    refused(
+        base, tmp_path / "nowhere", r"adapter must be a folder, got '.*nowhere', which is none\.", FileNotFoundError
+    )
     refused(base, adapter / CONFIG, r"adapter must be a folder", FileNotFoundError)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(base, "~/adapter").config.adapter == str(adapter)
     whole = (adapter / WEIGHTS).read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         (adapter / WEIGHTS).write_bytes(whole[:size])

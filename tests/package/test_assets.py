@@ -140,8 +140,9 @@ def test_adapted_models_are_known_by_their_names(
     FoundPaths(digest, 2, {1: (1,)}).write(folder / FOUND_PATHS)
     assert LayerPath.found(model, 1).layers == (1,)
     assert CausalLM.from_pretrained(base).found_paths is None
-    assert main(["info", "--model", name, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["adapter"] == str(folder)
+    for words in (["--model", name], ["--model", base, "--adapter", name], ["--model", base, "--adapter", str(folder)]):
+        assert main(["info", *words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["model"]["adapter"] == str(folder)
 
     assert find_adapter(Path(name)) is None, "a Path is nothing but a path"
     (folder / CONFIG).unlink()
