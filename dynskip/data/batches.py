@@ -143,6 +143,7 @@ def _shuffled(num_rows: int, seed: str) -> list[int]:
 @dataclass(eq=False)
 class StepPlan(Plan):
     """Batches of ``batch_size`` examples: step s takes rows s * batch_size and on of one shuffled pass after the other.
+    response_only: prompts carry no label.
 
     Every batch is full, and the same for any number of processes. Within a step the rows are sorted by length and
     dealt to processes: less padding, the same sum of gradients.
@@ -157,6 +158,7 @@ class StepPlan(Plan):
     seed: int
     rank: int = 0
     num_processes: int = 1
+    response_only: bool = True
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -180,4 +182,5 @@ class StepPlan(Plan):
         """This process's share of the micro-batch."""
         place = (micro * self.num_processes + self.rank) * self.micro_batch_size
         rows = self.rows(step)[place : place + self.micro_batch_size]
-        return pad_examples([self.examples[row] for row in rows], self.pad_id, response_only=True, multiple=8)
+        examples = [self.examples[row] for row in rows]
+        return pad_examples(examples, self.pad_id, self.response_only, multiple=8)

@@ -43,6 +43,12 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype), None
 
 
+def product_dtype(states: Tensor) -> torch.dtype:
+    """The dtype that a product of ``states`` runs in: autocast's where autocast is on, else their own."""
+    device_type = states.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype
+
+
 def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log likelihood of the labelled tokens, fp32 scalar, differentiable.
 
@@ -52,12 +58,11 @@ def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Loss and gradients are made chunk by chunk in one pass, so neither logits nor their gradient are ever whole.
     """
     kept = labels[:, 1:] != IGNORED
-    device_type = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    dtype = product_dtype(hidden_states)
     states = hidden_states[:, :-1][kept].to(dtype)
     if len(states) == 0:
         raise ValueError("head_loss: labels must keep at least one token, got none. Leave such a batch out.")
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(hidden_states.device.type, enabled=False):
         loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
             states, weight.to(dtype), labels[:, 1:][kept]
         )

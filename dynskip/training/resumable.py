@@ -178,3 +178,13 @@ class ResumableTrainer(Trainer):
             note = json.dumps({"step": self.state.global_step, **self.checkpoint_note()})
             write_text(self.directory / f"checkpoint-{self.state.global_step}" / _COMPLETE, note, sync=True)
         self.accelerator.wait_for_everyone()
+
+
+class LossBar(ProgressCallback):
+    """Trainer's progress bar, with the last losses behind it in place of a line for each step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in (logs or {})}
+            if shown:
+                self.training_bar.set_postfix(shown, refresh=False)

@@ -76,6 +76,24 @@ def record_start(
         write_json(path, {**(old or new), **found, "resumed": resumed})
 
 
+def check_same_config(old: Record, new: Record, directory: Path, free: frozenset[str]) -> None:
+    """Raise ValueError, naming each difference, where a run of the record ``new`` cannot go on with one of ``old``.
+
+    free: fields of the config that may differ.
+    """
+    before, after = ({**record["config"], "data": record["data"]} for record in (old, new))
+    changed = [
+        f"{name} {before.get(name)!r} there, {after.get(name)!r} asked"
+        for name in sorted({*before, *after} - free)
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"record_start: config must equal that of the run in {directory}, got {'; '.join(changed)}. "
+            "Give the run's own options or another folder."
+        )
+
+
 def run_stage(directory: Path, make_trainer: Callable[[], AnyTrainer], export: Callable[[AnyTrainer], Record]) -> None:
     """Train to the end and export, unless ``done.json`` in ``directory`` says that both have happened.
 

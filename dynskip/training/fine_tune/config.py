@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from dynskip.data.templates import TEMPLATES
+from dynskip.training.stage import check_same_config
 
 # What may differ between two starts of one run: it changes how fast a run is, or how often it is saved, not its result.
 _FREE = frozenset({"micro_batch_size", "save_every_s", "gradient_checkpointing"})
@@ -67,19 +67,7 @@ class FineTuneConfig:
         return given if given is not None else math.ceil(self.num_epochs * num_rows / self.batch_size)
 
 
-def check_same_run(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
-    """Raise ValueError, naming each difference, where a run of the record ``new`` cannot go on with one of ``old``."""
-    before, after = ({**record["config"], "data": record["data"]} for record in (old, new))
-    changed = [
-        f"{name} {before.get(name)!r} there, {after.get(name)!r} asked"
-        for name in sorted({*before, *after} - _FREE)
-        if before.get(name) != after.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"record_start: config must equal that of the run in {directory}, got {'; '.join(changed)}. "
-            "Give the run's own options or another folder."
-        )
+check_same_run = partial(check_same_config, free=_FREE)
 
 
 def paper() -> FineTuneConfig:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback
 
 from dynskip.data.batches import IGNORED, Batch, StepPlan, group_in_order, pad_examples
 from dynskip.models.hf_model import only_layers
 from dynskip.paths import LayerPath
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
 from dynskip.training.response_loss import ResponseLoss
-from dynskip.training.resumable import ResumableTrainer, check_numbers
+from dynskip.training.resumable import LossBar, ResumableTrainer, check_numbers
 from dynskip.training.schedule import PathMenu
 from dynskip.training.stage import processes
 
@@ -97,7 +96,7 @@ class FineTuneTrainer(ResumableTrainer):
         # The model divides by num_items_in_batch, which the Trainer counts over micro-batches and processes.
         self.model_accepts_loss_kwargs = True
         if run.progress:
-            self.add_callback(_Bar)
+            self.add_callback(LossBar)
 
     def after_step(self, control: Any) -> None:
         """Evaluate and save every so many steps and at the end."""
@@ -186,13 +185,3 @@ class FineTuneTrainer(ResumableTrainer):
     def best_checkpoint(self) -> Path:
         """That of the best evaluation."""
         return self.directory / f"checkpoint-{self.result()['step']}"
-
-
-class _Bar(ProgressCallback):
-    """Trainer's progress bar, with the last losses behind it in place of a line for each step."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in (logs or {})}
-            if shown:
-                self.training_bar.set_postfix(shown, refresh=False)
