@@ -10,7 +10,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynskip.cli.options import file_path, set_threads
-from dynskip.cli.train_options import add_groups, check_options, controller_config, fine_tune_config, mini_config
+from dynskip.cli.train_options import (
+    add_groups,
+    check_options,
+    controller_config,
+    fine_tune_config,
+    mini_config,
+    paths_config,
+)
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -30,6 +37,8 @@ EXAMPLES = """examples:
       the fine-tunes of arXiv 2410.20022: full depth, then from there ULS-12, ULS-8 and ULS-4
   torchrun --nproc-per-node 8 -m dynskip train --preset paper --data alpaca_data.json.xz --out runs/paper
       the same batches on 8 GPUs; `accelerate launch -m dynskip train ...` works as well
+  dynskip train --preset paths --model smollm2-135m-instruct --data t0_train_50k.jsonl.xz --out runs/spoken
+      an adapter with which a pretrained model speaks along paths that `dynskip search` has found, from texts of its own
   dynskip train --controller hidden --alpha 4 --model runs/paper/full/model --data alpaca_data.json.xz --out runs/hidden
       a controller that reads hidden states, on the frozen model of such a run
 """
@@ -38,15 +47,17 @@ EXAMPLES = """examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train``."""
     parser.add_argument(
-        "--preset", choices=["opt-mini", "paper", "released-code"], help="default: opt-mini; with --controller: paper"
+        "--preset",
+        choices=["opt-mini", "paper", "released-code", "paths"],
+        help="default: opt-mini; with --controller: paper",
     )
     parser.add_argument(
         "--data",
         action="append",
-        required=True,
+        default=[],
         type=file_path,
         metavar="FILE",
-        help="Alpaca as *.json[.xz], T0 as *.jsonl[.xz]; give it once a file",
+        help="Alpaca as *.json[.xz], T0 as *.jsonl[.xz]; give it once a file (the preset paths does without)",
     )
     parser.add_argument(
         "--out", required=True, type=file_path, metavar="FOLDER", help="run folder, new or to be resumed"
@@ -103,9 +114,12 @@ def run(args: argparse.Namespace) -> int:
     if args.preset is None:
         args.preset = "opt-mini" if args.controller is None else "paper"
     check_options(args)
-    if args.preset != "opt-mini" and len(args.data) != 1:
+    if not args.data and args.preset != "paths":
+        raise ValueError(f"train: --data must be given with the preset {args.preset}, got no file.")
+    if args.preset not in ("opt-mini", "paths") and len(args.data) != 1:
         raise ValueError(f"train: --data must be given once with the preset {args.preset}, got {len(args.data)} files.")
-    for package in ("accelerate", "datasets"):
+    needed = ["accelerate", "datasets"] + ["peft"] * (args.preset == "paths" and args.method != "full")
+    for package in needed:
         if find_spec(package) is None:
             raise ValueError(f"train: {package} must be installed. Install it with `pip install dynskip[train]`.")
     # Of the processes that torchrun or accelerate started, the first is the one that speaks.
@@ -137,6 +151,11 @@ def _train(args: argparse.Namespace) -> list[str]:
 
         exported = TrainingRun(mini_config(args), args.data, args.out, evaluator(progress), progress).train()
         return [f"{exported}: model, tokenizer, and bits per byte of each path in scores.json"]
+    if args.preset == "paths":
+        from dynskip.training.paths.run import PathsRun
+
+        folder = PathsRun(paths_config(args), args.data, args.out, progress=progress).train()
+        return [f"{folder}: {'the model' if args.method == 'full' else 'the adapter'}, with its paths as found:B"]
     if args.controller is None:
         from dynskip.training.fine_tune.run import FineTuneRun
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynskip.training.controller.config import ControllerConfig
     from dynskip.training.fine_tune.config import FineTuneConfig
+    from dynskip.training.paths.config import PathsConfig
     from dynskip.training.pretrain.config import RunConfig
 
 
@@ -53,8 +54,39 @@ _FINE_TUNE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "menu": (
         "menu",
-        {"action": "append", "metavar": "PATH", "help": "a path of one more fine-tune that draws a path each batch"},
+        {
+            "action": "append",
+            "metavar": "PATH",
+            "help": "a path of one more fine-tune that draws a path each batch; preset paths: a path to tune for "
+            "(full, and found:B for 5/6, 2/3 and 1/2 of the layers)",
+        },
     ),
+}
+# Each option of the preset that tunes for paths: the field of PathsConfig that it sets, and how it is read; None
+# for an option that stands among those above.
+_PATHS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "model": ("model", None),
+    "menu": ("menu", None),
+    "lr": ("learning_rate", None),
+    "batch_size": ("batch_size", None),
+    "micro_batch": ("micro_batch_size", None),
+    "max_length": ("max_tokens", None),
+    "warmup_steps": ("warmup_steps", None),
+    "eval_every": ("eval_every", None),
+    "validation_rows": ("num_validation_texts", None),
+    "precision": ("precision", None),
+    "method": ("method", {"choices": ["lora", "full"], "help": "train an adapter, or all weights (lora)"}),
+    "rank": ("rank", _value(int, "R", "of the adapter (16)")),
+    "loss": (
+        "loss",
+        {
+            "choices": ["distill", "response"],
+            "help": "divergence from the model's own full depth on all tokens, or the responses' (distill)",
+        },
+    ),
+    "paths_per_step": ("paths_per_step", _value(int, "N", "paths of the menu that a step trains (default: all)")),
+    "own_turns": ("num_own_turns", _value(int, "N", "conversations that begin with a turn of the model's own (4096)")),
+    "data_turns": ("num_data_turns", _value(int, "N", "conversations that begin with a prompt of --data (1024)")),
 }
 _CONTROLLER: dict[str, dict[str, Any]] = {
     "controller": {
@@ -75,20 +107,32 @@ _ALPHA = 4.0
 def add_groups(parser: argparse.ArgumentParser) -> None:
     """Add the options that belong to some presets only, and those of controllers."""
     on_model = "on --model, with the data, lengths and batches of a preset (default: paper)"
+    shared = ", ".join(_option(name) for name, (_, how) in _PATHS.items() if how is None)
     groups = (
         ("preset opt-mini", None, _MINI),
         ("presets paper and released-code", None, {name: how for name, (_, how) in _FINE_TUNE.items()}),
+        (
+            "preset paths",
+            f"and {shared} as above, with defaults of its own",
+            {name: how for name, (_, how) in _PATHS.items() if how is not None},
+        ),
         ("controllers", on_model, _CONTROLLER),
     )
     for title, description, options in groups:
         group = parser.add_argument_group(title, description)
         for name, how in options.items():
-            group.add_argument(f"--{name.replace('_', '-')}", **how)
+            group.add_argument(_option(name), **how)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError where an option is given that the preset, or a training without a controller, does not have."""
-    _refuse(args, [*_FINE_TUNE, "controller"] if args.preset == "opt-mini" else _MINI, f"with the preset {args.preset}")
+    of_preset = {"opt-mini": {*_MINI}, "paths": {*_PATHS}}.get(args.preset, {*_FINE_TUNE, "controller"})
+    every = {*_MINI, *_FINE_TUNE, *_PATHS, "controller"}
+    _refuse(args, every - of_preset, f"with the preset {args.preset}")
     if args.controller is None:
         _refuse(args, set(_CONTROLLER) - {"controller"}, "without --controller")
     else:
@@ -99,7 +143,7 @@ def _refuse(args: argparse.Namespace, options: Iterable[str], where: str) -> Non
     for name in sorted(options):
         value = getattr(args, name)
         if value is not None and value != []:
-            raise ValueError(f"train: --{name.replace('_', '-')} must be left out {where}, got {value}.")
+            raise ValueError(f"train: {_option(name)} must be left out {where}, got {value}.")
 
 
 def mini_config(args: argparse.Namespace) -> RunConfig:
@@ -149,18 +193,45 @@ def fine_tune_config(args: argparse.Namespace) -> FineTuneConfig:
     """The config of a fine-tune: the preset's with what ``args`` change."""
     from dynskip.training.fine_tune.config import FINE_TUNE_PRESETS
 
-    changes: dict[str, Any] = {}
-    fields = {option: field for option, (field, _) in _FINE_TUNE.items()}
-    for option, field in {**fields, "seed": "seed", "save_every": "save_every_s"}.items():
-        value = getattr(args, option)
-        if value is not None:
-            changes[field] = tuple(value) if isinstance(value, list) else value
+    changes = _changes(args, {option: field for option, (field, _) in _FINE_TUNE.items()})
     if changes.get("patience") == 0:
         changes["patience"] = None
     names = {"full": "num_steps", "paths": "num_path_steps"}
     if args.controller is not None:
         names = {"controller": "num_steps"}
-    for pair in args.steps:
+    changes |= _step_counts(args.steps, names)
+    return dataclasses.replace(FINE_TUNE_PRESETS[args.preset](), **changes)
+
+
+def paths_config(args: argparse.Namespace) -> PathsConfig:
+    """The config of a training for paths: the defaults with what ``args`` change.
+
+    Without data there are no turns of theirs.
+    """
+    from dynskip.training.paths.config import PathsConfig
+
+    changes = _changes(args, {option: field for option, (field, _) in _PATHS.items()})
+    if "model" not in changes:
+        raise ValueError("train: --model must name a checkpoint with the preset paths, got none.")
+    if not args.data and changes.setdefault("num_data_turns", 0):
+        raise ValueError(f"train: --data must be given for --data-turns {changes['num_data_turns']}, got none.")
+    return PathsConfig(**changes, **_step_counts(args.steps, {"paths": "num_steps"}))
+
+
+def _changes(args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:
+    """What the options set, by field."""
+    changes: dict[str, Any] = {}
+    for option, field in {**fields, "seed": "seed", "save_every": "save_every_s"}.items():
+        value = getattr(args, option)
+        if value is not None and value != []:
+            changes[field] = tuple(value) if isinstance(value, list) else value
+    return changes
+
+
+def _step_counts(pairs: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+    """The fields that ``--steps`` sets: ``names`` has them by phase."""
+    counts: dict[str, int] = {}
+    for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in names or not text.isdecimal() or int(text) < 1:
             known = " or ".join(f"{known}=N" for known in names)
@@ -168,8 +239,8 @@ def fine_tune_config(args: argparse.Namespace) -> FineTuneConfig:
                 f"train: --steps must be {known} with N > 0, got {pair!r}. "
                 f"Write for example --steps {next(iter(names))}=100."
             )
-        changes[names[name]] = int(text)
-    return dataclasses.replace(FINE_TUNE_PRESETS[args.preset](), **changes)
+        counts[names[name]] = int(text)
+    return counts
 
 
 def controller_config(args: argparse.Namespace) -> ControllerConfig:

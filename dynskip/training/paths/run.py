@@ -1,0 +1,131 @@
+"""A training for paths in a folder: texts in the model's own words, then what is trained. Killed, it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynskip.causal_lm import CausalLM
+from dynskip.data.conversations import read_rows
+from dynskip.data.examples import Example
+from dynskip.data.own_texts import Writing, write_texts
+from dynskip.files import whole_folder
+from dynskip.found import FOUND_PATHS, FoundPaths
+from dynskip.llm import LLM
+from dynskip.paths import LayerPath
+from dynskip.training.fine_tune.checkpoint_run import load_for_training, load_tokenizer
+from dynskip.training.paths.config import PathsConfig, check_same_run, default_menu
+from dynskip.training.paths.model import PathsModel, with_adapter
+from dynskip.training.paths.trainer import PathsTrainer
+from dynskip.training.stage import default_device, record_start, run_stage, save_model, write_curves
+from dynskip.version import __version__
+
+TEXTS = "texts.jsonl"
+
+
+@dataclass(eq=False)
+class PathsRun:
+    """One training of ``config`` in ``directory``: ``texts.jsonl``, ``training/`` with checkpoints and curves, and
+    ``adapter/``, or ``model/`` where all weights are trained, with the paths of the menu as ``found:B``.
+
+    data: files of prompts, as `read_rows` knows them.
+    """
+
+    config: PathsConfig
+    data: Sequence[Path]
+    directory: Path
+    device: torch.device = field(default_factory=default_device)
+    progress: bool = True
+
+    def train(self) -> Path:
+        """The folder of what was trained, which ``LLM`` takes: as ``adapter``, or as the model."""
+        menu, examples = self._prepare()
+        folder = self.directory / ("adapter" if self.config.method == "lora" else "model")
+        make_trainer = partial(self._make_trainer, menu, examples)
+        run_stage(self.directory / "training", make_trainer, partial(self._export, folder, menu))
+        return folder
+
+    def _prepare(self) -> tuple[list[LayerPath], list[Example]]:
+        """The menu's paths and the texts; what writes them is gone afterwards."""
+        llm = LLM(self.config.model, device=self.device)
+        num_layers = llm.model.num_layers
+        texts = self.config.menu or default_menu(num_layers)
+        menu = [LayerPath.parse(text, num_layers, llm.model) for text in texts]
+        use_cpu = self.device.type == "cpu"
+        layers = {text: list(path.layers) for text, path in zip(texts, menu, strict=True)}
+        record_start(
+            self.directory,
+            dataclasses.asdict(self.config),
+            self.data,
+            check_same_run,
+            use_cpu=use_cpu,
+            kept=("config", "commit", "started"),
+            layers=layers,
+        )
+        torch.manual_seed(self.config.seed)
+        prompts = [row.instruction for path in self.data for row in read_rows(path)]
+        writing = Writing(self.config.num_own_turns, self.config.num_data_turns, seed=self.config.seed)
+        return menu, write_texts(llm, prompts, writing, self.directory / TEXTS, self.progress)
+
+    def _make_trainer(self, menu: Sequence[LayerPath], examples: Sequence[Example]) -> PathsTrainer:
+        config = self.config
+        use_cpu = self.device.type == "cpu"
+        model = load_for_training(config.model, self.device, with_loss=False)
+        adapter = None
+        if config.method == "lora":
+            torch.manual_seed(config.seed)
+            model.requires_grad_(False)
+            if config.precision == "bfloat16":
+                for weight in model.parameters():  # buffers stay: frequencies of positions want all their bits
+                    weight.data = weight.data.to(torch.bfloat16)
+            adapter = with_adapter(model, config.rank)
+        cut = [_cut(example, config.max_tokens) for example in examples]
+        random.Random(f"{config.seed} held back").shuffle(cut)
+        validation, training = cut[: config.num_validation_texts], cut[config.num_validation_texts :]
+        tokenizer = load_tokenizer(config.model)
+        return PathsTrainer(
+            config,
+            PathsModel(model, adapter, config.loss),
+            menu,
+            training,
+            validation,
+            tokenizer.pad_token_id,
+            self.directory / "training",
+            use_cpu=use_cpu,
+            progress=self.progress,
+        )
+
+    def _export(self, folder: Path, menu: Sequence[LayerPath], trainer: PathsTrainer) -> dict[str, Any]:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        write_curves(trainer.directory, history)
+        adapter = trainer.paths_model.adapter
+        with whole_folder(folder) as partial_folder:
+            if adapter is None:
+                save_model(trainer.paths_model.model, load_tokenizer(self.config.model), partial_folder)
+                model = CausalLM.from_pretrained(partial_folder)
+            else:
+                adapter.peft_config["default"].base_model_name_or_path = self.config.model
+                if self.config.precision == "bfloat16":
+                    adapter.to(torch.bfloat16)
+                adapter.save_pretrained(partial_folder, save_embedding_layers=False)
+                model = CausalLM.from_pretrained(self.config.model, adapter=partial_folder)
+            # `found:B` is then what was trained.
+            layers = {path.budget: path.layers for path in menu if path.budget < path.num_layers}
+            conditions = {"paths": {"trained": self.config.model, "dynskip": __version__}}
+            found = FoundPaths(model.weights_digest, model.num_layers, layers, conditions=conditions)
+            found.write(partial_folder / FOUND_PATHS)
+        return next(entry for entry in reversed(history) if "eval_loss" in entry)
+
+
+def _cut(example: Example, max_tokens: int) -> Example:
+    room = max(1, max_tokens - len(example.prompt_ids))
+    return dataclasses.replace(
+        example, prompt_ids=example.prompt_ids[: max_tokens - 1], response_ids=example.response_ids[:room]
+    )
