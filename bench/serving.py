@@ -3,6 +3,7 @@
 python bench/serving.py                        OPT-1.3B's shapes, random weights: a quarter of an hour on two cores
 python bench/serving.py --model runs/base --data alpaca_data.json.xz     prompts as they come
 python bench/serving.py --only overhead --requests 300                   a part of it
+python bench/serving.py --model smollm2-135m-paths --mix found:15=74,found:20=18,found:25=6,full=2    other depths
 
 `dynskip calibrate` comes first: the schedule, the ideal and the prediction stand on what it has measured.
 """
@@ -483,6 +484,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="opt-1.3b", help="random weights of that shape")
     parser.add_argument("--model", help="a checkpoint instead: folder, hub id, or opt-mini, shipped with dynskip")
     parser.add_argument("--data", type=Path, help="Alpaca, whose prompts are served as they come")
+    parser.add_argument("--mix", default=PAPER_MIX, metavar="PATH=SHARE,...", help="depths (default: the paper's)")
     parser.add_argument("--requests", type=in_range(1, 10**5), default=1024)
     parser.add_argument("--batch", type=in_range(1, 1024), action="append", help="repeatable (default: 16 and 32)")
     parser.add_argument("--prompt-len", type=in_range(1, 2048), default=32)
@@ -508,7 +510,7 @@ def main() -> int:
     costs = load_cached(device, shape)
     if costs is None:
         raise SystemExit(f"bench: {cached_path(device, shape)} must hold costs, got nothing. Run dynskip calibrate.")
-    mix = parse_mix(PAPER_MIX, model.num_layers)
+    mix = parse_mix(args.mix, model.num_layers, model)
     workload = Workload(args.requests, mix, args.prompt_len, args.mean_output)
     if args.data is not None:
         prompts = _alpaca(args.data, llm, args.requests, 256)
@@ -529,7 +531,7 @@ def main() -> int:
         "requests": args.requests,
         "prompts": "Alpaca prompts as they come" if args.data else f"prompts of {args.prompt_len} tokens",
         "mean_output": args.mean_output,
-        "mix": PAPER_MIX,
+        "mix": args.mix,
         "mean_layers": sum(job.request.path.budget for job in jobs) / len(jobs),
         "num_layers": model.num_layers,
         "calibrated": costs.conditions,

@@ -6,8 +6,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dynskip.arguments import shown
+from dynskip.found import Searched
 from dynskip.paths import LayerPath
 
 # The shares of arXiv 2410.20022's budgets: a mean of 5.6 of 24 layers, its 23.3 %.
@@ -82,8 +84,12 @@ class Workload:
         return 1 + int(math.log(1 - draw.random()) / math.log(1 - 1 / self.mean_output))
 
 
-def parse_mix(text: str, num_layers: int) -> tuple[tuple[LayerPath, float], ...]:
+def parse_mix(
+    text: str, num_layers: int, model: Searched | str | Path | None = None
+) -> tuple[tuple[LayerPath, float], ...]:
     """The paths of ``PATH=SHARE,PATH=SHARE,...``; a share is 1 if left out, and they need not add up to anything.
+
+    model: as in `LayerPath.parse`.
 
     A number after a comma goes on with the path before it, as in ``layers:0,5=1``.
     """
@@ -105,7 +111,7 @@ def parse_mix(text: str, num_layers: int) -> tuple[tuple[LayerPath, float], ...]
                 f"parse_mix: share must be a positive number of at most {_MAX_SHARE:g}, got {part!r}. "
                 "Write PATH=SHARE,PATH=SHARE."
             )
-        mix.append((LayerPath.parse(path, num_layers), weight))
+        mix.append((LayerPath.parse(path, num_layers, model), weight))
     return tuple(mix)
 
 
