@@ -215,7 +215,8 @@ def paths_config(args: argparse.Namespace) -> PathsConfig:
         raise ValueError("train: --model must name a checkpoint with the preset paths, got none.")
     if not args.data and changes.setdefault("num_data_turns", 0):
         raise ValueError(f"train: --data must be given for --data-turns {changes['num_data_turns']}, got none.")
-    return PathsConfig(**changes, **_step_counts(args.steps, {"paths": "num_steps"}))
+    changes |= _step_counts(args.steps, {"paths": "num_steps"})
+    return PathsConfig(**changes)
 
 
 def _changes(args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def user_turn_opening(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], in
     written = tokenizer.apply_chat_template(
         [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
     )
-    before, _, behind = written.partition(mark)
+    before, _, behind = str(written).partition(mark)
     end = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
     if not behind or not end or end[0] not in tokenizer.all_special_ids:
         raise ValueError("user_turn_opening: chat template must end a turn with a control token, got text.")
@@ -166,7 +166,7 @@ class _OwnTurns:
         turns = []
         for sample in output.samples:
             if sample.finish_reason == "stop" and sample.token_ids[-1] == self.end:
-                text = self.tokenizer.decode(sample.token_ids[:-1]).strip()
+                text = str(self.tokenizer.decode(sample.token_ids[:-1])).strip()
                 if _is_turn(text, self.tokenizer.all_special_tokens):
                     turns.append(tuple(encode_prompt(self.tokenizer, text)))
         return turns

@@ -114,7 +114,7 @@ class PathsRun:
                 adapter.peft_config["default"].base_model_name_or_path = self.config.model
                 if self.config.precision == "bfloat16":
                     adapter.to(torch.bfloat16)
-                adapter.save_pretrained(partial_folder, save_embedding_layers=False)
+                adapter.save_pretrained(str(partial_folder), save_embedding_layers=False)
                 model = CausalLM.from_pretrained(self.config.model, adapter=partial_folder)
             # `found:B` is then what was trained.
             layers = {path.budget: path.layers for path in menu if path.budget < path.num_layers}
