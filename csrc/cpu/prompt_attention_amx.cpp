@@ -15,15 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                         \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16")
-#endif
-
-#define DYNSKIP_HAS_AVX512
+#include "amx_target.h"
 #include "amx_tiles.h"
 #include "lanes.h"
 

@@ -102,13 +102,7 @@ class NativeSteps:
             torch.tensor(turns.num_guesses),
             () if is_greedy else choice_columns(choices, self.decoder.config.vocab_size, step.token_ids.device),
             None if turns.num_common is None else torch.tensor(turns.num_common),
-            cache.k_cache,
-            cache.v_cache,
-            cache.slot_positions,
-            cache.context_lens,
-            cache.slot_tables,
-            cache.free_slots,
-            cache.slot_cursor,
+            *_cache_arguments(cache),
             counts,
             self.is_timed,
         )
@@ -150,13 +144,7 @@ class NativeSteps:
                 cache_ids if rows is None else cache_ids[rows],
                 active if rows is None else active[:, rows].contiguous(),
                 KV_POLICY_CODES[plan.kv_policy],
-                cache.k_cache,
-                cache.v_cache,
-                cache.slot_positions,
-                cache.context_lens,
-                cache.slot_tables,
-                cache.free_slots,
-                cache.slot_cursor,
+                *_cache_arguments(cache),
                 counts,
                 weight,
                 bias,
@@ -298,6 +286,19 @@ class _Description:
             self.integers.append(0)
             self._tensor(None if linear is None else linear.weight)
         self._tensor(None if linear is None else linear.bias)
+
+
+def _cache_arguments(cache: KVCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """What the extension reads and writes of ``cache``, in the order in which its ops take it."""
+    return (
+        cache.k_cache,
+        cache.v_cache,
+        cache.slot_positions,
+        cache.context_lens,
+        cache.slot_tables,
+        cache.free_slots,
+        cache.slot_cursor,
+    )
 
 
 def _until_not_finite(tokens: list[int]) -> list[int]:
