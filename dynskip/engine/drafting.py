@@ -7,6 +7,7 @@ token that never came, and their entries are given back.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,10 +35,11 @@ from dynskip.speculation.lengths import MOST_GUESSES, Candidate, Choice, DraftLe
 REPLAYED_ROWS = 8
 # Own entries that a draft lacks run as rows of its first guess, if they are no more than these; else as a prompt.
 _FEW_ROWS = 8
-# The share of the time that guesses may cost which are made to see whether they would be right.
+# The share of the time that guesses may lose which are made to see whether they would be right.
 _PROBED_SHARE = 0.01
-# Where no guess pays, so many steps go by before the question is asked again: asking costs time, too.
-_IDLE_STEPS = 3
+# Where no guess pays, so many steps go by before the question is asked again, and twice as many each further time:
+# asking costs time, too, and the answer is the same while as many sequences step and nothing is learnt.
+_IDLE_STEPS, _MOST_IDLE_STEPS = 3, 48
 # A probe looks at so many guesses.
 _PROBE_LENGTH = 1
 
@@ -60,7 +62,7 @@ def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
         )
     if found.draft is None or path is None or path.budget < path.num_layers:
         return None
-    return Draft(LayerPath.of(found.num_layers, found.draft.layers), found.draft.entries)
+    return Draft(LayerPath.of(found.num_layers, found.draft.layers), found.draft.entries, found.draft.agreement)
 
 
 @dataclass
@@ -85,6 +87,12 @@ class _Learnt:
 _LEARNT: WeakKeyDictionary[CausalLM, _Learnt] = WeakKeyDictionary()
 
 
+def forget_acceptance(model: CausalLM) -> None:
+    """Forget how often drafts of ``model`` were right: its weights have changed. Engines that run already do not."""
+    if model in _LEARNT:
+        _LEARNT[model].acceptance = Acceptance()
+
+
 @dataclass
 class Drafting:
     """Decides how many tokens the sequences of a step guess, lets their drafts guess them, and learns from it.
@@ -100,9 +108,14 @@ class Drafting:
     acceptance: Acceptance = field(init=False)
     _lengths: DraftLengths | None = None
     _dropped: list[tuple[int, int, int]] = field(default_factory=list)  # cache sequence, tokens kept, entries behind
+    _is_prepared: bool = False
     _choice: Choice | None = None
-    _num_seqs: int = 0  # of the step
-    _num_idle: int = 0
+    _num_seqs: int = 0  # of the step, those with a path
+    _num_spans: int = 0  # all of them
+    _num_idle: int = 0  # steps that go by before the question is asked again
+    _idle_steps: int = 0  # so many of the last time, for steps of _idle_spans
+    _idle_spans: int = 0
+    _num_given: int = 0  # tokens of the step
     _begin_s: float = 0.0
     _is_regular: bool = True  # whether the step does nothing but guess and verify
     _is_probe: bool = False  # whether its guesses are made to see whether they would be right
@@ -114,22 +127,35 @@ class Drafting:
         self._learnt = _LEARNT.setdefault(self.runner.model, _Learnt())
         self.acceptance = self._learnt.acceptance
 
+    def prepare(self, batch: int) -> None:
+        """Compile and load what steps of ``batch`` sequences launch that verify guesses: none waits for it later."""
+        if not self._is_prepared:
+            self.runner.executor.warm_up(self.kv.cache, min(batch * (1 + MOST_GUESSES), max(batch, self._most_rows)))
+            self._is_prepared = True
+
+    @property
+    def _most_rows(self) -> int:
+        """Of a step that verifies guesses."""
+        return NATIVE_ROWS if self.runner.model.backend.name == "native" else 4 * NATIVE_ROWS
+
     def extend(self, spans: Sequence[Span]) -> list[Span]:
         """The decode spans of a step, one token each, with the tokens that are guessed or known behind them.
 
         Guesses are in `OutputSequence.guesses`. Memory that the step's own rows need is not touched.
         """
         self._choice = None
-        self._is_regular, self._is_probe = True, False
+        self._is_regular, self._is_probe, self._num_given = True, False, 0
         if all(span.sequence.draft is None and not span.sequence.is_replayed for span in spans):
             return list(spans)
-        if self._num_idle and not any(span.sequence.is_replayed for span in spans):
+        if self._num_idle and len(spans) == self._idle_spans and not any(span.sequence.is_replayed for span in spans):
             self._num_idle -= 1
             return list(spans)
         self._begin_s = time.perf_counter()
+        self._num_spans = len(spans)
         num_free = self.kv.num_free
         extended = list(spans)
         candidates: list[tuple[int, Candidate]] = []
+        riders: list[tuple[int, Candidate]] = []
         others: list[LayerPath] = []
         for index, span in enumerate(spans):
             sequence = span.sequence
@@ -145,9 +171,10 @@ class Drafting:
             elif (candidate := self._candidate(sequence, path)) is None:
                 others.append(path)
             else:
-                candidates.append((index, candidate))
+                (riders if candidate.rides else candidates).append((index, candidate))
         if not candidates:
             return extended
+        candidates += riders
         lengths = self._choose([candidate for _, candidate in candidates], others)
         guessing = []
         for (index, candidate), length in zip(candidates, lengths, strict=True):
@@ -155,12 +182,12 @@ class Drafting:
             length, num_slots = self._affordable(span, candidate, length, num_free)
             if length:
                 num_free -= num_slots
-                guessing.append((index, length))
+                guessing.append((index, candidate.draft, length))
         self._guessed_ms = 0.0
         if guessing:
             begin_s = time.perf_counter()
-            self._guess([spans[index] for index, _ in guessing], [length for _, length in guessing])
-            for index, _ in guessing:
+            self._guess([(spans[index], draft, length) for index, draft, length in guessing])
+            for index, _, _ in guessing:
                 span = spans[index]
                 extended[index] = Span(span.sequence, span.first, 1 + len(span.sequence.guesses))
             self._guessed_ms = 1e3 * (time.perf_counter() - begin_s)
@@ -172,6 +199,7 @@ class Drafting:
         """Learn that the first ``num_kept`` rows of ``span`` have seen tokens that came."""
         sequence = span.sequence
         num_guesses = len(sequence.guesses)
+        self._num_given += num_kept
         if num_guesses and sequence.draft is not None and sequence.path is not None:
             num_right = min(num_kept - 1, num_guesses)
             self.acceptance.add(sequence.path, sequence.draft, sequence.rate, num_right, num_guesses)
@@ -212,7 +240,8 @@ class Drafting:
         if self._choice is None or self._lengths is None:
             return
         measured_ms = 1e3 * (time.perf_counter() - self._begin_s)
-        self._learnt.spent_ms += measured_ms
+        # The steps to come that are not asked for count as this one.
+        self._learnt.spent_ms += measured_ms * (1 + self._num_idle)
         if not self._is_regular:
             self._learnt.probed_ms += self._guessed_ms * self._is_probe
             return
@@ -220,18 +249,19 @@ class Drafting:
         self._regular_ms += measured_ms
         self._lengths.observe(self._choice, self._num_seqs, self._guessed_ms, measured_ms - self._guessed_ms)
         if self._is_probe:
-            self._learnt.probed_ms += self._lengths.extra_ms(self._choice, self._num_seqs)
+            lost_ms = self._lengths.lost_ms(self._choice, self._num_seqs, self._num_given, measured_ms)
+            self._learnt.probed_ms = max(0.0, self._learnt.probed_ms + lost_ms)
 
     def _candidate(self, sequence: OutputSequence, path: LayerPath) -> Candidate | None:
-        draft = sequence.draft
-        if draft is None:
-            return None
         # The last token of an output is never run, and a guess behind it is worth nothing.
         num_left = sequence.state.max_tokens - len(sequence.token_ids)
         if num_left < 2:
             return None
-        rate = self.acceptance.of(path, draft, sequence.rate)
-        return Candidate(path, draft, rate, min(num_left - 1, MOST_GUESSES))
+        draft, most = sequence.draft, min(num_left - 1, MOST_GUESSES)
+        if draft is not None:
+            return Candidate(path, draft, self.acceptance.of(path, draft, sequence.rate), most)
+        own = _draft_of_its_own(path) if self.runner.executor.resumes else None
+        return None if own is None else Candidate(path, own, 1.0, most, rides=True)
 
     def _is_worth_entries(self, sequence: OutputSequence, candidate: Candidate) -> bool:
         """Whether what the draft saves for ``num_left`` tokens is more than the entries take that it still lacks."""
@@ -248,9 +278,7 @@ class Drafting:
 
     def _draft_lengths(self) -> DraftLengths:
         if self._lengths is None:
-            is_native = self.runner.model.backend.name == "native"
-            most_rows = NATIVE_ROWS if is_native else 4 * NATIVE_ROWS
-            self._lengths = self._learnt.of_costs(self.costs(), most_rows, self.runner.executor.resumes)
+            self._lengths = self._learnt.of_costs(self.costs(), self._most_rows, self.runner.executor.resumes)
         return self._lengths
 
     def _choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...]:
@@ -258,11 +286,16 @@ class Drafting:
         self._num_seqs = len(candidates) + len(others)
         plain = lengths.plain(candidates, others)
         choice = self._choice = plain or lengths.choose(candidates, others)
-        if plain is not None or any(choice.lengths):
-            return choice.lengths
-        probed = self._probe(candidates, others)
-        if probed is None:
-            self._num_idle = _IDLE_STEPS
+        probed = None
+        if plain is None and not any(choice.lengths):
+            probed = self._probe(candidates, others)
+            if probed is None:
+                is_same = self._num_spans == self._idle_spans
+                self._idle_steps = min(2 * self._idle_steps, _MOST_IDLE_STEPS) if is_same else 0
+                self._idle_steps = max(self._idle_steps, _IDLE_STEPS)
+                self._num_idle, self._idle_spans = self._idle_steps, self._num_spans
+                return choice.lengths
+        self._idle_steps = self._idle_spans = self._num_idle = 0
         return probed or choice.lengths
 
     def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
@@ -271,9 +304,9 @@ class Drafting:
         learnt = self._learnt
         if learnt.spent_ms < learnt.next_probe_ms:
             return None
-        place = max(range(len(candidates)), key=lambda index: candidates[index].rate)
+        place = max(range(len(candidates)), key=lambda index: (not candidates[index].rides, candidates[index].rate))
         probe = self._lengths.probe(candidates, others, place, _PROBE_LENGTH)
-        learnt.next_probe_ms = (learnt.probed_ms + self._lengths.extra_ms(probe, self._num_seqs)) / _PROBED_SHARE
+        learnt.next_probe_ms = (learnt.probed_ms + self._lengths.lost_ms(probe, self._num_seqs)) / _PROBED_SHARE
         if learnt.spent_ms < learnt.next_probe_ms:
             return None
         self._choice, self._is_probe = probe, True
@@ -299,17 +332,17 @@ class Drafting:
             length -= 1
         return length, length * budget
 
-    def _guess(self, spans: Sequence[Span], lengths: Sequence[int]) -> None:
-        """Let the drafts of ``spans`` guess, ``lengths`` tokens each; where they fail nobody guesses in this step."""
+    def _guess(self, guessing: Sequence[tuple[Span, Draft, int]]) -> None:
+        """Let each draft guess as many tokens for its span; where they fail no token is guessed in this step."""
         cache = self.kv.cache
-        sequences = [span.sequence for span in spans]
+        sequences = [span.sequence for span, _, _ in guessing]
         places = [self.kv.draft_place(sequence.state) for sequence in sequences]
         held = [sequence.state.cache_id for sequence in sequences]
         held += [place.cache_id for place in places if place is not None]
         mark = cache.mark(held)
         before = [None if place is None else place.num_tokens for place in places]
         try:
-            self._run(spans, lengths)
+            self._run(guessing)
         except Exception as error:
             cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
             for sequence, place, num_tokens in zip(sequences, places, before, strict=True):
@@ -322,10 +355,10 @@ class Drafting:
                 f"A draft failed, and {len(sequences)} outputs go on without: {error!r}", DraftWarning, stacklevel=2
             )
 
-    def _run(self, spans: Sequence[Span], lengths: Sequence[int]) -> None:
+    def _run(self, guessing: Sequence[tuple[Span, Draft, int]]) -> None:
         cache = self.kv.cache
         resumes = self.runner.executor.resumes
-        rows = [_Guessing(span, length, self.kv, resumes) for span, length in zip(spans, lengths, strict=True)]
+        rows = [_Guessing(span, draft, length, self.kv, resumes) for span, draft, length in guessing]
         for row in rows:
             self._catch_up(row)
         rows = [row for row in rows if row.num_missing <= _FEW_ROWS]
@@ -382,16 +415,21 @@ class Drafting:
                 return
 
 
+@functools.lru_cache(maxsize=256)
+def _draft_of_its_own(path: LayerPath) -> Draft | None:
+    """``path`` as its own draft: it is always right, and its verification goes on behind all layers; None of none."""
+    own = Draft(path, "path")
+    return own if own.num_common_layers(path) else None
+
+
 class _Guessing:
     """A sequence while its draft guesses."""
 
-    def __init__(self, span: Span, length: int, kv: KVPool, resumes: bool) -> None:
+    def __init__(self, span: Span, draft: Draft, length: int, kv: KVPool, resumes: bool) -> None:
         self.span = span
+        self.draft = draft
         self.length = length
         self.sequence = span.sequence
-        draft = self.sequence.draft
-        assert draft is not None
-        self.draft: Draft = draft
         self.place = kv.draft_place(self.sequence.state)
         self.cache_id = self.sequence.state.cache_id if self.place is None else self.place.cache_id
         path = self.sequence.path

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -115,6 +115,8 @@ class Engine:
             self._hand_over,
             Drafting(self.runner, self.kv, self.tally, lambda: costs or known_costs(model), config.max_prefill_tokens),
         )
+        # What a search has left is read once; where none has run, the next request asks again.
+        self._find_draft = cache(partial(find_draft, model))
         self._requests: dict[Hashable, Request] = {}
         self._to_abort: deque[Request] = deque()
         self._outputs: dict[Hashable, RequestOutput] = {}
@@ -173,7 +175,7 @@ class Engine:
             draft_entries,
             [routes[0].path],
             self.model.num_layers,
-            partial(find_draft, self.model),
+            self._find_draft,
             "add_request",
         )
         return self.add_route(prompt_ids, params, routes[0], request_id, on_token, drafts[0]).request_id
@@ -210,6 +212,8 @@ class Engine:
         seed = draw_seed(params)
         if draft is not None and draft.entries == "own" and self.kv.make_place_for_drafts():
             self.runner.executor.release()  # what was made for the tables as they were
+        if draft is not None:
+            self.execution.drafting.prepare(self.config.batch)
         sequences = [OutputSequence(prompt_ids, params, route, seed, index, draft) for index in range(params.n)]
         request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now(), draft)
         if self.tally.first_s is None:

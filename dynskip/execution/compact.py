@@ -93,7 +93,7 @@ class CompactExecutor(Executor[KVCache]):
         Without a GPU kernels are interpreted, and there is nothing to compile.
         """
         if self.fuses and cache.k_cache.device.type == "cuda":
-            self._steps_of(cache).warm_up(min(max_rows, ROW_BUCKETS[-1]))
+            self._steps_of(cache, max_rows).warm_up(min(max_rows, ROW_BUCKETS[-1]))
 
     @property
     def graph_memory(self) -> GraphMemory | None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from dynskip.paths import LayerPath
 from dynskip.speculation.draft import Draft
 
-# What is believed of a draft that nobody has tried, and as how many guesses that counts.
+# What is believed of a draft that was never tried, and as how many guesses that counts.
 _FIRST, _FIRST_WEIGHT = 0.7, 2.0
+# As how many guesses the agreement counts that a search has seen, on other texts.
+_SEARCHED_WEIGHT = 32.0
 # A pair of paths remembers about so many guesses; a request's own rate begins as so many of its pair's.
 _MEMORY = 256.0
 _PAIR_WEIGHT = 8.0
@@ -45,8 +47,10 @@ class Acceptance:
 
     def pair(self, path: LayerPath, draft: Draft) -> float:
         """The share of guesses of ``draft`` that are right for requests along ``path``."""
+        searched = draft.agreement
+        first, weight = (_FIRST, _FIRST_WEIGHT) if searched is None else (searched, _SEARCHED_WEIGHT)
         rate = self._pairs.get((path, draft))
-        return _FIRST if rate is None else rate.mean(_FIRST, _FIRST_WEIGHT)
+        return first if rate is None else rate.mean(first, weight)
 
     def of(self, path: LayerPath, draft: Draft, own: Rate) -> float:
         """The same of one request, whose own rate is ``own``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from dynskip.arguments import shown
@@ -20,10 +20,12 @@ class Draft:
 
     entries: whose keys and values it reads: those of its "own" making, for all tokens of the request, or the "path"'s,
         to which it adds its own for the tokens that it guesses; its layers are among the path's then.
+    agreement: how often a search has seen it right, None where none has looked.
     """
 
     path: LayerPath
     entries: DraftEntries = "own"
+    agreement: float | None = field(default=None, compare=False)
 
     def check(self, path: LayerPath | None, what: str) -> None:
         """Raise ValueError, about ``what``, where it cannot guess for a request along ``path``."""
@@ -44,7 +46,7 @@ class Draft:
     def for_path(self, path: LayerPath) -> Draft:
         """The same for requests along ``path``: where it is the path's beginning, both make the same entries."""
         is_beginning = path.layers[: self.path.budget] == self.path.layers
-        return Draft(self.path, "path") if is_beginning else self
+        return replace(self, entries="path") if is_beginning else self
 
     def num_common_layers(self, path: LayerPath) -> int:
         """How many of the decoder's first layers compute the same for the draft as for ``path``; 0 where it runs none.

@@ -24,18 +24,24 @@ _MOST_KNOWN = 4096
 _REMEMBERED = 31
 # Steps of a kind before their ratio counts; steps without guesses come first, and again after so many with some.
 _FIRST_STEPS, _PLAIN_EVERY = 10, 32
+# The first steps of a kind and size are slow, and say nothing: memory is new, threads are not awake yet.
+_UNSEEN_STEPS = 4
 # The ratio of two such comparisons is rounded to steps of so many percent.
 _RATIO_STEP = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sequence that may guess: at most ``most`` tokens along ``draft``, each right with probability ``rate``."""
+    """A sequence that may guess: at most ``most`` tokens along ``draft``, each right with probability ``rate``.
+
+    rides: it has no draft; its own path goes along with the guesses of others, if their drafts read its layers anyway.
+    """
 
     path: LayerPath
     draft: Draft
     rate: float
     most: int
+    rides: bool = False
 
 
 class Ratios(NamedTuple):
@@ -49,12 +55,13 @@ class Ratios(NamedTuple):
 class Choice:
     """What a step does. lengths: of each drafter. gain: tokens a second over those without guesses, as predicted.
 
-    guess_ms, verify_ms: predicted and not corrected, of all guesses and of the step that verifies them; plain_ms: of a
-        step without any.
+    num_tokens: expected of all sequences together. guess_ms, verify_ms: predicted and not corrected, of all guesses and
+        of the step that verifies them; plain_ms: of a step without any.
     """
 
     lengths: tuple[int, ...]
     gain: float
+    num_tokens: float
     guess_ms: float
     verify_ms: float
     plain_ms: float
@@ -73,14 +80,16 @@ class _Times:
 
     @property
     def is_known(self) -> bool:
-        """Whether enough steps were seen: the first of a kind are slow, and say little."""
+        """Whether enough steps were seen: a few say little."""
         return self.num_seen >= _FIRST_STEPS
 
     def add(self, predicted_ms: float, measured_ms: float) -> None:
-        """Count a step."""
+        """Count a step; the very first are forgotten."""
         if predicted_ms <= 0 or measured_ms <= 0:
             return
         self.num_seen += 1
+        if self.num_seen == _UNSEEN_STEPS + 1:
+            self._last.clear()
         self._last.append(measured_ms / predicted_ms)
         self.ratio = sorted(self._last)[len(self._last) // 4]
 
@@ -93,22 +102,18 @@ class _Learnt:
     verifications: _Times = field(default_factory=_Times)
     plain: _Times = field(default_factory=_Times)
     num_since_plain: int = 0
+    ratios: Ratios | None = None  # None as long as too little was seen
 
     @property
     def wants_plain(self) -> bool:
         """Whether a step without guesses is due: what they gain is known beside such steps only."""
         return not self.plain.is_known or self.num_since_plain >= _PLAIN_EVERY
 
-    @property
-    def ratios(self) -> Ratios:
-        """How guesses and verifications compare with their predictions, over how plain steps compare with theirs."""
-        if not self.plain.is_known:
-            return Ratios()
-        unit = self.plain.ratio
-        verify = self.verifications.ratio / unit if self.verifications.is_known else 1.0
-        if not self.guesses.is_known:
-            return Ratios(_rounded(verify), _rounded(verify))
-        return Ratios(_rounded(self.guesses.ratio / unit), _rounded(verify))
+    def compare(self) -> None:
+        """See how guesses and verifications compare with their predictions, over how plain steps do with theirs."""
+        if self.plain.is_known and self.verifications.is_known and self.guesses.is_known:
+            unit = self.plain.ratio
+            self.ratios = Ratios(_rounded(self.guesses.ratio / unit), _rounded(self.verifications.ratio / unit))
 
 
 @dataclass
@@ -128,11 +133,12 @@ class DraftLengths:
     def choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Choice:
         """How many tokens each of ``candidates`` guesses in a step in which ``others`` have one row each."""
         rounded = [
-            (each.path, each.draft, round(each.rate * _RATE_STEPS), min(each.most, MOST_GUESSES)) for each in candidates
+            (each.path, each.draft, round(each.rate * _RATE_STEPS), min(each.most, MOST_GUESSES), each.rides)
+            for each in candidates
         ]
         # With one path after the other, who comes first makes no difference.
-        order = sorted(range(len(rounded)), key=lambda index: -rounded[index][2])
-        ratios = self._of(len(candidates) + len(others)).ratios
+        order = _by_rate(candidates)
+        ratios = self.ratios(len(candidates) + len(others))
         key = (tuple(rounded[index] for index in order), tuple(Counter(others).items()), ratios)
         choice = self._known.get(key)
         if choice is None:
@@ -156,13 +162,13 @@ class DraftLengths:
 
     def probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], place: int, length: int) -> Choice:
         """What would pay if all took what is predicted; else the candidate at ``place`` guesses ``length`` tokens."""
-        order = sorted(range(len(candidates)), key=lambda index: -candidates[index].rate)
+        order = _by_rate(candidates)
         best = self._best([candidates[index] for index in order], others, Ratios())
         if any(best.lengths):
             by_index = dict(zip(order, best.lengths, strict=True))
             return replace(best, lengths=tuple(by_index[index] for index in range(len(candidates))))
         lengths = [length * (index == place) for index in range(len(candidates))]
-        return self._evaluate(candidates, lengths, others, self._of(len(candidates) + len(others)).ratios)
+        return self._evaluate(candidates, lengths, others, self.ratios(len(candidates) + len(others)))
 
     def observe(self, choice: Choice, num_seqs: int, guessed_ms: float, stepped_ms: float) -> None:
         """Learn from a step of ``num_seqs`` sequences: guesses took ``guessed_ms``, all else ``stepped_ms``."""
@@ -174,13 +180,29 @@ class DraftLengths:
         else:
             learnt.plain.add(choice.verify_ms, stepped_ms)
             learnt.num_since_plain = 0
+        learnt.compare()
 
-    def extra_ms(self, choice: Choice, num_seqs: int) -> float:
-        """What the guesses of ``choice`` are expected to cost a step, in milliseconds as they were measured."""
-        learnt = self._of(num_seqs)
-        ratios = learnt.ratios
-        total_ms = choice.guess_ms * ratios.guess + choice.verify_ms * ratios.verify
-        return (total_ms - choice.plain_ms) * learnt.plain.ratio
+    def ratios(self, num_seqs: int) -> Ratios:
+        """Those of steps of about ``num_seqs`` sequences; of the nearest number with any, where they have none yet."""
+        size = num_seqs.bit_length()
+        own = self._of(num_seqs).ratios
+        if own is not None:
+            return own
+        known = {other: found for other, each in self._learnt.items() if (found := each.ratios) is not None}
+        return known[min(known, key=lambda other: (abs(other - size), other))] if known else Ratios()
+
+    def lost_ms(
+        self, choice: Choice, num_seqs: int, num_tokens: float | None = None, measured_ms: float | None = None
+    ) -> float:
+        """What a step with the guesses of ``choice`` loses beside plain steps; negative where it gains.
+
+        num_tokens: that it gave, all sequences together; measured_ms: how long it took. None for what is expected.
+        """
+        ratios, unit = self.ratios(num_seqs), self._of(num_seqs).plain.ratio
+        if measured_ms is None:
+            measured_ms = (choice.guess_ms * ratios.guess + choice.verify_ms * ratios.verify) * unit
+        tokens = choice.num_tokens if num_tokens is None else num_tokens
+        return measured_ms - tokens / num_seqs * choice.plain_ms * unit
 
     def _of(self, num_seqs: int) -> _Learnt:
         return self._learnt.setdefault(num_seqs.bit_length(), _Learnt())
@@ -191,19 +213,39 @@ class DraftLengths:
         best = none
         room = max(0, self.most_rows - len(candidates) - len(others))
         # Whoever guesses best guesses first: all of them, half of them, ...
-        num_guessing = len(candidates)
+        num_guessing = sum(not each.rides for each in candidates)
         while num_guessing:
             for most in range(1, MOST_GUESSES + 1):
                 lengths = [min(most, each.most) if place < num_guessing else 0 for place, each in enumerate(candidates)]
                 if not any(lengths) or sum(lengths) > room:
                     break
-                choice = self._evaluate(candidates, lengths, others, ratios)
+                choice = self._together(candidates, lengths, others, ratios, room - sum(lengths))
                 if choice.gain > best.gain:
                     best = choice
                 elif choice.gain < 0.9 * best.gain:
                     break
             num_guessing //= 2
         return best if best.gain >= _LEAST_GAIN else none
+
+    def _together(
+        self,
+        candidates: Sequence[Candidate],
+        lengths: Sequence[int],
+        others: Sequence[LayerPath],
+        ratios: Ratios,
+        room: int,
+    ) -> Choice:
+        """Guesses of ``lengths``, along with which those ride that may, in ``room`` rows, if no draft loses by that."""
+        riding = _ride(candidates, lengths, room)
+        if not any(riding):
+            return self._evaluate(candidates, lengths, others, ratios)
+        both = [length + more for length, more in zip(lengths, riding, strict=True)]
+        together = self._evaluate(candidates, both, others, ratios)
+        own = [expected_tokens(each.rate, length) for each, length in zip(candidates, lengths, strict=True) if length]
+        mean = together.num_tokens / (len(candidates) + len(others))
+        if together.gain * min(own) >= mean:
+            return together
+        return self._evaluate(candidates, lengths, others, ratios)
 
     def _evaluate(
         self,
@@ -234,7 +276,33 @@ class DraftLengths:
         num_plain = len(candidates) + len(others)
         total_ms = guess_ms * ratios.guess + verify_ms * (ratios.verify if any(lengths) else 1.0)
         gain = tokens / num_plain * plain_ms / total_ms if total_ms > 0 else 1.0
-        return Choice(tuple(lengths), gain if any(lengths) else 1.0, guess_ms, verify_ms, plain_ms)
+        return Choice(tuple(lengths), gain if any(lengths) else 1.0, tokens, guess_ms, verify_ms, plain_ms)
+
+
+def _by_rate(candidates: Sequence[Candidate]) -> list[int]:
+    """Places of candidates: those with the highest rates first, those that ride last."""
+    return sorted(range(len(candidates)), key=lambda place: (candidates[place].rides, -candidates[place].rate))
+
+
+def _ride(candidates: Sequence[Candidate], lengths: Sequence[int], room: int) -> list[int]:
+    """The tokens that each candidate runs along with the guesses of others, ``room`` of them at most.
+
+    A guess reads the weights of the draft's layers; rows of a path that runs no other layers are cheap beside it.
+    """
+    most = max(lengths)
+    read = {
+        layer
+        for each, length in zip(candidates, lengths, strict=True)
+        if length == most
+        for layer in each.draft.path.layers
+    }
+    riding = [0] * len(candidates)
+    for place, each in enumerate(candidates):
+        length = min(most, each.most)
+        if each.rides and length <= room and read.issuperset(each.path.layers):
+            riding[place] = length
+            room -= length
+    return riding
 
 
 @functools.lru_cache(maxsize=256)

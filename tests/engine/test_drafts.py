@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 import torch
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model, word_tokenizer
-from streams import PATHS, Ask, Parity, assert_empty, costs, drawn, engine, greedy, model, same, serve
+from streams import PATHS, Ask, Parity, assert_empty, drawn, engine, greedy, model, same, serve
 
 from dynskip import LLM, CausalLM, LayerPath, SamplingParams
-from dynskip.engine.drafting import DraftWarning
+from dynskip.engine.drafting import Drafting, DraftWarning
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import RequestOutput
 from dynskip.ops.backends import available_backends
 from dynskip.scheduler.policies.make import POLICIES
-from dynskip.speculation.acceptance import Acceptance, own_rate
 from dynskip.speculation.draft import Draft
-from dynskip.speculation.lengths import Candidate, DraftLengths, expected_tokens
+from dynskip.speculation.lengths import Candidate, DraftLengths
 
 FULL = PATHS[3]
 # A layer of a random model changes little: leaving one out is right about half of the time.
@@ -366,65 +365,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_path(random_lengths: ran
     assert chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
 
 
-# How many tokens are guessed
-
-
-def test_lengths_follow_acceptance_and_cost() -> None:
-    lengths = DraftLengths(costs(), most_rows=48)
-    shallow = Draft(LayerPath.of(NUM_LAYERS, [0]), "path")
-
-    def length(rate: float, draft: Draft = shallow) -> int:
-        return lengths.choose([Candidate(FULL, draft, rate, 8)]).lengths[0]
-
-    assert length(0.0) == 0
-    assert [length(rate) for rate in (0.2, 0.6, 0.9)] == sorted(length(rate) for rate in (0.2, 0.6, 0.9))
-    assert length(0.9) >= 2
-    assert length(1.0, Draft(FULL, "path")) == 0, "a draft as deep as the path gains nothing"
-    crowd = [Candidate(FULL, shallow, 0.9, 8)] * 40
-    assert sum(lengths.choose(crowd).lengths) <= 8, "no more rows than run with the same bits"
-    mixed = lengths.choose([Candidate(FULL, shallow, 0.9, 8), Candidate(FULL, shallow, 0.05, 8)]).lengths
-    assert mixed[0] > mixed[1] == 0
-
-
-def test_the_expected_tokens_are_those_of_independent_guesses() -> None:
-    draw = random.Random(0)
-    rate, length, total = 0.7, 4, 0
-    for _ in range(20000):
-        accepted = next((index for index in range(length) if draw.random() >= rate), length)
-        total += accepted + 1
-    assert total / 20000 == pytest.approx(expected_tokens(rate, length), rel=0.02)
-
-
-def test_rates_are_learnt_of_the_pair_and_of_the_request() -> None:
-    acceptance = Acceptance()
-    draft = DRAFTS[0]
-    good, bad = own_rate(), own_rate()
-    for _ in range(200):
-        acceptance.add(FULL, draft, good, 3, 4)  # the fourth is wrong
-        acceptance.add(FULL, draft, bad, 0, 4)  # nothing is learnt of three of them
-    assert acceptance.of(FULL, draft, good) == pytest.approx(0.75, abs=0.05)
-    assert acceptance.of(FULL, draft, bad) < 0.15
-    assert acceptance.pair(FULL, draft) == pytest.approx(3 / 5, abs=0.1)
-    assert acceptance.pair(FULL, DRAFTS[2]) == Acceptance().pair(FULL, draft)
-
-
-def test_costs_are_corrected_by_what_steps_take() -> None:
-    lengths = DraftLengths(costs(), most_rows=48)
-    candidate = Candidate(FULL, Draft(LayerPath.of(NUM_LAYERS, [0]), "path"), 0.8, 8)
-    before = lengths.choose([candidate])
-    assert before.gain > 1.2
-    plain = lengths.plain([candidate], [])
-    assert plain is not None and plain.lengths == (0,), "nothing is known yet of steps without guesses"
-    for _ in range(50):
-        lengths.observe(before, 1, 2 * before.guess_ms, 2 * before.verify_ms)
-        lengths.observe(plain, 1, 0.0, 2 * plain.plain_ms)
-    assert lengths.choose([candidate]) == before, "all of it takes twice as long"
-    assert lengths.plain([candidate], []) is None
-    for _ in range(100):
-        lengths.observe(before, 1, 20 * before.guess_ms, 2 * before.verify_ms)
-    assert lengths.choose([candidate]).lengths == (0,)
-    assert lengths.plain([candidate] * 4, []) is not None, "of as many sequences nothing is known"
-    assert lengths.plain([candidate], []) is not None, "after so many steps it is time for one without guesses"
+# How many tokens are guessed: see tests/speculation
 
 
 def test_a_draft_that_is_never_right_is_tried_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +377,63 @@ def test_a_draft_that_is_never_right_is_tried_rarely(monkeypatch: pytest.MonkeyP
     (output,) = serve(served, [with_draft(ask, wrong)])
     assert output.num_accepted <= 0.3 * output.num_drafted
     assert 0 < output.num_drafted <= 24
+
+
+def test_the_question_is_asked_rarely_where_no_guess_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, asked = DraftLengths.choose, []
+
+    def counted(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        asked.append(len(candidates) + len(others))
+        choice = choose(self, candidates, others)
+        return replace(choice, lengths=(0,) * len(candidates), gain=1.0)
+
+    monkeypatch.setattr(DraftLengths, "choose", counted)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    monkeypatch.setattr(Drafting, "_probe", lambda *_: None)
+    served = engine(batch=2)
+    asks = [Ask(*random_prompts([5]), greedy(56), FULL), Ask(*random_prompts([6]), greedy(30), FULL)]
+    outputs = serve(served, [with_draft(ask, DRAFTS[3]) for ask in asks])
+    assert all(same(output, ask.alone()) for output, ask in zip(outputs, asks, strict=True))
+    assert asked == [2] * 4 + [1] * 4, "at steps 1, 5, 12 and 25, and anew once fewer step"
+
+
+# Requests without a draft in the guesses of others
+
+
+SHALLOW = LayerPath.of(NUM_LAYERS, [1, 4])
+
+
+def test_a_shallow_request_runs_along_with_the_guesses_of_deep_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = DraftLengths.choose
+
+    def three(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        return replace(choose(self, candidates, others), lengths=tuple(min(3, each.most) for each in candidates))
+
+    monkeypatch.setattr(DraftLengths, "choose", three)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    deep = Ask(*random_prompts([6]), greedy(24), FULL)
+    shallow = [Ask(random_prompts([7])[0], greedy(24, logprobs=2), SHALLOW), Ask([5, 6], drawn(24, 3, n=2), SHALLOW)]
+    served = engine(batch=6)
+    outputs = serve(served, [with_draft(deep, DRAFTS[1]), *shallow])
+    for output, ask in zip(outputs, [deep, *shallow], strict=True):
+        assert same(output, ask.alone())
+    assert_empty(served)
+    assert outputs[0].num_drafted == served.tally.num_drafted > 0
+    for output in outputs[1:]:
+        assert output.num_drafted == 0 and output.draft is None
+        assert all(sample.was_guessed is None for sample in output.samples)
+    assert served.tally.num_decode_steps < 24, "four tokens of a shallow request a step, as long as others guess"
+
+
+def test_rows_that_ride_run_each_of_their_layers_once(random_lengths: random.Random) -> None:
+    def num_rows(is_drafted: bool) -> list[int]:
+        served = engine(model=tiny_model(deterministic=True), batch=4)
+        deep = Ask(*random_prompts([6]), greedy(20), LayerPath.of(NUM_LAYERS, [0, 2, 3, 5]))
+        told = with_draft(deep, Draft(LayerPath.of(NUM_LAYERS, [0, 2]), "path")) if is_drafted else deep
+        serve(served, [told, Ask([5, 6, 7], greedy(20), SHALLOW)])
+        return [served.runner.executor.row_counts.run[layer] for layer in SHALLOW.layers]
+
+    assert num_rows(True) == num_rows(False)
 
 
 # Bad input

@@ -25,11 +25,11 @@ from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step_shape import StepShape
 from dynskip.execution.turns import rows_step
 from dynskip.kernels.launches import LAUNCHES
-from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
-from dynskip.ops.row_ops import get_row_ops
+from dynskip.kernels.row_list import ROW_BUCKETS, RowList, row_bucket
+from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 from dynskip.routing.plan import KVPolicy, Plan
 from dynskip.speculation.draft import Draft
-from dynskip.speculation.lengths import Candidate, Choice, DraftLengths
+from dynskip.speculation.lengths import MOST_GUESSES, Candidate, Choice, DraftLengths
 
 # Of each architecture but OPT: keys shared, windowed, placed or scaled in its own way first, then other parts.
 FUSED_VARIANTS = [
@@ -208,7 +208,7 @@ def test_drafts_guess_and_paths_verify(entries: Any, monkeypatch: pytest.MonkeyP
 
 
 def chosen(candidates: Sequence[Candidate]) -> Choice:
-    return Choice(tuple(min(each.most, 3) for each in candidates), 1e9, 1.0, 1.0, 1.0)
+    return Choice(tuple(min(each.most, 3) for each in candidates), 1e9, 1.0, 1.0, 1.0, 1.0)
 
 
 def test_a_retired_cache_and_its_graphs_serve_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +326,43 @@ def test_an_engine_warms_up_its_batch_and_an_interpreter_nothing(monkeypatch: py
     monkeypatch.setattr(CompactExecutor, "warm_up", noted)
     with Engine(tiny_model(), policy="lockstep", batch=3) as engine:
         assert warmed == [(engine.kv.cache, 3)]
+        for _ in range(2):
+            engine.add_request([5, 6], PARAMS[0], draft=Draft(LayerPath.early_exit(NUM_LAYERS, 2), "path"))
+        assert warmed[1:] == [(engine.kv.cache, 3 * (1 + MOST_GUESSES))], "of a step that verifies, once"
+
+
+def test_rows_of_one_sequence_are_launched_as_those_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch is compiled for what its arguments are, whatever they hold: guesses need no kernels of their own."""
+    model = tiny_model(dtype=torch.float64)
+    executor = fuse(model, monkeypatch)
+    reference = get_row_ops("reference")
+    launches: list[tuple[Any, ...]] = []
+
+    def about(argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return argument.shape, argument.stride(), argument.dtype, argument.storage_offset()
+        return argument.max_rows if isinstance(argument, RowList) else argument
+
+    def noted(name: str) -> Any:
+        def op(*arguments: Any) -> None:
+            launches.append((name, *map(about, arguments)))
+            getattr(reference, name)(*arguments)
+
+        return op
+
+    ops = replace(reference, **{name: noted(name) for name in ROW_OP_NAMES})
+    monkeypatch.setattr("dynskip.execution.compact.get_row_ops", lambda name: ops)
+    cache = executor.new_cache(4, 16, 200)
+
+    def launched(tokens: Sequence[list[int]]) -> list[tuple[Any, ...]]:
+        launches.clear()
+        paths = [LayerPath.full(NUM_LAYERS)] * len(tokens)
+        executor.predict(rows_step(tokens, [0] * len(tokens), range(len(tokens)), paths, model.device), cache)
+        return [*launches]
+
+    several = launched([[5], [6], [7], [8]])
+    assert {name for name, *_ in several} >= {"plan_rows", "qkv_rows", "attend_rows"}
+    assert launched([[5, 6, 7, 8]]) == several
 
 
 @pytest.mark.parametrize(("paths", "kv_policy"), routes())
