@@ -13,6 +13,7 @@ from dynskip.prompts import check_unicode, lines
 from dynskip.speculation.draft import ENTRIES
 
 if TYPE_CHECKING:
+    from dynskip.causal_lm import CausalLM
     from dynskip.llm import Output
     from dynskip.sampling import SamplingParams
 
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         draft_entries=args.draft_entries,
         progress=progress,
     )
+    if args.draft == "auto":
+        print(f"dynskip generate: {_found_draft(llm.model, outputs)}", file=sys.stderr)
     show = _print_json if args.json else _print_text
     show(prompts, outputs)
     failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
@@ -146,6 +149,18 @@ def _max_tokens(text: str) -> int | None:
         return None if text == "all" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or all, got {text!r}") from None
+
+
+def _found_draft(model: CausalLM, outputs: list[Output]) -> str:
+    """What --draft auto came to."""
+    guessed = [output.draft for output in outputs if output.draft is not None]
+    if not guessed:
+        found = model.found_paths
+        assert found is not None, "else --draft auto is an error"
+        if found.draft is None:
+            return "no draft: the search has found none that pays"
+        return "no draft: it is searched for all layers, and no prompt runs them"
+    return f"draft {guessed[0]}" + ("" if len(guessed) == len(outputs) else f", of {len(guessed)} of {len(outputs)}")
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:

@@ -13,13 +13,17 @@ from dynskip.speculation.lengths import MOST_GUESSES, Candidate, DraftLengths
 
 @dataclass
 class DraftGains:
-    """The gain of drafts for one request along the full path, by the costs of steps."""
+    """The gain of drafts for one request along the full path, by the costs of steps.
+
+    resumes: whether a verification goes on behind what a draft has run of its path; see `DraftLengths`.
+    """
 
     costs: StepCosts
+    resumes: bool = False
     _lengths: DraftLengths = field(init=False)
 
     def __post_init__(self) -> None:
-        self._lengths = DraftLengths(self.costs, NATIVE_ROWS)
+        self._lengths = DraftLengths(self.costs, NATIVE_ROWS, self.resumes)
 
     def gain(self, draft: Draft, agreement: float) -> float:
         """Tokens a second over those without guesses, at the best number of guesses; below 1 where none pays.
@@ -34,4 +38,5 @@ class DraftGains:
         return any(self._lengths.choose([self._candidate(draft, agreement)]).lengths)
 
     def _candidate(self, draft: Draft, agreement: float) -> Candidate:
-        return Candidate(LayerPath.full(self.costs.num_layers), draft, agreement, MOST_GUESSES)
+        full = LayerPath.full(self.costs.num_layers)
+        return Candidate(full, draft.for_path(full), agreement, MOST_GUESSES)

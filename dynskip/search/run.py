@@ -129,14 +129,15 @@ class PathSearch:
         options = self.options
         kinds = SCORES[options.score]
         paths = {kind: self._find(searching, kind) for kind in kinds}
-        gains = DraftGains(default_costs(self.model)) if options.score == "speed" else None
+        is_speed = options.score == "speed"
+        gains = DraftGains(default_costs(self.model), self.model.executor().resumes) if is_speed else None
         rows = []
         for kind in dict.fromkeys(("loss", "own", *kinds)):
             rows += frontier(judging, kind, paths.get(kind, paths[kinds[0]]), options.budgets, gains)
         empty = FoundPaths(self.model.weights_digest, self.model.num_layers)
         if gains is not None:
             draft = self._best_draft(searching, judging, paths, gains)
-            conditions = {"draft": self.conditions}
+            conditions = {"draft": self.conditions | {"costs": device_key(str(self.model.device))}}
             return dataclasses.replace(empty, draft=draft, searched_draft=True, conditions=conditions), rows
         layers = {budget: path.layers for budget, path in paths[kinds[0]].items()}
         return dataclasses.replace(empty, layers=layers, conditions={"paths": self.conditions}), rows
@@ -170,7 +171,10 @@ class PathSearch:
         best_gain, best_draft, best_kind = 0.0, None, None
         for kind, found in paths.items():
             entries: DraftEntries = "own" if kind == "own" else "path"
-            for path, measured in zip(found.values(), searching.measure(kind, found.values()), strict=True):
+            # Of a beginning the path does not run the guessed rows again: it may gain more, right less often.
+            exits = [LayerPath.early_exit(self.model.num_layers, budget) for budget in found]
+            candidates = [*dict.fromkeys((*found.values(), *exits))]
+            for path, measured in zip(candidates, searching.measure(kind, candidates), strict=True):
                 draft = Draft(path, entries)
                 gain = gains.gain(draft, mean_value(kind, measured))
                 if gain > best_gain:

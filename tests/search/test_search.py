@@ -15,7 +15,9 @@ from models import NUM_LAYERS, tiny_model, word_tokenizer
 from searches import OPTIONS, data_file, search, with_useless_layer
 from streams import costs, engine
 
-from dynskip import CausalLM, LayerPath, SamplingParams
+from dynskip import CausalLM, LayerPath, SamplingParams, causal_lm
+from dynskip.costs.layer_costs import MachineSpeed
+from dynskip.costs.step_costs import StepCosts
 from dynskip.data.conversations import draw_conversations, encode_prompt, read_rows
 from dynskip.data.corpus import Instruction
 from dynskip.data.examples import Example
@@ -247,8 +249,34 @@ def test_a_draft_that_does_not_pay_is_none(tmp_path: Path) -> None:
     model = tiny_model()
     result = search(model, tmp_path, dataclasses.replace(OPTIONS, score="speed", budgets=(5,))).run()
     assert result.found.draft is None and result.found.searched_draft
+    assert result.found.conditions["draft"]["costs"], "on which device it does not pay"
     [output] = Generation(model, [[5, 6]], [SamplingParams(max_tokens=4)], draft="auto").engine.run()
     assert output.draft is None and output.num_drafted == 0
+
+
+def test_what_a_search_has_left_is_read_once_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_useless_layer(3)
+    served = engine(model=model)
+    with pytest.raises(ValueError, match="find_draft: model must have paths that a search has found"):
+        served.add_request([5, 6], draft="auto")
+    search(model, tmp_path, dataclasses.replace(OPTIONS, score="speed", budgets=(5,))).run()
+    looks, find = [], causal_lm.find_found_paths
+    monkeypatch.setattr(causal_lm, "find_found_paths", lambda *args: looks.append(1) or find(*args))
+    for _ in range(3):
+        served.add_request([5, 6], SamplingParams(max_tokens=4, ignore_eos=True), draft="auto")
+    drafts = [output.draft for output in served.run()]
+    assert len(looks) == 1 and len(drafts) == 3
+    assert all(draft is not None and draft.agreement == 1.0 for draft in drafts), "what is believed of it at first"
+
+
+def test_a_beginning_gains_more_where_verifications_go_on_behind_it() -> None:
+    exit_draft, other = Draft(LayerPath.early_exit(6, 2)), Draft(LayerPath.of(6, [1, 3]))
+    plain, resuming = DraftGains(costs()), DraftGains(costs(), resumes=True)
+    assert resuming.gain(other, 0.8) == plain.gain(other, 0.8) == plain.gain(exit_draft, 0.8)
+    few = dataclasses.replace(
+        StepCosts.modelled("slow", MachineSpeed(1000.0, 1.0)), num_layers=6
+    )  # each row costs as much as all
+    assert DraftGains(few, resumes=True).gain(exit_draft, 0.8) > DraftGains(few).gain(exit_draft, 0.8)
 
 
 def test_searches_add_to_what_was_found(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from searches import data_file
 
 from dynskip.cli import main
 from dynskip.cli.search import add_options
-from dynskip.found import FOUND_PATHS
+from dynskip.found import FOUND_PATHS, FoundDraft, FoundPaths
 from dynskip.search.methods import METHODS
 from dynskip.search.run import FIGURE, RESULT, SCORES
 
@@ -63,6 +64,24 @@ def test_a_search_for_a_draft_says_what_it_found(folder: Path, capsys: pytest.Ca
     assert "gain as a draft that reads the full path's entries, predicted" in out and "\ndraft: " in out
     assert list((folder / "cache/search").iterdir()), "measures are kept where no folder is given"
     assert "found:" not in out
+    arguments = ["generate", "--model", str(folder / "model"), "--dtype", "float32", "--max-tokens", "3", "w005 w006"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    found = FoundPaths.read(folder / "model" / FOUND_PATHS)
+    one = FoundDraft((0, 1, 2, 4), "own", 0.9, 1.2, "cpu")
+    replace(found, draft=one).write(folder / "model" / FOUND_PATHS)
+    assert main([*arguments, "--draft", "auto"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == text and printed.err == "dynskip generate: draft 4/6 layers {0-2,4}, own entries\n"
+    assert main([*arguments, "--draft", "auto", "--path", "exit:4"]) == 0
+    assert (
+        capsys.readouterr().err
+        == "dynskip generate: no draft: it is searched for all layers, and no prompt runs them\n"
+    )
+    replace(found, draft=None).write(folder / "model" / FOUND_PATHS)
+    assert main([*arguments, "--draft", "auto"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == text and printed.err == "dynskip generate: no draft: the search has found none that pays\n"
 
 
 def test_scores_and_methods_are_those_of_the_search() -> None:
