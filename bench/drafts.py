@@ -1,162 +1,116 @@
-"""What guessing along a shallow path gains, measured: the same requests with and without a draft, in turns.
+"""What guessing along a shallow path gains, measured: the same requests with and without a draft, interleaved.
 
-python bench/drafts.py                      OPT-1.3B's shapes and opt-mini: a quarter of an hour on two cores
-python bench/drafts.py --only mini          a part of it
+python -m bench.drafts --list                      names of all rows, and which are there already
+python -m bench.drafts --only random               OPT-1.3B's shapes: 26 rows, 45 minutes on two cores (estimated)
+python -m bench.drafts --only transformers         beside transformers, Llama-3.2-1B's shapes: 2 rows, 12 minutes
+python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 4 rows, two minutes
+python -m bench.drafts --row 'random-0-*' --again  some rows, anew
+python -m bench.drafts --quick --out rehearsal     every row at shapes that take no time: its figures say nothing
 
-Random weights agree with nothing: at OPT-1.3B's shapes the layers that a draft leaves out are scaled until its tokens
-agree with the full model's as often as wanted. `dynskip calibrate` comes first: lengths and predictions stand on it.
+Random weights agree with nothing: at the shapes of published models the layers that a draft leaves out are scaled until
+its tokens agree with the full model's as often as wanted. Each row is on the disk when it is measured; rows that are
+there are not measured again. `dynskip calibrate` comes first: lengths and predictions stand on it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynskip.benchmark.report import markdown_table
+from bench.report.drafts import page
+from bench.speculation.beside_transformers import CONSTANT_LENGTHS, NearTies, TransformersDrafts
+from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
+from bench.speculation.scaled import Scaled
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.defaults import known_costs
 from dynskip.costs.step_costs import StepCosts
-from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
+from dynskip.files import write_text
+from dynskip.measure.agreement import Gate
 from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
-from dynskip.models.linear import Linear
+from dynskip.measure.timing import interleave
+from dynskip.models.llama import llama_shape
+from dynskip.models.opt import opt_shape
+from dynskip.models.shapes import get_shape
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
 from dynskip.speculation.draft import Draft
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("random", "mini", "transformers")
 PROMPT_LEN = 32
-# What drafts should gain, by part, acceptance, common beginning and batch.
-TARGETS = {
-    **{("random", 0.8, common, 1): 1.40 for common in ("none", "all")},
-    ("random", 0.8, "none", 4): 1.25,
-    ("random", 0.8, "all", 4): 1.28,
-    ("random", 0.8, "none", 8): 1.08,
-    ("random", 0.8, "all", 8): 1.12,
-    ("mini", None, "", 1): 1.3,
-    ("mini", None, "", 4): 1.0,
+RESULTS = "drafts.jsonl"
+# Of rehearsals; heads as heavy beside a layer as in the models that they stand for.
+QUICK_SHAPES = {
+    "random": replace(opt_shape(8, 64, 4), vocab_size=512),
+    "transformers": llama_shape(8, 64, 4, 2, 128, 512, 512, 1e4, is_head_tied=False),
 }
-NO_LOSS = 0.98
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is compared with the same engine without drafts.
+class Options:
+    """How rows are measured. shapes: of the models of random weights, by part; quick: see `main`."""
 
-    num_requests: of a closed batch as many as ``batch``; more are a stream.
-    """
+    num_rounds: int
+    data: Path | None
+    quick: bool
+    shapes: dict[str, str]
 
-    part: str
-    common: str
-    draft: Draft
-    batch: int
-    num_requests: int
-    num_tokens: int
-    wanted: float | None = None
+    def hf_config(self, part: str) -> Any:
+        """The transformers config of the model of a part."""
+        return hf_config(QUICK_SHAPES[part] if self.quick else self.shapes[part])
 
-    @property
-    def target(self) -> float:
-        """The least gain."""
-        return TARGETS.get((self.part, self.wanted, self.common, self.batch), NO_LOSS)
+    def shape(self, part: str) -> str:
+        """What that model is called."""
+        if part == "mini":
+            return "opt-mini"
+        return "quick" if self.quick else self.shapes[part]
 
-
-def random_cells(num_layers: int) -> Iterator[tuple[float, list[Cell]]]:
-    """By acceptance: a draft of a quarter of the layers that shares the path's beginning, or none of it."""
-    spread = Draft(LayerPath.of(num_layers, range(1, num_layers, 4)), "own")
-    begin = Draft(LayerPath.early_exit(num_layers, num_layers // 4), "path")
-    yield (
-        0.8,
-        [
-            Cell("random", common, draft, batch, batch, 64, 0.8)
-            for common, draft in (("none", spread), ("all", begin))
-            for batch in (1, 4, 8)
-        ],
-    )
-    for wanted in (0.6, 0.7, 0.9):
-        yield wanted, [Cell("random", "none", spread, 1, 1, 64, wanted)]
-    yield (
-        0.0,
-        [
-            *(Cell("random", "none", spread, batch, batch, 64, 0.0) for batch in (1, 8)),
-            Cell("random", "none", spread, 64, 64, 24, 0.0),
-            Cell("random", "none", spread, 16, 48, 24, 0.0),
-        ],
-    )
-
-
-class Scaled:
-    """A model of random weights, the outputs of some of whose layers are scaled."""
-
-    def __init__(self, model: CausalLM) -> None:
-        self.model = model
-        self._original: dict[Linear, tuple[torch.Tensor, torch.Tensor | None]] = {}
-
-    def scale(self, kept: Sequence[int], factor: float) -> None:
-        """Scale what all layers but ``kept`` add by ``factor``."""
-        for index, layer in enumerate(self.model.decoder.layers):
-            for linear in (layer.out_proj, layer.fc2):
-                original = (linear.dense_weight().detach(), linear.bias)
-                weight, bias = self._original.setdefault(linear, original)
-                own = 1.0 if index in kept else factor
-                linear.unpack_()
-                linear.weight = torch.nn.Parameter(weight * own, requires_grad=False)
-                if bias is not None:
-                    linear.bias = torch.nn.Parameter(bias * own, requires_grad=False)
-                linear.pack_()
-
-    def seek(self, draft: Draft, wanted: float, prompts: list[list[int]], num_tries: int = 6) -> float:
-        """Scale until ``draft`` agrees with the full model ``wanted`` of the time, or about; returns the factor."""
-        low, high = 1e-3, 1.0
-        factor = 1.0
-        for _ in range(num_tries if wanted else 1):
-            factor = math.sqrt(low * high) if wanted else 1.0
-            self.scale(draft.path.layers, factor)
-            found = self._agreement(draft, prompts)
-            print(f"outputs of other layers x {factor:.3f}: agreement {found:.2f}", file=sys.stderr)
-            if abs(found - wanted) < 0.02:
-                break
-            low, high = (factor, high) if found > wanted else (low, factor)
-        return factor
-
-    @torch.no_grad()
-    def _agreement(self, draft: Draft, prompts: list[list[int]], num_tokens: int = 24) -> float:
-        """How often the draft's most likely token is the full model's, on the full model's own text."""
-        params = [SamplingParams(max_tokens=num_tokens, ignore_eos=True)] * len(prompts)
-        outputs = Generation(self.model, prompts, params).run()
-        texts = torch.tensor([prompt + output.token_ids for prompt, output in zip(prompts, outputs, strict=True)])
-        likeliest = self.model(texts[:, :-1], paths=draft.path).logits.argmax(-1)
-        begin = texts.shape[1] - num_tokens
-        return float((likeliest[:, begin - 1 :] == texts[:, begin:]).float().mean())
+    def cells(self, part: str) -> list[Cell]:
+        """All that a part measures."""
+        if part == "mini":
+            cells = [*mini_cells()]
+        else:
+            shape = QUICK_SHAPES[part] if self.quick else get_shape(self.shapes[part])
+            cells = [*{"random": random_cells, "transformers": transformers_cells}[part](shape.num_layers)]
+        return [replace(cell, num_tokens=12) for cell in cells] if self.quick else cells
 
 
 def run(
-    model: CausalLM, costs: StepCosts, cell: Cell, prompts: list[list[int]], draft: Draft | None
+    model: CausalLM, costs: StepCosts, cell: Cell, prompts: Sequence[list[int]], draft: Draft | None
 ) -> tuple[float, list[list[int]], Engine]:
     """Seconds of decode steps, the tokens, and the engine, closed."""
     engine = Engine(model, costs=costs, batch=cell.batch, max_context_len=max(map(len, prompts)) + cell.num_tokens)
-    params = SamplingParams(max_tokens=cell.num_tokens, ignore_eos=True)
     options: dict[str, Any] = {} if draft is None else {"draft": draft.path, "draft_entries": draft.entries}
-    ids = [engine.add_request(prompt, params, **options) for prompt in prompts]
+    ids = [
+        engine.add_request(prompt, SamplingParams(max_tokens=count, ignore_eos=True), **options)
+        for prompt, count in zip(prompts, cell.output_lens(), strict=True)
+    ]
     tokens = {output.request_id: output.token_ids for output in engine.run()}
     seconds = engine.tally.decode_s
     engine.close()
     return seconds, [tokens[request_id] for request_id in ids], engine
 
 
-def measure(model: CausalLM, costs: StepCosts, cell: Cell, prompts: list[list[int]], num_rounds: int) -> dict[str, Any]:
-    """A row: the gain of decode steps, its rounds, acceptance, lengths, and what was predicted."""
-    prompts = prompts[: cell.num_requests]
+def measure(
+    model: CausalLM, cell: Cell, prompts: Sequence[list[int]], num_rounds: int, agreement: float | None
+) -> dict[str, Any]:
+    """A row: the gain of decode steps, its rounds, acceptance, lengths, and what was predicted.
+
+    agreement: what is known of it; None: what the engine has seen. RuntimeError where a request becomes something else
+    with a draft, unless its batch has more rows than have the same bits.
+    """
+    costs, prompts = known_costs(model), prompts[: cell.num_requests]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     tokens: dict[bool, list[list[int]]] = {}
     engine = None
@@ -165,12 +119,16 @@ def measure(model: CausalLM, costs: StepCosts, cell: Cell, prompts: list[list[in
             took, tokens[with_draft], made = run(model, costs, cell, prompts, cell.draft if with_draft else None)
             seconds[with_draft].append(took)
             engine = made if with_draft else engine
-    assert engine is not None
-    gains = sorted(plain / own for plain, own in zip(seconds[False], seconds[True], strict=True))
+    assert engine is not None, "there is a round"
     same = sum(ours == theirs for ours, theirs in zip(tokens[True], tokens[False], strict=True))
-    tally = engine.tally
-    drafting = engine.execution.drafting
-    row = {
+    if same < len(prompts) and model.backend.name == "native" and cell.batch <= 16:
+        raise RuntimeError(
+            f"drafts: outputs of {cell.name} must be the same with and without a draft, got {same} of {len(prompts)}."
+        )
+    gains = sorted(plain / own for plain, own in zip(seconds[False], seconds[True], strict=True))
+    tally, drafting = engine.tally, engine.execution.drafting
+    seen = drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft)
+    return {
         "part": cell.part,
         "draft": str(cell.draft.path),
         "entries": cell.draft.entries,
@@ -179,7 +137,8 @@ def measure(model: CausalLM, costs: StepCosts, cell: Cell, prompts: list[list[in
         "requests": cell.num_requests,
         "tokens": cell.num_tokens,
         "wanted": cell.wanted,
-        "acceptance": drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft),
+        "acceptance": seen if agreement is None else agreement,
+        "acceptance_seen": seen,
         "guesses": tally.num_drafted / max(tally.num_verifications, 1),
         "given": 1 + tally.num_accepted / max(tally.num_verifications, 1),
         "gain": statistics.median(gains),
@@ -191,89 +150,120 @@ def measure(model: CausalLM, costs: StepCosts, cell: Cell, prompts: list[list[in
         "same_outputs": same,
         "rounds": num_rounds,
     }
-    print(row, file=sys.stderr)
-    return row
 
 
-def random_rows(shape: str, num_rounds: int) -> Iterator[dict[str, Any]]:
+def random_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:
     """At the shapes of a published model."""
-    model = CausalLM.from_hf(random_hf_model(hf_config(shape)))
-    costs = known_costs(model)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, model.decoder_config.vocab_size, (64, PROMPT_LEN), generator=generator).tolist()
+    model = CausalLM.from_hf(random_hf_model(options.hf_config("random")))
+    prompts = _random_prompts(max(cell.num_requests for cell in cells), model.decoder_config.vocab_size)
     scaled = Scaled(model)
-    for wanted, cells in random_cells(model.num_layers):
-        known: dict[Draft, float] = {}
-        for cell in cells:
-            if cell.draft not in known:
-                known = {cell.draft: scaled.seek(cell.draft, wanted, prompts[:16])}
-            yield {**measure(model, costs, cell, prompts, num_rounds), "model": shape, "factor": known[cell.draft]}
+    for cell in cells:
+        assert cell.wanted is not None, "random weights are scaled"
+        own = prompts[: cell.num_requests]
+        factor, agreement = scaled.seek(cell.draft, cell.wanted, own, cell.num_tokens)
+        yield {**measure(model, cell, own, options.num_rounds, agreement), "factor": factor}
 
 
-def mini_rows(data: Path | None, num_rounds: int) -> Iterator[dict[str, Any]]:
-    """opt-mini, which was trained along uniform:4, on Alpaca prompts, or on a few of our own without them."""
+def mini_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:
+    """opt-mini, which was trained along uniform:4, on Alpaca prompts."""
     from dynskip.llm import LLM
 
     llm = LLM()
-    prompts = _prompts(llm, data, 64)
-    draft = Draft(LayerPath.uniform(24, 4), "own")
-    for batch in (1, 4, 16):
-        cell = Cell("mini", "", draft, batch, batch, 128)
-        yield {**measure(llm.model, known_costs(llm.model), cell, prompts, num_rounds), "model": "opt-mini"}
-    cell = Cell("mini", "", Draft(draft.path, "path"), 1, 1, 128)
-    yield {**measure(llm.model, known_costs(llm.model), cell, prompts, num_rounds), "model": "opt-mini"}
+    prompts = _prompts(llm, options.data, max(cell.num_requests for cell in cells))
+    for cell in cells:
+        yield measure(llm.model, cell, prompts, options.num_rounds, None)
 
 
-def transformers_rows(shape: str, num_rounds: int) -> Iterator[dict[str, Any]]:
-    """Beside transformers' `assistant_early_exit`, batch 1: the same weights, draft and text."""
-    import time
+def transformers_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:
+    """Beside transformers' `assistant_early_exit`, batch 1: whole calls with the same weights, draft and prompt."""
+    config = options.hf_config("transformers")
+    model: CausalLM | None = None
+    for cell in cells:
+        assert cell.wanted is not None, "random weights are scaled"
+        hf_model = random_hf_model(config)  # its layers as they were made
+        if model is None:
+            model = CausalLM.from_hf(hf_model)
+            scaled, costs = Scaled(model), known_costs(model)
+        prompts = _random_prompts(1, config.vocab_size)
+        factor, agreement = scaled.seek(cell.draft, cell.wanted, prompts, cell.num_tokens)
+        theirs = TransformersDrafts(hf_model, cell.draft.path.budget)
+        theirs.scale(factor)
+        gate = Gate(hf_model, [LayerPath.full(model.num_layers)])
+        gate.check_model(model)
+        row = measure(model, cell, prompts, options.num_rounds, agreement)
+        yield {
+            **row,
+            **_beside(model, costs, cell, prompts[0], theirs, NearTies(model, gate), options),
+            "factor": factor,
+        }
 
-    config = hf_config(shape)
-    hf_model = random_hf_model(config)
-    draft = Draft(LayerPath.early_exit(config.num_hidden_layers, config.num_hidden_layers // 4), "path")
-    from dynskip.models.hf_model import hf_layers
 
-    factor = 0.15
-    with torch.no_grad():
-        for index, layer in enumerate(hf_layers(hf_model)):
-            if index not in draft.path.layers:
-                layer.self_attn.o_proj.weight.mul_(factor)
-                layer.mlp.down_proj.weight.mul_(factor)
-    model = CausalLM.from_hf(hf_model)
-    costs = known_costs(model)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, config.vocab_size, (1, PROMPT_LEN), generator=generator).tolist()
-    cell = Cell("transformers", "all", draft, 1, 1, 64)
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(num_rounds):
-        took, _, _ = run(model, costs, cell, prompts, draft)
-        ours.append(took)
+def _beside(
+    model: CausalLM,
+    costs: StepCosts,
+    cell: Cell,
+    prompt: list[int],
+    theirs: TransformersDrafts,
+    ties: NearTies,
+    options: Options,
+) -> dict[str, Any]:
+    """What is added to a row: transformers with and without guesses, once the tokens of all four are the same."""
+
+    def ours(draft: Draft | None) -> list[int]:
+        return run(model, costs, cell, [prompt], draft)[1][0]
+
+    tokens, plain = ours(None), theirs.generate(prompt, cell.num_tokens, None)
+    alike = ties.num_equal("dynskip and transformers", prompt, tokens, plain)
+    by_length: dict[int, float] = {}
+    for length in CONSTANT_LENGTHS:
         begin_s = time.perf_counter()
-        hf_model.generate(
-            input_ids=torch.tensor(prompts),
-            max_new_tokens=cell.num_tokens,
-            min_new_tokens=cell.num_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            assistant_early_exit=draft.path.budget,
-        )
-        theirs.append(time.perf_counter() - begin_s)
-    row = measure(model, costs, cell, prompts, num_rounds)
-    gains = sorted(other / own for own, other in zip(ours, theirs, strict=True))
-    yield {
-        **row,
-        "model": shape,
-        "factor": factor,
-        "over_transformers": statistics.median(gains),
-        "over_transformers_low": gains[0],
-        "target": NO_LOSS,
+        guessed = theirs.generate(prompt, cell.num_tokens, length)
+        by_length[length] = time.perf_counter() - begin_s
+        ties.num_equal("transformers with and without guesses", prompt, plain, guessed)
+    length = min(by_length, key=by_length.__getitem__)
+    with theirs.counting() as counted:
+        theirs.generate(prompt, cell.num_tokens, length)
+    tasks: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours(None),
+        "ours, guessing": lambda: ours(cell.draft),
+        "theirs": lambda: theirs.generate(prompt, cell.num_tokens, None),
+        "theirs, guessing": lambda: theirs.generate(prompt, cell.num_tokens, length),
     }
+    samples = interleave({name: _untimed(task) for name, task in tasks.items()}, options.num_rounds)
+    ms = {name: [sample for each in found.rounds for sample in each] for name, found in samples.items()}
+    over = sorted(other / own for own, other in zip(ms["ours, guessing"], ms["theirs, guessing"], strict=True))
+    return {
+        "over_transformers": statistics.median(over),
+        "over_transformers_range": [over[0], over[-1]],
+        "over_plain_transformers": samples["theirs"].over(samples["ours"]),
+        "their_gain": samples["theirs"].over(samples["theirs, guessing"]),
+        "whole_call_gain": samples["ours"].over(samples["ours, guessing"]),
+        "their_length": length,
+        "their_guesses": counted.num_drafted / max(counted.num_verifications, 1),
+        "their_acceptance": counted.acceptance,
+        "tokens_alike": alike,
+        "call_ms": {name: found.ms for name, found in samples.items()},
+    }
+
+
+def _untimed(task: Callable[[], Any]) -> Callable[[], None]:
+    """``task`` without its result, which `interleave` would take for a time."""
+
+    def call() -> None:
+        task()
+
+    return call
+
+
+def _random_prompts(count: int, vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    prompts: list[list[int]] = torch.randint(3, vocab_size, (count, PROMPT_LEN), generator=generator).tolist()
+    return prompts
 
 
 def _prompts(llm: Any, data: Path | None, count: int) -> list[list[int]]:
     if data is None:
-        raise SystemExit("bench: --data must name the Alpaca file for opt-mini's prompts, got nothing.")
+        raise SystemExit("drafts: --data must name the Alpaca file for opt-mini's prompts, got nothing.")
     from dynskip.data.corpus import read_instructions
     from dynskip.data.templates import prompt_text
 
@@ -287,133 +277,85 @@ def _prompts(llm: Any, data: Path | None, count: int) -> list[list[int]]:
     return prompts
 
 
-def picture(num_tokens: int = 48) -> str:
-    """An SVG of a run of opt-mini: a row a verification, a cell a token; guesses, right or wrong, and its own."""
-    from dynskip.engine.drafting import Drafting
-    from dynskip.engine.request import Span
-    from dynskip.llm import LLM
-
-    llm = LLM(deterministic=True)
-    rounds: list[tuple[int, list[int], int]] = []
-    accepted = Drafting.accepted
-
-    def recorded(self: Drafting, span: Span, num_kept: int) -> None:
-        rounds.append((span.sequence.num_tokens - len(prompt), list(span.sequence.guesses), num_kept))
-        accepted(self, span, num_kept)
-
-    prompt = llm.chat_prompt("Give me three tips for growing tomatoes on a balcony.")
-    params = SamplingParams(max_tokens=num_tokens)
-    llm.generate([prompt], params, draft=LayerPath.uniform(24, 4))  # the first run learns what guesses take
-    Drafting.accepted = recorded  # type: ignore[method-assign]
-    try:
-        (output,) = llm.generate([prompt], params, draft=LayerPath.uniform(24, 4))
-    finally:
-        Drafting.accepted = accepted  # type: ignore[method-assign]
-    return _svg(rounds, len(output.token_ids))
+PARTS: dict[str, Callable[[Sequence[Cell], Options], Iterator[dict[str, Any]]]] = {
+    "mini": mini_rows,
+    "random": random_rows,
+    "transformers": transformers_rows,
+}
 
 
-def _svg(rounds: Sequence[tuple[int, list[int], int]], num_tokens: int) -> str:
-    cell, left, top = 15, 110, 48
-    width, height = left + cell * (num_tokens + 9) + 10, top + cell * (len(rounds) + 1) + 12
-    kinds = (("right", "#2a9d62", "guess, right"), ("wrong", "#d9634c", "guess, wrong"), ("own", "#3f6fb5", "its own"))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="11" role="img" aria-label="guesses of a draft and their verifications">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
-    for index, (_, color, name) in enumerate(kinds):
-        x = left + 120 * index
-        parts.append(f'<rect x="{x}" y="10" width="11" height="11" fill="{color}"/>')
-        parts.append(f'<text x="{x + 16}" y="20">{name}</text>')
-    parts.append(f'<text x="{left}" y="40" fill="#555555">tokens of the output, one after the other</text>')
-    for row, (first, guesses, num_kept) in enumerate(rounds):
-        y = top + cell * row
-        parts.append(f'<text x="8" y="{y + 11}" fill="#555555">verification {row + 1}</text>')
-        for rank in range(len(guesses)):
-            is_right = rank < num_kept - 1
-            # In grey the wrong ones are known by their outline.
-            style = f'fill="{kinds[0][1]}"' if is_right else f'fill="#ffffff" stroke="{kinds[1][1]}" stroke-width="2"'
-            inset = 0 if is_right else 1
-            size = cell - 2 - 2 * inset
-            x = left + cell * (first + rank) + inset
-            parts.append(f'<rect x="{x}" y="{y + inset}" width="{size}" height="{size}" {style}/>')
-        x = left + cell * (first + num_kept - 1)
-        parts.append(f'<rect x="{x + 3}" y="{y + 3}" width="{cell - 8}" height="{cell - 8}" fill="{kinds[2][1]}"/>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+class Results:
+    """Rows by name, in a file of JSON lines behind the conditions of the last run; the page beside it follows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / RESULTS
+        self.conditions: dict[str, Any] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            self.conditions, self.rows = lines[0], {line["row"]: line for line in lines[1:]}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep ``row``, in place of one of its name."""
+        self.rows[row["row"]] = row
+        lines = [{"part": "conditions", **self.conditions}, *self.rows.values()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.path.with_suffix(".md"), self.page())
+
+    def page(self) -> str:
+        """As Markdown."""
+        return page(self.conditions, list(self.rows.values()))
 
 
-def page(conditions: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The result as Markdown."""
-    header = (
-        "model", "draft", "entries", "common beginning", "batch", "requests", "acceptance", "guesses", "tokens given",
-        "gain (lowest, highest)", "target", "predicted", "same outputs",
-    )  # fmt: skip
-    cells = [
-        (
-            row["model"],
-            row["draft"].split(" layers")[0],
-            row["entries"],
-            row["common"],
-            str(row["batch"]),
-            str(row["requests"]),
-            f"{row['acceptance']:.2f}",
-            f"{row['guesses']:.1f}",
-            f"{row['given']:.2f}",
-            f"{row['gain']:.2f}x ({row['low']:.2f}, {row['high']:.2f})",
-            f">= {row['target']:.2f}x" + ("" if row["gain"] >= row["target"] else " (missed)"),
-            f"{row['predicted']:.2f}x",
-            f"{row['same_outputs']} of {row['requests']}",
-        )
-        for row in rows
-    ]
-    beside = [
-        f"Beside transformers' `assistant_early_exit={row['draft'].split('/')[0]}` on {row['model']} shapes, batch 1: "
-        f"{row['over_transformers']:.2f}x as fast (lowest round {row['over_transformers_low']:.2f}x).\n"
-        for row in rows
-        if "over_transformers" in row
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items() if version)
-    return (
-        "# Drafts: measured\n\n"
-        f"Written by `python bench/drafts.py`. bfloat16, {conditions['cpu']}, {conditions['num_cores']} cores, "
-        f"{conditions['num_threads']} threads, commit {conditions['commit']}, {conditions['date']}, {versions}.\n"
-        "Gains are decode seconds without a draft over those with one, medians of rounds in turns; greedy.\n\n"
-        + markdown_table(header, cells, right={4, 5, 6, 7, 8})
-        + "".join(f"\n{line}" for line in beside)
-    )
+def select(cells: Iterable[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose names fit one of ``patterns``; all without any."""
+    return [cell for cell in cells if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write JSON lines and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, help="repeatable (default: all)")
+    parser.add_argument("--only", action="append", choices=(*PARTS,), help="repeatable (default: all)")
+    parser.add_argument("--row", action="append", default=[], metavar="PATTERN", help="rows by name; repeatable")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: tiny shapes, 12 tokens, 2 rounds")
     parser.add_argument("--shape", default="opt-1.3b", help="random weights of that shape (default: %(default)s)")
+    parser.add_argument("--llama", default="llama-3.2-1b", metavar="SHAPE", help="beside transformers (%(default)s)")
     parser.add_argument("--data", type=Path, help="Alpaca, for opt-mini's prompts")
     parser.add_argument("--picture", type=Path, help="only write a picture of a run of opt-mini to this SVG file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "drafts", help="folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.picture is not None:
+        from bench.speculation.picture import picture
+
         args.picture.write_text(picture(), encoding="utf-8")
         return 0
-    parts = {
-        "mini": lambda: mini_rows(args.data, args.rounds),
-        "random": lambda: random_rows(args.shape, args.rounds),
-        "transformers": lambda: transformers_rows("llama-3.2-1b", args.rounds),
-    }
-    conditions = describe()
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for name, make in parts.items():
-        if args.only and name not in args.only:
+    shapes = {"random": args.shape, "transformers": args.llama}
+    options = Options(2 if args.quick else args.rounds, args.data, args.quick, shapes)
+    results = Results(args.out)
+    wanted = {name: select(options.cells(name), args.row) for name in args.only or PARTS}
+    if args.list:
+        for cells in wanted.values():
+            for cell in cells:
+                known = results.rows.get(cell.name)
+                print(cell.name if known is None else f"{cell.name:<28} there, {known.get('took_s', 0):.0f} s")
+        return 0
+    for name, cells in wanted.items():
+        missing = [cell for cell in cells if args.again or cell.name not in results.rows]
+        if not missing:
             continue
-        for row in make():
-            rows.append(row)
-            (args.out / "drafts.md").write_text(page(conditions, rows), encoding="utf-8")
-            with (args.out / "drafts.jsonl").open("w", encoding="utf-8") as file:
-                for line in [{"part": "conditions", **conditions}, *rows]:
-                    file.write(json.dumps(line) + "\n")
-    print(page(conditions, rows))
+        results.conditions = describe()
+        begin_s = time.perf_counter()
+        for cell, row in zip(missing, PARTS[name](missing, options), strict=True):
+            took_s, begin_s = time.perf_counter() - begin_s, time.perf_counter()
+            when = {key: results.conditions[key] for key in ("commit", "date")}
+            results.add({"row": cell.name, "model": options.shape(name), **row, **when, "took_s": took_s})
+            print(f"{cell.name}: {row['gain']:.2f}x, {took_s:.0f} s", file=sys.stderr)
+    if results.rows:
+        print(results.page())
     return 0
 
 

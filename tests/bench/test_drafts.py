@@ -1,0 +1,244 @@
+"""What `bench/drafts.py` measures: every row at tiny shapes, weights scaled to an acceptance, rows kept one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import cpu_backend
+
+from bench import drafts
+from bench.report.drafts import page
+from bench.speculation.beside_transformers import NearTies, TransformersDrafts
+from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
+from bench.speculation.scaled import Scaled, measured_agreement
+from dynskip import CausalLM, LayerPath
+from dynskip.engine.drafting import Drafting, forget_acceptance
+from dynskip.measure.agreement import Gate
+from dynskip.measure.random_models import hf_config, random_hf_model
+from dynskip.models.hf_model import only_layers
+from dynskip.speculation.draft import Draft
+
+SHAPE = drafts.QUICK_SHAPES["transformers"]
+
+
+@pytest.fixture
+def hf_model() -> Any:
+    return random_hf_model(hf_config(SHAPE), dtype=torch.float32)
+
+
+def prompts(count: int) -> list[list[int]]:
+    return drafts._random_prompts(count, SHAPE.vocab_size)
+
+
+# What is measured
+
+
+def test_rows_cover_acceptances_batches_and_streams() -> None:
+    cells = [*random_cells(24), *mini_cells(), *transformers_cells(16)]
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    for wanted in (0.6, 0.7, 0.8, 0.9, 0.0):
+        own = [cell for cell in cells if cell.part == "random" and cell.wanted == wanted]
+        assert {1, 4, 64} <= {cell.batch for cell in own if not cell.is_stream}
+        assert any(cell.is_stream for cell in own)
+    targets = {cell.name: cell.target for cell in cells}
+    assert targets["random-0.8-none-1"] == targets["random-0.8-all-1"] == 1.4
+    assert (targets["random-0.8-none-4"], targets["random-0.8-all-8"], targets["mini-own-4"]) == (1.25, 1.12, 1.0)
+    assert targets["random-0-none-64"] == targets["random-0.8-none-4-stream"] == targets["mini-path-1"] == 0.98
+
+
+def test_outputs_of_a_stream_end_at_different_times() -> None:
+    draft = Draft(LayerPath.full(4))
+    assert Cell("random", "none", draft, 4, 8, 32, 0.0).output_lens() == [32, 24, 16, 8] * 2
+    assert Cell("random", "none", draft, 1, 3, 32, 0.0).output_lens() == [32] * 3
+    assert Cell("random", "none", draft, 4, 4, 32, 0.0).output_lens() == [32] * 4
+
+
+def test_rows_are_chosen_by_pattern() -> None:
+    names = [cell.name for cell in drafts.select(random_cells(24), ["random-0-*-16*", "random-0.9-none-1"])]
+    assert names == ["random-0-none-16", "random-0-none-16-stream", "random-0.9-none-1"]
+
+
+# Weights that agree as often as wanted
+
+
+@pytest.mark.parametrize("wanted", [0.8, 0.0])
+def test_weights_are_scaled_until_the_draft_agrees_as_often(hf_model: Any, wanted: float) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    draft = Draft(LayerPath.early_exit(8, 2), "path")
+    before = measured_agreement(model, draft, prompts(4), 16)
+    factor, agreement = Scaled(model).seek(draft, wanted, prompts(4), 16)
+    assert abs(agreement - wanted) < 0.1 and before < 0.5
+    assert agreement == measured_agreement(model, draft, prompts(4), 16), "the model is left at the factor it returns"
+    assert (factor < 1) == (wanted == 0.8)
+
+
+def test_both_models_have_the_weights_of_one_factor(hf_model: Any) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    scaled = Scaled(model)
+    scaled.scale([0, 1], 0.5)
+    scaled.scale([0, 1], 0.125)
+    theirs = TransformersDrafts(hf_model, 2)
+    theirs.scale(0.125)
+    ids = torch.tensor(prompts(2))
+    for path in (LayerPath.full(8), LayerPath.early_exit(8, 2)):
+        with torch.no_grad(), only_layers(hf_model, path):
+            expected = hf_model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(model(ids, paths=path).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_agreement_of_entries_that_a_pass_does_not_make_is_refused(hf_model: Any) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    with pytest.raises(AssertionError, match="reads entries of its own"):
+        measured_agreement(model, Draft(LayerPath.of(8, [0, 2]), "path"), prompts(1), 4)
+
+
+def test_what_other_weights_have_shown_is_forgotten(hf_model: Any) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    forget_acceptance(model)  # of which nothing is known
+    cell = Cell("random", "all", Draft(LayerPath.early_exit(8, 2), "path"), 1, 1, 12, 0.0)
+    _, _, engine = drafts.run(model, drafts.known_costs(model), cell, prompts(1), cell.draft)
+    engine.execution.drafting.acceptance._pairs[LayerPath.full(8), cell.draft] = object()  # type: ignore[assignment]
+    forget_acceptance(model)
+    _, _, engine = drafts.run(model, drafts.known_costs(model), cell, prompts(1), None)
+    assert not engine.execution.drafting.acceptance._pairs
+
+
+# transformers beside it
+
+
+def test_transformers_guesses_along_the_first_layers_and_is_counted(hf_model: Any) -> None:
+    theirs = TransformersDrafts(hf_model, 2)
+    theirs.scale(0.125)
+    prompt = prompts(1)[0]
+    plain = theirs.generate(prompt, 12, None)
+    with theirs.counting() as counted:
+        assert theirs.generate(prompt, 12, 3) == plain
+    assert len(plain) == 12
+    assert counted.num_drafted <= 3 * counted.num_verifications
+    assert 0 < counted.num_accepted <= counted.num_looked_at <= counted.num_drafted
+    assert counted.num_accepted + counted.num_verifications >= 12, "each gives one token more"
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    agreement = measured_agreement(model, Draft(LayerPath.early_exit(8, 2), "path"), [prompt], 12)
+    assert counted.acceptance == pytest.approx(agreement, abs=0.2)
+
+
+def test_texts_may_part_at_near_ties_alone(hf_model: Any) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    ties = NearTies(model, Gate(hf_model, [LayerPath.full(8)]))
+    prompt = prompts(1)[0]
+    tokens = TransformersDrafts(hf_model, 2).generate(prompt, 6, None)
+    assert ties.num_equal("these", prompt, tokens, tokens) == 6
+    logits = model(torch.tensor([[*prompt, *tokens[:3]]])).logits[0, -1]
+    others = [*tokens[:3], int(logits.argmin()), *tokens[4:]]
+    with pytest.raises(RuntimeError, match="drafts: these must choose the same tokens but for near-ties, got token 3"):
+        ties.num_equal("these", prompt, tokens, others)
+    ties.allowed = 1e9
+    assert ties.num_equal("these", prompt, tokens, others) == 3
+
+
+# The program
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "results"
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / drafts.RESULTS).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("part", ["random", "transformers"])
+def test_a_rehearsal_measures_its_rows(part: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--only", part, "--row", "random-0.8-*-[14]", "--row", "random-0-none-4*"]
+    assert drafts.main([*options, "--row", "transformers-0.8-*", "--out", str(out)]) == 0
+    conditions, *rows = read(out)
+    assert conditions["part"] == "conditions"
+    names = {
+        "random": ["random-0.8-all-1", "random-0.8-all-4", "random-0.8-none-1", "random-0.8-none-4", "random-0-none-4"],
+        "transformers": ["transformers-0.8-all-1"],
+    }[part]
+    assert [row["row"] for row in rows if not row["row"].endswith("stream")] == names
+    for row in rows:
+        assert row["same_outputs"] == row["requests"] and row["gain"] > 0 and row["model"] == "quick"
+        assert row["factor"] > 0 and row["commit"] and row["took_s"] > 0
+        assert ("over_transformers" in row) == (part == "transformers")
+    text = (out / "drafts.md").read_text()
+    assert all(f"| {row['row']} " in text for row in rows)
+    assert text.strip() in capsys.readouterr().out
+    assert ("assistant_early_exit" in text) == (part == "transformers")
+
+
+def test_rows_that_are_there_are_not_measured_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+
+    def rows(cells: Any, options: Any) -> Iterator[dict[str, Any]]:
+        for cell in cells:
+            measured.append(cell.name)
+            if len(measured) == 3:
+                raise KeyboardInterrupt
+            yield _row(cell)
+
+    monkeypatch.setitem(drafts.PARTS, "mini", rows)
+    options = ["--only", "mini", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        drafts.main(options)
+    assert [row["row"] for row in read(out)[1:]] == ["mini-own-1", "mini-own-4"]
+    assert drafts.main(options) == 0
+    assert measured == ["mini-own-1", "mini-own-4", "mini-own-16", "mini-own-16", "mini-path-1"]
+    assert drafts.main([*options, "--again", "--row", "mini-own-4"]) == 0
+    assert measured[5:] == ["mini-own-4"] and len(read(out)) == 5
+    capsys.readouterr()
+    assert drafts.main([*options, "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["mini-own-1", "mini-own-4", "mini-own-16", "mini-path-1"]
+    assert all(" there, " in line for line in listed)
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    return {
+        "draft": str(cell.draft.path), "entries": cell.draft.entries, "batch": cell.batch,
+        "requests": cell.num_requests, "same_outputs": cell.num_requests, "target": cell.target, "acceptance": 0.5,
+        "guesses": 2.0, "given": 1.5, "gain": 1.1, "low": 1.0, "high": 1.2, "predicted": 1.1,
+    }  # fmt: skip
+
+
+def test_a_draft_that_changes_an_output_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CausalLM.from_hf(random_hf_model(hf_config(SHAPE)), backend=cpu_backend("native"))
+    cell = next(iter(transformers_cells(8)))
+    run, calls = drafts.run, []
+
+    def spoiled(*arguments: Any) -> Any:
+        seconds, tokens, engine = run(*arguments)
+        calls.append(1)
+        return seconds, [[len(calls), *each] for each in tokens], engine
+
+    monkeypatch.setattr(drafts, "run", spoiled)
+    with pytest.raises(RuntimeError, match=r"outputs of transformers-0.8-all-1 must be the same .* got 0 of 1"):
+        drafts.measure(model, cell, prompts(1), 1, None)
+
+
+def test_the_page_that_is_kept_is_that_of_its_rows() -> None:
+    results = drafts.Results(drafts.ROOT / "bench" / "results" / "drafts")
+    assert (
+        results.path.with_suffix(".md").read_text()
+        == results.page()
+        == page(results.conditions, list(results.rows.values()))
+    )
+
+
+def test_the_picture_shows_each_guess(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    accepted = Drafting.accepted
+    assert drafts.main(["--picture", str(tmp_path / "run.svg")]) == 0
+    svg = (tmp_path / "run.svg").read_text()
+    assert svg.startswith("<svg") and svg.count(">verification ") >= 5
+    assert Drafting.accepted is accepted
