@@ -14,7 +14,9 @@ MARK = "pytest.mark.gpu"
 MAX_TEST_PROCESSES = 10
 # A shape that is timed beside the default one, in parts of its own, and what these are called.
 BESIDE, _SUFFIX = "llama-3.2-1b", "-llama"
-DEFAULT = "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving,kernels-llama,decode-llama,prefill-llama"
+DEFAULT = (
+    "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving,drafts,kernels-llama,decode-llama,prefill-llama"
+)
 # Tables of constants that are worth comparing on a card: files in VARIANTS. What else is there can be asked for, too.
 _TABLES = ("prefetch-512", "prefetch-1024", "prefetch-2048", "add-64x32", "tiles-32")
 
@@ -188,6 +190,7 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
         *map(table, tables),
         measure("prefill", "prompts against the ideal speed-up and the matrix peak", 540),
         measure("serving", "a stream of mixed depths against the ideal speed-up", 540),
+        measure("drafts", "guesses of drafts against steps without any", 300),
         beside(kernels("kernels", "single kernels against bandwidth and cuBLAS", 540, [*matrices, *attention])),
         beside(kernels("matrices", "the four matrix kernels against bandwidth and cuBLAS", 30, ["matrices 64"])),
         beside(timed("decode", "decode steps against their roofline and against others", 540, everything)),

@@ -32,6 +32,7 @@ from bench.gpu import (
     smoke,
     smoke_cases,
     time_decode,
+    time_drafts,
     time_kernels,
     time_prefill,
     time_serving,
@@ -59,6 +60,7 @@ PARTS: dict[str, Callable[[Sequence[str]], int]] = {
     "decode": time_decode.main,
     "prefill": time_prefill.main,
     "serving": time_serving.main,
+    "drafts": time_drafts.main,
 }
 
 
@@ -86,10 +88,12 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
         ("decode", ["--ops", "reference"]),
         ("prefill", ["--backend", "torch"]),
         ("serving", ["--backend", "torch"]),
+        ("drafts", ["--backend", "torch"]),
         ("kernels", ["--ops", "reference", *BESIDE]),
         ("decode", ["--ops", "reference", *BESIDE]),
         ("prefill", ["--backend", "torch", *BESIDE]),
         ("serving", ["--backend", "torch", *BESIDE]),
+        ("drafts", ["--backend", "torch", *BESIDE]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # from torch.compile
