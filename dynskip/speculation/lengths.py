@@ -22,7 +22,7 @@ _RATE_STEPS = 32
 _MOST_KNOWN = 4096
 # Steps that the ratio of measured to predicted times is the lower quartile of.
 _REMEMBERED = 31
-# Steps of a kind before their ratio counts; steps without guesses come first, and again after so many with some.
+# Steps of a kind before their ratio counts; one without guesses comes again after so many with some.
 _FIRST_STEPS, _PLAIN_EVERY = 10, 32
 # The first steps of a kind and size are slow, and say nothing: memory is new, threads are not awake yet.
 _UNSEEN_STEPS = 4
@@ -106,8 +106,13 @@ class _Learnt:
 
     @property
     def wants_plain(self) -> bool:
-        """Whether a step without guesses is due: what they gain is known beside such steps only."""
-        return not self.plain.is_known or self.num_since_plain >= _PLAIN_EVERY
+        """Whether a step without guesses is due: what they gain is known beside such steps only.
+
+        At first they take turns: what disturbs the machine for a while disturbs both kinds alike.
+        """
+        is_known = self.plain.is_known and self.guesses.is_known
+        takes_turn = not is_known and self.plain.num_seen <= self.guesses.num_seen
+        return takes_turn or self.num_since_plain >= _PLAIN_EVERY
 
     def compare(self) -> None:
         """See how guesses and verifications compare with their predictions, over how plain steps do with theirs."""
