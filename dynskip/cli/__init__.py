@@ -27,6 +27,7 @@ COMMANDS = (
     "info",
     "report",
     "search",
+    "serve",
     "simulate",
     "train",
     "tune",

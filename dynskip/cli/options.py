@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dynskip.arguments import is_own_error
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("auto", "torch", "triton", "native")
-# The form of every error that dynskip's own checks raise: `<function>: <argument> must <requirement>, got <actual>.`
-# An exception of the same type from a bug, ours or a library's, does not have it and keeps its traceback.
-_OWN_FORM = re.compile(r"[A-Za-z_][\w.]*: .+( must |, got ).+", re.DOTALL)
-_CHECKED_TYPES = (ValueError, TypeError, RuntimeError, MemoryError, ImportError)
 
 
 class UserError(Exception):
@@ -36,11 +33,9 @@ def user_message(error: BaseException) -> str | None:
 
     Theirs are UserError, every OSError (a file, a folder, a network that is not there) and what dynskip's checks raise.
     """
-    text = str(error)
-    own = isinstance(error, _CHECKED_TYPES) and _OWN_FORM.match(text) is not None
-    if not (own or isinstance(error, UserError | OSError)):
+    if not (is_own_error(error) or isinstance(error, UserError | OSError)):
         return None
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def in_range(least: float, most: float) -> Callable[[str], Any]:

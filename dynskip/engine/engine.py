@@ -264,6 +264,13 @@ class Engine:
         """Queue a `discard`; safe in a destructor and inside a step."""
         self._to_abort.append(request)
 
+    def request(self, request_id: Hashable) -> Request:
+        """The request of that id while it runs. Raises ValueError unless it is unfinished."""
+        request = self._requests.get(request_id)
+        if request is None:
+            raise ValueError(f"request: request_id must be of a request that has not ended, got {request_id!r}.")
+        return request
+
     @property
     def has_unfinished(self) -> bool:
         """Whether a request has not ended, or has and its output was not handed out yet."""

@@ -9,11 +9,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
-from dynskip.engine.request import OnToken, RequestError, RequestOutput
+from dynskip.engine.request import OnToken, OutputSequence, RequestError, RequestOutput
 
 T = TypeVar("T")
 # Adds a request to the engine, perhaps with a callback for its tokens; returns its id.
@@ -24,10 +24,18 @@ class MetricsWarning(UserWarning):
     """Metrics are no longer written."""
 
 
+class NewToken(NamedTuple):
+    """A token of output number ``output``; logprobs: as in `SequenceOutput`, of this token."""
+
+    output: int
+    token_id: int
+    logprobs: dict[int, float] | None
+
+
 class Ticket:
     """What a request sends to the consumer that waits for it in an event loop.
 
-    added: the id of the request once it is in the engine, or why it is not. At most max_tokens tokens wait here.
+    added: the id of the request once it is in the engine, or why it is not. At most n * max_tokens tokens wait here.
     request_id: that id; only for the worker.
     """
 
@@ -36,10 +44,10 @@ class Ticket:
         self.added: Future[Hashable] = Future()
         self.request_id: Hashable = None
         self._arrived = asyncio.Event()
-        self._tokens: list[int] = []
+        self._tokens: list[NewToken] = []
         self._end: RequestOutput | RequestError | None = None
 
-    async def next(self) -> tuple[list[int], RequestOutput | None]:
+    async def next(self) -> tuple[list[NewToken], RequestOutput | None]:
         """The tokens that have come since the last call, and the output where they are the last.
 
         Waits until there is something. Raises RequestError where the engine is gone.
@@ -58,7 +66,7 @@ class Ticket:
             if output is not None:
                 return output
 
-    def arrive(self, tokens: list[int], end: RequestOutput | RequestError | None) -> None:
+    def arrive(self, tokens: list[NewToken], end: RequestOutput | RequestError | None) -> None:
         """Take in what the worker sent; in the loop's thread."""
         self._tokens += tokens
         self._end = self._end or end
@@ -105,7 +113,7 @@ class EngineWorker:
         self._process_id = os.getpid()
         # Only in the worker's thread:
         self._tickets: dict[Hashable, Ticket] = {}
-        self._outbox: dict[Ticket, tuple[list[int], list[RequestOutput | RequestError]]] = {}
+        self._outbox: dict[Ticket, tuple[list[NewToken], list[RequestOutput | RequestError]]] = {}
         self._thread = threading.Thread(target=self._run, name="dynskip-engine", daemon=True)
         self._thread.start()
 
@@ -121,12 +129,15 @@ class EngineWorker:
         streams: send its tokens as they come; else its output only.
         """
         ticket = Ticket(asyncio.get_running_loop())
+        sequences: list[OutputSequence] = []
 
-        def send(_id: Hashable, _index: int, token: int) -> None:
-            self._letter(ticket)[0].append(token)
+        def send(_id: Hashable, index: int, token: int) -> None:
+            logprobs = sequences[index].logprobs
+            self._letter(ticket)[0].append(NewToken(index, token, logprobs[-1] if logprobs else None))
 
         def enter(engine: Engine) -> Hashable:
             ticket.request_id = add(engine, send if streams else None)
+            sequences.extend(engine.request(ticket.request_id).sequences)
             self._tickets[ticket.request_id] = ticket
             return ticket.request_id
 
@@ -217,7 +228,7 @@ class EngineWorker:
             command.run(self._engine)
             self._send()
 
-    def _letter(self, ticket: Ticket) -> tuple[list[int], list[RequestOutput | RequestError]]:
+    def _letter(self, ticket: Ticket) -> tuple[list[NewToken], list[RequestOutput | RequestError]]:
         """What is to be sent to ``ticket``: tokens, and at most one end."""
         return self._outbox.setdefault(ticket, ([], []))
 
@@ -234,7 +245,9 @@ class EngineWorker:
 
     def _send(self) -> None:
         """Hand over what has come up, with one call per event loop."""
-        letters: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[int], RequestOutput | RequestError | None]]]
+        letters: dict[
+            asyncio.AbstractEventLoop, list[tuple[Ticket, list[NewToken], RequestOutput | RequestError | None]]
+        ]
         letters = {}
         for ticket, (tokens, ends) in self._outbox.items():
             letters.setdefault(ticket.loop, []).append((ticket, tokens, ends[0] if ends else None))
@@ -272,7 +285,7 @@ class EngineWorker:
         self._send()
 
 
-def _deliver(letters: list[tuple[Ticket, list[int], RequestOutput | RequestError | None]]) -> None:
+def _deliver(letters: list[tuple[Ticket, list[NewToken], RequestOutput | RequestError | None]]) -> None:
     for ticket, tokens, end in letters:
         ticket.arrive(tokens, end)
 

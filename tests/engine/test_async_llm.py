@@ -518,13 +518,34 @@ def test_an_id_in_use_is_refused(llm: LLM) -> None:
     run(main())
 
 
-def test_a_stream_has_one_output(llm: LLM) -> None:
-    async def main() -> None:
-        async with serve(llm) as served:
-            with pytest.raises(ValueError, match="stream: n must be 1, got 2"):
-                await anext(served.stream([5], SamplingParams(n=2)))
+def test_a_stream_has_every_output_with_its_index_and_logprobs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=9, temperature=1.0, n=3, seed=4, logprobs=2)
+    (expected,) = llm.generate(["w007 w008"], params)
 
-    run(main())
+    async def main() -> list[Piece]:
+        async with serve(llm) as served:
+            return await collect(served, "w007 w008", params)
+
+    pieces = run(main())
+    for index, sample in enumerate(expected.samples):
+        own = [piece for piece in pieces if piece.index == index]
+        assert [token for piece in own for token in piece.token_ids] == sample.token_ids
+        assert [each for piece in own for each in piece.logprobs or []] == sample.logprobs
+        assert "".join(piece.text or "" for piece in own) == sample.text
+        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [sample.finish_reason]
+    assert [piece.output is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    assert pieces[-1].output == dataclasses.replace(
+        expected, text=None, samples=tuple(dataclasses.replace(sample, text=None) for sample in expected.samples)
+    )
+
+
+def test_what_was_not_asked_for_is_not_in_a_piece(llm: LLM) -> None:
+    async def main() -> list[Piece]:
+        async with serve(llm) as served:
+            assert (served.pool, served.max_context_len) == (16, 64)
+            return await collect(served, [5, 6], SamplingParams(max_tokens=3))
+
+    assert all(piece.logprobs is None and piece.index == 0 for piece in run(main()))
 
 
 def test_text_needs_a_tokenizer() -> None:

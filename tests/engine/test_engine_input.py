@@ -188,7 +188,10 @@ def test_only_what_has_not_ended_can_be_aborted() -> None:
             ValueError, match=f"abort: request_id must be of a request that has not ended, got {request_id!r}"
         ):
             served.abort(request_id)
+        with pytest.raises(ValueError, match=f"request: request_id must be of a request .*, got {request_id!r}"):
+            served.request(request_id)
 
+    assert [sequence.prompt_ids for sequence in served.request("staying").sequences] == [[7, 8]]
     refused("unknown")
     refused(0)
     served.add_request([5], greedy(1), request_id="short")

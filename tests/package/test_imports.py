@@ -44,6 +44,7 @@ ORDER = [
     "engine",
     "llm",
     "async_llm",
+    "serving",
     # what stands around it
     "data",
     "training",

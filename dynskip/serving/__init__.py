@@ -1,0 +1,1 @@
+"""The OpenAI API over `AsyncLLM`, with a depth per request: needs the extra ``serve``."""

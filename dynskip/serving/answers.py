@@ -1,0 +1,172 @@
+"""What clients are sent: choices, log-probabilities and usage, whole or in chunks. Pure data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from dynskip.engine.request import RequestOutput
+from dynskip.serving.depths import NamedPath
+
+Kind = Literal["completion", "chat"]
+# JSON has no infinity; log-probabilities of what cannot come are sent as this.
+_LEAST_LOGPROB = -9999.0
+_OBJECTS = {"completion": ("text_completion", "text_completion"), "chat": ("chat.completion", "chat.completion.chunk")}
+
+
+def as_json(value: object) -> bytes:
+    """``value`` as the bytes of an answer."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+    """How many tokens a request read and got."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }
+
+
+def facts(named: NamedPath, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """The object ``dynskip`` of an answer: which layers ran, what drafts guessed, how long it was in the engine."""
+    return {
+        "path": named.name,
+        "layers": list(named.path.layers),
+        "num_drafted": sum(output.num_drafted for output in outputs),
+        "num_accepted": sum(output.num_accepted for output in outputs),
+        "milliseconds": round(1e3 * max(output.latency_s for output in outputs), 3),
+    }
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all parts of an answer have in common."""
+
+    kind: Kind
+    request_id: str
+    created: int
+    model: str
+
+    def whole(self, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        """An answer of one piece."""
+        return self._made(0, choices, others)
+
+    def chunk(self, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        """A part of a stream."""
+        return self._made(1, choices, others)
+
+    def _made(self, is_chunk: int, choices: list[dict[str, Any]], others: dict[str, Any]) -> dict[str, Any]:
+        prefix = "cmpl" if self.kind == "completion" else "chatcmpl"
+        return {
+            "id": f"{prefix}-{self.request_id}",
+            "object": _OBJECTS[self.kind][is_chunk],
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **others,
+        }
+
+
+class TokenTexts:
+    """The texts of single tokens, for log-probabilities; ``token:7`` for token 7 without a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.of = lru_cache(maxsize=65536)(self._of)
+
+    def _of(self, token_id: int) -> str:
+        if self._tokenizer is None:
+            return f"token:{token_id}"
+        text = str(self._tokenizer.decode([token_id]))
+        spelled = self._tokenizer.convert_ids_to_tokens(token_id)
+        # SentencePiece takes the space before the first word away.
+        begins_word = isinstance(spelled, str) and spelled.startswith("\u2581") and not text.startswith(" ")
+        return f" {text}" if begins_word else text
+
+    def completion_logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, float] | None], offset: int = 0
+    ) -> dict[str, Any]:
+        """``logprobs`` of a completion's choice; None stands for a token that nothing came before.
+
+        offset: characters before the first token.
+        """
+        texts = [self.of(token_id) for token_id in token_ids]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [
+                None if each is None else _clipped(each[token_id])
+                for token_id, each in zip(token_ids, logprobs, strict=True)
+            ],
+            "top_logprobs": [
+                None if each is None else {self.of(token): _clipped(value) for token, value in reversed(_ranked(each))}
+                for each in logprobs
+            ],
+            "text_offset": offsets,
+        }
+
+    def chat_logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, float]], num_top: int
+    ) -> dict[str, Any]:
+        """``logprobs`` of a chat's choice."""
+        content = [
+            {
+                **self._entry(token_id, each[token_id]),
+                "top_logprobs": [self._entry(token, value) for token, value in _ranked(each)[:num_top]],
+            }
+            for token_id, each in zip(token_ids, logprobs, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+    def prompt_logprobs(self, logprobs: Sequence[Mapping[int, float] | None]) -> list[dict[str, Any] | None]:
+        """``prompt_logprobs`` of an answer: for each token of the prompt by token id, None for the first."""
+        return [
+            None
+            if each is None
+            else {
+                str(token): {"logprob": _clipped(value), "decoded_token": self.of(token)}
+                for token, value in _ranked(each)
+            }
+            for each in logprobs
+        ]
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self.of(token_id)
+        return {"token": text, "logprob": _clipped(logprob), "bytes": list(text.encode())}
+
+
+def choice_of(kind: Kind, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    """One output of an answer of one piece."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    content: dict[str, Any] = {"text": text} if kind == "completion" else {"message": message}
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def delta_of(
+    kind: Kind,
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    logprobs: dict[str, Any] | None = None,
+    role: bool = False,
+) -> dict[str, Any]:
+    """What a chunk adds to one output; role: as the first of a chat."""
+    delta = {"role": "assistant", "content": text} if role else {"content": text}
+    content: dict[str, Any] = {"text": text} if kind == "completion" else {"delta": delta}
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _ranked(logprobs: Mapping[int, float]) -> list[tuple[int, float]]:
+    """The tokens, the most likely first."""
+    return sorted(logprobs.items(), key=lambda item: -item[1])
+
+
+def _clipped(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)

@@ -1,0 +1,94 @@
+"""`APIError`: what a client is told when a request fails, and what else is turned into one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from dynskip.arguments import is_own_error
+from dynskip.engine.request import RequestError
+
+_NAMED = re.compile(r"(?:SamplingParams|add_request): (?!token_ids)(\w+) must ")
+# By status: the ``type`` that OpenAI's clients know, and a ``code``.
+_KINDS = {
+    HTTPStatus.UNAUTHORIZED: ("authentication_error", "invalid_api_key"),
+    HTTPStatus.NOT_FOUND: ("not_found_error", "not_found"),
+    HTTPStatus.TOO_MANY_REQUESTS: ("rate_limit_error", "queue_full"),
+}
+
+
+class APIError(Exception):
+    """Ends one request: over HTTP with ``status``, in the middle of a stream as data.
+
+    param: the field of the request that is to blame, if one is. code: for programs; None: that of the status.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
+        default = ("server_error", "internal_error") if status >= 500 else ("invalid_request_error", "invalid_value")
+        self.type, default_code = _KINDS.get(HTTPStatus(status), default)
+        self.code = code or default_code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """``{"error": {...}}``, as OpenAI's clients read it."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
+    """What a client can mend: status 400."""
+    return APIError(HTTPStatus.BAD_REQUEST, message, param, code)
+
+
+def unsupported(name: str, advice: str) -> APIError:
+    """Of a field that asks for what is not there."""
+    return bad_request(f"{name}: it must be left out, got a value. {advice}", name, "unsupported_value")
+
+
+def as_api_error(error: Exception, param: str | None = None) -> APIError | None:
+    """What a client is told of ``error``; None for a bug, of which it learns no more than that.
+
+    param: the field to blame for bad input whose message names none.
+    """
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, RequestError):
+        return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="request_failed")
+    if isinstance(error, ValueError | TypeError) and is_own_error(error):
+        named = _NAMED.match(str(error))
+        return bad_request(str(error), named[1] if named else param)
+    return None
+
+
+def told(error: Exception, param: str | None = None) -> APIError:
+    """As `as_api_error`; a bug is raised as it is."""
+    found = as_api_error(error, param)
+    if found is None:
+        raise error
+    return found
+
+
+def internal_error() -> APIError:
+    """All that a client learns of a bug."""
+    return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "The server has failed at this request; its log says where.")
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """The first of pydantic's ``errors``, with the name of its field. What the client sent is not repeated."""
+    first = errors[0]
+    # ("body", "messages", 0, "role"): what follows the field's name is a place in its value, or a type that was tried.
+    place = first["loc"][1:]
+    param = str(place[0]) if place and isinstance(place[0], str) else None
+    if first["type"] == "json_invalid":
+        return bad_request("body: it must be JSON, got something else.", None, "invalid_json")
+    return bad_request(f"{'.'.join(map(str, place)) or 'body'}: {first['msg']}.", param)

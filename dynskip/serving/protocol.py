@@ -1,0 +1,129 @@
+"""What clients send: the fields of a request, their types, and what each of them may hold."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# What a number of most likely tokens is bounded by: each of them is sent with its text, for each token.
+MAX_LOGPROBS = 20
+_Count = Annotated[int, Field(ge=0)]
+_TokenIds = list[int]
+
+
+class Fields(BaseModel):
+    """A request. Types are not converted; fields that no model names are judged by `fields.check_others`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = Field(default=None, description="A name of /v1/models; without one the model that is served.")
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides text."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = Field(default=False, description="A last chunk with usage and no choices.")
+    continuous_usage_stats: bool = Field(default=False, description="Usage so far with each chunk.")
+
+
+class Sampled(Fields):
+    """What both kinds of generation have in common; the meaning of each sampling field is that of SamplingParams."""
+
+    n: int | None = None
+    temperature: float | None = Field(default=None, description="1 without one.")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: _TokenIds | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: _Count | None = Field(default=None, le=MAX_LOGPROBS)
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(default=None, description="Also the ids of the prompt and of each output.")
+    path: str | None = Field(
+        None, description="The layers to run: full, uniform:8, exit:8, random:8:0, found:20 or layers:0,5,23."
+    )
+    depth: int | str | None = Field(
+        None, description='Layers to run at least, or their share such as "50%": the next path of the server\'s table.'
+    )
+    draft: str | None = Field(default=None, description="A path that guesses tokens, or auto, or none.")
+
+
+class CompletionRequest(Sampled):
+    """The body of POST /v1/completions."""
+
+    # In this order a list of token ids is one prompt.
+    prompt: str | _TokenIds | list[str] | list[_TokenIds]
+    echo: bool | None = None
+    logprobs: _Count | None = Field(default=None, le=MAX_LOGPROBS)
+    best_of: int | None = Field(default=None, description="As many as n: all outputs are returned.")
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatRequest(Sampled):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: _Count | None = Field(default=None, le=MAX_LOGPROBS)
+    max_completion_tokens: int | None = None
+
+
+class TokenizeRequest(Fields):
+    """The body of POST /tokenize: a prompt, or messages."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Fields):
+    """The body of POST /detokenize."""
+
+    tokens: _TokenIds
+
+
+class ErrorDetails(BaseModel):
+    """Why a request failed."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer from status 400 on."""
+
+    error: ErrorDetails

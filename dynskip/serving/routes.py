@@ -1,0 +1,135 @@
+"""The routes of the API. Bodies are read by `protocol`, answered by `Service`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from dynskip.engine.request import RequestError
+from dynskip.serving.errors import APIError, bad_request
+from dynskip.serving.fields import check_others
+from dynskip.serving.metrics import CONTENT_TYPE
+from dynskip.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from dynskip.serving.service import Service
+from dynskip.version import __version__
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "A field is wrong; `param` names it.",
+        401: "The key is missing or wrong.",
+        404: "No such model.",
+        413: "The body is too large.",
+    }.items()
+}
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    429: {"model": ErrorBody, "description": "The queue is full; see Retry-After."},
+    500: {"model": ErrorBody, "description": "The request, or the server, has failed."},
+    503: {"model": ErrorBody, "description": "The server is stopping."},
+}
+ROUTER = APIRouter()
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+@ROUTER.post("/v1/completions", responses={**_REFUSALS, **_FAILURES})
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue prompts."""
+    service = _service(request)
+    return await service.answer(await service.planner.completion(body, request.state.request_id), request)
+
+
+@ROUTER.post("/v1/chat/completions", responses={**_REFUSALS, **_FAILURES})
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    service = _service(request)
+    return await service.answer(await service.planner.chat(body, request.state.request_id), request)
+
+
+@ROUTER.get("/v1/models", responses={401: _REFUSALS[401]})
+async def models(request: Request) -> JSONResponse:
+    """The model, and its name with each depth on offer."""
+    service = _service(request)
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.table.names]})
+
+
+@ROUTER.get("/v1/models/{name:path}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
+async def model(name: str, request: Request) -> JSONResponse:
+    """One of them."""
+    return JSONResponse(_model(_service(request), name))
+
+
+@ROUTER.post("/tokenize", responses=_REFUSALS)
+async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
+    """The token ids of a text or of a conversation."""
+    service, reader = _service(request), _service(request).reader
+    check_others(body)
+    service.table.of(body.model, None, None, None)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("prompt: either it or messages must be given, got both or none.", "prompt")
+    if body.prompt is not None:
+        tokens = await reader.tokens(body.prompt, body.add_special_tokens is not False)
+    elif body.add_special_tokens:
+        raise bad_request("add_special_tokens: it must be left out beside messages, got a value.", "add_special_tokens")
+    else:
+        tokens = await reader.chat(body.messages or [])
+    texts = await reader.token_texts(tokens) if body.return_token_strs else None
+    longest = service.served.max_context_len
+    return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens, "token_strs": texts})
+
+
+@ROUTER.post("/detokenize", responses=_REFUSALS)
+async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
+    """The text of token ids."""
+    service = _service(request)
+    check_others(body)
+    service.table.of(body.model, None, None, None)
+    return JSONResponse({"prompt": await service.reader.text(body.tokens)})
+
+
+@ROUTER.get("/health", responses={503: _FAILURES[503]})
+async def health(request: Request) -> Response:
+    """Whether requests can be served: 200, with an empty body, or 503."""
+    try:
+        await _service(request).served.stats()
+    except RequestError as error:
+        raise APIError(503, "The engine has stopped.", code="stopped") from error
+    return Response()
+
+
+@ROUTER.get("/version")
+async def version() -> JSONResponse:
+    """The version of dynskip."""
+    return JSONResponse({"version": __version__})
+
+
+@ROUTER.get("/metrics", responses={503: _FAILURES[503]})
+async def metrics(request: Request) -> Response:
+    """What Prometheus reads."""
+    service = _service(request)
+    try:
+        stats = await service.served.stats()
+    except RequestError as error:
+        raise APIError(503, "The engine has stopped.", code="stopped") from error
+    admission = service.admission
+    page = service.metrics.page(stats, admission.num_held, admission.num_refused)
+    return Response(page, media_type=CONTENT_TYPE)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    named = service.table.of(name, None, None, "none").named
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dynskip",
+        "root": service.table.name,
+        "max_model_len": service.served.max_context_len,
+        "path": named.name,
+        "layers": list(named.path.layers),
+    }

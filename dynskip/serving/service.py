@@ -1,0 +1,135 @@
+"""`Service`: what a server is made of, and its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dynskip.async_llm import AsyncLLM
+from dynskip.engine.request import RequestOutput
+from dynskip.serving.answers import TokenTexts, as_json, choice_of, facts, usage
+from dynskip.serving.depths import DepthTable
+from dynskip.serving.errors import as_api_error, internal_error
+from dynskip.serving.generation import Generator
+from dynskip.serving.limits import Admission
+from dynskip.serving.metrics import ServerMetrics
+from dynskip.serving.planning import Plan, Planner
+from dynskip.serving.prompts import PromptReader
+from dynskip.serving.protocol import ChatRequest
+from dynskip.serving.sse import DONE, EventStream, event, unless_gone
+from dynskip.serving.streaming import Chunks
+
+
+class Service:
+    """served: the model and its engine. table: the depths on offer. max_queue: as in `Admission`."""
+
+    def __init__(self, served: AsyncLLM, table: DepthTable, max_queue: int) -> None:
+        self.served, self.table = served, table
+        self.admission = Admission(served.pool, max_queue)
+        self.metrics = ServerMetrics(table.name)
+        self.reader = PromptReader(served.llm)
+        self.planner = Planner(table, self.reader, served.max_context_len)
+        self.created = int(time.time())
+        self._generator = Generator(served, self.admission, self.metrics)
+        self._texts = TokenTexts(served.llm.tokenizer)
+
+    def close(self) -> None:
+        """End what the service has begun itself; ``served`` is the caller's."""
+        self.reader.close()
+
+    async def answer(self, plan: Plan, request: Request) -> Response:
+        """The answer to ``plan``, whole or as a stream. What goes wrong before the first token is an APIError."""
+        if not plan.body.stream:
+            outputs = await unless_gone(self._generator.outputs(plan.job), request.receive)
+            return Response(as_json(self._whole(plan, outputs)), media_type="application/json")
+        chunks = Chunks(plan, self._texts).of(self._generator.pieces(plan.job))
+        first = await unless_gone(_first(chunks), request.receive)
+        return EventStream(_events(first, chunks))
+
+    def _whole(self, plan: Plan, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = [choice for number, output in enumerate(outputs) for choice in self._choices(plan, number, output)]
+        num_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.samples)
+        others: dict[str, Any] = {
+            "usage": usage(plan.num_prompt_tokens, 0 if plan.drops_output else num_tokens),
+            "dynskip": facts(plan.job.depth.named, outputs),
+        }
+        if plan.kind == "chat":
+            others |= self._of_prompt(plan, outputs[0])
+        return plan.envelope.whole(choices, **others)
+
+    def _choices(self, plan: Plan, number: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """The choices that the outputs of prompt ``number`` are."""
+        choices = []
+        for index, sample in enumerate(output.samples):
+            text, tokens, logprobs = sample.text or "", sample.token_ids, sample.logprobs
+            if plan.drops_output:
+                text, tokens, logprobs = "", [], None if logprobs is None else []
+            echo = "" if plan.echoes is None else plan.echoes[number]
+            choice = choice_of(
+                plan.kind,
+                number * len(output.samples) + index,
+                echo + text,
+                sample.finish_reason,
+                self._logprobs(plan, output, tokens, logprobs),
+            )
+            if plan.body.return_token_ids:
+                choice["token_ids"] = tokens
+            if plan.kind == "completion":
+                choice |= self._of_prompt(plan, output)
+            choices.append(choice)
+        return choices
+
+    def _logprobs(
+        self, plan: Plan, output: RequestOutput, tokens: list[int], logprobs: list[dict[int, float]] | None
+    ) -> dict[str, Any] | None:
+        """``logprobs`` of a choice of these tokens; None unless asked for."""
+        if logprobs is None:
+            return None
+        if isinstance(plan.body, ChatRequest):
+            return self._texts.chat_logprobs(tokens, logprobs, plan.body.top_logprobs or 0)
+        if plan.echoes is None:
+            return self._texts.completion_logprobs(tokens, logprobs)
+        of_prompt = _prompt_logprobs(output)
+        return self._texts.completion_logprobs([*output.prompt_ids, *tokens], [*of_prompt, *logprobs])
+
+    def _of_prompt(self, plan: Plan, output: RequestOutput) -> dict[str, Any]:
+        """What an answer has of its prompt, where it was asked for."""
+        found: dict[str, Any] = {}
+        if plan.body.return_token_ids:
+            found["prompt_token_ids"] = output.prompt_ids
+        if plan.body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._texts.prompt_logprobs(_prompt_logprobs(output))
+        return found
+
+
+def _prompt_logprobs(output: RequestOutput) -> list[dict[int, float] | None]:
+    found: list[dict[int, float] | None] | None = getattr(output, "prompt_logprobs", None)
+    assert found is not None, "they were asked for"
+    return found
+
+
+async def _first(chunks: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
+    """The first chunk: every request has one."""
+    return await anext(chunks)
+
+
+async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+    """A stream's events: an error in its middle is data, and the end is said in any case."""
+    async with aclosing(chunks):
+        try:
+            yield event(first)
+            async for chunk in chunks:
+                yield event(chunk)
+        except Exception as error:
+            found = as_api_error(error)
+            yield event((found or internal_error()).body)
+            yield DONE
+            if found is None:
+                raise  # a bug: the log has it
+        else:
+            yield DONE

@@ -1,0 +1,57 @@
+"""The OpenAPI page, and requests made at random by it: whatever is sent, the server neither fails nor stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+import schemathesis
+from api import on_loopback, tiny_llm
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+
+ROUTES = [
+    ("/v1/completions", "POST"),
+    ("/v1/chat/completions", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{name}", "GET"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/health", "GET"),
+    ("/version", "GET"),
+    ("/metrics", "GET"),
+]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with on_loopback(tiny_llm(), policy="lockstep", batch=16) as found:
+        yield found
+
+
+def test_the_page_has_the_routes(url: str) -> None:
+    page = httpx2.get(f"{url}/openapi.json").json()
+    found = [(path, method.upper()) for path, methods in page["paths"].items() for method in methods]
+    assert sorted(found) == sorted(ROUTES)
+    for path, method in ROUTES:
+        operation = page["paths"][path][method.lower()]
+        assert "422" not in operation["responses"], "bad fields are 400"
+
+
+@pytest.mark.parametrize(("path", "method"), ROUTES)
+def test_no_request_makes_it_fail(url: str, path: str, method: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+    @settings(
+        max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(case=schema[path][method].as_strategy())
+    def check(case: schemathesis.Case) -> None:
+        response = case.call()
+        case.validate_response(response, checks=[not_a_server_error])
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    check()
+    assert httpx2.get(f"{url}/health").status_code == 200

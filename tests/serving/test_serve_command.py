@@ -1,0 +1,183 @@
+"""``dynskip serve`` in a process of its own: readiness, signals, mistakes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from api import events_of
+
+from dynskip.cli import main
+from dynskip.cli.serve import greeting
+
+ROOT = Path(__file__).parents[2]
+SERVE = [sys.executable, "-m", "dynskip", "serve", "opt-mini", "--port", "0", "--policy", "lockstep", "--threads", "1"]
+LONG = {"prompt": "The lighthouse keeper", "ignore_eos": True, "stream": True}
+TIMEOUT_S = 120
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server that is ready: its process, its address, and the command that it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    process = subprocess.Popen(
+        [*SERVE, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            pytest.fail(process.communicate(timeout=TIMEOUT_S)[1])
+        assert line.startswith("dynskip serves "), line
+        yield process, line.split()[-1].removesuffix("/v1"), process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit status and what was logged."""
+    _, log = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, log
+
+
+def until_closed(url: str) -> None:
+    """Wait until nothing listens at ``url``."""
+    host, port = url.removeprefix("http://").split(":")
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=TIMEOUT_S).close()
+        except ConnectionRefusedError:
+            return
+
+
+def test_the_line_that_it_prints_works_and_a_signal_lets_streams_end() -> None:
+    with serving("--served-model-name", "mini") as (process, url, command):
+        assert httpx2.get(f"{url}/health", timeout=TIMEOUT_S).status_code == 200
+        words = shlex.split(command)
+        assert words[:2] == ["curl", f"{url}/v1/completions"]
+        name, _, text = words[3].partition(": ")
+        assert words[2::2] == ["-H", "-d"]
+        answer = httpx2.post(words[1], content=words[5], headers={name: text}, timeout=TIMEOUT_S)
+        assert answer.status_code == 200
+        assert answer.json()["choices"][0]["text"]
+        assert answer.json()["model"] == "mini"
+        body = {**LONG, "max_tokens": 200, "stream_options": {"include_usage": True}}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as streamed:
+            parts = streamed.iter_text()
+            text = next(parts)
+            process.send_signal(signal.SIGTERM)
+            until_closed(url)
+            text += "".join(parts)
+        *_, usage, end = events_of(text)
+        assert end == "[DONE]"
+        assert usage["usage"]["completion_tokens"] == 200
+        status, log = ended(process)
+        assert status == 0, log
+        assert "lighthouse" not in log
+        assert "POST /v1/completions 200" in log
+
+
+def test_a_second_signal_cuts_off_what_still_runs() -> None:
+    with serving("--max-queue", "256") as (process, url, _):
+        body = {**LONG, "max_tokens": 400, "n": 128}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as streamed:
+            assert streamed.status_code == 200
+            parts = streamed.iter_text()
+            next(parts)
+            process.send_signal(signal.SIGINT)
+            until_closed(url)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx2.TransportError):
+                list(parts)
+        status, log = ended(process)
+        assert status == 1, log
+        assert "1 requests unanswered" in log
+
+
+def test_options_reach_the_server(tmp_path: Path) -> None:
+    paths = tmp_path / "paths.txt"
+    paths.write_text("uniform:4\nuniform:8\n", encoding="utf-8")
+    options = ["--paths", str(paths), "--path", "uniform:8", "--draft", "exit:1", "--max-model-len", "64"]
+    with serving(*options, "--api-key", "key", "--log-requests", "--kv-bytes", "50000000", "--batch", "2") as running:
+        process, url, command = running
+        assert "Authorization: Bearer $KEY" in command
+        headers = {"authorization": "Bearer key"}
+
+        def post(**body: Any) -> httpx2.Response:
+            body = {"prompt": "Bread", "max_tokens": 4, **body}
+            return httpx2.post(f"{url}/v1/completions", json=body, headers=headers, timeout=TIMEOUT_S)
+
+        assert httpx2.get(f"{url}/v1/models", timeout=TIMEOUT_S).status_code == 401
+        listed = httpx2.get(f"{url}/v1/models", headers=headers, timeout=TIMEOUT_S).json()["data"]
+        assert [each["id"] for each in listed] == ["opt-mini", "opt-mini@4", "opt-mini@8", "opt-mini@24"]
+        assert {each["max_model_len"] for each in listed} == {64}
+        assert post().json()["dynskip"]["path"] == "uniform:8"
+        assert post(model="opt-mini@3").json()["dynskip"]["path"] == "uniform:4"
+        assert post(max_tokens=64).json()["error"]["code"] == "context_length_exceeded"
+        process.send_signal(signal.SIGTERM)
+        status, log = ended(process)
+        assert status == 0, log
+        assert "Bread" in log
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--path", "sideways"], "path must be full"),
+        (["--draft", "auto"], "must have paths that a search has found"),
+        (["--paths", "/nowhere/at/all"], "No such file"),
+        (["--max-model-len", "1000000"], "max_context_len must lie in"),
+        (["--kv-bytes", "1"], "kv_bytes must hold an entry"),
+    ],
+)
+def test_a_mistake_ends_it_before_it_listens(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "opt-mini", "--port", "0", "--policy", "lockstep", *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--port", "70000"], "0..65535"), (["--batch", "0"], "1..65536"), (["--policy", "best"], "invalid choice")],
+)
+def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "opt-mini", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "/nowhere/at/all", "--port", str(port)]) == 2
+    assert f"got 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("dynskip.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "opt-mini"]) == 2
+    assert "serve needs uvicorn, which is not installed. Use pip install 'dynskip[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_the_command_survives_any_name(needs_key: bool) -> None:
+    name = 'it\'s a "model" of $HOME'
+    *_, command = greeting("http://127.0.0.1:1", [name], needs_key).splitlines()
+    words = shlex.split(command)
+    assert httpx2.Response(200, content=words[-1]).json()["model"] == name
+    assert any("Bearer" in word for word in words) == needs_key
