@@ -44,7 +44,7 @@ def test_no_request_makes_it_fail(url: str, path: str, method: str) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
 
     @settings(
-        max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=30, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
     )
     @given(case=schema[path][method].as_strategy())
     def check(case: schemathesis.Case) -> None:

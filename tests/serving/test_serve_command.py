@@ -57,6 +57,8 @@ def until_closed(url: str) -> None:
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=TIMEOUT_S).close()
+        except ConnectionResetError:  # was waiting to be accepted
+            continue
         except ConnectionRefusedError:
             return
 
