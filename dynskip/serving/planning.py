@@ -10,7 +10,7 @@ from typing import TypeGuard
 from dynskip.sampling import SamplingParams
 from dynskip.serving.answers import Envelope, Kind
 from dynskip.serving.depths import Depth, DepthTable
-from dynskip.serving.errors import bad_request
+from dynskip.serving.errors import bad_request, told
 from dynskip.serving.fields import DEFAULT_MAX_TOKENS, check_others, sampling_params
 from dynskip.serving.generation import Job
 from dynskip.serving.prompts import PromptReader
@@ -60,9 +60,12 @@ class Planner:
         envelope, depth, params = self._begun("completion", body, request_id, given)
         prompts = await self._reader.completions(body.prompt)
         rooms = [self._room(len(prompt), given, "prompt") for prompt in prompts]
-        bounded = [
-            replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room) if given is None else given) for room in rooms
-        ]
+        try:
+            bounded = [
+                replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room) if given is None else given) for room in rooms
+            ]
+        except ValueError as error:  # parameters that do not go together with so few
+            raise told(error) from error
         job = Job(list(zip(prompts, bounded, strict=True)), depth, "prompt")
         echoes = await self._echoes(body.prompt, prompts) if body.echo else None
         return Plan("completion", body, envelope, job, echoes, drops_output)

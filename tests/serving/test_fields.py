@@ -123,6 +123,7 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 1, "echo": True, "stream": True}, "logprobs"),
+    ({"min_tokens": 17, "max_tokens": None}, "min_tokens"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"messages": []}, "messages"),
