@@ -62,16 +62,18 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
     "documents": ([],),
-    "add_special_tokens": (True,),
 }
+# Whether the tokenizer puts its own tokens around the text: around a prompt it does, a chat template has them already.
+_ADD_SPECIAL_TOKENS = "add_special_tokens"
 
 
 def check_others(request: Fields) -> None:
     """Raise an APIError for a field that ``request`` has beyond its model, unless it asks for nothing."""
+    neutral = {**NEUTRAL, _ADD_SPECIAL_TOKENS: (not isinstance(request, ChatRequest),)}
     for name, value in (request.model_extra or {}).items():
-        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
+        if value is None or name in HARMLESS or value in neutral.get(name, ()):
             continue
-        raise unsupported(name, "It is not supported." if name in NEUTRAL else "There is no such field.")
+        raise unsupported(name, "It is not supported." if name in neutral else "There is no such field.")
 
 
 def sampling_params(request: Sampled, max_tokens: int | None) -> SamplingParams:

@@ -34,8 +34,10 @@ class PromptReader:
         self._thread.shutdown()
 
     async def completions(self, prompt: str | list[Any]) -> list[list[int]]:
-        """The token ids of each prompt: a text, token ids, or a list of either. Names of special tokens stand for them:
-        who writes the whole prompt may write these, too."""
+        """The token ids of each prompt: a text, token ids, or a list of either.
+
+        Names of special tokens in a text stand for them: its caller writes all of it.
+        """
         prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
         if not prompts:
             raise bad_request("prompt: it must hold at least one prompt, got none.", "prompt")

@@ -124,6 +124,7 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 1, "echo": True, "stream": True}, "logprobs"),
     ({"min_tokens": 17, "max_tokens": None}, "min_tokens"),
+    ({"add_special_tokens": False}, "add_special_tokens"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"messages": []}, "messages"),
@@ -147,6 +148,7 @@ OF_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"echo": True}, "echo"),
     ({"best_of": 2}, "best_of"),
     ({"prompt": "w005"}, "prompt"),
+    ({"add_special_tokens": True}, "add_special_tokens"),
 ]
 
 
@@ -184,13 +186,26 @@ def test_a_bad_field_is_a_400_that_names_it(llm: LLM, tmp_path: Path) -> None:
     run(main())
 
 
-@pytest.mark.parametrize(("body", "code"), [(b"", 400), (b"{", 400), (b"[]", 400), (b"null", 400), (b"\xff", 400)])
-def test_what_is_no_request_is_a_400(llm: LLM, body: bytes, code: int) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"n": ' + b"9" * 5000 + b"}",
+        b'{"prompt": [5], "top_p": NaN}',
+    ],
+    ids=["empty", "open", "list", "null", "no-utf-8", "deep", "long-integer", "nan"],
+)
+def test_what_is_no_request_is_a_400(llm: LLM, body: bytes) -> None:
     async def main() -> None:
         async with local(llm) as server:
             for headers in (JSON, {"content-type": "text/plain"}, {}):
                 answer = await server.client.post("/v1/completions", content=body, headers=headers)
-                assert answer.status_code == code, answer.text
+                assert answer.status_code == 400, answer.text
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
     run(main())
@@ -207,7 +222,7 @@ def test_what_is_no_request_is_a_400(llm: LLM, body: bytes, code: int) -> None:
         {"logit_bias": {}, "include_stop_str_in_output": False, "skip_special_tokens": True, "stop": []},
         {"top_k": 0, "top_p": 1, "n": 1, "echo": False, "stream": False, "stream_options": None, "model": NAME},
         {"tools": None, "response_format": None, "anything": None, "spaces_between_special_tokens": True},
-        {"depth": None, "path": None, "draft": "none", "return_token_ids": False},
+        {"depth": None, "path": None, "draft": "none", "return_token_ids": False, "add_special_tokens": True},
     ],
     ids=lambda fields: "-".join(fields)[:50],
 )
