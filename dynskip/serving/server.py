@@ -16,6 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 
 LOG = logging.getLogger("dynskip.serving")
+# Seconds that requests have to clean up once they are cut off.
+_CLEAN_UP_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -61,14 +63,16 @@ class Server(uvicorn.Server):
             draining.result()
             self.has_drained = True
         else:
-            LOG.warning("stopping with %d requests unanswered", len(self.server_state.tasks))
-            for task in list(self.server_state.tasks):
-                task.cancel()
+            tasks = set(self.server_state.tasks)
+            LOG.warning("stopping with %d requests unanswered", len(tasks))
             for connection in list(self.server_state.connections):
-                connection.transport.abort()
+                connection.transport.abort()  # to the requests it is as if their clients had gone away
+            _, stuck = await asyncio.wait(tasks, timeout=_CLEAN_UP_S) if tasks else (None, set())
+            for task in stuck:
+                task.cancel()
         for waiting in (draining, stopping):
             waiting.cancel()
-        await asyncio.gather(draining, stopping, *self.server_state.tasks, return_exceptions=True)
+        await asyncio.gather(draining, stopping, return_exceptions=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What a signal does: drain, and the second time stop."""
@@ -98,8 +102,12 @@ def log_to_stderr() -> Iterator[None]:
     """Within the block the server's log goes to stderr, a line an event."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # Of uvicorn only what goes wrong, such as bytes that are no HTTP.
-    levels = {LOG: logging.INFO, logging.getLogger("uvicorn.error"): logging.WARNING}
+    # Of uvicorn what goes wrong, such as bytes that are no HTTP; of asyncio not that a client no longer reads.
+    levels = {
+        LOG: logging.INFO,
+        logging.getLogger("uvicorn.error"): logging.WARNING,
+        logging.getLogger("asyncio"): logging.ERROR,
+    }
     before = {log: (log.level, log.propagate) for log in levels}
     for log, level in levels.items():
         log.addHandler(handler)

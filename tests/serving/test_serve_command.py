@@ -105,6 +105,8 @@ def test_a_second_signal_cuts_off_what_still_runs() -> None:
         status, log = ended(process)
         assert status == 1, log
         assert "1 requests unanswered" in log
+        assert "Traceback" not in log
+        assert "exception" not in log.lower()
 
 
 def test_options_reach_the_server(tmp_path: Path) -> None:
