@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ DESCRIPTION = "Serve a model behind the OpenAI API, each request along its own s
 EXAMPLES = """examples:
   dynskip serve opt-mini
       at http://127.0.0.1:8000/v1; requests choose their layers by "path": "uniform:8"
-  dynskip serve smollm2-135m-instruct --threads 2 --draft auto
+  dynskip serve smollm2-135m-instruct --threads 2
       requests choose by "depth": 27, from the paths that a search has found, or by the model's name with @27
   dynskip serve MODEL --host 0.0.0.0 --port 80 --api-key KEY --max-queue 64
       for others, who need the key; beyond 64 waiting outputs they are told to try again later
@@ -106,7 +107,8 @@ async def _serve(args: argparse.Namespace, llm: LLM, name: str, bound: socket.so
     async with AsyncLLM(llm, args.policy, **options) as served:
         service = Service(served, table, args.max_queue)
         app = make_app(service, api_key=args.api_key, log_bodies=args.log_requests, allow_origins=args.origins)
-        server = Server(app, lambda: print(greeting(url_of(bound), table.names, args.api_key is not None), flush=True))
+        hello = greeting(url_of(bound), name, list(table.entries), args.api_key is not None)
+        server = Server(app, lambda: print(hello, flush=True))
         try:
             await server.serve([bound])
         finally:
@@ -114,12 +116,15 @@ async def _serve(args: argparse.Namespace, llm: LLM, name: str, bound: socket.so
     return 0 if server.has_drained else 1
 
 
-def greeting(url: str, names: list[str], needs_key: bool) -> str:
-    """Where the server is, and a line for a shell that asks it something."""
-    body = json.dumps({"model": names[0], "prompt": "Once upon a time", "max_tokens": 16})
+def greeting(url: str, name: str, depths: Sequence[int], needs_key: bool) -> str:
+    """Where the server is, a line for a shell that asks it something, and the depths on offer."""
+    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 16})
     key = ' -H "Authorization: Bearer $KEY"' if needs_key else ""
     command = f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-    return f"dynskip serves {', '.join(names)} at {url}/v1\n{command}"
+    offer = (
+        f"\nlayers on offer, by `depth` or as in {name}@{depths[0]}: {', '.join(map(str, depths))}" if depths else ""
+    )
+    return f"dynskip serves {name} at {url}/v1\n{command}{offer}"
 
 
 def _file(text: str | None) -> Path | None:

@@ -56,6 +56,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and wait for those that have come; cut them off once told to."""
+        for server in self.servers:
+            server.close()
+        LOG.info("listening no more, %d requests to answer", len(self.server_state.tasks))
         draining = asyncio.ensure_future(super().shutdown(sockets))
         stopping = asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait((draining, stopping), return_when=asyncio.FIRST_COMPLETED)
