@@ -174,7 +174,7 @@ class AsyncLLM:
         try:
             known_id = await asyncio.wrap_future(ticket.added)
             tokenizer = self.llm.tokenizer
-            texts = [None if tokenizer is None else TextStream(tokenizer, params.stop) for _ in range(params.n)]
+            texts = [None if tokenizer is None else TextStream(tokenizer, params) for _ in range(params.n)]
             output = None
             while output is None:
                 tokens, output = await ticket.next()
@@ -216,7 +216,7 @@ class AsyncLLM:
         finally:
             self._worker.abandon(ticket)
         _raise_error("generate", output)
-        return output.with_text(partial(self.llm.text, stop=params.stop))
+        return output.with_text(partial(self.llm.text, stop=params))
 
 
 def _raise_error(function: str, output: RequestOutput) -> None:

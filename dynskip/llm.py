@@ -15,6 +15,7 @@ from dynskip.assets import find_model, opt_mini_directory
 from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.request import RequestOutput
+from dynskip.engine.text_rule import TextRule
 from dynskip.models.tokenizer import read_tokenizer
 from dynskip.prompts import Message, chat_ids, text_ids
 from dynskip.routing.routes import Paths
@@ -130,7 +131,7 @@ class LLM:
         )
         _run_with_bar(generation) if progress else generation.run()
         return [
-            output.with_text(partial(self.text, stop=param.stop))
+            output.with_text(partial(self.text, stop=param))
             for output, param in zip(generation.outputs, all_params, strict=True)
         ]
 
@@ -166,14 +167,12 @@ class LLM:
             raise TypeError(f"{what} must be text or a list of token ids, got {type(prompt).__name__}.{advice}")
         return token_ids
 
-    def text(self, token_ids: list[int], stop: Sequence[str] = ()) -> str | None:
-        """The text of an output without special tokens, cut before the first of ``stop``; None without a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        assert isinstance(text, str), "one sequence decodes to one text"
-        ends = [text.find(each) for each in stop if each in text]
-        return text[: min(ends)] if ends else text
+    def text(self, token_ids: list[int], stop: Sequence[str] | SamplingParams = ()) -> str | None:
+        """The text of an output, None without a tokenizer.
+
+        stop: the parameters of its request, or texts before the first of which it is cut; special tokens are left out.
+        """
+        return None if self.tokenizer is None else TextRule.of(stop).text(self.tokenizer, token_ids)
 
     def _params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dynskip.engine import step as engine_step
+from dynskip.engine.choosing import choose
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
@@ -20,7 +21,6 @@ from dynskip.execution.native_steps import NativeSteps
 from dynskip.measure.runners import DynskipRunner
 from dynskip.models.linear import Linear
 from dynskip.ops.backends import Backend
-from dynskip.ops.choice import choose_tokens
 from dynskip.scheduler.scheduler import Scheduler
 
 # Of a step in one call, what is neither product nor attention: planning, norms, rotation, sums, the most likely tokens.
@@ -35,7 +35,7 @@ _HOOKS: tuple[tuple[Any, Any, str], ...] = (
     (KVCache, KVCache.index, "planning"),
     (KVCache, KVCache.allocate, "planning"),
     (KVCache, KVCache.append, "planning"),
-    (engine_step, choose_tokens, "sampling"),
+    (engine_step, choose, "sampling"),
     (Linear, Linear.forward, "products"),
 )
 

@@ -80,9 +80,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest that sum to P")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="sample among tokens P times as likely as the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1, tokens of prompt and output become less likely",
+    )
+    group.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtracted from the logits of tokens of the output",
+    )
+    group.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the same, as often as the output has the token",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     group.add_argument("--n", type=int, default=1, metavar="N", help="outputs per prompt (default: 1)")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    group.add_argument(
+        "--include-stop", action="store_true", dest="include_stop_str_in_output", help="end behind TEXT, not before it"
+    )
+    group.add_argument(
+        "--min-tokens", type=int, default=0, metavar="N", help="nothing but --max-tokens ends an output before N tokens"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
 
 
@@ -166,7 +196,10 @@ def _found_draft(model: CausalLM, outputs: list[Output]) -> str:
 def _params(args: argparse.Namespace) -> SamplingParams:
     from dynskip.sampling import SamplingParams
 
-    names = ("max_tokens", "temperature", "top_k", "top_p", "n", "stop", "ignore_eos", "seed")
+    chosen = ("temperature", "top_k", "top_p", "min_p", "seed", "n")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    ends = ("max_tokens", "min_tokens", "stop", "include_stop_str_in_output", "ignore_eos")
+    names = (*chosen, *penalties, *ends)
     return SamplingParams(**{name: getattr(args, name) for name in names})
 
 

@@ -10,7 +10,10 @@ from dynskip.engine.request import OutputSequence
 
 
 class NonFiniteError(ArithmeticError):
-    """The logits of a request are NaN or infinite; the message names the layer and the dtype."""
+    """The logits of a request are NaN or infinite, or -inf for every token.
+
+    The message names the layer and the dtype, or the parameters of the request that may have made them so.
+    """
 
 
 def diagnose(runner: ModelRunner, sequence: OutputSequence) -> NonFiniteError:

@@ -215,7 +215,13 @@ class Engine:
         if draft is not None:
             self.execution.drafting.prepare(self.config.batch)
         sequences = [OutputSequence(prompt_ids, params, route, seed, index, draft) for index in range(params.n)]
-        request = Request(request_id, sequences, self._stop_ids(params), on_token, self._now(), draft)
+        if params.prompt_logprobs is not None:
+            sequences[0].prompt_logprobs = [None]
+        # A checkpoint may name an end that its vocabulary has not.
+        known_ends = {token for token in self.model.eos_token_ids if 0 <= token < self.model.decoder_config.vocab_size}
+        end_ids = known_ends.union(params.stop_token_ids)
+        stop_ids = frozenset(params.stop_token_ids if params.ignore_eos else end_ids)
+        request = Request(request_id, sequences, stop_ids, frozenset(end_ids), on_token, self._now(), draft)
         if self.tally.first_s is None:
             self.tally.first_s = request.arrival_s - self._start_s
         try:
@@ -432,6 +438,7 @@ class Engine:
             del sequence.logprobs[len(sequence.token_ids) :]
             del sequence.was_guessed[len(sequence.token_ids) :]
             sequence.guesses, sequence.begun = [], None
+            sequence.counts = None  # counted anew: the step may have been interrupted within its counting
             sequence.state.begin_again(len(sequence.token_ids), self.scheduler.step)
             if request.error is None and sequence.token_ids:
                 try:
@@ -456,9 +463,6 @@ class Engine:
         cache = executor.new_cache(num_seqs, self.max_context_len, num_slots)
         executor.warm_up(cache, self.config.batch)
         return KVPool(cache, num_seqs, num_slots)
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset((*(() if params.ignore_eos else self.model.eos_token_ids), *params.stop_token_ids))
 
     def _now(self) -> float:
         self._time_s = max(self._time_s, self._clock())

@@ -10,6 +10,7 @@ from torch import Tensor
 from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import Cache
+from dynskip.engine.prompt_logprobs import add_prompt_logprobs
 from dynskip.engine.request import OutputSequence, Span
 from dynskip.execution.executor import Predictions
 from dynskip.execution.step import Step, packed_positions, to_device
@@ -43,10 +44,20 @@ class ModelRunner:
         self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
 
     def prompt(self, spans: Sequence[Span], cache: Cache) -> Predictions:
-        """What follows the last token of each span: all begin their sequences, or none does."""
+        """What follows the last token of each span: all begin their sequences, or none does.
+
+        Sequences that lack log-probabilities of their prompts get them.
+        """
         step = self._spans_step(spans, [span.sequence.state.cache_id for span in spans], is_prompt=True)
         last_rows = torch.tensor([span.num_tokens for span in spans]).cumsum(0) - 1
-        return self.executor.predict(step, cache, to_device(last_rows, self.model.device))
+        last_rows = to_device(last_rows, self.model.device)
+        if not any(span.sequence.lacks_prompt_logprobs for span in spans):
+            return self.executor.predict(step, cache, last_rows)
+        states, head = self.executor.run(step, cache), self.executor.head
+        for span, own in zip(spans, torch.split(states, [span.num_tokens for span in spans]), strict=True):
+            if span.sequence.lacks_prompt_logprobs:
+                add_prompt_logprobs(span, own, head, self.model.decoder_config.vocab_size)
+        return Predictions(head(states[last_rows]))
 
     def decode(self, spans: Sequence[Span], cache: Cache, in_flight: TokensInFlight | None = None) -> Predictions:
         """What follows each token of ``spans``, row by row; the next step may overwrite it.

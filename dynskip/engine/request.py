@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from dynskip.engine.token_counts import TokenCounts
 from dynskip.execution.turns import BegunRows
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import Route
@@ -16,6 +17,8 @@ from dynskip.speculation.draft import Draft
 
 # Called with the request's id, the number of the output and its new token.
 OnToken = Callable[[Hashable, int, int], None]
+# Of each token of a prompt, log-probabilities in its place, by token id; None for the first, which follows nothing.
+PromptLogprobs = list[dict[int, float] | None]
 
 
 class RequestError(RuntimeError):
@@ -31,6 +34,8 @@ class OutputSequence:
         they are right. num_drafted, num_accepted: how many were made, and were right.
     begun: what the draft has run of the step that verifies its guesses, if it has.
     token_ids, logprobs: as chosen so far. was_guessed: of each token, whether the draft had guessed it.
+    prompt_logprobs: of the prompt's tokens so far, None for the first; None where they are not asked for, or of another
+        output. counts: of its tokens, where penalties have asked for them.
     finish_reason: None until it has ended, see `RequestOutput`.
     """
 
@@ -48,6 +53,8 @@ class OutputSequence:
     num_drafted: int = 0
     num_accepted: int = 0
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+    counts: TokenCounts | None = None
     finish_reason: str | None = None
     request: Request = field(init=False, repr=False)
     state: SequenceState = field(init=False, repr=False)
@@ -76,6 +83,11 @@ class OutputSequence:
         """Whether the token that the current step gives it is known: see `SequenceState.num_replayed`."""
         return len(self.token_ids) >= self.state.num_generated
 
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether its prompt has to run for log-probabilities that are asked for."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
+
     def tokens(self, first: int, count: int) -> list[int]:
         """``count`` tokens of prompt, output and guesses, from token ``first`` on."""
         num_prompt = len(self.prompt_ids)
@@ -100,11 +112,15 @@ class Span(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A request while it runs; output: what it has become. Times are those of the engine's clock, in seconds."""
+    """A request while it runs; output: what it has become. Times are those of the engine's clock, in seconds.
+
+    stop_ids: tokens that end an output. end_ids: those that must not come before min_tokens others.
+    """
 
     request_id: Hashable
     sequences: list[OutputSequence]
     stop_ids: frozenset[int]
+    end_ids: frozenset[int]
     on_token: OnToken | None
     arrival_s: float
     draft: Draft | None = None
@@ -143,6 +159,8 @@ class RequestOutput:
     text: the new text without special tokens and without the stop text; None without a tokenizer, and of an `Engine`.
     finish_reason: "stop" (end of sequence, stop token or stop text), "length", "abort", or "error".
     logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
+    prompt_logprobs: the same per token of the prompt, None for the first; fewer where the request ended before its
+        prompt had run; None unless asked for.
     error: the exception that ended the request, such as a NonFiniteError; None unless finish_reason is "error".
     seed: what the outputs were drawn by, given or not: the same prompt, path and parameters with it repeat them. None
         where they were not sampled.
@@ -169,6 +187,7 @@ class RequestOutput:
     num_preemptions: int = field(compare=False)
     seed: int | None = field(default=None, compare=False)
     text: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     draft: Draft | None = field(default=None, compare=False)
     num_drafted: int = field(default=0, compare=False)
     num_accepted: int = field(default=0, compare=False)
@@ -211,6 +230,7 @@ class RequestOutput:
             latency_s=end_s - arrival_s,
             num_preemptions=sum(sequence.state.num_preemptions for sequence in request.sequences),
             seed=first.seed,
+            prompt_logprobs=first.prompt_logprobs,
             draft=request.draft,
             num_drafted=sum(sequence.num_drafted for sequence in request.sequences),
             num_accepted=sum(sequence.num_accepted for sequence in request.sequences),

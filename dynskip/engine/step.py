@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dynskip.engine.choosing import choose
 from dynskip.engine.diagnosis import diagnose
 from dynskip.engine.drafting import Drafting
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.prefixes import PrefixIndex
+from dynskip.engine.prompt_logprobs import top_logprobs
 from dynskip.engine.request import OutputSequence, Request, Span
+from dynskip.engine.text_rule import TextRule
 from dynskip.execution.executor import Predictions
-from dynskip.ops.choice import choose_tokens
 from dynskip.routing.routes import PathRoute
-from dynskip.sampling import NOT_FINITE, Choice
+from dynskip.sampling import NOT_FINITE
 from dynskip.scheduler.outcome import Tally
 from dynskip.scheduler.scheduler import Chunk, Decision, Scheduler
 from dynskip.scheduler.sequence import SequenceState
@@ -27,8 +29,6 @@ from dynskip.scheduler.sequence import SequenceState
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that are decoded with those that a stop text may have.
-_NUM_CONTEXT = 8
 # Spans, and what follows each of them, or with guesses each of their rows.
 Predicted = tuple[list[Span], Predictions]
 
@@ -76,7 +76,7 @@ class StepExecution:
                     sequence.request.admitted_s = now_s
                 if first == 0 and chunk.is_last and chunk.sequence.num_generated == 1:
                     leader = leaders.setdefault(_prompt_key(sequence), sequence)
-                    if leader is not sequence:
+                    if leader is not sequence and not sequence.lacks_prompt_logprobs:
                         copies.setdefault(leader, []).append(sequence)
                         continue
                 self._share_prefix(sequence)
@@ -217,12 +217,13 @@ class StepExecution:
                 self._accept(accepted, predictions if are_all else predictions.of_rows(rows))
 
     def _may_fly(self, sequences: Sequence[OutputSequence]) -> bool:
-        """Whether the tokens of a decode step may be read late: nothing but the most likely tokens is asked for.
+        """Whether the tokens of a decode step may be read late: the model's most likely ones are all that is asked for.
 
         Not where a controller or a mask decides for each token: it would see tokens behind the last one.
         """
         return self.runner.reads_late and all(
             sequence.params.greedy
+            and not sequence.params.changes_logits()
             and sequence.params.logprobs is None
             and sequence.path is not None
             and sequence.draft is None
@@ -262,12 +263,8 @@ class StepExecution:
         logits = predictions.logits
         if any(sequence.params.logprobs is not None for sequence in sequences):
             logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
-        tokens: list[int | Exception]
-        choices = [sequence.choice for sequence in sequences]
-        try:
-            tokens = [*choose_tokens(logits, choices, predictions.most_likely)]
-        except Exception:
-            tokens = [_token_or_error(row, choice) for row, choice in zip(logits, choices, strict=True)]
+        own = [(sequence, len(sequence.token_ids)) for sequence in sequences]
+        tokens = choose(Predictions(logits, predictions.most_likely), own)
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
@@ -287,22 +284,16 @@ class StepExecution:
         if any(span.sequence.params.logprobs is not None for span in spans):
             logits = logits.cpu()
         places: dict[tuple[OutputSequence, int], int] = {}  # row of each output token that is not known yet
-        choices = []
         first_row = 0
         for sequence, _, count in spans:
             for rank in range(count):
                 position = sequence.state.num_generated - 1 + rank
                 if position >= len(sequence.token_ids):
                     places[sequence, position] = first_row + rank
-                    choices.append(sequence.choice_of(position))
             first_row += count
         rows = [*places.values()]
         chosen = predictions.of_rows(rows) if len(rows) < first_row else predictions
-        tokens: dict[int, int | Exception]
-        try:
-            tokens = dict(zip(rows, choose_tokens(chosen.logits, choices, chosen.most_likely), strict=True))
-        except Exception:
-            tokens = {row: _token_or_error(logits[row], choice) for row, choice in zip(rows, choices, strict=True)}
+        tokens = dict(zip(rows, choose(chosen, [*places]), strict=True))
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
         for span in spans:
@@ -347,7 +338,7 @@ class StepExecution:
         try:
             if params.logprobs is not None:
                 assert logits is not None, "tokens with log-probabilities do not fly"
-                sequence.logprobs.append(_top_logprobs(logits, token, params.logprobs))
+                sequence.logprobs += top_logprobs(logits[None], [token], params.logprobs)
             sequence.was_guessed.append(was_guessed)
             sequence.token_ids.append(token)
             self.tally.num_tokens += 1
@@ -368,10 +359,7 @@ class StepExecution:
             return "stop"
         if sequence.params.stop:
             assert self.tokenizer is not None, "add_request refuses stop texts without a tokenizer"
-            # The new token ends what it completes: a text of n characters has at most 4 n bytes, and as many tokens.
-            num_last = 4 * max(map(len, sequence.params.stop)) + _NUM_CONTEXT
-            text = self.tokenizer.decode(sequence.token_ids[-num_last:], skip_special_tokens=True)
-            if any(stop in text for stop in sequence.params.stop):
+            if TextRule.of(sequence.params).has_stopped(self.tokenizer, sequence.token_ids):
                 return "stop"
         return "length" if len(sequence.token_ids) >= sequence.state.max_tokens else None
 
@@ -403,7 +391,8 @@ class StepExecution:
         self.end(sequence.request, "error")
 
     def _share_prefix(self, sequence: OutputSequence) -> None:
-        found = self.prefixes.find(sequence)
+        # Rows that are taken over have no logits.
+        found = None if sequence.lacks_prompt_logprobs else self.prefixes.find(sequence)
         if found is not None:
             source, num_tokens = found
             self.kv.cache.share(source.state.cache_id, sequence.state.cache_id, num_tokens)
@@ -427,18 +416,3 @@ def _by_key(spans: Sequence[Span]) -> list[list[Span]]:
     for span in spans:
         same.setdefault(span.sequence.route.key, []).append(span)
     return list(same.values())
-
-
-def _token_or_error(logits: Tensor, choice: Choice) -> int | Exception:
-    """The token that is chosen from one row's logits, [V], or what that raises."""
-    try:
-        return choose_tokens(logits[None], [choice])[0]
-    except Exception as error:
-        return error
-
-
-def _top_logprobs(logits: Tensor, token: int, num_top: int) -> dict[int, float]:
-    logprobs = logits.float().log_softmax(0)
-    values, tokens = logprobs.topk(min(num_top, logprobs.numel()))
-    top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
-    return {token: float(logprobs[token]), **top}

@@ -254,6 +254,35 @@ def test_generate_samples_repeatably(model_directory: Path, capsys: pytest.Captu
     assert len({tuple(output["token_ids"]) for output in runs[0]}) > 1
 
 
+def test_options_that_change_logits(model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dynskip import LLM, SamplingParams
+
+    llm = LLM(model_directory, dtype="float32", backend="torch")
+
+    def expected(**params: Any) -> list[dict[str, Any]]:
+        options = {"max_tokens": 12, "ignore_eos": True, "n": 8, "temperature": 3.0, "seed": 4, **params}
+        (output,) = llm.generate(["the cat"], SamplingParams(**options))
+        return [{"text": sample.text, "token_ids": sample.token_ids} for sample in output.samples]
+
+    def found(*options: str) -> list[dict[str, Any]]:
+        common = ("--max-tokens", "12", "--n", "8", "--temperature", "3", "--seed", "4", "--json")
+        assert generate(model_directory, *common, *options, "the cat") == 0
+        (line,) = json_lines(capsys)
+        return [{name: sample[name] for name in ("text", "token_ids")} for sample in line["outputs"]]
+
+    free = expected()
+    assert found() == free
+    for options, params in (
+        (("--min-p", "0.9"), {"min_p": 0.9}),
+        (("--repetition-penalty", "3.5"), {"repetition_penalty": 3.5}),
+        (("--presence-penalty", "2"), {"presence_penalty": 2.0}),
+        (("--frequency-penalty", "-2"), {"frequency_penalty": -2.0}),
+        (("--min-tokens", "3"), {"min_tokens": 3}),
+        (("--stop", "mat", "--include-stop"), {"stop": "mat", "include_stop_str_in_output": True}),
+    ):
+        assert found(*options) == expected(**params) != free, options
+
+
 def test_generate_stops_before_a_text(model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(model_directory, "--json", "the cat") == 0
     words = json_lines(capsys)[0]["outputs"][0]["text"].split()

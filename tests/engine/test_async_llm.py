@@ -160,6 +160,26 @@ def test_a_stop_text_ends_the_stream_before_it(llm: LLM) -> None:
     assert pieces[-1].finish_reason == output.finish_reason == "stop"
 
 
+def test_parameters_that_change_logits_and_texts(llm: LLM) -> None:
+    changes: dict[str, Any] = {"repetition_penalty": 1e9, "logit_bias": {2: float("-inf")}, "prompt_logprobs": 2}
+    (unstopped,) = llm.generate(["w007 w008"], dataclasses.replace(LONG, **changes))
+    words = (unstopped.text or "").split()
+    shown: dict[str, Any] = {"include_stop_str_in_output": True, "skip_special_tokens": False, "min_tokens": 4}
+    params = dataclasses.replace(LONG, stop=[words[2], f"{words[5]} {words[6]}"], **changes, **shown)
+    (wanted,) = llm.generate(["w007 w008"], params)
+
+    async def main() -> tuple[list[Piece], Any]:
+        async with serve(llm) as served:
+            return await collect(served, "w007 w008", params), await served.generate("w007 w008", params)
+
+    pieces, output = run(main())
+    assert "".join(piece.text or "" for piece in pieces) == output.text == wanted.text
+    assert (
+        output.finish_reason == "stop" and output.prompt_logprobs == wanted.prompt_logprobs == unstopped.prompt_logprobs
+    )
+    assert wanted.text is not None and wanted.text.endswith(f"{words[5]} {words[6]}")
+
+
 def test_without_a_tokenizer_there_is_no_text() -> None:
     async def main() -> tuple[list[Piece], Any]:
         async with serve(LLM(tiny_model())) as served:

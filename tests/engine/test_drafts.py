@@ -11,7 +11,21 @@ from typing import Any
 import pytest
 import torch
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model, word_tokenizer
-from streams import PATHS, Ask, Parity, assert_empty, drawn, engine, greedy, model, same, serve
+from streams import (
+    PATHS,
+    Ask,
+    Parity,
+    assert_empty,
+    drawn,
+    engine,
+    fewer_of_the_last,
+    greedy,
+    model,
+    random_changes,
+    same,
+    serve,
+)
+from torch import Tensor
 
 from dynskip import LLM, CausalLM, LayerPath, SamplingParams
 from dynskip.engine.drafting import Drafting, DraftWarning
@@ -59,8 +73,8 @@ def with_draft(ask: Ask, draft: Draft) -> Ask:
     return Ask(ask.prompt, ask.params, ask.path, {**ask.options, **draft_options(draft)})
 
 
-def asks_of(count: int, seed: int) -> list[Ask]:
-    """Requests of all lengths, paths, ways to choose a token and to end."""
+def asks_of(count: int, seed: int, changes_logits: bool = False) -> list[Ask]:
+    """Requests of all lengths, paths, ways to choose a token and to end; two of three change logits, if any does."""
     draw = random.Random(seed)
     asks = []
     for index, prompt in enumerate(random_prompts([draw.randint(1, 20) for _ in range(count)], seed)):
@@ -71,6 +85,8 @@ def asks_of(count: int, seed: int) -> list[Ask]:
             if index % 2
             else drawn(max_tokens, index, n=copies, top_p=draw.choice([1.0, 0.7]), top_k=draw.choice([None, 5]))
         )
+        if changes_logits and index % 3:
+            params = replace(params, **random_changes(draw))
         asks.append(Ask(prompt, params, FULL if index % 3 else PATHS[2]))
     return asks
 
@@ -82,16 +98,19 @@ def fits(draft: Draft, ask: Ask) -> bool:
 # Equal to the same request without a draft
 
 
+@pytest.mark.parametrize("changes_logits", [False, True])
 @pytest.mark.parametrize("num_slots", [None, 420])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_stream_with_drafts_equals_the_one_without(
-    policy: str, num_slots: int | None, random_lengths: random.Random
+    policy: str, num_slots: int | None, changes_logits: bool, random_lengths: random.Random
 ) -> None:
-    asks = asks_of(28, seed=1)
+    asks = asks_of(28, 1, changes_logits)
     alone = [ask.alone() for ask in asks]
     for index, output in list(enumerate(alone))[::4]:  # ended by a token inside of what is guessed
         stop = output.token_ids[min(3, len(output.token_ids) - 1)]
-        params = replace(asks[index].params, stop_token_ids=(stop,))
+        # Withheld in the first places, the token may come where it has not come before.
+        min_tokens = index % 3 if changes_logits and index % 3 < asks[index].params.max_tokens else 0
+        params = replace(asks[index].params, stop_token_ids=(stop,), min_tokens=min_tokens)
         asks[index] = Ask(asks[index].prompt, params, asks[index].path)
         alone[index] = asks[index].alone()
     served = engine(policy, num_slots, batch=6)
@@ -140,7 +159,7 @@ def test_a_draft_that_is_the_beginning_of_the_path_needs_no_entries_of_its_own()
 @pytest.mark.parametrize("executor", ["compact", "reference"])
 def test_without_determinism_tokens_are_the_same(executor: Any, random_lengths: random.Random) -> None:
     wide = tiny_model(dtype=torch.float64)
-    asks = asks_of(12, seed=2)
+    asks = asks_of(12, 2, changes_logits=True)
     expected = serve(engine(model=wide), asks)
     told = [with_draft(ask, DRAFTS[3]) for ask in asks]
     outputs = serve(engine(model=wide, executor=executor), told)
@@ -224,6 +243,36 @@ def test_stop_texts_that_end_inside_of_what_is_guessed(stop: str, random_lengths
         assert [(o.text, o.token_ids, o.finish_reason) for o in outputs] == [
             (o.text, o.token_ids, o.finish_reason) for o in expected
         ]
+
+
+def test_rows_that_are_verified_together_see_the_guesses_before_them(random_lengths: random.Random) -> None:
+    # A path agrees with itself: all guesses are right as long as nothing changes its logits.
+    changes = {"frequency_penalty": 2.0, "repetition_penalty": 1.5}
+    for params in (greedy(24, **changes), drawn(24, 5, **changes), greedy(24, logits_processors=[fewer_of_the_last])):
+        ask = Ask(*random_prompts([9]), params, FULL)
+        (output,) = serve(engine(batch=4), [with_draft(ask, DRAFTS[6])])
+        plain = Ask(
+            ask.prompt,
+            replace(params, frequency_penalty=0.0, repetition_penalty=1.0, logits_processors=()),
+            FULL,
+        ).alone()
+        assert same(output, ask.alone()) and not same(output, plain)
+        assert 0 < output.num_accepted < output.num_drafted
+
+
+def test_what_a_processor_makes_of_wrong_guesses_ends_nothing(random_lengths: random.Random) -> None:
+    ask = Ask(*random_prompts([9]), greedy(24), FULL)
+    expected = ask.alone()
+
+    def refuses(output_ids: list[int], logits: Tensor) -> Tensor:
+        if output_ids != expected.token_ids[: len(output_ids)]:
+            raise ValueError("this output never comes")
+        return logits
+
+    asked = Ask(ask.prompt, greedy(24, logits_processors=[refuses]), FULL)
+    (output,) = serve(engine(batch=4), [with_draft(asked, DRAFTS[3])])
+    assert same(output, expected)
+    assert 0 < output.num_accepted < output.num_drafted
 
 
 # What becomes of it in mid-draft

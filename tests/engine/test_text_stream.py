@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import word_tokenizer
 
+from dynskip import SamplingParams
 from dynskip.assets import opt_mini_directory
+from dynskip.engine.text_rule import TextRule
 from dynskip.engine.text_stream import TextStream
 
 
@@ -72,6 +74,40 @@ def test_nothing_of_a_stop_text_is_given_out(byte_tokenizer: Any, text: str, sto
             break
     given_out += stream.finish()
     assert given_out == text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+@given(
+    st.lists(st.one_of(st.sampled_from("ab "), st.just("日")), max_size=60).map("".join),
+    st.lists(st.text("ab 日", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 20),
+    st.booleans(),
+    st.lists(st.integers(1, 4), min_size=1, max_size=3),
+)
+def test_pieces_are_the_text_that_the_parameters_ask_for(
+    byte_tokenizer: Any, text: str, stop: list[str], min_tokens: int, includes: bool, sizes: list[int]
+) -> None:
+    """A stop text ends the output with its first token that is no more one of the first ``min_tokens``."""
+    tokens = [token for letter in text for token in byte_tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    params = SamplingParams(max_tokens=None, stop=stop, min_tokens=min_tokens, include_stop_str_in_output=includes)
+    rule = TextRule.of(params)
+    num_tokens = next((n for n in range(len(tokens) + 1) if rule.has_stopped(byte_tokenizer, tokens[:n])), len(tokens))
+    tokens = tokens[:num_tokens]
+    whole = rule.text(byte_tokenizer, tokens)
+    assert "".join(pieces_of(TextStream(byte_tokenizer, params), tokens, sizes)) == whole
+    everything = byte_tokenizer.decode(tokens)
+    free = byte_tokenizer.decode(tokens[:min_tokens]).removesuffix("\ufffd")
+    found = [
+        (start, start + len(each))
+        for each in stop
+        for start in range(len(everything))
+        if everything.startswith(each, start) and start + len(each) > len(free)
+    ]
+    assert whole == (everything[: min(found)[includes]] if found else everything)
+
+
+def test_special_tokens_are_shown_where_they_are_asked_for() -> None:
+    stream = TextStream(word_tokenizer(), SamplingParams(skip_special_tokens=False))
+    assert [stream.add([7]), stream.add([2]), stream.finish()] == ["w007", " </s>", ""]
 
 
 def test_text_that_could_begin_a_stop_text_waits() -> None:

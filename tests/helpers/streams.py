@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from models import NUM_LAYERS, tiny_model
+from models import NUM_LAYERS, VOCAB_SIZE, tiny_model
 from torch import Tensor
 
 from dynskip import LayerPath, OPTForCausalLM, SamplingParams
@@ -80,6 +82,33 @@ def drawn(max_tokens: int, seed: int, **options: Any) -> SamplingParams:
     return greedy(max_tokens, **{"temperature": 1.2, "seed": seed, **options})
 
 
+def fewer_of_the_last(output_ids: list[int], logits: Tensor) -> Tensor:
+    """A logits processor: the last three tokens of the output become less likely."""
+    logits[output_ids[-3:]] -= 2.5
+    return logits
+
+
+def more_of_the_prompt(prompt_ids: list[int], output_ids: list[int], logits: Tensor) -> Tensor:
+    """A logits processor: a token of the prompt, another each time, becomes more likely."""
+    chosen = torch.zeros_like(logits)
+    chosen[prompt_ids[len(output_ids) % len(prompt_ids)]] = 3.0
+    return logits.double() + chosen.double()
+
+
+def random_changes(draw: random.Random) -> dict[str, Any]:
+    """Parameters that change logits, one or several."""
+    changes: dict[str, Any] = {
+        "min_p": draw.choice([0.01, 0.1, 0.5, 1.0]),
+        "repetition_penalty": draw.choice([0.7, 1.1, 1.7, 1e30]),
+        "presence_penalty": draw.choice([-2.0, 0.4, 2.0]),
+        "frequency_penalty": draw.choice([-0.5, 0.3, 2.0]),
+        "logit_bias": {draw.randrange(VOCAB_SIZE): draw.choice([-math.inf, -3.0, 4.0]) for _ in range(5)},
+        "min_tokens": 1,
+        "logits_processors": draw.choice([[fewer_of_the_last], [more_of_the_prompt, fewer_of_the_last]]),
+    }
+    return {name: changes[name] for name in draw.sample(sorted(changes), draw.randint(1, 4))}
+
+
 class Parity:
     """A per-token controller: which rows run a layer depends on their own hidden states alone."""
 
@@ -91,7 +120,8 @@ class Parity:
 def same(output: RequestOutput, expected: RequestOutput) -> bool:
     """Whether both became the same, bit by bit; ids and times apart."""
     assert output.error is None and expected.error is None
-    return (output.samples, output.prompt_ids, output.path) == (expected.samples, expected.prompt_ids, expected.path)
+    ours, theirs = ((each.samples, each.prompt_ids, each.path, each.prompt_logprobs) for each in (output, expected))
+    return ours == theirs
 
 
 def serve(served: Engine, asks: Sequence[Ask]) -> list[RequestOutput]:

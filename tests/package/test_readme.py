@@ -110,7 +110,7 @@ def test_the_other_examples_controllers_are_controllers() -> None:
         assert output.path is None and output.token_ids
 
 
-@pytest.mark.parametrize("kind", [RequestOutput, TextOutput, Piece, EngineStats, Outcome])
+@pytest.mark.parametrize("kind", [RequestOutput, TextOutput, Piece, EngineStats, Outcome, SamplingParams])
 def test_the_page_on_serving_names_every_field(kind: type) -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     missing = [each.name for each in fields(kind) if not re.search(rf"`(?:outcome)?\.?{each.name}`", page)]
