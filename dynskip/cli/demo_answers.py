@@ -1,10 +1,9 @@
-"""The demo's first part: a real pretrained model asked at full depth and along all layers but three."""
+"""The demo's first part: a real pretrained model, tuned for paths, asked at several depths."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,52 +15,54 @@ if TYPE_CHECKING:
     from dynskip.llm import LLM
     from dynskip.paths import LayerPath
 
-MODEL = "smollm2-135m-instruct"
-QUESTIONS = ("Why does bread rise?", "Name three kinds of cheese.", "What is the capital of France?")
-# The layers that cost this model least, found by leaving out one after the other; it was not trained for any path.
-LEFT_OUT = (5, 14, 17)
+MODEL, BASE = "smollm2-135m-paths", "smollm2-135m-instruct"
+QUESTIONS = ("Why does bread rise?", "What is the capital of France?")
+# Layers of the paths that it was tuned for, beside all of them.
+BUDGETS = (25, 20, 15)
 # Greedy tokens that transformers has to agree on.
 NUM_CHECKED = 32
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer along a path, and nats a token of the full-depth answer along the same path."""
+    """A greedy answer along a path, and nats a token of the full-depth answer along the same path.
+
+    token_ms: milliseconds a token, after the first; None of an answer of one token.
+    """
 
     question: str
     num_layers: int
     text: str
-    seconds: float
+    token_ms: float | None
     nats: float
 
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers, and whether transformers begins the first one with the same tokens, in float32."""
+    """All answers, and whether the model as it came begins one with the same tokens as in transformers, in float32."""
 
     answers: list[Answer]
     same_as_transformers: bool
 
 
 def run_answers(max_tokens: int, backend: str) -> Answers:
-    """Ask every question at full depth and without `LEFT_OUT`, and hold the first answer against transformers'."""
+    """Ask every question at full depth and along the paths of `BUDGETS`, and hold `BASE` against transformers."""
     from dynskip.llm import LLM
     from dynskip.paths import LayerPath
     from dynskip.sampling import SamplingParams
 
     llm = LLM(MODEL, backend=backend)
-    num_layers, params = llm.model.num_layers, SamplingParams(max_tokens=max_tokens)
-    short = LayerPath.of(num_layers, [layer for layer in range(num_layers) if layer not in LEFT_OUT])
+    params = SamplingParams(max_tokens=max_tokens)
+    paths = [LayerPath.full(llm.model.num_layers), *(LayerPath.found(llm.model, budget) for budget in BUDGETS)]
     answers = []
     for question in QUESTIONS:
         prompt, whole = prompt_ids(llm, question), None
-        for path in (LayerPath.full(num_layers), short):
-            start = time.perf_counter()
+        for path in paths:
             [output] = llm.generate([prompt], params, paths=path)
-            seconds = time.perf_counter() - start
+            token_ms = None if output.tpot_s is None else round(1000 * output.tpot_s, 2)
             whole = output.token_ids if whole is None else whole
-            nats = _nats(llm, prompt, whole, path)
-            answers.append(Answer(question, path.budget, output.text or "", round(seconds, 3), round(nats, 3)))
+            nats = round(_nats(llm, prompt, whole, path), 3)
+            answers.append(Answer(question, path.budget, output.text or "", token_ms, nats))
     return Answers(answers, _agrees(prompt_ids(llm, QUESTIONS[0]), backend))
 
 
@@ -69,20 +70,18 @@ def answers_page(found: Answers) -> str:
     """The answers with what they took, and the verdict."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [
-        f"ANSWERS: {MODEL}, a pretrained model, at full depth and along all layers but "
-        f"{', '.join(map(str, LEFT_OUT))}, greedy",
-        "nats: a token of the full-depth answer, along the path",
+        f"ANSWERS: {MODEL}, a pretrained model tuned for paths, at full depth and along searched paths, greedy",
+        "nats: a token of the full-depth answer, along the path; ms: a token",
         "",
     ]
     for answer in found.answers:
-        lines.append(
-            f"[{answer.num_layers} layers] {answer.seconds:.2f} s, {answer.nats:.2f} nats  > {answer.question}"
-        )
+        time = "" if answer.token_ms is None else f" {answer.token_ms:.1f} ms,"
+        lines.append(f"[{answer.num_layers} layers]{time} {answer.nats:.2f} nats  > {answer.question}")
         for paragraph in answer.text.strip().splitlines() or ["(nothing)"]:
             lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
         lines.append("")
     verdict = "equal to" if found.same_as_transformers else "NOT EQUAL TO"
-    lines.append(f"The first {NUM_CHECKED} tokens in float32 are {verdict} transformers'.")
+    lines.append(f"Untuned, its first {NUM_CHECKED} tokens in float32 are {verdict} transformers'.")
     return "\n".join(lines) + "\n"
 
 
@@ -106,10 +105,10 @@ def _agrees(prompt: list[int], backend: str) -> bool:
     from dynskip.models.gguf import read_gguf
     from dynskip.sampling import SamplingParams
 
-    model = CausalLM.from_pretrained(MODEL, dtype="float32", backend=backend)
+    model = CausalLM.from_pretrained(BASE, dtype="float32", backend=backend)
     params = SamplingParams(max_tokens=NUM_CHECKED, ignore_eos=True)
     [sequence] = Generation(model, [prompt], [params]).run()
-    read = read_gguf(packaged_file(MODEL), "demo")
+    read = read_gguf(packaged_file(BASE), "demo")
     hf_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**read.config)).eval()
     hf_model.load_state_dict({**read.tensors, "lm_head.weight": read.tensors["model.embed_tokens.weight"]})
     with torch.no_grad():

