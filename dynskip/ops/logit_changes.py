@@ -79,11 +79,11 @@ def _cut_min_p_(logits: Tensor, changes: Sequence[LogitChange]) -> None:
     rows = [row for row, change in enumerate(changes) if change.params.filters_min_p]
     if not rows:
         return
-    # p_i < min_p * p_max where (x_i - x_max) / temperature < log(min_p).
+    # p_i < min_p * p_max where x_i < x_max + temperature * log(min_p). Nothing is below NaN.
     params = [changes[row].params for row in rows]
     least = torch.tensor([each.temperature * math.log(each.min_p) for each in params], dtype=torch.float64)
     own = logits if len(rows) == len(logits) else logits[rows]
-    own.masked_fill_(own - own.amax(-1, keepdim=True) < least.float().to(own.device)[:, None], -math.inf)
+    own.masked_fill_(own < own.amax(-1, keepdim=True) + least.float().to(own.device)[:, None], -math.inf)
     if own is not logits:
         logits[rows] = own
 
