@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import native_model
 from models import NUM_LAYERS, random_prompts, tiny_model
-from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, same, serve
+from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, random_changes, same, serve
 
 from dynskip import CausalLM, LayerPath
 from dynskip.engine.drafting import DraftWarning
@@ -65,6 +65,21 @@ def asks_of(count: int, is_drafted: bool) -> list[Ask]:
         options = {"draft": draft.path, "draft_entries": draft.entries} if is_drafted else {}
         asks.append(Ask(prompt, params, FULL, options))
     return asks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_guesses_know_nothing_of_what_changes_logits(dtype: torch.dtype) -> None:
+    own, draw = model("llama", dtype), random.Random(2)
+    changes = [random_changes(draw) if index % 4 else {} for index in range(12)]
+
+    def changed(asks: list[Ask]) -> list[Ask]:
+        return [replace(ask, params=replace(ask.params, **each)) for ask, each in zip(asks, changes, strict=True)]
+
+    served = engine(model=own, batch=6)
+    outputs = serve(served, changed(asks_of(12, True)))
+    for output, ask in zip(outputs, changed(asks_of(12, False)), strict=True):
+        assert same(output, ask.alone(model=own))
+    assert served.tally.num_drafted > served.tally.num_accepted > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
