@@ -40,7 +40,7 @@ def tiny_llm(**options: Any) -> LLM:
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """What the coroutine returns, in an event loop of its own. None of these tests may hang."""
-    return asyncio.run(asyncio.wait_for(coroutine, timeout=120))
+    return asyncio.run(asyncio.wait_for(coroutine, timeout=300))
 
 
 @dataclass
