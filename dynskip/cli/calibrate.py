@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
 
     from dynskip.costs.store import cached_path, cost_keys
     from dynskip.measure import machine
-    from dynskip.measure.calibration import add_stream_costs, check_context, measure_step_costs
+    from dynskip.measure.calibration import add_stream_costs, check_context, measure_step_costs, num_new_tokens
 
     if args.model is None:  # random weights take their time
         positions = get_shape(args.shape or DEFAULT_SHAPE).max_positions
         check_context(positions, args.prompt_len, args.context or 1, args.rounds)
     model = _model(args)
     if args.context is None:
-        room = model.decoder_config.max_positions - args.prompt_len - args.rounds - 2
+        room = model.decoder_config.max_positions - args.prompt_len - num_new_tokens(args.rounds)
         args.context = max(1, min(512, room))
     device, shape = cost_keys(model)
     written = [cached_path(device, shape), *([args.out] if args.out is not None else [])]

@@ -24,6 +24,8 @@ from dynskip.simulation.simulate import EngineOptions, simulate
 from dynskip.simulation.workload import Workload
 
 _LEAST_MS = 1e-6  # noise may make a difference negative; time is not
+# Steps at the beginning of each turn that do not count: until then the threads of the task before may spin.
+_LEAD_INS = 2
 # Streams: so many requests for each row of a batch, so many rounds, but none that begins after so many seconds.
 _REQUESTS_PER_ROW = 8
 _STREAM_ROUNDS = 5
@@ -32,11 +34,17 @@ _STREAM_S = 20.0
 
 def check_context(num_positions: int, prompt_len: int, context_len: int, num_rounds: int) -> None:
     """Raise ValueError where the longest sequence that `measure_step_costs` runs does not fit the positions."""
-    if prompt_len + context_len + num_rounds + 2 > num_positions:
+    num_new = num_new_tokens(num_rounds)
+    if prompt_len + context_len + num_new > num_positions:
         raise ValueError(
             f"measure_step_costs: context_len must leave room in {num_positions} positions, got {context_len}, behind "
-            f"prompts of {prompt_len} tokens and before {num_rounds + 2} new ones."
+            f"prompts of {prompt_len} tokens and before {num_new} new ones."
         )
+
+
+def num_new_tokens(num_rounds: int) -> int:
+    """Tokens that each sequence gets: by its prefill, a warm-up, and the steps of all rounds."""
+    return 2 + num_rounds * (1 + _LEAD_INS)
 
 
 def measure_step_costs(
@@ -68,13 +76,13 @@ def measure_step_costs(
     decode: dict[str, Task] = {}
     for path in (full, shallow):
         for rows in counts:
-            runner = _runner(model, path, rows, prompt_len, num_rounds)
+            runner = _runner(model, path, rows, prompt_len, num_new_tokens(num_rounds))
             runner.prefill()
             decode[f"decode {path.budget} {rows}"] = _planned(runner)
-    long = _runner(model, full, num_rows, prompt_len + context_len, num_rounds)
+    long = _runner(model, full, num_rows, prompt_len + context_len, num_new_tokens(num_rounds))
     long.prefill()
     decode["long"] = _planned(long)
-    samples = interleave(decode, num_rounds, on_call=on_call)
+    samples = interleave(decode, num_rounds, on_call=on_call, num_lead_ins=_LEAD_INS)
     entries = num_rows * num_layers
     base_ms = samples[f"decode {num_layers} {num_rows}"].ms
     kv_ms = max(samples["long"].ms - base_ms, 0.0) / (entries * context_len)
@@ -85,11 +93,11 @@ def measure_step_costs(
 
     prompts = sorted({max(1, prefill_tokens // prompt_len >> power) for power in range(5)})
     prefill: dict[str, Task] = {
-        f"prefill {path.budget} {count}": _runner(model, path, count, prompt_len, 0).prefill
+        f"prefill {path.budget} {count}": _runner(model, path, count, prompt_len, 2).prefill
         for path in (full, shallow)
         for count in prompts
     }
-    samples = interleave(prefill, num_rounds, on_call=on_call)
+    samples = interleave(prefill, num_rounds, on_call=on_call, num_lead_ins=1)
     prompt_layers, prompt_heads = _split(samples, "prefill", prompts, num_layers)
     prompt_tokens = tuple(count * prompt_len for count in prompts)
     measured = {"prompt_len": prompt_len, "context_len": context_len, "num_rounds": num_rounds}
@@ -144,10 +152,10 @@ def known_step_costs(model: CausalLM, num_rows: int, prompt_len: int) -> StepCos
     return measure_step_costs(model, device, num_rows, prompt_len, prompt_len, prefill_tokens, num_rounds=3)
 
 
-def _runner(model: CausalLM, path: LayerPath, rows: int, prompt_len: int, num_steps: int) -> DynskipRunner:
+def _runner(model: CausalLM, path: LayerPath, rows: int, prompt_len: int, num_new: int) -> DynskipRunner:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.decoder_config.vocab_size, (rows, prompt_len), generator=generator)
-    return DynskipRunner(model, prompts, [path] * rows, num_steps + 2)
+    return DynskipRunner(model, prompts, [path] * rows, num_new)
 
 
 def _planned(runner: DynskipRunner) -> Task:
@@ -209,8 +217,15 @@ def _split(
 
 
 def _rising(values: Iterable[float]) -> tuple[float, ...]:
-    """The values, each at least as large as those before: more rows never take less time, whatever noise says."""
-    risen: list[float] = []
+    """The rising sequence nearest to the values by least squares: more rows never take less time, whatever noise says.
+
+    Neighbours that fall are replaced by their mean, until none do (pool adjacent violators).
+    """
+    pools: list[list[float]] = []  # each a mean and how many it stands for
     for value in values:
-        risen.append(max(value, risen[-1] if risen else _LEAST_MS))
-    return tuple(risen)
+        pools.append([max(value, _LEAST_MS), 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, count = pools.pop()
+            before, size = pools[-1]
+            pools[-1] = [(before * size + mean * count) / (size + count), size + count]
+    return tuple(mean for mean, count in pools for _ in range(int(count)))

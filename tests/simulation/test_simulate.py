@@ -406,6 +406,19 @@ def test_what_streams_take_besides_never_falls_with_the_rows(
     assert calibration._rising_line(points) == pytest.approx(line)
 
 
+@pytest.mark.parametrize(
+    ("values", "rising"),
+    [
+        ((1.0, 2.0, 2.0, 5.0), (1.0, 2.0, 2.0, 5.0)),
+        ((3.0, 1.0, 2.0), (2.0, 2.0, 2.0)),
+        ((1.0, 4.0, 2.0, 6.0, 5.0), (1.0, 3.0, 3.0, 5.5, 5.5)),
+        ((8.0, 1.0, 1.0, 2.0), (3.0, 3.0, 3.0, 3.0)),
+    ],
+)
+def test_costs_rise_with_rows_and_stay_near_what_was_measured(values: Any, rising: Any) -> None:
+    assert calibration._rising(values) == pytest.approx(rising)
+
+
 def test_what_streams_take_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that takes a known time besides what the model was found to take, on a clock that is made up."""
     from models import tiny_model
