@@ -77,6 +77,7 @@ _PATHS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "precision": ("precision", None),
     "method": ("method", {"choices": ["lora", "full"], "help": "train an adapter, or all weights (lora)"}),
     "rank": ("rank", _value(int, "R", "of the adapter (16)")),
+    "adapter": ("adapter", {"metavar": "FOLDER", "help": "an adapter to train on (default: a new one)"}),
     "loss": (
         "loss",
         {

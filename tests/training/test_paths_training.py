@@ -286,6 +286,23 @@ def test_a_training_that_goes_on_may_be_made_longer(
 
 
 @IGNORE_LIBRARIES
+def test_an_adapter_is_trained_on(llama: Path, prompts: Path, tmp_path: Path) -> None:
+    first = trained(small(llama, num_steps=20, eval_every=20), prompts, tmp_path / "first")
+    trained(small(llama, num_steps=2, eval_every=1, adapter=str(first)), prompts, tmp_path / "second")
+
+    def first_score(run: str) -> float:
+        history = json.loads((tmp_path / run / "training" / "curves.json").read_text())
+        return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+
+    trained(small(llama, num_steps=2, eval_every=1), prompts, tmp_path / "new")
+    assert first_score("second") < 0.99 * first_score("new")
+    with pytest.raises(ValueError, match=r"with_adapter: .* must be a LoRA adapter of rank 3, got 2"):
+        trained(small(llama, adapter=str(first), rank=3), prompts, tmp_path / "third")
+    with pytest.raises(ValueError, match=r"PathsConfig: adapter must be left out with the method full"):
+        small(llama, adapter=str(first), method="full")
+
+
+@IGNORE_LIBRARIES
 def test_a_folder_of_another_run_is_refused_and_checkpoints_hold_what_is_trained(
     llama: Path, prompts: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ class PathsConfig:
         them each step trains, drawn anew, deeper ones likelier at the beginning and shallower ones at the end; None:
         all.
     method: "lora" trains an adapter of ``rank`` on all matrices of the layers; "full" trains all weights.
+    adapter: the folder of an adapter of that rank, which is trained on; None: one that changes nothing yet.
     loss: "distill" is the divergence from the model's own full depth, as it came, on all tokens; "response" the loss of
         the response's tokens.
     num_own_turns, num_data_turns: conversations that begin with a turn the model has written itself, and with a
@@ -40,6 +41,7 @@ class PathsConfig:
     method: str = "lora"
     loss: str = "distill"
     rank: int = 16
+    adapter: str | None = None
     learning_rate: float = 2e-3
     warmup_steps: int = 20
     batch_size: int = 4
@@ -59,6 +61,10 @@ class PathsConfig:
                 raise ValueError(
                     f"PathsConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
                 )
+        if self.adapter is not None and self.method != "lora":
+            raise ValueError(
+                f"PathsConfig: adapter must be left out with the method {self.method}, got {self.adapter}."
+            )
         if len(set(self.menu)) < len(self.menu):
             raise ValueError(f"PathsConfig: menu must name each path once, got {', '.join(self.menu)}.")
         num_paths = len(self.menu or default_menu(2))

@@ -21,21 +21,34 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def with_adapter(model: PreTrainedModel, rank: int) -> PeftModel:
-    """``model``, frozen, with a LoRA adapter of ``rank`` on every matrix of its layers, which changes nothing yet."""
-    from peft import LoraConfig, get_peft_model
+def with_adapter(model: PreTrainedModel, rank: int, folder: str | None = None) -> PeftModel:
+    """``model``, frozen, with a LoRA adapter of ``rank`` on every matrix of its layers.
+
+    folder: of the adapter; None: one that changes nothing yet. Raises ValueError where it is of another rank.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    kinds = {type(module).__name__ for module in hf_layers(model).modules()}
-    names = {
-        name.rpartition(".")[2]
-        for name, module in hf_layers(model).named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(names), task_type="CAUSAL_LM", fan_in_fan_out="Conv1D" in kinds
-    )
-    adapted: PeftModel = get_peft_model(model, config)
+    if folder is not None:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        found = getattr(adapted.peft_config["default"], "r", None)
+        if found != rank:
+            raise ValueError(f"with_adapter: {folder} must be a LoRA adapter of rank {rank}, got {found}.")
+    else:
+        kinds = {type(module).__name__ for module in hf_layers(model).modules()}
+        names = {
+            name.rpartition(".")[2]
+            for name, module in hf_layers(model).named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=sorted(names),
+            task_type="CAUSAL_LM",
+            fan_in_fan_out="Conv1D" in kinds,
+        )
+        adapted = get_peft_model(model, config)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # autocast rounds what a product takes: nothing is widened first

@@ -85,7 +85,7 @@ class PathsRun:
             if config.precision == "bfloat16":
                 for weight in model.parameters():  # buffers stay: frequencies of positions want all their bits
                     weight.data = weight.data.to(torch.bfloat16)
-            adapter = with_adapter(model, config.rank)
+            adapter = with_adapter(model, config.rank, config.adapter)
         cut = [_cut(example, config.max_tokens) for example in examples]
         random.Random(f"{config.seed} held back").shuffle(cut)
         validation, training = cut[: config.num_validation_texts], cut[config.num_validation_texts :]
