@@ -187,12 +187,13 @@ def page(results: Sequence[dict[str, Any]], model: str) -> str:
     head += [f"ms a token, batch {batch}" for batch in TIMED_BATCHES]
     found = {row["layers"]: row["path"] for row in results if row["what"] == "loss" and row["rule"] == "found"}
     paths = "\n".join(f"- {found[each]}" for each in layers)
-    conditions = next(iter(results))
+    timed = next(row for row in results if row["what"] == "ms")
     return (
         f"# {model}\n\nNats a response token of reference answers, cut at {MAX_ANSWER_TOKENS} tokens, along searched "
         f"paths before and after tuning; 95 % intervals of a bootstrap over rows. Agreement with the own greedy full "
-        f"depth on {NUM_FEW} rows' prompts, and milliseconds a token behind prompts of 64 on {conditions['cpu']}.\n\n"
-        f"{markdown_table(head, body)}\n\n{paths}\n\n![quality against time]({model}.svg)\n"
+        f"depth on {NUM_FEW} rows' prompts, and milliseconds a token behind prompts of 64, medians of "
+        f"{TIMED_ROUNDS} rounds in turns on {timed['cpu']}, {timed['date']}.\n\n"
+        f"{markdown_table(head, body, range(1, len(head)))}\n\n{paths}\n\n![quality against time]({model}.svg)\n"
     )
 
 
