@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,5 +81,18 @@ def undecided(base: str | Path, adapter: str | Path) -> int:
         # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1; doubled for what it leaves out.
         error = 2 * rank * 2**-53 * (b.abs() @ a.abs())
         least, most = ((weight + scale * (b @ a + sign * error)).float().bfloat16() for sign in (-1, 1))
-        count += int((least != most).sum())
+        for row, column in (least != most).nonzero().tolist():
+            count += not _is_exact(b[row], a[:, column], torch.finfo(factors["A"].dtype))
     return count
+
+
+def _is_exact(left: Tensor, right: Tensor, held_as: torch.finfo) -> bool:
+    """Whether the products of two float64 vectors, held as ``held_as``, sum in any order without rounding.
+
+    They do where all of them are multiples of a power of two that is no less than 2**-53 of their sum.
+    """
+    products = left * right
+    used = products != 0
+    exponents = torch.frexp(left[used])[1] + torch.frexp(right[used])[1]
+    digits = 1 - round(math.log2(held_as.eps))
+    return not used.any() or float(products.abs().sum()) < 2.0 ** (int(exponents.min()) - 2 * digits + 53)
