@@ -99,7 +99,7 @@ def fits(draft: Draft, ask: Ask) -> bool:
 
 
 @pytest.mark.parametrize("changes_logits", [False, True])
-@pytest.mark.parametrize("num_slots", [None, 420])
+@pytest.mark.parametrize("num_slots", [None, 340])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_stream_with_drafts_equals_the_one_without(
     policy: str, num_slots: int | None, changes_logits: bool, random_lengths: random.Random

@@ -134,9 +134,11 @@ def test_requests_that_run_and_wait_are_counted(llm: LLM) -> None:
             while server.service.admission.num_held < 2:
                 await asyncio.sleep(0)
             brake.let(2)
-            asked = asyncio.ensure_future(families(server))
             await running.until_events(1)
-            brake.let(2)  # the engine answers between steps
+            asked = asyncio.ensure_future(families(server))
+            while not asked.done():
+                brake.let(1)  # the engine answers between steps
+                await asyncio.wait([asked], timeout=0.2)
             found = await asked
             assert value(found, "vllm:num_requests_running") == 1
             assert value(found, "vllm:num_requests_waiting") == 1

@@ -453,4 +453,4 @@ def test_calibrate_fits_its_context_to_the_model(
     monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path / "cache"))
     sizes = ["--rows", "1", "--prompt-len", "4", "--prefill", "4", "--rounds", "1", "--quiet"]
     assert main(["calibrate", "--model", "opt-mini", *sizes, "--out", str(tmp_path / "out.json")]) == 0
-    assert StepCosts.read(tmp_path / "out.json").conditions["context_len"] == 512 - 4 - 1 - 2
+    assert StepCosts.read(tmp_path / "out.json").conditions["context_len"] == 512 - 4 - calibration.num_new_tokens(1)
