@@ -134,6 +134,10 @@ class DraftLengths:
     resumes: bool = False
     _learnt: dict[int, _Learnt] = field(default_factory=dict)  # by the bits of the number of sequences
     _known: dict[object, Choice] = field(default_factory=dict)
+    _model_costs: StepCosts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._model_costs = self.costs.of_model()
 
     def choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Choice:
         """How many tokens each of ``candidates`` guesses in a step in which ``others`` have one row each."""
@@ -275,7 +279,8 @@ class DraftLengths:
             guessing = Counter(
                 each.draft.path for each, length in zip(candidates, lengths, strict=True) if length > turn
             )
-            guess_ms += self.costs.decode_ms(tuple(guessing.items()))
+            # Guesses are chosen inside of the step: what an engine's steps take besides the model, they do not.
+            guess_ms += self._model_costs.decode_ms(tuple(guessing.items()))
         verify_ms = self.costs.decode_ms(tuple(rows.items()))
         plain_ms = self.costs.decode_ms(tuple(plain.items()))
         num_plain = len(candidates) + len(others)

@@ -55,6 +55,14 @@ def test_lengths_follow_acceptance_and_cost() -> None:
     assert mixed[0] > mixed[1] == 0
 
 
+def test_guesses_do_not_pay_for_what_an_engine_does_between_steps() -> None:
+    plain = DraftLengths(costs(), most_rows=48).choose([candidate(0.6)])
+    busy = replace(costs(), step_ms=100 * plain.plain_ms)
+    chosen = DraftLengths(busy, most_rows=48).choose([candidate(0.6)])
+    assert chosen.lengths[0] > plain.lengths[0], "each token that is guessed right saves a step with all of it"
+    assert chosen.guess_ms / chosen.lengths[0] == pytest.approx(plain.guess_ms / plain.lengths[0])
+
+
 def test_the_expected_tokens_are_those_of_independent_guesses() -> None:
     draw = random.Random(0)
     rate, length, total = 0.7, 4, 0
