@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -74,6 +75,9 @@ class Generation:
         num_seqs = sum(param.n for param in params)
         self.executor = model.executor(executor)
         self.cache = self.executor.new_cache(num_seqs, longest - 1, num_slots)
+        # Once: the next batch has it then.
+        self.retire = weakref.finalize(self, self.executor.retire, self.cache)
+        self.retire.atexit = False
         self.engine = Engine(
             model,
             policy="lockstep",
@@ -130,7 +134,7 @@ class Generation:
                     raise output.error
             if on_step is not None:
                 on_step(self)
-        self.executor.retire(self.cache)
+        self.retire()
         return self.sequences
 
     def next_step(self) -> Step:

@@ -454,6 +454,8 @@ class Engine:
     def _make_pool(self, num_seqs: int) -> KVPool:
         most = num_seqs * self.max_context_len * self.model.num_layers
         kv_bytes = self.config.kv_bytes
+        if self.model.device.type == "cpu":
+            self.model.executor(self.config.executor).release()  # what closed batches have left
         if kv_bytes is None:
             kv_bytes = min(most * self.entry_bytes, int(_KV_SHARE * available_bytes(self.model.device)))
         num_slots = min(kv_bytes // self.entry_bytes, most)

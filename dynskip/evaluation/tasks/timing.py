@@ -130,7 +130,7 @@ def decode_ms(
     for _ in range(_NUM_STEPS):
         generation.step()
     elapsed_ms = (time.perf_counter() - start) * 1e3 / _NUM_STEPS
-    generation.executor.retire(generation.cache)
+    generation.retire()
     return elapsed_ms
 
 
