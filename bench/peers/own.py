@@ -29,6 +29,7 @@ class DynskipPeer:
         self.model = CausalLM.from_pretrained(folder)
         self.vocab_size = self.model.decoder_config.vocab_size
         self.streams: dict[str, Served] = {}
+        self.runner: DynskipRunner | None = None
         self.costs = default_costs(self.model)
         costs = "predicted" if self.costs.predicted else "calibrated"
         settings = f"bf16, backend {self.model.backend.name}, {torch.get_num_threads()} threads; cohort, costs {costs}"
@@ -37,12 +38,15 @@ class DynskipPeer:
     def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
         """The milliseconds of a prefill, first tokens chosen."""
         prompts = torch.tensor(draw_prompts(batch, prompt_len, self.vocab_size))
-        paths = [LayerPath.full(self.model.num_layers)] * batch
-        self.runner = DynskipRunner(self.model, prompts, paths, num_new)
-        return timed(self.runner.prefill)
+        runner = self.runner
+        if runner is None or (runner.prompts, runner.params[0].max_tokens) != (prompts.tolist(), num_new):
+            paths = [LayerPath.full(self.model.num_layers)] * batch
+            self.runner = runner = DynskipRunner(self.model, prompts, paths, num_new)
+        return timed(runner.prefill)
 
     def decode(self, num_steps: int) -> list[float]:
         """The milliseconds of each of the next steps."""
+        assert self.runner is not None, "behind a prefill"
         return [timed(self.runner.step) for _ in range(num_steps)]
 
     def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:

@@ -19,6 +19,8 @@ class DynskipRunner:
     """dynskip's generation: plan, step, greedy choice, as ``LLM.generate`` runs it.
 
     prompts: [B, T]. paths: one per sequence. max_new_tokens: how often step may be called after a prefill, plus one.
+    All memory of keys and values is written once by the first prefill, so that later ones and all steps find it as an
+    engine does behind its first requests: new pages may take longer than what is stored there.
     """
 
     def __init__(self, model: CausalLM, prompts: Tensor, paths: Sequence[LayerPath], max_new_tokens: int) -> None:
@@ -30,8 +32,12 @@ class DynskipRunner:
 
     def prefill(self) -> None:
         """Run the prompts from scratch and choose the first token of each."""
-        self.generation = None  # its cache is dropped before the new one is made
+        is_first = self.generation is None
+        self.generation = None  # its cache serves the new one
         self.generation = Generation(self.model, self.prompts, self.params, self.paths)
+        if is_first:
+            self.generation.cache.k_cache.zero_()
+            self.generation.cache.v_cache.zero_()
         self.generation.prefill()
 
     def step(self) -> None:
