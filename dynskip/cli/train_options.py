@@ -88,6 +88,7 @@ _PATHS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "paths_per_step": ("paths_per_step", _value(int, "N", "paths of the menu that a step trains (default: all)")),
     "own_turns": ("num_own_turns", _value(int, "N", "conversations that begin with a turn of the model's own (4096)")),
     "data_turns": ("num_data_turns", _value(int, "N", "conversations that begin with a prompt of --data (1024)")),
+    "answer_temperature": ("answer_temperature", _value(float, "T", "that answers are sampled at (0.7)")),
 }
 _CONTROLLER: dict[str, dict[str, Any]] = {
     "controller": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("accelerate", reason="training needs the extra 'train' (acce
 pytest.importorskip("peft", reason="adapters need the extra 'train' (peft)")
 
 from safetensors.torch import load_file
+from torch import Tensor
 from training_runs import CPU, IGNORE_LIBRARIES, checkpoint, data, family_checkpoint, made_up_passages
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -20,9 +22,11 @@ from dynskip import LLM, LayerPath
 from dynskip.cli import main
 from dynskip.data import own_texts
 from dynskip.data.own_texts import Writing, user_turn_opening, write_texts
-from dynskip.models.hf_model import only_layers
+from dynskip.models.hf_model import hf_layers, only_layers
+from dynskip.training.paths import model as paths_model
 from dynskip.training.paths.config import PathsConfig, default_menu
 from dynskip.training.paths.distill_loss import distill_loss
+from dynskip.training.paths.model import PathsModel, with_adapter
 from dynskip.training.paths.run import TEXTS, PathsRun
 from dynskip.training.paths.trainer import PathsTrainer, draw_paths
 from dynskip.training.resumable import latest_checkpoint
@@ -283,6 +287,41 @@ def test_a_training_that_goes_on_may_be_made_longer(
     assert len(rates) == 8 and rates[-1] < rates[3]
     started = json.loads((tmp_path / "run.json").read_text())
     assert (started["config"]["num_steps"], started["resumed"][-1]["config"]["num_steps"]) == (6, 8)
+
+
+@IGNORE_LIBRARIES
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("loss", ["distill", "response"])
+def test_merged_weights_have_the_gradients_of_the_adapter(
+    family: str, loss: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = family_checkpoint(tmp_path, checkpoint, family)
+    ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+        torch.manual_seed(1)
+        adapter = with_adapter(model, 2)
+        for weight in adapter.parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.1)
+        pair = PathsModel(model, adapter, loss)
+        num_layers = len(hf_layers(model))
+        pair.paths = [LayerPath.full(num_layers), LayerPath.of(num_layers, [0, 1])]
+        output = pair(ids, ids.clone())
+        output["loss"].backward()
+        assert all("forward" not in vars(module) for module in model.modules())
+        trained = {name: weight.grad for name, weight in pair.named_parameters() if weight.requires_grad}
+        return output["losses"], {name: grad for name, grad in trained.items() if grad is not None}
+
+    losses, merged = gradients()
+    monkeypatch.setattr(paths_model, "merged_weights", lambda model: nullcontext())
+    plain_losses, plain = gradients()
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-5, atol=1e-5)
+    assert merged.keys() == plain.keys() and len(merged) > 8
+    for name, grad in plain.items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(merged[name], grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @IGNORE_LIBRARIES

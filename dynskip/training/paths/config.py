@@ -11,7 +11,7 @@ from dynskip.training.stage import check_same_config
 # What may differ between two starts of one run: how fast it is, how often it is saved, and how far it is still to go.
 _FREE = frozenset({"micro_batch_size", "save_every_s", "num_steps"})
 _CHOICES = {"method": ("lora", "full"), "loss": ("distill", "response"), "precision": ("bfloat16", "float32")}
-_MAY_BE_ZERO = ("warmup_steps", "seed", "save_every_s", "num_own_turns", "num_data_turns")
+_MAY_BE_ZERO = ("answer_temperature", "warmup_steps", "seed", "save_every_s", "num_own_turns", "num_data_turns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class PathsConfig:
     loss: "distill" is the divergence from the model's own full depth, as it came, on all tokens; "response" the loss of
         the response's tokens.
     num_own_turns, num_data_turns: conversations that begin with a turn the model has written itself, and with a
-        prompt of the data; their answers are the model's own, of full depth. See `Writing`.
+        prompt of the data; their answers are the model's own, of full depth, sampled at ``answer_temperature``. See
+        `Writing`.
     batch_size, micro_batch_size: conversations of a step, and those that a process computes at once.
     max_tokens: of a conversation, which is cut there. num_validation_texts: conversations that are held back.
     eval_every: steps between two evaluations. precision: of the frozen weights and of the products.
@@ -49,6 +50,7 @@ class PathsConfig:
     max_tokens: int = 384
     num_own_turns: int = 4096
     num_data_turns: int = 1024
+    answer_temperature: float = 0.7
     num_validation_texts: int = 32
     eval_every: int = 200
     precision: str = "bfloat16"

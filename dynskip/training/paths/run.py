@@ -71,7 +71,12 @@ class PathsRun:
         )
         torch.manual_seed(self.config.seed)
         prompts = [row.instruction for path in self.data for row in read_rows(path)]
-        writing = Writing(self.config.num_own_turns, self.config.num_data_turns, seed=self.config.seed)
+        writing = Writing(
+            self.config.num_own_turns,
+            self.config.num_data_turns,
+            answer_temperature=self.config.answer_temperature,
+            seed=self.config.seed,
+        )
         return menu, write_texts(llm, prompts, writing, self.directory / TEXTS, self.progress)
 
     def _make_trainer(self, menu: Sequence[LayerPath], examples: Sequence[Example]) -> PathsTrainer:
