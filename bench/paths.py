@@ -4,7 +4,8 @@ python bench/paths.py --data alpaca_data.json.xz          48 rows, agreement, an
 python bench/paths.py --data alpaca_data.json.xz --all    all test rows of the paper's split, too: half an hour
 
 The paths are those that the tuned model was trained along. Untuned they are beside the paper's uniform rule. What was
-measured is not measured again; `--fresh` forgets it. Afterwards the table and the figure are written anew.
+measured of these weights is not measured again; `--fresh` forgets it. Afterwards the table and the figure are written
+anew; the exit status is 1 where a bar is missed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,14 @@ class Bench:
         for kind in kinds:
             for rule, paths in rules.items():
                 labels = [
-                    {"what": kind, "model": name, "rule": rule, "num_rows": len(examples), "layers": path.budget}
+                    {
+                        "what": kind,
+                        "model": name,
+                        "weights": llm.model.weights_digest[:16],
+                        "rule": rule,
+                        "num_rows": len(examples),
+                        "layers": path.budget,
+                    }
                     for path in paths
                 ]
                 if all(self.has(**each) for each in labels):
@@ -175,7 +184,7 @@ def page(results: Sequence[dict[str, Any]], model: str) -> str:
         line = [str(each), cell(what="loss", model="untuned", rule="uniform", num_rows=NUM_FEW, layers=each)]
         line += [cell(what="loss", model="untuned", rule="found", num_rows=count, layers=each) for count in num_rows]
         line += [cell(what="loss", model="tuned", rule="found", num_rows=count, layers=each) for count in num_rows]
-        line += [target]
+        line += [target, verdict(results, each)]
         line += [
             cell(what=kind, model="tuned", rule="found", num_rows=NUM_FEW, layers=each) for kind in ("own", "path")
         ]
@@ -183,7 +192,7 @@ def page(results: Sequence[dict[str, Any]], model: str) -> str:
         body.append(line)
     head = ["layers", f"uniform, untuned, {NUM_FEW} rows"]
     head += [f"untuned, {count} rows" for count in num_rows] + [f"tuned, {count} rows" for count in num_rows]
-    head += ["required / aimed", "agrees, own entries", "agrees, path's entries"]
+    head += ["required / aimed", "verdict", "agrees, own entries", "agrees, path's entries"]
     head += [f"ms a token, batch {batch}" for batch in TIMED_BATCHES]
     found = {row["layers"]: row["path"] for row in results if row["what"] == "loss" and row["rule"] == "found"}
     paths = "\n".join(f"- {found[each]}" for each in layers)
@@ -195,6 +204,19 @@ def page(results: Sequence[dict[str, Any]], model: str) -> str:
         f"{TIMED_ROUNDS} rounds in turns on {timed['cpu']}, {timed['date']}.\n\n"
         f"{markdown_table(head, body, range(1, len(head)))}\n\n{paths}\n\n![quality against time]({model}.svg)\n"
     )
+
+
+def verdict(results: Sequence[dict[str, Any]], layers: int) -> str:
+    """Whether the tuned model reaches its bar on the few rows, with so many layers."""
+    labels = {"what": "loss", "rule": "found", "num_rows": NUM_FEW, "layers": layers}
+    untuned, tuned = (find(results, model=model, **labels) for model in ("untuned", "tuned"))
+    if untuned is None or tuned is None:
+        return "-"
+    if layers not in REQUIRED:
+        return "met" if tuned["value"] <= untuned["value"] + FULL_DEPTH_SLACK else "MISSED"
+    if tuned["value"] <= AIMED[layers]:
+        return "aim met"
+    return "met" if tuned["value"] <= REQUIRED[layers] else "MISSED"
 
 
 def find(results: Sequence[dict[str, Any]], **labels: Any) -> dict[str, Any] | None:
@@ -244,8 +266,8 @@ def figure(results: Sequence[dict[str, Any]]) -> str:
     return svg("paths", draw, 6.4, 4.2)
 
 
-def main() -> None:
-    """Measure what is missing, write table and figure."""
+def main() -> int:
+    """Measure what is missing, write table and figure; 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="Alpaca as *.json[.xz]")
     parser.add_argument("--base", default=BASE, help=f"the model as it came ({BASE})")
@@ -260,7 +282,9 @@ def main() -> None:
     bench.measure()
     write_text(FOLDER / f"{args.model}.md", page(bench.results, args.model))
     write_text(FOLDER / f"{args.model}.svg", figure(bench.results))
+    layers = {row["layers"] for row in bench.results}
+    return int(any(verdict(bench.results, each) == "MISSED" for each in layers))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
