@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Hashable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dynskip.engine.metrics import MetricsLog
 from dynskip.engine.request import RequestError, RequestOutput
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.text_stream import TextStream
+from dynskip.engine.watch import Watched
 from dynskip.engine.worker import Add, EngineWorker, NewToken
 from dynskip.llm import LLM, Prompt
 from dynskip.routing.routes import Paths
@@ -38,6 +40,7 @@ class Piece:
     finish_reason: of the last piece of an output, see `RequestOutput`; else None.
     index: which of the ``n`` outputs it is a piece of.
     logprobs: those of the new tokens, as in `RequestOutput`; None unless asked for.
+    was_guessed: of each new token, whether the draft had guessed it; None without a draft.
     output: with the last piece of all, what the request has become, its texts left out; else None.
     """
 
@@ -47,6 +50,7 @@ class Piece:
     finish_reason: str | None
     index: int = 0
     logprobs: list[dict[int, float]] | None = None
+    was_guessed: list[bool] | None = None
     output: RequestOutput | None = None
 
 
@@ -103,9 +107,11 @@ class AsyncLLM:
         prompt_depth: str = "path",
         draft: Drafts = None,
         draft_entries: DraftEntries = "own",
+        split_guessed: bool = False,
     ) -> AsyncGenerator[Piece]:
-        """The outputs of ``prompt`` piece by piece; arguments as in ``Engine.add_request``.
+        """The outputs of ``prompt`` piece by piece; other arguments as in ``Engine.add_request``.
 
+        split_guessed: tokens that the draft had guessed come in pieces of their own, so that it is known of each text.
         Of several outputs each piece is of one, and the last pieces of all come together at the end.
 
         Arguments are copied by this call; the request is made when the first piece is asked for. Raises TypeError or
@@ -116,7 +122,7 @@ class AsyncLLM:
         params = SamplingParams() if params is None else params
         options = {"request_id": request_id, "kv_policy": kv_policy, "prompt_depth": prompt_depth}
         options |= {"draft": draft, "draft_entries": draft_entries}
-        return self._stream(self._adding("stream", prompt, params, path, **options), params)
+        return self._stream(self._adding("stream", prompt, params, path, **options), params, split_guessed)
 
     def generate(
         self,
@@ -147,6 +153,10 @@ class AsyncLLM:
         """What the engine did since it was made, and what it holds now."""
         return await asyncio.wrap_future(self._worker.call(Engine.stats))
 
+    async def watch(self, since: int = 0) -> Watched:
+        """What the engine holds now, and its last steps; see `Engine.watch`."""
+        return await asyncio.wrap_future(self._worker.call(lambda engine: engine.watch(since)))
+
     async def close(self) -> None:
         """Abort what has not ended, and give back the memory of the engine. Nothing works after it."""
         await asyncio.to_thread(self._worker.close)
@@ -169,7 +179,7 @@ class AsyncLLM:
             path = list(path)
         return lambda engine, on_token: engine.add_request(prompt_ids, params, path, on_token=on_token, **options)
 
-    async def _stream(self, add: Add, params: SamplingParams) -> AsyncGenerator[Piece]:
+    async def _stream(self, add: Add, params: SamplingParams, split_guessed: bool) -> AsyncGenerator[Piece]:
         ticket = self._worker.submit(add, streams=True)
         try:
             known_id = await asyncio.wrap_future(ticket.added)
@@ -179,34 +189,11 @@ class AsyncLLM:
             while output is None:
                 tokens, output = await ticket.next()
                 has_failed = output is not None and output.error is not None
-                for piece in self._pieces(known_id, texts, tokens, None if has_failed else output):
+                for piece in _pieces(known_id, texts, tokens, None if has_failed else output, split_guessed):
                     yield piece
             _raise_error("stream", output)
         finally:
             self._worker.abandon(ticket)
-
-    def _pieces(
-        self, request_id: Hashable, texts: list[TextStream | None], tokens: list[NewToken], output: RequestOutput | None
-    ) -> Iterator[Piece]:
-        """One piece for each output that has new tokens or, where the request has become ``output``, for each."""
-        for index, text in enumerate(texts):
-            own = [token for token in tokens if token.output == index]
-            if not own and output is None:
-                continue
-            token_ids = [token.token_id for token in own]
-            new_text = None if text is None else text.add(token_ids)
-            if text is not None and new_text is not None and output is not None:
-                new_text += text.finish()
-            logprobs = [token.logprobs for token in own if token.logprobs is not None]
-            yield Piece(
-                request_id,
-                token_ids,
-                new_text,
-                None if output is None else output.samples[index].finish_reason,
-                index,
-                logprobs or None,
-                output if index == len(texts) - 1 else None,
-            )
 
     async def _generate(self, add: Add, params: SamplingParams) -> TextOutput:
         ticket = self._worker.submit(add, streams=False)
@@ -223,3 +210,41 @@ def _raise_error(function: str, output: RequestOutput) -> None:
     """Raise RequestError where the request has ended by an error."""
     if output.error is not None:
         raise RequestError(f"{function}: the request ended by {output.error!r}.") from output.error
+
+
+def _pieces(
+    request_id: Hashable,
+    texts: list[TextStream | None],
+    tokens: list[NewToken],
+    output: RequestOutput | None,
+    split_guessed: bool,
+) -> Iterator[Piece]:
+    """One piece for each output that has new tokens or, where the request has become ``output``, for each.
+
+    split_guessed: as in `AsyncLLM.stream`; then an output may have several.
+    """
+    for index, text in enumerate(texts):
+        own = [token for token in tokens if token.output == index]
+        if not own and output is None:
+            continue
+        runs = [own]
+        if split_guessed and own:
+            runs = [list(run) for _, run in itertools.groupby(own, lambda token: token.was_guessed)]
+        for number, run in enumerate(runs, 1):
+            end = output if number == len(runs) else None
+            token_ids = [token.token_id for token in run]
+            new_text = None if text is None else text.add(token_ids)
+            if text is not None and new_text is not None and end is not None:
+                new_text += text.finish()
+            logprobs = [token.logprobs for token in run if token.logprobs is not None]
+            was_guessed = [token.was_guessed for token in run if token.was_guessed is not None]
+            yield Piece(
+                request_id,
+                token_ids,
+                new_text,
+                None if end is None else end.samples[index].finish_reason,
+                index,
+                logprobs or None,
+                was_guessed or None,
+                end if index == len(texts) - 1 else None,
+            )

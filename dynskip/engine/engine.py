@@ -26,6 +26,7 @@ from dynskip.engine.request import OnToken, OutputSequence, Request, RequestOutp
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.step import StepExecution
 from dynskip.engine.token_stream import TokenStream
+from dynskip.engine.watch import StepWatch, Watched
 from dynskip.execution.kv_cache import available_bytes
 from dynskip.routing.routes import Paths, Route, resolve
 from dynskip.sampling import SamplingParams, draw_seed
@@ -115,6 +116,7 @@ class Engine:
             self._hand_over,
             Drafting(self.runner, self.kv, self.tally, lambda: costs or known_costs(model), config.max_prefill_tokens),
         )
+        self._watch = StepWatch()
         # What a search has left is read once; where none has run, the next request asks again.
         self._find_draft = cache(partial(find_draft, model))
         self._requests: dict[Hashable, Request] = {}
@@ -327,6 +329,26 @@ class Engine:
         self._abort_queued()
         return EngineStats.of(self.tally, self.scheduler, self.kv, self.entry_bytes)
 
+    def watch(self, since: int = 0) -> Watched:
+        """What the engine holds now, and its last steps, those behind step number ``since``.
+
+        Steps are kept for 10 seconds after each call, the last 512 of them: the first call finds none.
+        """
+        self._abort_queued()
+        time_s, steps = self._watch.look(since)
+        groups = self.scheduler.groups
+        return Watched(
+            time_s=time_s,
+            num_waiting=groups.num_waiting,
+            num_prefilling=groups.num_resident - groups.num_running,
+            num_running=groups.num_running,
+            num_tokens=self.tally.num_tokens,
+            kv_bytes=self.kv.num_used * self.entry_bytes,
+            kv_capacity_bytes=self.kv.num_slots * self.entry_bytes,
+            num_steps=self.tally.num_steps,
+            steps=steps,
+        )
+
     def close(self) -> None:
         """Abort what has not ended and give back the memory of keys and values, static buffers and graphs.
 
@@ -371,6 +393,7 @@ class Engine:
             decision = self.scheduler.schedule()
             for state in decision.preempt:
                 execution.prefixes.discard(state.owner)
+            self._watch.begin(decision)
             decide_s = time.perf_counter() - begin_s
             execution.prefill(decision.prefill)
             prefilled_s = time.perf_counter()
@@ -380,11 +403,13 @@ class Engine:
             self._recover()
             raise
         end_s = time.perf_counter()
+        prefill_s, decode_s = prefilled_s - begin_s - decide_s, end_s - prefilled_s + decide_s
         tally.num_steps += 1
-        tally.prefill_s += prefilled_s - begin_s - decide_s
-        tally.decode_s += end_s - prefilled_s + decide_s
+        tally.prefill_s += prefill_s
+        tally.decode_s += decode_s
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
+        self._watch.end(tally.num_steps, begin_s, prefill_s, decode_s)
 
     def _abort_queued(self) -> None:
         while self._to_abort:

@@ -25,11 +25,12 @@ class MetricsWarning(UserWarning):
 
 
 class NewToken(NamedTuple):
-    """A token of output number ``output``; logprobs: as in `SequenceOutput`, of this token."""
+    """A token of output number ``output``; logprobs, was_guessed: as in `SequenceOutput`, of this token."""
 
     output: int
     token_id: int
     logprobs: dict[int, float] | None
+    was_guessed: bool | None
 
 
 class Ticket:
@@ -132,8 +133,10 @@ class EngineWorker:
         sequences: list[OutputSequence] = []
 
         def send(_id: Hashable, index: int, token: int) -> None:
-            logprobs = sequences[index].logprobs
-            self._letter(ticket)[0].append(NewToken(index, token, logprobs[-1] if logprobs else None))
+            sequence = sequences[index]
+            logprobs = sequence.logprobs[-1] if sequence.logprobs else None
+            was_guessed = None if sequence.request.draft is None else sequence.was_guessed[-1]
+            self._letter(ticket)[0].append(NewToken(index, token, logprobs, was_guessed))
 
         def enter(engine: Engine) -> Hashable:
             ticket.request_id = add(engine, send if streams else None)

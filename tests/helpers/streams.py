@@ -6,9 +6,10 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from models import NUM_LAYERS, VOCAB_SIZE, tiny_model
 from torch import Tensor
@@ -19,6 +20,7 @@ from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.engine.request import RequestOutput
+from dynskip.speculation.lengths import Candidate, DraftLengths
 
 PATHS = [
     LayerPath.uniform(NUM_LAYERS, 1),
@@ -141,3 +143,15 @@ def assert_empty(served: Engine) -> None:
     assert served.kv.num_free_seqs == served.scheduler.policy.pool
     counters = served.scheduler.counters
     assert counters.num_added == counters.num_finished + counters.num_aborted
+
+
+def guess_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every draft guess three tokens a step, whatever that costs."""
+    choose = DraftLengths.choose
+
+    def three(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        lengths = tuple(min(3, each.most) for each in candidates)
+        return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
+
+    monkeypatch.setattr(DraftLengths, "choose", three)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
