@@ -29,8 +29,8 @@ EXAMPLES = """examples:
   dynskip serve MODEL --paths paths.txt --path uniform:8
       depths from a file, a path a line; 8 layers for requests that choose none
 
-It prints a line for curl once it is ready. SIGTERM or Ctrl-C ends it when the requests that have come are answered, the
-second one at once.
+It prints a line for curl and the address of its page once it is ready. SIGTERM or Ctrl-C ends it when the requests that
+have come are answered, the second one at once.
 """
 NEEDS = ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic")
 _MOST = 1_000_000
@@ -117,14 +117,14 @@ async def _serve(args: argparse.Namespace, llm: LLM, name: str, bound: socket.so
 
 
 def greeting(url: str, name: str, depths: Sequence[int], needs_key: bool) -> str:
-    """Where the server is, a line for a shell that asks it something, and the depths on offer."""
+    """Where the server is, a line for a shell that asks it something, the depths on offer, and its page."""
     body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 16})
     key = ' -H "Authorization: Bearer $KEY"' if needs_key else ""
     command = f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     offer = (
         f"\nlayers on offer, by `depth` or as in {name}@{depths[0]}: {', '.join(map(str, depths))}" if depths else ""
     )
-    return f"dynskip serves {name} at {url}/v1\n{command}{offer}"
+    return f"dynskip serves {name} at {url}/v1\n{command}{offer}\na page to try it on: {url}/"
 
 
 def _file(text: str | None) -> Path | None:

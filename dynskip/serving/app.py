@@ -15,6 +15,7 @@ from starlette.responses import Response
 from dynskip.serving.answers import as_json
 from dynskip.serving.errors import APIError, validation_error
 from dynskip.serving.gate import MAX_BODY, Gate
+from dynskip.serving.page_files import PAGE_ROUTER
 from dynskip.serving.routes import ROUTER
 from dynskip.serving.service import Service
 from dynskip.version import __version__
@@ -50,6 +51,7 @@ def make_app(
     app = API(title="dynskip", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(ROUTER)
+    app.include_router(PAGE_ROUTER)
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

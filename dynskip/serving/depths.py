@@ -83,6 +83,31 @@ class DepthTable:
         """The names by which requests may ask for the model: its own, and that with each depth of the table."""
         return [self.name, *(f"{self.name}@{budget}" for budget in self._entries)]
 
+    @cached_property
+    def offered(self) -> list[NamedPath]:
+        """What a slider has: the paths of the table; without one uniform paths of every number of layers."""
+        if self._entries:
+            return list(self._entries.values())
+        uniform = [self.parse(f"uniform:{budget}") for budget in range(1, self._num_layers)]
+        return [*uniform, self.parse("full")]
+
+    @cached_property
+    def drafts(self) -> list[str]:
+        """Drafts that requests may ask for: none, what a search has found, the server's, the shallower of the paths."""
+        found = self._model.found_paths
+        has_auto = found is not None and found.draft is not None
+        paths = list(self._entries.values())[:-1]
+        if not paths:
+            budgets = sorted({max(1, self._num_layers // parts) for parts in (6, 4, 3, 2)} - {self._num_layers})
+            paths = [self.parse(f"uniform:{budget}") for budget in budgets]
+        names = [_NO_DRAFT, *[_AUTO] * has_auto, self.default_draft, *(named.name for named in paths)]
+        return list(dict.fromkeys(names))
+
+    @property
+    def default_draft(self) -> str:
+        """The draft of requests that name none; ``none`` where they have none."""
+        return _NO_DRAFT if self._default_draft is None else self._default_draft
+
     def of(self, model: str | None, path: str | None, depth: int | str | None, draft: str | None) -> Depth:
         """What a request with these fields runs; an APIError names the one that is wrong."""
         by_name = self._by_name(model)

@@ -16,13 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynskip.serving.answers import as_json
 from dynskip.serving.errors import APIError, internal_error
+from dynskip.serving.page_files import PAGE_ROUTES
 from dynskip.serving.sse import ClientGone
 
 LOG = logging.getLogger("dynskip.serving")
 # Of a request's body, in bytes.
 MAX_BODY = 16 * 2**20
 # What needs no key: probes, metrics, and what a browser asks for before it has one.
-_OPEN = frozenset(("/", "/health", "/version", "/metrics", "/openapi.json"))
+_OPEN = frozenset(("/health", "/version", "/metrics", "/openapi.json")) | PAGE_ROUTES
+# What a page asks for several times a second: no line in the log, unless it is refused.
+_POLLED = "/v1/engine"
 # An id of the client's that may stand in a header and in a line of the log.
 _REQUEST_ID = re.compile(r"[\w.:/=+@-]{1,128}", re.ASCII)
 # nginx's, for a client that has closed its connection; only the log sees it.
@@ -78,7 +81,10 @@ class Gate:
             await _refuse(internal_error(), answer, send_with_id)
         finally:
             milliseconds = 1e3 * (time.monotonic() - begin_s)
-            LOG.info("%s %s %s %d %.0f ms", request_id, scope["method"], scope["path"], answer.status, milliseconds)
+            level = logging.DEBUG if scope["path"] == _POLLED and answer.status < 400 else logging.INFO
+            LOG.log(
+                level, "%s %s %s %d %.0f ms", request_id, scope["method"], scope["path"], answer.status, milliseconds
+            )
 
     async def _pass(self, scope: Scope, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN:

@@ -19,11 +19,15 @@ from dynskip.serving.metrics import ServerMetrics
 
 @dataclass(frozen=True)
 class Job:
-    """What an API request asks of the engine. prompts: token ids, each with its parameters. field: where they stand."""
+    """What an API request asks of the engine.
+
+    prompts: token ids, each with its parameters. field: where they stand. split_guessed: as in `AsyncLLM.stream`.
+    """
 
     prompts: Sequence[tuple[list[int], SamplingParams]]
     depth: Depth
     field: str
+    split_guessed: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -51,7 +55,10 @@ class Generator:
     async def pieces(self, job: Job) -> AsyncGenerator[tuple[int, Piece]]:
         """The pieces of all prompts as they come, with the number of the prompt; errors as in `outputs`."""
         path, draft = job.depth.named.path, job.depth.draft
-        streams = [self._served.stream(prompt, params, path, draft=draft) for prompt, params in job.prompts]
+        streams = [
+            self._served.stream(prompt, params, path, draft=draft, split_guessed=job.split_guessed)
+            for prompt, params in job.prompts
+        ]
         with self._running(job) as ended:
             async with aclosing(_merged(streams)) as pieces:
                 async for index, piece in pieces:

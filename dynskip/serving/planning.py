@@ -66,7 +66,7 @@ class Planner:
             ]
         except ValueError as error:  # parameters that do not go together with so few
             raise told(error) from error
-        job = Job(list(zip(prompts, bounded, strict=True)), depth, "prompt")
+        job = Job(list(zip(prompts, bounded, strict=True)), depth, "prompt", bool(body.return_token_ids))
         echoes = await self._echoes(body.prompt, prompts) if body.echo else None
         return Plan("completion", body, envelope, job, echoes, drops_output)
 
@@ -77,7 +77,8 @@ class Planner:
         envelope, depth, params = self._begun("chat", body, request_id, given)
         prompt = await self._reader.chat(body.messages)
         self._room(len(prompt), given, "messages")
-        return Plan("chat", body, envelope, Job([(prompt, params)], depth, "messages"))
+        job = Job([(prompt, params)], depth, "messages", bool(body.return_token_ids))
+        return Plan("chat", body, envelope, job)
 
     def _begun(
         self, kind: Kind, body: Sampled, request_id: str, max_tokens: int | None

@@ -52,7 +52,9 @@ class Sampled(Fields):
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = Field(default=None, description="Also the ids of the prompt and of each output.")
+    return_token_ids: bool | None = Field(
+        None, description="Also the ids of the prompt and of each output, and which of them a draft had guessed."
+    )
     path: str | None = Field(
         None, description="The layers to run: full, uniform:8, exit:8, random:8:0, found:20 or layers:0,5,23."
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from dynskip.engine.request import RequestError
 from dynskip.serving.errors import APIError, bad_request
 from dynskip.serving.fields import check_others
 from dynskip.serving.metrics import CONTENT_TYPE
+from dynskip.serving.page_data import live, offer
 from dynskip.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
 from dynskip.serving.service import Service
 from dynskip.version import __version__
@@ -30,6 +32,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "The server is stopping."},
 }
 ROUTER = APIRouter()
+T = TypeVar("T")
 
 
 def _service(request: Request) -> Service:
@@ -64,6 +67,19 @@ async def model(name: str, request: Request) -> JSONResponse:
     return JSONResponse(_model(_service(request), name))
 
 
+@ROUTER.get("/v1/depths", responses={401: _REFUSALS[401]})
+async def depths(request: Request) -> JSONResponse:
+    """The paths and drafts on offer, and what bounds a request."""
+    return JSONResponse(offer(_service(request)))
+
+
+@ROUTER.get("/v1/engine", responses={400: _REFUSALS[400], 401: _REFUSALS[401], 503: _FAILURES[503]})
+async def engine(request: Request, since: Annotated[int, Query(ge=0)] = 0) -> JSONResponse:
+    """What the engine holds now, and its last steps, those behind step number ``since``, in numbers."""
+    watched = await _unless_stopped(_service(request).served.watch(since))
+    return JSONResponse(live(watched), headers={"cache-control": "no-store"})
+
+
 @ROUTER.post("/tokenize", responses=_REFUSALS)
 async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
     """The token ids of a text or of a conversation."""
@@ -95,10 +111,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
 @ROUTER.get("/health", responses={503: _FAILURES[503]})
 async def health(request: Request) -> Response:
     """Whether requests can be served: 200, with an empty body, or 503."""
-    try:
-        await _service(request).served.stats()
-    except RequestError as error:
-        raise APIError(503, "The engine has stopped.", code="stopped") from error
+    await _unless_stopped(_service(request).served.stats())
     return Response()
 
 
@@ -112,13 +125,18 @@ async def version() -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """What Prometheus reads."""
     service = _service(request)
-    try:
-        stats = await service.served.stats()
-    except RequestError as error:
-        raise APIError(503, "The engine has stopped.", code="stopped") from error
+    stats = await _unless_stopped(service.served.stats())
     admission = service.admission
     page = service.metrics.page(stats, admission.num_held, admission.num_refused)
     return Response(page, media_type=CONTENT_TYPE)
+
+
+async def _unless_stopped(asked: Awaitable[T]) -> T:
+    """What the engine says; an APIError where it has stopped."""
+    try:
+        return await asked
+    except RequestError as error:
+        raise APIError(503, "The engine has stopped.", code="stopped") from error
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

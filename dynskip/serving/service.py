@@ -79,6 +79,8 @@ class Service:
             )
             if plan.body.return_token_ids:
                 choice["token_ids"] = tokens
+                if sample.was_guessed is not None:
+                    choice["was_guessed"] = sample.was_guessed[: len(tokens)]
             if plan.kind == "completion":
                 choice |= self._of_prompt(plan, output)
             choices.append(choice)

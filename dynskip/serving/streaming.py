@@ -70,6 +70,8 @@ class Chunks:
         choice = delta_of(plan.kind, index, text, piece.finish_reason, shown)
         if plan.body.return_token_ids:
             choice["token_ids"] = tokens
+            if piece.was_guessed is not None:
+                choice["was_guessed"] = piece.was_guessed[: len(tokens)]
             if is_first:
                 choice["prompt_token_ids"] = prompt
         if is_first and plan.kind == "chat":

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,16 +201,29 @@ def events_of(text: str) -> list[Any]:
 
 
 @contextmanager
-def on_loopback(llm: LLM, *, name: str = NAME, api_key: str | None = None, **engine: Any) -> Iterator[str]:
-    """The address of a server of ``llm`` in a thread of its own, until the end of the block."""
+def on_loopback(
+    llm: LLM,
+    *,
+    name: str = NAME,
+    api_key: str | None = None,
+    table: Path | None = None,
+    max_queue: int = 64,
+    on_start: Callable[[AsyncLLM, Server], None] = lambda *_: None,
+    **engine: Any,
+) -> Iterator[str]:
+    """The address of a server of ``llm`` in a thread of its own, until the end of the block.
+
+    table: the file of its paths. on_start: called in its event loop before it listens.
+    """
     started, found = threading.Event(), {}
 
     async def main() -> None:
         with bind("127.0.0.1", 0) as bound:
             async with AsyncLLM(llm, **engine) as served:
-                service = Service(served, DepthTable(llm.model, name), 64)
+                service = Service(served, DepthTable(llm.model, name, table), max_queue)
                 found["server"] = Server(make_app(service, api_key=api_key), started.set)
                 found["url"] = url_of(bound)
+                on_start(served, found["server"])
                 await found["server"].serve([bound])
                 service.close()
 

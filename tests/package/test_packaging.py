@@ -178,12 +178,16 @@ def test_setup_rejects_an_unknown_value_of_a_switch(switch: str) -> None:
     assert f"{switch} must be 0 (skip), 1 (must build) or unset (try), got 'yes'." in result.stderr
 
 
-def test_data_of_the_kernels_is_packaged(tmp_path: Path) -> None:
+def test_data_of_the_kernels_and_the_page_are_packaged(tmp_path: Path) -> None:
     result = run_setup(ROOT, "build_py", "--build-lib", str(tmp_path), DYNSKIP_BUILD_EXT="0")
     assert result.returncode == 0, result.stderr
     names = {path.name for path in (ROOT / "kernels" / "configs").iterdir()}
     assert "generic.json" in names
     assert {path.name for path in (tmp_path / "dynskip" / "kernels" / "configs").iterdir()} == names
+    page = Path("dynskip", "serving", "page")
+    files = {path.name: path.read_bytes() for path in (ROOT / page).iterdir()}
+    assert "index.html" in files
+    assert {path.name: path.read_bytes() for path in (tmp_path / page).iterdir()} == files
 
 
 def test_make_rebuilds_when_a_source_of_the_extension_changes() -> None:

@@ -15,6 +15,7 @@ from dynskip import LLM, Engine, RequestOutput, SamplingParams
 from dynskip.async_llm import Piece, TextOutput
 from dynskip.costs.defaults import UnmeasuredCostsWarning
 from dynskip.engine.stats import EngineStats
+from dynskip.engine.watch import Watched
 from dynskip.scheduler.outcome import Outcome
 
 # Nobody has calibrated the machine that tests run on.
@@ -110,7 +111,7 @@ def test_the_other_examples_controllers_are_controllers() -> None:
         assert output.path is None and output.token_ids
 
 
-@pytest.mark.parametrize("kind", [RequestOutput, TextOutput, Piece, EngineStats, Outcome, SamplingParams])
+@pytest.mark.parametrize("kind", [RequestOutput, TextOutput, Piece, EngineStats, Outcome, Watched, SamplingParams])
 def test_the_page_on_serving_names_every_field(kind: type) -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     missing = [each.name for each in fields(kind) if not re.search(rf"`(?:outcome)?\.?{each.name}`", page)]

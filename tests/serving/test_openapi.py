@@ -16,6 +16,8 @@ ROUTES = [
     ("/v1/chat/completions", "POST"),
     ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"),
+    ("/v1/depths", "GET"),
+    ("/v1/engine", "GET"),
     ("/tokenize", "POST"),
     ("/detokenize", "POST"),
     ("/health", "GET"),

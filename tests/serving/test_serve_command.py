@@ -184,9 +184,10 @@ def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize("needs_key", [False, True])
 def test_the_command_survives_any_name(needs_key: bool) -> None:
     name = 'it\'s a "model" of $HOME'
-    first, command, offer = greeting("http://127.0.0.1:1", name, [4, 8], needs_key).splitlines()
+    first, command, offer, page = greeting("http://127.0.0.1:1", name, [4, 8], needs_key).splitlines()
     assert first.endswith("at http://127.0.0.1:1/v1")
     assert offer.endswith("@4: 4, 8")
+    assert page.endswith(": http://127.0.0.1:1/")
     words = shlex.split(command)
     assert httpx2.Response(200, content=words[-1]).json()["model"] == name
     assert any("Bearer" in word for word in words) == needs_key
