@@ -157,6 +157,10 @@ class AsyncLLM:
         """What the engine holds now, and its last steps; see `Engine.watch`."""
         return await asyncio.wrap_future(self._worker.call(lambda engine: engine.watch(since)))
 
+    async def reset_prefix_cache(self) -> None:
+        """Share nothing that has run so far with requests to come: see `Engine.reset_prefix_cache`."""
+        await asyncio.wrap_future(self._worker.call(Engine.reset_prefix_cache))
+
     async def close(self) -> None:
         """Abort what has not ended, and give back the memory of the engine. Nothing works after it."""
         await asyncio.to_thread(self._worker.close)

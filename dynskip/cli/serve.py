@@ -71,6 +71,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-bytes", type=in_range(1, 2**50), metavar="BYTES", help="memory for keys and values")
     add_number(group, "--batch", "N", 1, 65536, 16, "most rows of a decode step")
+    group.add_argument(
+        "--no-prefix-caching",
+        action="store_false",
+        dest="prefix_caching",
+        help="run every prompt whole, even if another one began alike",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,6 +110,7 @@ async def _serve(args: argparse.Namespace, llm: LLM, name: str, bound: socket.so
 
     table = DepthTable(llm.model, name, _file(args.paths), args.path, args.draft)
     options = {"kv_bytes": args.kv_bytes, "batch": args.batch, "max_context_len": args.max_model_len}
+    options["prefix_caching"] = args.prefix_caching
     async with AsyncLLM(llm, args.policy, **options) as served:
         service = Service(served, table, args.max_queue)
         app = make_app(service, api_key=args.api_key, log_bodies=args.log_requests, allow_origins=args.origins)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, CausalLM), "a dynskip.CausalLM"),
     "deterministic": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
+    "prefix_caching": (lambda value: isinstance(value, bool), "True or False"),
     "costs": (lambda value: value is None or isinstance(value, StepCosts), "StepCosts or None"),
     "tokenizer": (lambda value: value is None or hasattr(value, "decode"), "a transformers tokenizer or None"),
     "clock": (callable, "callable"),
@@ -40,6 +41,7 @@ class EngineConfig:
     max_wait: int | None
     max_prefill_tokens: int
     max_context_len: int | None
+    prefix_caching: bool
     costs: StepCosts | None
     tokenizer: PreTrainedTokenizerBase | None
     executor: ExecutorName

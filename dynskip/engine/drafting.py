@@ -173,6 +173,7 @@ class Drafting:
             else:
                 (riders if candidate.rides else candidates).append((index, candidate))
         if not candidates:
+            self.kv.make_room(self.kv.num_free - num_free)
             return extended
         candidates += riders
         lengths = self._choose([candidate for _, candidate in candidates], others)
@@ -183,6 +184,7 @@ class Drafting:
             if length:
                 num_free -= num_slots
                 guessing.append((index, candidate.draft, length))
+        self.kv.make_room(self.kv.num_free - num_free)
         self._guessed_ms = 0.0
         if guessing:
             begin_s = time.perf_counter()

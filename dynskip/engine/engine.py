@@ -21,13 +21,13 @@ from dynskip.engine.config import EngineConfig
 from dynskip.engine.drafting import Drafting, find_draft
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
-from dynskip.engine.prefixes import PrefixIndex
+from dynskip.engine.prefixes import PrefixCache
 from dynskip.engine.request import OnToken, OutputSequence, Request, RequestOutput
 from dynskip.engine.stats import EngineStats
 from dynskip.engine.step import StepExecution
 from dynskip.engine.token_stream import TokenStream
 from dynskip.engine.watch import StepWatch, Watched
-from dynskip.execution.kv_cache import available_bytes
+from dynskip.execution.kv_cache import KVCache, available_bytes
 from dynskip.routing.routes import Paths, Route, resolve
 from dynskip.sampling import SamplingParams, draw_seed
 from dynskip.scheduler.outcome import Tally
@@ -57,6 +57,9 @@ class Engine:
     max_prefill_tokens: most prompt tokens of a step; longer prompts run in chunks of that many. If ``deterministic``,
         requests share prefixes of whole chunks only: make it 128, say, where they have a system prompt in common.
     max_context_len: most tokens of a request, prompt and output; None: what the model's positions allow.
+    prefix_caching: whether keys and values of requests stay, as long as no request wants their memory, for those that
+        begin alike along the same path, and are shared while requests run. False: nothing is. The reference executor
+        shares nothing.
     costs: what steps take, for "cohort"; None: what `dynskip calibrate` has left for this device and model.
     tokenizer: only for requests with stop texts.
     clock: the time in seconds; a clock that goes back is taken to stand still.
@@ -74,6 +77,7 @@ class Engine:
         max_wait: int | None = None,
         max_prefill_tokens: int = 2048,
         max_context_len: int | None = None,
+        prefix_caching: bool = True,
         costs: StepCosts | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         executor: ExecutorName = "compact",
@@ -90,6 +94,7 @@ class Engine:
             max_wait,
             max_prefill_tokens,
             max_context_len,
+            prefix_caching,
             costs,
             tokenizer,
             executor,
@@ -109,7 +114,6 @@ class Engine:
             self.runner,
             self.kv,
             self.scheduler,
-            PrefixIndex(config.max_prefill_tokens if self.runner.deterministic else 1),
             self.tally,
             tokenizer,
             self._now,
@@ -349,6 +353,20 @@ class Engine:
             steps=steps,
         )
 
+    def reset_prefix_cache(self) -> None:
+        """Share nothing that has run so far with requests to come; to be called where the model's weights change."""
+        self._check_outside_step("reset_prefix_cache")
+        if not self._is_open:
+            return
+        if self._is_broken:
+            self._recover()
+        if self.kv.prefixes is not None:
+            try:
+                self.kv.prefixes.clear()
+            except BaseException:
+                self._recover()
+                raise
+
     def close(self) -> None:
         """Abort what has not ended and give back the memory of keys and values, static buffers and graphs.
 
@@ -365,7 +383,7 @@ class Engine:
         self._outputs.clear()
         self.runner.executor.release()
         self._is_open = False
-        del self.kv.cache
+        self.kv.close()
 
     def __enter__(self) -> Self:
         return self
@@ -391,8 +409,7 @@ class Engine:
         execution.model_s = 0.0
         try:
             decision = self.scheduler.schedule()
-            for state in decision.preempt:
-                execution.prefixes.discard(state.owner)
+            self.kv.make_room()
             self._watch.begin(decision)
             decide_s = time.perf_counter() - begin_s
             execution.prefill(decision.prefill)
@@ -444,7 +461,6 @@ class Engine:
     def _recover(self) -> None:
         """After an interrupted step: what has not ended waits again, and keeps its tokens."""
         self._is_broken = True
-        self.execution.prefixes.clear()
         self.kv.restart()
         self.execution.in_flight = None  # as if these tokens had not been chosen
         sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
@@ -483,13 +499,18 @@ class Engine:
             self.model.executor(self.config.executor).release()  # what closed batches have left
         if kv_bytes is None:
             kv_bytes = min(most * self.entry_bytes, int(_KV_SHARE * available_bytes(self.model.device)))
-        num_slots = min(kv_bytes // self.entry_bytes, most)
+        num_slots = kv_bytes // self.entry_bytes
+        if not self.config.prefix_caching:
+            num_slots = min(num_slots, most)
         if num_slots < 1:
             raise ValueError(f"Engine: kv_bytes must hold an entry of {self.entry_bytes} bytes, got {shown(kv_bytes)}.")
         executor = self.runner.executor
         cache = executor.new_cache(num_seqs, self.max_context_len, num_slots)
         executor.warm_up(cache, self.config.batch)
-        return KVPool(cache, num_seqs, num_slots)
+        prefixes = None
+        if self.config.prefix_caching and isinstance(cache, KVCache):
+            prefixes = PrefixCache(cache, self.config.max_prefill_tokens if self.runner.deterministic else None)
+        return KVPool(cache, num_seqs, num_slots, prefixes)
 
     def _now(self) -> float:
         self._time_s = max(self._time_s, self._clock())

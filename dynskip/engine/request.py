@@ -115,6 +115,7 @@ class Request:
     """A request while it runs; output: what it has become. Times are those of the engine's clock, in seconds.
 
     stop_ids: tokens that end an output. end_ids: those that must not come before min_tokens others.
+    num_cached_tokens: see `RequestOutput`.
     """
 
     request_id: Hashable
@@ -125,6 +126,7 @@ class Request:
     arrival_s: float
     draft: Draft | None = None
     admitted_s: float | None = None
+    num_cached_tokens: int = 0
     first_s: float | None = None
     error: Exception | None = None
     output: RequestOutput | None = None
@@ -168,6 +170,7 @@ class RequestOutput:
     queue_s: from arrival to admission. ttft_s: from arrival to the first token. tpot_s: from the first token to the
         last, by the tokens after the first. latency_s: from arrival to the end. None where it did not come that far.
     num_preemptions: how often its keys and values were given up and computed again.
+    num_cached_tokens: tokens of the prompt whose keys and values were there when it was first admitted.
     draft: the path that guessed its tokens, if there was one. num_drafted, num_accepted: how many it guessed for all
         outputs together, and how many of them its own path chose, too.
     """
@@ -191,6 +194,7 @@ class RequestOutput:
     draft: Draft | None = field(default=None, compare=False)
     num_drafted: int = field(default=0, compare=False)
     num_accepted: int = field(default=0, compare=False)
+    num_cached_tokens: int = field(default=0, compare=False)
 
     @property
     def texts(self) -> tuple[str | None, ...]:
@@ -234,4 +238,5 @@ class RequestOutput:
             draft=request.draft,
             num_drafted=sum(sequence.num_drafted for sequence in request.sequences),
             num_accepted=sum(sequence.num_accepted for sequence in request.sequences),
+            num_cached_tokens=request.num_cached_tokens,
         )

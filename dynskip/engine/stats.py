@@ -19,6 +19,9 @@ class EngineStats:
     num_waiting, num_prefilling, num_running: requests' sequences now. kv_bytes: in use now, of kv_capacity_bytes.
     num_finished, num_aborted: sequences that ended by themselves, or were aborted or failed.
     num_shared_tokens: prompt tokens whose entries were another sequence's.
+    prefix_bytes: keys and values kept for requests to come, which count as free. num_prefix_queries, num_prefix_hits:
+        tokens of sequences that were admitted, and those of them that had entries. num_prefix_evictions: entries that
+        went where memory was wanted.
     bookkeeping_share: of all step time, what scheduling took.
     num_drafted, num_accepted: tokens that drafts guessed, and those of them that were right. num_verifications: steps
         of one sequence that verified guesses.
@@ -38,6 +41,15 @@ class EngineStats:
     num_drafted: int
     num_accepted: int
     num_verifications: int
+    prefix_bytes: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_prefix_evictions: int
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of prompt tokens that had entries; 0 where none were looked for."""
+        return self.num_prefix_hits / self.num_prefix_queries if self.num_prefix_queries else 0.0
 
     @property
     def acceptance(self) -> float:
@@ -57,7 +69,7 @@ class EngineStats:
     @staticmethod
     def of(tally: Tally, scheduler: Scheduler, kv: KVPool, entry_bytes: int) -> EngineStats:
         """The stats of an engine, from its sums, its scheduler and its pool of entries of ``entry_bytes`` each."""
-        counters, groups = scheduler.counters, scheduler.groups
+        counters, groups, prefixes = scheduler.counters, scheduler.groups, kv.prefixes
         tally = replace(
             tally,
             num_preempted=counters.num_preempted,
@@ -80,12 +92,16 @@ class EngineStats:
             num_drafted=tally.num_drafted,
             num_accepted=tally.num_accepted,
             num_verifications=tally.num_verifications,
+            prefix_bytes=kv.num_kept * entry_bytes,
+            num_prefix_queries=0 if prefixes is None else prefixes.num_queried,
+            num_prefix_hits=0 if prefixes is None else prefixes.num_found,
+            num_prefix_evictions=0 if prefixes is None else prefixes.num_evicted,
         )
 
     def line(self) -> dict[str, Any]:
         """What a JSON line holds of it, flat."""
         values = asdict(self)
-        rates = ("acceptance", "drafts_per_verification", "tokens_per_verification")
+        rates = ("acceptance", "drafts_per_verification", "tokens_per_verification", "prefix_hit_rate")
         return {**values.pop("outcome"), **values, **{name: getattr(self, name) for name in rates}}
 
     def __str__(self) -> str:
@@ -97,4 +113,5 @@ class EngineStats:
             f"{outcome.union:.1f} | KV {self.kv_bytes / 2**20:.0f} of {self.kv_capacity_bytes / 2**20:.0f} MiB | "
             f"preempted {outcome.num_preempted}"
             + (f" | accepted {self.acceptance:.0%} of drafts" if self.num_drafted else "")
+            + (f" | prefix hits {self.prefix_hit_rate:.0%}" if self.num_prefix_hits else "")
         )

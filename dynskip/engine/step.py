@@ -15,7 +15,6 @@ from dynskip.engine.drafting import Drafting
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import KVPool
 from dynskip.engine.model_runner import ModelRunner
-from dynskip.engine.prefixes import PrefixIndex
 from dynskip.engine.prompt_logprobs import top_logprobs
 from dynskip.engine.request import OutputSequence, Request, Span
 from dynskip.engine.text_rule import TextRule
@@ -46,7 +45,6 @@ class StepExecution:
     runner: ModelRunner
     kv: KVPool
     scheduler: Scheduler
-    prefixes: PrefixIndex
     tally: Tally
     tokenizer: PreTrainedTokenizerBase | None
     now: Callable[[], float]
@@ -62,34 +60,30 @@ class StepExecution:
             return
         self.tally.num_prefills += 1
         now_s = self.now()
-        begun: list[Span] = []
-        going_on: list[Span] = []
-        copies: dict[OutputSequence, list[OutputSequence]] = {}
+        spans: list[Span] = []
+        copies: dict[OutputSequence, list[Span]] = {}
         leaders: dict[Hashable, OutputSequence] = {}
         for chunk in chunks:
             sequence: OutputSequence = chunk.sequence.owner
-            first, end = chunk.first, chunk.first + chunk.num_tokens
-            if chunk.sequence.cache_id < 0:
-                self.kv.open(chunk.sequence)
-                chunk.sequence.num_shared = 0
+            span = Span(sequence, chunk.first, chunk.num_tokens)
+            if chunk.sequence.admitted_step == self.scheduler.step:
                 if sequence.request.admitted_s is None:
                     sequence.request.admitted_s = now_s
-                if first == 0 and chunk.is_last and chunk.sequence.num_generated == 1:
+                    sequence.request.num_cached_tokens = chunk.first
+                self.tally.num_shared_tokens += chunk.first
+                if chunk.is_last and chunk.sequence.num_generated == 1:
                     leader = leaders.setdefault(_prompt_key(sequence), sequence)
                     if leader is not sequence and not sequence.lacks_prompt_logprobs:
-                        copies.setdefault(leader, []).append(sequence)
+                        copies.setdefault(leader, []).append(span)
                         continue
-                self._share_prefix(sequence)
-            first = max(first, sequence.state.num_shared)
-            if first < end:
-                (going_on if first else begun).append(Span(sequence, first, end - first))
+            spans.append(span)
         complete = {chunk.sequence.owner for chunk in chunks if chunk.is_last}
-        runs = [*_by_key(begun), *_by_key(going_on)]
-        while runs:
-            for same in runs:
+        while spans:
+            begun, going_on = ([span for span in spans if bool(span.first) is late] for late in (False, True))
+            for same in [*_by_key(begun), *_by_key(going_on)]:
                 self._accept_complete(self._attempt(same, self._run_prompt), complete, copies)
             # Copies whose leader's prefill failed run on their own.
-            runs = _by_key([Span(copy, 0, len(copy.prompt_ids)) for rest in copies.values() for copy in rest])
+            spans = [copy for rest in copies.values() for copy in rest]
             copies = {}
 
     def decode(self, decision: Decision) -> None:
@@ -190,7 +184,7 @@ class StepExecution:
         self,
         attempts: Sequence[Predicted],
         complete: set[OutputSequence],
-        copies: dict[OutputSequence, list[OutputSequence]],
+        copies: dict[OutputSequence, list[Span]],
     ) -> None:
         """Give a token to those whose prompts have run to the end, and to the copies that share their prompts."""
         for spans, predictions in attempts:
@@ -203,15 +197,14 @@ class StepExecution:
                     continue
                 rows.append(row)
                 accepted.append(sequence)
-                for copy in copies.pop(sequence, ()):
+                self.kv.offer(sequence.state)
+                for copy, _, num_tokens in copies.pop(sequence, ()):
                     if copy.finish_reason is not None:
                         continue
-                    self.kv.cache.fork(sequence.state.cache_id, copy.state.cache_id)
-                    self.tally.num_shared_tokens += len(copy.prompt_ids)
+                    self.kv.fork(sequence.state, copy.state)
+                    self.tally.num_shared_tokens += num_tokens
                     rows.append(row)
                     accepted.append(copy)
-            for sequence in accepted:
-                self.prefixes.add(sequence)
             if accepted:
                 are_all = len(rows) == len(sequences) == len(set(rows))
                 self._accept(accepted, predictions if are_all else predictions.of_rows(rows))
@@ -382,24 +375,12 @@ class StepExecution:
 
     def _leave(self, sequence: OutputSequence, how: Callable[[Hashable], SequenceState]) -> None:
         """Let the scheduler forget ``sequence``, unless it has: it does so before the last token is read."""
-        self.prefixes.discard(sequence)
         if self.scheduler.knows(sequence):
             how(sequence)
 
     def _fail(self, sequence: OutputSequence, error: Exception) -> None:
         sequence.request.error = error
         self.end(sequence.request, "error")
-
-    def _share_prefix(self, sequence: OutputSequence) -> None:
-        # Rows that are taken over have no logits.
-        found = None if sequence.lacks_prompt_logprobs else self.prefixes.find(sequence)
-        if found is not None:
-            source, num_tokens = found
-            self.kv.cache.share(source.state.cache_id, sequence.state.cache_id, num_tokens)
-            sequence.state.num_shared = num_tokens
-            self.tally.num_shared_tokens += num_tokens
-        else:
-            sequence.state.num_shared = 0
 
 
 def _prompt_key(sequence: OutputSequence) -> Hashable:

@@ -81,7 +81,8 @@ class KVCache:
 
     All layers draw entries (one key and one value of all heads) from one pool, so a skipped layer holds no memory and
     two layers may share an entry. ``slot_tables[l, b, i]`` is the pool slot of the i-th entry of sequence b in layer l.
-    Sequences may share entries, too: a slot is free again when the last of its owners is released.
+    Sequences may share entries, too: a slot is free again when the last of its owners is released. One of them may be
+    no sequence: what is kept outlives those that made it.
 
     k_cache, v_cache: [num_slots, G, D], the pool.
     slot_positions: [num_slots], int32, where the token of each slot stands, or None where attention does not ask.
@@ -89,7 +90,7 @@ class KVCache:
     context_lens: [L, B], int32, the number of entries.
     free_slots: [num_slots], int32: from place ``num_slots_used`` on the free slots.
     slot_cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
-    num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
+    num_extra_owners: [num_slots], int32, how many own a taken slot besides the first: sequences, and what `keep` keeps.
     may_repeat: whether one sequence may have a slot in tables of several layers; set by what writes such tables.
     """
 
@@ -258,6 +259,27 @@ class KVCache:
         assert bool((context_lens[held] >= num_tokens).all()), "the source holds fewer tokens"
         self._begin(source, target, held * num_tokens)
 
+    def keep(self, cache_id: int, layers: Sequence[int], first: int, end: int) -> Tensor:
+        """[len(layers), end - first], int32: the slots of tokens ``first`` to ``end``, which stay taken until `let_go`.
+
+        For sequences with a fixed path, that of ``layers``, whose slots there are not kept.
+        """
+        slots = self.slot_tables[self._layer_ids(layers), cache_id, first:end]
+        self.pool.keep(slots.view(-1))
+        return slots
+
+    def let_go(self, slots: Sequence[Tensor]) -> int:
+        """Keep ``slots`` no more; how many became free. Those that sequences own stay taken. Settles first."""
+        self.settle()
+        return self.pool.let_go(torch.cat([each.reshape(-1) for each in slots])) if slots else 0
+
+    def begin(self, cache_id: int, layers: Sequence[int], slots: Tensor) -> None:
+        """Make an empty sequence begin with the entries at ``slots`` ([len(layers), T], int32): shared, not copied."""
+        layer_ids = self._layer_ids(layers)
+        self.slot_tables[layer_ids, cache_id, : slots.shape[1]] = slots
+        self.context_lens[layer_ids, cache_id] = slots.shape[1]
+        self.pool.add_owner(slots.reshape(-1))
+
     def truncate(
         self,
         cache_ids: Sequence[int],
@@ -315,7 +337,7 @@ class KVCache:
         self.sweep()
 
     def sweep(self) -> None:
-        """Find out from all tables which slots are taken: those that only a failed step took are free again.
+        """Find out from all tables, and what is kept, which slots are taken: those of a failed step are free again.
 
         Cost: linear in the entries of all sequences and in the pool.
         """
@@ -324,6 +346,9 @@ class KVCache:
             slots = self._slots_of(cache_id)
             num_owners.index_add_(0, slots, torch.ones_like(slots))
         self.pool.rebuild(num_owners)
+
+    def _layer_ids(self, layers: Sequence[int]) -> Tensor:
+        return torch.tensor(layers, dtype=torch.int64, device=self.slot_tables.device)
 
     def _begin(self, source: int, target: int, context_lens: Tensor) -> None:
         assert source >= 0 and target >= 0, "both have a place in the tables"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BYTES_PER_SLOT = 12
+BYTES_PER_SLOT = 13
 """What the pool's own tensors take for each slot."""
 
 
@@ -18,7 +18,8 @@ class SlotPool:
 
     free_slots: [num_slots], int32, a stack: from place ``num_used`` on the free slots, each once, in the order in which
     they are given out. What stands before is out of date.
-    num_extra_owners: [num_slots], int32, how many sequences own a taken slot besides the first.
+    num_extra_owners: [num_slots], int32, how many own a taken slot besides the first.
+    is_kept: [num_slots], bool, whether one of its owners is no sequence: see `keep`.
     cursor: [1], int32, the place in ``free_slots`` from which the device itself takes slots: see `reserve`.
     num_used: how many slots are taken; after `reserve` the device may have taken fewer, which `settle` finds out.
     may_share: whether a slot may have more than one owner.
@@ -28,6 +29,7 @@ class SlotPool:
         self.num_slots = num_slots
         self.free_slots = torch.arange(num_slots, dtype=torch.int32, device=device)
         self.num_extra_owners = torch.zeros_like(self.free_slots)
+        self.is_kept = torch.zeros_like(self.free_slots, dtype=torch.bool)
         self.cursor = torch.zeros(1, dtype=torch.int32, device=device)
         self.num_used = 0
         self.may_share = False
@@ -39,13 +41,14 @@ class SlotPool:
     @property
     def num_bytes(self) -> int:
         """Bytes held by the tensors."""
-        tensors = (self.free_slots, self.num_extra_owners, self._seen_at, self.cursor)
+        tensors = (self.free_slots, self.num_extra_owners, self.is_kept, self._seen_at, self.cursor)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def clear(self) -> None:
         """Take all slots back; they are given out as at the beginning."""
         torch.arange(self.num_slots, out=self.free_slots)
         self.num_extra_owners.zero_()
+        self.is_kept.zero_()
         self.cursor.zero_()
         self.num_used = 0
         self.may_share = False
@@ -100,8 +103,22 @@ class SlotPool:
         self._free(slots)
         return slots.numel()
 
+    def keep(self, slots: Tensor) -> None:
+        """Own the distinct, taken ``slots`` ([N], int32), none of which is kept, beside the sequences that do."""
+        self.is_kept.index_fill_(0, slots.long(), True)
+        self.add_owner(slots)
+
+    def let_go(self, slots: Tensor) -> int:
+        """Own the kept ``slots`` ([N], int32) no more; how many became free by it."""
+        self.is_kept.index_fill_(0, slots.long(), False)
+        return self.drop_owner(slots)
+
     def rebuild(self, num_owners: Tensor) -> None:
-        """Make the slots with owners the taken ones, and all others free. ``num_owners``: [num_slots], int32."""
+        """Make the slots with owners the taken ones, and all others free.
+
+        num_owners: [num_slots], int32, how many sequences own each; what is kept has one more.
+        """
+        num_owners = num_owners + self.is_kept
         free = (num_owners == 0).nonzero().squeeze(1)
         self.num_used = self.num_slots - free.numel()
         self.free_slots[self.num_used :] = free

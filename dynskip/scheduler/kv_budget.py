@@ -40,6 +40,14 @@ class KVBudget:
         self.num_used += num_slots
         self.peak_used = max(self.peak_used, self.num_used)
 
+    def num_ready(self, sequence: SequenceState) -> int:
+        """Tokens at the beginning of ``sequence``, which waits, whose keys and values are there: they need not run."""
+        return 0
+
+    def admit(self, sequence: SequenceState) -> None:
+        """Count what the tokens of ``sequence`` so far take as held. Of those that are ready it has run all."""
+        self.take(self.slots(sequence.num_tokens, sequence.path.budget))
+
     def reclaim(self, num_slots: int) -> None:
         """Free what is held only to be faster, until ``num_slots`` are free or nothing of it is left."""
 

@@ -210,7 +210,7 @@ class Scheduler:
         left = self.max_prefill_tokens
         chunks: list[Chunk] = []
         for sequence in self._prefilling:
-            if self._chunk_size(sequence, sequence.num_cached) > left:
+            if self._chunk_size(sequence.num_prefilled, sequence.num_cached) > left:
                 break
             left -= self._add_chunk(sequence, chunks)
         while may_admit and left and self.groups.num_resident < self.policy.pool:
@@ -219,7 +219,7 @@ class Scheduler:
                 break
             sequence = self.groups.admit(group)
             sequence.admitted_step = step
-            self.kv.take(self.kv.slots(sequence.num_tokens, sequence.path.budget))
+            self.kv.admit(sequence)
             sequence.num_cached = sequence.num_tokens
             self._prefilling.append(sequence)
             left -= self._add_chunk(sequence, chunks)
@@ -231,11 +231,12 @@ class Scheduler:
                 self.groups.start(chunk.sequence)
         return chunks
 
-    def _chunk_size(self, sequence: SequenceState, num_tokens: int) -> int:
-        return min(self.max_prefill_tokens, num_tokens - sequence.num_prefilled)
+    def _chunk_size(self, first: int, end: int) -> int:
+        """Of the chunk that begins with token ``first`` of a prompt of ``end`` tokens."""
+        return min(self.max_prefill_tokens - first % self.max_prefill_tokens, end - first)
 
     def _add_chunk(self, sequence: SequenceState, chunks: list[Chunk]) -> int:
-        num_tokens = self._chunk_size(sequence, sequence.num_cached)
+        num_tokens = self._chunk_size(sequence.num_prefilled, sequence.num_cached)
         chunks.append(Chunk(sequence, sequence.num_prefilled, num_tokens))
         sequence.num_prefilled += num_tokens
         return num_tokens
@@ -244,7 +245,7 @@ class Scheduler:
         """Whether the head of ``group`` fits into the step, and beside one more page in each layer of all resident."""
         head = group.head()
         assert head is not None, "a policy names a group with a queue"
-        if self._chunk_size(head, head.num_tokens) > num_tokens_left:
+        if self._chunk_size(self.kv.num_ready(head), head.num_tokens) > num_tokens_left:
             return False
         needed = self.kv.slots(head.num_known_tokens, head.path.budget)
         if self.groups.num_resident:

@@ -34,9 +34,8 @@ class SequenceState:
     num_replayed: the tokens of its output that were known when it was preempted, if it replays.
     num_cached: tokens whose keys and values are stored in each layer of the path, those reserved for its prompt
         included. The last generated token has none yet.
-    num_prefilled: how many tokens the chunks of its current prefill have run.
+    num_prefilled: how many tokens the chunks of its current prefill have run, or had no need to: see `KVBudget.admit`.
     cache_id: its place in the tables of a cache while it is resident; -1 where it has none, as in a simulation.
-    num_shared: tokens at its beginning whose entries were another sequence's when it was admitted.
     queued_step: the last step before it began to wait, for the first time or once more.
     admitted_step: the step in which it became resident last. last_step: the step of its own last token.
     """
@@ -54,7 +53,6 @@ class SequenceState:
     num_cached: int = 0
     num_prefilled: int = 0
     cache_id: int = -1
-    num_shared: int = 0
     queued_step: int = 0
     admitted_step: int = -1
     last_step: int = -1

@@ -22,13 +22,16 @@ def as_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
-    """How many tokens a request read and got."""
-    return {
+def usage(num_prompt_tokens: int, num_tokens: int, outputs: Sequence[RequestOutput] | None = None) -> dict[str, Any]:
+    """How many tokens a request read and got; outputs: once they are known, tell how much of the prompts was cached."""
+    counts: dict[str, Any] = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
     }
+    if outputs is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": sum(output.num_cached_tokens for output in outputs)}
+    return counts
 
 
 def facts(named: NamedPath, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -26,6 +26,9 @@ _COUNTED = frozenset(
         "num_drafted",
         "num_accepted",
         "num_verifications",
+        "num_prefix_queries",
+        "num_prefix_hits",
+        "num_prefix_evictions",
         "num_decode_steps",
         "num_prefills",
         "num_preempted",
@@ -38,6 +41,8 @@ _COUNTED = frozenset(
 _VLLM_GAUGES = {"num_requests_running": "num_running", "num_requests_waiting": "num_waiting"}
 _VLLM_COUNTERS = {
     "num_preemptions": "num_preempted",
+    "prefix_cache_queries": "num_prefix_queries",
+    "prefix_cache_hits": "num_prefix_hits",
     "spec_decode_num_drafts": "num_verifications",
     "spec_decode_num_draft_tokens": "num_drafted",
     "spec_decode_num_accepted_tokens": "num_accepted",

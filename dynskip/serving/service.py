@@ -55,7 +55,7 @@ class Service:
         choices = [choice for number, output in enumerate(outputs) for choice in self._choices(plan, number, output)]
         num_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.samples)
         others: dict[str, Any] = {
-            "usage": usage(plan.num_prompt_tokens, 0 if plan.drops_output else num_tokens),
+            "usage": usage(plan.num_prompt_tokens, 0 if plan.drops_output else num_tokens, outputs),
             "dynskip": facts(plan.job.depth.named, outputs),
         }
         if plan.kind == "chat":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -43,10 +43,10 @@ class Chunks:
                     yield plan.envelope.chunk([choice], **others)
         if options.include_usage:
             ran = facts(plan.job.depth.named, self._outputs)
-            yield plan.envelope.chunk([], usage=self._usage(), dynskip=ran)
+            yield plan.envelope.chunk([], usage=self._usage(self._outputs), dynskip=ran)
 
-    def _usage(self) -> dict[str, int]:
-        return usage(self._plan.num_prompt_tokens, self._num_tokens)
+    def _usage(self, outputs: Sequence[RequestOutput] | None = None) -> dict[str, Any]:
+        return usage(self._plan.num_prompt_tokens, self._num_tokens, outputs)
 
     def _choices(self, number: int, piece: Piece) -> list[dict[str, Any]]:
         """What ``piece`` adds to its output; before the first one of a chat comes its role."""

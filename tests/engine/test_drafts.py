@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafts import draft_options, draw_lengths, fits, with_draft
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model, word_tokenizer
 from streams import (
     PATHS,
@@ -52,25 +53,7 @@ DRAFTS = [
 @pytest.fixture
 def random_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     """Lengths drawn at random, in place of those that pay."""
-    draw = random.Random(0)
-    choose = DraftLengths.choose
-
-    def drawn_lengths(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
-        lengths = tuple(draw.randint(0, min(each.most, draw.choice([1, 3, 8]))) for each in candidates)
-        # Own entries are worth making, whatever they cost.
-        return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
-
-    monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
-    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
-    return draw
-
-
-def draft_options(draft: Draft) -> dict[str, Any]:
-    return {"draft": draft.path, "draft_entries": draft.entries}
-
-
-def with_draft(ask: Ask, draft: Draft) -> Ask:
-    return Ask(ask.prompt, ask.params, ask.path, {**ask.options, **draft_options(draft)})
+    return draw_lengths(monkeypatch)
 
 
 def asks_of(count: int, seed: int, changes_logits: bool = False) -> list[Ask]:
@@ -89,10 +72,6 @@ def asks_of(count: int, seed: int, changes_logits: bool = False) -> list[Ask]:
             params = replace(params, **random_changes(draw))
         asks.append(Ask(prompt, params, FULL if index % 3 else PATHS[2]))
     return asks
-
-
-def fits(draft: Draft, ask: Ask) -> bool:
-    return draft.entries == "own" or set(draft.path.layers) <= set(ask.path.layers)
 
 
 # Equal to the same request without a draft
@@ -116,7 +95,7 @@ def test_a_stream_with_drafts_equals_the_one_without(
     served = engine(policy, num_slots, batch=6)
     ids, outputs = [], {}
     for index, ask in enumerate(asks):
-        fitting = [draft for draft in DRAFTS if fits(draft, ask)]
+        fitting = [draft for draft in DRAFTS if fits(draft, ask.path)]
         told = ask if index % 5 == 4 else with_draft(ask, fitting[index % len(fitting)])
         ids.append(told.add(served))
         for _ in range(random_lengths.choice([0, 0, 1, 2])):

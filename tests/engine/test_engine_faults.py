@@ -10,7 +10,7 @@ import pytest
 import torch
 from faults import Broken, FailsAt, Interrupt, Once
 from models import NUM_LAYERS, random_prompts, tiny_model, word_tokenizer
-from streams import PATHS, Ask, Parity, assert_empty, drawn, engine, greedy, same
+from streams import PATHS, Ask, Parity, assert_empty, check_slots, drawn, engine, greedy, same
 from torch import Tensor
 
 from dynskip import NonFiniteError, OPTForCausalLM, SamplingParams
@@ -411,6 +411,8 @@ def test_ctrl_c_at_any_line_loses_nothing() -> None:
         assert interrupt.advance(served)
         places.add(interrupt.where)
         outputs = {output.request_id: output for output in served.run()}
+        check_slots(served)
+        served.reset_prefix_cache()
         assert served.kv.num_used == served.kv.cache.num_slots_used == 0, interrupt.where
         assert served.kv.num_free_seqs == served.scheduler.policy.pool, interrupt.where
         for request_id, expected in zip(ids, alone, strict=True):

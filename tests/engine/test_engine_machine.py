@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from models import random_prompts, tiny_hf
-from streams import Ask, Parity, assert_empty, costs, drawn, engine, greedy, same
+from streams import Ask, Parity, assert_empty, check_slots, costs, drawn, engine, greedy, same
 
 from dynskip import LayerPath, OPTForCausalLM
 from dynskip.controllers import HiddenStateGate
@@ -208,14 +208,14 @@ class EngineMachine(RuleBasedStateMachine):
         assert kv.num_free_seqs == scheduler.policy.pool - len(residents)
         assert len({state.cache_id for state in residents} - {-1}) == len(residents)
         assert all(state.cache_id == -1 for state in by_status[Status.WAITING])
-        assert kv.cache.num_slots_used <= kv.num_used <= kv.num_slots
+        assert kv.cache.num_slots_used <= kv.num_used + kv.num_kept <= kv.num_slots
+        check_slots(served)
         lens = kv.cache.context_lens
-        assert kv.cache.num_slots_used <= int(lens.sum())
+        assert kv.cache.num_slots_used <= int(lens.sum()) + kv.num_kept
         for state in residents:
             sequence: Any = state.owner
             if sequence.path is not None:
-                begun = max(state.num_prefilled, state.num_shared)
-                held = begun if state.status is Status.PREFILLING else state.num_tokens - 1
+                held = state.num_prefilled if state.status is Status.PREFILLING else state.num_tokens - 1
                 expected = [held if layer in sequence.path.layers else 0 for layer in range(NUM_LAYERS)]
                 assert lens[:, state.cache_id].tolist() == expected
         counters = scheduler.counters

@@ -259,12 +259,16 @@ class Owners:
     def __init__(self) -> None:
         self.cache = new_cache(2, self.NUM_SEQS, self.MAX_CONTEXT_LEN, self.NUM_SLOTS)
         self.tables: dict[int, list[list[int]]] = {seq: [[], []] for seq in range(self.NUM_SEQS)}
+        self.kept: list[tuple[list[int], torch.Tensor]] = []  # layers, and their slots
 
     def owned(self, seq: int) -> set[int]:
         return {slot for table in self.tables[seq] for slot in table}
 
+    def kept_slots(self) -> set[int]:
+        return {slot for _, slots in self.kept for slot in slots.flatten().tolist()}
+
     def taken(self) -> set[int]:
-        return set().union(*map(self.owned, self.tables))
+        return self.kept_slots().union(*map(self.owned, self.tables))
 
     def is_empty(self, seq: int) -> bool:
         return not self.owned(seq)
@@ -330,6 +334,24 @@ class Owners:
             self.tables[seq] = [[], []]
         assert self.cache.release(seqs) == len(before - self.taken())
 
+    def keep(self, seq: int, layers: Sequence[int], first: int, count: int) -> None:
+        slots = [slot for layer in layers for slot in self.tables[seq][layer][first : first + count]]
+        if len(slots) == len(layers) * count == len(set(slots) - self.kept_slots()):
+            self.kept.append(([*layers], self.cache.keep(seq, layers, first, first + count)))
+            assert self.kept[-1][1].flatten().tolist() == slots
+
+    def let_go(self, picks: Sequence[int]) -> None:
+        before = self.taken()
+        gone = [self.kept.pop(pick % len(self.kept)) for pick in picks if self.kept]
+        assert self.cache.let_go([slots for _, slots in gone]) == len(before - self.taken())
+
+    def begin(self, seq: int, pick: int) -> None:
+        if self.kept and self.is_empty(seq):
+            layers, slots = self.kept[pick % len(self.kept)]
+            self.cache.begin(seq, layers, slots)
+            for layer, row in zip(layers, slots.tolist(), strict=True):
+                self.tables[seq][layer] = row
+
     def fail(self, seqs: Sequence[int], count: int) -> None:
         """A step of some sequences that fails when it has written part of its entries."""
         tables = {seq: [list(table) for table in self.tables[seq]] for seq in seqs}
@@ -353,7 +375,7 @@ class Owners:
         assert cache.num_slots_used == len(taken) or int(cache.slot_cursor) == len(taken)
         assert sorted(cache.free_slots[len(taken) :].tolist()) == sorted(set(range(self.NUM_SLOTS)) - taken)
         for slot, num_extra in enumerate(cache.num_extra_owners.tolist()):
-            num_owners = sum(slot in self.owned(seq) for seq in self.tables)
+            num_owners = sum(slot in self.owned(seq) for seq in self.tables) + (slot in self.kept_slots())
             assert num_extra == max(num_owners - 1, 0)
 
 
@@ -366,6 +388,9 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("append_on_device"), SEQS, st.just(3), st.integers(0, 3)),
     st.tuples(st.just("fork"), SEQS, SEQS, st.one_of(st.none(), st.integers(0, 3))),
     st.tuples(st.just("release"), SOME_SEQS),
+    st.tuples(st.just("keep"), SEQS, st.sampled_from([[0], [1], [0, 1]]), st.integers(0, 2), COUNTS),
+    st.tuples(st.just("let_go"), st.lists(SEQS, max_size=2)),
+    st.tuples(st.just("begin"), SEQS, SEQS),
     st.tuples(st.just("fail"), SOME_SEQS, COUNTS),
 )
 
@@ -378,6 +403,8 @@ def test_no_slot_is_lost_and_none_is_owned_by_two(operations: list[tuple[Any, ..
         getattr(owners, name)(*arguments)
         owners.check()
     owners.release(list(owners.tables))
+    owners.check()
+    owners.let_go([0] * len(owners.kept))
     owners.check()
     assert owners.cache.num_slots_used == 0 and owners.cache.allocate(Owners.NUM_SLOTS).unique().numel() == 40
 

@@ -41,6 +41,8 @@ class Interrupt:
         "scheduler.py",
         "groups.py",
         "kv_pool.py",
+        "prefixes.py",
+        "prefix_tree.py",
         "slot_pool.py",
         "ops/choice.py",
     )

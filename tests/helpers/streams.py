@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import random
@@ -136,10 +137,13 @@ def serve(served: Engine, asks: Sequence[Ask]) -> list[RequestOutput]:
 
 
 def assert_empty(served: Engine) -> None:
-    """Nothing runs or waits, and all memory is free."""
+    """Nothing runs or waits, and all memory is free once nothing is kept for requests to come."""
     stats = served.stats()
     assert not served.has_unfinished and stats.num_waiting == stats.num_prefilling == stats.num_running == 0
-    assert served.kv.num_used == served.kv.cache.num_slots_used == stats.kv_bytes == 0
+    check_slots(served)
+    assert served.kv.num_used == stats.kv_bytes == 0
+    served.reset_prefix_cache()
+    assert served.kv.cache.num_slots_used == served.stats().prefix_bytes == 0
     assert served.kv.num_free_seqs == served.scheduler.policy.pool
     counters = served.scheduler.counters
     assert counters.num_added == counters.num_finished + counters.num_aborted
@@ -155,3 +159,45 @@ def guess_three(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(DraftLengths, "choose", three)
     monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+
+
+def check_slots(served: Engine) -> None:
+    """Between steps each slot is owned by those that know it, and all accounts agree; kept prefixes are in order."""
+    kv, cache = served.kv, served.kv.cache
+    assert kv.num_used + kv.num_kept <= kv.num_slots
+    if kv.prefixes is None:
+        return
+    tree = kv.prefixes._tree
+    kept: list[int] = []
+    unused: list[int] = []
+    places = {prefix: place for place, prefix in enumerate(tree._unused)}
+    left = [*tree.root.children.items()]
+    while left:
+        key, prefix = left.pop()
+        left += prefix.children.items()
+        path, slots = prefix.key[0], prefix.slots.flatten().tolist()
+        assert key == prefix.key == (path, *prefix.tokens[: tree.multiple])
+        assert prefix.slots.shape == (path.budget, len(prefix.tokens)) and len(prefix.tokens) % tree.multiple == 0
+        assert prefix.end == prefix.parent.end + len(prefix.tokens)
+        assert all(child.parent is prefix and child.num_users <= prefix.num_users for child in prefix.children.values())
+        kept += slots
+        if prefix.num_users:
+            assert prefix not in places
+        else:
+            unused += slots
+            assert all(places[child] < places[prefix] for child in prefix.children.values())
+    assert len(set(kept)) == len(kept), "a slot is kept once"
+    assert cache.pool.is_kept.nonzero().flatten().tolist() == sorted(kept)
+    owners = collections.Counter(kept)
+    for seq in range(cache.context_lens.shape[1]):
+        owned = {
+            slot
+            for layer, count in enumerate(cache.context_lens[:, seq].tolist())
+            for slot in cache.slot_tables[layer, seq, :count].tolist()
+        }
+        owners.update(owned)
+    assert all(owners[slot] == 1 for slot in unused), "what no sequence uses no sequence owns"
+    assert all(owners[slot] > 1 for slot in {*kept} - {*unused}), "what is used is owned"
+    assert kv.num_kept == len(unused)
+    assert cache.num_slots_used == len(owners)
+    assert all(cache.num_extra_owners[slot] == count - 1 for slot, count in owners.items())

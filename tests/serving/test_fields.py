@@ -294,7 +294,8 @@ def test_max_tokens_of_none_fills_the_context_and_that_of_zero_echoes(llm: LLM) 
     assert len(default.json()["choices"][0]["token_ids"]) == 16
     assert len(short.json()["choices"][0]["token_ids"]) == 4
     assert echoed.json()["choices"][0]["text"] == llm.text([5, 6, 7])
-    assert echoed.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    details = {"prompt_tokens_details": {"cached_tokens": 0}}
+    assert echoed.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, **details}
     chat = {**CHAT, "max_tokens": None, "ignore_eos": True}
     (filled,) = post(llm, "/v1/chat/completions", chat)
     usage = filled.json()["usage"]

@@ -28,6 +28,8 @@ VLLM = {
     "prompt_tokens",
     "generation_tokens",
     "request_success",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
     "spec_decode_num_drafts",
     "spec_decode_num_draft_tokens",
     "spec_decode_num_accepted_tokens",
@@ -85,9 +87,27 @@ def test_values_are_those_of_the_requests(llm: LLM) -> None:
             assert value(found, "dynskip_depth_tokens", layers="2") == 10
             assert value(found, "dynskip_depth_requests", layers="6") == 2
             assert value(found, "vllm:spec_decode_num_draft_tokens") == stats.num_drafted
+            assert value(found, "vllm:prefix_cache_queries") == stats.num_prefix_queries == 3 + 2 + 2 + 2
+            assert value(found, "vllm:prefix_cache_hits") == 0
             assert value(found, "dynskip_num_finished") == stats.num_finished == 4
             assert value(found, "dynskip_kv_capacity_bytes") == stats.kv_capacity_bytes
             assert value(found, "dynskip_ttft_s", percentile="50") == pytest.approx(stats.outcome.ttft_s[0])
+
+    run(main())
+
+
+def test_prompts_that_come_again_are_hits(llm: LLM) -> None:
+    async def main() -> None:
+        async with local(llm, max_prefill_tokens=16) as server:
+            for _ in range(3):
+                await server.generated(prompt=[*range(5, 45)], max_tokens=2)
+            found = await families(server)
+            assert value(found, "vllm:prefix_cache_queries") == 120
+            assert value(found, "vllm:prefix_cache_hits") == value(found, "dynskip_num_shared_tokens") == 64
+            assert value(found, "dynskip_prefix_bytes") == 32 * llm.model.num_layers * llm.model.kv_entry_bytes
+            assert value(found, "dynskip_prefix_hit_rate") == 64 / 120
+            await server.served.reset_prefix_cache()
+            assert value(await families(server), "dynskip_prefix_bytes") == 0
 
     run(main())
 

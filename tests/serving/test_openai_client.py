@@ -86,6 +86,7 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI, llm: LLM) -> None:
     assert [chunk.choices[0].finish_reason for chunk in told] == [None] * (len(told) - 1) + [output.finish_reason]
     assert last.choices == []
     assert last.usage.completion_tokens == len(output.token_ids)
+    assert last.usage.prompt_tokens_details.cached_tokens == 0, "no chunk of 2,048 tokens is kept of so short a prompt"
     assert last.model_extra["dynskip"]["path"] == "full"
     assert len({chunk.id for chunk in chunks}) == 1
 

@@ -116,6 +116,7 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
     paths = tmp_path / "paths.txt"
     paths.write_text("uniform:4\nuniform:8\n", encoding="utf-8")
     options = ["--paths", str(paths), "--path", "uniform:8", "--draft", "exit:1", "--max-model-len", "64"]
+    options.append("--no-prefix-caching")
     with serving(*options, "--api-key", "key", "--log-requests", "--kv-bytes", "50000000", "--batch", "2") as running:
         process, url, command = running
         assert "Authorization: Bearer $KEY" in command
@@ -132,6 +133,8 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
         assert post().json()["dynskip"]["path"] == "uniform:8"
         assert post(model="opt-mini@3").json()["dynskip"]["path"] == "uniform:4"
         assert post(max_tokens=64).json()["error"]["code"] == "context_length_exceeded"
+        metrics = httpx2.get(f"{url}/metrics", timeout=TIMEOUT_S).text
+        assert 'vllm:prefix_cache_queries_total{model_name="opt-mini"} 0.0' in metrics, "nothing is looked for"
         process.send_signal(signal.SIGTERM)
         status, log = ended(process)
         assert status == 0, log

@@ -77,6 +77,27 @@ def test_usage_comes_in_a_chunk_without_choices(llm: LLM, options: dict[str, boo
         assert counts == [None] * len(chunks)
 
 
+def test_usage_tells_how_much_of_the_prompts_was_there(llm: LLM) -> None:
+    prompts = [[*range(5, 45)], [*range(45, 85)]]
+    body = {**PROMPT, "prompt": prompts[0]}
+
+    async def main() -> tuple[list[int], list[Any]]:
+        async with local(llm, max_prefill_tokens=16) as server:
+            counts = []
+            for prompt in (prompts[0], prompts[0], prompts, prompts):
+                answer = await server.post("/v1/completions", {**body, "prompt": prompt})
+                counts.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            answer = await server.post("/v1/completions", {**body, "stream": True, "stream_options": options})
+            await server.until_idle()
+            return counts, events_of(answer.text)[:-1]
+
+    counts, (*chunks, last) = run(main())
+    assert counts == [0, 32, 32, 64]
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
+    assert all("prompt_tokens_details" not in chunk["usage"] for chunk in chunks)
+
+
 def test_a_chat_begins_with_its_role(llm: LLM) -> None:
     first, *others = stream(llm, "/v1/chat/completions", CHAT)
     assert first["choices"] == [
@@ -105,6 +126,7 @@ def test_several_prompts_with_several_outputs_are_interleaved(llm: LLM) -> None:
             "prompt_tokens": 5,
             "completion_tokens": 24,
             "total_tokens": 29,
+            "prompt_tokens_details": {"cached_tokens": 0},
         }
     )
 
