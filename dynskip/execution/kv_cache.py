@@ -265,7 +265,7 @@ class KVCache:
         For sequences with a fixed path, that of ``layers``, whose slots there are not kept.
         """
         slots = self.slot_tables[self._layer_ids(layers), cache_id, first:end]
-        self.pool.keep(slots.view(-1))
+        self.pool.keep(slots.reshape(-1))
         return slots
 
     def let_go(self, slots: Sequence[Tensor]) -> int:

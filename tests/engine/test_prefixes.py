@@ -603,7 +603,7 @@ def test_random_chats_equal_each_request_alone(
     alone = make(batch=4, prefix_caching=False)
     for request_id, ask in chats.asked.items():
         output, expected = outputs[request_id], run(alone, ask)
-        if output.finish_reason == "abort":
+        if any(sample.finish_reason == "abort" for sample in output.samples):
             for ours, theirs in zip(tokens(output), tokens(expected), strict=True):
                 assert ours == theirs[: len(ours)]
         elif make is exact:
@@ -611,8 +611,11 @@ def test_random_chats_equal_each_request_alone(
         else:
             assert tokens(output) == tokens(expected)
     assert stats.num_prefix_hits > 300 and stats.num_accepted and stats.num_aborted
-    assert bool(stats.num_prefix_evictions) == bool(stats.outcome.num_preempted) == (num_slots == 410)
-    if num_slots != 410:
+    assert bool(stats.num_prefix_evictions) == (num_slots == 410)
+    if num_slots == 410:
+        # Four requests at a time, all that lockstep admits, may find memory for all.
+        assert stats.outcome.num_preempted or policy == "lockstep"
+    else:
         # With memory for all each output is looked up once, and its request says what the first one has found.
         assert stats.num_prefix_hits >= sum(output.num_cached_tokens for output in outputs.values()) > 0
 

@@ -463,8 +463,8 @@ def test_both_caches_hold_the_same_after_the_same() -> None:
 
 def test_num_bytes_is_what_the_tensors_take() -> None:
     cache = KVCache(3, 2, 5, 7, 4, 16, torch.bfloat16, CPU)
-    # Of 7 slots: keys, values, and three ints each; tables and their lengths; one cursor, and 5 places in a table.
-    assert cache.num_bytes == 2 * 7 * 4 * 16 * 2 + 7 * 12 + 3 * 2 * 5 * 4 + 3 * 2 * 4 + 4 + 5 * 4
+    # Of 7 slots: keys, values, three ints, a flag; tables and their lengths; one cursor, and 5 places in a table.
+    assert cache.num_bytes == 2 * 7 * 4 * 16 * 2 + 7 * 13 + 3 * 2 * 5 * 4 + 3 * 2 * 4 + 4 + 5 * 4
 
 
 def test_too_little_memory_says_what_is_needed_and_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
