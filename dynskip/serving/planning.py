@@ -86,6 +86,8 @@ class Planner:
         """What needs no tokenizer."""
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options: it must be left out without stream, got a value.", "stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise bad_request("prompt_logprobs: it must be left out of a stream, got a value.", "prompt_logprobs")
         depth = self._table.of(body.model, body.path, body.depth, body.draft)
         params = sampling_params(body, max_tokens)
         return Envelope(kind, request_id, int(time.time()), body.model or self._table.name), depth, params
