@@ -18,6 +18,9 @@ from fastapi import FastAPI
 LOG = logging.getLogger("dynskip.serving")
 # Seconds that requests have to clean up once they are cut off.
 _CLEAN_UP_S = 5
+# Longer than clients keep a connection that is idle (httpx 5, aiohttp 15): a request that is on its way when the server
+# closes it is lost. uvicorn's 5 lost such requests whenever the process had stood still for as long.
+KEEP_ALIVE_S = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -43,7 +46,17 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
         # No log of its own: the gate writes one line a request, and what goes wrong.
-        super().__init__(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
         self.has_drained = False
         self._on_ready = on_ready
         self._stopping = asyncio.Event()
