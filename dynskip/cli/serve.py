@@ -66,6 +66,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-model-len", type=in_range(2, 2**31), metavar="N", help="most tokens of a prompt and its output"
     )
+    add_number(
+        group,
+        "--max-prefill-tokens",
+        "N",
+        1,
+        2**20,
+        2048,
+        "most prompt tokens of a step; the chunks that deterministic requests share",
+    )
     group.add_argument(
         "--policy", choices=("cohort", "lockstep", "by_path"), default="cohort", help="who steps together"
     )
@@ -111,6 +120,7 @@ async def _serve(args: argparse.Namespace, llm: LLM, name: str, bound: socket.so
     table = DepthTable(llm.model, name, _file(args.paths), args.path, args.draft)
     options = {"kv_bytes": args.kv_bytes, "batch": args.batch, "max_context_len": args.max_model_len}
     options["prefix_caching"] = args.prefix_caching
+    options["max_prefill_tokens"] = args.max_prefill_tokens
     async with AsyncLLM(llm, args.policy, **options) as served:
         service = Service(served, table, args.max_queue)
         app = make_app(service, api_key=args.api_key, log_bodies=args.log_requests, allow_origins=args.origins)

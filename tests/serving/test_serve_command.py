@@ -118,6 +118,7 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
     paths.write_text("uniform:4\nuniform:8\n", encoding="utf-8")
     options = ["--paths", str(paths), "--path", "uniform:8", "--draft", "exit:1", "--max-model-len", "64"]
     options.append("--no-prefix-caching")
+    options += ["--max-prefill-tokens", "16"]
     with serving(*options, "--api-key", "key", "--log-requests", "--kv-bytes", "50000000", "--batch", "2") as running:
         process, url, command = running
         assert "Authorization: Bearer $KEY" in command
@@ -136,10 +137,29 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
         assert post(max_tokens=64).json()["error"]["code"] == "context_length_exceeded"
         metrics = httpx2.get(f"{url}/metrics", timeout=TIMEOUT_S).text
         assert 'vllm:prefix_cache_queries_total{model_name="opt-mini"} 0.0' in metrics, "nothing is looked for"
+
+        def num_prefills() -> float:
+            page = httpx2.get(f"{url}/metrics", timeout=TIMEOUT_S).text
+            (line,) = (line for line in page.splitlines() if line.startswith("dynskip_num_prefills_total"))
+            return float(line.rsplit(" ", 1)[1])
+
+        before = num_prefills()
+        post(prompt=list(range(5, 45)))
+        assert num_prefills() - before == 3, "40 tokens, 16 in a step"
         process.send_signal(signal.SIGTERM)
         status, log = ended(process)
         assert status == 0, log
         assert "Bread" in log
+
+
+def test_a_request_on_a_kept_connection_survives_a_server_that_stands_still() -> None:
+    with serving() as (process, url, _), httpx2.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        assert client.get("/health").status_code == 200
+        process.send_signal(signal.SIGSTOP)
+        resumed = threading.Timer(6.0, lambda: process.send_signal(signal.SIGCONT))  # uvicorn would close it after 5
+        resumed.start()
+        assert client.get("/health").status_code == 200
+        resumed.join()
 
 
 @pytest.mark.parametrize(
