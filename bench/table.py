@@ -14,6 +14,9 @@ from pathlib import Path
 from bench.report.cpu import cpu_tables
 from bench.report.device import DeviceReport
 from bench.report.serving import serving_sentence, serving_tables
+from bench.serve.page import BEGIN as SERVED_BEGIN
+from bench.serve.page import END as SERVED_END
+from bench.serve.page import tables as served_tables
 from dynskip.benchmark.report import Report
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
@@ -65,7 +68,8 @@ def paper_sentences(run: Path) -> str:
 def fill_serving(page: str, results: Path) -> str:
     """``page``, the one on serving, with its tables as the folder ``results`` has them."""
     tables = serving_tables(sorted(results.glob(SERVING_FILES)), "../bench/results")
-    return insert(page, tables, SERVING_BEGIN, SERVING_END)
+    page = insert(page, tables, SERVING_BEGIN, SERVING_END)
+    return insert(page, served_tables(results / "serve"), SERVED_BEGIN, SERVED_END)
 
 
 # The pages that show results, and how each is filled.

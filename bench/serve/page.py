@@ -1,0 +1,92 @@
+"""The table of what serving costs, from the rows that `bench.serve_overhead` leaves."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.peers.results import Row, read
+from dynskip.benchmark.report import markdown_table
+
+BEGIN, END = "<!-- cost of serving: written by bench/table.py -->", "<!-- cost of serving end -->"
+# Tokens/s of the server over those of `Engine`, at least.
+TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85}
+
+
+def tables(results: Path) -> str:
+    """A page for every file of the folder ``results``."""
+    paths = sorted(results.glob("*.jsonl"))
+    return "\n".join(page(*read(path)) for path in paths) if paths else "Not measured yet.\n"
+
+
+def page(conditions: Row, rows: Sequence[Row]) -> str:
+    """One shape: overhead, waits, and under what conditions."""
+    parts = [_overhead(conditions, rows), _waits(conditions, rows)]
+    text = textwrap.fill(" ".join(_notes(conditions, rows)), 120, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*filter(None, parts), f"{text}\n"])
+
+
+def _overhead(conditions: Row, rows: Sequence[Row]) -> str:
+    lines = []
+    target = TARGETS.get(conditions["shape"])
+    for row in rows:
+        kind, _, what = row["what"].partition(", ")
+        if kind != "overhead" or "error" in row:
+            continue
+        shown = "" if target is None else f">= {target:.2f}x, {'met' if row['value'] >= target else 'missed'}"
+        ratio = f"{row['value']:.3f}x, {row['low']:.3f}-{row['high']:.3f}"
+        speeds = [f"{row[name]:.0f}" for name in ("theirs", "ours")]
+        lines.append([what, *speeds, ratio, shown, f"{row['client_cpu']:.0%}", f"{row['server_cpu']:.0%}"])
+    heads = (conditions["shape"], "Engine, tokens/s", "server, tokens/s", "server over Engine", "target")
+    return markdown_table((*heads, "client's CPU", "server's CPU"), lines, {1, 2, 3, 5, 6}) if lines else ""
+
+
+def _waits(conditions: Row, rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        kind, _, load = row["what"].partition(", ")
+        if kind != "latency" or "error" in row:
+            continue
+        figures = [_percentiles(row[name]) for name in ("ttft_ms", "tpot_ms", "gap_ms")]
+        lines.append([row["peer"], load, f"{row['rate']:.2f}", *figures, f"{row['client_cpu']:.0%}"])
+    heads = (conditions["shape"], "load", "requests/s", "ms to the first token", "ms a token", "ms between pieces")
+    return markdown_table((*heads, "client's CPU"), lines, {1, 2, 3, 4, 5, 6}) if lines else ""
+
+
+def _percentiles(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values)
+
+
+def _notes(conditions: Row, rows: Sequence[Row]) -> Iterator[str]:
+    versions = conditions["versions"]
+    weights = "Real weights" if conditions["shape"].startswith("smollm2") else "Random weights"
+    yield (
+        f"{weights} in bfloat16; {conditions['cpu']} ({conditions['num_cores']} cores), {conditions['num_threads']} "
+        f"threads, torch {versions['torch']}, commit {conditions['commit']}, {conditions['date']}, load "
+        f"{conditions['load'][0]} before. Prompts of {conditions['prompt_len']} token ids, outputs geometric with a "
+        f"mean of {conditions['mean_output']}, greedy; the paper's depths, or full depth. CPU: shares of one core; the "
+        "client is a process of its own on the same cores."
+    )
+    if any(row["what"].startswith("overhead, ") for row in rows):
+        yield (
+            f"Overhead: {conditions['requests']} requests (a quarter of them at full depth), all there at once, "
+            f"through Engine and through the server in {conditions['rounds']} turns, one process stopped while the "
+            "other runs; with a 95% bootstrap interval over turns; whole answers, and streams of single tokens."
+        )
+    if any(row["what"].startswith("latency, ") for row in rows):
+        shares = ", ".join(
+            f"{row['peer']} {row['requests_per_s']:.2f}"
+            for row in rows
+            if row["what"] == "capacity" and "error" not in row
+        )
+        yield (
+            "Waits: percentiles 50 / 90 / 99 of requests that arrive at random (Poisson) for "
+            f"{conditions['budget_s']:g} s at that share of what the server has served in a burst (requests/s: "
+            f"{shares}), streamed; the first tenth is not counted. vLLM runs full depth, the others the paper's."
+        )
+    for row in rows:
+        if row["what"] == "load":
+            yield f"{row['peer']} {row['version']}: {row['settings']}."
+        if "error" in row:
+            yield f"Failed, {row['peer']}, {row['what']}: {row['error']}"
