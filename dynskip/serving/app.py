@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from dynskip.serving.answers import as_json
 from dynskip.serving.errors import APIError, validation_error
@@ -58,14 +59,25 @@ def make_app(
     app.add_middleware(Gate, api_key=api_key, max_body=max_body, log_bodies=log_bodies)
     if allow_origins:
         # Around the gate: a browser asks without a key whether it may ask.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(allow_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+        app.add_middleware(CORSMiddleware, **_cors(allow_origins))
     return app
+
+
+def guarded(
+    app: ASGIApp, *, api_key: str | None = None, log_bodies: bool = False, allow_origins: Sequence[str] = ()
+) -> ASGIApp:
+    """``app`` behind what `make_app` puts before its routes."""
+    gate = Gate(app, api_key=api_key, log_bodies=log_bodies)
+    return CORSMiddleware(gate, **_cors(allow_origins)) if allow_origins else gate
+
+
+def _cors(allow_origins: Sequence[str]) -> dict[str, Any]:
+    return {
+        "allow_origins": list(allow_origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-request-id", "retry-after"],
+    }
 
 
 async def _on_api_error(_request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 from dynskip.causal_lm import CausalLM
 from dynskip.engine.drafting import find_draft
@@ -107,6 +109,13 @@ class DepthTable:
     def default_draft(self) -> str:
         """The draft of requests that name none; ``none`` where they have none."""
         return _NO_DRAFT if self._default_draft is None else self._default_draft
+
+    def without_model(self) -> Self:
+        """The same table for another process: it knows all paths, and "none" as the only draft."""
+        table = copy.copy(self)
+        del table._model
+        table._default_draft = None
+        return table
 
     def of(self, model: str | None, path: str | None, depth: int | str | None, draft: str | None) -> Depth:
         """What a request with these fields runs; an APIError names the one that is wrong."""

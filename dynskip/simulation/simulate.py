@@ -163,6 +163,10 @@ class SimulatedEngine:
         self.scheduler.finished(sequence.owner)
 
 
+# From the engines and a request to one of them.
+Choose = Callable[[Sequence[SimulatedEngine], Request], SimulatedEngine]
+
+
 def check_engines(num_engines: int) -> None:
     """Raise ValueError where so many engines cannot be simulated."""
     if num_engines < 1:
@@ -177,18 +181,20 @@ def simulate(
     options: EngineOptions,
     num_engines: int = 1,
     on_request: Callable[[], None] | None = None,
+    choose: Choose | None = None,
 ) -> Outcome:
     """What ``num_engines`` engines make of ``requests``, which come in the order of arrival.
 
-    A request goes to an engine when it arrives: among those with about the least work, to the one that has most
-    requests of its path. on_request: called when a request arrives.
+    A request goes to an engine when it arrives, by ``choose``; without one, among those with about the least work, to
+    the one that has most requests of its path. on_request: called when a request arrives.
     """
     check_engines(num_engines)
+    choose = least_work_then_path if choose is None else choose
     engines = [SimulatedEngine(costs, options) for _ in range(num_engines)]
     for request in requests:
         for engine in engines:
             engine.run_until(request.arrival_s)
-        _choose(engines, request.path).add(request)
+        choose(engines, request).add(request)
         if on_request is not None:
             on_request()
     for engine in engines:
@@ -196,10 +202,11 @@ def simulate(
     return Outcome.of([engine.close() for engine in engines])
 
 
-def _choose(engines: Sequence[SimulatedEngine], path: LayerPath) -> SimulatedEngine:
+def least_work_then_path(engines: Sequence[SimulatedEngine], request: Request) -> SimulatedEngine:
     """Where to send a request: a batch of its path more or less makes no difference to what counts as least work."""
     if len(engines) == 1:
         return engines[0]
+    path = request.path
     limit = min(engine.work_ms for engine in engines) + engines[0].costs.path_ms(
         path, engines[0].scheduler.policy.batch
     )

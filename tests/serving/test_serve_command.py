@@ -205,6 +205,18 @@ def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monk
     assert "serve needs uvicorn, which is not installed. Use pip install 'dynskip[serve]'" in capsys.readouterr().err
 
 
+def test_what_replicas_need_is_named_and_nothing_else_needs_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("dynskip.serving.replicas")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", "opt-mini", "--replicas", "2"]) == 2
+    assert "serve needs ray, which is not installed. Use pip install 'dynskip[ray]'" in capsys.readouterr().err
+    assert main(["serve", "opt-mini", "--ray-address", "auto"]) == 2
+    assert "--ray-address must be left out without --replicas" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("needs_key", [False, True])
 def test_the_command_survives_any_name(needs_key: bool) -> None:
     name = 'it\'s a "model" of $HOME'
