@@ -10,7 +10,7 @@ from torch import Tensor
 from dynskip.engine.request import Span
 
 # Logits that are in memory at once, beside their log-probabilities: 64 MB of float32 each.
-_MOST_LOGITS = 2**24
+MOST_LOGITS = 2**24
 
 
 def add_prompt_logprobs(span: Span, states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> None:
@@ -23,7 +23,7 @@ def add_prompt_logprobs(span: Span, states: Tensor, head: Callable[[Tensor], Ten
     assert known is not None and num_top is not None, "asked for"
     # A row tells of the token behind it; that of the last row of a prompt is the output's.
     begin, end = len(known) - 1, min(first + count, len(sequence.prompt_ids) - 1)
-    num_rows = max(_MOST_LOGITS // vocab_size, 1)
+    num_rows = max(MOST_LOGITS // vocab_size, 1)
     for row in range(begin, end, num_rows):
         rows = slice(row - first, min(row + num_rows, end) - first)
         tokens = sequence.prompt_ids[row + 1 : rows.stop + first + 1]

@@ -71,7 +71,7 @@ def test_few_logits_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     ask = Ask(*random_prompts([40]), greedy(2, prompt_logprobs=3), FULL)
     expected = ask.alone()
     for num_rows in (1, 7, 39):
-        monkeypatch.setattr(prompt_logprobs, "_MOST_LOGITS", num_rows * VOCAB_SIZE)
+        monkeypatch.setattr(prompt_logprobs, "MOST_LOGITS", num_rows * VOCAB_SIZE)
         served = engine()
         heads: list[int] = []
         head = served.runner.executor.head
