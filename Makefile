@@ -14,6 +14,7 @@
 #   make golden  what the working tree computes, against OLD=commit, to the bit; or NEW=commit   ARGS="--quick"
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
 #   make gpu     all that needs a card              ONLY=first OUT=folder COMMIT=id; ARGS=--dry-run rehearses on a CPU
+#   make lm-eval  the model of lm-eval beside lm-eval's own, which it installs first   ARGS="-k rolling"
 #   make paper   the paper's experiments on opt-mini in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N
 #   make compat  all tests with the oldest supported triton and an older transformers
 #   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT, DYNSKIP_BUILD_CUDA: see setup.py
@@ -54,8 +55,8 @@ PAPER_EVAL = --model $(PAPER_MODEL) --data '$(DATA)' --out '$(RUN)' --prompts $(
 OLD ?= HEAD
 NEW ?=
 
-.PHONY: demo serve test lint format bench compile peers soak soak-serve serve-cost load ray golden golden-speed compat gpu \
-	paper setup clean
+.PHONY: demo serve test lm-eval lint format bench compile peers soak soak-serve serve-cost load ray golden golden-speed compat \
+	gpu paper setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -65,6 +66,11 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
+
+# 70 MB in 15,000 files: not for every `make test`, which names the tests that it skips.
+lm-eval: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS),lm-eval]'
+	$(VENV)/bin/python -m pytest tests/integrations tests/bench/test_lm_eval_tasks.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

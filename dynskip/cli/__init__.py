@@ -25,6 +25,7 @@ COMMANDS = (
     "eval",
     "generate",
     "info",
+    "lm_eval",
     "report",
     "search",
     "serve",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,16 +95,27 @@ def unique_passages(texts: Iterable[str], min_chars: int = 80, min_fresh: float 
 
 def read_completions(path: Path) -> list[Instruction]:
     """Prompts and completions of a JSON-lines file that holds both in each line, plain or packed with xz."""
-    rows: list[Instruction] = []
+    return [Instruction(row["prompt"], "", row["completion"]) for row in _t0_rows(path, ("prompt", "completion"))]
+
+
+def read_templates(path: Path) -> dict[str, list[Instruction]]:
+    """The same of the T0 file by the names of their templates, completions without the mark of their end."""
+    rows: dict[str, list[Instruction]] = {}
+    for row in _t0_rows(path, ("task", "prompt", "completion")):
+        completion = row["completion"].removesuffix(_END_MARK)
+        rows.setdefault(row["task"], []).append(Instruction(row["prompt"], "", completion))
+    return rows
+
+
+def _t0_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, str]]:
     for number, line in enumerate(_open_text(path), start=1):
         row = json.loads(line)
-        if "prompt" not in row or "completion" not in row:
+        if not set(names) <= set(row):
             raise ValueError(
-                f"read_completions: {path.name} line {number} must hold prompt and completion, got {sorted(row)}. "
+                f"read_completions: {path.name} line {number} must hold {' and '.join(names)}, got {sorted(row)}. "
                 "Give the T0 file as published."
             )
-        rows.append(Instruction(row["prompt"], "", row["completion"]))
-    return rows
+        yield row
 
 
 def read_passages(path: Path) -> list[str]:

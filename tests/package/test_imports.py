@@ -45,6 +45,7 @@ ORDER = [
     "llm",
     "async_llm",
     "serving",
+    "integrations",
     # what stands around it
     "data",
     "training",

@@ -1,0 +1,1 @@
+"""What other programs load of dynskip, by their own means."""
