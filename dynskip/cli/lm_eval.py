@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 
 from dynskip.cli.options import UserError
 
@@ -22,12 +23,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or what lm-eval leaves with."""
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise UserError("lm-eval must be installed, got none. Use pip install 'dynskip[lm-eval]'") from error
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-eval must be installed, got none. Use pip install 'dynskip[lm-eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
     import dynskip.integrations.lm_eval  # noqa: F401  # registers the model
 
     before, sys.argv = sys.argv, ["lm-eval", *args.arguments]  # it reads nothing else

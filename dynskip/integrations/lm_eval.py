@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from dynskip.llm import LLM
 from dynskip.sampling import SamplingParams
 from dynskip.version import __version__
 
+_LOGGER = logging.getLogger(__name__)
+DEFAULT_DEVICE = "cuda:0"  # of lm-eval's command line
 # A context and its continuation as texts, which results are cached by, or None; and their token ids.
 _Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -31,7 +34,8 @@ class DynskipLM(TemplateLM):
     """A model of lm-eval whose sequences run the layers of one path.
 
     pretrained: a folder, a GGUF file, a hub id, or a model by name. path, draft: as `dynskip generate` takes them.
-    adapter, tokenizer, dtype, device, backend, deterministic: as in `LLM`. threads: CPU threads.
+    adapter, tokenizer, dtype, device, backend, deterministic: as in `LLM`; lm-eval hands over cuda:0 for a device that
+    is not named, which is the CPU where torch finds no CUDA device. threads: CPU threads.
     batch_size: contexts, or sequences that generate, in a step; ``auto`` for 16, or for max_batch_size.
     max_length: most tokens of context and continuation; contexts lose their first ones. max_gen_toks: new tokens of
     tasks that do not say. kv_bytes: memory for keys and values of what generates.
@@ -66,7 +70,7 @@ class DynskipLM(TemplateLM):
         if threads is not None:
             torch.set_num_threads(whole_number("threads", threads, most=most_threads()))
         self._batch = batch_of(batch_size, max_batch_size)
-        self._llm = LLM(pretrained, tokenizer, dtype, device, backend, deterministic or None, adapter)
+        self._llm = LLM(pretrained, tokenizer, dtype, _device(device), backend, deterministic or None, adapter)
         if self._llm.tokenizer is None:
             raise ValueError(f"dynskip: pretrained must come with a tokenizer, got none in {pretrained}. Name one.")
         self.tokenizer: Any = self._llm.tokenizer
@@ -235,3 +239,11 @@ class DynskipLM(TemplateLM):
                 f"{params.max_tokens}."
             )
         return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
+
+
+def _device(device: str | None) -> str | None:
+    """``device``, or the CPU for what lm-eval hands over where none is named, on machines without it."""
+    if device != DEFAULT_DEVICE or torch.cuda.is_available():
+        return device
+    _LOGGER.info("dynskip runs on the CPU: torch finds no CUDA device for lm-eval's default, %s", device)
+    return "cpu"

@@ -99,7 +99,7 @@ def test_generated_texts_are_those_of_hf(folder: str, path: LayerPath | None, na
     free = expected.generate_until(
         requests("generate_until", [(text, {"until": [], "max_gen_toks": 12}) for text in contexts]), disable_tqdm=True
     )
-    stops = [text.split()[4] for text in free]
+    stops = [[*text.split(), "none"][:5][-1] for text in free]
     asked = [(context, {"until": [stop], "max_gen_toks": 12}) for context, stop in zip(contexts, stops, strict=True)]
     asked += [(context, {"until": ["</s>", "w"], "max_gen_toks": 4, "do_sample": False}) for context in contexts[:2]]
     asked += [(context, {"max_gen_toks": 12}) for context in contexts]
@@ -160,6 +160,18 @@ def test_results_are_cached_by_lm_eval(folder: str, tmp_path: Path, monkeypatch:
         cache.dbdict.close()
 
 
+def test_the_default_device_of_lm_eval_is_the_cpu_where_there_is_no_other(
+    folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="dynskip.integrations.lm_eval"):
+        own = ours(folder, device="cuda:0")
+    if torch.cuda.is_available():
+        assert own._llm.model.device.type == "cuda" and not caplog.records
+    else:
+        assert own._llm.model.device.type == "cpu"
+        assert caplog.messages == ["dynskip runs on the CPU: torch finds no CUDA device for lm-eval's default, cuda:0"]
+
+
 def test_arguments_of_the_command_line_make_it(folder: str) -> None:
     text = f"pretrained={folder},path=uniform:3,dtype=float32,backend=torch,deterministic=true,max_length=32,threads=1"
     own = DynskipLM.create_from_arg_string(text, {"batch_size": "auto", "max_batch_size": 8, "device": "cpu"})
@@ -173,14 +185,15 @@ def test_arguments_of_the_command_line_make_it(folder: str) -> None:
         ({"path": "uniform:9"}, r"LayerPath.uniform: budget must lie in 1\.\.6, got 9"),
         ({"path": "half"}, "LayerPath.parse: path must be full, uniform:B, .*, got 'half'"),
         ({"path": "found:3"}, "LayerPath.found: .*dynskip search"),
+        ({"device": "cuda:9"}, "from_pretrained: device must be one that this machine has, got 'cuda:9'"),
         ({"draft": "half"}, "LayerPath.parse: path must be .*, got 'half'"),
         ({"draft": "auto"}, "dynskip search"),
-        ({"dtype": "int8"}, "dtype must be .*, got 'int8'"),
+        ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16, got int8"),
         ({"max_length": 65}, r"dynskip: max_length must be a whole number, in 2\.\.64, got 65"),
         ({"max_gen_toks": 0}, "dynskip: max_gen_toks must be a whole number, at least 1, got 0"),
         ({"kv_bytes": "1G"}, "dynskip: kv_bytes must be a whole number, at least 1, got '1G'"),
         ({"threads": 100000}, r"dynskip: threads must be a whole number, in 1\.\.\d+, got 100000"),
-        ({"batch_size": "0"}, "dynskip: batch_size must be a whole number, at least 1, got '0'"),
+        ({"batch_size": "0"}, "dynskip: batch_size must be a whole number, at least 1, got 0"),
         ({"tensor_parallel_size": 2}, "dynskip: model_args must be of those that dynskip knows, got tensor_parallel"),
     ],
 )
