@@ -61,9 +61,10 @@ class Contender:
 
 
 def contenders(paths: Sequence[str]) -> list[Contender]:
-    """Those of the table: ``hf`` and the full path in both dtypes, shallower paths in the default one."""
-    both = [Contender(model, "full", dtype) for dtype in ("float32", "bfloat16") for model in ("hf", "dynskip")]
-    return [*both, *(Contender("dynskip", path, "bfloat16") for path in paths)]
+    """Those of the table: all paths in dynskip's own dtype, and the full one beside ``hf`` in that and in float32."""
+    own = [Contender("dynskip", path, "bfloat16") for path in ("full", *paths)]
+    wide = [Contender("dynskip", "full", "float32"), Contender("hf", "full", "float32")]
+    return [*own, *wide, Contender("hf", "full", "bfloat16")]
 
 
 def hf_folder(args: argparse.Namespace) -> Path:

@@ -24,7 +24,7 @@ from dynskip.data.corpus import Instruction, read_templates
 from dynskip.files import write_text
 
 TAG = "t0"
-_SEED = 0
+_SEED, _NUM_SHOTS = 0, 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Task:
                 **common,
                 "doc_to_text": "{{prompt}}",
                 "doc_to_target": "{{answer}}",
+                "num_fewshot": _NUM_SHOTS,  # how long an answer is, an example tells
+                "fewshot_split": "test",
                 "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "do_sample": False},
                 "metric_list": [{**match, "ignore_case": True, "ignore_punctuation": True}],
             }
