@@ -34,7 +34,7 @@ def test_lm_eval_runs_every_kind_of_task_along_a_path(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     lines = []
     for task in TASKS:
-        for number in range(3):
+        for number in range(5):  # examples of others are among them
             completion = task.labels[number % len(task.labels)] if task.labels else words(20, number)
             row = {"task": task.template, "prompt": words(30, 9 + number), "completion": completion}
             lines.append(json.dumps(row) + "\n")
