@@ -30,18 +30,24 @@ def gumbel_gate(logits: Tensor, temperature: float, hard: bool, noise: Tensor | 
     return chosen + (soft - soft.detach())
 
 
-def keyed_noise(seed: int, layer: int, position_ids: Tensor) -> Tensor:
+def keyed_noise(seed: int, sequence_keys: Tensor | None, layer: int, position_ids: Tensor) -> Tensor:
     """[N], float32: logistic noise, the difference of two Gumbel draws, as a function of its arguments alone.
 
-    A row's noise knows its layer and position, never its neighbours, so that a sampled decision is the same in any
-    batch. Rows at one position of two sequences share theirs.
+    sequence_keys: [N], int64, what tells sequences apart; None where nothing does, and rows at one position of two
+    sequences share their noise. A row's noise knows its sequence, layer and position, never its neighbours, so that a
+    sampled decision is the same in any batch.
     """
-    mixed = ((layer + 1) * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D) & 0xFFFFFFFF
-    key = position_ids.to(torch.int64) * 0x9E3779B1 + mixed
-    # Rounds of multiply and shift, within 32 bits, of the kind that hash functions end with.
+    mixed: Tensor | int = ((layer + 1) * 0x85EBCA77 + (seed + 1) * 0xC2B2AE3D) & 0xFFFFFFFF
+    if sequence_keys is not None:
+        mixed = _hashed(sequence_keys.to(torch.int64) * 0x165667B1 + mixed)
+    key = _hashed(position_ids.to(torch.int64) * 0x9E3779B1 + mixed)
+    uniform = ((key >> 8).double() + 0.5) / 2**24
+    return torch.log(uniform / (1 - uniform)).float()
+
+
+def _hashed(key: Tensor) -> Tensor:
+    """[N], int64: 32 bits that depend on all of those of ``key``, by rounds of multiply and shift."""
     for multiplier, shift in ((0x7FEB352D, 16), (0x846CA68B, 15), (0x9E3779B1, 16)):
         key = key & 0xFFFFFFFF
         key = ((key ^ (key >> shift)) * multiplier) & 0xFFFFFFFF
-    key = key ^ (key >> 16)
-    uniform = ((key >> 8).double() + 0.5) / 2**24
-    return torch.log(uniform / (1 - uniform)).float()
+    return key ^ (key >> 16)

@@ -80,7 +80,9 @@ class LearnedTokenController(LearnedController):
             return torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         logits = self.logits(layer, hidden_states.detach().float(), context)
         margin = logits[:, RUN] - logits[:, SKIP]
-        return margin + keyed_noise(self.seed, layer, context.position_ids) >= 0 if self.sample else margin >= 0
+        if self.sample:
+            margin = margin + keyed_noise(self.seed, context.sequence_keys, layer, context.position_ids)
+        return margin >= 0
 
 
 class LearnedSequenceController(LearnedController):
@@ -100,7 +102,7 @@ class LearnedSequenceController(LearnedController):
             if self.sample:
                 # The prompt stands where a token has its position: other prompts draw other noise.
                 place = torch.tensor([sum((n + 1) * i for n, i in enumerate(ids.tolist())) % 2**31])
-                noise = [keyed_noise(self.seed, layer, place) for layer in range(self.num_layers)]
+                noise = [keyed_noise(self.seed, None, layer, place) for layer in range(self.num_layers)]
                 margin = margin + torch.cat(noise)
             runs = {layer for layer in range(self.num_layers) if margin[layer] >= 0}
             paths.append(LayerPath.of(self.num_layers, runs | self.always, allow_empty=True))

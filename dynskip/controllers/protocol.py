@@ -18,11 +18,14 @@ class TokenContext:
     seq_ids: [N], int32, the sequence of each row within the step.
     position_ids: [N], int64, the position of each row in its sequence, from 0.
     is_prompt: [N], bool, True for prompt tokens of a generation, False for generated ones and outside generation.
+    sequence_keys: [N], int64, a number of the sequence of each row that is the same in any batch; None where no caller
+        has given one. Noise of sampled decisions is drawn by it.
     """
 
     seq_ids: Tensor
     position_ids: Tensor
     is_prompt: Tensor
+    sequence_keys: Tensor | None = None
 
 
 @runtime_checkable

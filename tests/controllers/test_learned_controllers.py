@@ -97,11 +97,19 @@ def test_gumbel_gates_run_as_often_as_softmax_says() -> None:
 
 def test_keyed_noise_is_logistic_and_knows_its_key_only() -> None:
     positions = torch.arange(20_000)
-    noise = keyed_noise(3, 5, positions)
-    assert torch.equal(noise[100:120], keyed_noise(3, 5, positions[100:120]))
-    for other in (keyed_noise(4, 5, positions), keyed_noise(3, 6, positions)):
+    noise = keyed_noise(3, None, 5, positions)
+    assert torch.equal(noise[100:120], keyed_noise(3, None, 5, positions[100:120]))
+    sequences = torch.full_like(positions, 1)
+    own = keyed_noise(3, sequences, 5, positions)
+    assert torch.equal(own[100:120], keyed_noise(3, sequences[100:120], 5, positions[100:120]))
+    others = (keyed_noise(4, None, 5, positions), keyed_noise(3, None, 6, positions), own)
+    for other in (*others, keyed_noise(3, sequences + 1, 5, positions)):
         correlation = torch.corrcoef(torch.stack([noise, other]))[0, 1]
         assert abs(float(correlation)) < 4 / math.sqrt(20_000)
+    # Sequences side by side at one position draw as independently as positions of one sequence.
+    across = keyed_noise(3, positions, 5, sequences)
+    assert abs(float(torch.corrcoef(torch.stack([across[1:], across[:-1]]))[0, 1])) < 4 / math.sqrt(20_000)
+    assert float((across < 0).float().mean()) == pytest.approx(0.5, abs=2 / math.sqrt(20_000))
     for quantile in (0.1, 0.5, 0.9):
         expected = math.log(quantile / (1 - quantile))
         share = float((noise < expected).float().mean())
