@@ -32,10 +32,10 @@ from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.files import file_hash, write_text
 from dynskip.llm import LLM
 from dynskip.measure.machine import describe
+from dynskip.measure.passes import Measured
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
 from dynskip.search.gauge import Bar, Gauge, Kind
-from dynskip.search.passes import Measured
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench/results/paths"

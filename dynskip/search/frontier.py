@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.stats.intervals import bootstrap_mean, point
+from dynskip.measure.passes import Measured
 from dynskip.paths import LayerPath
 from dynskip.search.drafts import DraftGains
 from dynskip.search.gauge import Gauge, Kind
-from dynskip.search.passes import Measured
 from dynskip.speculation.draft import Draft, DraftEntries
 
 # Families of paths, the found ones first; of the random ones several are drawn.

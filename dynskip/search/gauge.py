@@ -13,16 +13,15 @@ from dynskip.causal_lm import CausalLM
 from dynskip.data.examples import Example
 from dynskip.engine.closed_batch import Generation
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.measure.passes import DraftPass, Measured, Pass, block_influence, in_parts, num_layer_runs, run_paths
 from dynskip.paths import LayerPath
 from dynskip.sampling import SamplingParams
-from dynskip.search.passes import DraftPass, Measured, Pass, block_influence, num_layer_runs, run_paths
 
 # What is measured: nats of the reference answers; agreement with the full path's own answers, by a path with entries
 # of its own, and by one that reads the full path's.
 Kind = Literal["loss", "own", "path"]
 # Tokens of the full path's own answers.
 ANSWER_TOKENS = 64
-_PASS_TOKENS = 8192
 
 
 class Bar:
@@ -63,7 +62,7 @@ class Gauge:
     def measure(self, kind: Kind, paths: Iterable[LayerPath], is_planned: bool = False) -> list[Measured]:
         """What ``kind`` says of ``paths`` on all texts. is_planned: the bar knows of them."""
         wanted = list(paths)
-        parts = _parts(self.references if kind == "loss" else self.answers)
+        parts = in_parts(self.references if kind == "loss" else self.answers)
         missing = [
             [path for path in dict.fromkeys(wanted) if self._item(kind, path, part) not in self.store]
             for part in range(len(parts))
@@ -80,7 +79,7 @@ class Gauge:
         item = dataclasses.replace(self.item, task="search influence", path="full")
         if item not in self.store:
             start = time.monotonic()
-            parts = _parts(self.references)
+            parts = in_parts(self.references)
             found = [block_influence(self.model, texts) for texts in parts]
             counts = [sum(text.num_tokens - 1 for text in texts) for texts in parts]
             weighted = [[count * value for value in each] for count, each in zip(counts, found, strict=True)]
@@ -130,19 +129,6 @@ class Gauge:
     def _item(self, kind: Kind, path: LayerPath, part: int) -> WorkItem:
         layers = ",".join(map(str, path.layers))
         return dataclasses.replace(self.item, task=f"search {kind}", path=f"layers:{layers}", shard=part)
-
-
-def _parts(texts: Sequence[Example]) -> list[list[Example]]:
-    """``texts`` in batches of about `_PASS_TOKENS` tokens."""
-    parts: list[list[Example]] = []
-    room = 0
-    for text in texts:
-        if text.num_tokens > room:
-            parts.append([])
-            room = _PASS_TOKENS
-        parts[-1].append(text)
-        room -= text.num_tokens
-    return parts
 
 
 def _joined(results: Sequence[dict[str, list[float | None]]]) -> Measured:

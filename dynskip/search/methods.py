@@ -10,13 +10,6 @@ METHODS = ("influence", "greedy", "swap")
 Evaluate = Callable[[Sequence[LayerPath]], list[float]]
 
 
-def by_influence(influence: Sequence[float], least_budget: int) -> dict[int, LayerPath]:
-    """By budget: the layers of most influence."""
-    num_layers = len(influence)
-    order = sorted(range(num_layers), key=lambda layer: (-influence[layer], layer))
-    return {budget: LayerPath.of(num_layers, order[:budget]) for budget in range(num_layers - 1, least_budget - 1, -1)}
-
-
 def greedily(num_layers: int, least_budget: int, evaluate: Evaluate) -> dict[int, LayerPath]:
     """By budget: what is left after removing, again and again, the layer without which the score is best."""
     path, found = LayerPath.full(num_layers), {}

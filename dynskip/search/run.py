@@ -15,12 +15,13 @@ from dynskip.data.conversations import draw_conversations, read_rows
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.files import file_hash, write_json
 from dynskip.found import FoundDraft, FoundPaths
+from dynskip.measure.passes import by_influence
 from dynskip.models.found import place_to_keep
 from dynskip.paths import LayerPath
 from dynskip.search.drafts import DraftGains
 from dynskip.search.frontier import FAMILIES, frontier, mean_value, static_paths
 from dynskip.search.gauge import Bar, Gauge, Kind
-from dynskip.search.methods import METHODS, best, by_influence, by_swaps, greedily, num_removal_runs
+from dynskip.search.methods import METHODS, best, by_swaps, greedily, num_removal_runs
 from dynskip.speculation.draft import Draft, DraftEntries
 from dynskip.version import __version__
 

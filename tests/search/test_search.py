@@ -24,11 +24,12 @@ from dynskip.data.examples import Example
 from dynskip.engine.closed_batch import Generation
 from dynskip.evaluation.sweep.store import ItemStore
 from dynskip.found import FOUND_PATHS, FoundPaths
+from dynskip.measure import passes
+from dynskip.measure.passes import by_influence, num_layer_runs
 from dynskip.search import gauge as gauge_module
 from dynskip.search import run as run_module
 from dynskip.search.drafts import DraftGains
-from dynskip.search.methods import by_influence, by_swaps, greedily, num_removal_runs, removals, swaps
-from dynskip.search.passes import num_layer_runs
+from dynskip.search.methods import by_swaps, greedily, num_removal_runs, removals, swaps
 from dynskip.search.report import figure, table
 from dynskip.search.run import FAMILIES, MEASUREMENTS, RESULT
 from dynskip.speculation.draft import Draft
@@ -199,7 +200,7 @@ def test_texts_of_several_batches_are_measured_as_those_of_one(tmp_path: Path, m
     model = tiny_model(deterministic=True)
     found = []
     for name, tokens in (("one", 8192), ("several", 50)):
-        monkeypatch.setattr(gauge_module, "_PASS_TOKENS", tokens)
+        monkeypatch.setattr(passes, "PASS_TOKENS", tokens)
         (tmp_path / name).mkdir()
         found.append(search(model, tmp_path / name, dataclasses.replace(OPTIONS, method="swap")).run())
     assert (found[0].found.layers, found[0].rows) == (found[1].found.layers, found[1].rows)

@@ -22,6 +22,7 @@ from dynskip.routing.plan import Plan
 
 # Rows whose logits are held at once. On a CPU few, which stay in the cache; a GPU wants many.
 _HEAD_ROWS = {"cpu": 64, "cuda": 1024}
+PASS_TOKENS = 8192  # of the texts of one pass
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,14 @@ class Measured:
     nats: tuple[float, ...]
     agreed: tuple[int, ...]
     num_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenMeasured(Measured):
+    """Also of each response token its nats, and of each text the entropy of what follows its prompt, in nats."""
+
+    token_nats: tuple[float, ...]
+    entropy: tuple[float, ...]
 
 
 class Pass:
@@ -69,21 +78,49 @@ class Pass:
     @torch.no_grad()
     def measure(self, states: Tensor) -> Measured:
         """What the head makes of ``states`` [N, C], the last layer's output."""
+        nats, agreed, _ = self._scores(states)
+        return Measured(nats, agreed, self.num_tokens)
+
+    @torch.no_grad()
+    def _scores(self, states: Tensor) -> tuple[tuple[float, ...], tuple[int, ...], Tensor]:
+        """Nats and agreement of each text, and the nats of each response token, [tokens], float64 on the CPU."""
         nats = torch.zeros(self.num_texts, dtype=torch.float64)
         agreed = torch.zeros(self.num_texts, dtype=torch.int64)
+        of_tokens = []
         num_rows = _HEAD_ROWS[states.device.type]
         parts = [torch.split(each, num_rows) for each in (self.predicting, self.targets, self.text_ids)]
         for rows, targets, text_ids in zip(*parts, strict=True):
             logits = self.model.head(states.index_select(0, rows)).float()
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-            nats.index_add_(0, text_ids, losses.double().cpu())
+            of_tokens.append(losses.double().cpu())
+            nats.index_add_(0, text_ids, of_tokens[-1])
             agreed.index_add_(0, text_ids, (logits.argmax(1) == targets).long().cpu())
-        return Measured(tuple(nats.tolist()), tuple(agreed.tolist()), self.num_tokens)
+        return tuple(nats.tolist()), tuple(agreed.tolist()), torch.cat(of_tokens)
 
     def _step(self, layers: Sequence[int]) -> Step:
         path = LayerPath(self.model.num_layers, tuple(layers))
         plan = Plan.per_sequence([path] * len(self.lengths), self.lengths)
         return Step(self.token_ids, self.position_ids, self.cache_ids, plan, fresh=True)
+
+
+class TokenPass(Pass):
+    """A pass whose measures are `TokenMeasured`."""
+
+    @torch.no_grad()
+    def measure(self, states: Tensor) -> TokenMeasured:
+        """What the head makes of ``states`` [N, C], the last layer's output."""
+        nats, agreed, of_tokens = self._scores(states)
+        entropy: list[float] = []
+        for rows in torch.split(self.last_of_prompts, _HEAD_ROWS[states.device.type]):
+            logprobs = self.model.head(states.index_select(0, rows)).float().log_softmax(1)
+            entropy += (-(logprobs.exp() * logprobs).sum(1)).tolist()
+        return TokenMeasured(nats, agreed, self.num_tokens, tuple(of_tokens.tolist()), tuple(entropy))
+
+    @property
+    def last_of_prompts(self) -> Tensor:
+        """[texts], int64: the row of the last token of each prompt, which predicts the first of the response."""
+        counts = torch.tensor(self.num_tokens)
+        return self.predicting[(counts.cumsum(0) - counts).to(self.predicting.device)]
 
 
 class DraftPass(Pass):
@@ -115,6 +152,19 @@ class DraftPass(Pass):
         step.fresh, step.decode = False, True
         self.executor.run_layers_(states, step, self._cache)
         self._cache.truncate(self.cache_ids.tolist(), self._held, 1)
+
+
+def in_parts(texts: Sequence[Example]) -> list[list[Example]]:
+    """``texts`` in order, in batches of about `PASS_TOKENS` tokens."""
+    parts: list[list[Example]] = []
+    room = 0
+    for text in texts:
+        if text.num_tokens > room:
+            parts.append([])
+            room = PASS_TOKENS
+        parts[-1].append(text)
+        room -= text.num_tokens
+    return parts
 
 
 def run_paths(
@@ -168,3 +218,10 @@ def block_influence(model: CausalLM, texts: Sequence[Example]) -> list[float]:
         cosine = torch.nn.functional.cosine_similarity(before.float(), states.float(), dim=1)
         influence.append(float(1 - cosine.double().mean()))
     return influence
+
+
+def by_influence(influence: Sequence[float], least_budget: int) -> dict[int, LayerPath]:
+    """By budget: the layers of most influence."""
+    num_layers = len(influence)
+    order = sorted(range(num_layers), key=lambda layer: (-influence[layer], layer))
+    return {budget: LayerPath.of(num_layers, order[:budget]) for budget in range(num_layers - 1, least_budget - 1, -1)}

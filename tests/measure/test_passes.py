@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from dynskip import CausalLM, LayerPath
 from dynskip.data.examples import Example
 from dynskip.execution.step import Step
+from dynskip.measure.passes import DraftPass, Measured, Pass, block_influence, num_layer_runs, run_paths
 from dynskip.routing.plan import Plan
-from dynskip.search.passes import DraftPass, Measured, Pass, block_influence, num_layer_runs, run_paths
 
 # The family and changes of its config: every architecture, ALiBi and windows among them.
 MODELS = [pytest.param(family, next(iter(variants.values()), {}), id=family) for family, variants in FAMILIES.items()]
