@@ -46,6 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a learned controller, as dynskip train wrote it, with the weights it steers; repeatable",
     )
+    model.add_argument("--backbone", metavar="NAME", help="the weights before any tuning, to compare with")
+    model.add_argument(
+        "--searched", type=file_path, metavar="FILE", help="found-paths.json, as dynskip search left it for the model"
+    )
+    model.add_argument("--rule", help="where the paths of a budget come from: uniform (default) or searched")
     model.add_argument("--template", help="how a prompt is written: short (default) or alpaca")
     model.add_argument("--dtype", choices=DTYPES, help="type of the weights that generate (default: bfloat16)")
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
@@ -53,6 +58,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("--split", help="the part of the data that is scored: train, validation or test (default)")
     sweep.add_argument("--prompts", type=int, metavar="N", help="prompts of the split (default: 500)")
     sweep.add_argument("--train-prompts", type=int, metavar="N", help="prompts to learn from (default: as many)")
+    sweep.add_argument(
+        "--likelihood-prompts", type=int, metavar="N", help="prompts whose references are scored (default: as many)"
+    )
+    sweep.add_argument("--labels", type=file_path, metavar="FILE", help="T0 as *.jsonl[.xz]: labels as a third score")
+    sweep.add_argument("--label-prompts", type=int, metavar="N", help="rows with closed labels (default: 500)")
+    sweep.add_argument(
+        "--margin-rouge-l", type=float, metavar="M", help="of ROUGE-L: differences that count as none (default: 0.01)"
+    )
+    sweep.add_argument("--margin-nats", type=float, metavar="M", help="the same of nats a token (default: 0.02)")
     sweep.add_argument("--state-prompts", type=int, metavar="N", help="prompts for hidden states (default: as many)")
     sweep.add_argument("--seeds", type=int, metavar="N", help="how often what is drawn is drawn (default: 3)")
     sweep.add_argument(
@@ -70,6 +84,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("--timed-batch", type=int, metavar="N", help="sequences of a timed batch (default: 64)")
     sweep.add_argument("--timed-rounds", type=int, metavar="N", help="how often each batch is timed (default: 12)")
     sweep.add_argument("--resamples", type=int, metavar="N", help="of each bootstrap (default: 1000)")
+    sweep.add_argument(
+        "--margin-match", type=float, metavar="M", help="the same of the share of right labels (default: 0.02)"
+    )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share the work (default: 1)"
     )
@@ -81,7 +98,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 after a finished run; a user's mistake is a ValueError or an OSError."""
-    for package, module in (("datasets", "datasets"), ("rouge-score", "rouge_score"), ("scikit-learn", "sklearn")):
+    for package, module in (
+        ("datasets", "datasets"),
+        ("rouge-score", "rouge_score"),
+        ("scikit-learn", "sklearn"),
+        ("scipy", "scipy"),
+    ):
         if find_spec(module) is None:
             raise ValueError(
                 f"eval: {package} must be installed, got none. Install it with `pip install dynskip[eval]`."
@@ -97,7 +119,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"eval: EXPERIMENT must be all or one of {', '.join(EXPERIMENTS)}, got {args.experiment!r}.")
     set_threads(args.threads)
     logging.disable_progress_bar()
-    named = {field.name for field in dataclasses.fields(Setup)} - {"data", "budgets", "candidates"}
+    named = {field.name for field in dataclasses.fields(Setup)} - {
+        "data",
+        "budgets",
+        "candidates",
+        "backbone",
+        "searched",
+    }
     options = {name: value for name, value in vars(args).items() if name in named and value is not None}
     setup = Setup.of(
         args.model,
@@ -106,6 +134,9 @@ def run(args: argparse.Namespace) -> int:
         _budgets("--budgets", args.budgets),
         _budgets("--candidates", args.candidates),
         args.controller,
+        args.searched,
+        args.backbone,
+        args.labels,
         **options,
     )
     names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]

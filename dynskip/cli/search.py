@@ -70,8 +70,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, judge, print; exit status 0 whatever is found."""
-    if find_spec("matplotlib") is None:
-        raise UserError("search: matplotlib must be installed, got none. Install it with `pip install dynskip[eval]`.")
+    for package in ("matplotlib", "scipy"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"search: {package} must be installed, got none. Install it with `pip install dynskip[eval]`."
+            )
     set_threads(args.threads)
     progress = show_progress(args.quiet)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_END_MARK = "<|endoftext|>"
+END_MARK = "<|endoftext|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Corpus:
     passages: list[str]
 
 
-def _open_text(path: Path) -> Iterable[str]:
+def open_text(path: Path) -> Iterable[str]:
+    """The lines of a text file, plain or packed with xz."""
     encoding = "utf-8-sig"  # a byte order mark is no text
     with lzma.open(path, "rt", encoding=encoding) if path.suffix == ".xz" else path.open(encoding=encoding) as file:
         yield from file
@@ -40,7 +41,7 @@ def _open_text(path: Path) -> Iterable[str]:
 
 def read_instructions(path: Path) -> list[Instruction]:
     """Alpaca rows in file order, from JSON (a list of objects), plain or packed with xz."""
-    rows = json.loads("".join(_open_text(path)))
+    rows = json.loads("".join(open_text(path)))
     wanted = f"read_instructions: {path.name} must hold a list of objects with instruction, input and output"
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{wanted}, got {'an empty ' * (not rows)}{type(rows).__name__}. Give Alpaca as published.")
@@ -81,7 +82,7 @@ def unique_passages(texts: Iterable[str], min_chars: int = 80, min_fresh: float 
     passages: list[str] = []
     for text in texts:
         kept: list[str] = []
-        for line in text.replace(_END_MARK, "").split("\n"):
+        for line in text.replace(END_MARK, "").split("\n"):
             sentences = [sentence for sentence in _SENTENCE_END.split(line.strip()) if sentence]
             fresh = [sentence for sentence in sentences if sentence not in seen]
             seen.update(fresh)
@@ -108,7 +109,7 @@ def read_templates(path: Path) -> dict[str, list[Instruction]]:
 
 
 def _t0_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, str]]:
-    for number, line in enumerate(_open_text(path), start=1):
+    for number, line in enumerate(open_text(path), start=1):
         row = json.loads(line)
         if not set(names) <= set(row):
             raise ValueError(

@@ -10,9 +10,12 @@ from dynskip.evaluation.experiments import controllers, depth, hidden_states, or
 from dynskip.evaluation.experiments.hidden_states import run_states
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.store import WorkItem
-from dynskip.evaluation.tasks.controller_runs import run_controlled, run_timed
+from dynskip.evaluation.tasks.controller_runs import run_controlled, run_controlled_likelihood, run_timed
 from dynskip.evaluation.tasks.generations import run_generate
+from dynskip.evaluation.tasks.label_matches import run_labels
+from dynskip.evaluation.tasks.likelihoods import run_likelihood
 from dynskip.evaluation.tasks.prompt_facts import run_facts
+from dynskip.evaluation.tasks.rivals import run_influence
 from dynskip.evaluation.tasks.router_cost import run_overhead
 from dynskip.evaluation.tasks.routes import run_route
 from dynskip.evaluation.tasks.timing import run_time
@@ -29,8 +32,12 @@ class Task:
 TASKS = {
     "generate": Task(run_generate),
     "states": Task(run_states),
+    "likelihood": Task(run_likelihood),
+    "influence": Task(run_influence),
+    "labels": Task(run_labels),
     "facts": Task(run_facts),
     "controlled": Task(run_controlled),
+    "controlled-likelihood": Task(run_controlled_likelihood),
     "route": Task(run_route),
     "time-controlled": Task(run_timed, alone=True),
     "overhead": Task(run_overhead, alone=True),

@@ -95,7 +95,7 @@ class EvalRun:
             "backend": llm.model.backend.name,
             "data_file": setup.data.name,
             "split_sizes": {name: len(rows) for name, rows in splits.items()},
-            "train_prompts": num_rows(setup, "train"),
+            "train_prompts": num_rows(setup, setup.learn_split),
             "left_out": {"empty response": prompts.empty, "too long": prompts.too_long},
             "duplicates": duplicates(splits),
             "items": len(self.store),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dynskip.evaluation.stats.intervals import (
+from dynskip.evaluation.stats.decisions import (
     correlations,
     explained_by_groups,
     pearson,
     permutation_p,
-    ranks,
     spearman,
+    spearman_p,
+    spearman_within,
+    spearman_within_p,
 )
 from dynskip.evaluation.tasks.prompt_facts import FIRST_WORDS, OTHER, task_type
 
@@ -28,9 +28,34 @@ def test_correlations_are_those_of_scipy() -> None:
     assert spearman(x, y) == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
 
 
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12))
-def test_ranks_are_those_of_scipy(values: list[int]) -> None:
-    assert ranks(np.array(values, dtype=float)).tolist() == scipy_stats.rankdata(values).tolist()
+def test_p_values_of_rank_correlations_have_their_size() -> None:
+    generator = np.random.default_rng(3)
+    groups = np.repeat(np.arange(4), 10)
+    plain, within = [], []
+    for _ in range(400):
+        x, y = generator.normal(size=40), generator.normal(size=40)
+        plain.append(spearman_p(x, y) < 0.05)
+        within.append(spearman_within_p(x + 9 * groups, y + 9 * groups, groups) < 0.05)
+    assert 0.02 < np.mean(plain) < 0.09 and 0.02 < np.mean(within) < 0.09
+    assert spearman_p(np.ones(5), np.arange(5.0)) == 1.0
+    assert spearman_within_p(np.ones(5), np.arange(5.0), np.zeros(5, dtype=int)) == 1.0
+
+
+def test_what_groups_alone_make_is_no_correlation_within_them() -> None:
+    generator = np.random.default_rng(4)
+    groups = np.repeat(np.arange(3), 200)
+    x, y = generator.normal(size=600) + 5 * groups, generator.normal(size=600) - 5 * groups
+    assert spearman(x, y) < -0.8 and abs(spearman_within(x, y, groups)) < 0.1
+    related = x - 5 * groups + 0.5 * generator.normal(size=600)
+    assert spearman_within(x, related - 5 * groups, groups) > 0.7
+    assert spearman_within(x, related - 5 * groups, groups) == pytest.approx(
+        pearson(*(_centred(scipy_stats.rankdata(each), groups) for each in (x, related - 5 * groups)))
+    )
+    assert spearman_within(x, y, np.zeros(600, dtype=int)) == pytest.approx(spearman(x, y))
+
+
+def _centred(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    return values - np.array([values[groups == group].mean() for group in groups])
 
 
 def test_a_sample_without_variation_correlates_with_nothing() -> None:

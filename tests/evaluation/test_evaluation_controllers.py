@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_models import tiny_setup
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model, word_tokenizer
 from torch import Tensor
 
 from dynskip import SamplingParams
 from dynskip.controllers import ModelSizes, TokenContext, make_controller, save_controller
+from dynskip.controllers.gumbel import keyed_noise
 from dynskip.engine.closed_batch import Generation
-from dynskip.evaluation.experiments.controllers import Point, _over
+from dynskip.evaluation.experiments.controllers import NUM_NOISE_SEEDS, NUM_TRAININGS, Point, _over, _recipe_rows
+from dynskip.evaluation.stats.frontiers import Measured
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
-from dynskip.evaluation.tasks.controller_runs import SequenceCounter
+from dynskip.evaluation.tasks.controller_decisions import ResponseDecisions, SequenceCounter
 
 
 class EveryOther:
@@ -36,7 +39,7 @@ class EveryOther:
 
 def test_layers_are_counted_for_the_sequence_that_ran_them() -> None:
     controller = EveryOther()
-    counter = SequenceCounter(controller)
+    counter = SequenceCounter(controller, [1, 2, 3], NUM_LAYERS)
     prompts, lengths = random_prompts([3, 4, 6]), [7, 2, 1]
     params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
     generation = Generation(tiny_model(), prompts, params, counter, "propagate", "full")
@@ -47,11 +50,65 @@ def test_layers_are_counted_for_the_sequence_that_ran_them() -> None:
         positions = range(len(prompt), len(prompt) + length - 1)
         assert num_run == sum(NUM_LAYERS if position % 2 else (NUM_LAYERS + 1) // 2 for position in positions)
     assert sum(counter.num_run) == controller.num_run
+    odd = [runs for layer, runs in enumerate(counter.layer_runs) if layer % 2]
+    assert sum(counter.layer_runs) == sum(counter.num_run) and len(set(odd)) == 1 and odd[0] < counter.layer_runs[0]
+    with pytest.raises(ValueError, match="must have the 2 sequences that keys were given for, got 3"):
+        SequenceCounter(controller, [1, 2], NUM_LAYERS).watch(generation)
+
+
+class Sampled:
+    """Runs each layer in half of the cases, by noise that is drawn for the sequence; keeps the keys it was given."""
+
+    def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
+        """[N], bool."""
+        return keyed_noise(7, context.sequence_keys, layer, context.position_ids) >= 0
+
+
+def test_a_sampled_decision_knows_its_sequence_and_not_its_batch() -> None:
+    model = tiny_model()
+    prompts = random_prompts([4, 4, 4])
+
+    def runs(chosen: list[int]) -> list[int]:
+        counter = SequenceCounter(Sampled(), [place + 1 for place in chosen], NUM_LAYERS)
+        params = [SamplingParams(max_tokens=9, ignore_eos=True)] * len(chosen)
+        generation = Generation(model, [prompts[0] for _ in chosen], params, counter, "propagate", "full")
+        counter.watch(generation)
+        generation.run()
+        return counter.num_run
+
+    together = runs([0, 1, 2])
+    assert len(set(together)) > 1, "one prompt three times, three draws"
+    assert [runs([place])[0] for place in range(3)] == together == runs([2, 1, 0])[::-1]
+
+
+def test_references_are_scored_as_they_would_be_generated() -> None:
+    """Prompts run all layers, decisions fall on response tokens: likelihoods of a plain pass under the same mask."""
+    model = tiny_model()
+    prompts, responses = random_prompts([3, 5]), random_prompts([6, 2], seed=1)
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    input_ids, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.int64)
+    active = torch.ones(2, width, NUM_LAYERS, dtype=torch.bool)
+    for seq, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = torch.tensor([*prompt, *response])
+        input_ids[seq, : len(ids)], mask[seq, : len(ids)] = ids, 1
+        for layer in range(NUM_LAYERS):
+            positions = torch.arange(len(ids))
+            noise = keyed_noise(7, torch.full((len(ids),), seq + 5), layer, positions)
+            active[seq, : len(ids), layer] = (noise >= 0) | (positions < len(prompt))
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    decisions = ResponseDecisions(Sampled(), [5, 6], NUM_LAYERS, [3, 5], lengths)
+    with torch.no_grad():
+        ours = model(input_ids, mask, decisions, kv_policy="propagate").logits
+        plain = model(input_ids, mask, active, kv_policy="propagate").logits
+    torch.testing.assert_close(ours, plain)
+    assert decisions.num_tokens == [5, 1], "nothing is predicted from the last token"
+    expected = [int(active[seq, p : n - 1].sum()) for seq, (p, n) in enumerate(zip((3, 5), lengths, strict=True))]
+    assert decisions.num_run == expected and sum(decisions.layer_runs) == sum(expected)
 
 
 def test_the_count_is_that_of_the_executor() -> None:
     model = tiny_model()
-    counter = SequenceCounter(EveryOther())
+    counter = SequenceCounter(EveryOther(), [1, 2], NUM_LAYERS)
     params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in (6, 3)]
     generation = Generation(model, random_prompts([3, 4]), params, counter, "evict", "full")
     counter.watch(generation)
@@ -81,6 +138,49 @@ def test_controllers_are_compared_at_as_many_layers() -> None:
     assert _over(point("x", 25, [0.5, 0.5]), frontier) is None
 
 
+def recipes(
+    layers: float, trainings: int = NUM_TRAININGS, draws: int = NUM_NOISE_SEEDS, lead: float = 0.1
+) -> list[Point]:
+    """Sampled controllers: fixed ones at 4 and 8 layers, and one that reads hidden states and leads the line."""
+    generator = np.random.default_rng(0)
+    found = []
+    for recipe, kind, cost, score in (
+        ("fixed, alpha 4", "fixed", 4.0, 0.2),
+        ("fixed, alpha 2", "fixed", 8.0, 0.4),
+        ("hidden, alpha 4", "hidden", layers, 0.05 * layers + lead),
+    ):
+        for training in range(trainings):
+            for seed in range(1, draws + 1):
+                labels = {"recipe": recipe, "kind": kind, "width": None, "alpha": 4.0, "target_layers": None}
+                labels |= {"backbone": "frozen", "choice": "sampled", "seed": seed, "training_seed": training}
+                scores = score + 0.02 * generator.standard_normal(50) + 0.002 * generator.standard_normal()
+                tokens = np.full(50, 10.0)
+                likelihood = Measured(10 * scores, tokens, tokens * cost, tokens)
+                found.append(
+                    Point(f"{recipe} {training} {seed}", labels, scores, tokens, tokens * cost, tokens, likelihood)
+                )
+    return found
+
+
+def verdicts(points: list[Point], tmp_path: Path) -> dict[str, tuple[str, list[str]]]:
+    rows = _recipe_rows(tiny_setup(tmp_path, resamples=200), points)
+    assert [row["recipe"] for row in rows] == ["hidden, alpha 4"] * 2
+    return {row["metric"]: (row["verdict"], row["reasons"]) for row in rows}
+
+
+def test_recipes_are_better_worse_open_or_untested(tmp_path: Path) -> None:
+    both = ("over_fixed", "over_fixed_nats")
+    assert verdicts(recipes(6.0), tmp_path) == {metric: ("better", []) for metric in both}
+    assert verdicts(recipes(6.0, lead=-0.1), tmp_path) == {metric: ("worse", []) for metric in both}
+    assert {verdict for verdict, _ in verdicts(recipes(6.0, lead=0.0), tmp_path).values()} == {"open"}
+    for points, reason in (
+        (recipes(9.0), "beyond"),
+        (recipes(6.0, trainings=2), "trainings"),
+        (recipes(6.0, draws=4), "noise"),
+    ):
+        assert verdicts(points, tmp_path) == {metric: ("untested", [reason]) for metric in both}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A controller of a tiny model, with the model beside it."""
@@ -108,6 +208,9 @@ def test_a_folder_says_what_it_holds(folder: Path) -> None:
     assert ControllerFolder.of(folder).hash == found.hash
     change(folder, lambda about: about.update(alpha=6.0))
     assert ControllerFolder.of(folder).hash != found.hash
+    change(folder, lambda about: about.update(training_seed=3))
+    seeded = ControllerFolder.of(folder)
+    assert seeded.label == "mlp:4, alpha 6, frozen model, seed 3" and seeded.recipe == "mlp:4, alpha 6, frozen model"
 
 
 def test_a_joint_controller_brings_its_own_weights(folder: Path) -> None:

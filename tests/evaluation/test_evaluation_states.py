@@ -46,6 +46,10 @@ def test_states_and_logits_are_those_of_transformers(variant: str) -> None:
                 finals.append(seen[0][0, scored])
             cosine = torch.cosine_similarity(*finals, dim=-1).mean()
             metrics = {name: values[index] for name, values in found["strategies"][strategy].items()}
+            distance = (1 - torch.cosine_similarity(*finals, dim=-1)).clamp_min(1e-7).log10().mean()
+            assert metrics["log_distance"] == pytest.approx(float(distance), abs=1e-3)
+            nats = torch.nn.functional.cross_entropy(logits[1], torch.tensor(row.response_ids))
+            assert metrics["nats"] == pytest.approx(float(nats), rel=1e-4)
             assert metrics["cosine_final"] == pytest.approx(float(cosine), abs=1e-5)
             kl = torch.nn.functional.kl_div(
                 logits[1].log_softmax(-1), logits[0].log_softmax(-1), log_target=True, reduction="none"
@@ -72,6 +76,8 @@ def test_inner_states_are_compared_behind_the_final_norm() -> None:
     ours = [states[0], *[exit_state] * 5]
     expected = torch.stack([torch.cosine_similarity(a, b, dim=-1) for a, b in zip(ours, states, strict=True)]).mean()
     assert found["strategies"]["exit:2"]["cosine_layers"][0] == pytest.approx(float(expected), abs=1e-5)
+    trajectory = [float(torch.cosine_similarity(a, b, dim=-1).mean()) for a, b in zip(ours, states, strict=True)]
+    assert found["trajectories"]["exit:2"] == pytest.approx(trajectory, abs=1e-5)
 
 
 def test_company_changes_nothing() -> None:
@@ -111,9 +117,16 @@ def test_the_section_is_a_mean_over_tokens(tmp_path: Path) -> None:
                 }
                 for strategy in item.path.split()
             }
-            store.add(item, {"rows": [0] * 6, "num_tokens": [1, 1, 1, 1, 1, 5], "strategies": strategies}, 1.0)
+            result = {"rows": [0] * 6, "num_tokens": [1, 1, 1, 1, 1, 5], "strategies": strategies}
+            result["trajectories"] = {strategy: [1.0, 0.5 + 0.1 * item.seed] for strategy in strategies}
+            store.add(item, result, 1.0)
         section = hidden_states.summarise(setup, store)
     assert section["n"] == 6 and section["num_tokens"] == 10
+    # Every strategy against every other, with a correction for how many there are.
+    pairs = [row for row in section["rows"] if row["metric"] == "kl" and " - " in row["strategy"]]
+    assert len(pairs) == 6 * 2 and all(0 <= row["p"] <= row["q"] + 1e-6 <= 1.1 for row in pairs)
+    paths = [row for row in section["rows"] if row["metric"] == "trajectory" and row["strategy"] == "rls"]
+    assert [row["value"] for row in paths if row["budget"] == 2] == pytest.approx([1.0, 0.65])  # seeds 1 and 2
     values = {(row["strategy"], row["budget"], row["metric"]): row["value"] for row in section["rows"]}
     mean = (0 + 1 + 2 + 3 + 4 + 5 * 5) / 10
     assert values["exit", 2, "kl"] == pytest.approx(mean)

@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         "--data": folder / "data.json",
         "--out": folder / "run",
         "--prompts": 16,
-        "--train-prompts": 20,
+        "--train-prompts": 16,
         "--seeds": 1,
         "--max-tokens": 8,
         "--shard-size": 8,
@@ -93,9 +93,10 @@ def test_every_section_is_filled(run: tuple[Path, list[str]], name: str) -> None
     section = summary_of(run[0])[name]
     assert section["n"] == 16
     assert section_sentences(summary_of(run[0]), name)
-    with_interval = [row for row in section["rows"] if row["low"] is not None]
+    with_interval = [row for row in section["rows"] if row["low"] is not None and row["high"] is not None]
     assert len(with_interval) >= len(section["rows"]) / 2
-    assert all(row["low"] <= row["high"] for row in with_interval)
+    assert all(row["low"] <= row["high"] and row["detectable"] >= 0 for row in with_interval)
+    assert any("nats" in row["metric"] for row in section["rows"]), "both scores"
 
 
 def test_every_router_is_judged_and_timed(run: tuple[Path, list[str]]) -> None:

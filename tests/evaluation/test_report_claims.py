@@ -85,7 +85,7 @@ def test_the_ceiling_is_what_expected_scores_gain(signal: float, noise: float) -
     generator = np.random.default_rng(0)
     expected = 0.2 + signal * generator.standard_normal((6000, 4))
     sampled = expected + noise * generator.standard_normal((8, 6000, 4))
-    scores = OracleScores((4, 8, 12, 24), expected, sampled, resamples=1)
+    scores = OracleScores((4, 8, 12, 24), expected, sampled, resamples=0)
     whole = scores.controls["in-sample"].gain[0, -1]
     share = {"value": float(scores.controls["cross-fitted"].gain[0, -1] / whole)}
     assert share["value"] == pytest.approx(signal**2 / (signal**2 + noise**2), abs=0.02)
@@ -260,6 +260,36 @@ def test_only_comparisons_within_reach_are_printed_as_numbers(monkeypatch: pytes
     assert {line[0]: line[3] for line in table.rows}["hidden 0 0"] == "0.0200 [0.0150, 0.0250]"
 
 
+def recipe_rows(*verdicts: str, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A section of recipes, one for each verdict, by both scores."""
+    rows = []
+    for place, verdict in enumerate(verdicts):
+        for metric in ("over_fixed", "over_fixed_nats"):
+            labels = {"recipe": f"hidden, alpha {place}", "trainings": 3, "runs": 15, "layers": 9.0, "inside": 1.0}
+            own = list(reasons) if verdict == "untested" else []
+            tested = {"p": 0.01, "q": 0.02 + place, "reasons": own, "verdict": verdict}
+            rows.append(row(0.01, 0.005, metric=metric, **labels, **tested))
+    rows.append(row(0.3, 0.01, metric="rouge_l", controller="hidden", kind="hidden", choice="argmax"))
+    return {"conditions": {}, "controllers": section(rows, noise="by sequence")}
+
+
+def test_recipes_are_told_by_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = recipe_rows("better", "open", "untested", reasons=("beyond", "noise"))
+    told = text_of(summary, "controllers")
+    assert "of 6 comparisons with fixed-input controllers at as many layers, by ROUGE-L and by log-likelihood" in told
+    assert "2 better, 0 worse, 2 open, 2 untested, after control of false discoveries" in told
+    assert "Why untested: 2 of 6 run layers that no fixed-input controller reaches." in told
+    assert f"Why untested: 2 of 6 have fewer than {NUM_NOISE_SEEDS} draws of the noise" in told
+    assert "The clearest by log-likelihood is hidden, alpha 0: +0.0100 [+0.0050, +0.0150] nats a token" in told
+    assert "shared by all sequences" not in told and "**untested**" not in told
+    assert in_short(summary) == [told[: told.index(" Why")]] or in_short(summary)[0] in told
+    assert "is **untested**" in in_short(recipe_rows("untested", reasons=("trainings",)))[0]
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    page = to_markdown(*report_blocks(summary))
+    assert "| hidden, alpha 2 | ROUGE-L | 9.00 | 3 × 5 |" in page and "untested (beyond, noise)" in page
+    assert claims.Controllers(summary["controllers"]).num_trainings == 3
+
+
 # Hidden states
 
 
@@ -335,6 +365,42 @@ def test_correlations_are_corrected_for_all_that_were_looked_at() -> None:
         if each.get("feature") == "full_loss":
             each["feature"] = "full_rouge_l"
     assert len(claims.Correlations(yardstick["depth"]).rows) == 6
+
+
+def test_correlations_without_ties_have_the_sections_own_correction() -> None:
+    summary = example_summary()
+    for place, each in enumerate(r for r in summary["depth"]["rows"] if r["metric"] == "spearman"):
+        each["q"] = 0.01 if place in (3, 7) else 0.5
+    summary["depth"]["corrected"] = "Benjamini and Hochberg"
+    told = text_of(summary, "depth")
+    assert "and 2 stay after the correction by Benjamini and Hochberg" in told and "are left out of them" in told
+    assert "Holm" not in told and "untested" not in told
+    assert any("ties left out" in text for text in in_short(summary))
+
+
+def test_what_is_equivalent_and_what_never_reaches_are_told() -> None:
+    labels = {"metric": "rouge_l - full", "family": "paths", "budget": 16}
+    summary = changed("static", {"verdict": "equivalent", "margin": 0.01}, **labels)
+    assert (
+        "ROUGE-L is equivalent to full depth's at 16 layers: two one-sided tests put the difference within 0.010"
+        in (text_of(summary, "static"))
+    )
+    labels = {"metric": "matching_budget", "control": "oracle"}
+    never = changed("oracle", {"value": 9.0, "low": 7.0, "high": None, "never": 0.1}, **labels)
+    assert "9.00 [7.00, ∞) of 24 layers" in text_of(never, "oracle")
+
+
+def test_log_likelihoods_have_a_table_in_each_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    summary = example_summary()
+    title = "By the log-likelihood of references"
+    assert title not in to_markdown(*report_blocks(summary))
+    found = row(0.5, 0.1, metric="nats - full", family="paths", budget=4, verdict="higher", detectable=0.14)
+    summary["static"]["rows"].append(found)
+    page = to_markdown(*report_blocks(summary))
+    assert page.count(title) == 1
+    assert "| nats - full | family paths, budget 4 | 0.5000 [0.4000, 0.6000] | 0.1400 | higher |" in page
+    assert "a token of the reference costs +0.5000 [+0.4000, +0.6000] nats more at 4 layers" in page
 
 
 # The committed run

@@ -16,6 +16,7 @@ from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import stable_seed
+from dynskip.paths import LayerPath
 
 NUM_LAYERS = 24
 
@@ -60,11 +61,16 @@ def _generator(item: WorkItem, *more: object) -> np.random.Generator:
     return np.random.default_rng(stable_seed(item.task, item.checkpoint, item.split, item.seed, item.shard, *more))
 
 
+def budget_of(path: str) -> int:
+    """How many layers a path runs."""
+    return LayerPath.parse(path, NUM_LAYERS).budget
+
+
 def _generate(setup: Setup, item: WorkItem) -> dict[str, Any]:
     rows = _shard_rows(setup, item, setup.shard_size)
     paths = {}
     for path in item.path.split():
-        budget = NUM_LAYERS if path == "full" else int(path.split(":")[1])
+        budget = budget_of(path)
         scores = 0.3 - 0.2 / budget + 0.08 * _generator(item, path).standard_normal(len(rows))
         paths[path] = {"rouge_l": scores.tolist(), "num_tokens": [20] * len(rows), "token_ids": [[]] * len(rows)}
     return {"rows": list(rows), "paths": paths}
@@ -76,7 +82,28 @@ def _states(setup: Setup, item: WorkItem) -> dict[str, Any]:
         strategy: {metric: _generator(item, strategy, metric).random(len(rows)).tolist() for metric in METRICS}
         for strategy in item.path.split()
     }
-    return {"rows": list(rows), "num_tokens": [10] * len(rows), "strategies": values}
+    trajectories = {strategy: [0.9] * NUM_LAYERS for strategy in item.path.split()}
+    found = {"rows": list(rows), "num_tokens": [10] * len(rows)}
+    return {**found, "strategies": values, "trajectories": trajectories}
+
+
+def _likelihood(setup: Setup, item: WorkItem) -> dict[str, Any]:
+    rows = _shard_rows(setup, item, setup.shard_size)
+    counts = [3 + row % 4 for row in rows]
+    paths: dict[str, dict[str, Any]] = {}
+    for path in item.path.split():
+        drawn = _generator(item, path)
+        tokens = [2 + 2 / budget_of(path) + 0.3 * drawn.standard_normal(count) for count in counts]
+        paths[path] = {
+            "nats": [float(each.sum()) for each in tokens],
+            "entropy": drawn.uniform(0, 3, len(rows)).tolist(),
+            "token_nats": base64.b64encode(np.concatenate(tokens).astype("<f4").tobytes()).decode(),
+        }
+    return {"rows": list(rows), "num_tokens": counts, "paths": paths}
+
+
+def _influence(setup: Setup, item: WorkItem) -> dict[str, Any]:
+    return {"influence": _generator(item).random(NUM_LAYERS).tolist(), "num_tokens": 100}
 
 
 def _facts(setup: Setup, item: WorkItem) -> dict[str, Any]:
@@ -85,9 +112,9 @@ def _facts(setup: Setup, item: WorkItem) -> dict[str, Any]:
     return {
         "rows": list(rows),
         "features": [base64.b64encode(row.tobytes()).decode() for row in numbers],
+        "state": [base64.b64encode(row[:3].tobytes()).decode() for row in numbers],
         "prompt_length": [10 + row % 7 for row in rows],
         "response_length": [20 + row % 5 for row in rows],
-        "full_loss": [2.0 + 0.1 * (row % 3) for row in rows],
         "task_type": [("write", "classify")[row % 2] for row in rows],
     }
 
@@ -97,7 +124,7 @@ def _time(setup: Setup, item: WorkItem) -> dict[str, Any]:
     times = {}
     for label, parts in json.loads(item.path).items():
         count = sum(number for *_, number in parts)
-        layers = sum(number * (NUM_LAYERS if path == "full" else int(path.split(":")[1])) for _, path, number in parts)
+        layers = sum(number * budget_of(path) for _, path, number in parts)
         times[label] = [1.0 + layers / count / NUM_LAYERS + 0.01 * turn for turn in range(setup.timed_rounds)]
     return {"ms_per_token": times}
 
@@ -115,6 +142,8 @@ def _route(setup: Setup, item: WorkItem) -> dict[str, Any]:
 
 _RESULTS = {
     "generate": _generate,
+    "likelihood": _likelihood,
+    "influence": _influence,
     "states": _states,
     "facts": _facts,
     "time": _time,

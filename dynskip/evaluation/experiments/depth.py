@@ -7,89 +7,153 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.routers.path_router import Integers
-from dynskip.evaluation.stats.intervals import (
-    Floats,
-    Interval,
-    bootstrap,
-    bootstrap_mean,
+from dynskip.evaluation.stats.decisions import (
     correlations,
     explained_by_groups,
+    false_discovery,
     permutation_p,
     spearman,
+    spearman_p,
+    spearman_within,
+    spearman_within_p,
 )
+from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.stats.knapsack import Knapsack, operating_points
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.tasks.likelihoods import member_items, member_likelihoods
 from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items, notes_on_choices
 from dynskip.evaluation.tasks.prompt_facts import NUMBERS, facts_items, read_numbers
 from dynskip.evaluation.tasks.routes import reader_of
 
 NUM_BINS = 5
+# Correlations that no question is asked of: what the oracle itself looks at.
+YARDSTICKS = {"": "full_rouge_l", "_nats": "full_loss"}
+_LEAST = 3  # sequences that a correlation takes
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
-    """The items: greedy generations along the oracle's candidates, and the facts of the prompts."""
+    """The items: greedy generations and likelihoods along the oracle's candidates, and the facts of the prompts."""
     items: list[WorkItem] = []
     for name, members in choices(setup).items():
-        items += [*family_items(setup, members), *facts_items(setup, reader_of(setup, name), setup.split)]
+        items += [*family_items(setup, members), *member_items(setup, members)]
+        items += facts_items(setup, reader_of(setup, name), setup.split)
     return items
 
 
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
-    """The section: by family, budget and feature how the chosen depth follows the feature, with intervals."""
+    """The section: by family, score, budget and feature how the chosen depth follows the feature, with intervals."""
     rows: list[dict[str, Any]] = []
     notes = [
-        "Depths are those that the exact knapsack chooses on greedy ROUGE-L at the mean budgets named. A sequence that "
-        "scores alike on every path, nothing for one, is given the cheapest.",
-        "full_rouge_l is what the oracle itself looks at: a sequence that scores high at full depth is one that it has "
-        "reason to give layers to. Its correlation is a yardstick, not a finding.",
+        "Depths are those that the exact knapsack chooses at the mean budgets named, on greedy ROUGE-L, and in metrics "
+        "that end in _nats on the log-likelihood of the references.",
+        "pearson, spearman, spearman_within, binned_depth: without the sequences that score alike on every path, ties, "
+        "which the knapsack gives the cheapest path whatever they are; num is how many are left. spearman_within: of "
+        "ranks less the mean of their type of task. q: p, adjusted by Benjamini and Hochberg for all rank correlations "
+        "of the section but the yardsticks'.",
+        "full_rouge_l, and full_loss for depths by log-likelihood, are what the oracle itself looks at: a sequence "
+        "that scores high at full depth is one that it has reason to give layers to. Yardsticks, not findings.",
+        "prefill_entropy is that of the token that follows the prompt, at full depth; sd_of_draws the standard "
+        "deviation of the ROUGE-L of a prompt's draws at full depth. Neither takes a reference to choose by.",
         "Types of tasks are named by the verb of the instruction; explained_by_task is the share of the variance of "
         "depth between types, with the probability that shuffled types explain as much.",
         *notes_on_choices(setup),
     ]
     for family, members in choices(setup).items():
         generations = family_generations(setup, store, members)
+        likelihoods = member_likelihoods(setup, store, members)
+        few = likelihoods.first(setup.prompts)
         costs = [member.budget for member in members]
         facts = facts_items(setup, reader_of(setup, family), setup.split)
-        features = read_numbers(store, facts)
-        assert set(features) == set(NUMBERS), "facts hold every number"
-        features["generated_length"] = generations.num_tokens[:, -1].astype(np.float64)
-        features["full_rouge_l"] = generations.rouge_l[:, -1]
-        tasks = store.column(facts, "task_type")
-        knapsack = Knapsack(generations.rouge_l, costs)
-        depths = {at: _depths(costs, knapsack.choose(at)) for at in operating_points(generations.rouge_l, costs)}
-        reliable = _reliability(setup, store, members, list(depths))
-        if not reliable:
-            notes.append(f"{family}: the reliability of depths needs the sampled generations of `dynskip eval oracle`.")
-        for at, depth in depths.items():
-            labels = {"family": family, "at": at}
-            for name, feature in features.items():
-                for metric, interval in correlations(feature, depth).items():
-                    rows.append(interval.row(metric=metric, feature=name, **labels))
-                rows += _bins(name, feature, depth, labels)
-            rows += _by_task(tasks, depth, labels)
-            if at in reliable:
-                rows.append(reliable[at].row(metric="reliability", **labels))
-        if not depths:
-            notes.append(f"{family}: the cheapest path is as good as any, so that no depth is chosen.")
-    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes}
+        known = read_numbers(store, facts)
+        assert set(known) == set(NUMBERS), "facts hold every number"
+        known |= {"full_loss": -likelihoods.scores[:, -1], "prefill_entropy": likelihoods.entropy[:, -1]}
+        of_texts = {name: values[: setup.prompts] for name, values in known.items()}
+        of_texts |= {
+            "full_loss": -few.scores[:, -1],
+            "generated_length": generations.num_tokens[:, -1].astype(np.float64),
+            "full_rouge_l": generations.rouge_l[:, -1],
+        }
+        draws = _draws(setup, store, members)
+        if draws is None:
+            notes.append(
+                f"{family}: sd_of_draws and the reliability of depths need the draws of `dynskip eval oracle`."
+            )
+        else:
+            of_texts["sd_of_draws"] = draws[:, :, -1].std(0, ddof=1)
+        tasks = np.array(store.column(facts, "task_type"))
+        for suffix, scores, features in (
+            ("", generations.rouge_l, of_texts),
+            ("_nats", likelihoods.scores, known),
+        ):
+            knapsack = Knapsack(scores, costs)
+            depths = {at: _depths(costs, knapsack.choose(at)) for at in operating_points(scores, costs)}
+            differs = np.ptp(scores, axis=1) > 0
+            for at, depth in depths.items():
+                labels = {"family": family, "at": at}
+                rows.append(bootstrap_mean(~differs).row(metric=f"ties{suffix}", **labels))
+                if differs.sum() >= _LEAST:
+                    types = tasks[: len(depth)][differs]
+                    for name, feature in features.items():
+                        rows += _related(setup, suffix, name, feature[differs], depth[differs], types, labels)
+                rows += _by_task(suffix, tasks[: len(depth)], depth, labels)
+            if not suffix and draws is not None:
+                for at, interval in _reliability(costs, draws, list(depths)).items():
+                    rows.append(interval.row(metric="reliability", family=family, at=at))
+            if not depths:
+                notes.append(f"{family}: the cheapest path is as good as any, so that no depth is chosen.")
+    _add_q(rows)
+    found = {"n": setup.prompts, "n_nats": setup.num_likelihoods, "corrected": "Benjamini and Hochberg"}
+    return {**found, "seeds": 1, "rows": rows, "notes": notes}
 
 
 def _depths(costs: list[int], chosen: Integers) -> Floats:
     return np.array(costs, dtype=np.float64)[chosen]
 
 
-def _reliability(setup: Setup, store: ItemStore, members: list[Member], budgets: list[float]) -> dict[float, Interval]:
-    """By budget the rank correlation of the depths chosen on two sampled generations; empty where none were sampled.
-
-    Pairs of seeds that share no generation count alike.
-    """
+def _draws(setup: Setup, store: ItemStore, members: list[Member]) -> Floats | None:
+    """[M, N, K]: ROUGE-L of the draws of a family, of an even number of seeds; None where fewer than two are done."""
     seeds = [seed for seed in setup.sample_seeds if not store.missing(family_items(setup, members, seed))]
     if len(seeds) < 2:
-        return {}
-    costs = [member.budget for member in members]
-    knapsacks = [Knapsack(family_generations(setup, store, members, seed).rouge_l, costs) for seed in seeds]
-    pairs = [(first, first + 1) for first in range(0, len(seeds) - 1, 2)]
+        return None
+    return np.stack([family_generations(setup, store, members, seed).rouge_l for seed in seeds])
+
+
+def _related(
+    setup: Setup, suffix: str, name: str, feature: Floats, depth: Floats, types: Any, labels: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The correlations of a feature with the depth, over all sequences and within types of task, and the bins."""
+    rows = []
+    num = {"num": len(depth)}
+    for metric, interval in correlations(feature, depth, resamples=setup.resamples).items():
+        p = {"p": round(spearman_p(feature, depth), 8)} if metric == "spearman" else {}
+        rows.append(interval.row(metric=metric + suffix, feature=name, **num, **p, **labels))
+    _, groups = np.unique(types, return_inverse=True)
+    within = bootstrap(spearman_within, feature, depth, groups, resamples=setup.resamples)
+    p = {"p": round(spearman_within_p(feature, depth, groups), 8)}
+    rows.append(within.row(metric=f"spearman_within{suffix}", feature=name, **num, **p, **labels))
+    return rows + _bins(suffix, name, feature, depth, labels)
+
+
+def _add_q(rows: list[dict[str, Any]]) -> None:
+    """q beside each p of a correlation that is no yardstick."""
+    tested = [
+        row
+        for suffix, yardstick in YARDSTICKS.items()
+        for row in rows
+        if row["metric"] in (f"spearman{suffix}", f"spearman_within{suffix}") and row["feature"] != yardstick
+    ]
+    for row, q in zip(tested, false_discovery([row["p"] for row in tested]), strict=True):
+        row["q"] = round(q, 8)
+
+
+def _reliability(costs: list[int], draws: Floats, budgets: list[float]) -> dict[float, Interval]:
+    """By budget the rank correlation of the depths chosen on two draws, of draws [M, N, K].
+
+    Pairs of draws that share none count alike.
+    """
+    knapsacks = [Knapsack(scores, costs) for scores in draws]
+    pairs = [(first, first + 1) for first in range(0, len(draws) - 1, 2)]
 
     def mean_correlation(*depths: Floats) -> float:
         return float(np.mean([spearman(depths[first], depths[second]) for first, second in pairs]))
@@ -100,7 +164,7 @@ def _reliability(setup: Setup, store: ItemStore, members: list[Member], budgets:
     }
 
 
-def _bins(name: str, feature: Floats, depth: Floats, labels: dict[str, Any]) -> list[dict[str, Any]]:
+def _bins(suffix: str, name: str, feature: Floats, depth: Floats, labels: dict[str, Any]) -> list[dict[str, Any]]:
     """Mean depth in bins of about equally many sequences; equal values stay in one bin."""
     edges = np.unique(np.quantile(feature, np.linspace(0, 1, NUM_BINS + 1)))
     place = np.clip(np.searchsorted(edges, feature, side="right") - 1, 0, max(len(edges) - 2, 0))
@@ -108,19 +172,21 @@ def _bins(name: str, feature: Floats, depth: Floats, labels: dict[str, Any]) -> 
     for number in np.unique(place):
         inside = place == number
         bounds = {"bin_low": float(feature[inside].min()), "bin_high": float(feature[inside].max())}
+        bounds["bin_median"] = float(np.median(feature[inside]))
         interval = bootstrap_mean(depth[inside])
-        rows.append(interval.row(metric="binned_depth", feature=name, **bounds, num=int(inside.sum()), **labels))
+        labelled = {"feature": name, **bounds, "num": int(inside.sum()), **labels}
+        rows.append(interval.row(metric=f"binned_depth{suffix}", **labelled))
     return rows
 
 
-def _by_task(tasks: list[str], depth: Floats, labels: dict[str, Any]) -> list[dict[str, Any]]:
+def _by_task(suffix: str, tasks: Any, depth: Floats, labels: dict[str, Any]) -> list[dict[str, Any]]:
     names, groups = np.unique(tasks, return_inverse=True)
     rows = []
     for number in np.argsort(-np.bincount(groups), kind="stable"):
         inside = depth[groups == number]
         named = {"task_type": str(names[number]), "num": len(inside), **labels}
-        rows.append(bootstrap_mean(inside).row(metric="mean_depth", **named))
+        rows.append(bootstrap_mean(inside).row(metric=f"mean_depth{suffix}", **named))
     p = permutation_p(depth, groups)
     explained = bootstrap(explained_by_groups, depth, groups.astype(np.float64))
-    rows.append(explained.row(metric="explained_by_task", p=round(p, 6), **labels))
+    rows.append(explained.row(metric=f"explained_by_task{suffix}", p=round(p, 6), **labels))
     return rows

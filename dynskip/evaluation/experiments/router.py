@@ -1,6 +1,7 @@
 """A router that sees the prompt only: which share of the oracle's gain it captures, and what it costs.
 
-Trained on the oracle's choices on prompts of the training split; the third of the open questions of arXiv 2410.20022.
+Trained on prompts that no weights were trained on, on means of draws and on log-likelihoods; the third of the open
+questions of arXiv 2410.20022.
 """
 
 from __future__ import annotations
@@ -11,21 +12,20 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.routers.gain_share import captured_share
-from dynskip.evaluation.routers.path_router import PredictorName
+from dynskip.evaluation.routers.path_router import Integers, PredictorName
 from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.path_families import choices, family_items, notes_on_choices
-from dynskip.evaluation.tasks.prompt_facts import facts_items
+from dynskip.evaluation.tasks.path_families import choices, notes_on_choices
 from dynskip.evaluation.tasks.router_cost import overhead_items
 from dynskip.evaluation.tasks.routes import (
     FITTED,
-    TRAIN,
     TRAINED,
     Problem,
-    Routed,
+    learned_routes,
+    likelihood_problem,
     problem,
-    reader_of,
+    problem_items,
     routes,
     trained_items,
 )
@@ -36,13 +36,9 @@ _TIMED = (FITTED, TRAINED)  # each in an item of its own
 
 
 def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
-    """The items: generations and facts of training and test prompts, then what routers choose that take long to train,
-    and the times of what was chosen."""
-    items = overhead_items(setup)
-    for name, members in choices(setup).items():
-        reader = reader_of(setup, name)
-        for split in (TRAIN, setup.split):
-            items += [*family_items(setup, members, split=split), *facts_items(setup, reader, split)]
+    """The items: draws, likelihoods and facts of prompts to learn from and to judge on, then what routers choose that
+    take long to train, and the times of what was chosen."""
+    items = [*overhead_items(setup), *(item for name in choices(setup) for item in problem_items(setup, name))]
     if store.missing(items):
         return items
     for name in choices(setup):
@@ -68,7 +64,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             share = {metric: captured.pop(metric) for metric in ("captured_share",) if metric in captured}
             measured = {
                 **captured,
-                "over_static": _over_static_mix(task, routed, layers.value),
+                "over_static": _over_static_mix(task, routed.chosen, layers.value),
                 "layers": layers,
                 **{metric: by_label[routed.label] for metric, by_label in by_metric.items()},
                 "overhead_ms_single": _median(overhead[routed.predictor]["single_ms"]),
@@ -76,11 +72,19 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                 **share,
             }
             rows += [interval.row(metric=metric, **labels) for metric, interval in measured.items()]
+        rows += _likelihood_rows(setup, store, name)
         full = timings[FITTED]["ms_per_token"][_FULL]
         rows.append(full.row(metric="ms_per_token", family=name, predictor=_FULL, at=float(setup.num_layers)))
     notes = [
-        f"Learned from {setup.train_prompts or setup.prompts} training prompts, judged on {setup.prompts} prompts "
-        f"of the {setup.split} split; trained once for each of {setup.seeds} seeds, which count alike.",
+        f"Learned from {setup.train_prompts or setup.prompts} prompts of the {setup.learn_split} split, judged on "
+        f"{setup.prompts} prompts of the {setup.split} split, by ROUGE-L as a mean over {len(setup.sample_seeds)} "
+        f"draws; trained once for each of {setup.seeds} seeds, which count alike.",
+        "Metrics that end in _nats: routers that learn from the mean log-likelihood of a token of the reference and "
+        f"are judged by it, on {setup.num_likelihoods} prompts; features: embedding (means of token embeddings, and "
+        "counts), state (the full model's state at the prompt's last token), both, or entropy (of what follows the "
+        "prompt, along the cheapest path); size: prompts learned from.",
+        "cascade: the cheapest path, and full depth where that path's entropy is above a threshold. The shallow prompt "
+        "pass that it takes is not among its layers.",
         "transformer is one encoder layer over the prompt's token embeddings, trained until prompts held out gain "
         "nothing; the others read means of the embeddings, and counts.",
         "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
@@ -90,7 +94,24 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "paths have the router's histogram, without the overhead.",
         *notes_on_choices(setup),
     ]
-    return {"n": setup.prompts, "seeds": setup.seeds, "rows": rows, "notes": notes}
+    found = {"n": setup.prompts, "n_nats": setup.num_likelihoods, "learned_on": setup.learn_split}
+    return {**found, "seeds": setup.seeds, "rows": rows, "notes": notes}
+
+
+def _likelihood_rows(setup: Setup, store: ItemStore, family: str) -> list[dict[str, Any]]:
+    """What routers by log-likelihood are worth, at each budget, size and kind of features."""
+    task = likelihood_problem(setup, store, family)
+    costs = np.array(task.costs, dtype=np.float64)
+    rows = []
+    for routed in learned_routes(setup, store, family):
+        labels = {"family": family, "predictor": routed.predictor, "features": routed.features}
+        labels |= {"size": routed.size, "at": routed.at}
+        layers = bootstrap_mean(costs[routed.chosen].mean(0), resamples=setup.resamples)
+        captured = captured_share(task.test_scores, routed.chosen, routed.oracle, resamples=setup.resamples)
+        captured["score"] = captured.pop("rouge_l")
+        captured |= {"over_static": _over_static_mix(task, routed.chosen, layers.value), "layers": layers}
+        rows += [interval.row(metric=f"{metric}_nats", **labels) for metric, interval in captured.items()]
+    return rows
 
 
 def _time_item(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> WorkItem:
@@ -102,7 +123,7 @@ def _time_item(setup: Setup, store: ItemStore, family: str, predictors: tuple[Pr
     return time_item(setup, batches)
 
 
-def _over_static_mix(task: Problem, routed: Routed, cost: float) -> Interval:
+def _over_static_mix(task: Problem, chosen: Integers, cost: float) -> Interval:
     """The router's score minus that of the best mix of two fixed budgets of the same mean cost, paired."""
     costs, scores = np.array(task.costs, dtype=np.float64), task.test_scores
     means = scores.mean(0)
@@ -115,7 +136,7 @@ def _over_static_mix(task: Problem, routed: Routed, cost: float) -> Interval:
     ]
     _, share, low, high = max(mixes)
     mixed = share * scores[:, low] + (1 - share) * scores[:, high]
-    picked = scores[np.arange(len(scores)), routed.chosen].mean(0)
+    picked = scores[np.arange(len(scores)), chosen].mean(0)
     return bootstrap_mean(picked - mixed)
 
 

@@ -1,33 +1,65 @@
-"""Static budgets: ROUGE-L at each budget and the time of a token there (arXiv 2410.20022, section 3.1)."""
+"""Static budgets: ROUGE-L, log-likelihood and the time of a token at each budget (arXiv 2410.20022, section 3.1).
+
+Beside uniform paths stand the rules that others propose, by the log-likelihood of references: early exit, random
+layers, the layers of most influence, and a path that was searched.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from dynskip.evaluation.stats.intervals import bootstrap_mean
+import numpy as np
+
+from dynskip.data.closed_labels import MOST_LABELS
+from dynskip.evaluation.stats.decisions import equivalence, false_discovery, mean_p
+from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.tasks.label_matches import match_items, read_matches
+from dynskip.evaluation.tasks.likelihoods import (
+    likelihood_items,
+    member_items,
+    member_likelihoods,
+    read_likelihoods,
+)
 from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, families, family_generations, family_items
+from dynskip.evaluation.tasks.rivals import influence_items, read_influence, rival_paths
 from dynskip.evaluation.tasks.timing import batches_alone, read_timings, time_item
 
 
-def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
-    """The items: greedy generations of every family, then the times of their paths in turns."""
+def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
+    """The items: greedy generations and likelihoods of every family, those along the paths of other rules, which the
+    influence of layers decides on, and the times of paths in turns."""
     found = families(setup).values()
-    return [
-        *(item for members in found for item in family_items(setup, members)),
+    items = [
+        *(item for members in found for item in (*family_items(setup, members), *member_items(setup, members))),
+        *(item for members in found for item in match_items(setup, members)),
         *(time_item(setup, batches_alone(members, batch)) for batch in (setup.timed_batch, 1) for members in found),
     ]
+    for checkpoint in setup.weights_compared.values():
+        influence = influence_items(setup, checkpoint)
+        items += influence
+        if not store.missing(influence):
+            items += _rival_items(setup, store, checkpoint)
+    return items
 
 
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
-    """The section: ROUGE-L, length and milliseconds per token by family and budget, and the loss against full depth."""
+    """The section: scores, length and milliseconds per token by family and budget, the loss against full depth, and
+    the rules for the layers of a budget against each other."""
     rows: list[dict[str, Any]] = []
     for family, members in families(setup).items():
         generations = family_generations(setup, store, members)
         scores, lengths = generations.rouge_l, generations.num_tokens
-        tables = {"rouge_l": scores, "rouge_l - full": scores - scores[:, -1:], "num_tokens": lengths}
+        tables = {"rouge_l": scores, "num_tokens": lengths}
         means = {metric: bootstrap_mean(table, resamples=setup.resamples) for metric, table in tables.items()}
+        found = member_likelihoods(setup, store, members)
+        nats = found.nats / found.num_tokens[:, None]
+        matches = read_matches(setup, store, members) if setup.labels_hash is not None else None
+        if matches is not None:
+            means["label_match"] = bootstrap_mean(matches, resamples=setup.resamples)
+        means["nats"] = bootstrap_mean(nats, found.num_tokens, resamples=setup.resamples)
         timed = [
             (metric + suffix, batch, by_budget)
             for suffix, batch in (("", setup.timed_batch), ("_single", 1))
@@ -37,12 +69,107 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         for column, member in enumerate(members):
             labels = {"family": family, "budget": member.budget, "path": member.path}
             rows += [mean.at(column).row(metric=metric, **labels) for metric, mean in means.items()]
+            lost = scores[:, column] - scores[:, -1]
+            rows.append(_loss(setup, lost, None, setup.margin_rouge_l).row_of("rouge_l - full", labels))
+            worse = nats[:, column] - nats[:, -1]
+            rows.append(_loss(setup, worse, found.num_tokens, setup.margin_nats).row_of("nats - full", labels))
+            if matches is not None:
+                missed = matches[:, column] - matches[:, -1]
+                rows.append(_loss(setup, missed, None, setup.margin_match).row_of("label_match - full", labels))
             for metric, batch, by_budget in timed:
                 rows.append(by_budget[str(member.budget)].row(metric=metric, batch=batch, **labels))
+    for weights, checkpoint in setup.weights_compared.items():
+        rows += _rival_rows(setup, store, weights, checkpoint)
     notes = [
-        "Greedy, ROUGE-L F by rouge_score without stemmer, intervals by bootstrap over sequences.",
+        "Greedy, ROUGE-L F by rouge_score without stemmer, BCa intervals by bootstrap over sequences.",
+        "nats: minus the log-likelihood of a token of the reference, teacher-forced, over all tokens; smaller is "
+        f"better. On {setup.num_likelihoods} references.",
+        *_notes_on_labels(setup),
+        "p_equivalent: of two one-sided t-tests that the paired difference to full depth lies within the margin: "
+        f"{setup.margin_rouge_l:g} ROUGE-L, {setup.margin_nats:g} nats a token, {setup.margin_match:g} of the labels. "
+        "verdict: equivalent where it is below "
+        "0.05, else lower or higher where the interval leaves zero out, else open.",
+        "Rules for the layers of a budget (rule_nats, and rule_nats - uniform, paired): early exit, random layers "
+        f"(random-first keeps layer 0; means over {setup.seeds} paths), the layers of most influence (1 - cosine of "
+        "input and output, measured on rows of the validation split), a searched path where one was given. q: p of "
+        "the difference, adjusted by Benjamini and Hochberg for all rules, budgets and weights.",
         f"ms_per_token is the time of a decode step of {setup.timed_batch} sequences over {setup.timed_batch}; "
         "ms_per_token_single that of one sequence. Prompts are not in it. Paths are timed in turns.",
         *(f"{family}: {DESCRIPTIONS[family]}." for family in families(setup)),
     ]
-    return {"n": setup.prompts, "seeds": 1, "rows": rows, "notes": notes}
+    _add_q(rows, "rule_nats - uniform")
+    return {"n": setup.prompts, "n_nats": setup.num_likelihoods, "seeds": 1, "rows": rows, "notes": notes}
+
+
+def _notes_on_labels(setup: Setup) -> list[str]:
+    if setup.labels_hash is None:
+        return []
+    return [
+        f"label_match: the share of {setup.label_prompts} T0 rows whose right label is the likeliest of its "
+        f"template's; templates with at most {MOST_LABELS} labels, rows of 15 % of the passages, chosen by their text."
+    ]
+
+
+class _Loss:
+    """A paired difference to full depth with its interval and its equivalence."""
+
+    def __init__(self, interval: Interval, p_equivalent: float, margin: float) -> None:
+        self.interval, self.p_equivalent, self.margin = interval, p_equivalent, margin
+
+    @property
+    def verdict(self) -> str:
+        if self.p_equivalent < 0.05:
+            return "equivalent"
+        return "higher" if self.interval.low > 0 else "lower" if self.interval.high < 0 else "open"
+
+    def row_of(self, metric: str, labels: dict[str, Any]) -> dict[str, Any]:
+        """As a row of a summary."""
+        found = {"margin": self.margin, "p_equivalent": round(self.p_equivalent, 6), "verdict": self.verdict}
+        return self.interval.row(metric=metric, **labels, **found)
+
+
+def _loss(setup: Setup, differences: Floats, weights: Floats | None, margin: float) -> _Loss:
+    interval = bootstrap_mean(differences, weights, resamples=setup.resamples)
+    return _Loss(interval, equivalence(differences, margin, weights), margin)
+
+
+def _rival_items(setup: Setup, store: ItemStore, checkpoint: Checkpoint) -> list[WorkItem]:
+    return likelihood_items(setup, checkpoint, _distinct(_rivals(setup, store, checkpoint)))
+
+
+def _rivals(setup: Setup, store: ItemStore, checkpoint: Checkpoint) -> dict[str, dict[int, list[str]]]:
+    return rival_paths(setup, read_influence(store, influence_items(setup, checkpoint)))
+
+
+def _distinct(rules: dict[str, dict[int, list[str]]]) -> list[str]:
+    each = (path for by_budget in rules.values() for paths in by_budget.values() for path in paths)
+    return list(dict.fromkeys(["full", *each]))
+
+
+def _rival_rows(setup: Setup, store: ItemStore, weights: str, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    rules = _rivals(setup, store, checkpoint)
+    found = read_likelihoods(store, _rival_items(setup, store, checkpoint))
+    columns = dict(zip(_distinct(rules), (found.nats / found.num_tokens[:, None]).T, strict=True))
+    tokens = found.num_tokens
+    rows = [
+        bootstrap_mean(columns["full"], tokens, resamples=setup.resamples).row(
+            metric="rule_nats", weights=weights, rule="full", budget=setup.num_layers
+        )
+    ]
+    for budget in rules["uniform"]:
+        (uniform,) = (columns[path] for path in rules["uniform"][budget])
+        for rule in [name for name in rules if budget in rules[name]]:
+            values = np.mean([columns[path] for path in rules[rule][budget]], axis=0)
+            labels = {"weights": weights, "rule": rule, "budget": budget}
+            rows.append(bootstrap_mean(values, tokens, resamples=setup.resamples).row(metric="rule_nats", **labels))
+            if rule != "uniform":
+                interval = bootstrap_mean(values - uniform, tokens, resamples=setup.resamples)
+                p = round(mean_p(values - uniform, tokens), 6)
+                rows.append(interval.row(metric="rule_nats - uniform", p=p, **labels))
+    return rows
+
+
+def _add_q(rows: list[dict[str, Any]], metric: str) -> None:
+    tested = [row for row in rows if row["metric"] == metric]
+    for row, q in zip(tested, false_discovery([row["p"] for row in tested]), strict=True):
+        row["q"] = round(q, 6)

@@ -31,7 +31,8 @@ class Strategies:
     """Uniform and random skipping against early exit, by budget; 1: closer to the full model, -1: farther, 0: open.
 
     uniform: the paired difference uniform - exit. uniform_layers: the same of the mean over layers. random,
-    random_first: by whether intervals are apart, which is stricter than a paired difference. exit, first: the rows.
+    random_first: by the paired difference where there is one, else by whether intervals are apart, which is stricter.
+    exit, first: the rows.
     trained: budgets of the uniform paths that the weights were trained along, None where that is not known.
     """
 
@@ -40,12 +41,15 @@ class Strategies:
             found = select(summary["hidden_states"], metric=metric, weights=weights, strategy=strategy)
             return {row["budget"]: row for row in found}
 
-        def against_exit(rows: Mapping[int, Row]) -> dict[int, int]:
+        def against_exit(strategy: str) -> dict[int, int]:
+            if paired := by_budget(f"{strategy} - exit"):
+                return {budget: direction(row) for budget, row in paired.items()}
+            rows = by_budget(strategy)
             return {budget: apart(row, self.exit[budget]) for budget, row in rows.items() if budget in self.exit}
 
         self.uniform, self.uniform_layers = by_budget("uls - exit"), by_budget("uls - exit", "cosine_layers")
         self.exit, self.first = by_budget("exit"), by_budget("rls-first")
-        self.random, self.random_first = against_exit(by_budget("rls")), against_exit(self.first)
+        self.random, self.random_first = against_exit("rls"), against_exit("rls-first")
         self.trained = trained_budgets(summary["conditions"].get("model"))
 
 
@@ -66,12 +70,14 @@ class Controllers:
     baseline is the full pass. num_alike: how many fixed-input controllers have one score, so that one counts several
     times. twins: names of those that equal their baseline by likelier decisions, and differ from it by sampled ones.
     better, worse: how many differ from zero after Holm's correction.
+    recipes: rows that compare a recipe over its trainings and draws, each with its verdict; none of an older run.
     """
 
     def __init__(self, section: Row) -> None:
         layers = {row["controller"]: row["value"] for row in select(section, metric="layers")}
         learned = [row for row in select(section, metric="rouge_l") if row.get("kind") != "static"]
-        rivals = select(section, metric="over_fixed")
+        self.recipes = [row for row in section.get("rows", ()) if "verdict" in row]
+        rivals = [] if self.recipes else select(section, metric="over_fixed")
         reach: dict[tuple[Any, ...], float] = {}
         did: dict[tuple[Any, ...], set[str]] = {}
         for row in learned:
@@ -97,13 +103,15 @@ class Controllers:
         self.twins = [row["controller"] for row in sampled if _labels(row, *_RECIPE) in same and direction(row)]
         self.num_sampled = len(sampled)
         self.num_noise_seeds = len({row.get("seed") for row in learned if row.get("choice") == "sampled"})
-        self.num_trainings = min(trainings.values(), default=0)
+        self.num_trainings = min((row["trainings"] for row in self.recipes), default=min(trainings.values(), default=0))
         self.better = sum(value > 0 for value in apart_from_zero)
         self.worse = sum(value < 0 for value in apart_from_zero)
 
     @property
     def reasons(self) -> list[str]:
         """By name what keeps the comparison from being a test, empty where nothing does."""
+        if self.recipes:
+            return list(dict.fromkeys(name for row in self.recipes for name in row["reasons"]))
         found = {
             "beyond": bool(self.beyond),
             "alike": self.num_alike > 1,
@@ -114,8 +122,15 @@ class Controllers:
 
     @property
     def verdict(self) -> str:
-        """``"untested"`` where there is a reason, or nothing to compare; else ``"tested"``."""
+        """``"untested"`` where there is a reason, of recipes where each has one, or nothing to compare; else
+        ``"tested"``."""
+        if self.recipes:
+            return "untested" if self.num_with("untested") == len(self.recipes) else "tested"
         return "untested" if self.reasons or not self.names else "tested"
+
+    def num_with(self, verdict: str) -> int:
+        """How many comparisons of recipes have that verdict."""
+        return sum(row["verdict"] == verdict for row in self.recipes)
 
 
 # What two trainings of one kind have in common.
@@ -175,15 +190,20 @@ def floor(summary: Summary, family: str) -> Floor | None:
 class Matching:
     """Where choices match full depth, those together that are scored on texts of one kind; None: nowhere, or unknown.
 
-    oracle, null: on greedy texts. sampled_oracle, equal_depth: on sampled ones; the first is read off its curve.
+    oracle, equal_greedy, null: on greedy texts, the second among paths of one depth. sampled_oracle, equal_depth: on
+    sampled ones; the first is read off its curve where it has no row.
     """
 
     def __init__(self, section: Row, family: str) -> None:
-        self.oracle, self.null, self.equal_depth = (
+        self.oracle, self.null, self.equal_depth, self.equal_greedy = (
             find(section, metric="matching_budget", family=family, control=name)
-            for name in ("oracle", "null", "equal depth")
+            for name in ("oracle", "null", "equal depth", "equal depth, greedy")
         )
         self.sampled_oracle: float | None = None
+        sampled = find(section, metric="matching_budget", family=family, control="in-sample")
+        if sampled is not None:
+            self.sampled_oracle = sampled["value"]
+            return
         means = sorted(select(section, metric="mean_sampled", family=family), key=lambda row: row["budget"])
         curve = curves_of(section, family).get("in-sample")
         if curve is not None and means:
@@ -246,14 +266,16 @@ class Routers:
 class Correlations:
     """All rank correlations of the chosen depth in a section, over families, budgets and features; yardsticks left out.
 
-    adjusted: the p-value of each by Holm. clear: those with an interval that leaves zero out. kept: those that stay
-    after the correction.
+    adjusted: the p-value of each by the correction: that of the section, or Holm's. clear: those with an interval that
+    leaves zero out. kept: those that stay after the correction. ties: whether sequences that score alike on every path
+    are among them.
     """
 
     def __init__(self, section: Row) -> None:
         rows = [row for row in select(section, metric="spearman") if row["feature"] not in YARDSTICKS]
+        self.correction, self.ties = section.get("corrected", "Holm"), "corrected" not in section
         known = [(row, p) for row in rows if (p := p_value(row)) is not None]
         self.rows = [row for row, _ in known]
-        self.adjusted = holm([p for _, p in known])
+        self.adjusted = holm([p for _, p in known]) if self.ties else [row["q"] for row in self.rows]
         self.clear = [row for row in self.rows if direction(row)]
         self.kept = [row for row, p in zip(self.rows, self.adjusted, strict=True) if p < 0.05]

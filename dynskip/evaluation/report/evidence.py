@@ -8,12 +8,9 @@ from statistics import NormalDist
 from typing import Any
 
 from dynskip.evaluation.report.rows import Row, bounds
+from dynskip.evaluation.stats.intervals import DETECTABLE, HALF_WIDTH
 
 _NORMAL = NormalDist()
-HALF_WIDTH = _NORMAL.inv_cdf(0.975)  # standard errors from the value of a 95 % interval to its bounds
-# Standard errors that a true effect must be away from zero to be seen by such an interval in four of five runs.
-POWER = 0.8
-DETECTABLE = HALF_WIDTH + _NORMAL.inv_cdf(POWER)
 
 
 def direction(row: Row) -> int:

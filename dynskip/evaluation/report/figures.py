@@ -46,6 +46,7 @@ CONTROLS = {
     "cross-fitted means": "cross-fitted, means of outputs",
     "cross-fitted greedy": "chosen on sampled, judged on greedy",
     "equal depth": "equal depth, best of as many outputs",
+    "equal depth, greedy": "as many paths of one depth, greedy outputs",
     "null": "null model",
 }
 FEATURES = {
@@ -54,6 +55,8 @@ FEATURES = {
     "generated_length": "length of the full model's output",
     "full_loss": "loss of the full model",
     "full_rouge_l": "ROUGE-L of the full model",
+    "prefill_entropy": "entropy behind the prompt",
+    "sd_of_draws": "deviation of the full model's draws",
 }
 
 
@@ -251,7 +254,7 @@ def depth(figure: Any, section: Row, family: str) -> None:
         bins = [row for row in rows if row["feature"] == feature]
         for style, at in enumerate(distinct(bins, "at")):
             chosen = [row for row in bins if row["at"] == at]
-            middles = [(row["bin_low"] + row["bin_high"]) / 2 for row in chosen]
+            middles = [row.get("bin_median", (row["bin_low"] + row["bin_high"]) / 2) for row in chosen]
             points(axes, middles, chosen, f"mean budget {at:g}", style)
         axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
     panels[0].set_ylabel("mean chosen depth")

@@ -42,6 +42,8 @@ def _written(row: Row | None, text: Callable[[float], str]) -> str:
     if row is None or row.get("value") is None:
         return MISSING
     value, ends = text(row["value"]), bounds(row)
+    if ends is None and row.get("low") is not None and row.get("never"):
+        return f"{value} [{text(row['low'])}, ∞)"  # so many resamples never reach the target
     return value if ends is None else f"{value} [{text(ends[0])}, {text(ends[1])}]"
 
 

@@ -93,7 +93,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         if row["metric"] == "matching_budget" and row["family"] == family
     ]
     sampled = claims.Matching(section, family).sampled_oracle
-    if sampled is not None:
+    if sampled is not None and find(section, metric="matching_budget", family=family, control="in-sample") is None:
         found = [figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
         matching.insert(1, found)
     labels = ("family", "control", "place", "at")
@@ -152,6 +152,9 @@ def _mix(row: Row) -> str:
     return f"all {mix} layers" if mix.isdecimal() else mix
 
 
+_LEARNED_ON = {"validation": "validation", "train": "training"}
+
+
 def router(section: Row, summary: Summary) -> list[Block]:
     """Experiment 5."""
     quality, cost = [], []
@@ -168,8 +171,9 @@ def router(section: Row, summary: Summary) -> list[Block]:
     shared = ["weights", "predictor", "budget", "layers"]
     return [
         Paragraph(
-            "A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
-            "training split. `logistic` and `boosting` learn which path the oracle chose and `ridge` the score of each "
+            f"A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
+            f"{_LEARNED_ON.get(section.get('learned_on'), 'training')} split. "
+            "`logistic` and `boosting` learn which path the oracle chose and `ridge` the score of each "
             "path, all from mean token embeddings of the prompt and of its opening words, its length and simple "
             "counts; `transformer` learns the oracle's choice with one encoder layer over the token embeddings in "
             "order. The captured share is (router − random) / (oracle − random): random assignment has the router's "
@@ -194,6 +198,15 @@ def _plain(section: Row, metric: str, digits: int = 3, **labels: Any) -> str:
     return number((find(section, metric=metric, **labels) or {}).get("value"), digits)
 
 
+# What is said of p-values, by whether ties are among the sequences: so it was before they were left out.
+_ADJUSTED = {
+    True: "**p (Holm)** is adjusted for all rank correlations of this section but the yardstick's, with errors taken "
+    "as normal from the intervals.",
+    False: "**q** is the p-value of the rank correlation, ties left out, adjusted by Benjamini and Hochberg for all "
+    "rank correlations of this section, over scores and within types of task, but the yardsticks'.",
+}
+
+
 def depth(section: Row, summary: Summary) -> list[Block]:
     """Experiment 6."""
     blocks: list[Block] = [
@@ -202,8 +215,8 @@ def depth(section: Row, summary: Summary) -> list[Block]:
             "model's loss on the reference and the type of the task, named by the verb of its instruction. The "
             "**reliability** is the correlation between the depths chosen on two independent sets of sampled outputs: "
             "what is known before anything is generated can correlate with the depths of one such set by no more than "
-            "its square root. **p (Holm)** is adjusted for all rank correlations of this section but the yardstick's, "
-            "with errors taken as normal from the intervals. **Seen from**: the true correlation that an interval as "
+            f"its square root. {_ADJUSTED[claims.Correlations(section).ties]} "
+            "**Seen from**: the true correlation that an interval as "
             "wide would leave zero out of in 80 % of runs, uncorrected."
         )
     ]
@@ -224,7 +237,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
             Figure(figures.correlations(spearman, f"correlations-{family}"), "Rank correlations with 95 % intervals."),
             Table(
                 "Correlations with the chosen depth",
-                ["feature", "mean budget", "Pearson", "Spearman", "p (Holm)", "seen from"],
+                ["feature", "mean budget", "Pearson", "Spearman", "p (Holm)" if tested.ties else "q", "seen from"],
                 [
                     [
                         str(figures.FEATURES.get(row["feature"], row["feature"])),

@@ -9,6 +9,7 @@ from dynskip.evaluation.report import claims, figures, oracle_sections
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable
+from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
@@ -115,6 +116,39 @@ def _first(section: Row, families: list[str], **labels: Any) -> Row | None:
     return next(filter(None, (find(section, family=family, **labels) for family in families)), None)
 
 
+# What a comparison with fixed input is, by whether it is one of recipes: so it was of single controllers before.
+_OVER_FIXED = {
+    False: "`over fixed input` is the ROUGE-L minus that of fixed-input gates at as many layers, interpolated between "
+    "them and paired by sequence; it is untested where no fixed-input gate runs as many, so that the full pass stands "
+    "in for one.",
+    True: "A recipe, all its trainings and draws of noise together, is held against the measured frontier of "
+    "fixed-input recipes at as many layers, with intervals over trainings, draws and sequences; beyond the layers of "
+    "the fixed input it is untested.",
+}
+
+
+def _recipe_table(found: claims.Controllers) -> list[Block]:
+    """Each comparison of a recipe with the frontier of fixed input."""
+    if not found.recipes:
+        return []
+    scores = {"over_fixed": "ROUGE-L", "over_fixed_nats": "log-likelihood"}
+    cells = [
+        [
+            str(row["recipe"]),
+            scores[row["metric"]],
+            number(row["layers"], 2),
+            f"{row['trainings']} × {row['runs'] // max(row['trainings'], 1)}",
+            signed(row, 4),
+            number(row.get("detectable"), 4),
+            number(row["q"]),
+            row["verdict"] + (f" ({', '.join(row['reasons'])})" if row["reasons"] else ""),
+        ]
+        for row in found.recipes
+    ]
+    header = ["recipe", "score", "layers", "trainings × draws", "over fixed input", "seen from", "q", "verdict"]
+    return [Table("Recipes against fixed input at as many layers", header, cells)]
+
+
 def controllers(section: Row, summary: Summary) -> list[Block]:
     """Experiment 3."""
     quality, cost = [], []
@@ -136,10 +170,9 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
         Paragraph(
             "Learned gates choose the layers of each generated token while it is generated; the prompt runs all "
             "layers. A fixed-input gate is a learned constant per layer, a linear one reads the layer's input, an MLP "
-            "reads it with a hidden layer of the given width. `over fixed input` is the ROUGE-L minus that of "
-            "fixed-input gates at as many layers, interpolated between them and paired by sequence; it is untested "
-            "where no fixed-input gate runs as many, so that the full pass stands in for one. In the paper every layer "
-            "was computed and masked, so no time was saved; here skipped layers do not run, and the time is measured."
+            f"reads it with a hidden layer of the given width. {_OVER_FIXED[bool(found.recipes)]} "
+            "In the paper every layer was computed and masked, so no time was saved; here skipped layers do not run, "
+            "and the time is measured."
         ),
         Figure(figures.controllers(section), "ROUGE-L of controllers against layers and against time."),
         Table(
@@ -147,17 +180,23 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
             ["controller", "mean layers", "ROUGE-L", "over fixed input", "over uniform paths"],
             quality,
         ),
+        *_recipe_table(found),
         Table("What controllers cost", ["controller", "parameters", "skipped layers store", *TIMES.values()], cost),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),
     ]
 
 
+def _by_both_scores(tell: Callable[[Row, Summary], list[Block]]) -> Callable[[Row, Summary], list[Block]]:
+    """What ``tell`` says of a section, and then its log-likelihoods."""
+    return lambda section, summary: [*tell(section, summary), *likelihoods(section)]
+
+
 # In the order of the paper: key in the summary, title, what to say of it.
 SECTIONS: dict[str, tuple[str, Callable[[Row, Summary], list[Block]]]] = {
-    "hidden_states": ("Hidden states", hidden_states),
-    "static": ("Static budgets", static),
-    "controllers": ("Controllers", controllers),
-    "oracle": ("The oracle and its controls", oracle_sections.oracle),
-    "router": ("A router that sees the prompt only", oracle_sections.router),
-    "depth": ("What decides depth", oracle_sections.depth),
+    "hidden_states": ("Hidden states", _by_both_scores(hidden_states)),
+    "static": ("Static budgets", _by_both_scores(static)),
+    "controllers": ("Controllers", _by_both_scores(controllers)),
+    "oracle": ("The oracle and its controls", _by_both_scores(oracle_sections.oracle)),
+    "router": ("A router that sees the prompt only", _by_both_scores(oracle_sections.router)),
+    "depth": ("What decides depth", _by_both_scores(oracle_sections.depth)),
 }

@@ -88,12 +88,25 @@ def static(section: Row, summary: Summary) -> list[str]:
                 f"which is no equality: it is {signed(open_[0], 4)} at {open_[0]['budget']} layers, where a true "
                 f"loss under {number(detectable(open_[0]), 4)} would be missed in more than one run of five."
             )
+        if alike := [row for row in rows if row.get("verdict") == "equivalent"]:
+            lines.append(
+                f"{of}, ROUGE-L is equivalent to full depth's at {_budgets(alike)} layers: two one-sided tests put the "
+                f"difference within {number(alike[0]['margin'], 3)}."
+            )
+        by_nats = [r for r in select(section, metric="nats - full", family=family) if r["budget"] != num_layers]
+        if by_nats:
+            lines.append(
+                f"{of}, by log-likelihood a token of the reference costs {signed(by_nats[0], 4)} nats more at "
+                f"{by_nats[0]['budget']} layers than at full depth."
+            )
     return lines
 
 
 def controllers(section: Row, summary: Summary) -> list[str]:
     """Whether reading anything helps to choose layers, and why that is untested where it is."""
     found = claims.Controllers(section)
+    if found.recipes:
+        return _recipes(found)
     if not found.names:
         return [
             "Whether hidden states help to choose layers is untested: there is no fixed-input controller at as many "
@@ -136,6 +149,36 @@ def controllers(section: Row, summary: Summary) -> list[str]:
             f"something score more by their likelier decisions and {signs.count(-1)} less, by uncorrected intervals."
         )
     return lines
+
+
+def _recipes(found: claims.Controllers) -> list[str]:
+    """Recipes over their trainings and draws, by both scores."""
+    counted = ", ".join(f"{found.num_with(verdict)} {verdict}" for verdict in ("better", "worse", "open", "untested"))
+    whole = "is **untested**" if found.verdict == "untested" else "has these verdicts"
+    lines = [
+        f"Whether what is read helps to choose layers {whole}: of {len(found.recipes)} comparisons with fixed-input "
+        f"controllers at as many layers, by ROUGE-L and by log-likelihood, {counted}, after control of false "
+        "discoveries."
+    ]
+    reasons = {
+        "beyond": "run layers that no fixed-input controller reaches",
+        "trainings": f"have fewer than {claims.NUM_TRAININGS} trainings, of their own or of the fixed input",
+        "noise": f"have fewer than {claims.NUM_NOISE_SEEDS} draws of the noise of their decisions",
+    }
+    for name in found.reasons:
+        count = sum(name in row["reasons"] for row in found.recipes)
+        lines.append(f"Why untested: {count} of {len(found.recipes)} {reasons[name]}.")
+    seen = [row for row in found.recipes if row["verdict"] in ("better", "worse", "open") and row["metric"] == _BY_NATS]
+    if seen:
+        first = min(seen, key=lambda row: row["q"])
+        lines.append(
+            f"The clearest by log-likelihood is {first['recipe']}: {signed(first, 4)} nats a token over the fixed "
+            f"input at {number(first['layers'], 1)} layers."
+        )
+    return lines
+
+
+_BY_NATS = "over_fixed_nats"
 
 
 def oracle(section: Row, summary: Summary) -> list[str]:
@@ -192,6 +235,11 @@ def _matching(found: claims.Matching) -> list[str]:
         lines.append(
             f"on greedy outputs the oracle matches full depth at {interval(found.oracle, 2)} layers, and noise fitted "
             f"to the same means at {interval(found.null, 2)}"
+        )
+    if found.oracle is not None and found.equal_greedy is not None:
+        lines.append(
+            f"among greedy outputs of as many paths of one depth the same choice matches full depth at "
+            f"{interval(found.equal_greedy, 2)} layers"
         )
     if found.sampled_oracle is not None and found.equal_depth is not None:
         lines.append(
@@ -269,7 +317,8 @@ def depth(section: Row, summary: Summary) -> list[str]:
         return []
     lines = [
         f"Of {len(found.rows)} rank correlations of the oracle's depth, {len(found.clear)} have an uncorrected "
-        f"interval that leaves zero out, and {len(found.kept)} stay after Holm's correction."
+        f"interval that leaves zero out, and {len(found.kept)} stay after "
+        + ("Holm's correction." if found.ties else f"the correction by {found.correction}.")
     ]
     sizes = [size for row in found.rows if (size := detectable(row)) is not None]
     if len(found.kept) < len(found.rows) and sizes:
@@ -289,6 +338,8 @@ def depth(section: Row, summary: Summary) -> list[str]:
                 f"Its sign depends on the budget: {signed(turned[0], 2)} at a mean of {turned[0]['at']:g} layers, with "
                 f"{FAMILIES.get(turned[0]['family'], turned[0]['family'])}, uncorrected."
             )
+    if not found.ties:
+        return [*lines, "Sequences that score alike on every path, and so tell nothing, are left out of them."]
     lines.append(
         "Ties can inflate them: a sequence that scores alike on every path, zero for one, is given the cheapest, and "
         "which sequences do follows lengths. How much of the correlations that is takes the single items: **untested**."

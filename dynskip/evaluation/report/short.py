@@ -77,6 +77,8 @@ def _router(section: Row, summary: Summary) -> list[str]:
 
 def _controllers(section: Row, summary: Summary) -> list[str]:
     found = claims.Controllers(section)
+    if found.recipes:
+        return sentences.controllers(section, summary)[:1]
     if found.verdict == "tested":
         return sentences.controllers(section, summary)
     why = (
@@ -131,6 +133,11 @@ def _depth(section: Row, summary: Summary) -> list[str]:
     found = claims.Correlations(section)
     if not found.rows:
         return []
+    if not found.ties:
+        return [
+            f"{len(found.kept)} of {len(found.rows)} correlations of the oracle's depth stay after the correction by "
+            f"{found.correction}, ties left out."
+        ]
     return [
         f"{len(found.kept)} of {len(found.rows)} correlations of the oracle's depth stay after Holm's correction; how "
         "much of them ties make is **untested**."

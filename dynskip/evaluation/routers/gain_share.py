@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from dynskip.evaluation.routers.path_router import Integers
-from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap
+from dynskip.evaluation.stats.intervals import Floats, Interval, bca, left_out_counts, resampled_counts
 
-# Below this mean gain of the oracle, in ROUGE-L, a share of it says nothing.
+# Below this mean gain of the oracle, in ROUGE-L or nats, a share of it says nothing.
 SMALLEST_GAIN = 1e-6
 
 
-def captured_share(scores: Floats, chosen: Integers, oracle: Integers, seed: int = 0) -> dict[str, Interval]:
+def captured_share(
+    scores: Floats, chosen: Integers, oracle: Integers, seed: int = 0, resamples: int = 1000
+) -> dict[str, Interval]:
     """What the choice ``chosen`` is worth, of scores [N, K], beside the oracle's choice ``oracle`` [N].
 
     chosen: [N], or [S, N] for the choices of S seeds, which count alike. The oracle should be one of the same mean
@@ -25,12 +27,18 @@ def captured_share(scores: Floats, chosen: Integers, oracle: Integers, seed: int
     dealt = np.eye(num_paths)[chosen.reshape(-1, num_seqs)].mean(0)
     picked, best = (dealt * scores).sum(1), scores[np.arange(num_seqs), oracle]
 
-    def parts(scores: Floats, picked: Floats, best: Floats, dealt: Floats) -> Floats:
-        random = float(dealt.mean(0) @ scores.mean(0))
-        gain, room = picked.mean() - random, best.mean() - random
-        return np.array([picked.mean(), random, best.mean(), gain, gain / room if room > SMALLEST_GAIN else np.nan])
+    table = np.column_stack([picked, best, scores, dealt])
 
-    found = bootstrap(parts, scores, picked, best, dealt, seed=seed)
+    def parts(counts: Floats) -> Floats:
+        """[R, 5]: all parts, from means over sequences that count ``counts`` [R, N] times."""
+        means = counts @ table / counts.sum(1, keepdims=True)
+        random = (means[:, 2 : 2 + num_paths] * means[:, 2 + num_paths :]).sum(1)
+        gain, room = means[:, 0] - random, means[:, 1] - random
+        share = np.where(room > SMALLEST_GAIN, gain / np.where(room > SMALLEST_GAIN, room, 1.0), np.nan)
+        return np.stack([means[:, 0], random, means[:, 1], gain, share], axis=1)
+
+    (value,) = parts(np.ones((1, num_seqs)))
+    found = bca(value, parts(resampled_counts(num_seqs, resamples, seed)), parts(left_out_counts(num_seqs)))
     names = ("rouge_l", "random", "oracle", "gain", "captured_share")
     measured = {name: found.at(place) for place, name in enumerate(names)}
     if not np.isfinite(measured["captured_share"]).all():

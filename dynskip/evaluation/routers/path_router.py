@@ -44,6 +44,7 @@ class PathRouter:
         self.seed = seed
         self.price = 0.0
         self._model: Any = None
+        self._unseen: Floats = np.empty((0, len(self.costs)))
 
     def fit(self, features: Inputs, scores: Floats, labels: Integers, budget: float) -> PathRouter:
         """Itself, trained on ``features``, ``scores`` [N, K] and the oracle's choices ``labels`` [N].
@@ -73,8 +74,13 @@ class PathRouter:
             kept = np.setdiff1d(order, held_out)
             model = self._train(features[kept], scores[kept], labels[kept])
             unseen[held_out] = self._worths(model, features[held_out])
-        self.price = price_for_budget(unseen, self.costs, budget)
+        self._unseen = unseen
         self._model = self._train(features, scores, labels)
+        return self.spend(budget)
+
+    def spend(self, budget: float) -> PathRouter:
+        """Itself, its price set anew so that choices keep to ``budget``: what a predictor of scores knows of all."""
+        self.price = price_for_budget(self._unseen, self.costs, budget)
         return self
 
     def choose(self, features: Inputs) -> Integers:

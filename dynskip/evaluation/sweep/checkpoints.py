@@ -113,6 +113,7 @@ class ControllerFolder:
 
     hash: of controller and weights. name: as on the command line, ``mlp:32``. checkpoint: the weights that it steers.
     alpha: the price of layers in its loss, or of the distance from target_layers where those were given.
+    training_seed: of the training; None where the folder does not say.
     backbone: "frozen" or "joint". kv_policy, prompt_depth: as it was trained; None and "path" for one that decides
     once per sequence.
     """
@@ -126,6 +127,7 @@ class ControllerFolder:
     backbone: str
     kv_policy: str | None
     prompt_depth: str
+    training_seed: int | None = None
 
     @staticmethod
     def of(directory: str | Path) -> ControllerFolder:
@@ -156,11 +158,17 @@ class ControllerFolder:
             about["backbone"],
             str(about.get("kv_policy", "propagate")) if per_token else None,
             str(about.get("prompt_depth", "full")) if per_token else "path",
+            about.get("training_seed"),
         )
 
     @property
     def label(self) -> str:
-        """What tables call it: its name, what it aimed at, and the weights where they are not its own."""
+        """What tables call it: its recipe, and the seed of its training where that is known."""
+        return self.recipe if self.training_seed is None else f"{self.recipe}, seed {self.training_seed}"
+
+    @property
+    def recipe(self) -> str:
+        """What its trainings have in common: its name, what it aimed at, and the weights where they are not its own."""
         aim = f"alpha {self.alpha:g}" if self.target_layers is None else f"target {self.target_layers:g}"
         weights = "joint" if self.backbone == "joint" else f"frozen {self.checkpoint.directory.name}"
         return f"{self.name}, {aim}, {weights}"

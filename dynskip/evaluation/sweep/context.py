@@ -77,8 +77,8 @@ class Context:
 
 
 def num_rows(setup: Setup, split: str) -> int:
-    """How many prompts of ``split`` a setup asks for."""
-    return setup.train_prompts or setup.prompts if split == "train" else setup.prompts
+    """How many prompts of ``split`` a setup asks for: to judge on, or to learn from."""
+    return setup.prompts if split == setup.split else setup.train_prompts or setup.prompts
 
 
 def shard_items(

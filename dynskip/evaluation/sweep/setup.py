@@ -12,11 +12,13 @@ from dynskip.data.templates import TEMPLATES
 from dynskip.evaluation.sweep.checkpoints import Checkpoint, ControllerFolder
 from dynskip.evaluation.sweep.dataset import SPLITS
 from dynskip.files import file_hash
+from dynskip.found import FoundPaths
 from dynskip.paths import LayerPath
 
 PAPER_LAYERS = 24
 PAPER_BUDGETS = (4, 8, 12, 16, 20)
 PAPER_CANDIDATES = (4, 8, 12)
+RULES = ("uniform", "searched")
 SAMPLES_PER_SEED = 4  # best-of-4 compares as many draws as the oracle has depths
 
 
@@ -25,11 +27,16 @@ class Setup:
     """What a sweep is made of, as plain data.
 
     checkpoint: one set of weights, for all paths. siblings: by budget, weights tuned for that budget alone.
-    data, data_hash: the Alpaca file. split, prompts: the first rows of that part of it; train_prompts: of the training
-    part, for what learns; state_prompts: for hidden states (0: as many as prompts).
+    data, data_hash: the Alpaca file. split, prompts: the first rows of that part of it; train_prompts: of learn_split,
+    for what learns (0: as many); state_prompts: for hidden states (0: as many as prompts).
     budgets: layers of the static paths, without the full depth.
     controllers: learned ones, each with the weights that it steers. controller_seeds: how often each samples its
     decisions, beside taking the likelier ones. candidates: those that the oracle chooses among, beside the full depth.
+    backbone: the weights before any tuning, to compare with. searched: by budget, paths that a search has found, as
+    `LayerPath.parse` reads them. rule: "uniform" or "searched", where the paths of a budget come from.
+    likelihood_prompts: prompts whose references are scored (0: as many as prompts). labels, labels_hash: the T0 file,
+    label_prompts: rows of it that have closed labels. margin_rouge_l, margin_nats, margin_match: differences to full
+    depth that count as none, of ROUGE-L, of nats a token and of the share of right labels.
     seeds: how often what is drawn is drawn. max_tokens: new tokens at most. temperature, top_p: of sampled generations.
     shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how often each is timed, in
     turns. resamples: of each bootstrap.
@@ -43,12 +50,22 @@ class Setup:
     siblings: tuple[tuple[int, Checkpoint], ...] = ()
     controllers: tuple[ControllerFolder, ...] = ()
     controller_seeds: int = 1
+    backbone: Checkpoint | None = None
+    searched: tuple[tuple[int, str], ...] = ()
+    rule: str = "uniform"
     template: str = "short"
     split: str = "test"
     split_seed: int = 42
     prompts: int = 500
     train_prompts: int = 0
     state_prompts: int = 0
+    likelihood_prompts: int = 0
+    labels: Path | None = None
+    labels_hash: str | None = None
+    label_prompts: int = 500
+    margin_rouge_l: float = 0.01
+    margin_nats: float = 0.02
+    margin_match: float = 0.02
     seeds: int = 3
     max_tokens: int = 128
     temperature: float = 0.7
@@ -61,8 +78,17 @@ class Setup:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        positive = ("prompts", "seeds", "max_tokens", "shard_size", "timed_batch", "timed_rounds", "resamples")
-        for name in (*positive, "train_prompts", "state_prompts", "controller_seeds"):
+        positive = (
+            "prompts",
+            "label_prompts",
+            "seeds",
+            "max_tokens",
+            "shard_size",
+            "timed_batch",
+            "timed_rounds",
+            "resamples",
+        )
+        for name in (*positive, "train_prompts", "state_prompts", "likelihood_prompts", "controller_seeds"):
             least = int(name in positive)
             if getattr(self, name) < least:
                 raise ValueError(f"eval: {name} must be at least {least}, got {getattr(self, name)}.")
@@ -76,6 +102,22 @@ class Setup:
                     f"eval: controller {controller.directory} must decide for {self.num_layers} layers, "
                     f"got {controller.checkpoint.num_layers}."
                 )
+        if self.backbone is not None and self.backbone.num_layers != self.num_layers:
+            raise ValueError(
+                f"eval: backbone must have the {self.num_layers} layers of the model, got {self.backbone.num_layers}."
+            )
+        if self.rule not in RULES:
+            raise ValueError(f"eval: rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+        if self.rule == "searched":
+            known = dict(self.searched)
+            for budget in {*self.budgets, *self.candidates} - {self.num_layers, *known}:
+                raise ValueError(
+                    f"eval: searched must hold a path of each budget, got none of {budget} layers. Search it with "
+                    "dynskip search, or leave out --rule searched."
+                )
+        for name in ("margin_rouge_l", "margin_nats", "margin_match"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"eval: {name} must be above 0, got {getattr(self, name)}.")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"eval: temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}."
@@ -112,15 +154,21 @@ class Setup:
         budgets: tuple[int, ...] | None = None,
         candidates: tuple[int, ...] | None = None,
         controllers: Sequence[str | Path] = (),
+        searched: Path | None = None,
+        backbone: str | None = None,
+        labels: Path | None = None,
         **options: Any,
     ) -> Setup:
         """The setup of a model's folder or hub id, siblings' likewise by budget; options are the other fields.
 
         budgets, candidates: None for the paper's, scaled to the model's depth where it has fewer layers.
+        searched: the file that `dynskip search` has left beside the model. labels: the T0 file.
         """
         checkpoint = Checkpoint.of(model)
         if not data.is_file():
             raise FileNotFoundError(f"eval: data must be a file, got {str(data)!r}. Check the path.")
+        if labels is not None and not labels.is_file():
+            raise FileNotFoundError(f"eval: labels must be a file, got {str(labels)!r}. Check the path.")
         return Setup(
             checkpoint,
             data,
@@ -129,6 +177,10 @@ class Setup:
             scaled(PAPER_CANDIDATES, checkpoint.num_layers) if candidates is None else tuple(sorted(set(candidates))),
             tuple((budget, Checkpoint.of(source)) for budget, source in sorted(siblings.items())),
             tuple(map(ControllerFolder.of, controllers)),
+            labels=labels,
+            labels_hash=None if labels is None else file_hash(labels)[:16],
+            backbone=None if backbone is None else Checkpoint.of(backbone),
+            searched=() if searched is None else _searched(searched, checkpoint.num_layers),
             **options,
         )
 
@@ -136,6 +188,21 @@ class Setup:
     def num_layers(self) -> int:
         """L of the model whose paths are compared."""
         return self.checkpoint.num_layers
+
+    def path_of(self, budget: int) -> str:
+        """The path of ``budget`` layers along which the model is run, by the setup's rule."""
+        found = dict(self.searched) if self.rule == "searched" else {}
+        return found.get(budget) or path_text(budget, self.num_layers)
+
+    @property
+    def learn_split(self) -> str:
+        """The part of the data to learn from: rows that are not judged, nor, for those of the test part, trained on."""
+        return "validation" if self.split == "test" else "train"
+
+    @property
+    def num_likelihoods(self) -> int:
+        """How many prompts have their references scored."""
+        return self.likelihood_prompts or self.prompts
 
     @property
     def sample_seeds(self) -> range:
@@ -147,10 +214,20 @@ class Setup:
         """The weights tuned at full depth alone where they were given, else those for all paths."""
         return dict(self.siblings).get(self.num_layers, self.checkpoint)
 
+    @property
+    def weights_compared(self) -> dict[str, Checkpoint]:
+        """By name the weights on which rules for the layers of a budget are compared: shared by all paths, tuned at
+        full depth only, and those before any tuning, as far as they were given."""
+        found = {"paths": self.checkpoint}
+        if self.full_checkpoint != self.checkpoint:
+            found["full-tuned"] = self.full_checkpoint
+        return found if self.backbone is None else {**found, "backbone": self.backbone}
+
     def checkpoint_of(self, checkpoint_hash: str) -> Checkpoint:
         """The checkpoint with that hash."""
         steered = (controller.checkpoint for controller in self.controllers)
-        for checkpoint in (self.checkpoint, *(sibling for _, sibling in self.siblings), *steered):
+        others = () if self.backbone is None else (self.backbone,)
+        for checkpoint in (self.checkpoint, *(sibling for _, sibling in self.siblings), *others, *steered):
             if checkpoint.hash == checkpoint_hash:
                 return checkpoint
         raise ValueError(f"eval: the checkpoint must be one of the setup, got hash {checkpoint_hash!r}.")
@@ -158,13 +235,15 @@ class Setup:
     def guarded(self) -> dict[str, Any]:
         """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("data", "controllers", "controller_seeds"):
+        for name in ("data", "labels", "controllers", "controller_seeds"):
             del fields[name]
         return fields | {
             "checkpoint": self.checkpoint.hash,
             "siblings": {str(budget): sibling.hash for budget, sibling in self.siblings},
             "budgets": list(self.budgets),
             "candidates": list(self.candidates),
+            "searched": {str(budget): path for budget, path in self.searched},
+            "backbone": None if self.backbone is None else self.backbone.hash,
         }
 
 
@@ -174,6 +253,17 @@ def scaled(budgets: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
         return budgets
     shares = {max(1, round(budget * num_layers / PAPER_LAYERS)) for budget in budgets}
     return tuple(sorted(share for share in shares if share < num_layers))
+
+
+def _searched(file: Path, num_layers: int) -> tuple[tuple[int, str], ...]:
+    found = FoundPaths.read(file)
+    if found.num_layers != num_layers:
+        raise ValueError(
+            f"eval: searched must be paths through the {num_layers} layers of the model, got {found.num_layers} in "
+            f"{file}. Search the model itself."
+        )
+    layers = sorted(found.layers.items())
+    return tuple((budget, f"layers:{','.join(map(str, found.layers[budget]))}") for budget, _ in layers)
 
 
 def path_text(budget: int, num_layers: int) -> str:

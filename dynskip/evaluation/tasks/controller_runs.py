@@ -1,4 +1,4 @@
-"""Generations that a learned controller steers, and their time: the tasks "controlled" and "time-controlled"."""
+"""Texts that a learned controller steers: the tasks "controlled", "controlled-likelihood" and "time-controlled"."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from dynskip.controllers import TokenContext, TokenController, load_controller
+from dynskip.controllers import TokenController, load_controller
+from dynskip.data.batches import group_in_order
 from dynskip.engine.closed_batch import Generation
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.context import Context, shard_items
-from dynskip.evaluation.sweep.setup import Setup, path_text
+from dynskip.evaluation.sweep.dataset import Row
+from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import WorkItem
+from dynskip.evaluation.tasks.controller_decisions import ResponseDecisions, SequenceCounter
 from dynskip.evaluation.tasks.generations import rouge_l
+from dynskip.evaluation.tasks.prompt_facts import TOKENS_PER_BATCH, padded
 from dynskip.evaluation.tasks.timing import decode_ms, machine_item, timed_in_turns
 from dynskip.llm import LLM
 from dynskip.paths import LayerPath
@@ -24,40 +29,20 @@ from dynskip.sampling import SamplingParams
 ARGMAX = 0
 
 
-class SequenceCounter:
-    """Passes on what ``controller`` decides, and counts it by sequence of ``generation``, the one that asks.
-
-    num_run, num_tokens: [B], how many layers the decided tokens of a sequence ran, and how many tokens those were.
-    """
-
-    def __init__(self, controller: TokenController) -> None:
-        self.controller = controller
-        self.generation: Generation | None = None
-        self.num_run: list[int] = []
-        self.num_tokens: list[int] = []
-
-    def watch(self, generation: Generation) -> None:
-        """Count for the sequences of ``generation``, which has this object for its paths."""
-        self.generation = generation
-        self.num_run = [0] * len(generation.sequences)
-        self.num_tokens = [0] * len(generation.sequences)
-
-    def active(self, layer: int, hidden_states: Tensor, context: TokenContext) -> Tensor:
-        """[N], bool: what the controller says."""
-        assert self.generation is not None, "watch comes before the first step"
-        active = self.controller.active(layer, hidden_states, context)
-        running = self.generation.running
-        for place, runs in zip(context.seq_ids.tolist(), active.tolist(), strict=True):
-            self.num_run[running[place]] += runs
-            self.num_tokens[running[place]] += layer == 0
-        return active
-
-
 def controlled_items(setup: Setup, controller: ControllerFolder, seed: int) -> list[WorkItem]:
     """The items that generate greedily while ``controller`` decides: the likelier way for seed 0, else sampled."""
+    return _items(setup, "controlled", controller, seed)
+
+
+def controlled_likelihood_items(setup: Setup, controller: ControllerFolder, seed: int) -> list[WorkItem]:
+    """The items that score the references while ``controller`` decides, teacher-forced."""
+    return _items(setup, "controlled-likelihood", controller, seed, num_rows=setup.num_likelihoods)
+
+
+def _items(setup: Setup, task: str, controller: ControllerFolder, seed: int, **options: int) -> list[WorkItem]:
     return shard_items(
         setup,
-        "controlled",
+        task,
         controller.checkpoint,
         controller.label,
         setup.split,
@@ -65,14 +50,17 @@ def controlled_items(setup: Setup, controller: ControllerFolder, seed: int) -> l
         controller=controller.hash,
         dtype=setup.dtype,
         kv_policy=controller.kv_policy or "",
+        noise="by sequence",
         prompt_depth=controller.prompt_depth,
+        **options,
     )
 
 
 def run_controlled(item: WorkItem, context: Context) -> dict[str, Any]:
     """Row by row of the shard: ROUGE-L, number of new tokens, layers that decided tokens ran, and how many those were.
 
-    The token that follows the prompt is not decided on, nor is the last one run.
+    layer_runs: [L], how many decided tokens of the shard ran each layer. The token that follows the prompt is not
+    decided on, nor is the last one run.
     """
     setup = context.setup
     llm = context.llm(item.checkpoint)
@@ -81,17 +69,16 @@ def run_controlled(item: WorkItem, context: Context) -> dict[str, Any]:
     params = [SamplingParams(max_tokens=setup.max_tokens)] * len(rows)
     prompts = [list(row.prompt_ids) for row in rows]
     if isinstance(controller, TokenController):
-        counter = SequenceCounter(controller)
+        counter = SequenceCounter(controller, _keys(rows), llm.model.num_layers)
         policy, depth = str(item.option("kv_policy")), str(item.option("prompt_depth"))
         generation = Generation(llm.model, prompts, params, counter, policy, depth)
         counter.watch(generation)
         sequences = generation.run()
-        num_run, num_decided = counter.num_run, counter.num_tokens
+        counts = _counted(counter.num_run, counter.num_tokens, counter.layer_runs)
     else:
         sequences = Generation(llm.model, prompts, params, controller).run()
-        num_decided = [len(sequence.token_ids) - 1 for sequence in sequences]
         paths = [sequence.path for sequence in sequences]
-        num_run = [path.budget * count for path, count in zip(paths, num_decided, strict=True) if path is not None]
+        counts = _along([path for path in paths if path is not None], [len(s.token_ids) - 1 for s in sequences])
     for sequence in sequences:
         if sequence.request.error is not None:
             raise sequence.request.error  # no score stands for it
@@ -102,10 +89,66 @@ def run_controlled(item: WorkItem, context: Context) -> dict[str, Any]:
         "rows": [row.index for row in rows],
         "rouge_l": [round(score, 6) for score in scores],
         "num_tokens": [len(sequence.token_ids) for sequence in sequences],
-        "num_run": num_run,
-        "num_decided": num_decided,
+        **counts,
         "token_ids": [sequence.token_ids for sequence in sequences],
     }
+
+
+@torch.no_grad()
+def run_controlled_likelihood(item: WorkItem, context: Context) -> dict[str, Any]:
+    """Row by row of the shard: nats of the reference and its tokens, and the counts of ``run_controlled``."""
+    llm = context.llm(item.checkpoint)
+    rows = context.shard(item)
+    controller = loaded(context.setup, str(item.option("controller")), llm, item.seed)
+    nats = [0.0] * len(rows)
+    counts: dict[str, list[int]] = {"num_run": [0] * len(rows), "num_decided": [0] * len(rows)}
+    layer_runs = np.zeros(llm.model.num_layers, dtype=np.int64)
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+    for indices in group_in_order(lengths, TOKENS_PER_BATCH):
+        batch = [rows[index] for index in indices]
+        input_ids, attention_mask, scored = padded(batch, llm.model.device)
+        if isinstance(controller, TokenController):
+            sizes = [len(row.prompt_ids) for row in batch], [lengths[index] for index in indices]
+            decisions = ResponseDecisions(controller, _keys(batch), llm.model.num_layers, *sizes)
+            policy = str(item.option("kv_policy"))
+            logits = llm.model(input_ids, attention_mask, decisions, kv_policy=policy).logits
+            found = _counted(decisions.num_run, decisions.num_tokens, decisions.layer_runs)
+        else:
+            prompts = [torch.tensor(row.prompt_ids, device=llm.model.device) for row in batch]
+            paths = controller.choose_paths(prompts, [llm.model.embed_tokens(prompt) for prompt in prompts])
+            logits = llm.model(input_ids, attention_mask, paths).logits
+            found = _along(paths, [len(row.response_ids) - 1 for row in batch])
+        layer_runs += found["layer_runs"]
+        for place, (index, row) in enumerate(zip(indices, batch, strict=True)):
+            predicted = logits[place, scored[place]].float().cpu()
+            nats[index] = float(cross_entropy(predicted, torch.tensor(row.response_ids), reduction="sum"))
+            for name, of_rows in counts.items():
+                of_rows[index] = found[name][place]
+    if not np.isfinite(nats).all():
+        raise ValueError("run_controlled_likelihood: logits must be finite, got NaN or infinity. Check the weights.")
+    return {
+        "rows": [row.index for row in rows],
+        "nats": [round(value, 5) for value in nats],
+        "num_tokens": [len(row.response_ids) for row in rows],
+        **counts,
+        "layer_runs": [int(count) for count in layer_runs],
+    }
+
+
+def _keys(rows: Sequence[Row]) -> list[int]:
+    """What the noise of each row is drawn by: its place in the split."""
+    return [row.index + 1 for row in rows]
+
+
+def _counted(num_run: list[int], num_decided: list[int], layer_runs: list[int]) -> dict[str, list[int]]:
+    return {"num_run": num_run, "num_decided": num_decided, "layer_runs": layer_runs}
+
+
+def _along(paths: Sequence[LayerPath], num_decided: list[int]) -> dict[str, list[int]]:
+    """The counts of sequences each of which runs one path."""
+    pairs = list(zip(paths, num_decided, strict=True))
+    layer_runs = sum(path.mask.long() * count for path, count in pairs)
+    return _counted([path.budget * count for path, count in pairs], num_decided, torch.as_tensor(layer_runs).tolist())
 
 
 def timed_item(setup: Setup, controllers: Sequence[ControllerFolder], batch: int) -> WorkItem:
@@ -113,7 +156,7 @@ def timed_item(setup: Setup, controllers: Sequence[ControllerFolder], batch: int
     budgets = sorted({*setup.candidates, setup.num_layers})
     content = {
         "controllers": {controller.label: controller.hash for controller in controllers},
-        "paths": {path: path for path in (path_text(budget, setup.num_layers) for budget in budgets)},
+        "paths": {path: path for path in (setup.path_of(budget) for budget in budgets)},
     }
     text = json.dumps(content, sort_keys=True)
     return machine_item(setup, "time-controlled", text, batch=batch, dtype=setup.dtype, rounds=setup.timed_rounds)

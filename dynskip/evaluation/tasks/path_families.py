@@ -11,6 +11,7 @@ from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup, path_text
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import GREEDY, Generations, generate_items, read_generations
+from dynskip.paths import LayerPath
 
 DESCRIPTIONS = {
     "paths": "one set of weights along every path",
@@ -32,7 +33,7 @@ def families(setup: Setup) -> dict[str, list[Member]]:
     """By name the members of each family that the setup has weights for, cheapest first."""
     num_layers = setup.num_layers
     budgets = sorted({*setup.budgets, *setup.candidates, num_layers})
-    found = {"paths": [Member(budget, setup.checkpoint, path_text(budget, num_layers)) for budget in budgets]}
+    found = {"paths": [Member(budget, setup.checkpoint, setup.path_of(budget)) for budget in budgets]}
     siblings = dict(setup.siblings)
     tuned = [budget for budget in budgets if budget in siblings and budget != num_layers]
     if tuned:
@@ -81,6 +82,30 @@ def choices(setup: Setup) -> dict[str, list[Member]]:
     return {name: members for name, members in candidates.items() if len(members) > 1}
 
 
+def equal_paths(setup: Setup, count: int) -> list[str]:
+    """``count`` paths as deep as the deepest candidate below full depth: its own, and neighbours of it.
+
+    A neighbour runs, in place of one layer, one beside it; the first layer is exchanged last. Empty where there are
+    fewer of them: a choice among paths of one depth is then not to be had.
+    """
+    num_layers = setup.num_layers
+    budget = max(budget for budget in setup.candidates if budget < num_layers)
+    own = setup.path_of(budget)
+    base = LayerPath.parse(own, num_layers)
+    swapped = [
+        LayerPath.of(num_layers, {*base.layers} - {layer} | {new})
+        for layer in (*base.layers[1:], base.layers[0])
+        for new in (layer + 1, layer - 1)
+        if 0 <= new < num_layers and new not in base.layers
+    ]
+    others = list(dict.fromkeys(swapped))
+    if len(others) < count - 1:
+        return []
+    # Spread over the depth: neighbours of one layer alone would be alike.
+    spread = [others[place * len(others) // (count - 1)] for place in range(count - 1)]
+    return [own, *(f"layers:{','.join(map(str, path.layers))}" for path in spread)]
+
+
 def notes_on_choices(setup: Setup) -> list[str]:
     """A note on each family that has weights but no choice of depth, for sections that need one."""
     missing = [name for name in ("siblings", "paths") if name in families(setup) and name not in choices(setup)]
@@ -101,9 +126,10 @@ def _paths_of(setup: Setup, member: Member, seed: int) -> list[str]:
         return [member.path]
     budgets = {*setup.candidates} if seed != GREEDY else {*setup.budgets, *setup.candidates}
     siblings = dict(setup.siblings)
-    everything = [path_text(budget, setup.num_layers) for budget in sorted({*budgets, setup.num_layers})]
+    ordered = sorted({*budgets, setup.num_layers})
     if member.checkpoint == setup.checkpoint:
-        return everything
+        return [setup.path_of(budget) for budget in ordered]
+    everything = [path_text(budget, setup.num_layers) for budget in ordered]
     if member.checkpoint == siblings.get(setup.num_layers):
         return everything if seed == GREEDY else ["full"]
     return [member.path]

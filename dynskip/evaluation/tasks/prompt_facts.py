@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynskip.data.batches import group_in_order
 from dynskip.data.templates import TEMPLATES
 from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
 from dynskip.evaluation.stats.intervals import Floats
@@ -20,22 +19,28 @@ from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.tasks.likelihoods import examples, likelihood_rows
 from dynskip.llm import LLM
+from dynskip.measure.passes import TokenPass, in_parts
 
-# Logits of all tokens of a batch are held at once; where states are compared those of all layers, twice.
+# Logits of all tokens of a batch are held at once, and the states of all layers, twice.
 TOKENS_PER_BATCH = 4096
-NUMBERS = ("prompt_length", "response_length", "full_loss")
+NUMBERS = ("prompt_length", "response_length")
+# What routers may read of a prompt: embeddings and counts of its tokens, before anything has run; the full model's
+# state at its last token; both.
+FEATURES = ("embedding", "state", "all")
 
 
 def facts_items(setup: Setup, checkpoint: Checkpoint, split: str) -> list[WorkItem]:
-    """The items that describe every prompt of ``split`` as ``checkpoint`` reads it at full depth."""
-    return shard_items(setup, "facts", checkpoint, "full", split)
+    """The items that describe every prompt of ``split`` whose reference is scored, as ``checkpoint`` reads it."""
+    rows = likelihood_rows(setup, split)
+    return shard_items(setup, "facts", checkpoint, "full", split, dtype=setup.dtype, num_rows=rows)
 
 
 def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
-    """Row by row of the shard: features for a router, lengths in tokens, type of task, and the full model's loss.
+    """Row by row of the shard: features for a router, the state at the prompt's end, lengths in tokens, type of task.
 
-    features: float32 in base64. full_loss: mean negative log-likelihood of a token of the reference, in nats.
+    features, state: float32 in base64.
     """
     llm = context.llm(item.checkpoint)
     rows = context.shard(item)
@@ -45,23 +50,42 @@ def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
     ]
     return {
         "rows": [row.index for row in rows],
-        "features": [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in features],
+        "features": [_packed(row) for row in features],
+        "state": [_packed(row) for row in prefill_states(llm, rows)],
         "prompt_length": [len(row.prompt_ids) for row in rows],
         "response_length": [len(row.response_ids) for row in rows],
-        "full_loss": [round(loss, 6) for loss in reference_losses(llm, rows)],
         "task_type": [task_type(row.instruction.instruction) for row in rows],
     }
 
 
-def read_features(store: ItemStore, items: Sequence[WorkItem]) -> Floats:
-    """[N, F], float64: the features of the prompts of one split, in its order."""
-    texts = store.column(items, "features")
-    return np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]).astype(np.float64)
+def _packed(values: Floats) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def read_features(store: ItemStore, items: Sequence[WorkItem], what: str = "embedding") -> Floats:
+    """[N, F], float64: what a router reads of the prompts of one split, one of ``FEATURES``, in its order."""
+    names = {"embedding": ("features",), "state": ("state",), "all": ("features", "state")}[what]
+    columns = [store.column(items, name) for name in names]
+    tables = [np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]) for texts in columns]
+    return np.concatenate(tables, axis=1).astype(np.float64)
 
 
 def read_numbers(store: ItemStore, items: Sequence[WorkItem]) -> dict[str, Floats]:
     """By name of a number in ``NUMBERS`` [N], float64: its value for the prompts of one split, in its order."""
     return {name: np.array(store.column(items, name), dtype=np.float64) for name in NUMBERS}
+
+
+@torch.no_grad()
+def prefill_states(llm: LLM, rows: Sequence[Row]) -> list[Floats]:
+    """[C] for each row: the full model's state at the last token of its prompt, what its head reads."""
+    found: list[Floats] = []
+    for part in in_parts(examples(rows)):
+        texts = TokenPass(llm.model, part)
+        states = texts.states()
+        texts.run_(states, range(llm.model.num_layers))
+        last = llm.model.decoder.finish(states.index_select(0, texts.last_of_prompts))
+        found += list(last.double().cpu().numpy())
+    return found
 
 
 def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
@@ -76,21 +100,6 @@ def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
 def embed(llm: LLM, prompt_ids: Sequence[int]) -> Tensor:
     """[T, E]: the token embeddings of a prompt, without positions."""
     return llm.model.embed_tokens(torch.tensor(prompt_ids, device=llm.model.device))
-
-
-@torch.no_grad()
-def reference_losses(llm: LLM, rows: Sequence[Row]) -> list[float]:
-    """Per row the mean negative log-likelihood of the tokens of its reference, its end token among them, in nats."""
-    losses = [0.0] * len(rows)
-    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    for indices in group_in_order(lengths, TOKENS_PER_BATCH):
-        batch = [rows[index] for index in indices]
-        input_ids, attention_mask, scored = padded(batch, llm.model.device)
-        logits = llm.model(input_ids, attention_mask=attention_mask).logits
-        for place, (index, row) in enumerate(zip(indices, batch, strict=True)):
-            predicted = logits[place, scored[place]].float().cpu()
-            losses[index] = float(torch.nn.functional.cross_entropy(predicted, torch.tensor(row.response_ids)))
-    return losses
 
 
 def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ _WARM_ROUNDS = 3
 
 def overhead_items(setup: Setup) -> list[WorkItem]:
     """One item for each predictor; on another machine they are other items."""
-    options = {"batch": setup.timed_batch, "num_rows": num_rows(setup, "train")}
+    options = {"batch": setup.timed_batch, "num_rows": num_rows(setup, setup.learn_split)}
     return [machine_item(setup, "overhead", name, **options) for name in get_args(PredictorName)]
 
 
@@ -34,7 +34,7 @@ def run_overhead(item: WorkItem, context: Context) -> dict[str, Any]:
     setup = context.setup
     llm = context.llm(item.checkpoint)
     heads = template_heads(llm.tokenizer, setup.template)
-    rows = context.prompts(item.checkpoint, "train").rows
+    rows = context.prompts(item.checkpoint, setup.learn_split).rows
     predictor: PredictorName = item.path  # type: ignore[assignment]  # one of them: PathRouter looks
     prompt_ids = [row.prompt_ids for row in rows]
     features = router_inputs(predictor, prompt_ids, [embed(llm, ids) for ids in prompt_ids], heads)

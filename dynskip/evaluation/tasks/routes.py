@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
@@ -17,14 +17,15 @@ from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
-from dynskip.evaluation.tasks.path_families import Member, choices, family_generations
-from dynskip.evaluation.tasks.prompt_facts import embed, facts_items, read_features, template_heads
+from dynskip.evaluation.tasks.likelihoods import member_items, member_likelihoods
+from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items
+from dynskip.evaluation.tasks.prompt_facts import FEATURES, embed, facts_items, read_features, template_heads
 
-TRAIN = "train"
 # Predictors that are timed in turns. The first are fitted within seconds, whenever a section is summarised; the others
 # take minutes, so that what they choose is an item of its own.
 FITTED: tuple[PredictorName, ...] = ("logistic", "boosting", "ridge")
 TRAINED: tuple[PredictorName, ...] = ("transformer",)
+_BOOSTED = ("state", "entropy")  # what trees read by log-likelihood: of wider features they would take hours
 assert {*FITTED, *TRAINED} == {*get_args(PredictorName)}, "every predictor is one or the other"
 
 
@@ -53,9 +54,9 @@ def reader_of(setup: Setup, family: str) -> Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What routers of a family learn from and are judged on.
+    """What routers of a family learn from, on prompts that no weights were trained on, and are judged on.
 
-    labels: by mean budget [M], the column of the oracle's path of each training prompt. scores: [M, K], of the training
+    labels: by mean budget [M], the column of the oracle's path of each prompt to learn from. scores: [M, K], of these
     prompts. test_scores: [N, K].
     """
 
@@ -73,15 +74,41 @@ class Problem:
 
 @lru_cache(maxsize=8)
 def problem(setup: Setup, store: ItemStore, family: str) -> Problem:
-    """The problem of a family; its generations must be done."""
+    """The problem of a family by ROUGE-L, means over draws; its generations must be done."""
     members = choices(setup)[family]
-    costs = [member.budget for member in members]
+
+    def mean_scores(split: str) -> Floats:
+        draws = [family_generations(setup, store, members, seed, split).rouge_l for seed in setup.sample_seeds]
+        return np.asarray(np.mean(draws, axis=0))
+
+    return _problem(setup, family, members, mean_scores(setup.learn_split), mean_scores(setup.split))
+
+
+@lru_cache(maxsize=8)
+def likelihood_problem(setup: Setup, store: ItemStore, family: str) -> Problem:
+    """The problem of a family by the mean log-likelihood of a token of the reference; its items must be done."""
+    members = choices(setup)[family]
     scores, test_scores = (
-        family_generations(setup, store, members, split=split).rouge_l for split in (TRAIN, setup.split)
+        member_likelihoods(setup, store, members, split).scores for split in (setup.learn_split, setup.split)
     )
+    return _problem(setup, family, members, scores, test_scores)
+
+
+def _problem(setup: Setup, family: str, members: Sequence[Member], scores: Floats, test_scores: Floats) -> Problem:
+    costs = [member.budget for member in members]
     knapsack = Knapsack(scores, costs)
     labels = {at: knapsack.choose(at) for at in operating_points(scores, costs)}
     return Problem(tuple(members), reader_of(setup, family), labels, scores, test_scores)
+
+
+def problem_items(setup: Setup, family: str) -> list[WorkItem]:
+    """The items that both problems of a family are made of."""
+    members = choices(setup)[family]
+    items: list[WorkItem] = []
+    for split in (setup.learn_split, setup.split):
+        items += [item for seed in setup.sample_seeds for item in family_items(setup, members, seed, split)]
+        items += [*member_items(setup, members, split), *facts_items(setup, reader_of(setup, family), split)]
+    return items
 
 
 def trained_items(setup: Setup, store: ItemStore, family: str) -> dict[tuple[PredictorName, float], list[WorkItem]]:
@@ -100,9 +127,8 @@ def trained_items(setup: Setup, store: ItemStore, family: str) -> dict[tuple[Pre
 def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> list[Routed]:
     """The choices of the routers of a family that are such predictors; all items that they learn from must be done."""
     task = problem(setup, store, family)
-    features, test_features = (
-        read_features(store, facts_items(setup, task.reader, split)) for split in (TRAIN, setup.split)
-    )
+    features, test_features = features_of(setup, store, task, "embedding")
+    test_features = test_features[: len(task.test_scores)]
     test_knapsack = Knapsack(task.test_scores, task.costs)
     trained = trained_items(setup, store, family)
 
@@ -121,6 +147,83 @@ def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[Predic
     return routed
 
 
+def features_of(setup: Setup, store: ItemStore, task: Problem, what: str) -> tuple[Floats, Floats]:
+    """What a router reads of the prompts to learn from and of those to judge on."""
+    learn, judge = (
+        read_features(store, facts_items(setup, task.reader, split), what) for split in (setup.learn_split, setup.split)
+    )
+    return learn, judge
+
+
+def sizes(num_rows: int) -> list[int]:
+    """How many prompts the routers of a learning curve learn from: from 250 on twice as many, and all."""
+    return [*(size for size in (250 * 2**step for step in range(20)) if size < num_rows), num_rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What a router that has learned from log-likelihoods chose. features: what it read. size: prompts it has seen.
+
+    chosen: [S, N], for S seeds. oracle: [N], the oracle's choice at the same cost.
+    """
+
+    predictor: str
+    features: str
+    size: int
+    at: float
+    chosen: Integers
+    oracle: Integers
+
+
+def learned_routes(setup: Setup, store: ItemStore, family: str) -> Iterator[Learned]:
+    """The routers of a family by log-likelihood: ridge over all features and sizes, boosting on all prompts, and the
+    cascade, which runs the cheapest path and goes on to full depth where that path is unsure of what comes next."""
+    task = likelihood_problem(setup, store, family)
+    costs = np.array(task.costs, dtype=np.float64)
+    test_knapsack = Knapsack(task.test_scores, task.costs)
+    members = list(task.members)
+    entropy, test_entropy = (
+        member_likelihoods(setup, store, members, split).entropy[:, 0] for split in (setup.learn_split, setup.split)
+    )
+    tables = {what: features_of(setup, store, task, what) for what in FEATURES}
+    tables["entropy"] = (entropy[:, None], test_entropy[:, None])
+
+    def found(predictor: str, features: str, size: int, at: float, chosen: Sequence[Integers]) -> Learned:
+        stacked = np.stack(chosen)
+        return Learned(predictor, features, size, at, stacked, test_knapsack.choose(float(costs[stacked].mean())))
+
+    num_rows = len(task.scores)
+    for what, (features, test_features) in tables.items():
+        for size in sizes(num_rows):
+            routers = []
+            for seed in range(setup.seeds):
+                rows = np.random.default_rng(seed).permutation(num_rows)[:size]
+                # It learns scores, which are the same for every budget, and no labels.
+                no_labels = np.zeros(size, dtype=np.int64)
+                router = PathRouter("ridge", task.costs, seed)
+                routers.append(router.fit(features[rows], task.scores[rows], no_labels, float(costs.max())))
+            for at in task.labels:
+                chosen = [router.spend(at).choose(test_features) for router in routers]
+                yield found("ridge", what, size, at, chosen)
+    for at, labels in task.labels.items():
+        for what in _BOOSTED:
+            features, test_features = tables[what]
+            trees = (PathRouter("boosting", task.costs, seed) for seed in range(setup.seeds))
+            chosen = [each.fit(features, task.scores, labels, at).choose(test_features) for each in trees]
+            yield found("boosting", what, num_rows, at, chosen)
+        yield found("cascade", "entropy", num_rows, at, [cascade(entropy, test_entropy, costs, at)])
+
+
+def cascade(entropy: Floats, test_entropy: Floats, costs: Floats, budget: float) -> Integers:
+    """[N], int64: full depth, the last column, where ``test_entropy`` [N] is large, else the cheapest path, the first.
+
+    The threshold is where choices on the prompts to learn from, of ``entropy`` [M], keep to the mean ``budget``.
+    """
+    share = min(1.0, max(0.0, (budget - costs[0]) / (costs[-1] - costs[0])))
+    threshold = np.quantile(entropy, 1 - share, method="higher")
+    return np.where(test_entropy > threshold, len(costs) - 1, 0).astype(np.int64)
+
+
 def route_item(
     setup: Setup,
     reader: Checkpoint,
@@ -137,7 +240,7 @@ def route_item(
     """
     text = json.dumps({"predictor": predictor, "at": at, "costs": list(costs), "labels": labels.tolist()})
     options: dict[str, Option] = {name: getattr(setup, name) for name in ("max_tokens", "split_seed", "template")}
-    options["num_rows"] = num_rows(setup, setup.split)
+    options |= {"learned_on": setup.learn_split, "num_rows": num_rows(setup, setup.split)}
     named = tuple(sorted(options.items()))
     return WorkItem("route", reader.hash, text, setup.data_hash, setup.split, seed, 0, named)
 
@@ -148,7 +251,7 @@ def run_route(item: WorkItem, context: Context) -> dict[str, Any]:
     llm = context.llm(item.checkpoint)
     heads = template_heads(llm.tokenizer, context.setup.template)
     inputs = []
-    for split in (TRAIN, item.split):
+    for split in (context.setup.learn_split, item.split):
         prompts = [row.prompt_ids for row in context.prompts(item.checkpoint, split).rows]
         inputs.append(router_inputs(task["predictor"], prompts, [embed(llm, ids) for ids in prompts], heads))
     labels = np.array(task["labels"], dtype=np.int64)

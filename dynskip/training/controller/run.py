@@ -67,6 +67,7 @@ class ControllerRun(CheckpointRun):
             **{key: value for key, value in dataclasses.asdict(self.config).items() if key != "training"},
             "model": "model" if model.joint else self.training.model,
             "template": self.training.template,
+            "training_seed": self.training.seed,
             "kv_policy": "propagate",
             "prompt_depth": "full",
             "validation": result["validation"],

@@ -1,0 +1,196 @@
+"""Log-likelihoods of references against plain passes, rules for the layers of a budget, and routers that read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_models import tiny_setup
+from made_up_results import made_up_setup, summary_of
+from torch.nn.functional import cross_entropy
+
+from dynskip import LayerPath
+from dynskip.evaluation.registry import run_item
+from dynskip.evaluation.sweep.context import Context
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.likelihoods import likelihood_items, member_items, member_likelihoods, read_likelihoods
+from dynskip.evaluation.tasks.path_families import equal_paths, families
+from dynskip.evaluation.tasks.prompt_facts import facts_items, read_features
+from dynskip.evaluation.tasks.rivals import influence_items, read_influence, rival_paths
+from dynskip.evaluation.tasks.routes import cascade, sizes
+
+pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
+
+
+def test_references_have_the_nats_of_plain_passes(tmp_path: Path) -> None:
+    setup = tiny_setup(tmp_path, likelihood_prompts=7)
+    context = Context(setup)
+    paths = ["uniform:2", "full", "layers:0,1,5"]
+    items = likelihood_items(setup, setup.checkpoint, paths, tokens=True)
+    assert [item.shard for item in items] == [0, 1]
+    with ItemStore(tmp_path / "items.jsonl") as store:
+        for item in items:
+            store.add(item, run_item(item, context), 1.0)
+        found = read_likelihoods(store, items)
+    rows = context.prompts(setup.checkpoint.hash, "test", 7).rows
+    model = context.llm(setup.checkpoint.hash).model
+    first = 0
+    for place, row in enumerate(rows):
+        ids, start = torch.tensor([row.prompt_ids + row.response_ids]), len(row.prompt_ids) - 1
+        count = len(row.response_ids)
+        for column, path in enumerate(paths):
+            with torch.no_grad():
+                logits = model(ids, paths=[LayerPath.parse(path, 6)]).logits[0, start:-1].double()
+            each = cross_entropy(logits, torch.tensor(row.response_ids), reduction="none")
+            assert found.nats[place, column] == pytest.approx(float(each.sum()), abs=1e-4)
+            assert found.token_nats[first : first + count, column] == pytest.approx(each.tolist(), abs=1e-4)
+            before = torch.distributions.Categorical(logits=logits[0]).entropy()
+            assert found.entropy[place, column] == pytest.approx(float(before), abs=1e-4)
+        first += count
+    assert found.num_tokens.tolist() == [len(row.response_ids) for row in rows] and len(found.token_nats) == first
+    assert found.scores == pytest.approx(-found.nats / found.num_tokens[:, None])
+    few = found.first(2)
+    assert few.nats.shape == (2, 3) and len(few.token_nats) == few.num_tokens.sum() == len(few.token_units)
+    assert np.bincount(found.token_units).tolist() == found.num_tokens.tolist()
+
+
+def test_members_are_scored_with_their_own_weights(tmp_path: Path) -> None:
+    from evaluation_models import save_checkpoint
+
+    save_checkpoint(tmp_path / "sibling", seed=1)
+    setup = tiny_setup(tmp_path, siblings={2: str(tmp_path / "sibling")}, prompts=4)
+    context = Context(setup)
+    members = families(setup)["siblings"]
+    with ItemStore(tmp_path / "items.jsonl") as store:
+        for item in member_items(setup, members):
+            store.add(item, run_item(item, context), 1.0)
+        found = member_likelihoods(setup, store, members)
+    for column, member in enumerate(members):
+        (item,) = likelihood_items(setup, member.checkpoint, [member.path], tokens=True)
+        alone = run_item(item, context)["paths"][member.path]["nats"]
+        assert found.nats[:, column] == pytest.approx(alone, abs=1e-4)
+
+
+def test_facts_hold_what_the_head_reads_at_the_prompts_end(tmp_path: Path) -> None:
+    setup = tiny_setup(tmp_path, prompts=3)
+    context = Context(setup)
+    items = facts_items(setup, setup.checkpoint, "test")
+    with ItemStore(tmp_path / "items.jsonl") as store:
+        for item in items:
+            store.add(item, run_item(item, context), 1.0)
+        embedding, state, both = (read_features(store, items, what) for what in ("embedding", "state", "all"))
+    model = context.llm(setup.checkpoint.hash).model
+    for row, found in zip(context.prompts(setup.checkpoint.hash, "test").rows, state, strict=True):
+        with torch.no_grad():
+            states = model(torch.tensor([row.prompt_ids]), output_hidden_states=True).hidden_states
+        assert found == pytest.approx(states[-1][0, -1].double().numpy(), abs=1e-4)
+    assert np.array_equal(both, np.concatenate([embedding, state], axis=1))
+
+
+def test_rules_have_their_budget_and_influence_is_measured_apart(tmp_path: Path) -> None:
+    setup = tiny_setup(tmp_path, budgets=(2, 4), seeds=2, train_prompts=5, searched=None)
+    items = influence_items(setup, setup.checkpoint)
+    assert {item.split for item in items} == {"validation"} and len(items) == 2
+    context = Context(setup)
+    with ItemStore(tmp_path / "items.jsonl") as store:
+        for item in items:
+            store.add(item, run_item(item, context), 1.0)
+        influence = read_influence(store, items)
+    assert len(influence) == 6 and all(0 < value < 2 for value in influence)
+    rules = rival_paths(setup, influence)
+    assert list(rules) == ["uniform", "exit", "random", "random-first", "influence"], "nothing was searched"
+    budgets = {
+        (rule, budget): {LayerPath.parse(path, 6).budget for path in paths}
+        for rule, by_budget in rules.items()
+        for budget, paths in by_budget.items()
+    }
+    assert all(found == {budget} for (_, budget), found in budgets.items()) and len(budgets) == 10
+    assert rules["exit"][2] == ["layers:0,1"] and len(rules["random"][4]) == 2
+    kept = {int(layer) for layer in rules["influence"][2][0].removeprefix("layers:").split(",")}
+    assert kept == set(np.argsort(influence)[-2:].tolist())
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_equally_deep_paths_are_distinct_neighbours(count: int) -> None:
+    setup = made_up_setup()
+    paths = [LayerPath.parse(path, 24) for path in equal_paths(setup, count)]
+    assert len(set(paths)) == count and {path.budget for path in paths} == {12}
+    assert paths[0] == LayerPath.uniform(24, 12)
+    assert all(len(set(path.layers) & set(paths[0].layers)) == 11 for path in paths[1:])
+    assert equal_paths(setup, 100) == [], "there are not so many neighbours"
+
+
+def test_searched_paths_come_from_their_file(tmp_path: Path) -> None:
+    from dynskip.found import FoundPaths
+
+    file = tmp_path / "found-paths.json"
+    FoundPaths("0" * 64, 6, {4: (0, 1, 4, 5), 2: (0, 5)}).write(file)
+    setup = tiny_setup(tmp_path, searched=file, rule="searched")
+    assert setup.path_of(4) == "layers:0,1,4,5" and setup.path_of(6) == "full"
+    assert [member.path for member in families(setup)["paths"]] == ["layers:0,5", "layers:0,1,4,5", "full"]
+    assert rival_paths(setup, [0.1] * 6)["searched"] == {2: ["layers:0,5"], 4: ["layers:0,1,4,5"]}
+    with pytest.raises(ValueError, match="searched must hold a path of each budget, got none of 3 layers"):
+        tiny_setup(tmp_path, searched=file, rule="searched", budgets=(3,))
+    FoundPaths("0" * 64, 8, {4: (0, 1, 4, 5)}).write(file)
+    with pytest.raises(ValueError, match="searched must be paths through the 6 layers of the model, got 8"):
+        tiny_setup(tmp_path, searched=file)
+    with pytest.raises(ValueError, match="rule must be one of uniform, searched, got 'best'"):
+        tiny_setup(tmp_path, rule="best")
+
+
+def test_a_cascade_goes_deeper_where_it_is_unsure() -> None:
+    generator = np.random.default_rng(0)
+    entropy, test_entropy = generator.uniform(0, 3, 4000), generator.uniform(0, 3, 4000)
+    costs = np.array([4.0, 8.0, 24.0])
+    chosen = cascade(entropy, test_entropy, costs, 9.0)
+    assert set(chosen.tolist()) == {0, 2} and costs[chosen].mean() == pytest.approx(9.0, abs=1.0)
+    assert test_entropy[chosen == 2].min() > test_entropy[chosen == 0].max()
+    assert costs[cascade(entropy, entropy, costs, 9.0)].mean() <= 9.0
+    assert set(cascade(entropy, test_entropy, costs, 4.0).tolist()) == {0}
+
+
+def test_a_learning_curve_doubles_and_ends_with_all() -> None:
+    assert sizes(7800) == [250, 500, 1000, 2000, 4000, 7800] and sizes(64) == [64] and sizes(250) == [250]
+
+
+def test_every_section_tells_of_log_likelihoods(tmp_path: Path) -> None:
+    """The second score stands in each section, with what it could have shown."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
+    setup = made_up_setup(prompts=24, likelihood_prompts=40)
+    wanted = {
+        "static": {"nats", "nats - full", "rule_nats", "rule_nats - uniform"},
+        "oracle": {"mean_nats", "gain_nats", "matching_budget_nats", "surviving_share_nats"},
+        "router": {"score_nats", "gain_nats", "captured_share_nats", "over_static_nats", "layers_nats"},
+        "depth": {"spearman_nats", "spearman_within_nats", "ties_nats"},
+    }
+    for name, metrics in wanted.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        section = summary_of(setup, name, folder)
+        assert metrics <= {row["metric"] for row in section["rows"]}, name
+        assert (section["n"], section["n_nats"]) == (24, 40)
+        rows = [row for row in section["rows"] if row["metric"] in metrics and row["low"] is not None]
+        assert rows and all(row["detectable"] >= 0 for row in rows if row["high"] is not None)
+        if name == "static":
+            assert {row["verdict"] for row in section["rows"] if row["metric"] == "nats - full"} <= {
+                "equivalent",
+                "lower",
+                "higher",
+                "open",
+            }
+            assert all(0 <= row["p"] <= row["q"] + 1e-6 for row in rows if row["metric"] == "rule_nats - uniform")
+        if name == "oracle":
+            controls = {row["control"] for row in section["rows"] if row["metric"] == "gain_nats"}
+            assert controls == {"oracle", "oracle per token", "equal depth, greedy", "equal depth per token"}
+            by_token = {
+                row["control"]: row["value"]
+                for row in section["rows"]
+                if row["metric"] == "gain_nats" and row["place"] == "third"
+            }
+            assert by_token["oracle per token"] > by_token["oracle"], "more to choose, more to gain"
+        if name == "router":
+            predictors = {row["predictor"] for row in section["rows"] if row["metric"] == "gain_nats"}
+            assert predictors == {"ridge", "boosting", "cascade"}
