@@ -181,10 +181,10 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
         "timed_as": controller.label if seed == ARGMAX else None,
     }
     name = controller.label if seed == ARGMAX else f"{controller.label}, sampled {seed}"
-    columns = [
+    scores, lengths, text_runs, text_decided = (
         np.array(store.column(items, column), dtype=np.float64)
         for column in ("rouge_l", "num_tokens", "num_run", "num_decided")
-    ]
+    )
     runs = np.sum([store.result(item)["layer_runs"] for item in items], axis=0)
     scored = controlled_likelihood_items(setup, controller, seed)
     nats, tokens, num_run, num_decided = (
@@ -192,7 +192,8 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
         for column in ("nats", "num_tokens", "num_run", "num_decided")
     )
     likelihood = Measured(-nats, tokens, num_run, num_decided)
-    return Point(name, labels, *columns, likelihood, runs / max(columns[3].sum(), 1.0))
+    shares = runs / max(text_decided.sum(), 1.0)
+    return Point(name, labels, scores, lengths, text_runs, text_decided, likelihood, shares)
 
 
 def _over_static_nats(setup: Setup, each: Point, static: Sequence[Point]) -> Interval | None:

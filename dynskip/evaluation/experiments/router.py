@@ -104,7 +104,7 @@ def _likelihood_rows(setup: Setup, store: ItemStore, family: str) -> list[dict[s
     costs = np.array(task.costs, dtype=np.float64)
     rows = []
     for routed in learned_routes(setup, store, family):
-        labels = {"family": family, "predictor": routed.predictor, "features": routed.features}
+        labels: dict[str, Any] = {"family": family, "predictor": routed.predictor, "features": routed.features}
         labels |= {"size": routed.size, "at": routed.at}
         layers = bootstrap_mean(costs[routed.chosen].mean(0), resamples=setup.resamples)
         captured = captured_share(task.test_scores, routed.chosen, routed.oracle, resamples=setup.resamples)

@@ -172,7 +172,7 @@ def router(section: Row, summary: Summary) -> list[Block]:
     return [
         Paragraph(
             f"A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
-            f"{_LEARNED_ON.get(section.get('learned_on'), 'training')} split. "
+            f"{_LEARNED_ON.get(section.get('learned_on', ''), 'training')} split. "
             "`logistic` and `boosting` learn which path the oracle chose and `ridge` the score of each "
             "path, all from mean token embeddings of the prompt and of its opening words, its length and simple "
             "counts; `transformer` learns the oracle's choice with one encoder layer over the token embeddings in "

@@ -176,7 +176,9 @@ class OracleScores:
     @cached_property
     def _groups(self) -> list[Floats]:
         """Each [K, N, K]: as many draws as there are paths; what is left over is in none."""
-        size, draws = len(self.costs), () if self.sampled is None else self.sampled
+        if self.sampled is None:
+            return []
+        size, draws = len(self.costs), self.sampled
         return [draws[first : first + size] for first in range(0, len(draws) - size + 1, size)]
 
     @cached_property

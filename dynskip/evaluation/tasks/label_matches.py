@@ -15,7 +15,7 @@ from dynskip.evaluation.stats.intervals import Floats
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.path_families import Member
 from dynskip.measure.passes import Measured, Pass, in_parts, run_paths
 from dynskip.paths import LayerPath
@@ -25,8 +25,8 @@ def label_items(setup: Setup, checkpoint: Checkpoint, paths: Sequence[str]) -> l
     """The items that choose labels along ``paths``; none where the setup names no T0 file."""
     if setup.labels_hash is None:
         return []
-    options = {"dtype": setup.dtype, "labels": setup.labels_hash, "num_rows": setup.label_prompts}
-    return shard_items(setup, "labels", checkpoint, " ".join(paths), setup.split, **options)
+    options: dict[str, Option] = {"dtype": setup.dtype, "labels": setup.labels_hash, "num_rows": setup.label_prompts}
+    return shard_items(setup, "labels", checkpoint, " ".join(paths), setup.split, 0, **options)
 
 
 def run_labels(item: WorkItem, context: Context) -> dict[str, Any]:

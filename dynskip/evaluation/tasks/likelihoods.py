@@ -58,7 +58,7 @@ def likelihood_items(
     options: dict[str, Option] = {"dtype": setup.dtype, "num_rows": likelihood_rows(setup, split)}
     if tokens:
         options["tokens"] = 1
-    return shard_items(setup, "likelihood", checkpoint, " ".join(paths), split, **options)
+    return shard_items(setup, "likelihood", checkpoint, " ".join(paths), split, 0, **options)
 
 
 def likelihood_rows(setup: Setup, split: str) -> int:
@@ -87,8 +87,12 @@ def member_likelihoods(
     ordered = [columns[member] for member in members]
     num_tokens = ordered[0].num_tokens
     assert all((each.num_tokens == num_tokens).all() for each in ordered), "all weights score the same references"
-    joined = (np.concatenate([getattr(each, name) for each in ordered], 1) for name in ("nats", "entropy"))
-    return Likelihoods(*joined, num_tokens, np.concatenate([each.token_nats for each in ordered], 1))
+    return Likelihoods(
+        np.concatenate([each.nats for each in ordered], axis=1),
+        np.concatenate([each.entropy for each in ordered], axis=1),
+        num_tokens,
+        np.concatenate([each.token_nats for each in ordered], axis=1),
+    )
 
 
 def run_likelihood(item: WorkItem, context: Context) -> dict[str, Any]:
