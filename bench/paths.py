@@ -135,7 +135,7 @@ class Bench:
                 if all(self.has(**each) for each in labels):
                     continue
                 bar = Bar(shown=True)
-                with ItemStore(self.args.work / "measurements.jsonl") as store:
+                with ItemStore(self.args.work / "measurements") as store:
                     gauge = Gauge(llm.model, examples, store, dataclasses.replace(item, split=name), bar)
                     measured = gauge.measure(kind, paths)
                 bar.close()

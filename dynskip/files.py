@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def write_text(path: Path, text: str, sync: bool = False) -> None:
 
     sync: the text is on the disk before the file has its name.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")  # hosts may share folders
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

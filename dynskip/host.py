@@ -9,6 +9,9 @@ import platform
 import subprocess
 from pathlib import Path
 
+# What the CPU code of torch, oneDNN and dynskip looks for, in the words of /proc/cpuinfo (x86, then Arm).
+_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+
 
 def cpu_fields() -> dict[str, str]:
     """What ``/proc/cpuinfo`` says of the first CPU; only Linux has it."""
@@ -24,6 +27,13 @@ def cpu_fields() -> dict[str, str]:
 def cpu_model() -> str:
     """The CPU's name as the system gives it."""
     return cpu_fields().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets of the CPU that torch, oneDNN and dynskip choose by; only Linux lists them."""
+    fields = cpu_fields()
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return [name for name in _CPU_FEATURES if name in flags]
 
 
 def package_version(name: str) -> str | None:

@@ -284,6 +284,23 @@ def evaluate(old: Path, folder: Path) -> str:
     return command("eval", "static", *model, "--out", folder, *few, *timed)
 
 
+def item_lines(run: Path) -> list[dict[str, Any]]:
+    """The finished items of a run by their keys, whole, as either state keeps them: in one file, or token ids apart."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in [run / "items.jsonl", *sorted((run / "items").glob("*.jsonl"))]:
+        if path.exists() and not path.name.endswith(".failed.jsonl"):
+            for line in map(json.loads, path.read_text("utf-8").splitlines()):
+                found[line["key"]] = joined(found.get(line["key"], {}), line)
+    return [found[key] for key in sorted(found)]
+
+
+def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both, and at each name that both have the join of what they have there."""
+    both = one | other
+    shared = [name for name in one if isinstance(one[name], dict) and name in other]
+    return both | {name: joined(one[name], other[name]) for name in shared}
+
+
 def write_artefacts(folder: Path, quick: bool) -> None:
     """What the new state has to read: checkpoints, controllers, and unless ``quick`` costs and a sweep."""
     draw = random.Random(0)
@@ -335,8 +352,8 @@ def artefacts(old: Path, out: Path, quick: bool) -> Iterator[Case]:
 
     def begun() -> Any:
         evaluate(old, out / "eval new")
-        items = map(json.loads, (out / "eval new" / "items.jsonl").read_text("utf-8").splitlines())
-        return [[each["item"], each["result"]] for each in items if each["item"]["task"] == "generate"]
+        lines = item_lines(out / "eval new")
+        return [[each["item"], each["result"]] for each in lines if each["item"]["task"] == "generate"]
 
     (costs,) = (old / "cache").rglob("*.json")
     yield "artefact/costs/engine", known_costs

@@ -18,6 +18,8 @@ EXAMPLES = """examples:
       the oracle and its controls, on one set of weights and on weights tuned for each budget
   dynskip eval all --model runs/base --data alpaca_data.json.xz --out runs/eval
       every experiment; killed and started again, it goes on where it was
+  dynskip eval all --model runs/base --data alpaca_data.json.xz --out /shared/eval --executor ray:auto
+      the same on a cluster of Ray, whose nodes see the same files
 """
 
 
@@ -87,10 +89,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument(
         "--margin-match", type=float, metavar="M", help="the same of the share of right labels (default: 0.02)"
     )
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that share the work (default: 1)"
+    where = parser.add_argument_group("where items are done")
+    where.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that share the work (default: 1); with --executor, items that it is given at a time (default: "
+        "1, or twice what a cluster of Ray has room for)",
     )
-    parser.add_argument(
+    where.add_argument(
+        "--executor",
+        metavar="NAME",
+        help="ray:ADDRESS for a cluster of Ray (auto, HOST:PORT), or MODULE:FACTORY, a callable without arguments that "
+        "makes a concurrent.futures.Executor",
+    )
+    where.add_argument(
+        "--time-here",
+        action="store_true",
+        help="time on this machine from now on (default: the one of the run's first start)",
+    )
+    where.add_argument(
+        "--mix-instruction-sets",
+        action="store_true",
+        help="take items of machines whose greedy tokens may differ now and then",
+    )
+    where.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of one process (default: PyTorch's choice)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -140,12 +163,28 @@ def run(args: argparse.Namespace) -> int:
         **options,
     )
     names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
-    with EvalRun(setup, args.out, args.workers, progress=not args.quiet) as evaluation:
+    with EvalRun(
+        setup,
+        args.out,
+        args.workers,
+        progress=not args.quiet,
+        executor=args.executor,
+        mixes_isa=args.mix_instruction_sets,
+        times_here=args.time_here,
+    ) as evaluation:
         summary = evaluation.run(names)
     for name in names:
-        for sentence in section_sentences(summary, section_name(name)):
-            print(f"{name}: {sentence}")
-    print(f"{args.out / 'summary.json'}: every number with its interval")
+        if name in evaluation.left:
+            host = evaluation.folder.timed_on["host"]
+            print(
+                f"{name}: {evaluation.left[name]} items are left for {host}, the machine that is timed: run the same "
+                "command there, or here with --time-here"
+            )
+        else:
+            for sentence in section_sentences(summary, section_name(name)):
+                print(f"{name}: {sentence}")
+    if len(evaluation.left) < len(names):
+        print(f"{args.out / 'summary.json'}: every number with its interval")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.cli.options import DTYPES, UserError, add_adapter_option, torch_dtype
-from dynskip.host import cpu_fields, cpu_model, package_version
+from dynskip.host import cpu_features, cpu_model, package_version
 from dynskip.kernels import switches
 from dynskip.version import __version__
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dynskip.models.config import DecoderConfig
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-# What the CPU code of torch, oneDNN and dynskip looks for, in the words of /proc/cpuinfo (x86, then Arm).
-_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 HELP = "what this machine and this installation can do"
 DESCRIPTION = "Show versions, devices, backends and why one is not there, and the shipped model."
 EXAMPLES = """examples:
@@ -74,11 +72,9 @@ def _cpu() -> dict[str, Any]:
 
     memory = psutil.virtual_memory()
     group = cgroup_memory(machine_bytes=memory.total)
-    fields = cpu_fields()
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
     return {
         "model": cpu_model(),
-        "features": [name for name in _CPU_FEATURES if name in flags],
+        "features": cpu_features(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "num_cores": psutil.cpu_count(logical=False),
         "num_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

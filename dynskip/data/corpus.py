@@ -103,7 +103,7 @@ def read_templates(path: Path) -> dict[str, list[Instruction]]:
     """The same of the T0 file by the names of their templates, completions without the mark of their end."""
     rows: dict[str, list[Instruction]] = {}
     for row in _t0_rows(path, ("task", "prompt", "completion")):
-        completion = row["completion"].removesuffix(_END_MARK)
+        completion = row["completion"].removesuffix(END_MARK)
         rows.setdefault(row["task"], []).append(Instruction(row["prompt"], "", completion))
     return rows
 

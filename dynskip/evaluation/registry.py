@@ -43,6 +43,7 @@ TASKS = {
     "overhead": Task(run_overhead, alone=True),
     "time": Task(run_time, alone=True),
 }
+ALONE = frozenset(name for name, task in TASKS.items() if task.alone)
 
 
 def run_item(item: WorkItem, context: Context) -> dict[str, Any]:

@@ -3,81 +3,103 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import random
 import sys
 import time
-from collections.abc import Collection, Sequence
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dynskip.causal_lm import CausalLM
-from dynskip.evaluation.registry import EXPERIMENTS, TASKS, section_name
+from dynskip.evaluation.dispatch import NUM_TRIES, Dispatch
+from dynskip.evaluation.registry import ALONE, EXPERIMENTS, section_name
+from dynskip.evaluation.run_folder import RunFolder
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.dataset import duplicates, read_splits
+from dynskip.evaluation.sweep.place import Place
 from dynskip.evaluation.sweep.setup import Setup
-from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.workers import run_here, run_in_processes
-from dynskip.files import write_json
-from dynskip.measure import machine
+from dynskip.evaluation.sweep.store import Kind, WorkItem
+from dynskip.evaluation.workers import Outcome, crew_here, crew_named
 
-SCHEMA = 1
+# As long as items take, what others have finished is looked for once in so many seconds.
+REFRESH_S = 1.0
+# A stage whose first items all fail, each of its tries, will not do better.
+_MOST_FAILED_AT_FIRST = 3
 
 
 class EvalRun:
-    """The run of ``setup`` in ``folder``: config.json, items.jsonl, summary.json, log.txt.
+    """The run of ``setup`` in ``folder``: config.json, starts/, items/, summary.json, log.txt.
 
-    num_workers: processes that share the items. progress: show bars on stderr.
+    Several processes may run in one folder at once, here and on other machines: each skips what others have finished.
+    num_workers: processes that share the items (default: this one). executor: who does them in place of these; see
+    `crew_named`. num_workers is then how many items are handed over at a time. progress: show bars on stderr.
+    mixes_isa, times_here: see `RunFolder`. left: by experiment, how many items the machine that is timed must do.
 
-    Raises: ValueError where the folder belongs to another setup, RuntimeError where another process runs in it.
+    Raises ValueError where the folder belongs to another setup, or holds several instruction sets unasked.
     """
 
-    def __init__(self, setup: Setup, folder: Path, num_workers: int = 1, progress: bool = True) -> None:
-        if num_workers < 1:
+    def __init__(
+        self,
+        setup: Setup,
+        folder: Path,
+        num_workers: int | None = None,
+        progress: bool = True,
+        *,
+        executor: str | None = None,
+        mixes_isa: bool = False,
+        times_here: bool = False,
+    ) -> None:
+        if num_workers is not None and num_workers < 1:
             raise ValueError(f"eval: workers must be at least 1, got {num_workers}.")
-        self.setup = setup
-        self.folder = folder
-        self.num_workers = num_workers
         self.progress = progress
-        self.context = Context(setup)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.store = ItemStore(folder / "items.jsonl")
+        self.left: dict[str, int] = {}
+        self._failed: dict[WorkItem, str] = {}
+        self._refreshed = time.monotonic()
+        self.folder = RunFolder(folder, setup, mixes_isa, times_here)
+        self.store, self.setup = self.folder.store, self.folder.setup
         try:
-            self._machine = machine.describe()
-            self._guard()
+            self.context = Context(self.setup)
+            if executor is None:
+                self.crew = crew_here(self.context, num_workers or 1)
+            else:
+                self.crew = crew_named(executor, self.setup, num_workers)
         except BaseException:
-            self.store.close()
+            self.folder.close()
             raise
 
     def __enter__(self) -> EvalRun:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.store.close()
+        self.folder.close()
         if error is not None:
             # Where the disk is full the log cannot grow either; what is on its way says why.
             with contextlib.suppress(OSError):
-                self.log(f"ended by {type(error).__name__}: {error}")
+                self.folder.log(f"ended by {type(error).__name__}: {error}")
 
     def run(self, names: Sequence[str]) -> dict[str, Any]:
-        """The summary after the experiments of ``names``, written after each of them."""
+        """The summary after the experiments of ``names``, written after each of them that has all its items.
+
+        Raises RuntimeError where items have failed; the others are done, and their experiments summarised.
+        """
         for name in names:
             if name not in EXPERIMENTS:
                 raise ValueError(f"eval: the experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}.")
-        path = self.folder / "summary.json"
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        summary: dict[str, Any] = {"schema": SCHEMA, **old}
         for name in names:
-            experiment = EXPERIMENTS[name]
-            while missing := self.store.missing(experiment.plan(self.setup, self.store)):
-                self._do(name, missing)
-            summary[section_name(name)] = experiment.summarise(self.setup, self.store)
-            summary["conditions"] = self.conditions()
-            write_json(path, summary)
-            self.log(f"{name}: summary written")
-        return summary
+            if self._finish(name):
+                section = EXPERIMENTS[name].summarise(self.setup, self.store)
+                self.folder.write_section(section_name(name), section, self.conditions())
+                self.folder.log(f"{name}: summary written")
+        if self._failed:
+            raise RuntimeError(
+                f"eval: items must give results, got {len(self._failed)} that failed {NUM_TRIES} times, the first with "
+                f"{next(iter(self._failed.values()))}. Errors are in {self.store.folder}/*.failed.jsonl; the same "
+                "command tries again."
+            )
+        return self.folder.summary()
 
     def conditions(self) -> dict[str, Any]:
         """What the numbers hold for: model, data, machine, versions, and what was left out."""
@@ -100,76 +122,109 @@ class EvalRun:
             "duplicates": duplicates(splits),
             "items": len(self.store),
             "item_seconds": round(self.store.total_seconds, 1),
-            **self._machine,
         }
 
-    def log(self, line: str) -> None:
-        """Add a line with the time to the run's log."""
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}\n")
+    def _finish(self, name: str) -> bool:
+        """Do the items of an experiment; whether none is left, neither failed ones nor such as others must time."""
+        others = frozenset() if self.folder.times_here else ALONE
+        while missing := self._missing(name):
+            due = [item for item in missing if item not in self._failed and item.task not in others]
+            if not due:
+                break
+            self._do(name, due)
+        to_time = sum(item not in self._failed for item in missing)
+        if to_time:
+            self.left[name] = to_time
+            self.folder.log(f"{name}: {to_time} items are left for {self.folder.timed_on['host']}, which is timed")
+        return not missing
+
+    def _missing(self, name: str) -> list[WorkItem]:
+        self._refresh()
+        return self.store.missing(EXPERIMENTS[name].plan(self.setup, self.store))
 
     def _do(self, name: str, missing: list[WorkItem]) -> None:
         """Do the missing items of an experiment, those that need the machine for themselves at the end."""
-        shared = [item for item in missing if not TASKS[item.task].alone]
-        alone = [item for item in missing if TASKS[item.task].alone]
-        num_workers = min(self.num_workers, len(shared)) or 1
-        line = (
-            f"{name}: {len(missing)} items to do, {self._time_left(missing, num_workers)} ({len(self.store)} are done)"
-        )
-        self.log(line)
-        if self.progress:
-            print(line, file=sys.stderr)
-        here = num_workers == 1
-        first = run_here(shared, self.context) if here else run_in_processes(shared, self.setup, num_workers)
-        left = set(missing)
+        shared = [item for item in missing if item.task not in ALONE]
+        alone = [item for item in missing if item.task in ALONE]
+        # Each process begins elsewhere, so that several that start together do not do the same items.
+        first = random.Random(self.store.writer).randrange(len(shared)) if shared else 0
+        shared = shared[first:] + shared[:first]
+        here = crew_here(self.context)
+        if shared and self.crew.is_here:
+            self.folder.refuse_mixing(Place.here(self.setup.device))
         shape = "{desc} {n_fmt}/{total_fmt} items|{bar}| {elapsed}{postfix}"
-        with tqdm(total=len(missing), desc=name, disable=not self.progress, bar_format=shape) as bar:
-            for item, result, seconds in chain(first, run_here(alone, self.context)):
-                self.store.add(item, result, seconds)
-                left.remove(item)
-                bar.set_postfix_str(f"left: {self._time_left(left, num_workers)}" if left else "", refresh=False)
-                bar.update()
+        with contextlib.ExitStack() as stack:
+            dispatch = stack.enter_context(Dispatch(self.crew if shared else here, self.folder.log))
+            num_workers = min(dispatch.num_at_once, len(shared)) or 1
+            left = Counter(item.kind for item in missing)
+            time_left = self._time_left(left, num_workers)
+            line = f"{name}: {len(missing)} items to do, {time_left} ({len(self.store)} are done)"
+            self.folder.log(line)
+            if self.progress:
+                print(line, file=sys.stderr)
+            with tqdm(total=len(missing), desc=name, disable=not self.progress, bar_format=shape) as bar:
+                self._take(shared, dispatch, left, bar)
+                stack.close()  # nothing else is to run while the machine is timed
+                with Dispatch(here, self.folder.log) as timing:
+                    self._take(alone, timing, left, bar)
 
-    def _time_left(self, items: Collection[WorkItem], num_workers: int) -> str:
-        """How long ``items`` should take, by the finished ones of their kinds; nothing is known of other kinds yet."""
-        known = {item: seconds for item in items if (seconds := self.store.seconds_like(item)) is not None}
-        if not known:
+    def _take(self, items: Sequence[WorkItem], dispatch: Dispatch, left: Counter[Kind], bar: Any) -> None:
+        """Keep what becomes of ``items``. left: how many of each kind the bar waits for."""
+
+        def tick(item: WorkItem) -> None:
+            left[item.kind] -= 1
+            text = f"left: {self._time_left(left, dispatch.num_at_once)}" if left.total() else ""
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        def due() -> Iterator[WorkItem]:
+            for item in items:
+                if time.monotonic() - self._refreshed > REFRESH_S:
+                    self._refresh()
+                if item in self.store:
+                    tick(item)  # another process was faster
+                else:
+                    yield item
+
+        num_failed = num_done = 0
+        for outcome in dispatch.outcomes(due()):
+            if outcome.result is None:
+                num_failed += 1
+                self._give_up(outcome)
+                if num_failed == _MOST_FAILED_AT_FIRST and not num_done:
+                    raise RuntimeError(
+                        f"eval: items must give results, got none from the first {num_failed}, each tried {NUM_TRIES} "
+                        f"times: {outcome.error}"
+                    )
+            else:
+                num_done += 1
+                if outcome.item.task not in ALONE:
+                    self.folder.refuse_mixing(outcome.place)
+                if outcome.item not in self.store:
+                    self.store.add(outcome.item, outcome.result, outcome.seconds, outcome.place)
+            tick(outcome.item)
+
+    def _give_up(self, outcome: Outcome) -> None:
+        path = self.store.fail(outcome.item, outcome.error, outcome.trace, NUM_TRIES, outcome.place)
+        self._failed[outcome.item] = outcome.error
+        self.folder.log(f"item {outcome.item.key} failed {NUM_TRIES} times, see {path.name}: {outcome.error}")
+
+    def _refresh(self) -> None:
+        self.store.refresh()
+        self._refreshed = time.monotonic()
+
+    def _time_left(self, kinds: Counter[Kind], num_workers: int) -> str:
+        """How long so many items of each kind should take, by finished ones; nothing is known of other kinds yet."""
+        total_s, num_new = 0.0, 0
+        for kind, count in kinds.items():
+            seconds = self.store.seconds_like(kind)
+            if seconds is None:
+                num_new += count
+            else:
+                total_s += count * seconds / (1 if kind[0] in ALONE else num_workers)
+        if num_new == kinds.total():
             return "time not known yet"
-        total_s = sum(seconds / (1 if TASKS[item.task].alone else num_workers) for item, seconds in known.items())
-        new = len(items) - len(known)
-        return f"about {duration(total_s)}" + (f" and {new} of kinds not timed yet" if new else "")
-
-    def _guard(self) -> None:
-        """Record this start, unless the folder was begun with another setup."""
-        record = self.folder / "config.json"
-        guarded = json.loads(json.dumps(self.setup.guarded()))
-        start = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "model": str(self.setup.checkpoint.directory),
-            "data": str(self.setup.data),
-            **self._machine,
-        }
-        starts: list[dict[str, Any]] = []
-        if record.exists():
-            old = json.loads(record.read_text(encoding="utf-8"))
-            # A field that an older version did not know takes part from now on.
-            differences = [
-                f"{name} {old['setup'][name]!r}, not {value!r}"
-                for name, value in guarded.items()
-                if name in old["setup"] and old["setup"][name] != value
-            ]
-            if differences:
-                raise ValueError(
-                    f"eval: the setup must be that of the run in {self.folder}, got another: the run has "
-                    f"{'; '.join(differences)}. Give the run's own options or another --out."
-                )
-            starts = old["starts"]
-        elif len(self.store):
-            raise ValueError(
-                f"eval: {self.folder} must hold the config.json of its items, got items without one. "
-                "Bring it back or name another --out."
-            )
-        write_json(record, {"schema": SCHEMA, "setup": guarded, "starts": [*starts, start]})
+        return f"about {duration(total_s)}" + (f" and {num_new} of kinds not timed yet" if num_new else "")
 
 
 def num_parameters(model: CausalLM) -> int:

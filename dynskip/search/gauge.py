@@ -103,7 +103,7 @@ class Gauge:
                 if output.error is not None:
                     raise output.error
             self.store.add(item, {"token_ids": token_ids}, time.monotonic() - start)
-        answers = self.store.result(item)["token_ids"]
+        answers = self.store.token_ids(item)["token_ids"]
         pairs = zip(self.references, answers, strict=True)
         return [Example(text.prompt_ids, tuple(answer), 0) for text, answer in pairs]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # What each score asks of candidates. The likelier guesses are right, the more a draft of a given budget gains.
 SCORES: dict[str, tuple[Kind, ...]] = {"loss": ("loss",), "agreement": ("own",), "speed": ("own", "path")}
-MEASUREMENTS, RESULT, FIGURE = "measurements.jsonl", "frontier.json", "frontier.svg"
+MEASUREMENTS, RESULT, FIGURE = "measurements", "frontier.json", "frontier.svg"
 
 
 @dataclass(frozen=True)

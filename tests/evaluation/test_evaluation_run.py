@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from evaluation_models import save_checkpoint, save_data, tiny_setup
+from evaluation_models import arguments, item_lines, save_checkpoint, save_data, tiny_setup
 from families import family_hf
 from models import tiny_hf, tiny_model
 
@@ -42,17 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def arguments(folder: Path, out: Path, *more: str, experiment: str = "static") -> list[str]:
-    return [
-        *("eval", experiment, "--model", str(folder / "model"), "--data", str(folder / "data.json")),
-        *("--out", str(out), "--prompts", "12", "--shard-size", "2", "--budgets", "2,4", "--candidates", "2"),
-        *("--max-tokens", "8", "--seeds", "1", "--resamples", "20", "--timed-batch", "4", "--dtype", "float32"),
-        *("--threads", "1", "--quiet", *more),
-    ]
-
-
 def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    return item_lines(out / "items")
 
 
 # Runs the command in children that it kills once they have finished a few more items and a random moment has passed,
@@ -67,7 +59,7 @@ import datasets, rouge_score.rouge_scorer, transformers.models.opt.modeling_opt
 from dynskip.cli import main
 arguments, num_kills = json.loads(sys.argv[1]), int(sys.argv[2])
 draw = random.Random(int(sys.argv[3]))
-items = Path(arguments[arguments.index("--out") + 1]) / "items.jsonl"
+items = Path(arguments[arguments.index("--out") + 1]) / "items"
 
 def start():
     child = os.fork()
@@ -77,7 +69,8 @@ def start():
     return child
 
 def finished():
-    return items.read_bytes().count(b"\\n") if items.exists() else 0
+    files = [path for path in items.glob("*.jsonl") if path.name.count(".") == 1]
+    return sum(path.read_bytes().count(b"\\n") for path in files)
 
 for _ in range(num_kills):
     wanted, child = finished() + draw.randint(0, 2), start()
@@ -118,14 +111,14 @@ def test_killed_at_random_moments_the_same_command_finishes_without_loss(
 
 def test_a_finished_run_does_nothing_again(folder: Path, tmp_path: Path) -> None:
     assert main(arguments(folder, tmp_path / "run")) == 0
-    before = (tmp_path / "run" / "items.jsonl").read_bytes()
+    before = lines(tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert main(arguments(folder, tmp_path / "run")) == 0
-    assert (tmp_path / "run" / "items.jsonl").read_bytes() == before
+    assert lines(tmp_path / "run") == before
     again = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert again["static"] == summary["static"]
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert len(config["starts"]) == 2 and config["starts"][0]["versions"]["torch"]
+    starts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "starts").iterdir())]
+    assert len(starts) == 2 and starts[0]["versions"]["torch"] and starts[0]["host"]
     # Another experiment on the same generations adds what it lacks only.
     assert main(arguments(folder, tmp_path / "run", experiment="oracle")) == 0
     greedy = [line for line in lines(tmp_path / "run") if line["item"]["task"] == "generate"]
@@ -172,12 +165,6 @@ def test_items_without_their_config_are_refused(folder: Path, tmp_path: Path) ->
         EvalRun(setup, tmp_path)
 
 
-def test_two_processes_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
-    setup = tiny_setup(folder)
-    with EvalRun(setup, tmp_path, progress=False), pytest.raises(RuntimeError, match="one process at a time"):
-        EvalRun(setup, tmp_path)
-
-
 def test_a_full_disk_ends_a_run_in_one_line_and_the_rest_is_done_later(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,13 +173,13 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_rest_is_done_later(
     real_add = ItemStore.add
     count = 0
 
-    def full_after_three(store: ItemStore, item: Any, result: Any, seconds: float) -> None:
+    def full_after_three(store: ItemStore, *args: Any) -> None:
         nonlocal count
         count += 1
         if count > 3:
             monkeypatch.setattr(os, "write", no_space)
         try:
-            real_add(store, item, result, seconds)
+            real_add(store, *args)
         finally:
             monkeypatch.setattr(os, "write", real_write)
 
@@ -230,11 +217,11 @@ def test_generations_are_those_of_each_prompt_alone(folder: Path, tmp_path: Path
     setup = tiny_setup(folder)
     context = Context(setup)
     items = generate_items(setup, setup.checkpoint, ["uniform:2", "full"])
-    with ItemStore(tmp_path / "items.jsonl") as store:
+    with ItemStore(tmp_path / "items") as store:
         for item in items:
             store.add(item, run_item(item, context), 1.0)
         generations = read_generations(store, items)
-        tokens = [ids for item in items for ids in store.result(item)["paths"]["uniform:2"]["token_ids"]]
+        tokens = [ids for item in items for ids in store.token_ids(item)["paths"]["uniform:2"]["token_ids"]]
     llm = context.llm(setup.checkpoint.hash)
     assert isinstance(llm, LLM) and generations.rouge_l.shape == (12, 2)
     for row, ids, score in zip(
@@ -322,8 +309,7 @@ def test_workers_end_with_a_killed_parent_and_give_what_one_process_gives(
     parent = subprocess.Popen([sys.executable, "-m", "dynskip", *command], stderr=subprocess.DEVNULL)
     process = psutil.Process(parent.pid)
     deadline = time.monotonic() + 120
-    items = tmp_path / "run" / "items.jsonl"
-    while not (items.exists() and items.stat().st_size) and time.monotonic() < deadline:
+    while not lines(tmp_path / "run") and time.monotonic() < deadline:
         time.sleep(0.05)
     workers = process.children(recursive=True)
     assert workers, "the run was over before it had workers"
@@ -347,10 +333,12 @@ def test_an_estimate_comes_first(folder: Path, tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert error.index("static: 11 items to do, time not known yet (0 are done)") < error.index("11/11 items")
         # Finished items tell how long others of their kinds take.
-        items = list(dict.fromkeys(EXPERIMENTS["static"].plan(evaluation.setup, evaluation.store)))
-        assert re.fullmatch(r"about \d+ s", evaluation._time_left(items, num_workers=1))
-        new = dataclasses.replace(items[0], path="uniform:1")
-        assert evaluation._time_left([items[0], new], num_workers=1).endswith(" s and 1 of kinds not timed yet")
+        items = dict.fromkeys(EXPERIMENTS["static"].plan(evaluation.setup, evaluation.store))
+        kinds = Counter(item.kind for item in items)
+        assert re.fullmatch(r"about \d+ s", evaluation._time_left(kinds, num_workers=1))
+        new = dataclasses.replace(next(iter(items)), path="uniform:1")
+        kinds[new.kind] += 1
+        assert evaluation._time_left(kinds, num_workers=1).endswith(" s and 1 of kinds not timed yet")
     assert "static: 11 items to do" in (tmp_path / "log.txt").read_text()
     assert [duration(seconds) for seconds in (0.2, 80, 600, 9000)] == ["1 s", "80 s", "10 min", "2.5 h"]
 

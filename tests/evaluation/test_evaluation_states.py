@@ -106,7 +106,7 @@ def test_drawn_paths_have_the_budget_and_repeat() -> None:
 
 def test_the_section_is_a_mean_over_tokens(tmp_path: Path) -> None:
     setup = tiny_setup(tmp_path, prompts=4, state_prompts=6, seeds=2, resamples=50)
-    with ItemStore(tmp_path / "items.jsonl") as store:
+    with ItemStore(tmp_path / "items") as store:
         items = hidden_states.plan(setup, store)
         assert [item.seed for item in items] == [0, 1, 2]
         for item in items:

@@ -84,7 +84,7 @@ def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None
 
 
 def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    with ItemStore(tmp_path / "items.jsonl") as store:
+    with ItemStore(tmp_path / "items") as store:
         setup = made_up_setup(candidates=(4, 8, 12, 16))
         with pytest.raises(ValueError, match="candidates must be at most the 4 draws of each prompt, got 5 with the"):
             EXPERIMENTS["oracle"].plan(setup, store)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_models import item_lines
 from models import NUM_LAYERS, VOCAB_SIZE, tiny_hf, word_tokenizer
 
 from dynskip.cli import main
@@ -109,15 +110,15 @@ def test_every_router_is_judged_and_timed(run: tuple[Path, list[str]]) -> None:
 
 def test_the_same_command_again_adds_nothing(run: tuple[Path, list[str]]) -> None:
     folder, arguments = run
-    before, summary = (folder / "items.jsonl").read_bytes(), summary_of(folder)
+    before, summary = item_lines(folder / "items"), summary_of(folder)
     assert main(arguments) == 0
-    assert (folder / "items.jsonl").read_bytes() == before
+    assert item_lines(folder / "items") == before
     again = summary_of(folder)
     assert {name: again[name] for name in SECTIONS} == {name: summary[name] for name in SECTIONS}
 
 
 def test_no_text_of_the_data_is_kept(run: tuple[Path, list[str]]) -> None:
-    for path in run[0].iterdir():
+    for path in run[0].rglob("*"):
         if path.is_file():
             content = path.read_text(encoding="utf-8")
             assert not any(row["output"] in content for row in made_up_instructions(NUM_ROWS)), path.name

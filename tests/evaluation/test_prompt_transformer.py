@@ -88,7 +88,7 @@ def test_a_router_that_takes_long_is_an_item(tmp_path: Path) -> None:
         route_item(setup, setup.checkpoint, "transformer", [2, 6], labels, 5.0, 0),
     ]
     assert items[0].key not in {other.key for other in others}
-    with ItemStore(tmp_path / "items.jsonl") as store:
+    with ItemStore(tmp_path / "items") as store:
         for item in items:
             store.add(item, run_item(item, Context(setup)), 1.0)
         chosen = read_chosen(store, items)

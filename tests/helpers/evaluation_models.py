@@ -13,6 +13,22 @@ from models import word_tokenizer
 from dynskip.evaluation.sweep.setup import Setup
 
 
+def arguments(folder: Path, out: Path, *more: str, experiment: str = "static") -> list[str]:
+    """The command that runs an experiment in ``out`` on ``model`` and ``data.json`` of ``folder``."""
+    return [
+        *("eval", experiment, "--model", str(folder / "model"), "--data", str(folder / "data.json")),
+        *("--out", str(out), "--prompts", "12", "--shard-size", "2", "--budgets", "2,4", "--candidates", "2"),
+        *("--max-tokens", "8", "--seeds", "1", "--resamples", "20", "--timed-batch", "4", "--dtype", "float32"),
+        *("--threads", "1", "--quiet", *more),
+    ]
+
+
+def item_lines(folder: Path) -> list[dict[str, Any]]:
+    """The finished items in the files of all writers of a store; of a killed writer all but what it had begun."""
+    files = sorted(path for path in folder.glob("*.jsonl") if path.name.count(".") == 1)
+    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def save_checkpoint(directory: Path, seed: int = 0, family: str = "opt") -> Path:
     """A random model of 6 layers that knows 101 words, saved with its tokenizer."""
     family_hf(family, seed).save_pretrained(directory)

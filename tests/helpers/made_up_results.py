@@ -44,7 +44,7 @@ def made_up_setup(siblings: tuple[int, ...] = (), **changes: Any) -> Setup:
 
 def summary_of(setup: Setup, name: str, directory: Path) -> dict[str, Any]:
     """The section of an experiment, all of whose items have made-up results."""
-    with ItemStore(directory / "items.jsonl") as store:
+    with ItemStore(directory / "items") as store:
         while missing := store.missing(EXPERIMENTS[name].plan(setup, store)):
             for item in missing:
                 store.add(item, _RESULTS[item.task](setup, item), 1.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_models import item_lines
 from models import NUM_LAYERS, tiny_model, word_tokenizer
 from searches import OPTIONS, data_file, search, with_useless_layer
 from streams import costs, engine
@@ -173,7 +174,7 @@ def test_a_killed_search_goes_on_to_the_same_result(
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     expected = search(model, tmp_path / "whole", options).run()
-    measures = (tmp_path / "whole/run" / MEASUREMENTS).read_text().splitlines()
+    measures = item_lines(tmp_path / "whole/run" / MEASUREMENTS)
     add, count = ItemStore.add, itertools.count()
 
     def dying(self: ItemStore, *args: Any) -> None:
@@ -191,8 +192,7 @@ def test_a_killed_search_goes_on_to_the_same_result(
             num_kills += 1
     assert num_kills >= 5
     assert (result.found, result.rows) == (expected.found, expected.rows)
-    again = (tmp_path / "killed/run" / MEASUREMENTS).read_text().splitlines()
-    keys = [json.loads(line)["key"] for line in again]
+    keys = [line["key"] for line in item_lines(tmp_path / "killed/run" / MEASUREMENTS)]
     assert len(keys) == len(set(keys)) == len(measures), "nothing was measured twice, and nothing else"
 
 

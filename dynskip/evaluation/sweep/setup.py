@@ -39,7 +39,7 @@ class Setup:
     depth that count as none, of ROUGE-L, of nats a token and of the share of right labels.
     seeds: how often what is drawn is drawn. max_tokens: new tokens at most. temperature, top_p: of sampled generations.
     shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how often each is timed, in
-    turns. resamples: of each bootstrap.
+    turns. resamples: of each bootstrap. timed_on: the name of the machine that is timed; "" for this one.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +76,7 @@ class Setup:
     timed_batch: int = 64
     timed_rounds: int = 12
     resamples: int = 1000
+    timed_on: str = ""
 
     def __post_init__(self) -> None:
         positive = (
@@ -235,7 +236,7 @@ class Setup:
     def guarded(self) -> dict[str, Any]:
         """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("data", "labels", "controllers", "controller_seeds"):
+        for name in ("data", "labels", "controllers", "controller_seeds", "timed_on"):
             del fields[name]
         return fields | {
             "checkpoint": self.checkpoint.hash,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-from collections import defaultdict
-from collections.abc import Iterable
+import time
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from dynskip.evaluation.sweep.item_files import LineFile, LineReader, Writer, damaged, encoded, split_token_ids
+from dynskip.evaluation.sweep.place import Place
 
 Option = str | int | float
+Kind = tuple[str, str, str, bool]
+_MOST_KEPT = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,22 @@ class WorkItem:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def kind(self) -> tuple[str, str, str, bool]:
+    def kind(self) -> Kind:
         """What items have in common that should take equally long: all but shard, seed and options."""
         return self.task, self.checkpoint, self.path, self.seed == 0
 
     def to_dict(self) -> dict[str, Any]:
         """The item as JSON holds it."""
-        return dataclasses.asdict(self) | {"options": dict(self.options)}
+        return {
+            "task": self.task,
+            "checkpoint": self.checkpoint,
+            "path": self.path,
+            "data": self.data,
+            "split": self.split,
+            "seed": self.seed,
+            "shard": self.shard,
+            "options": dict(self.options),
+        }
 
     @staticmethod
     def from_dict(fields: dict[str, Any]) -> WorkItem:
@@ -64,26 +76,46 @@ class WorkItem:
         return dict(self.options)[name]
 
 
+class _Entry(NamedTuple):
+    """Where the line of an item lies, and what is asked of it without reading it. ended: seconds since 1970."""
+
+    path: Path
+    offset: int
+    size: int
+    seconds: float
+    ended: float
+    place: Place
+
+
 class ItemStore:
-    """The results of finished items in ``path``, and the right to add more.
+    """The results of finished items in ``folder``, of all processes that write there, and the right to add more.
 
-    A line counts once its newline is written. What follows the last newline is the work of a writer that was killed: it
-    is cut off, and its item is missing, so that it is done again. One process at a time may hold a store open.
+    Each process appends to a file of its own; the store is their union, and of two results of one item the earlier
+    counts. The file ``folder.jsonl`` beside it, where older versions kept all items, belongs to the union as well. A
+    line counts once its newline is written. What follows the last newline of a file is the work of a writer that was
+    killed: its item is missing, so that it is done again.
 
-    Raises: ValueError for a damaged line, RuntimeError where another process holds the store.
+    In memory is where each line lies; a result is read when it is asked for.
+
+    Raises ValueError for a damaged line, here or where it is read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lines: dict[str, dict[str, Any]] = {}
-        self._seconds: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            self._lock()
-            self._read()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, folder: Path) -> None:
+        if folder.is_file():
+            raise ValueError(
+                f"ItemStore: folder must be a folder, got the file {folder}. Leave its suffix out: it is read as well."
+            )
+        self.folder = folder
+        self._entries: dict[bytes, _Entry] = {}
+        self._files: dict[Path, LineFile] = {}
+        self._places: dict[Place, Place] = {}  # one object for all items that were done there
+        self._num_by_task: Counter[tuple[str, Place]] = Counter()
+        self._seconds: defaultdict[Kind, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._results: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+        self._reader = LineReader()
+        self._writer: Writer | None = Writer(folder)
+        self._own = self._writer.path()
+        self.refresh()
 
     def __enter__(self) -> ItemStore:
         return self
@@ -92,21 +124,60 @@ class ItemStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; results stay readable."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Let go of the files; results stay readable."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._reader.close()
 
     def __contains__(self, item: WorkItem) -> bool:
-        return item.key in self._lines
+        return bytes.fromhex(item.key) in self._entries
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._entries)
+
+    @property
+    def writer(self) -> str:
+        """What the files are called that this store adds to."""
+        return self._open_writer().name
+
+    def refresh(self) -> None:
+        """Take in what other processes have added since."""
+        paths = [self.folder.with_name(f"{self.folder.name}.jsonl")]
+        if self.folder.is_dir():
+            # Beside NAME.jsonl there are NAME.tokens.jsonl and NAME.failed.jsonl.
+            paths += sorted(path for path in self.folder.glob("*.jsonl") if path.name.count(".") == 1)
+        for path in paths:
+            if path == self._own or not path.is_file():
+                continue
+            file = self._files.setdefault(path, LineFile(path))
+            for offset, size, head in file.heads(path.stat().st_size):
+                try:
+                    self._keep(file.path, offset, size, head)
+                except (TypeError, KeyError, ValueError):
+                    raise damaged(path, f"line at byte {offset}") from None
 
     def result(self, item: WorkItem) -> dict[str, Any]:
-        """What the item gave."""
-        result: dict[str, Any] = self._lines[item.key]["result"]
-        return result
+        """What the item gave, but for its token ids."""
+        key = bytes.fromhex(item.key)
+        if key not in self._results:
+            self._results[key] = split_token_ids(self._line(item)["result"])[0]
+            if len(self._results) > _MOST_KEPT:
+                self._results.popitem(last=False)
+        self._results.move_to_end(key)
+        return self._results[key]
+
+    def token_ids(self, item: WorkItem) -> dict[str, Any]:
+        """What stands under "token_ids" in what the item gave, at the same places; nothing else."""
+        line = self._line(item)
+        if "apart" not in line:
+            return split_token_ids(line["result"])[1]
+        apart = line["apart"]
+        found = self._reader.read(self.folder / apart["file"], apart["offset"], apart["size"])
+        if found["key"] != line["key"]:
+            raise damaged(self.folder / apart["file"], f"line at byte {apart['offset']}")
+        token_ids: dict[str, Any] = found["result"]
+        return token_ids
 
     def column(self, items: Iterable[WorkItem], name: str) -> list[Any]:
         """What the shards of one split gave under ``name``, row by row, in the order of the split."""
@@ -115,72 +186,89 @@ class ItemStore:
     @property
     def total_seconds(self) -> float:
         """How long all items took, one after another."""
-        return sum(float(line["seconds"]) for line in self._lines.values())
+        return sum(entry.seconds for entry in self._entries.values())
 
-    def seconds_like(self, item: WorkItem) -> float | None:
-        """How long finished items like ``item`` took, those of other shards and seeds; None without any."""
-        found = self._seconds.get(item.kind)
-        return sum(found) / len(found) if found else None
+    def seconds_like(self, kind: Kind) -> float | None:
+        """How long finished items of ``kind`` took, the mean; None without any."""
+        count, total = self._seconds.get(kind, (0, 0.0))
+        return total / count if count else None
 
     def missing(self, items: Iterable[WorkItem]) -> list[WorkItem]:
         """The items without a result, in order, each once."""
         return [item for item in dict.fromkeys(items) if item not in self]
 
-    def add(self, item: WorkItem, result: dict[str, Any], seconds: float) -> None:
-        """Append the result of ``item``, on the disk when this returns.
+    def places(self, without: Collection[str] = ()) -> Counter[Place]:
+        """How many items were done where, but for those of the tasks ``without``."""
+        found: Counter[Place] = Counter()
+        for (task, place), count in self._num_by_task.items():
+            if task not in without and count:
+                found[place] += count
+        return found
 
-        Raises OSError where it cannot be written, a full disk for one; the file is then as it was before.
+    def add(self, item: WorkItem, result: dict[str, Any], seconds: float, place: Place | None = None) -> None:
+        """Append the result of ``item``, on the disk when this returns. place: where it was done (default: here).
+
+        Raises OSError where it cannot be written, a full disk for one; the files are then as they were before.
         """
-        if self._file < 0:
-            raise ValueError("ItemStore.add: the store must be open, got a closed one.")
+        writer = self._open_writer()
         if item in self:
             raise ValueError(f"ItemStore.add: the item must be new, got one that has a result: {item}.")
-        entry = {"key": item.key, "item": item.to_dict(), "result": result, "seconds": round(seconds, 3)}
-        line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        before = os.fstat(self._file).st_size
+        place = place or Place.here()
+        lean, apart = split_token_ids(result)
+        head = {"key": item.key, "item": item.to_dict(), "seconds": round(seconds, 3)}
+        head |= {"host": place.host, "isa": place.isa, "ended": round(time.time(), 3)}
+        content = encoded({**head, "result": lean})
+        if apart:
+            tokens = encoded({"key": item.key, "result": apart})
+            at = writer.append(tokens, "tokens")
+            head["apart"] = {"file": writer.path("tokens").name, "offset": at, "size": len(tokens)}
+            content = encoded({**head, "result": lean})
         try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, before)
-            raise OSError(
-                error.errno,
-                f"ItemStore.add: {self.path} must take {len(line)} bytes more, got: {error.strerror}. "
-                "Finished items are safe; make room and start the same command again",
-            ) from error
-        self._keep(item, entry)
+            offset = writer.append(content)
+        except OSError:
+            if apart:
+                writer.take_back(at, "tokens")
+            raise
+        self._keep(self._own, offset, len(content), head)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"ItemStore: {self.path} must belong to one process at a time, got a second one. "
-                "Wait for the other, or name another folder."
-            ) from None
+    def fail(self, item: WorkItem, error: str, trace: str, num_tries: int, place: Place) -> Path:
+        """Note that ``item`` failed ``num_tries`` times, at last with ``error``; where that is noted."""
+        writer = self._open_writer()
+        line = {"key": item.key, "item": item.to_dict(), "tries": num_tries, "error": error, "trace": trace}
+        line |= {"host": place.host, "isa": place.isa, "ended": round(time.time(), 3)}
+        writer.append(encoded(line), "failed")
+        return writer.path("failed")
 
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            os.ftruncate(self._file, end)
-        for number, line in enumerate(content[:end].splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                item = WorkItem.from_dict(entry["item"])
-                sound = item.key == entry["key"] and isinstance(entry["result"], dict) and entry["seconds"] >= 0
-            except (ValueError, TypeError, KeyError):
-                sound = False
-            if not sound:
-                raise ValueError(
-                    f"ItemStore: {self.path} must hold a finished item in each line, got a damaged line {number}. "
-                    "Remove that line; its item is then done again."
-                )
-            if item not in self:
-                self._keep(item, entry)
+    def _open_writer(self) -> Writer:
+        if self._writer is None:
+            raise ValueError("ItemStore.add: the store must be open, got a closed one.")
+        return self._writer
 
-    def _keep(self, item: WorkItem, entry: dict[str, Any]) -> None:
-        self._lines[item.key] = entry
-        self._seconds[item.kind].append(float(entry["seconds"]))
+    def _line(self, item: WorkItem) -> dict[str, Any]:
+        entry = self._entries[bytes.fromhex(item.key)]
+        line = self._reader.read(entry.path, entry.offset, entry.size)
+        if line["item"] != item.to_dict():
+            raise damaged(entry.path, f"line at byte {entry.offset}")
+        return line
+
+    def _keep(self, path: Path, offset: int, size: int, head: dict[str, Any]) -> None:
+        """Enter a line, unless its item has an earlier one: by time, then by the name of its file."""
+        key, fields = bytes.fromhex(head["key"]), head["item"]
+        place = Place(head.get("host", ""), head.get("isa", ""))
+        place = self._places.setdefault(place, place)
+        kind = (fields["task"], fields["checkpoint"], fields["path"], fields["seed"] == 0)
+        entry = _Entry(path, offset, size, float(head["seconds"]), float(head.get("ended", 0.0)), place)
+        old = self._entries.get(key)
+        if old is not None:
+            if (old.ended, old.path) <= (entry.ended, entry.path):
+                return
+            self._count(kind, old, -1)
+            self._results.pop(key, None)
+        self._entries[key] = entry
+        self._count(kind, entry, 1)
+
+    def _count(self, kind: Kind, entry: _Entry, sign: int) -> None:
+        self._num_by_task[kind[0], entry.place] += sign
+        sums = self._seconds[kind]
+        sums[0] += sign
+        sums[1] += sign * entry.seconds

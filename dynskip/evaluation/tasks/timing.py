@@ -58,8 +58,9 @@ def time_item(setup: Setup, batches: Mapping[str, Sequence[Part]]) -> WorkItem:
 
 
 def machine_item(setup: Setup, task: str, path: str, **options: Option) -> WorkItem:
-    """The one item of a task that measures this machine; on another machine it is another item."""
-    options |= {"device": setup.device, "machine": machine_name(setup.device), "template": setup.template}
+    """The one item of a task that measures the machine of ``setup``; on another machine it is another item."""
+    measured = setup.timed_on or machine_name(setup.device)
+    options |= {"device": setup.device, "machine": measured, "template": setup.template}
     named = tuple(sorted(options.items()))
     return WorkItem(task, setup.checkpoint.hash, path, setup.data_hash, setup.split, 0, 0, named)
 
