@@ -24,7 +24,7 @@ class Prefix:
         self.parent = parent
         self.tokens = tokens
         self.slots = slots
-        self.end = parent.end + len(tokens)
+        self.end: int = parent.end + len(tokens)
         self.children: dict[tuple[object, ...], Prefix] = {}
         self.num_users = 0
 

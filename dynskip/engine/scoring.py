@@ -124,7 +124,7 @@ class Scoring:
             groups.setdefault(tuple(context), {}).setdefault(tuple(continuation), []).append(index)
         for context, group in groups.items():
             # In deterministic mode what a context has in company it has alone: the same rows in the same steps.
-            is_shared = len(context) >= _MIN_SHARED and (len(group) > 1 or self._executor.deterministic)
+            is_shared = len(context) >= _MIN_SHARED and (len(group) > 1 or self._model.deterministic)
             stem = _Rows([*context])
             for continuation, indices in group.items():
                 *inputs, _ = continuation
@@ -162,6 +162,7 @@ class Scoring:
                 cache.fork(stem.cache_id, cache_id)
             self._run(branches, cache)
             cache.release([branch.cache_id for branch in branches])
+        self._executor.retire(cache)
 
     def _packs(self, branches: Sequence[tuple[_Rows, _Rows]]) -> Iterator[list[tuple[_Rows, _Rows]]]:
         """``branches`` with their stems, as many together as a step has rows for."""
