@@ -149,7 +149,7 @@ def test_a_cascade_goes_deeper_where_it_is_unsure() -> None:
     assert set(chosen.tolist()) == {0, 2} and costs[chosen].mean() == pytest.approx(9.0, abs=1.0)
     assert test_entropy[chosen == 2].min() > test_entropy[chosen == 0].max()
     assert costs[cascade(entropy, entropy, costs, 9.0)].mean() <= 9.0
-    assert set(cascade(entropy, test_entropy, costs, 4.0).tolist()) == {0}
+    assert (cascade(entropy, test_entropy, costs, 4.0) == 2).mean() < 0.002, "surer than the least sure that was known"
 
 
 def test_a_learning_curve_doubles_and_ends_with_all() -> None:

@@ -78,8 +78,8 @@ def test_without_a_gain_on_prompts_held_out_the_frequencies_stay(monkeypatch: py
 def test_a_router_that_takes_long_is_an_item(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
     pytest.importorskip("datasets", reason="datasets is not installed: pip install dynskip[eval]")
-    setup = tiny_setup(tmp_path, train_prompts=20)
-    labels = np.arange(20) % 2
+    setup = tiny_setup(tmp_path, train_prompts=12)
+    labels = np.arange(12) % 2
     items = [route_item(setup, setup.checkpoint, "transformer", [2, 6], labels, 4.0, seed) for seed in range(2)]
     assert items[0].key == route_item(setup, setup.checkpoint, "transformer", [2, 6], labels, 4.0, 0).key
     others = [

@@ -282,7 +282,7 @@ def test_recipes_are_told_by_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> 
     assert f"Why untested: 2 of 6 have fewer than {NUM_NOISE_SEEDS} draws of the noise" in told
     assert "The clearest by log-likelihood is hidden, alpha 0: +0.0100 [+0.0050, +0.0150] nats a token" in told
     assert "shared by all sequences" not in told and "**untested**" not in told
-    assert in_short(summary) == [told[: told.index(" Why")]] or in_short(summary)[0] in told
+    assert in_short(summary)[0] in told
     assert "is **untested**" in in_short(recipe_rows("untested", reasons=("trainings",)))[0]
     monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
     page = to_markdown(*report_blocks(summary))

@@ -105,10 +105,11 @@ def test_an_item_that_fails_three_times_is_noted_and_others_are_done(
     assert (line["item"]["shard"], line["tries"], line["error"]) == (1, 3, "ArithmeticError: shard 1\nis bad")
     assert (line["host"], line["isa"]) == (Place.here().host, Place.here().isa) and "in fail" in line["trace"]
     # All others are there, the times among them; there is no summary without the one.
-    assert len(item_lines(tmp_path / "items")) == 7 and not (tmp_path / "summary.json").exists()
+    num_done = len(item_lines(tmp_path / "items"))
+    assert num_done >= 7 and not (tmp_path / "summary.json").exists()
     monkeypatch.undo()
     assert main(command) == 0
-    assert len(item_lines(tmp_path / "items")) == 8 and summary_of(tmp_path)["static"]["n"] == 12
+    assert len(item_lines(tmp_path / "items")) == num_done + 1 and summary_of(tmp_path)["static"]["n"] == 12
 
 
 def test_experiments_without_failed_items_are_summarised(
@@ -207,7 +208,7 @@ def test_times_are_of_one_machine(
         "static: 2 items are left for timed, the machine that is timed: run the same command there, or here with "
         "--time-here\n"
     )
-    assert {line["item"]["task"] for line in item_lines(tmp_path / "items")} == {"generate"}
+    assert "time" not in {line["item"]["task"] for line in item_lines(tmp_path / "items")}
     assert not (tmp_path / "summary.json").exists()
     at(monkeypatch, "timed", "avx2 amx_bf16")  # times are no items that must not be mixed
     assert main(command) == 0
