@@ -72,7 +72,7 @@ class Asks:
         self.draw = random.Random(self.seed)
         # The same for all clients: what requests begin with is known already.
         shared = random.Random("shared")
-        self._systems = [" ".join(shared.choices(_WORDS, k=32)) for _ in range(4)]
+        self._beginnings = [" ".join(shared.choices(_WORDS, k=32)) for _ in range(4)]
         self._prefixes = [[shared.randrange(4, self.vocab_size) for _ in range(40)] for _ in range(4)]
 
     def next(self) -> Ask:
@@ -170,7 +170,7 @@ class Asks:
     def _sampling(self) -> tuple[dict[str, Any], set[str]]:
         """Parameters by the names that server and library share, and what they are."""
         draw = self.draw
-        given: dict[str, Any] = {"max_tokens": 1 + min(int(draw.expovariate(1 / 24)), 100), "temperature": 0.0}
+        given: dict[str, Any] = {"max_tokens": 1 + min(int(draw.expovariate(1 / 24)), 63), "temperature": 0.0}
         kinds = set()
 
         def add(share: float, kind: str, **values: Any) -> None:
@@ -198,9 +198,9 @@ class Asks:
 
     def _chat(self, body: dict[str, Any], params: dict[str, Any], kinds: set[str]) -> tuple[list[Any], str]:
         draw = self.draw
-        messages = [{"role": "user", "content": self._text()}]
-        if draw.random() < 0.5:
-            messages.insert(0, {"role": "system", "content": draw.choice(self._systems)})
+        # Not every chat template writes what a system says; prompts begin alike all the same.
+        begin = f"{draw.choice(self._beginnings)} " if draw.random() < 0.5 else ""
+        messages = [{"role": "user", "content": begin + self._text()}]
         if draw.random() < 0.2:
             messages += [{"role": "assistant", "content": self._text(8)}, {"role": "user", "content": self._text(8)}]
         body["messages"] = messages
