@@ -82,6 +82,7 @@ class Measurement:
             self._server(POLICIES[0]) as server,
         ):
             options = {"batch": STREAM_BATCH, "max_context_len": _MAX_LEN, "kv_bytes": self.kv_bytes}
+            options["prefix_caching"] = False  # the same prompts come each turn
             loaded = engine.ask("load", folder=str(self.folder), **options)
             self.results.add({"peer": "Engine", "what": "load", **loaded})
             for depth in _DEPTHS:
@@ -189,7 +190,7 @@ class Measurement:
             environment = {**environment, **vllm_env(prefix=str(self.args.peers))}
             del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # its server needs a process for the engine
         else:
-            program = [sys.executable, "-m", "dynskip", "serve", str(self.folder)]
+            program = [sys.executable, "-m", "dynskip", "serve", str(self.folder), "--no-prefix-caching"]
             given |= {"--policy": name, "--batch": STREAM_BATCH, "--kv-bytes": self.kv_bytes, "--max-queue": 100_000}
             given |= {"--threads": torch.get_num_threads()}
         words = [str(word) for pair in given.items() for word in pair]
@@ -232,7 +233,8 @@ def settings_of(server: ServerProcess) -> str:
     if server.name == VLLM:
         return f"bf16, vllm serve, at most {STREAM_BATCH} sequences at once, no prefix caching"
     is_predicted = "UnmeasuredCostsWarning" in server.log.read_text(encoding="utf-8")
-    return f"policy {server.name}, batch {STREAM_BATCH}, costs {'predicted' if is_predicted else 'calibrated'}"
+    costs = "predicted" if is_predicted else "calibrated"
+    return f"policy {server.name}, batch {STREAM_BATCH}, costs {costs}, no prefix caching"
 
 
 def estimate_s(shape: str, args: argparse.Namespace) -> float:

@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=in_range(1, 1000), default=64)
     parser.add_argument("--batch", type=in_range(1, 2**16), default=8)
     parser.add_argument("--max-queue", type=in_range(0, 10**6), default=8)
-    parser.add_argument("--kv-tokens", type=in_range(MAX_LEN, 10**9), default=640, help="at full depth (default: 1200)")
+    parser.add_argument("--kv-tokens", type=in_range(MAX_LEN, 10**9), default=640, help="at full depth (default: 640)")
     parser.add_argument("--threads", type=in_range(1, 1024), default=1, help="of the server (default: 1)")
     parser.add_argument("--seed", type=in_range(0, 2**62), default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "soak")
