@@ -17,12 +17,18 @@ EXAMPLES = """examples:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what stands for all arguments of lm-eval, its options among them."""
-    parser.prefix_chars = "\0"  # no argument is an option of ours, not even --help
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="see lm_eval --help")
+    parser.prefix_chars = "\0"  # no argument is an option of ours
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="see `dynskip lm_eval run --help`"
+    )
+    parser.set_defaults(help_text=parser.format_help)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or what lm-eval leaves with."""
+    if args.arguments in (["-h"], ["--help"]):
+        print(args.help_text(), end="")
+        return 0
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval must be installed, got none. Use pip install 'dynskip[lm-eval]'")
     from lm_eval.__main__ import cli_evaluate
