@@ -47,9 +47,9 @@ class Task:
                         f"lm_eval_tasks: completions of {self.template} must be of {self.labels}, got "
                         f"{row.output[:40]!r}. Give the T0 file as published."
                     )
-                yield {"prompt": row.instruction, "label": self.labels.index(row.output)}
+                yield {"prompt": row.instruction.rstrip(), "label": self.labels.index(row.output)}
             elif self.kind == "generate_until":
-                yield {"prompt": row.instruction, "answer": row.output}
+                yield {"prompt": row.instruction.rstrip(), "answer": row.output}
             else:
                 yield {"text": row.output}
 
