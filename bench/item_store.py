@@ -22,7 +22,7 @@ from dynskip.evaluation.sweep.store import WorkItem
 from dynskip.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURE = ROOT / "bench/results/item-store.jsonl"
+FIGURE = ROOT / "bench/results/store/item-store.jsonl"
 NUM_WRITERS = 10
 # Of a process that has done nothing else: imports, a listing of all items, the store, and what the sweep lacks.
 START = """

@@ -440,8 +440,8 @@ def test_readme_and_serving_page_show_the_committed_results(capsys: pytest.Captu
 def test_a_page_that_is_behind_is_noticed_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = table_script()
     page = tmp_path / "page.md"
-    marks = (table.SERVING_BEGIN, table.SERVING_END, table.SERVED_BEGIN, table.SERVED_END)
-    page.write_text("\nold\n".join(marks), encoding="utf-8")
+    marks = ((table.SERVING_BEGIN, table.SERVING_END), (table.SERVED_BEGIN, table.SERVED_END))
+    page.write_text("\n".join(f"{begin}\nold\n{end}" for begin, end in marks), encoding="utf-8")
     monkeypatch.setattr(table, "PAGES", {page: table.fill_serving})
     assert table.main(["--check"]) == 1 and "old" in page.read_text(encoding="utf-8")
     assert table.main([]) == 0 and "old" not in page.read_text(encoding="utf-8")

@@ -186,7 +186,7 @@ def test_clients_lose_nothing_of_a_server_and_all_of_none() -> None:
         in_loop(main)
     assert not ledger.lost
     assert ledger.num_sent == sum(ledger.ended.values()) == 48
-    assert set(ledger.ended) == {"answered", "refused", "left", "other"}
+    assert {"answered", "left"} <= set(ledger.ended) <= {"answered", "refused", "left", "other"}
     gone = SoakClient(host, int(port), Asks("tiny", NUM_LAYERS, VOCAB_SIZE, (), "0"), ledger)
     in_loop(gone._one)
     assert len(ledger.lost) == 1
