@@ -103,7 +103,7 @@ load: $(VENV)/.installed $(PEERS)/.installed $(LOAD)/.installed
 	$(VENV)/bin/python -m bench.peers.load_generators $(ARGS)
 
 ray: $(RAY)/.installed
-	$(RAY)/bin/python -m pytest -m ray tests/serving_ray $(ARGS)
+	$(RAY)/bin/python -m pytest -m ray tests/serving_ray tests/evaluation_ray $(ARGS)
 
 golden: $(VENV)/.installed
 	$(VENV)/bin/python -m bench.golden.golden --old '$(OLD)' $(if $(NEW),--new '$(NEW)') $(ARGS)
@@ -156,7 +156,7 @@ $(COMPAT)/.installed: Makefile pyproject.toml constraints.txt setup.py $(EXT_SOU
 	$(COMPAT)/bin/python -m pip install -q --no-deps 'triton==3.6.*'
 	touch $@
 
-$(RAY)/.installed: EXTRAS := ray,dev
+$(RAY)/.installed: EXTRAS := ray,eval,train,dev
 $(RAY)/.installed: pyproject.toml constraints.txt setup.py $(EXT_SOURCES)
 	$(call make_venv,$(RAY))
 	$(RAY)/bin/python -m pip install -q -c constraints.txt torch
