@@ -172,11 +172,16 @@ def test_answers_are_those_of_one_server(llm: LLM, tmp_path: Path) -> None:
 
     def without_times(answer: httpx2.Response) -> Any:
         if answer.headers.get("content-type", "").startswith("text/event-stream"):
-            blocks = [block.removeprefix("data: ") for block in answer.text.split("\n\n") if block]
-            found = [block if block == "[DONE]" else json.loads(block) for block in blocks]
-            return [
-                each if isinstance(each, str) else {k: v for k, v in each.items() if k not in own} for each in found
-            ]
+            *blocks, end = [block.removeprefix("data: ") for block in answer.text.split("\n\n") if block]
+            parts = [json.loads(block) for block in blocks]
+            choices = [choice for part in parts for choice in part["choices"]]
+            return {
+                "end": end,
+                "text": "".join(choice["text"] for choice in choices),  # how many tokens are in a part, the clock says
+                "reasons": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+                "usage": [part["usage"] for part in parts if part.get("usage")],
+                "names": {(*sorted(part), part["object"], part["model"]) for part in parts},
+            }
         found = answer.json()
         return {key: value for key, value in found.items() if key not in own}
 
