@@ -3,7 +3,7 @@
 python -m bench.serve_overhead                            every row that is not there yet; says first how long it takes
 python -m bench.serve_overhead --only opt-1.3b --part overhead
 python -m bench.serve_overhead --only smollm2 --part latency --server cohort
-python -m bench.serve_overhead --rehearse --out /tmp/x    opt-mini for some seconds; its figures mean nothing
+python -m bench.serve_overhead --rehearse --out rehearsal opt-mini for some seconds; its figures mean nothing
 
 Overhead: engine and server are loaded at the same time, one is stopped while the other runs, and they take turns on the
 same requests, all there at once. Latency: requests arrive at random (Poisson), at a share of what the server has just
