@@ -161,7 +161,7 @@ class Soak:
                     self.samples.append(self._sample(now_s, last, process))
                     lines.write(json.dumps(asdict(self.samples[-1])) + "\n")
                     lines.flush()
-                    _show(f"{now_s:.0f} s of {seconds:.0f}: {self.engine.stats()}")
+                    show_line(f"{now_s:.0f} s of {seconds:.0f}: {self.engine.stats()}")
         for output in self.engine.run():
             self._ended(output)
 
@@ -321,7 +321,8 @@ of the clock, part of which goes to other work on the machine: {wall.change:+.1%
 """
 
 
-def _show(text: str) -> None:
+def show_line(text: str) -> None:
+    """Put ``text`` in place of the line before, where somebody looks."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()

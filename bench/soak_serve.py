@@ -27,6 +27,7 @@ from bench.serve.client import Client
 from bench.serve.process import ServerProcess
 from bench.serve.soak_clients import Ledger, SoakClient
 from bench.serve.soak_report import LEAST_SAMPLES, Sample, Soaked, page
+from bench.soak import show_line
 from dynskip.cli.options import in_range
 from dynskip.engine.engine import Engine
 from dynskip.llm import LLM
@@ -84,7 +85,7 @@ class Soak:
             told = {name: values.get(metric, 0.0) for name, metric in _METRICS.items()}  # before the first: none
             self.samples.append(Sample(now_s, cpu_s, rss_bytes, **told))
             ended = ", ".join(f"{name} {count}" for name, count in self.ledger.ended.items())
-            _show(f"{now_s:.0f} s, {rss_bytes / 2**20:.0f} MiB, {ended}, lost {len(self.ledger.lost)}")
+            show_line(f"{now_s:.0f} s, {rss_bytes / 2**20:.0f} MiB, {ended}, lost {len(self.ledger.lost)}")
             await asyncio.sleep(max(0.0, interval_s - (time.monotonic() - self._begin_s - now_s)))
 
     async def _pause(self, after_s: float) -> None:
@@ -124,12 +125,6 @@ def errors_in(log: str) -> list[str]:
     """The lines of the server's log that tell of a fault, and the last one of each traceback."""
     lines = log.splitlines()
     return [line for line in lines if " ERROR " in line or line.startswith("Traceback")][:10]
-
-
-def _show(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

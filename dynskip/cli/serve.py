@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import json
 import shlex
+import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -189,6 +191,12 @@ def _serve_replicas(args: argparse.Namespace) -> int:
 
     def on_ready(depths: Sequence[int]) -> None:
         print(greeting(url, _name(args), depths, args.api_key is not None), flush=True)
+        if not _answers(url):
+            print(
+                f"serve: {url} does not answer from here: Ray Serve keeps the host and port that it was given first, on "
+                "the cluster's first node. Name these.",
+                file=sys.stderr,
+            )
 
     return serve_replicas(
         partial(open_replica, given),
@@ -199,6 +207,14 @@ def _serve_replicas(args: argparse.Namespace) -> int:
         port=port,
         on_ready=on_ready,
     )
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def _files(args: argparse.Namespace) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafts import draw_lengths
 from families import native_model
 from models import NUM_LAYERS, random_prompts, tiny_model
 from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, random_changes, same, serve
@@ -19,7 +20,6 @@ from dynskip.engine.drafting import DraftWarning
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.ops import native
 from dynskip.speculation.draft import Draft
-from dynskip.speculation.lengths import Candidate, DraftLengths
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the C++ extension")
 
@@ -41,15 +41,7 @@ def model(family: str = "opt", dtype: torch.dtype = torch.float32) -> CausalLM:
 @pytest.fixture(autouse=True)
 def random_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths drawn at random, in place of those that pay."""
-    draw = random.Random(0)
-    choose = DraftLengths.choose
-
-    def drawn_lengths(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
-        lengths = tuple(draw.randint(0, min(each.most, draw.choice([1, 3, 8]))) for each in candidates)
-        return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
-
-    monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
-    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    draw_lengths(monkeypatch)
 
 
 def prompts(count: int) -> list[list[int]]:
