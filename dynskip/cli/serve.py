@@ -193,8 +193,8 @@ def _serve_replicas(args: argparse.Namespace) -> int:
         print(greeting(url, _name(args), depths, args.api_key is not None), flush=True)
         if not _answers(url):
             print(
-                f"serve: {url} does not answer from here: Ray Serve keeps the host and port that it was given first, on "
-                "the cluster's first node. Name these.",
+                f"serve: {url} does not answer from here: Ray Serve keeps the host and port that it was given first, "
+                "on the cluster's first node. Name these.",
                 file=sys.stderr,
             )
 
