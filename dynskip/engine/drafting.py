@@ -187,6 +187,7 @@ class Drafting:
         self.kv.make_room(self.kv.num_free - num_free)
         self._guessed_ms = 0.0
         if guessing:
+            self._idle_steps = self._idle_spans = 0
             begin_s = time.perf_counter()
             self._guess([(spans[index], draft, length) for index, draft, length in guessing])
             for index, _, _ in guessing:
@@ -195,6 +196,7 @@ class Drafting:
             self._guessed_ms = 1e3 * (time.perf_counter() - begin_s)
         elif any(lengths):
             self._choice = None  # there was no memory for it, or entries were not worth making: nothing is learnt
+            self._rest()
         return extended
 
     def accepted(self, span: Span, num_kept: int) -> None:
@@ -292,13 +294,15 @@ class Drafting:
         if plain is None and not any(choice.lengths):
             probed = self._probe(candidates, others)
             if probed is None:
-                is_same = self._num_spans == self._idle_spans
-                self._idle_steps = min(2 * self._idle_steps, _MOST_IDLE_STEPS) if is_same else 0
-                self._idle_steps = max(self._idle_steps, _IDLE_STEPS)
-                self._num_idle, self._idle_spans = self._idle_steps, self._num_spans
-                return choice.lengths
-        self._idle_steps = self._idle_spans = self._num_idle = 0
+                self._rest()
         return probed or choice.lengths
+
+    def _rest(self) -> None:
+        """Let some steps go by before the question is asked again."""
+        is_same = self._num_spans == self._idle_spans
+        self._idle_steps = min(2 * self._idle_steps, _MOST_IDLE_STEPS) if is_same else 0
+        self._idle_steps = max(self._idle_steps, _IDLE_STEPS)
+        self._num_idle, self._idle_spans = self._idle_steps, self._num_spans
 
     def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
         """Lengths for a look at drafts that do not seem to pay, where all such looks have cost little so far."""

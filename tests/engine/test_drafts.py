@@ -407,7 +407,11 @@ def test_a_draft_that_is_never_right_is_tried_rarely(monkeypatch: pytest.MonkeyP
     assert 0 < output.num_drafted <= 24
 
 
-def test_the_question_is_asked_rarely_where_no_guess_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_probed", [None, 1])
+def test_the_question_is_asked_rarely_where_no_guess_pays(
+    num_probed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """num_probed: guesses of a look that is refused, because it is not worth the entries that it wants."""
     choose, asked = DraftLengths.choose, []
 
     def counted(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
@@ -417,7 +421,12 @@ def test_the_question_is_asked_rarely_where_no_guess_pays(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(DraftLengths, "choose", counted)
     monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
-    monkeypatch.setattr(Drafting, "_probe", lambda *_: None)
+    monkeypatch.setattr(
+        Drafting,
+        "_probe",
+        lambda _, candidates, others: None if num_probed is None else (num_probed,) * len(candidates),
+    )
+    monkeypatch.setattr(Drafting, "_is_worth_entries", lambda *_: False)
     served = engine(batch=2)
     asks = [Ask(*random_prompts([5]), greedy(56), FULL), Ask(*random_prompts([6]), greedy(30), FULL)]
     outputs = serve(served, [with_draft(ask, DRAFTS[3]) for ask in asks])
