@@ -13,7 +13,7 @@ from typing import Any
 from bench.serve.asks import Ask, Asks, Bad, Told, served_answer
 from bench.serve.client import Answer, Broken, Client, Connection, events_in
 
-# An answer that has not ended after so long is lost.
+# An answer that has not ended after so long is lost. A client that was told for so long to come again gives up.
 ANSWER_S = 300.0
 _LEAVES, _IS_BAD, _IS_OTHER = 0.2, 0.06, 0.06  # shares of all requests
 _MOST_WAIT_S = 2.0  # before a client goes away
@@ -27,7 +27,8 @@ _TEXT = "Why does bread rise?"
 class Ledger:
     """What has become of every request.
 
-    ended: counts by how: answered, refused (as it had to be), left, other. lost: what was none of these, in words.
+    ended: counts by how: answered, refused (as it had to be), left, other, turned away (again and again, for want of
+    room). lost: what was none of these, in words.
     kept: of all that were answered a sample, each as likely; seen: how many of each kind were answered.
     """
 
@@ -51,6 +52,10 @@ class Ledger:
             self.kept[place] = (ask, told)
 
 
+class _TurnedAway(Exception):
+    """A request that was told to come again until its client gave up."""
+
+
 class SoakClient:
     """One client. Each request ends in the ledger, whatever happens."""
 
@@ -58,6 +63,7 @@ class SoakClient:
         self._host, self._port = host, port
         self._asks, self._ledger, self._draw = asks, ledger, asks.draw
         self._client = Client(host, port)
+        self._gives_up_s = 0.0
 
     async def run(self, until_s: float) -> None:
         """Send requests until that time, and wait for what the last one becomes."""
@@ -83,9 +89,11 @@ class SoakClient:
 
     async def _guarded(self, work: Any) -> None:
         """Do ``work``; where it fails, the request is lost, and the ledger says how."""
+        self._gives_up_s = time.monotonic() + ANSWER_S
         try:
-            async with asyncio.timeout(ANSWER_S):
-                await work
+            await work
+        except _TurnedAway:
+            self._ledger.ended["turned away"] += 1
         except TimeoutError:
             self._ledger.lost.append(f"no answer after {ANSWER_S:.0f} s")
         except Broken as error:
@@ -97,7 +105,8 @@ class SoakClient:
         events: list[bytes] = []
         while True:
             events.clear()
-            answer = await self._client.send(ask.request, lambda data: events.extend(events_in(data)))
+            async with asyncio.timeout(ANSWER_S):
+                answer = await self._client.send(ask.request, lambda data: events.extend(events_in(data)))
             if answer.status != 429:
                 break
             await self._wait_for_room(answer)
@@ -106,18 +115,21 @@ class SoakClient:
         self._ledger.answered(ask, told)
 
     async def _wait_for_room(self, answer: Answer) -> None:
-        """What a 429 asks for."""
+        """What a 429 asks for. Raises _TurnedAway for a request that has had nothing else for too long."""
         wait_s = int(answer.headers["retry-after"])
         if not 1 <= wait_s <= _MOST_RETRY_S:
             raise ValueError(f"Retry-After must be 1 to {_MOST_RETRY_S}, got {wait_s}")
         self._ledger.num_retries += 1
+        if time.monotonic() + wait_s > self._gives_up_s:
+            raise _TurnedAway
         await asyncio.sleep(wait_s * (1 + self._draw.random()))
 
     async def _send_bad(self, bad: Bad) -> None:
         while True:
             connection = await Connection.open(self._host, self._port)
             try:
-                answer = await connection.exchange(bad.request)
+                async with asyncio.timeout(ANSWER_S):
+                    answer = await connection.exchange(bad.request)
             finally:
                 connection.close()
             if answer.status != 429:  # what only the engine can judge waits for a place first
@@ -132,6 +144,10 @@ class SoakClient:
 
     async def _send_other(self) -> None:
         """Ask for something else than tokens."""
+        async with asyncio.timeout(ANSWER_S):
+            await self._ask_other()
+
+    async def _ask_other(self) -> None:
         client = self._client
         match self._draw.choice(["models", "tokenize", "health", "metrics", "version"]):
             case "tokenize":

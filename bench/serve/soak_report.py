@@ -162,7 +162,8 @@ values; {told["clients"]} clients in another process on the same cores, seed {to
 {table}
 - {run.num_sent:,} requests: {run.outcomes.get("answered", 0):,} answered, {run.outcomes.get("refused", 0):,} refused \
 as they had to be, {run.outcomes.get("left", 0):,} whose clients went away, {run.outcomes.get("other", 0):,} of other \
-routes, {len(run.lost):,} lost. {run.num_retries:,} times the queue was full, and the request was sent again.
+routes, {run.outcomes.get("turned away", 0):,} turned away until their clients gave up, {len(run.lost):,} lost. \
+{run.num_retries:,} times the queue was full, and the request was sent again.
 - The server had {last.num_tokens:,.0f} tokens made, {last.num_aborted:,.0f} outputs aborted, \
 {last.num_preempted:,.0f} preempted; {last.num_shared_tokens:,.0f} prompt tokens were another request's.
 - It was stopped for {run.paused_s:.0f} s in the middle (SIGSTOP, SIGCONT), with requests on their way.

@@ -19,7 +19,7 @@ MOST_GUESSES = 8
 _LEAST_GAIN = 1.03
 # Rates are rounded to such steps: the same question comes again and again.
 _RATE_STEPS = 32
-_MOST_KNOWN = 4096
+_MOST_KNOWN = 1024
 # Steps that the ratio of measured to predicted times is the lower quartile of.
 _REMEMBERED = 31
 # Steps of a kind before their ratio counts; one without guesses comes again after so many with some.

@@ -15,7 +15,7 @@ MAX_ANCHORS = 3
 MAX_CANDIDATES = 12
 # Above so many rows, counts are rounded up to sixteenths of the batch, so that answers come from memory more often.
 _FINE_ROWS = 16
-_MAX_KNOWN = 8192
+_MAX_KNOWN = 1024  # questions, each with up to 31 sets: 2 MiB
 
 
 @dataclass(frozen=True, slots=True)
