@@ -1,7 +1,7 @@
 """How well a model speaks along its paths, untuned and tuned: nats of reference answers, agreement, milliseconds.
 
 python bench/paths.py --data alpaca_data.json.xz          48 rows, agreement, and a token's time: two minutes
-python bench/paths.py --data alpaca_data.json.xz --all    all test rows of the paper's split, too: half an hour
+python bench/paths.py --data alpaca_data.json.xz --all    all test rows of the paper's split, too: 50 minutes of a core
 
 The paths are those that the tuned model was trained along. Untuned they are beside the paper's uniform rule. What was
 measured of these weights is not measured again; `--fresh` forgets it. Afterwards the table and the figure are written
