@@ -27,7 +27,7 @@ from typing import Any
 import numpy
 import torch
 
-from bench.peers.plan import vllm_env
+from bench.peers.plan import vllm_command, vllm_env
 from bench.peers.process import PeerProcess
 from bench.peers.results import Results, Row, read
 from bench.peers.weights import SMOLLM2
@@ -183,7 +183,7 @@ class Measurement:
         environment = self._env
         program: list[str]
         if name == VLLM:
-            program = [str(self.args.peers / "bin" / "vllm"), "serve", str(self.folder), "--no-enable-prefix-caching"]
+            program = [*vllm_command(self.args.peers), "serve", str(self.folder), "--no-enable-prefix-caching"]
             given |= {"--dtype": "bfloat16", "--max-num-seqs": STREAM_BATCH, "--max-num-batched-tokens": 2048}
             if not Path(program[0]).exists():
                 raise ServerError(f"vLLM: {program[0]} must be there, got none. Run make peers.")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.peers.plan import vllm_command
 from bench.serve.process import ServerProcess
 from bench.soak_serve import errors_in
 from dynskip.llm import LLM
@@ -54,7 +55,7 @@ class Target:
     seconds: int
 
 
-def vllm_runs(program: Path, target: Target) -> list[Run]:
+def vllm_runs(environment: Path, target: Target) -> list[Run]:
     """Completions at full depth, and chats whose depth stands behind the model's name where the server has a table."""
     names = model_names(target.url)
     runs = []
@@ -81,13 +82,13 @@ def vllm_runs(program: Path, target: Target) -> list[Run]:
         }
         words = [str(word) for pair in given.items() for word in pair]
         flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
-        runs.append(Run(f"{route}, {name}", [str(program), "bench", "serve", *words, *flags], results))
+        runs.append(Run(f"{route}, {name}", [*vllm_command(environment), "bench", "serve", *words, *flags], results))
     return runs
 
 
-def guidellm_runs(program: Path, target: Target) -> list[Run]:
+def guidellm_runs(environment: Path, target: Target) -> list[Run]:
     """Completions and chats that arrive at random."""
-    runs = []
+    runs, program = [], environment / "bin" / "guidellm"
     for route in ("/v1/completions", "/v1/chat/completions"):
         results = target.folder / f"guidellm{route.replace('/', '-')}.json"
         given = {
@@ -138,21 +139,21 @@ def head(title: str, model: str, threads: int) -> str:
 
 
 TOOLS = {
-    "vllm-bench": ("vllm bench serve", Path(".venv-peers/bin/vllm"), vllm_runs),
-    "guidellm": ("guidellm", Path(".venv-load/bin/guidellm"), guidellm_runs),
+    "vllm-bench": ("vllm bench serve", Path(".venv-peers"), vllm_runs),
+    "guidellm": ("guidellm", Path(".venv-load"), guidellm_runs),
 }
 
 
 def measure(name: str, args: argparse.Namespace, target: Target) -> list[str]:
     """Run one tool and write its file; what is wrong, in words."""
     title, place, make_runs = TOOLS[name]
-    program = args.environments / place
-    if not program.exists():
+    environment = args.environments / place
+    if not (environment / "bin" / "python").exists():
         return [f"{name}: {place} must be there, got none. Run make load."]
     places = {target.url: "http://SERVER", str(target.tokenizer): "TOKENIZER", str(target.folder): "RESULTS"}
     places |= {str(args.environments): ".", str(ROOT): ".", str(Path.home()): "~"}
     parts, wrong = [head(title, args.model, args.threads)], []
-    for run in make_runs(program, target):
+    for run in make_runs(environment, target):
         done = subprocess.run(
             run.command,
             capture_output=True,

@@ -67,6 +67,11 @@ def vllm_env(kv_gib: int = 2, prefix: str = sys.prefix) -> dict[str, str]:
     }
 
 
+def vllm_command(environment: Path) -> list[str]:
+    """What `vllm` is on a command line, in the virtual environment at that place."""
+    return [str(environment / "bin" / "python"), "-P", str(Path(__file__).with_name("vllm_command.py"))]
+
+
 DYNSKIP = Peer("dynskip", "dynskip")
 _VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True, tried="without torch.compile, slower")
 _TRANSFORMERS = Peer("transformers", "transformers", factor=2.0, tried="a static cache, no faster")
