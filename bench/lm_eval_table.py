@@ -50,6 +50,7 @@ class Contender:
 
     def make(self, args: argparse.Namespace) -> Any:
         """The loaded model."""
+        import lm_eval.models  # noqa: F401  # registers its own
         from lm_eval.api.registry import get_model
 
         options = {"dtype": self.dtype, "batch_size": BATCH, "device": "cpu"}
