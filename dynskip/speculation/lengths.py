@@ -141,23 +141,7 @@ class DraftLengths:
 
     def choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Choice:
         """How many tokens each of ``candidates`` guesses in a step in which ``others`` have one row each."""
-        rounded = [
-            (each.path, each.draft, round(each.rate * _RATE_STEPS), min(each.most, MOST_GUESSES), each.rides)
-            for each in candidates
-        ]
-        # With one path after the other, who comes first makes no difference.
-        order = _by_rate(candidates)
-        ratios = self.ratios(len(candidates) + len(others))
-        key = (tuple(rounded[index] for index in order), tuple(Counter(others).items()), ratios)
-        choice = self._known.get(key)
-        if choice is None:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            choice = self._known[key] = self._best([candidates[index] for index in order], others, ratios)
-        lengths = [0] * len(rounded)
-        for place, index in enumerate(order):
-            lengths[index] = choice.lengths[place]
-        return replace(choice, lengths=tuple(lengths))
+        return self._ordered(candidates, others, self.ratios(len(candidates) + len(others)))
 
     def plain(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> Choice | None:
         """A step in which nobody guesses, where one is due to see what guesses gain; else None."""
@@ -171,11 +155,9 @@ class DraftLengths:
 
     def probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], place: int, length: int) -> Choice:
         """What would pay if all took what is predicted; else the candidate at ``place`` guesses ``length`` tokens."""
-        order = _by_rate(candidates)
-        best = self._best([candidates[index] for index in order], others, Ratios())
+        best = self._ordered(candidates, others, Ratios())
         if any(best.lengths):
-            by_index = dict(zip(order, best.lengths, strict=True))
-            return replace(best, lengths=tuple(by_index[index] for index in range(len(candidates))))
+            return best
         lengths = [length * (index == place) for index in range(len(candidates))]
         return self._evaluate(candidates, lengths, others, self.ratios(len(candidates) + len(others)))
 
@@ -215,6 +197,25 @@ class DraftLengths:
 
     def _of(self, num_seqs: int) -> _Learnt:
         return self._learnt.setdefault(num_seqs.bit_length(), _Learnt())
+
+    def _ordered(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratios: Ratios) -> Choice:
+        """The best choice for ``candidates`` in their order, from memory where the same was asked before."""
+        rounded = [
+            (each.path, each.draft, round(each.rate * _RATE_STEPS), min(each.most, MOST_GUESSES), each.rides)
+            for each in candidates
+        ]
+        # With one path after the other, who comes first makes no difference.
+        order = _by_rate(candidates)
+        key = (tuple(rounded[index] for index in order), tuple(Counter(others).items()), ratios)
+        choice = self._known.get(key)
+        if choice is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            choice = self._known[key] = self._best([candidates[index] for index in order], others, ratios)
+        lengths = [0] * len(rounded)
+        for place, index in enumerate(order):
+            lengths[index] = choice.lengths[place]
+        return replace(choice, lengths=tuple(lengths))
 
     def _best(self, candidates: Sequence[Candidate], others: Sequence[LayerPath], ratios: Ratios) -> Choice:
         """The best choice for ``candidates``, those with the highest rates first."""
