@@ -30,7 +30,9 @@ def llm() -> LLM:
 
 
 @pytest.mark.parametrize("change", [{}, {"n": 3}, {"prompt": [[5, 6], [7, 8, 9]]}])
-def test_a_client_that_leaves_in_mid_stream_aborts_its_request(llm: LLM, change: dict[str, Any]) -> None:
+def test_a_client_that_leaves_in_mid_stream_aborts_its_request(
+    llm: LLM, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         async with local(llm) as server:
             brake = Brake(server.served)
@@ -51,7 +53,10 @@ def test_a_client_that_leaves_in_mid_stream_aborts_its_request(llm: LLM, change:
             (expected,) = llm.generate([[5, 6, 7]], greedy(4))
             assert (await server.generated(max_tokens=4, ignore_eos=True))["choices"][0]["text"] == expected.text
 
-    run(main())
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main())
+    statuses = [record.getMessage().split(" ")[3] for record in caplog.records if f" POST {ROUTE} " in record.message]
+    assert statuses == ["499", "200"]
 
 
 @pytest.mark.parametrize("body", [LONG, STREAM, {**LONG, "prompt": [[5, 6], [7, 8, 9]]}])
