@@ -128,7 +128,10 @@ class Brake:
 
 @dataclass
 class Exchange:
-    """One request to an ASGI application, whose client may go away at any moment."""
+    """One request to an ASGI application, whose client may go away at any moment.
+
+    num_ends: the messages that say that nothing comes behind them.
+    """
 
     app: Any
     route: str
@@ -136,6 +139,7 @@ class Exchange:
     headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
     sent: bytes = b""
+    num_ends: int = 0
 
     def __post_init__(self) -> None:
         self._gone = asyncio.Event()
@@ -185,6 +189,8 @@ class Exchange:
     async def _send(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        else:
+            self.num_ends += not message.get("more_body", False)
         self.sent += message.get("body", b"")
         self._changed.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -220,6 +221,45 @@ def test_keys_bodies_and_ids_are_looked_at_before_any_replica_is_asked(
             assert answer.headers.get_list("x-request-id") == ["mine"]
             assert answer.json()["id"] == "cmpl-mine"
             assert (await before.client.get("/health")).status_code == 200
+
+    run(main())
+
+
+def test_a_stream_that_ends_well_is_logged_as_a_200(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """By the gate before the replicas, too, although servers say behind an answer that its client has gone."""
+
+    async def main() -> None:
+        async with fronted(llm, count=1) as before:
+            answer = await before.post(STREAM, headers={"x-request-id": "mine"})
+            assert answer.text.endswith("data: [DONE]\n\n")
+
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main())
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.rsplit(" ", 2)[0] for line in lines if line.startswith("mine ")] == [f"mine POST {ROUTE} 200"] * 2
+
+
+def test_a_replica_lost_behind_the_last_message_of_a_stream_takes_nothing_from_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Near.answer
+
+    async def answer(self: Near, scope: Any, body: bytes) -> AsyncGenerator[list[Any]]:
+        async for found in whole(self, scope, body):
+            yield found
+        if scope["path"] == ROUTE:
+            raise ReplicaLostError(self.name)
+
+    monkeypatch.setattr(Near, "answer", answer)
+
+    async def main() -> None:
+        async with fronted(llm, count=1) as before:
+            exchange = Exchange(before.app, ROUTE, STREAM)
+            await exchange.task
+            (expected,) = llm.generate([[5, 6, 7]], greedy(40))
+            assert exchange.status == 200
+            assert (text_of(exchange.events), exchange.events[-1]) == (expected.text, "[DONE]")
+            assert exchange.num_ends == 1
 
     run(main())
 
