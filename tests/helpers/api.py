@@ -29,6 +29,10 @@ COSTS = dataclasses.replace(StepCosts.h200(), num_layers=NUM_LAYERS)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 TABLE = "uniform:2\nlayers:0,1,3,5\n"
 JSON = {"content-type": "application/json"}
+# A completion that ends when it has all its tokens, whole and as a stream.
+ROUTE = "/v1/completions"
+LONG = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+STREAM = {**LONG, "stream": True}
 
 
 def tiny_llm(**options: Any) -> LLM:

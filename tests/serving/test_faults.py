@@ -8,17 +8,13 @@ import logging
 from typing import Any
 
 import pytest
-from api import JSON, NAME, Brake, Exchange, greedy, local, run, tiny_llm
+from api import JSON, LONG, NAME, ROUTE, STREAM, Brake, Exchange, greedy, local, run, tiny_llm
 from models import NUM_LAYERS
 
 from dynskip import LLM, LayerPath, RequestError
 from dynskip.engine.step import StepExecution
 from dynskip.serving.limits import Admission
 from dynskip.serving.prompts import PromptReader
-
-LONG = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 40, "ignore_eos": True}
-STREAM = {**LONG, "stream": True}
-ROUTE = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
