@@ -13,9 +13,10 @@ from pathlib import Path
 
 from bench.report.cpu import cpu_tables
 from bench.report.device import DeviceReport
-from bench.report.serving import serving_sentence, serving_tables
+from bench.report.serving import key_table, serving_tables
 from bench.serve.page import BEGIN as SERVED_BEGIN
 from bench.serve.page import END as SERVED_END
+from bench.serve.page import SHORT_BEGIN, SHORT_END, short
 from bench.serve.page import tables as served_tables
 from dynskip.benchmark.report import Report
 from dynskip.evaluation.report.short import in_short
@@ -52,10 +53,11 @@ def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def fill(readme: str, results: Path) -> str:
-    """``readme`` with its table, and its sentences on streams and the paper, as the folder ``results`` has them."""
+    """``readme`` with its tables, and its sentences on the paper, as the folder ``results`` has them."""
     readme = insert(readme, render(results))
+    readme = insert(readme, short(results / "serve"), SHORT_BEGIN, SHORT_END)
     readme = insert(readme, paper_sentences(results / PAPER_RUN), PAPER_BEGIN, PAPER_END)
-    return insert(readme, serving_sentence(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
+    return insert(readme, key_table(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
 
 
 def paper_sentences(run: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,28 @@ class Question:
     form: str = "{:.2f}x"
     least: Mapping[int | None, float] = field(default_factory=dict)
 
+    def cell(self, batch: int, lines: Lines) -> str:
+        """The figure of a batch, and whether it misses what it should reach; empty where there is none."""
+        line = lines.get((self.part, self.name))
+        if line is None:
+            return ""
+        value = lines[self.part, self.of or self.name][self.figure] / (line[self.by] if self.by else 1)
+        least = self._least(batch)
+        return self.form.format(value) + (" (missed)" if least is not None and value < least else "")
+
+    def target(self, batches: Iterable[int]) -> str:
+        """What each of the batches should reach, what is the same for all of them once."""
+        leasts = (least for batch in batches if (least := self._least(batch)) is not None)
+        return " / ".join(dict.fromkeys(f">= {self.form.format(least)}" for least in leasts))
+
     def row(self, batches: Mapping[int, Lines]) -> list[str] | None:
         """The cells: the question, a figure per batch, and what it should reach. None where there is no figure."""
-        cells, targets = [], []
-        for batch, lines in batches.items():
-            line = lines.get((self.part, self.name))
-            if line is None:
-                cells.append("")
-                continue
-            value = lines[self.part, self.of or self.name][self.figure] / (line[self.by] if self.by else 1)
-            least = self.least.get(batch, self.least.get(None))
-            cells.append(self.form.format(value) + (" (missed)" if least is not None and value < least else ""))
-            targets.append("" if least is None else f">= {self.form.format(least)}")
-        return [self.what, *cells, " / ".join(dict.fromkeys(filter(None, targets)))] if any(cells) else None
+        cells = [self.cell(batch, lines) for batch, lines in batches.items()]
+        measured = [batch for batch, cell in zip(batches, cells, strict=True) if cell]
+        return [self.what, *cells, self.target(measured)] if measured else None
+
+    def _least(self, batch: int) -> float | None:
+        return self.least.get(batch, self.least.get(None))
 
 
 _COHORT = ("stream", "cohort")
@@ -55,10 +64,18 @@ _IDEAL: dict[str, Any] = {"form": "{:.0%}", "least": {16: 0.90, 32: 0.88}}
 _STATIC = ("static", "engine, cohort")
 _PADDED = "full depth, over transformers' generate, left-padded, each batch to its longest output"
 _LOCKSTEP = {16: 1.9, 32: 1.7}
-QUESTIONS = (
+_BEYOND = (
+    "More than 100% of the ideal is possible: runs differ by noise, full depth falls short of its own ideal, too, and "
+    "the ideal comes from costs that were calibrated before"
+)
+# Those that the README has.
+KEY_QUESTIONS = (
     Question("decode, cohort over full depth", *_COHORT, "decode_gain"),
     Question("decode, share of the ideal", *_COHORT, "decode_gain", "ideal_decode", **_IDEAL),
     Question("decode, cohort over lockstep", *_COHORT, "decode_s", "decode_s", of="lockstep", least=_LOCKSTEP),
+)
+QUESTIONS = (
+    *KEY_QUESTIONS,
     Question("with prefill, cohort over full depth", *_COHORT, "gain"),
     Question("with prefill, share of the ideal", *_COHORT, "gain", "ideal_all", **_IDEAL),
     *(
@@ -81,9 +98,44 @@ def serving_tables(paths: Sequence[Path], results: str = "bench/results") -> str
     return "\n".join(_table(files, results) for files in _by_model(paths))
 
 
-def serving_sentence(paths: Sequence[Path]) -> str:
-    """What the streams among ``paths`` came to, in a sentence per model and machine."""
-    return textwrap.fill(" ".join(map(_sentence, _by_model(paths))), 120, break_on_hyphens=False) + "\n"
+def key_table(paths: Sequence[Path]) -> str:
+    """The key figures of the streams among ``paths``, a line per model, machine and batch, and their conditions."""
+    streams = {}
+    for files in _by_model(paths):
+        found = _conditions(files, "stream")
+        assert found is not None, "checked when the files were read"
+        measured = {batch: lines for batch, lines in _batches(files).items() if _COHORT in lines}
+        streams[found["model"], found["cpu"]] = (found, measured)
+    rows = [
+        [model, cpu, f"{found['mean_layers']:.1f} of {found['num_layers']}", str(batch)]
+        + [question.cell(batch, lines) for question in KEY_QUESTIONS]
+        for (model, cpu), (found, measured) in sorted(streams.items())
+        for batch, lines in measured.items()
+    ]
+    batches = sorted({batch for _, measured in streams.values() for batch in measured})
+    targets = [question.target(batches) for question in KEY_QUESTIONS]
+    rows.append(["target", "", "", " / ".join(map(str, batches)), *targets])
+    header = ("model", "CPU", "mean layers", "batch", *(question.what for question in KEY_QUESTIONS))
+    text = _key_note([found for found, _ in streams.values()])
+    if any(_exceeds_ideal(measured) for _, measured in streams.values()):
+        text += f" {_BEYOND}."
+    table = markdown_table(header, rows, right=set(range(2, len(header))))
+    return f"{table}\n{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n"
+
+
+def _key_note(streams: Sequence[Mapping[str, Any]]) -> str:
+    """What is common to the conditions of ``streams``, and what their ratios are."""
+
+    def each(name: str, form: str = "") -> str:
+        return " or ".join(f"{value:{form}}" for value in sorted({found[name] for found in streams}))
+
+    return (
+        f"{each('dtype')}, {each('num_threads')} threads, backend {each('backend')}. For each line the engine served "
+        "the same requests at full depth, in lock-step and by cohort, interleaved in turns of a quarter of a second: "
+        f"{each('requests', ',')} requests, all there at the beginning, with outputs geometric with a mean of "
+        f"{each('mean_output', 'g')} tokens. A ratio divides the seconds that the decode steps of two whole streams "
+        "cost; it is one number a run, no median."
+    )
 
 
 def _by_model(paths: Sequence[Path]) -> list[Files]:
@@ -141,10 +193,7 @@ def _notes(files: Files, batches: Mapping[int, Lines]) -> Iterator[str]:
         f"per request, {' and '.join(sorted(rows))} per decoded row; {_origin(found)}."
     )
     if _exceeds_ideal(batches):
-        yield (
-            "More than 100% of the ideal is possible: the ideal comes from costs that were calibrated before "
-            f"({found['calibrated']['date']}), runs differ by noise, and full depth falls short of its own ideal, too."
-        )
+        yield f"{_BEYOND} ({found['calibrated']['date']})."
     texts = {
         "closed": "Closed batch: the first {batch} of these requests, and nobody after them",
         "static": "Static batches and transformers: the first {requests} of these requests at full depth, in batches "
@@ -170,30 +219,3 @@ def _exceeds_ideal(batches: Mapping[int, Lines]) -> bool:
 
 def _origin(found: Mapping[str, Any]) -> str:
     return f"commit {found['commit']}, {found['date']}"
-
-
-def _sentence(files: Files) -> str:
-    batches = {batch: lines for batch, lines in _batches(files).items() if ("stream", "cohort") in lines}
-    found = _conditions(files, "stream")
-    assert found is not None, "checked when the files were read"
-    by_name = {question.what: question for question in QUESTIONS}
-
-    def figures(what: str) -> str:
-        row = by_name[what].row(batches)
-        assert row is not None, "every batch has a line of cohort"
-        _, *cells, target = row
-        return " and ".join(cells) + (f" (target: {target})" if target else "")
-
-    return (
-        f"On {found['model']}, in batches of {' and '.join(map(str, batches))}, requests with a mean of "
-        f"{found['mean_layers']:.2f} of {found['num_layers']} layers decode "
-        f"{figures('decode, cohort over full depth')} as fast as at full depth, "
-        f"{figures('decode, share of the ideal')} of the ideal, and "
-        f"{figures('decode, cohort over lockstep')} as fast as in lock-step, on {found['num_threads']} threads of "
-        f"{found['cpu']}."
-        + (
-            " More than 100% is possible: the ideal stands on an earlier calibration, and runs differ by noise."
-            if _exceeds_ideal(batches)
-            else ""
-        )
-    )

@@ -10,6 +10,8 @@ from bench.peers.results import Row, read
 from dynskip.benchmark.report import markdown_table
 
 BEGIN, END = "<!-- cost of serving: written by bench/table.py -->", "<!-- cost of serving end -->"
+SHORT_BEGIN, SHORT_END = "<!-- served: written by bench/table.py -->", "<!-- served end -->"
+_SHOWN_LOAD = "80%"  # in short
 # Tokens/s of the server over those of `Engine`, at least.
 TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85}
 
@@ -18,6 +20,31 @@ def tables(results: Path) -> str:
     """A page for every file of the folder ``results``."""
     paths = sorted(results.glob("*.jsonl"))
     return "\n".join(page(*read(path)) for path in paths) if paths else "Not measured yet.\n"
+
+
+def short(results: Path) -> str:
+    """What each server of the folder ``results`` can do, and how long its clients wait: a table of few columns."""
+    lines, notes = [], []
+    for path in sorted(results.glob("*.jsonl")):
+        conditions, rows = read(path)
+        found = {(row["peer"], row["what"]): row for row in rows if "error" not in row}
+        for peer in dict.fromkeys(row["peer"] for row in rows):
+            capacity, waits = found.get((peer, "capacity")), found.get((peer, f"latency, {_SHOWN_LOAD}"))
+            if capacity is not None and waits is not None:
+                depth = "full depth" if peer == "vLLM" else "paper's depths"
+                figures = [_percentiles(waits[name]) for name in ("ttft_ms", "tpot_ms")]
+                lines.append([conditions["shape"], peer, depth, f"{capacity['tokens_per_s']:.0f}", *figures])
+        costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]
+        told = ", ".join(f"{row['value']:.2f} ({row['what'].partition(', ')[2]})" for row in costs)
+        notes.append(
+            f"{conditions['shape']}: {conditions['cpu']}, {conditions['num_threads']} threads, commit "
+            f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, tokens/s: "
+            f"{told}."
+        )
+    heads = ("model", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
+    if not lines:
+        return "Not measured yet.\n"
+    return "\n".join([markdown_table(heads, lines, {3, 4, 5}), *(f"{textwrap.fill(note, 120)}\n" for note in notes)])
 
 
 def page(conditions: Row, rows: Sequence[Row]) -> str:

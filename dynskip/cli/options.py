@@ -168,6 +168,12 @@ def set_threads(num_threads: int | None) -> None:
     torch.set_num_threads(num_threads)
 
 
+def check_readable(path: Path, option: str) -> None:
+    """Raise UserError where ``option`` names no file at ``path``: before a model is loaded for it."""
+    if not path.is_file():
+        raise UserError(f"{option} must name a file, got {str(path)!r}. Check the path.")
+
+
 def check_writable(path: Path, remedy: str) -> None:
     """Raise UserError, which ends with ``remedy``, where the file at ``path`` cannot be written; make its folder."""
     try:

@@ -10,6 +10,7 @@ from dynskip.cli.options import (
     UserError,
     add_model_options,
     add_number,
+    check_readable,
     check_writable,
     file_path,
     load_llm,
@@ -70,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, judge, print; exit status 0 whatever is found."""
+    check_readable(args.data, "--data")
     for package in ("matplotlib", "scipy"):
         if find_spec(package) is None:
             raise UserError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from dynskip.cli.options import file_path, set_threads
+from dynskip.cli.options import check_readable, file_path, set_threads
 from dynskip.cli.train_options import (
     add_groups,
     check_options,
@@ -108,8 +108,7 @@ def evaluator(progress: bool) -> Callable[[OPTForCausalLM, Sequence[Example], in
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 after a finished run, 1 after one that diverged; a user's mistake is a ValueError."""
     for path in args.data:
-        if not path.is_file():
-            raise ValueError(f"train: --data must name a file, got {str(path)!r}. Check the path.")
+        check_readable(path, "--data")
     set_threads(args.threads)
     if args.preset is None:
         args.preset = "opt-mini" if args.controller is None else "paper"

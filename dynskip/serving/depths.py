@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from dynskip.assets import ADAPTED, PACKAGED
 from dynskip.causal_lm import CausalLM
 from dynskip.engine.drafting import find_draft
 from dynskip.found import FoundPaths
@@ -158,11 +159,16 @@ class DepthTable:
             raise told(error, "path") from error
 
     def _by_name(self, model: str | None) -> NamedPath | None:
-        """The path that the name of a model asks for; None for its plain name. An unknown name is a 404."""
+        """The path that the name of a model asks for; None for its plain name. An unknown name is a 404.
+
+        So is one with a depth where there is no table; what is wrong is said as of the field ``depth``.
+        """
         if model in (None, self.name):
             return None
         name, _, depth = model.rpartition("@")
         if name == self.name:
+            if not self._entries:
+                raise APIError(404, _no_table("model"), "model", "model_not_found")
             with suppress(APIError):  # a depth that the table has not is as unknown
                 return self._at_least(int(depth) if _NUMBER.fullmatch(depth) else depth, "model")
         raise APIError(
@@ -172,11 +178,7 @@ class DepthTable:
     def _at_least(self, depth: int | str, field: str) -> NamedPath:
         """The shallowest path of the table that runs at least ``depth`` layers, or that share of them."""
         if not self._entries:
-            raise bad_request(
-                f"{field}: the server must have a table of paths for a depth, got none. Start it with --paths, or let "
-                "`dynskip search` find some.",
-                field,
-            )
+            raise bad_request(_no_table(field), field)
         share = _SHARE.fullmatch(depth) if isinstance(depth, str) else None
         wanted = depth if isinstance(depth, int) else 0
         if share is not None:
@@ -218,3 +220,12 @@ class DepthTable:
                 f"DepthTable: {file} must hold paths of {self._num_layers} layers, got paths of {found.num_layers}."
             )
         return found, []
+
+
+def _no_table(field: str) -> str:
+    """What is wrong with ``field``, which asks for a depth, where there is no table, and how to have one."""
+    return (
+        f"{field}: the server must have a table of paths for a depth, got none. Start it with --paths FILE, a path a "
+        "line, or with a model for which `dynskip search` has found paths; "
+        f"{' and '.join((*PACKAGED, *ADAPTED))} come with some."
+    )

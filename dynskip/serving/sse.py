@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
-    """The client has closed the connection before its answer was there."""
+    """The client has closed the connection before the end of its answer."""
 
 
 def event(value: object) -> bytes:
@@ -39,7 +39,7 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
 
 
 class EventStream(Response):
-    """Sends ``events`` as they come, and closes them at the end or once the client has gone away."""
+    """Sends ``events`` as they come, and closes them at the end or once the client has gone away: then ClientGone."""
 
     media_type = "text/event-stream"
 
@@ -54,8 +54,9 @@ class EventStream(Response):
         leaving = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            if not sending.done():
+                raise ClientGone
+            sending.result()
         finally:
             await _end(sending, leaving)
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from dynskip.data.batches import Batch, Plan
+from dynskip.data.batches import Batch, Plan, group_in_order, pad_examples
+from dynskip.data.examples import Example
 from dynskip.files import write_text
 
 _COMPLETE = "complete.json"
+# Of TrainingArguments, where a trainer says nothing else. Checkpoints come when `after_step` or the clock asks for one.
+_DEFAULTS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "linear",
+    "save_strategy": "steps",
+    "save_steps": 1_000_000_000,
+    "logging_steps": 1,
+}
 
 
 class NotFiniteError(ArithmeticError):
@@ -83,11 +92,19 @@ class ResumableTrainer(Trainer):
     """The Trainer of a stage. Its checkpoints in ``directory``, killed at any point, are either whole or not counted.
 
     Numbers that are not finite end it with a NotFiniteError, before weights or a checkpoint are made of them.
-    plan: its batches. options: of TrainingArguments, where trainers differ.
+    plan: its batches. progress: show a bar. options: of TrainingArguments, where trainers differ.
     """
 
     def __init__(
-        self, model: nn.Module, directory: Path, plan: Plan, *, use_cpu: bool, save_every_s: float, **options: Any
+        self,
+        model: nn.Module,
+        directory: Path,
+        plan: Plan,
+        *,
+        use_cpu: bool,
+        save_every_s: float,
+        progress: bool,
+        **options: Any,
     ) -> None:
         arguments = TrainingArguments(
             output_dir=str(directory),
@@ -98,7 +115,8 @@ class ResumableTrainer(Trainer):
             report_to="none",
             ignore_data_skip=True,
             remove_unused_columns=False,
-            **options,
+            disable_tqdm=not progress,
+            **_DEFAULTS | options,
         )
         # Several GPUs in one process would be nn.DataParallel, which knows nothing of the shares of a plan.
         arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -111,6 +129,8 @@ class ResumableTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_AfterStep(self, save_every_s))
+        if progress:
+            self.add_callback(LossBar)
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The batches of the plan, which does the batching and knows its process."""
@@ -122,6 +142,22 @@ class ResumableTrainer(Trainer):
 
     def after_step(self, control: Any) -> None:
         """Set in the Trainer's ``control`` what follows the step: an evaluation, a checkpoint, the end of the stage."""
+
+    def validation_batches(
+        self, examples: Sequence[Example], pad_id: int, *, num_tokens: int, response_only: bool = True
+    ) -> Iterator[dict[str, Tensor]]:
+        """This process's share of ``examples``, on its device, in batches of at most ``num_tokens`` tokens."""
+        batches = group_in_order([example.num_tokens for example in examples], num_tokens)
+        for rows in batches[self.args.process_index :: self.args.world_size]:
+            batch = pad_examples([examples[row] for row in rows], pad_id, response_only, multiple=8)
+            yield self._prepare_inputs(batch)
+
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Log the metrics of an evaluation and return them; NotFiniteError where one is not finite."""
+        check_numbers(metrics, self.state.global_step, self.directory)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def checkpoint_note(self) -> dict[str, Any]:
         """What to keep beside each checkpoint; ``begin`` gets it back."""

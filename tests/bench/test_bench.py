@@ -19,7 +19,7 @@ from transformers import OPTForCausalLM as HFOPTForCausalLM
 from bench import serving
 from bench.report.cpu import cpu_tables
 from bench.report.device import append_row
-from bench.report.serving import serving_sentence, serving_tables
+from bench.report.serving import key_table, serving_tables
 from dynskip import CausalLM, LayerPath, OPTForCausalLM
 from dynskip.benchmark import ctranslate2_runner, parts, suite
 from dynskip.benchmark.report import Report, Row, markdown_table
@@ -563,14 +563,35 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     assert "the first 48 of these requests at full depth, in batches of 16; transformers' generate pads" in note
     assert "its longest output; commit others" in note and "at most 3%); commit streams" in note
     assert "More than 100%" not in note
-    sentence = " ".join(serving_sentence(paths).split())
-    assert "decode 3.00x as fast as at full depth, 94% (target: >= 90%) of the ideal, and 1.76x (missed)" in sentence
+    assert key_rows(paths) == [
+        ["model", "CPU", "mean layers", "batch", "decode, cohort over full depth", "decode, share of the ideal",
+         "decode, cohort over lockstep"],
+        ["tiny", "Test", "5.5 of 24", "16", "3.00x", "94%", "1.76x (missed)"],
+        ["target", "", "", "16", "", ">= 90%", ">= 1.90x"],
+    ]  # fmt: skip
+    assert "1,024 requests, all there" in (note := " ".join(key_table(paths).split())) and "More than" not in note
     lines[-1] |= {"decode_gain": 3.3}
     lines[0]["calibrated"] = {"date": "the day before"}
     paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     assert "More than 100% of the ideal is possible" in (note := " ".join(serving_tables(paths).split()))
     assert "calibrated before (the day before)" in note
-    assert serving_sentence(paths).endswith("an earlier calibration, and runs differ by noise.\n")
+    assert key_table(paths).endswith("from costs that were calibrated before.\n")
+    other = {**conditions, "cpu": "Another", "machine": "another", "requests": 256, "mean_layers": 6.0}
+    small, deep = ({**line, "batch": 32} for line in lines[1:])
+    paths.append(tmp_path / "serving-c.jsonl")
+    paths[2].write_text("".join(f"{json.dumps(line)}\n" for line in (other, small, deep)), encoding="utf-8")
+    assert key_rows(paths)[1:] == [
+        ["tiny", "Another", "6.0 of 24", "32", "3.30x", "103%", "1.76x"],
+        ["tiny", "Test", "5.5 of 24", "16", "3.30x", "103%", "1.76x (missed)"],
+        ["target", "", "", "16 / 32", "", ">= 90% / >= 88%", ">= 1.90x / >= 1.70x"],
+    ]
+    assert "256 or 1,024 requests" in " ".join(key_table(paths).split())
+
+
+def key_rows(paths: list[Path]) -> list[list[str]]:
+    """The cells of the table of key figures, without its rule."""
+    lines = [line for line in key_table(paths).splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 def test_an_old_table_is_noticed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bench.peers.results import read
 from bench.serve.asks import ROUTES, Ask, Asks, library_answer, served_answer
 from bench.serve.client import Broken, Client, post_of
 from bench.serve.load import Call, arrive, burst, waits
-from bench.serve.page import page, tables
+from bench.serve.page import page, short, tables
 from bench.serve.soak_clients import Ledger, SoakClient
 from bench.serve.soak_report import Sample, Soaked, slope
 from bench.serve.soak_report import page as soak_page
@@ -339,3 +339,9 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     assert tables(tmp_path) == "Not measured yet.\n"
     (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
     assert tables(tmp_path) == text
+    rows[3]["tokens_per_s"] = 321.0
+    rows[4]["what"] = "latency, 80%"
+    (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
+    told = " ".join(short(tmp_path).split())
+    assert "| opt-1.3b | cohort | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 |" in told
+    assert "vLLM" not in told and "0.97 (full depth, whole answers), 0.94 (full depth, streams)" in told

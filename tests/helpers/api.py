@@ -29,6 +29,10 @@ COSTS = dataclasses.replace(StepCosts.h200(), num_layers=NUM_LAYERS)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 TABLE = "uniform:2\nlayers:0,1,3,5\n"
 JSON = {"content-type": "application/json"}
+# A completion that ends when it has all its tokens, whole and as a stream.
+ROUTE = "/v1/completions"
+LONG = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+STREAM = {**LONG, "stream": True}
 
 
 def tiny_llm(**options: Any) -> LLM:
@@ -128,7 +132,10 @@ class Brake:
 
 @dataclass
 class Exchange:
-    """One request to an ASGI application, whose client may go away at any moment."""
+    """One request to an ASGI application, whose client may go away at any moment.
+
+    num_ends: the messages that say that nothing comes behind them.
+    """
 
     app: Any
     route: str
@@ -136,6 +143,7 @@ class Exchange:
     headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
     sent: bytes = b""
+    num_ends: int = 0
 
     def __post_init__(self) -> None:
         self._gone = asyncio.Event()
@@ -185,6 +193,8 @@ class Exchange:
     async def _send(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        else:
+            self.num_ends += not message.get("more_body", False)
         self.sent += message.get("body", b"")
         self._changed.set()
 

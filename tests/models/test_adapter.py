@@ -236,7 +236,7 @@ def test_what_is_saved_is_the_merged_model(llama: tuple[Any, Path, Path], tmp_pa
         (["calibrate", "--adapter", "x"], "--adapter must come with --model: --shape makes"),
         (["info", "--adapter", "x"], "--adapter must come with --model, the base"),
         (["generate", "--adapter", "/no/such/folder", "x"], "adapter must be a folder, got '/no/such/folder'"),
-        (["search", "opt-mini", "--data", "x", "--adapter", "/no/such/folder"], "adapter must be a folder"),
+        (["search", "opt-mini", "--data", __file__, "--adapter", "/no/such/folder"], "adapter must be a folder"),
     ],
 )
 def test_mistakes_of_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

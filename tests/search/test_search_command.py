@@ -107,3 +107,14 @@ def test_mistakes_are_one_line(
     assert search(folder, *options) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_the_data_file_is_looked_for_before_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["search", str(folder / "no-such-model"), "--budget", "3", "--data"]
+    for path in (folder / "no-such-file.json", folder):
+        assert main([*arguments, str(path)]) == 2
+        assert capsys.readouterr().err == (
+            f"dynskip search: error: --data must name a file, got {str(path)!r}. Check the path.\n"
+        )
+    assert main([*arguments, str(folder / "rows.json")]) == 2
+    assert "no-such-model" in capsys.readouterr().err

@@ -9,8 +9,10 @@ from api import NAME
 from models import NUM_LAYERS, tiny_model
 
 from dynskip import CausalLM, LayerPath
+from dynskip.assets import FOUND_PATHS_FOLDER
 from dynskip.found import FoundDraft, FoundPaths
 from dynskip.serving.depths import DepthTable
+from dynskip.serving.errors import APIError
 from dynskip.speculation.draft import Draft
 
 
@@ -62,6 +64,11 @@ def test_without_a_table_there_are_no_names_but_one(model: CausalLM) -> None:
     table = DepthTable(model, NAME)
     assert not table.entries
     assert table.names == [NAME]
+    with pytest.raises(APIError, match="; smollm2-135m-instruct and smollm2-135m-paths come with some") as refused:
+        table.of(f"{NAME}@4", None, None, None)
+    assert (refused.value.status, refused.value.code) == (404, "model_not_found")
+    for path in ("found-paths/smollm2-135m-instruct.json", "smollm2-135m-paths/found-paths.json"):
+        assert FoundPaths.read(FOUND_PATHS_FOLDER.parent / path).layers, "what the error says of them holds"
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,13 @@ import logging
 from typing import Any
 
 import pytest
-from api import JSON, NAME, Brake, Exchange, greedy, local, run, tiny_llm
+from api import JSON, LONG, NAME, ROUTE, STREAM, Brake, Exchange, greedy, local, run, tiny_llm
 from models import NUM_LAYERS
 
 from dynskip import LLM, LayerPath, RequestError
 from dynskip.engine.step import StepExecution
 from dynskip.serving.limits import Admission
 from dynskip.serving.prompts import PromptReader
-
-LONG = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 40, "ignore_eos": True}
-STREAM = {**LONG, "stream": True}
-ROUTE = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +26,9 @@ def llm() -> LLM:
 
 
 @pytest.mark.parametrize("change", [{}, {"n": 3}, {"prompt": [[5, 6], [7, 8, 9]]}])
-def test_a_client_that_leaves_in_mid_stream_aborts_its_request(llm: LLM, change: dict[str, Any]) -> None:
+def test_a_client_that_leaves_in_mid_stream_aborts_its_request(
+    llm: LLM, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         async with local(llm) as server:
             brake = Brake(server.served)
@@ -51,7 +49,10 @@ def test_a_client_that_leaves_in_mid_stream_aborts_its_request(llm: LLM, change:
             (expected,) = llm.generate([[5, 6, 7]], greedy(4))
             assert (await server.generated(max_tokens=4, ignore_eos=True))["choices"][0]["text"] == expected.text
 
-    run(main())
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main())
+    statuses = [record.getMessage().split(" ")[3] for record in caplog.records if f" POST {ROUTE} " in record.message]
+    assert statuses == ["499", "200"]
 
 
 @pytest.mark.parametrize("body", [LONG, STREAM, {**LONG, "prompt": [[5, 6], [7, 8, 9]]}])

@@ -443,10 +443,23 @@ def test_models_list_the_depths(llm: LLM, tmp_path: Path) -> None:
 
 
 def test_without_a_table_a_depth_is_refused(llm: LLM) -> None:
-    depth, name = post(llm, "/v1/completions", {**COMPLETION, "depth": 4}, {**COMPLETION, "model": f"{NAME}@4"})
-    assert (depth.status_code, depth.json()["error"]["param"]) == (400, "depth")
-    assert "--paths" in depth.json()["error"]["message"]
-    assert (name.status_code, name.json()["error"]["param"]) == (404, "model")
+    names = [f"{NAME}@{depth}" for depth in ("4", "99", "50%", "x", "")]
+    bodies = [{**COMPLETION, "depth": 4}, *({**COMPLETION, "model": name} for name in [*names, "another@4"])]
+    depth, *by_name, another = post(llm, "/v1/completions", *bodies)
+    assert depth.status_code == 400
+    error = depth.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "depth", "invalid_value")
+    says = "the server must have a table of paths for a depth, got none. Start it with --paths FILE, a path a line, or"
+    assert error["message"].startswith(f"depth: {says}")
+    for answer in by_name:
+        assert answer.status_code == 404
+        assert answer.json()["error"] == {
+            "message": error["message"].replace("depth", "model", 1),
+            "type": "not_found_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    assert another.json()["error"]["message"] == f"model: it must be one of {NAME}, got another."
 
 
 def test_requests_that_choose_nothing_run_the_servers_path_and_draft(llm: LLM) -> None:

@@ -1,147 +1,29 @@
-"""The front before several replicas, here engines of this process: where requests go, and what becomes of the lost."""
+"""The front before several replicas, here engines of this process: what it answers, and where requests go."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+import logging
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from api import NAME, Brake, Exchange, Local, greedy, local, run, tiny_llm
+from api import LONG, NAME, ROUTE, STREAM, TABLE, Brake, Exchange, greedy, local, run, tiny_llm
+from fronts import fronted, text_of
 from models import NUM_LAYERS
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynskip import LLM, LayerPath, RequestError
-from dynskip.serving.app import guarded
-from dynskip.serving.depths import DepthTable
-from dynskip.serving.replicas import front as front_module
-from dynskip.serving.replicas.asked import Asked
-from dynskip.serving.replicas.front import Front, ReplicaLostError
 from dynskip.serving.replicas.options import ReplicaOptions
 from dynskip.serving.replicas.pages import family, merged
-from dynskip.serving.replicas.replica import EngineReplica, messages_of
-
-LONG = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 40, "ignore_eos": True}
-STREAM = {**LONG, "stream": True}
-ROUTE = "/v1/completions"
-TABLE = "uniform:2\nlayers:0,1,3,5\n"
+from dynskip.serving.replicas.replica import EngineReplica
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return tiny_llm()
-
-
-@pytest.fixture(autouse=True)
-def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_module, "PING_S", 0.01)
-
-
-@dataclass
-class Near:
-    """A replica in this process, which may be lost, stop answering, and come back."""
-
-    name: str
-    server: Local
-    num_asked: int = 0
-    hangs: bool = False
-    _lost: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def lose(self) -> None:
-        """From now on nothing is answered, and what has begun breaks off."""
-        self._lost.set()
-
-    def come_back(self) -> None:
-        """Answer again."""
-        self._lost = asyncio.Event()
-
-    async def answer(self, scope: Any, body: bytes) -> AsyncGenerator[list[Any]]:
-        """As `EngineReplica.answer`, as it is to be had over a wire."""
-        self.num_asked += scope["path"] == ROUTE
-        lost = self._lost
-        async with aclosing(messages_of(self.server.app, scope, body)) as messages:
-            while True:
-                coming, losing = asyncio.ensure_future(anext(messages, [])), asyncio.ensure_future(lost.wait())
-                try:
-                    await asyncio.wait((coming, losing), return_when=asyncio.FIRST_COMPLETED)
-                    if lost.is_set():
-                        raise ReplicaLostError(self.name)
-                    found = coming.result()
-                finally:
-                    for task in (coming, losing):
-                        task.cancel()
-                    await asyncio.gather(coming, losing, return_exceptions=True)
-                if not found:
-                    return
-                yield found
-
-    async def table(self) -> DepthTable:
-        """As `EngineReplica.table`."""
-        await self.alive()
-        return self.server.service.table.without_model()
-
-    async def alive(self) -> None:
-        """As `EngineReplica.alive`."""
-        if self.hangs:
-            await asyncio.Event().wait()
-        if self._lost.is_set():
-            raise ReplicaLostError(self.name)
-
-
-@dataclass
-class Before:
-    """A front, its replicas, and a client of it."""
-
-    front: Front
-    app: Any
-    replicas: list[Near]
-    client: httpx2.AsyncClient
-
-    async def post(self, body: Any, **options: Any) -> httpx2.Response:
-        """The answer to a completion."""
-        return await self.client.post(ROUTE, json=body, **options)
-
-    def holder(self) -> Near:
-        """The replica that holds the only request."""
-        (found,) = [each for each in self.replicas if each.server.service.admission.num_held]
-        return found
-
-    async def until_held(self, count: int) -> None:
-        """Wait until all replicas together hold so many outputs."""
-        while sum(each.server.service.admission.num_held for each in self.replicas) != count:
-            await asyncio.sleep(0)
-
-    async def values(self, name: str) -> dict[str, float]:
-        """A metric by replica."""
-        page = (await self.client.get("/metrics")).text
-        samples = [sample for each in text_string_to_metric_families(page) for sample in each.samples]
-        return {sample.labels["replica"]: sample.value for sample in samples if sample.name == name}
-
-
-@asynccontextmanager
-async def fronted(
-    llm: LLM, count: int = 2, gate: dict[str, Any] | None = None, **options: Any
-) -> AsyncIterator[Before]:
-    """A front before so many engines. gate: options of `guarded`."""
-    async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(local(llm, **options)) for _ in range(count)]
-        replicas = [Near(f"replica-{index}", server) for index, server in enumerate(servers)]
-        front = Front(replicas, batch=4)
-        stack.push_async_callback(front.close)
-        app = guarded(front, **(gate or {}))
-        transport = httpx2.ASGITransport(app=app)
-        client = await stack.enter_async_context(httpx2.AsyncClient(transport=transport, base_url="http://test"))
-        await front.ready()
-        yield Before(front, app, replicas, client)
-
-
-def text_of(events: list[Any]) -> str:
-    return "".join(choice["text"] for each in events if each != "[DONE]" for choice in each["choices"])
 
 
 # The same answers
@@ -224,6 +106,20 @@ def test_keys_bodies_and_ids_are_looked_at_before_any_replica_is_asked(
     run(main())
 
 
+def test_a_stream_that_ends_well_is_logged_as_a_200(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """By the gate before the replicas, too, although servers say behind an answer that its client has gone."""
+
+    async def main() -> None:
+        async with fronted(llm, count=1) as before:
+            answer = await before.post(STREAM, headers={"x-request-id": "mine"})
+            assert answer.text.endswith("data: [DONE]\n\n")
+
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main())
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.rsplit(" ", 2)[0] for line in lines if line.startswith("mine ")] == [f"mine POST {ROUTE} 200"] * 2
+
+
 def test_a_replica_answers_by_message_and_says_whether_its_engine_runs(llm: LLM) -> None:
     headers = [(b"content-type", b"application/json"), (b"x-request-id", b"a")]
     scope = {"type": "http", "method": "POST", "path": ROUTE, "query_string": b"", "headers": headers}
@@ -280,54 +176,6 @@ def test_requests_of_one_path_meet_on_one_replica(llm: LLM) -> None:
     run(main())
 
 
-def test_one_name_of_a_path_is_as_good_as_another(llm: LLM, tmp_path: Path) -> None:
-    async def main() -> None:
-        async with local(llm, table=TABLE, folder=tmp_path, path="uniform:2") as server:
-            table = server.service.table.without_model()
-            uniform, listed = LayerPath.uniform(NUM_LAYERS, 2), LayerPath.of(NUM_LAYERS, [0, 1, 3, 5])
-
-            def asked(**fields: Any) -> Asked:
-                return Asked.of(json.dumps({"prompt": "w005", **fields}).encode(), table)
-
-            for fields in ({}, {"path": "uniform:2"}, {"depth": 2}, {"depth": "30%"}, {"model": f"{NAME}@1"}):
-                assert asked(**fields).path == uniform
-            assert asked(depth=3).path == asked(path="layers:5,3,1,0").path == listed
-            for wrong in (
-                {"depth": 3, "path": "full"},
-                {"path": 7},
-                {"depth": True},
-                {"model": "nobody"},
-                {"depth": 1.5},
-            ):
-                assert asked(**wrong).path == uniform, "the replica says what is wrong"
-            assert (asked(n=3).num_outputs, asked(n=3, prompt=["w005", "w006"]).num_outputs) == (3, 6)
-            assert (asked(n=-1).num_outputs, asked(n="3").num_outputs, asked(prompt=[5, 6]).num_outputs) == (1, 1, 1)
-            for body in (b"", b"{", b"[1]", b"[" * 10**5, b'"text"', b"\xff"):
-                assert Asked.of(body, table) == Asked.of(b"{}", table)
-
-    run(main())
-
-
-def test_prompts_that_begin_alike_have_one_prefix(llm: LLM) -> None:
-    async def main() -> None:
-        async with local(llm) as server:
-            table = server.service.table.without_model()
-
-            def prefix(**fields: Any) -> str:
-                return Asked.of(json.dumps(fields).encode(), table).prefix
-
-            system, first = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
-            turns = [system, first, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-            assert prefix(messages=turns) == prefix(messages=turns[:2]), "a conversation that goes on"
-            assert prefix(messages=turns) != prefix(messages=[system, {"role": "user", "content": "other"}])
-            assert prefix(messages=turns) != prefix(messages=turns[1:])
-            assert prefix(prompt="x" * 300 + "a") == prefix(prompt="x" * 300 + "b") != prefix(prompt="y" * 300)
-            assert prefix(prompt=[5] * 70 + [1]) == prefix(prompt=[5] * 70 + [2]) != prefix(prompt=[6] * 70)
-            assert prefix(prompt=["x", "y"]) == prefix(prompt="x")
-
-    run(main())
-
-
 # Queues
 
 
@@ -350,133 +198,6 @@ def test_a_full_replica_is_passed_over_and_all_full_is_a_429(llm: LLM) -> None:
             for brake in brakes:
                 brake.release()
             assert {answer.status_code for answer in await asyncio.gather(*tasks)} == {200}
-
-    run(main())
-
-
-# Replicas that are lost
-
-
-def test_a_replica_lost_in_mid_stream_ends_its_own_streams_with_an_error(llm: LLM) -> None:
-    async def main() -> None:
-        async with fronted(llm) as before:
-            brakes = [Brake(each.server.served) for each in before.replicas]
-            doomed = Exchange(before.app, ROUTE, STREAM)
-            await before.until_held(1)
-            lost = before.holder()
-            (kept,) = [each for each in before.replicas if each is not lost]
-            brakes[before.replicas.index(lost)].let(1)
-            await doomed.until_events(1)
-            others = []
-            while not kept.server.service.admission.num_held:  # one of any prefix that goes to the other replica
-                others.append(Exchange(before.app, ROUTE, {**STREAM, "prompt": [5 + len(others), 6]}))
-                await before.until_held(1 + len(others))
-            brakes[before.replicas.index(kept)].let(1)
-            await others[-1].until_events(1)
-            lost.lose()
-            await doomed.task
-            *_, error, end = doomed.events
-            assert (error["error"]["code"], error["error"]["type"], end) == ("replica_lost", "server_error", "[DONE]")
-            assert doomed.status == 200
-            for brake in brakes:
-                brake.release()
-            await asyncio.gather(*(other.task for other in others))
-            for index, other in enumerate(others):  # those that the lost replica had not begun, too
-                (expected,) = llm.generate([[5 + index, 6]], greedy(40))
-                assert other.status == 200
-                assert text_of(other.events) == expected.text
-            assert await before.values("dynskip_replica_up") == {
-                each.name: float(each is kept) for each in before.replicas
-            }
-
-    run(main())
-
-
-@pytest.mark.parametrize("body", [LONG, STREAM])
-def test_a_request_that_has_not_begun_goes_to_another_replica(llm: LLM, body: dict[str, Any]) -> None:
-    async def main() -> None:
-        async with fronted(llm) as before:
-            brakes = [Brake(each.server.served) for each in before.replicas]
-            exchange = Exchange(before.app, ROUTE, body)
-            await before.until_held(1)
-            lost = before.holder()
-            lost.lose()
-            while before.front._known[lost.name].is_up:
-                await asyncio.sleep(0)
-            for brake in brakes:
-                brake.release()
-            await exchange.task
-            (expected,) = llm.generate([[5, 6, 7]], greedy(40))
-            assert exchange.status == 200
-            text = text_of(exchange.events) if "stream" in body else json.loads(exchange.sent)["choices"][0]["text"]
-            assert text == expected.text
-            assert [each.num_asked for each in before.replicas] == [1, 1]
-            moved = await before.values("dynskip_replica_moved_total")
-            assert moved == {each.name: float(each is lost) for each in before.replicas}
-            assert (await lost.server.until_idle()).num_finished == 0, "it was aborted there"
-
-    run(main())
-
-
-def test_a_replica_that_does_not_answer_loses_what_it_has_not_begun(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_module, "PING_TIMEOUT_S", 0.05)
-
-    async def main() -> None:
-        async with fronted(llm) as before:
-            brakes = [Brake(each.server.served) for each in before.replicas]
-            exchange = Exchange(before.app, ROUTE, LONG)
-            await before.until_held(1)
-            hung = before.holder()
-            hung.hangs = True
-            while before.front._known[hung.name].is_up:
-                await asyncio.sleep(0.001)
-            for brake in brakes:
-                brake.release()
-            await exchange.task
-            assert exchange.status == 200
-            hung.hangs = False
-            while not before.front._known[hung.name].is_up:
-                await asyncio.sleep(0.001)
-            await before.front.ready()
-
-    run(main())
-
-
-def test_a_request_ends_no_more_than_two_replicas(llm: LLM) -> None:
-    async def main() -> None:
-        async with fronted(llm, count=3) as before:
-            brakes = [Brake(each.server.served) for each in before.replicas]
-            exchange = Exchange(before.app, ROUTE, LONG)
-            for number in (1, 2):
-                while sum(each.num_asked for each in before.replicas) < number:
-                    await asyncio.sleep(0)
-                await before.until_held(1)
-                before.holder().lose()
-            await exchange.task
-            assert exchange.status == 503
-            assert json.loads(exchange.sent)["error"]["code"] == "replica_lost"
-            assert sorted(each.num_asked for each in before.replicas) == [0, 1, 1]
-            for brake in brakes:
-                brake.release()
-
-    run(main())
-
-
-def test_no_replica_is_a_503_until_one_is_back(llm: LLM) -> None:
-    async def main() -> None:
-        async with fronted(llm) as before:
-            for each in before.replicas:
-                each.lose()
-            while any(known.is_up for known in before.front._known.values()):
-                await asyncio.sleep(0)
-            for answer in (await before.post(LONG), *[await before.client.get(r) for r in ("/health", "/metrics")]):
-                assert answer.status_code == 503
-                assert answer.json()["error"]["code"] == "stopped"
-            before.replicas[1].come_back()
-            while not before.front._known["replica-1"].is_up:
-                await asyncio.sleep(0)
-            assert (await before.client.get("/health")).status_code == 200
-            assert (await before.post(LONG)).status_code == 200
 
     run(main())
 

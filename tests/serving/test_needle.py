@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 import pytest
-from api import Brake, Exchange, local, run
+from api import ROUTE, Brake, Exchange, local, run
 from models import tiny_hf
 
 from dynskip import LLM, OPTForCausalLM
@@ -16,7 +16,6 @@ from dynskip.ops.backends import available_backends
 
 NUM_FILLERS = 64
 VOCAB_SIZE = 101
-ROUTE = "/v1/completions"
 NEEDLE = {
     "prompt": [17, 4, 80, 33, 52, 9, 61, 28, 77, 12, 45],
     "max_tokens": 20,

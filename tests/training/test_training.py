@@ -444,7 +444,7 @@ def test_a_killed_run_resumes_to_the_same_weights(data: list[Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "no-such-file.json"], r"train: --data must name a file, got 'no-such-file.json'"),
+        (["--data", "no-such-file.json"], "train: error: --data must name a file, got 'no-such-file.json'"),
         (["--minutes", "dance=3"], r"train: --minutes must be PHASE=N with a phase of pretrain, finetune"),
         (["--steps", "pretrain=2.5"], r"train: --steps must be PHASE=N"),
         (["--minutes", "pretrain=soon"], r"train: --minutes must be PHASE=N"),

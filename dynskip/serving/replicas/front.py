@@ -221,15 +221,23 @@ class Front:
                 for message in messages:
                     await send(message)
                 return None
+            # Behind the last message a server says that the client has gone: it is sent when the replica is done.
+            last: list[Message] = []
             try:
                 while messages:
+                    if _is_last(messages[-1]):
+                        last = [messages.pop()]
                     for message in messages:
                         await send(message)
                     messages = await _next(answers)
             except ReplicaLostError:
                 self._lose(known)
-                LOG.error("%s is lost in the middle of %s", known.replica.name, scope["state"]["request_id"])
-                await send({"type": "http.response.body", "body": event(_lost().body) + DONE, "more_body": False})
+                if not last:
+                    LOG.error("%s is lost in the middle of %s", known.replica.name, scope["state"]["request_id"])
+                    end = event(_lost().body) + DONE
+                    last = [{"type": "http.response.body", "body": end, "more_body": False}]
+            for message in last:
+                await send(message)
         return None
 
     async def _metrics(self, scope: Scope) -> str:
@@ -320,6 +328,10 @@ def _passed(scope: Scope) -> Scope:
 
 def _is_stream(start: Message) -> bool:
     return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 async def _next(answers: AsyncGenerator[list[Message]]) -> list[Message]:

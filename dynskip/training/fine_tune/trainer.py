@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dynskip.data.batches import IGNORED, Batch, StepPlan, group_in_order, pad_examples
+from dynskip.data.batches import IGNORED, Batch, StepPlan
 from dynskip.models.hf_model import only_layers
 from dynskip.paths import LayerPath
 from dynskip.training.fine_tune.checkpoint_run import CheckpointRun
 from dynskip.training.response_loss import ResponseLoss
-from dynskip.training.resumable import LossBar, ResumableTrainer, check_numbers
+from dynskip.training.resumable import ResumableTrainer
 from dynskip.training.schedule import PathMenu
 from dynskip.training.stage import processes
 
 _EVAL_TOKENS_PER_BATCH = 8192
-_NEVER = 1_000_000_000
 
 
 def evaluations_since_best(history: Sequence[dict[str, Any]]) -> int:
@@ -76,27 +75,20 @@ class FineTuneTrainer(ResumableTrainer):
             plan,
             use_cpu=use_cpu,
             save_every_s=config.save_every_s,
+            progress=run.progress,
             per_device_train_batch_size=config.micro_batch_size,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             warmup_steps=config.warmup_steps,
-            lr_scheduler_type="linear",
-            optim="adamw_torch",
             bf16=config.precision == "bfloat16",
             ddp_find_unused_parameters=len(paths) > 1,
-            save_strategy="steps",
-            save_steps=_NEVER,
             save_total_limit=3,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
-            logging_steps=1,
-            disable_tqdm=not run.progress,
             seed=seed,
         )
         # The model divides by num_items_in_batch, which the Trainer counts over micro-batches and processes.
         self.model_accepts_loss_kwargs = True
-        if run.progress:
-            self.add_callback(LossBar)
 
     def after_step(self, control: Any) -> None:
         """Evaluate and save every so many steps and at the end."""
@@ -136,10 +128,8 @@ class FineTuneTrainer(ResumableTrainer):
         return self.report({"eval_loss": sum(scores.values()) / len(scores), **(scores if len(scores) > 1 else {})})
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Log the metrics of an evaluation and return them; NotFiniteError where one is not finite."""
-        check_numbers(metrics, self.state.global_step, self.directory)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        """As every trainer does, and end the stage where evaluations have long not been better."""
+        super().report(metrics)
         if self._is_out_of_patience():
             self.control.should_training_stop = True
         return metrics
@@ -147,10 +137,7 @@ class FineTuneTrainer(ResumableTrainer):
     def validation_means(self, names: Sequence[str]) -> list[float]:
         """What the model's pass gives under ``names``: means over the response tokens of the validation rows."""
         total = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.args.device)
-        batches = group_in_order([example.num_tokens for example in self.validation], _EVAL_TOKENS_PER_BATCH)
-        for rows in batches[self.args.process_index :: self.args.world_size]:
-            batch = pad_examples([self.validation[row] for row in rows], self.pad_id, response_only=True, multiple=8)
-            inputs: dict[str, Tensor] = self._prepare_inputs(batch)
+        for inputs in self.validation_batches(self.validation, self.pad_id, num_tokens=_EVAL_TOKENS_PER_BATCH):
             with self.accelerator.autocast():
                 outputs = self.loss_model(**inputs, num_items_in_batch=1)
             num_tokens = (inputs["labels"] != IGNORED).sum()

@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dynskip.data.batches import Batch, StepPlan, group_in_order, pad_examples
+from dynskip.data.batches import Batch, StepPlan
 from dynskip.data.examples import Example
 from dynskip.paths import LayerPath
 from dynskip.training.paths.config import PathsConfig
 from dynskip.training.paths.model import PathsModel
-from dynskip.training.resumable import LossBar, ResumableTrainer, check_numbers
+from dynskip.training.resumable import ResumableTrainer
 from dynskip.training.stage import processes
 
 _WEIGHTS = "trained.safetensors"
 _EVAL_TOKENS_PER_BATCH = 4096
-_NEVER = 1_000_000_000
 # The draw favours a path by this power of its layers: deeper ones at the beginning, shallower ones at the end.
 _ANNEALING = 2.0
 
@@ -82,25 +81,18 @@ class PathsTrainer(ResumableTrainer):
             plan,
             use_cpu=use_cpu,
             save_every_s=config.save_every_s,
+            progress=progress,
             per_device_train_batch_size=config.micro_batch_size,
             learning_rate=config.learning_rate,
             warmup_steps=config.warmup_steps,
-            lr_scheduler_type="linear",
-            optim="adamw_torch",
             weight_decay=0.0,
             bf16=config.precision == "bfloat16",
             ddp_find_unused_parameters=True,
-            save_strategy="steps",
-            save_steps=_NEVER,
             save_total_limit=2,
-            logging_steps=1,
-            disable_tqdm=not progress,
             seed=config.seed,
         )
         # The model divides by num_items_in_batch, which the Trainer counts over micro-batches and processes.
         self.model_accepts_loss_kwargs = True
-        if progress:
-            self.add_callback(LossBar)
 
     def after_step(self, control: Any) -> None:
         """Evaluate every so many steps and at the end; save at the end."""
@@ -167,11 +159,8 @@ class PathsTrainer(ResumableTrainer):
         self.paths_model.train(False)
         self.paths_model.paths = self.menu
         total = torch.zeros(len(self.menu) + 1, dtype=torch.float64, device=self.args.device)
-        batches = group_in_order([example.num_tokens for example in self.validation], _EVAL_TOKENS_PER_BATCH)
-        for rows in batches[self.args.process_index :: self.args.world_size]:
-            examples = [self.validation[row] for row in rows]
-            batch = pad_examples(examples, self.pad_id, self._response_only, multiple=8)
-            inputs: dict[str, Tensor] = self._prepare_inputs(batch)
+        options: dict[str, Any] = {"num_tokens": _EVAL_TOKENS_PER_BATCH, "response_only": self._response_only}
+        for inputs in self.validation_batches(self.validation, self.pad_id, **options):
             with self.accelerator.autocast():
                 losses = self.paths_model(**inputs)["losses"]
             num_tokens = (inputs["labels"][:, 1:] >= 0).sum()
@@ -180,11 +169,7 @@ class PathsTrainer(ResumableTrainer):
         scores = {
             f"eval_loss_{path.budget}_layers": value / num_tokens for path, value in zip(self.menu, sums, strict=True)
         }
-        metrics = {"eval_loss": sum(scores.values()) / len(scores), **scores}
-        check_numbers(metrics, self.state.global_step, self.directory)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report({"eval_loss": sum(scores.values()) / len(scores), **scores})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or self.directory)

@@ -82,12 +82,12 @@ class PathTrainer(ResumableTrainer):
             plan,
             use_cpu=not torch.cuda.is_available(),
             save_every_s=config.save_every_s,
+            progress=False,  # it has a bar of its own
             per_device_train_batch_size=1,
             bf16=True,
             save_strategy="no",
             save_total_limit=2,
             logging_strategy="no",
-            disable_tqdm=True,
             seed=seed,
         )
         self._score = score
