@@ -7,12 +7,14 @@ python -m bench.table --check  exit status 1 where a page shows something else t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from pathlib import Path
 
 from bench.report.cpu import cpu_tables
 from bench.report.device import DeviceReport
+from bench.report.drafts import key_table as drafts_table
 from bench.report.serving import key_table, serving_tables
 from bench.serve.page import BEGIN as SERVED_BEGIN
 from bench.serve.page import END as SERVED_END
@@ -25,10 +27,11 @@ from dynskip.evaluation.report.write import read_summary
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end -->"
 SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-- serving end -->"
+DRAFTS_BEGIN, DRAFTS_END = "<!-- drafts: written by bench/table.py -->", "<!-- drafts end -->"
 PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
 PAPER_RUN = "paper-opt-mini"  # the folder of results whose report the README tells in short
-# What `bench/serving.py` leaves.
-SERVING_FILES = "serving*.jsonl"
+# What `bench/serving.py` and `bench/drafts.py` leave.
+SERVING_FILES, DRAFTS_FILE = "serving*.jsonl", Path("drafts", "drafts.jsonl")
 
 
 def render(results: Path) -> str:
@@ -57,6 +60,8 @@ def fill(readme: str, results: Path) -> str:
     readme = insert(readme, render(results))
     readme = insert(readme, short(results / "serve"), SHORT_BEGIN, SHORT_END)
     readme = insert(readme, paper_sentences(results / PAPER_RUN), PAPER_BEGIN, PAPER_END)
+    conditions, *rows = map(json.loads, (results / DRAFTS_FILE).read_text(encoding="utf-8").splitlines())
+    readme = insert(readme, drafts_table(conditions, rows), DRAFTS_BEGIN, DRAFTS_END)
     return insert(readme, key_table(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,34 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     for row in rows:
         commits.setdefault(f"commit {row['commit']}, {row['date']}", []).append(row["row"])
     return text + "\n" + "".join(f"{when}: {', '.join(names)}.\n" for when, names in commits.items())
+
+
+def key_table(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The gains of closed batches, a line per model, draft and acceptance, and how they were measured."""
+    groups: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        name, _, number = row["row"].rpartition("-")
+        if number == str(row["batch"]):  # others are streams
+            groups.setdefault((row["model"], name), {})[row["batch"]] = row
+    batches = sorted({batch for group in groups.values() for batch in group})
+    lines = []
+    for (model, _), group in sorted(groups.items()):
+        row, *_ = group.values()
+        shown = [f"{each:.2f}" for each in sorted(row["acceptance"] for row in group.values())]
+        acceptance = "-".join(dict.fromkeys((shown[0], shown[-1])))
+        gains = (_gain(group[batch]) if batch in group else "" for batch in batches)
+        lines.append([model, row["draft"].split(" layers")[0], row["entries"], acceptance, *gains])
+    header = ("model", "layers of the draft", "entries", "acceptance", *(f"batch {batch}" for batch in batches))
+    text = (
+        f"Decode seconds without a draft over those with one: medians of {rows[0]['rounds']} interleaved rounds, "
+        f"bfloat16, {conditions['num_threads']} threads on {conditions['cpu']}. Of opt-mini the weights are its own; "
+        "of the others they are random, scaled to an acceptance."
+    )
+    return f"{markdown_table(header, lines, right=set(range(4, len(header))))}\n{textwrap.fill(text, 120)}\n"
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    return f"{row['gain']:.2f}x" + ("" if row["gain"] >= row["target"] else " (missed)")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from models import cpu_backend
 
 from bench import drafts
-from bench.report.drafts import page
+from bench.report.drafts import key_table, page
 from bench.speculation.beside_transformers import NearTies, TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.scaled import Scaled, measured_agreement
@@ -234,6 +234,26 @@ def test_the_page_that_is_kept_is_that_of_its_rows() -> None:
         == results.page()
         == page(results.conditions, list(results.rows.values()))
     )
+
+
+def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> None:
+    row = {"model": "b", "draft": "6/24 layers {0-5}", "entries": "own", "gain": 1.4, "target": 1.3, "rounds": 3}
+    rows = [
+        row | {"row": "r-0.8-none-1", "batch": 1, "acceptance": 0.79},
+        row | {"row": "r-0.8-none-8", "batch": 8, "acceptance": 0.814, "gain": 0.97},
+        row | {"row": "r-0.8-none-4-stream", "batch": 4, "acceptance": 0.8, "gain": 9.0},
+        row | {"row": "r-0-none-8", "batch": 8, "acceptance": 0.0, "gain": 1.0, "target": 0.98},
+        row | {"row": "m-path-1", "batch": 1, "acceptance": 0.5, "model": "a", "entries": "path"},
+    ]
+    found = key_table({"cpu": "Test", "num_threads": 2}, rows)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines() if line.startswith("| ")]
+    assert lines == [
+        ["model", "layers of the draft", "entries", "acceptance", "batch 1", "batch 8"],
+        ["a", "6/24", "path", "0.50", "1.40x", ""],
+        ["b", "6/24", "own", "0.00", "", "1.00x"],
+        ["b", "6/24", "own", "0.79-0.81", "1.40x", "0.97x (missed)"],
+    ]
+    assert "medians of 3 interleaved rounds, bfloat16, 2 threads on Test" in " ".join(found.split())
 
 
 def test_the_picture_shows_each_guess(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
