@@ -15,7 +15,7 @@
 #   make golden-speed  how fast it is against OLD=commit, in turns                 ARGS="--only decode"
 #   make gpu     all that needs a card              ONLY=first OUT=folder COMMIT=id; ARGS=--dry-run rehearses on a CPU
 #   make lm-eval  the model of lm-eval beside lm-eval's own, which it installs first   ARGS="-k rolling"
-#   make paper   the paper's experiments on opt-mini in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N
+#   make paper   the paper's questions in five minutes: DATA=alpaca_data.json.xz RUN=folder PROMPTS=N PAPER_ON=opt-mini
 #   make compat  all tests with the oldest supported triton and an older transformers
 #   PYTHON=python3.12 make test    another interpreter; DYNSKIP_BUILD_EXT, DYNSKIP_BUILD_CUDA: see setup.py
 
@@ -41,10 +41,13 @@ ONLY ?=
 OUT ?= gpu-results
 COMMIT ?=
 
-# Two controllers are trained for a few steps, so that their experiment runs: it shows how, it finds nothing.
+# On SmolLM2 the pieces of the committed run with fewer rows, where its package is installed; else all on opt-mini. There
+# two controllers are trained for a few steps, so that their experiment runs: it shows how, it finds nothing.
 DATA ?=
 RUN ?= runs/paper
 PROMPTS ?= 64
+PAPER_ON ?= $(shell $(VENV)/bin/python -c 'from dynskip.assets import packaged_file as f; f("smollm2-135m-instruct")' \
+	2> /dev/null && echo smollm2 || echo opt-mini)
 PAPER_MODEL := dynskip/assets/opt-mini
 PAPER_TRAIN = --model $(PAPER_MODEL) --template short --data '$(DATA)' --steps controller=10 --batch-size 8 \
 	--micro-batch 8 --max-length 192 --validation-rows 32 --lr 0.05 --alpha 2 --quiet
@@ -56,7 +59,7 @@ OLD ?= HEAD
 NEW ?=
 
 .PHONY: demo serve test lm-eval lint format bench compile peers soak soak-serve serve-cost load ray golden golden-speed compat \
-	gpu paper setup clean
+	gpu paper paper-smollm2 paper-opt-mini setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dynskip demo $(ARGS)
@@ -118,6 +121,13 @@ compat: $(COMPAT)/.installed
 paper: $(VENV)/.installed
 	@test -f '$(DATA)' || { echo "make paper: DATA must name the Alpaca file, alpaca_data.json or alpaca_data.json.xz," \
 		"got '$(DATA)'. Write make paper DATA=path/to/alpaca_data.json.xz" >&2; exit 1; }
+	$(MAKE) --no-print-directory paper-$(PAPER_ON)
+
+paper-smollm2: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m bench.paper --data '$(DATA)' --folder '$(RUN)' --work '$(RUN)/work' \
+		--rows $(PROMPTS) --rule-rows 16 --learn-rows $(PROMPTS) static depth oracle router $(ARGS)
+
+paper-opt-mini: $(VENV)/.installed
 	$(VENV)/bin/dynskip train --controller fixed --out '$(RUN)/controllers/fixed' $(PAPER_TRAIN)
 	$(VENV)/bin/dynskip train --controller hidden --out '$(RUN)/controllers/hidden' $(PAPER_TRAIN)
 	$(VENV)/bin/dynskip eval all $(PAPER_EVAL) $(ARGS)

@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--searched", type=file_path, metavar="FILE", help="found-paths.json, as dynskip search left it for the model"
     )
     model.add_argument("--rule", help="where the paths of a budget come from: uniform (default) or searched")
-    model.add_argument("--template", help="how a prompt is written: short (default) or alpaca")
+    model.add_argument("--template", help="how a prompt is written: short (default), alpaca or chat")
     model.add_argument("--dtype", choices=DTYPES, help="type of the weights that generate (default: bfloat16)")
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
     sweep = parser.add_argument_group("sweep")
@@ -62,6 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("--train-prompts", type=int, metavar="N", help="prompts to learn from (default: as many)")
     sweep.add_argument(
         "--likelihood-prompts", type=int, metavar="N", help="prompts whose references are scored (default: as many)"
+    )
+    sweep.add_argument(
+        "--rule-prompts", type=int, metavar="N", help="prompts on which rules for layers are compared (default: those)"
+    )
+    sweep.add_argument(
+        "--likelihood-only", action="store_true", help="score references: generate no texts, time nothing"
     )
     sweep.add_argument("--labels", type=file_path, metavar="FILE", help="T0 as *.jsonl[.xz]: labels as a third score")
     sweep.add_argument("--label-prompts", type=int, metavar="N", help="rows with closed labels (default: 500)")

@@ -14,7 +14,7 @@ from dynskip.evaluation.tasks.controller_runs import run_controlled, run_control
 from dynskip.evaluation.tasks.generations import run_generate
 from dynskip.evaluation.tasks.label_matches import run_labels
 from dynskip.evaluation.tasks.likelihoods import run_likelihood
-from dynskip.evaluation.tasks.prompt_facts import run_facts
+from dynskip.evaluation.tasks.prompt_facts import run_facts, run_features
 from dynskip.evaluation.tasks.rivals import run_influence
 from dynskip.evaluation.tasks.router_cost import run_overhead
 from dynskip.evaluation.tasks.routes import run_route
@@ -36,6 +36,7 @@ TASKS = {
     "influence": Task(run_influence),
     "labels": Task(run_labels),
     "facts": Task(run_facts),
+    "features": Task(run_features),
     "controlled": Task(run_controlled),
     "controlled-likelihood": Task(run_controlled_likelihood),
     "route": Task(run_route),

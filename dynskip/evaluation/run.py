@@ -20,7 +20,7 @@ from dynskip.evaluation.run_folder import RunFolder
 from dynskip.evaluation.sweep.context import Context, num_rows
 from dynskip.evaluation.sweep.dataset import duplicates, read_splits
 from dynskip.evaluation.sweep.place import Place
-from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.setup import GROWING, Setup
 from dynskip.evaluation.sweep.store import Kind, WorkItem
 from dynskip.evaluation.workers import Outcome, crew_here, crew_named
 
@@ -109,7 +109,8 @@ class EvalRun:
         splits = read_splits(setup.data, setup.split_seed)
         return {
             **setup.guarded(),
-            "model": setup.checkpoint.directory.name,
+            **{name: getattr(setup, name) for name in GROWING},
+            "model": setup.checkpoint.name,
             "num_layers": setup.num_layers,
             "hidden_size": llm.model.decoder_config.hidden_size,
             "max_positions": llm.model.decoder_config.max_positions,

@@ -123,7 +123,7 @@ class RunFolder:
         start = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": here["host"],
-            "model": str(setup.checkpoint.directory),
+            "model": str(setup.checkpoint.adapter or setup.checkpoint.directory),
             "data": str(setup.data),
             **self.machine,
         }

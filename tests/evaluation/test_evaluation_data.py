@@ -19,6 +19,7 @@ from dynskip.evaluation.sweep.checkpoints import Checkpoint, check_tokenizer
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.dataset import duplicates, encode_prompts, read_splits
 from dynskip.evaluation.sweep.setup import Setup, scaled
+from dynskip.evaluation.tasks.prompt_facts import template_heads
 
 pytest.importorskip("datasets", reason="datasets is not installed")
 
@@ -61,8 +62,21 @@ def test_rows_that_cannot_be_scored_are_counted() -> None:
     assert row.response_ids[-1] == tokenizer.eos_token_id and row.reference == "w012 w013"
     with pytest.raises(ValueError, match=r"prompts must be at most the 3 rows .* got 4 \(1 rows have no response, 1"):
         encode_prompts(instructions, tokenizer, 64, 8, "short", 4)
-    with pytest.raises(ValueError, match="template must be one of alpaca, short, got 'long'"):
+    with pytest.raises(ValueError, match="template must be one of alpaca, chat, short, got 'long'"):
         encode_prompts(instructions, tokenizer, 64, 8, "long", 1)
+
+
+def test_a_prompt_may_stand_in_the_tokenizers_own_template() -> None:
+    tokenizer = word_tokenizer()
+    with_input = Instruction("w010 w011", "w020", "w012")
+    with pytest.raises(ValueError, match="template must be alpaca or short with a tokenizer that has no chat template"):
+        encode_prompts([with_input], tokenizer, 64, 8, "chat", 1)
+    tokenizer.chat_template = "{% for message in messages %}w050 {{ message['content'] }} w051{% endfor %}"
+    (row,) = encode_prompts([with_input], tokenizer, 64, 8, "chat", 1).rows
+    wanted = [tokenizer.convert_tokens_to_ids(word) for word in ("w050", "w010", "w011", "w020", "w051")]
+    assert [token for token in row.prompt_ids if token in wanted] == wanted
+    heads = template_heads(tokenizer, "chat")
+    assert all(head[0] == wanted[0] for head in heads)
 
 
 def test_rows_in_two_splits_are_reported() -> None:
@@ -157,7 +171,7 @@ def test_the_hash_follows_the_weights_and_not_the_place(tmp_path: Path) -> None:
         ({"prompts": 0}, "prompts must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"split": "dev"}, "split must be one of train, validation, test, got 'dev'"),
-        ({"template": "long"}, "template must be one of alpaca, short, got 'long'"),
+        ({"template": "long"}, "template must be one of alpaca, chat, short, got 'long'"),
     ],
 )
 def test_what_a_model_cannot_do_is_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:

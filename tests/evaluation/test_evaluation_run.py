@@ -351,7 +351,7 @@ def test_an_estimate_comes_first(folder: Path, tmp_path: Path, capsys: pytest.Ca
         (["--sibling", "x=y"], "--sibling must be BUDGET=NAME, each budget once, got 'x=y'"),
         (["--prompts", "13"], "prompts must be at most the 12 rows of the split that can be scored, got 13"),
         (["--workers", "0"], "workers must be at least 1, got 0"),
-        (["--template", "long"], "template must be one of alpaca, short, got 'long'"),
+        (["--template", "long"], "template must be one of alpaca, chat, short, got 'long'"),
     ],
 )
 def test_mistakes_end_in_one_line(

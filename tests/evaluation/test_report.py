@@ -215,7 +215,7 @@ def test_the_report_is_the_same_each_time() -> None:
 def test_missing_sections_are_named(name: str) -> None:
     _, _, blocks = report_blocks(only(name))
     missing = [block.text for block in blocks if isinstance(block, Paragraph) and block.missing]
-    assert missing == [f"**Missing**: this run has no section `{other}`." for other in SECTIONS if other != name]
+    assert missing == [f"**Not run**: this run has no section `{other}`." for other in SECTIONS if other != name]
 
 
 def test_a_section_without_rows_is_missing_too() -> None:
@@ -226,7 +226,7 @@ def test_a_section_without_rows_is_missing_too() -> None:
 
 def test_a_bare_summary_makes_a_report() -> None:
     page = to_markdown(*report_blocks({"conditions": {}}))
-    assert page.count("**Missing**") == len(SECTIONS)
+    assert page.count("**Not run**") == len(SECTIONS)
     assert "Nothing is noted as cut" in page
 
 

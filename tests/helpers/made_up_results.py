@@ -97,7 +97,7 @@ def _likelihood(setup: Setup, item: WorkItem) -> dict[str, Any]:
         paths[path] = {
             "nats": [float(each.sum()) for each in tokens],
             "entropy": drawn.uniform(0, 3, len(rows)).tolist(),
-            "token_nats": base64.b64encode(np.concatenate(tokens).astype("<f4").tobytes()).decode(),
+            "token_nats": base64.b64encode(np.concatenate(tokens).astype("<f2").tobytes()).decode(),
         }
     return {"rows": list(rows), "num_tokens": counts, "paths": paths}
 
@@ -108,14 +108,21 @@ def _influence(setup: Setup, item: WorkItem) -> dict[str, Any]:
 
 def _facts(setup: Setup, item: WorkItem) -> dict[str, Any]:
     rows = _shard_rows(setup, item, setup.shard_size)
+    return {
+        "rows": list(rows),
+        "prompt_length": [10 + row % 7 for row in rows],
+        "response_length": [20 + row % 5 for row in rows],
+        "task_type": [("write", "classify")[row % 2] for row in rows],
+    }
+
+
+def _features(setup: Setup, item: WorkItem) -> dict[str, Any]:
+    rows = _shard_rows(setup, item, setup.shard_size)
     numbers = _generator(item).random((len(rows), 6)).astype("<f4")
     return {
         "rows": list(rows),
         "features": [base64.b64encode(row.tobytes()).decode() for row in numbers],
         "state": [base64.b64encode(row[:3].tobytes()).decode() for row in numbers],
-        "prompt_length": [10 + row % 7 for row in rows],
-        "response_length": [20 + row % 5 for row in rows],
-        "task_type": [("write", "classify")[row % 2] for row in rows],
     }
 
 
@@ -146,6 +153,7 @@ _RESULTS = {
     "influence": _influence,
     "states": _states,
     "facts": _facts,
+    "features": _features,
     "time": _time,
     "overhead": _overhead,
     "route": _route,

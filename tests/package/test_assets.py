@@ -131,8 +131,9 @@ def test_adapted_models_are_known_by_their_names(
     with pytest.raises(ValueError, match=rf"adapter must be left out with {name}, which has one"):
         CausalLM.from_pretrained(name, adapter=folder)
     assert find_model(name) == packaged_file(base) and read_decoder_config(name).hidden_size == 128
-    with pytest.raises(ValueError, match=rf"Checkpoint.of: {name} must be one folder or file, got a base and its"):
-        Checkpoint.of(name)
+    found, of_base = Checkpoint.of(name), Checkpoint.of(base)
+    assert (found.directory, found.adapter, found.name) == (of_base.directory, folder, name)
+    assert found.num_layers == of_base.num_layers and found.hash != of_base.hash
     trained = load_for_training(name, torch.device("cpu"))
     assert all(torch.equal(trained.state_dict()[key], tensor) for key, tensor in stored_state(model).items())
 

@@ -36,7 +36,9 @@ def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     """The items: greedy generations and likelihoods along the oracle's candidates, and the facts of the prompts."""
     items: list[WorkItem] = []
     for name, members in choices(setup).items():
-        items += [*family_items(setup, members), *member_items(setup, members)]
+        if not setup.likelihood_only:
+            items += family_items(setup, members)
+        items += member_items(setup, members)
         items += facts_items(setup, reader_of(setup, name), setup.split)
     return items
 
@@ -60,32 +62,31 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         *notes_on_choices(setup),
     ]
     for family, members in choices(setup).items():
-        generations = family_generations(setup, store, members)
         likelihoods = member_likelihoods(setup, store, members)
-        few = likelihoods.first(setup.prompts)
         costs = [member.budget for member in members]
         facts = facts_items(setup, reader_of(setup, family), setup.split)
         known = read_numbers(store, facts)
         assert set(known) == set(NUMBERS), "facts hold every number"
         known |= {"full_loss": -likelihoods.scores[:, -1], "prefill_entropy": likelihoods.entropy[:, -1]}
-        of_texts = {name: values[: setup.prompts] for name, values in known.items()}
-        of_texts |= {
-            "full_loss": -few.scores[:, -1],
-            "generated_length": generations.num_tokens[:, -1].astype(np.float64),
-            "full_rouge_l": generations.rouge_l[:, -1],
-        }
-        draws = _draws(setup, store, members)
-        if draws is None:
-            notes.append(
-                f"{family}: sd_of_draws and the reliability of depths need the draws of `dynskip eval oracle`."
-            )
-        else:
-            of_texts["sd_of_draws"] = draws[:, :, -1].std(0, ddof=1)
         tasks = np.array(store.column(facts, "task_type"))
-        for suffix, scores, features in (
-            ("", generations.rouge_l, of_texts),
-            ("_nats", likelihoods.scores, known),
-        ):
+        judged = {"_nats": (likelihoods.scores, known)}
+        draws = None
+        if not setup.likelihood_only:
+            generations = family_generations(setup, store, members)
+            of_texts = {name: values[: setup.prompts] for name, values in known.items()}
+            of_texts |= {
+                "generated_length": generations.num_tokens[:, -1].astype(np.float64),
+                "full_rouge_l": generations.rouge_l[:, -1],
+            }
+            draws = _draws(setup, store, members)
+            if draws is None:
+                notes.append(
+                    f"{family}: sd_of_draws and the reliability of depths need the draws of `dynskip eval oracle`."
+                )
+            else:
+                of_texts["sd_of_draws"] = draws[:, :, -1].std(0, ddof=1)
+            judged = {"": (generations.rouge_l, of_texts), **judged}
+        for suffix, (scores, features) in judged.items():
             knapsack = Knapsack(scores, costs)
             depths = {at: _depths(costs, knapsack.choose(at)) for at in operating_points(scores, costs)}
             differs = np.ptp(scores, axis=1) > 0
@@ -103,7 +104,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             if not depths:
                 notes.append(f"{family}: the cheapest path is as good as any, so that no depth is chosen.")
     _add_q(rows)
-    found = {"n": setup.prompts, "n_nats": setup.num_likelihoods, "corrected": "Benjamini and Hochberg"}
+    found = {"n": setup.num_judged, "n_nats": setup.num_likelihoods, "corrected": "Benjamini and Hochberg"}
     return {**found, "seeds": 1, "rows": rows, "notes": notes}
 
 

@@ -55,7 +55,7 @@ def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
     for checkpoint in setup.weights_compared.values():
         for seed in range(setup.seeds + 1):
             strategies = [f"{name}:{budget}" for name in (DRAWN if seed else FIXED) for budget in setup.budgets]
-            items += shard_items(setup, "states", checkpoint, " ".join(strategies), setup.split, seed, **shards)
+            items += shard_items(setup, "states", checkpoint, " ".join(strategies), setup.split, seed, True, **shards)
     return items
 
 

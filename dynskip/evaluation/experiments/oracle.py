@@ -46,15 +46,18 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
     Raises ValueError where there are fewer draws than candidates.
     """
     most, num_draws = max(map(len, _families(setup).values())), len(setup.sample_seeds)
-    if most > num_draws:
+    if most > num_draws and not setup.likelihood_only:
         raise ValueError(
             f"eval: candidates must be at most the {num_draws} draws of each prompt, got {most} with the full "
             "depth. Give fewer --candidates or more --seeds."
         )
     items: list[WorkItem] = []
     for members in _families(setup).values():
+        items += [*member_items(setup, members), *member_items(setup, _equal_members(setup, members))]
+        if setup.likelihood_only:
+            continue
         needed = [item for seed in (GREEDY, *setup.sample_seeds) for item in family_items(setup, members, seed)]
-        items += [*needed, *_equal_items(setup, members), *member_items(setup, members)]
+        items += [*needed, *_equal_items(setup, members)]
         if not store.missing(needed):
             items.append(_time_item(setup, store, members))
     return items
@@ -63,7 +66,7 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section: the oracle by family, its curve, its controls, and what survives them."""
     section: dict[str, Any] = {
-        "n": setup.prompts,
+        "n": setup.num_judged,
         "seeds": setup.seeds,
         "draws": len(setup.sample_seeds),
         "rows": [],
@@ -73,11 +76,14 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "notes": [*_notes(setup), *notes_on_choices(setup)],
     }
     for family, members in _families(setup).items():
+        _add_likelihoods(setup, section, family, store, members)
+        if setup.likelihood_only:
+            continue
         draws = [family_generations(setup, store, members, seed).rouge_l for seed in setup.sample_seeds]
         costs = tuple(member.budget for member in members)
         greedy = family_generations(setup, store, members).rouge_l
-        equal = _equal_members(setup, members)
-        equal_greedy = read_generations(store, _equal_items(setup, members)[: _num_shards(setup)]) if equal else None
+        equal = _equal_items(setup, members)
+        equal_greedy = read_generations(store, equal) if equal else None
         scores = OracleScores(
             costs,
             greedy,
@@ -89,7 +95,6 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         _add_matching(section, family, scores)
         _add_gains(section, family, scores)
         _add_curves(section, family, scores)
-        _add_likelihoods(setup, section, family, costs, store, members)
         timings = read_timings(store, _time_item(setup, store, members), str(setup.num_layers))
         section["rows"] += [
             interval.row(metric=metric, family=family, mix=mix)
@@ -113,16 +118,9 @@ def _equal_members(setup: Setup, members: list[Member]) -> list[Member]:
 
 
 def _equal_items(setup: Setup, members: list[Member]) -> list[WorkItem]:
-    """The items that answer greedily along paths of one depth, and then those that score the references along them."""
+    """The items that answer greedily along paths of one depth."""
     equal = _equal_members(setup, members)
-    if not equal:
-        return []
-    generated = generate_items(setup, setup.checkpoint, [member.path for member in equal])
-    return [*generated, *member_items(setup, equal)]
-
-
-def _num_shards(setup: Setup) -> int:
-    return -(-setup.prompts // setup.shard_size)
+    return generate_items(setup, setup.checkpoint, [member.path for member in equal]) if equal else []
 
 
 def _time_item(setup: Setup, store: ItemStore, members: list[Member]) -> WorkItem:
@@ -233,11 +231,11 @@ def _add_likelihoods(
     setup: Setup,
     section: dict[str, Any],
     family: str,
-    costs: tuple[int, ...],
     store: ItemStore,
     members: list[Member],
 ) -> None:
     """The oracle on log-likelihoods: for each reference, and for each of its tokens."""
+    costs = tuple(member.budget for member in members)
     equal = _equal_members(setup, members)
     found = member_likelihoods(setup, store, members)
     alike = member_likelihoods(setup, store, equal) if equal else None
@@ -251,7 +249,7 @@ def _add_likelihoods(
         for metric, interval in (("mean", means), ("best_up_to", best)):
             row = interval.at(column).row(metric=metric + NATS, family=family, budget=budget)
             section["rows"].append(row)
-    few, few_alike = (None if each is None else each.first(setup.prompts) for each in (found, alike))
+    few, few_alike = (None if each is None else each.first(setup.num_judged) for each in (found, alike))
     assert few is not None, "what was found is there"
     by_token = _by_token(setup, costs, few, few_alike)
     section["tokens"] = len(by_token.greedy)

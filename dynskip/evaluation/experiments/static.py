@@ -6,6 +6,7 @@ layers, the layers of most influence, and a path that was searched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from dynskip.evaluation.tasks.likelihoods import (
     member_likelihoods,
     read_likelihoods,
 )
-from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, families, family_generations, family_items
+from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, Member, families, family_generations, family_items
 from dynskip.evaluation.tasks.rivals import influence_items, read_influence, rival_paths
 from dynskip.evaluation.tasks.timing import batches_alone, read_timings, time_item
 
@@ -32,11 +33,12 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
     """The items: greedy generations and likelihoods of every family, those along the paths of other rules, which the
     influence of layers decides on, and the times of paths in turns."""
     found = families(setup).values()
-    items = [
-        *(item for members in found for item in (*family_items(setup, members), *member_items(setup, members))),
-        *(item for members in found for item in match_items(setup, members)),
-        *(time_item(setup, batches_alone(members, batch)) for batch in (setup.timed_batch, 1) for members in found),
-    ]
+    items = [item for members in found for item in (*member_items(setup, members), *match_items(setup, members))]
+    if not setup.likelihood_only:
+        items += [item for members in found for item in family_items(setup, members)]
+        items += [
+            time_item(setup, batches_alone(members, batch)) for batch in (setup.timed_batch, 1) for members in found
+        ]
     for checkpoint in setup.weights_compared.values():
         influence = influence_items(setup, checkpoint)
         items += influence
@@ -50,40 +52,20 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     the rules for the layers of a budget against each other."""
     rows: list[dict[str, Any]] = []
     for family, members in families(setup).items():
-        generations = family_generations(setup, store, members)
-        scores, lengths = generations.rouge_l, generations.num_tokens
-        tables = {"rouge_l": scores, "num_tokens": lengths}
-        means = {metric: bootstrap_mean(table, resamples=setup.resamples) for metric, table in tables.items()}
-        found = member_likelihoods(setup, store, members)
-        nats = found.nats / found.num_tokens[:, None]
-        matches = read_matches(setup, store, members) if setup.labels_hash is not None else None
-        if matches is not None:
-            means["label_match"] = bootstrap_mean(matches, resamples=setup.resamples)
-        means["nats"] = bootstrap_mean(nats, found.num_tokens, resamples=setup.resamples)
-        timed = [
-            (metric + suffix, batch, by_budget)
-            for suffix, batch in (("", setup.timed_batch), ("_single", 1))
-            for item in [time_item(setup, batches_alone(members, batch))]
-            for metric, by_budget in read_timings(store, item, str(setup.num_layers)).items()
-        ]
-        for column, member in enumerate(members):
-            labels = {"family": family, "budget": member.budget, "path": member.path}
-            rows += [mean.at(column).row(metric=metric, **labels) for metric, mean in means.items()]
-            lost = scores[:, column] - scores[:, -1]
-            rows.append(_loss(setup, lost, None, setup.margin_rouge_l).row_of("rouge_l - full", labels))
-            worse = nats[:, column] - nats[:, -1]
-            rows.append(_loss(setup, worse, found.num_tokens, setup.margin_nats).row_of("nats - full", labels))
-            if matches is not None:
-                missed = matches[:, column] - matches[:, -1]
-                rows.append(_loss(setup, missed, None, setup.margin_match).row_of("label_match - full", labels))
-            for metric, batch, by_budget in timed:
-                rows.append(by_budget[str(member.budget)].row(metric=metric, batch=batch, **labels))
+        if not setup.likelihood_only:
+            rows += _text_rows(setup, store, family, members)
+        rows += _likelihood_rows(setup, store, family, members)
+        if setup.labels_hash is not None:
+            matches = read_matches(setup, store, members)
+            rows += _score_rows(setup, "label_match", matches, None, setup.margin_match, family, members)
+    if setup.backbone is not None:
+        rows += _tuning_rows(setup, store)
     for weights, checkpoint in setup.weights_compared.items():
         rows += _rival_rows(setup, store, weights, checkpoint)
     notes = [
         "Greedy, ROUGE-L F by rouge_score without stemmer, BCa intervals by bootstrap over sequences.",
         "nats: minus the log-likelihood of a token of the reference, teacher-forced, over all tokens; smaller is "
-        f"better. On {setup.num_likelihoods} references.",
+        f"better. On {setup.num_likelihoods} references; rules for layers on {num_rule_prompts(setup)}.",
         *_notes_on_labels(setup),
         "p_equivalent: of two one-sided t-tests that the paired difference to full depth lies within the margin: "
         f"{setup.margin_rouge_l:g} ROUGE-L, {setup.margin_nats:g} nats a token, {setup.margin_match:g} of the labels. "
@@ -95,10 +77,67 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "the difference, adjusted by Benjamini and Hochberg for all rules, budgets and weights.",
         f"ms_per_token is the time of a decode step of {setup.timed_batch} sequences over {setup.timed_batch}; "
         "ms_per_token_single that of one sequence. Prompts are not in it. Paths are timed in turns.",
+        "nats - backbone: minus the nats of the weights before any tuning along the same path, paired.",
         *(f"{family}: {DESCRIPTIONS[family]}." for family in families(setup)),
     ]
     _add_q(rows, "rule_nats - uniform")
-    return {"n": setup.prompts, "n_nats": setup.num_likelihoods, "seeds": 1, "rows": rows, "notes": notes}
+    return {"n": setup.num_judged, "n_nats": setup.num_likelihoods, "seeds": 1, "rows": rows, "notes": notes}
+
+
+def _text_rows(setup: Setup, store: ItemStore, family: str, members: Sequence[Member]) -> list[dict[str, Any]]:
+    """ROUGE-L and length of greedy texts, and the time of their tokens."""
+    generations = family_generations(setup, store, members)
+    rows = _score_rows(setup, "rouge_l", generations.rouge_l, None, setup.margin_rouge_l, family, members)
+    lengths = bootstrap_mean(generations.num_tokens, resamples=setup.resamples)
+    timed = [
+        (metric + suffix, batch, by_budget)
+        for suffix, batch in (("", setup.timed_batch), ("_single", 1))
+        for item in [time_item(setup, batches_alone(members, batch))]
+        for metric, by_budget in read_timings(store, item, str(setup.num_layers)).items()
+    ]
+    for column, member in enumerate(members):
+        labels = {"family": family, "budget": member.budget, "path": member.path}
+        rows.append(lengths.at(column).row(metric="num_tokens", **labels))
+        for metric, batch, by_budget in timed:
+            rows.append(by_budget[str(member.budget)].row(metric=metric, batch=batch, **labels))
+    return rows
+
+
+def _likelihood_rows(setup: Setup, store: ItemStore, family: str, members: Sequence[Member]) -> list[dict[str, Any]]:
+    found = member_likelihoods(setup, store, members)
+    return _score_rows(setup, "nats", -found.scores, found.num_tokens, setup.margin_nats, family, members)
+
+
+def _score_rows(
+    setup: Setup,
+    metric: str,
+    table: Floats,
+    weights: Floats | None,
+    margin: float,
+    family: str,
+    members: Sequence[Member],
+) -> list[dict[str, Any]]:
+    """The means of ``table`` [N, K] by budget, and the paired differences to the last column, full depth."""
+    rows = []
+    means = bootstrap_mean(table, weights, resamples=setup.resamples)
+    for column, member in enumerate(members):
+        labels = {"family": family, "budget": member.budget, "path": member.path}
+        rows.append(means.at(column).row(metric=metric, **labels))
+        difference = table[:, column] - table[:, -1]
+        rows.append(_loss(setup, difference, weights, margin).row_of(f"{metric} - full", labels))
+    return rows
+
+
+def _tuning_rows(setup: Setup, store: ItemStore) -> list[dict[str, Any]]:
+    """By budget the nats of the model minus those of its backbone along the same path, paired."""
+    found = families(setup)
+    tuned, backbone = (member_likelihoods(setup, store, found[family]) for family in ("paths", "backbone"))
+    rows = []
+    for column, member in enumerate(found["paths"]):
+        labels = {"family": "paths", "budget": member.budget, "path": member.path}
+        difference = backbone.scores[:, column] - tuned.scores[:, column]
+        rows.append(_loss(setup, difference, tuned.num_tokens, setup.margin_nats).row_of("nats - backbone", labels))
+    return rows
 
 
 def _notes_on_labels(setup: Setup) -> list[str]:
@@ -134,7 +173,13 @@ def _loss(setup: Setup, differences: Floats, weights: Floats | None, margin: flo
 
 
 def _rival_items(setup: Setup, store: ItemStore, checkpoint: Checkpoint) -> list[WorkItem]:
-    return likelihood_items(setup, checkpoint, _distinct(_rivals(setup, store, checkpoint)))
+    paths = _distinct(_rivals(setup, store, checkpoint))
+    return likelihood_items(setup, checkpoint, paths, num_rows=num_rule_prompts(setup))
+
+
+def num_rule_prompts(setup: Setup) -> int:
+    """On how many prompts rules for the layers of a budget are compared."""
+    return setup.rule_prompts or setup.num_likelihoods
 
 
 def _rivals(setup: Setup, store: ItemStore, checkpoint: Checkpoint) -> dict[str, dict[int, list[str]]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import apart, ceiling, direction, holm, kept_by_means, luck, negated, p_value
-from dynskip.evaluation.report.rows import Row, Summary, curves_of, find, select
+from dynskip.evaluation.report.rows import Row, Summary, curves_of, find, score_suffix, select
 from dynskip.evaluation.stats.knapsack import smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
 
@@ -24,7 +24,8 @@ NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
 GRID_STEPS = 500  # mean budgets of the paper's oracle: 0.04 layers of 24
 NEAR_FLOOR = 0.1  # of the way from the cheapest path to full depth: below it a budget is near the cheapest path
 SAME_DEPTH = 0.05  # a router whose mean is this near to the cheapest path's layers has chosen next to nothing
-YARDSTICKS = frozenset(("full_rouge_l",))  # correlations that no question is asked of
+# Correlations that no question is asked of, by the score.
+YARDSTICKS = {"": "full_rouge_l", "_nats": "full_loss"}
 
 
 class Strategies:
@@ -272,7 +273,8 @@ class Correlations:
     """
 
     def __init__(self, section: Row) -> None:
-        rows = [row for row in select(section, metric="spearman") if row["feature"] not in YARDSTICKS]
+        score = score_suffix(section)
+        rows = [row for row in select(section, metric=f"spearman{score}") if row["feature"] != YARDSTICKS[score]]
         self.correction, self.ties = section.get("corrected", "Holm"), "corrected" not in section
         known = [(row, p) for row in rows if (p := p_value(row)) is not None]
         self.rows = [row for row, _ in known]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.drawing import band, count_layers, forest, keep_in_view, points, series, svg
-from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, select
+from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, score_suffix, select
 
 STRATEGIES = {
     "uls": "uniform skipping (ULS)",
@@ -21,6 +21,20 @@ FAMILIES = {
     "paths": "one set of weights, several paths",
     "siblings": "weights of their own per budget",
     "untuned": "full-depth weights, no tuning for paths",
+    "backbone": "the weights before any tuning",
+}
+WEIGHTS = {
+    "paths": "the weights shared by all paths",
+    "full-tuned": "the weights tuned at full depth only",
+    "backbone": "the weights before any tuning",
+}
+RULES = {
+    "uniform": "uniform",
+    "exit": "early exit",
+    "random": "random",
+    "random-first": "random, layer 0 kept",
+    "influence": "most influence",
+    "searched": "searched",
 }
 # Curves by the outputs that they are scored on: name in the summary, name in the legend.
 GREEDY_CURVES = {
@@ -114,6 +128,23 @@ def static_budgets(figure: Any, section: Row, num_layers: int) -> None:
     absolute.set_xticks(sorted({row["budget"] for row in select(section, metric="rouge_l")}))
     relative.set(title="as a share of full depth", xlabel="share of the layers executed")
     _legend_below(figure, relative, columns=2)
+
+
+@_drawn("static-nats", 9.0, 4.2)
+def likelihoods(figure: Any, section: Row) -> None:
+    """Nats a token of references: by budget of each family, and by the rule that names the layers, on a log scale."""
+    families, rules = figure.subplots(1, 2)
+    for style, (family, label) in enumerate(FAMILIES.items()):
+        series(families, select(section, metric="nats", family=family), "budget", label, style)
+    weights = distinct(select(section, metric="rule_nats"), "weights")[-1:]
+    for style, (rule, label) in enumerate(RULES.items()):
+        rows = [row for name in weights for row in select(section, metric="rule_nats", rule=rule, weights=name)]
+        series(rules, rows, "budget", label, style)
+    families.set(ylabel="nats a token (less is better)", title="weights", xlabel="layers executed")
+    rules.set(title=f"rules for the layers: {', '.join(weights)}", xlabel="layers executed", yscale="log")
+    for axes in (families, rules):
+        count_layers(axes)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 @_drawn("wall-clock", 10.0, 3.7)
@@ -247,7 +278,7 @@ def _forest(
 @_drawn("depth-{}", 10.0, 3.5)
 def depth(figure: Any, section: Row, family: str) -> None:
     """The oracle's chosen depth against lengths and losses, in bins of equally many sequences."""
-    rows = select(section, metric="binned_depth", family=family)
+    rows = select(section, metric=f"binned_depth{score_suffix(section)}", family=family)
     features = distinct(rows, "feature")
     panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
     for axes, feature in zip(panels, features, strict=False):

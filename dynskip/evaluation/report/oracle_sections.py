@@ -11,7 +11,7 @@ from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table
 from dynskip.evaluation.report.evidence import ceiling, detectable
 from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, percent
-from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, score_suffix, select
 
 
 def oracle(section: Row, summary: Summary) -> list[Block]:
@@ -42,7 +42,7 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
             "**Seen from**: the true share that an interval as wide would leave zero out of in 80 % of runs."
         ),
     ]
-    for family in families_of(section):
+    for family in families_of(section, metric="mean"):
         blocks += [
             Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
             Figure(
@@ -169,6 +169,8 @@ def router(section: Row, summary: Summary) -> list[Block]:
         overhead = [cells("overhead_ms_single"), cells("overhead_ms_batched")]
         cost.append([*name, cells("ms_per_token"), cells("ms_saved"), plain("speedup", 2), *overhead])
     shared = ["weights", "predictor", "budget", "layers"]
+    if score_suffix(section):
+        return []
     return [
         Paragraph(
             f"A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
@@ -220,14 +222,14 @@ def depth(section: Row, summary: Summary) -> list[Block]:
             "wide would leave zero out of in 80 % of runs, uncorrected."
         )
     ]
-    tested = claims.Correlations(section)
+    tested, score = claims.Correlations(section), score_suffix(section)
     adjusted = {
         (row["family"], row["at"], row["feature"]): number(p)
         for row, p in zip(tested.rows, tested.adjusted, strict=True)
     }
     for family in families_of(section):
-        spearman = select(section, metric="spearman", family=family)
-        tasks = select(section, metric="mean_depth", family=family)
+        spearman = select(section, metric=f"spearman{score}", family=family)
+        tasks = select(section, metric=f"mean_depth{score}", family=family)
         blocks += [
             Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
             Figure(
@@ -242,7 +244,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
                     [
                         str(figures.FEATURES.get(row["feature"], row["feature"])),
                         f"{row['at']:g}",
-                        cell(section, "pearson", family=family, at=row["at"], feature=row["feature"]),
+                        cell(section, f"pearson{score}", family=family, at=row["at"], feature=row["feature"]),
                         interval(row),
                         adjusted.get((family, row["at"], row["feature"]), MISSING),
                         _seen_from(row, 2),
@@ -262,7 +264,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
                     [label, f"{row['at']:g}", interval(row), number(row.get("p"))]
                     for metric, label in (
                         ("reliability", "reliability of the chosen depth"),
-                        ("explained_by_task", "share of its variance between task types"),
+                        (f"explained_by_task{score}", "share of its variance between task types"),
                     )
                     for row in select(section, metric=metric, family=family)
                 ],

@@ -7,6 +7,8 @@ from typing import Any
 
 Row = Mapping[str, Any]
 Summary = Mapping[str, Any]
+# A metric of each section that only texts have.
+_OF_TEXTS = frozenset(("rouge_l", "mean", "spearman"))
 
 
 def select(section: Row, **labels: Any) -> list[Row]:
@@ -37,6 +39,12 @@ def families_of(section: Row, **labels: Any) -> list[str]:
 def curves_of(section: Row, family: str) -> dict[str, Row]:
     """The curves of a family by name."""
     return {curve["name"]: curve for curve in section.get("curves", ()) if curve["family"] == family}
+
+
+def score_suffix(section: Row) -> str:
+    """What metrics end in by the score that a section is about: texts where there are any, else references."""
+    metrics = {row["metric"] for row in section.get("rows", ())}
+    return "" if metrics & _OF_TEXTS or not any(metric.endswith("_nats") for metric in metrics) else "_nats"
 
 
 def bounds(row: Row) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, signed
-from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, score_suffix, select
 
 # What a token takes and what it saves, by metric.
 TIMES = {
@@ -34,12 +34,11 @@ def hidden_states(section: Row, summary: Summary) -> list[Block]:
         )
     ]
     for weights in distinct(select(section), "weights"):
-        named = {"paths": "the weights shared by all paths", "full-tuned": "weights tuned at full depth only"}
         blocks += [
             Figure(
                 figures.hidden_states(section, weights),
-                f"Similarity to the full model by executed layers: {named.get(weights, weights)}. Bars are 95 % "
-                "intervals over sequences. Higher is closer for cosines, lower for KL.",
+                f"Similarity to the full model by executed layers: {figures.WEIGHTS.get(weights, weights)}. Bars are "
+                "95 % intervals over sequences. Higher is closer for cosines, lower for KL.",
             ),
             _strategy_table(section, weights),
         ]
@@ -66,6 +65,11 @@ def _strategy_table(section: Row, weights: str) -> Table:
 
 def static(section: Row, summary: Summary) -> list[Block]:
     """Experiment 2, and what the budgets cost in time."""
+    blocks = [] if score_suffix(section) else _by_texts(section, summary)
+    return [*blocks, *_by_nats(section, summary)]
+
+
+def _by_texts(section: Row, summary: Summary) -> list[Block]:
     num_layers = summary["conditions"]["num_layers"]
     families = families_of(section, metric="rouge_l")
     budgets = sorted({row["budget"] for row in select(section, metric="rouge_l")})
@@ -101,6 +105,63 @@ def static(section: Row, summary: Summary) -> list[Block]:
         ),
         Table("Time by budget", ["layers", *TIMES.values()], times),
     ]
+
+
+def _by_nats(section: Row, summary: Summary) -> list[Block]:
+    """By the log-likelihood of references: budgets, what tuning changes, and the rules for the layers of a budget."""
+    if not select(section, metric="nats"):
+        return []
+    families = families_of(section, metric="nats")
+    budgets = sorted({row["budget"] for row in select(section, metric="nats")}, reverse=True)
+    names = [figures.FAMILIES.get(family, family) for family in families]
+    blocks: list[Block] = [
+        Figure(
+            figures.likelihoods(section),
+            "Minus the log-likelihood of a token of the reference, teacher-forced. Bars are 95 % intervals over "
+            "sequences; on the right the rules that name the layers of a budget, without any tuning for them.",
+        ),
+        Table(
+            "Nats a token by budget",
+            ["layers", *names],
+            [
+                [str(budget), *(cell(section, "nats", family=family, budget=budget) for family in families)]
+                for budget in budgets
+            ],
+        ),
+        Table(
+            "Nats minus those at full depth, paired, and the difference that would have been seen in 80 % of runs",
+            ["layers", *(text for name in names for text in (name, "seen from", "verdict"))],
+            [
+                [str(budget), *(text for family in families for text in _paired(section, "full", family, budget))]
+                for budget in budgets
+                if budget != summary["conditions"]["num_layers"]
+            ],
+        ),
+    ]
+    if select(section, metric="nats - backbone"):
+        blocks.append(
+            Table(
+                "Nats minus those before tuning, along the same path, paired",
+                ["layers", "difference", "seen from", "verdict"],
+                [[str(budget), *_paired(section, "backbone", "paths", budget)] for budget in budgets],
+            )
+        )
+    for weights in distinct(select(section, metric="rule_nats"), "weights"):
+        at = {"metric": "rule_nats", "weights": weights}
+        rules = [rule for rule in figures.RULES if find(section, rule=rule, **at)]
+        cells = [
+            [str(budget), *(cell(section, rule=rule, budget=budget, **at) for rule in rules)]
+            for budget in sorted(distinct(select(section, rule="uniform", **at), "budget"), reverse=True)
+        ]
+        header = ["layers", *(figures.RULES[rule] for rule in rules)]
+        blocks.append(Table(f"Nats a token by rule, weights: {weights}", header, cells))
+    return blocks
+
+
+def _paired(section: Row, against: str, family: str, budget: int) -> list[str]:
+    """The cells of a paired difference of nats: the value, the effect that would be seen, the verdict."""
+    row = find(section, metric=f"nats - {against}", family=family, budget=budget)
+    return [MISSING] * 3 if row is None else [signed(row, 4), number(detectable(row), 4), str(row["verdict"])]
 
 
 def _losses(section: Row, families: list[str], budget: int) -> list[str]:

@@ -9,11 +9,9 @@ from typing import Any
 from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import detectable, direction, negated
-from dynskip.evaluation.report.figures import FAMILIES, FEATURES
+from dynskip.evaluation.report.figures import FAMILIES, FEATURES, RULES, WEIGHTS
 from dynskip.evaluation.report.numbers import MISSING, interval, number, percent, signed
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, select
-
-WEIGHTS = {"paths": "the weights shared by all paths", "full-tuned": "the weights tuned at full depth only"}
 
 
 def hidden_states(section: Row, summary: Summary) -> list[str]:
@@ -93,11 +91,54 @@ def static(section: Row, summary: Summary) -> list[str]:
                 f"{of}, ROUGE-L is equivalent to full depth's at {_budgets(alike)} layers: two one-sided tests put the "
                 f"difference within {number(alike[0]['margin'], 3)}."
             )
-        by_nats = [r for r in select(section, metric="nats - full", family=family) if r["budget"] != num_layers]
-        if by_nats:
+    return [*lines, *losses_in_nats(section, num_layers), *tuning(section), *rules(section)]
+
+
+def losses_in_nats(section: Row, num_layers: int | None) -> list[str]:
+    """By weights what a token of the reference costs at the deepest budget below full depth, and where no more."""
+    lines = []
+    for family in families_of(section, metric="nats - full"):
+        rows = [r for r in select(section, metric="nats - full", family=family) if r["budget"] != num_layers]
+        if not rows:
+            continue
+        of, deepest = f"With {FAMILIES.get(family, family)}", max(rows, key=lambda row: int(row["budget"]))
+        lines.append(
+            f"{of}, by log-likelihood a token of the reference costs {signed(deepest, 4)} nats more at "
+            f"{deepest['budget']} layers than at full depth."
+        )
+        if alike := [row for row in rows if row.get("verdict") == "equivalent"]:
             lines.append(
-                f"{of}, by log-likelihood a token of the reference costs {signed(by_nats[0], 4)} nats more at "
-                f"{by_nats[0]['budget']} layers than at full depth."
+                f"{of}, it is equivalent to full depth's at {_budgets(alike)} layers: two one-sided tests put the "
+                f"difference within {number(alike[0]['margin'], 3)} nats."
+            )
+    return lines
+
+
+def tuning(section: Row) -> list[str]:
+    """What tuning for paths changes at full depth, and along the path of fewest layers."""
+    rows = sorted(select(section, metric="nats - backbone"), key=lambda row: int(row["budget"]))
+    if not rows:
+        return []
+    first, full = rows[0], rows[-1]
+    words = {"equivalent": f"within the margin of {number(full['margin'], 3)}", "open": "not told apart from none"}
+    return [
+        f"Tuning for paths changes a token of the reference by {signed(first)} nats at {first['budget']} layers.",
+        f"At full depth it changes it by {signed(full, 4)} nats, {words.get(full['verdict'], full['verdict'])}.",
+    ]
+
+
+def rules(section: Row) -> list[str]:
+    """By weights the rule for the layers whose paths cost least at the deepest budget, beside uniform ones."""
+    lines = []
+    for weights in distinct(select(section, metric="rule_nats"), "weights"):
+        by_rule = [row for row in select(section, metric="rule_nats", weights=weights) if row["rule"] in RULES]
+        deepest = [row for row in by_rule if row["budget"] == max(each["budget"] for each in by_rule)]
+        best = min(deepest, key=lambda row: float(row["value"]), default=None)
+        uniform = next((row for row in deepest if row["rule"] == "uniform"), None)
+        if best is not None and uniform is not None:
+            lines.append(
+                f"With {WEIGHTS.get(weights, weights)}, of the rules for {best['budget']} layers {RULES[best['rule']]} "
+                f"has the fewest nats, {interval(best)}, and uniform {interval(uniform)}."
             )
     return lines
 

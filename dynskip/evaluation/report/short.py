@@ -22,6 +22,7 @@ def in_short(summary: Summary) -> list[str]:
         ("controllers", _controllers),
         ("hidden_states", _hidden_states),
         ("static", _loss),
+        ("static", _loss_in_nats),
         ("depth", _depth),
         ("static", _time),
     ]
@@ -30,8 +31,10 @@ def in_short(summary: Summary) -> list[str]:
 
 
 def _floor(section: Row, summary: Summary) -> list[str]:
-    found = [(family, claims.floor(summary, family)) for family in families_of(section)]
+    found = [(family, claims.floor(summary, family)) for family in families_of(section, metric="mean")]
     known = [(family, floor) for family, floor in found if floor is not None]
+    if not found:
+        return []
     if not known:
         return ["Here the oracle matches full depth at no budget."]
     family, floor = max(known, key=lambda pair: float(pair[1].matching["value"]))
@@ -127,6 +130,14 @@ def _loss(section: Row, summary: Summary) -> list[str]:
             f"{signed(first, 4)}."
         )
     return lines
+
+
+def _loss_in_nats(section: Row, summary: Summary) -> list[str]:
+    """Where nothing was generated: what is lost along the paths, what tuning changes, which rule loses least."""
+    if select(section, metric="rouge_l"):
+        return []
+    losses = sentences.losses_in_nats(section, summary["conditions"].get("num_layers"))
+    return [*losses[:1], *sentences.tuning(section), *sentences.rules(section)[-1:]]
 
 
 def _depth(section: Row, summary: Summary) -> list[str]:

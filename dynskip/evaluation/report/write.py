@@ -11,7 +11,7 @@ from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import MISSING, number
-from dynskip.evaluation.report.rows import select
+from dynskip.evaluation.report.rows import score_suffix, select
 from dynskip.evaluation.report.savings import savings
 from dynskip.evaluation.report.sections import SECTIONS
 from dynskip.evaluation.report.sentences import section_sentences
@@ -64,12 +64,17 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         blocks.append(Heading(name))
         section = summary.get(key)
         if not section or not section.get("rows"):
-            blocks.append(Paragraph(f"**Missing**: this run has no section `{key}`.", missing=True))
+            blocks.append(Paragraph(f"**Not run**: this run has no section `{key}`.", missing=True))
             continue
         if told := section_sentences(summary, key):
             blocks.append(Items(told))
         plural = "" if section["seeds"] == 1 else "s"
-        blocks.append(Paragraph(f"{section['n']:,} sequences, {section['seeds']} seed{plural}."))
+        alone = (
+            " References alone were scored: what is said of texts, ROUGE-L and times is not run."
+            if score_suffix(section)
+            else ""
+        )
+        blocks.append(Paragraph(f"{section['n']:,} sequences, {section['seeds']} seed{plural}.{alone}"))
         blocks += section_blocks(section, summary)
         if section.get("notes"):
             blocks += [Heading("Notes", 3), Items(section["notes"])]

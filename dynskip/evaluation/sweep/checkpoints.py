@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynskip.assets import find_adapter, find_model, opt_mini_directory
+from dynskip.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter, find_model, opt_mini_directory
 from dynskip.controllers.registry import controller_class
 from dynskip.controllers.storage import read_config
 from dynskip.files import file_hash
@@ -26,12 +26,18 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
 class Checkpoint:
     """A model on the disk. hash: of config, weights, tokenizer and end tokens. num_layers: L of this checkpoint.
 
-    directory: of the model, or its one file, which holds all of that.
+    directory: of the model, or its one file, which holds all of that. adapter: the folder of what is merged into it.
     """
 
     directory: Path
     hash: str
     num_layers: int
+    adapter: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called: as its folder or file, or as the adapter where it has one."""
+        return (self.adapter or self.directory).name
 
     @staticmethod
     def of(source: str | Path | None) -> Checkpoint:
@@ -39,6 +45,12 @@ class Checkpoint:
 
         Raises ValueError or OSError where it is no checkpoint of one of the architectures.
         """
+        adapter = find_adapter(source)
+        if adapter is not None:
+            base = Checkpoint.of(find_model(str(source)))
+            parts = (base.hash, *(file_hash(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
+            digest = hashlib.sha256(" ".join(parts).encode())
+            return Checkpoint(base.directory, digest.hexdigest()[:16], base.num_layers, adapter)
         directory = _directory(source)
         if directory.is_file():
             num_layers = decoder_config(read_model_config(directory, "Checkpoint.of")).num_layers
@@ -81,11 +93,6 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str | Path) -> None:
 
 
 def _directory(source: str | Path | None) -> Path:
-    if find_adapter(source) is not None:
-        raise ValueError(
-            f"Checkpoint.of: {source} must be one folder or file, got a base and its adapter. Save both as one with "
-            f"save_pretrained of LLM({str(source)!r}).model and of its tokenizer."
-        )
     path = opt_mini_directory() if source is None else Path(find_model(source))
     if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
@@ -170,7 +177,7 @@ class ControllerFolder:
     def recipe(self) -> str:
         """What its trainings have in common: its name, what it aimed at, and the weights where they are not its own."""
         aim = f"alpha {self.alpha:g}" if self.target_layers is None else f"target {self.target_layers:g}"
-        weights = "joint" if self.backbone == "joint" else f"frozen {self.checkpoint.directory.name}"
+        weights = "joint" if self.backbone == "joint" else f"frozen {self.checkpoint.name}"
         return f"{self.name}, {aim}, {weights}"
 
     @property

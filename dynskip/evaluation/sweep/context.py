@@ -33,9 +33,10 @@ class Context:
         if key not in self._models:
             while len(self._models) >= _MAX_MODELS:
                 self._models.popitem(last=False)
-            directory = self.setup.checkpoint_of(checkpoint_hash).directory
-            llm = LLM(directory, dtype=getattr(torch, dtype), device=self.setup.device)
-            check_tokenizer(llm.tokenizer, llm.model.config, directory)
+            checkpoint = self.setup.checkpoint_of(checkpoint_hash)
+            options = {"dtype": getattr(torch, dtype), "device": self.setup.device}
+            llm = LLM(checkpoint.directory, adapter=checkpoint.adapter, **options)
+            check_tokenizer(llm.tokenizer, llm.model.config, checkpoint.name)
             self._models[key] = llm
         self._models.move_to_end(key)
         return self._models[key]
@@ -62,16 +63,18 @@ class Context:
 
     def shard(self, item: WorkItem) -> Sequence[Row]:
         """The rows of an item."""
-        num_rows, size = int(item.option("num_rows")), int(item.option("shard_size"))
-        return self.prompts(item.checkpoint, item.split, num_rows).rows[item.shard * size :][:size]
+        end, size = int(item.option("num_rows")), int(item.option("shard_size"))
+        # Of shards that grow each names another end; what the longest run asks for is encoded once.
+        rows = self.prompts(item.checkpoint, item.split, max(end, most_rows(self.setup, item.split))).rows
+        return rows[item.shard * size : min(end, (item.shard + 1) * size)]
 
     def _check_same_tokenizer(self, llm: LLM, checkpoint_hash: str) -> None:
         base: Any = self.llm(self.setup.checkpoint.hash)
         same_length = llm.model.decoder_config.max_positions == base.model.decoder_config.max_positions
         if llm.tokenizer is None or llm.tokenizer.get_vocab() != base.tokenizer.get_vocab() or not same_length:
-            directory = self.setup.checkpoint_of(checkpoint_hash).directory
+            name = self.setup.checkpoint_of(checkpoint_hash).name
             raise ValueError(
-                f"eval: sibling {directory} must have the vocabulary and positions of the model, got others. "
+                f"eval: sibling {name} must have the vocabulary and positions of the model, got others. "
                 "Siblings start from the model they are compared with."
             )
 
@@ -81,12 +84,28 @@ def num_rows(setup: Setup, split: str) -> int:
     return setup.prompts if split == setup.split else setup.train_prompts or setup.prompts
 
 
+def most_rows(setup: Setup, split: str) -> int:
+    """The most prompts of ``split`` that any item of a setup may ask for."""
+    asked = num_rows(setup, split)
+    if split != setup.split:
+        return asked
+    return max(asked, setup.num_likelihoods, setup.rule_prompts, setup.state_prompts)
+
+
 def shard_items(
-    setup: Setup, task: str, checkpoint: Checkpoint, path: str, split: str, seed: int = 0, **options: Option
+    setup: Setup,
+    task: str,
+    checkpoint: Checkpoint,
+    path: str,
+    split: str,
+    seed: int = 0,
+    grows: bool = False,
+    **options: Option,
 ) -> list[WorkItem]:
     """The items of ``task`` that go through the prompts of ``split`` once, with ``options`` beside those of all.
 
-    num_rows, shard_size: as options, in place of the setup's.
+    num_rows, shard_size: as options, in place of the setup's. grows: a run of more prompts has the whole shards of a
+    run of fewer among its items.
     """
     all_options: dict[str, Option] = {
         "max_tokens": setup.max_tokens,
@@ -96,6 +115,11 @@ def shard_items(
         "template": setup.template,
         **options,
     }
-    named = tuple(sorted(all_options.items()))
-    shards = range(-(-int(all_options["num_rows"]) // int(all_options["shard_size"])))
-    return [WorkItem(task, checkpoint.hash, path, setup.data_hash, split, seed, shard, named) for shard in shards]
+    count, size = int(all_options["num_rows"]), int(all_options["shard_size"])
+    items = []
+    for shard in range(-(-count // size)):
+        if grows:
+            all_options["num_rows"] = min(count, (shard + 1) * size)
+        named = tuple(sorted(all_options.items()))
+        items.append(WorkItem(task, checkpoint.hash, path, setup.data_hash, split, seed, shard, named))
+    return items

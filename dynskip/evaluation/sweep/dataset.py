@@ -8,10 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dynskip.data.conversations import encode_prompt
 from dynskip.data.corpus import Instruction, read_instructions, split_instructions
 from dynskip.data.templates import TEMPLATES
 
 SPLITS = ("train", "validation", "test")
+CHAT = "chat"  # the template that comes with the tokenizer, an input below its instruction
+TEMPLATE_NAMES = tuple(sorted((*TEMPLATES, CHAT)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,8 @@ def encode_prompts(
 
     Raises ValueError where there are fewer.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"eval: template must be one of {', '.join(TEMPLATES)}, got {template!r}.")
+    if template not in TEMPLATE_NAMES:
+        raise ValueError(f"eval: template must be one of {', '.join(TEMPLATE_NAMES)}, got {template!r}.")
     rows: list[Row] = []
     empty = too_long = 0
     for index, instruction in enumerate(instructions):
@@ -67,7 +70,7 @@ def encode_prompts(
         if not instruction.output.strip():
             empty += 1
             continue
-        prompt_ids = tokenizer(TEMPLATES[template](instruction.instruction, instruction.input))["input_ids"]
+        prompt_ids = templated(tokenizer, template, instruction.instruction, instruction.input)
         if len(prompt_ids) + max_tokens > max_positions:
             too_long += 1
             continue
@@ -81,6 +84,16 @@ def encode_prompts(
             f"{max_tokens} new tokens)."
         )
     return Prompts(tuple(rows), empty, too_long)
+
+
+def templated(tokenizer: Any, template: str, instruction: str, input_text: str) -> list[int]:
+    """The token ids of a prompt; ValueError for the chat template of a tokenizer that has none."""
+    if template != CHAT:
+        token_ids: list[int] = tokenizer(TEMPLATES[template](instruction, input_text))["input_ids"]
+        return token_ids
+    if tokenizer.chat_template is None:
+        raise ValueError("eval: template must be alpaca or short with a tokenizer that has no chat template, got chat.")
+    return encode_prompt(tokenizer, "\n\n".join(part for part in (instruction, input_text) if part))
 
 
 @lru_cache(maxsize=1)

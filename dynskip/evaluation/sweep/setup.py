@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynskip.data.templates import TEMPLATES
 from dynskip.evaluation.sweep.checkpoints import Checkpoint, ControllerFolder
-from dynskip.evaluation.sweep.dataset import SPLITS
+from dynskip.evaluation.sweep.dataset import SPLITS, TEMPLATE_NAMES
 from dynskip.files import file_hash
 from dynskip.found import FoundPaths
 from dynskip.paths import LayerPath
@@ -19,6 +18,7 @@ PAPER_LAYERS = 24
 PAPER_BUDGETS = (4, 8, 12, 16, 20)
 PAPER_CANDIDATES = (4, 8, 12)
 RULES = ("uniform", "searched")
+GROWING = ("likelihood_prompts", "rule_prompts", "state_prompts", "train_prompts")
 SAMPLES_PER_SEED = 4  # best-of-4 compares as many draws as the oracle has depths
 
 
@@ -34,7 +34,9 @@ class Setup:
     decisions, beside taking the likelier ones. candidates: those that the oracle chooses among, beside the full depth.
     backbone: the weights before any tuning, to compare with. searched: by budget, paths that a search has found, as
     `LayerPath.parse` reads them. rule: "uniform" or "searched", where the paths of a budget come from.
-    likelihood_prompts: prompts whose references are scored (0: as many as prompts). labels, labels_hash: the T0 file,
+    likelihood_prompts: prompts whose references are scored (0: as many as prompts); rule_prompts: those on which rules
+    for the layers of a budget are compared (0: as many as these). likelihood_only: references are scored, no texts are
+    generated, and nothing is timed. labels, labels_hash: the T0 file,
     label_prompts: rows of it that have closed labels. margin_rouge_l, margin_nats, margin_match: differences to full
     depth that count as none, of ROUGE-L, of nats a token and of the share of right labels.
     seeds: how often what is drawn is drawn. max_tokens: new tokens at most. temperature, top_p: of sampled generations.
@@ -60,6 +62,8 @@ class Setup:
     train_prompts: int = 0
     state_prompts: int = 0
     likelihood_prompts: int = 0
+    rule_prompts: int = 0
+    likelihood_only: bool = False
     labels: Path | None = None
     labels_hash: str | None = None
     label_prompts: int = 500
@@ -89,10 +93,14 @@ class Setup:
             "timed_rounds",
             "resamples",
         )
-        for name in (*positive, "train_prompts", "state_prompts", "likelihood_prompts", "controller_seeds"):
+        for name in (*positive, *GROWING, "controller_seeds"):
             least = int(name in positive)
             if getattr(self, name) < least:
                 raise ValueError(f"eval: {name} must be at least {least}, got {getattr(self, name)}.")
+        if self.likelihood_only and self.controllers:
+            raise ValueError(
+                "eval: likelihood_only must be left out with controllers, whose texts are scored and timed, got both."
+            )
         labels = [controller.label for controller in self.controllers]
         for label in labels:
             if labels.count(label) > 1:
@@ -125,8 +133,8 @@ class Setup:
             )
         if self.split not in SPLITS:
             raise ValueError(f"eval: split must be one of {', '.join(SPLITS)}, got {self.split!r}.")
-        if self.template not in TEMPLATES:
-            raise ValueError(f"eval: template must be one of {', '.join(TEMPLATES)}, got {self.template!r}.")
+        if self.template not in TEMPLATE_NAMES:
+            raise ValueError(f"eval: template must be one of {', '.join(TEMPLATE_NAMES)}, got {self.template!r}.")
         for name in ("budgets", "candidates"):
             for budget in getattr(self, name):
                 if not 1 <= budget <= self.num_layers:
@@ -170,18 +178,24 @@ class Setup:
             raise FileNotFoundError(f"eval: data must be a file, got {str(data)!r}. Check the path.")
         if labels is not None and not labels.is_file():
             raise FileNotFoundError(f"eval: labels must be a file, got {str(labels)!r}. Check the path.")
+        budgets = scaled(PAPER_BUDGETS, checkpoint.num_layers) if budgets is None else tuple(sorted(set(budgets)))
+        if candidates is None:
+            candidates = scaled(PAPER_CANDIDATES, checkpoint.num_layers)
+        candidates = tuple(sorted(set(candidates)))
+        found = {} if searched is None else _searched(searched, checkpoint.num_layers)
         return Setup(
             checkpoint,
             data,
             file_hash(data)[:16],
-            scaled(PAPER_BUDGETS, checkpoint.num_layers) if budgets is None else tuple(sorted(set(budgets))),
-            scaled(PAPER_CANDIDATES, checkpoint.num_layers) if candidates is None else tuple(sorted(set(candidates))),
+            budgets,
+            candidates,
             tuple((budget, Checkpoint.of(source)) for budget, source in sorted(siblings.items())),
             tuple(map(ControllerFolder.of, controllers)),
             labels=labels,
             labels_hash=None if labels is None else file_hash(labels)[:16],
             backbone=None if backbone is None else Checkpoint.of(backbone),
-            searched=() if searched is None else _searched(searched, checkpoint.num_layers),
+            # Of others nothing is asked: that more are found makes no other run.
+            searched=tuple((budget, found[budget]) for budget in sorted({*budgets, *candidates}) if budget in found),
             **options,
         )
 
@@ -204,6 +218,11 @@ class Setup:
     def num_likelihoods(self) -> int:
         """How many prompts have their references scored."""
         return self.likelihood_prompts or self.prompts
+
+    @property
+    def num_judged(self) -> int:
+        """How many prompts the sections count: those with texts, or with references where nothing is generated."""
+        return self.num_likelihoods if self.likelihood_only else self.prompts
 
     @property
     def sample_seeds(self) -> range:
@@ -234,9 +253,12 @@ class Setup:
         raise ValueError(f"eval: the checkpoint must be one of the setup, got hash {checkpoint_hash!r}.")
 
     def guarded(self) -> dict[str, Any]:
-        """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come."""
+        """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come.
+
+        So may more references, and more prompts to learn from: the items of fewer are among theirs.
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("data", "labels", "controllers", "controller_seeds", "timed_on"):
+        for name in ("data", "labels", "controllers", "controller_seeds", "timed_on", "likelihood_only", *GROWING):
             del fields[name]
         return fields | {
             "checkpoint": self.checkpoint.hash,
@@ -256,15 +278,14 @@ def scaled(budgets: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(share for share in shares if share < num_layers))
 
 
-def _searched(file: Path, num_layers: int) -> tuple[tuple[int, str], ...]:
+def _searched(file: Path, num_layers: int) -> dict[int, str]:
     found = FoundPaths.read(file)
     if found.num_layers != num_layers:
         raise ValueError(
             f"eval: searched must be paths through the {num_layers} layers of the model, got {found.num_layers} in "
             f"{file}. Search the model itself."
         )
-    layers = sorted(found.layers.items())
-    return tuple((budget, f"layers:{','.join(map(str, found.layers[budget]))}") for budget, _ in layers)
+    return {budget: f"layers:{','.join(map(str, layers))}" for budget, layers in found.layers.items()}
 
 
 def path_text(budget: int, num_layers: int) -> str:

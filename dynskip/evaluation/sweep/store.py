@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,6 +238,11 @@ class ItemStore:
         line |= {"host": place.host, "isa": place.isa, "ended": round(time.time(), 3)}
         writer.append(encoded(line), "failed")
         return writer.path("failed")
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The line of each finished item, as one file of all of them would hold it."""
+        for entry in self._entries.values():
+            yield self._reader.read(entry.path, entry.offset, entry.size)
 
     def _open_writer(self) -> Writer:
         if self._writer is None:

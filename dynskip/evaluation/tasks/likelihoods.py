@@ -16,7 +16,7 @@ from dynskip.evaluation.sweep.context import Context, num_rows, shard_items
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
-from dynskip.evaluation.tasks.path_families import Member
+from dynskip.evaluation.tasks.path_families import Member, families
 from dynskip.measure.passes import TokenMeasured, TokenPass, in_parts, run_paths
 from dynskip.paths import LayerPath
 
@@ -51,14 +51,22 @@ class Likelihoods:
 
 
 def likelihood_items(
-    setup: Setup, checkpoint: Checkpoint, paths: Sequence[str], split: str | None = None, tokens: bool = False
+    setup: Setup,
+    checkpoint: Checkpoint,
+    paths: Sequence[str],
+    split: str | None = None,
+    tokens: bool = False,
+    num_rows: int | None = None,
 ) -> list[WorkItem]:
-    """The items that score the references of ``split`` along ``paths``, distinct; tokens: each token by itself."""
+    """The items that score the references of ``split`` along ``paths``, distinct; tokens: each token by itself.
+
+    num_rows: how many references (default: as the setup says).
+    """
     split = split or setup.split
-    options: dict[str, Option] = {"dtype": setup.dtype, "num_rows": likelihood_rows(setup, split)}
+    options: dict[str, Option] = {"dtype": setup.dtype, "num_rows": num_rows or likelihood_rows(setup, split)}
     if tokens:
-        options["tokens"] = 1
-    return shard_items(setup, "likelihood", checkpoint, " ".join(paths), split, 0, **options)
+        options["tokens"] = "float16"
+    return shard_items(setup, "likelihood", checkpoint, " ".join(paths), split, 0, True, **options)
 
 
 def likelihood_rows(setup: Setup, split: str) -> int:
@@ -78,11 +86,12 @@ def member_likelihoods(
     columns: dict[Member, Likelihoods] = {}
     for group in _by_weights(members):
         found = read_likelihoods(store, _items_of(setup, group, split))
+        places = {path: [place] for place, path in enumerate(_paths_of(setup, group, split))}
         columns |= {
             member: Likelihoods(
-                found.nats[:, [place]], found.entropy[:, [place]], found.num_tokens, found.token_nats[:, [place]]
+                found.nats[:, place], found.entropy[:, place], found.num_tokens, found.token_nats[:, place]
             )
-            for place, member in enumerate(group)
+            for member, place in ((member, places[member.path]) for member in group)
         }
     ordered = [columns[member] for member in members]
     num_tokens = ordered[0].num_tokens
@@ -98,7 +107,7 @@ def member_likelihoods(
 def run_likelihood(item: WorkItem, context: Context) -> dict[str, Any]:
     """Rows of the shard, their response tokens, and by path the nats of each response and the entropy before it.
 
-    tokens: also of each token, float32 in base64.
+    tokens: also of each token, float16 in base64.
     """
     llm = context.llm(item.checkpoint)
     rows = context.shard(item)
@@ -134,7 +143,7 @@ def read_likelihoods(store: ItemStore, items: Sequence[WorkItem]) -> Likelihoods
 
     def tokens(name: str) -> Floats:
         parts = [base64.b64decode(result["paths"][name].get("token_nats", "")) for result in results]
-        return np.concatenate([np.frombuffer(part, "<f4") for part in parts]).astype(np.float64)
+        return np.concatenate([np.frombuffer(part, "<f2") for part in parts]).astype(np.float64)
 
     nats, entropy = (np.array([column(name, what) for name in names], np.float64).T for what in ("nats", "entropy"))
     num_tokens = np.array(store.column(items, "num_tokens"), dtype=np.float64)
@@ -150,7 +159,7 @@ def _result(parts: Sequence[TokenMeasured], with_tokens: bool) -> dict[str, Any]
         "entropy": [round(value, 6) for part in parts for value in part.entropy],
     }
     if with_tokens:
-        each = np.array([value for part in parts for value in part.token_nats], dtype="<f4")
+        each = np.array([value for part in parts for value in part.token_nats], dtype="<f2")
         found["token_nats"] = base64.b64encode(each.tobytes()).decode()
     return found
 
@@ -163,4 +172,18 @@ def _by_weights(members: Sequence[Member]) -> list[list[Member]]:
 
 
 def _items_of(setup: Setup, members: Sequence[Member], split: str | None) -> list[WorkItem]:
-    return likelihood_items(setup, members[0].checkpoint, [member.path for member in members], split, tokens=True)
+    weights = members[0].checkpoint
+    # Nothing chooses among the paths of weights before any tuning, for each token least of all.
+    return likelihood_items(setup, weights, _paths_of(setup, members, split), split, weights != setup.backbone)
+
+
+def _paths_of(setup: Setup, members: Sequence[Member], split: str | None) -> list[str]:
+    """The paths that are scored with those of ``members``, of one set of weights: on the setup's split all of a family,
+    so that what asks for some of them finds them done."""
+    own = [member.path for member in members]
+    if split in (None, setup.split):
+        for family in families(setup).values():
+            alike = [member.path for member in family if member.checkpoint == members[0].checkpoint]
+            if set(own) <= set(alike):
+                return alike
+    return own

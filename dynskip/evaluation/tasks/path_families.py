@@ -17,6 +17,7 @@ DESCRIPTIONS = {
     "paths": "one set of weights along every path",
     "siblings": "each budget its own weights, fine-tuned for it",
     "untuned": "the weights tuned at full depth only, along paths they were not tuned for",
+    "backbone": "the weights before any tuning, along the same paths",
 }
 
 
@@ -42,6 +43,8 @@ def families(setup: Setup) -> dict[str, list[Member]]:
         found["siblings"] = [*members, Member(num_layers, setup.full_checkpoint, "full")]
     if num_layers in siblings:
         found["untuned"] = [Member(budget, siblings[num_layers], path_text(budget, num_layers)) for budget in budgets]
+    if setup.backbone is not None:
+        found["backbone"] = [Member(budget, setup.backbone, setup.path_of(budget)) for budget in budgets]
     return found
 
 

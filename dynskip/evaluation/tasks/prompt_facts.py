@@ -1,4 +1,4 @@
-"""What is known of each prompt besides how it was answered: items of the task "facts"."""
+"""What is known of each prompt besides how it was answered: items of the tasks "facts" and "features"."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynskip.data.templates import TEMPLATES
 from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
 from dynskip.evaluation.stats.intervals import Floats
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, shard_items
-from dynskip.evaluation.sweep.dataset import Row
+from dynskip.evaluation.sweep.dataset import Row, templated
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.likelihoods import examples, likelihood_rows
@@ -34,14 +33,28 @@ FEATURES = ("embedding", "state", "all")
 def facts_items(setup: Setup, checkpoint: Checkpoint, split: str) -> list[WorkItem]:
     """The items that describe every prompt of ``split`` whose reference is scored, as ``checkpoint`` reads it."""
     rows = likelihood_rows(setup, split)
-    return shard_items(setup, "facts", checkpoint, "full", split, dtype=setup.dtype, num_rows=rows)
+    return shard_items(setup, "facts", checkpoint, "full", split, grows=True, num_rows=rows)
+
+
+def feature_items(setup: Setup, checkpoint: Checkpoint, split: str) -> list[WorkItem]:
+    """The items that hold what routers read of every prompt of ``split`` whose reference is scored."""
+    rows = likelihood_rows(setup, split)
+    return shard_items(setup, "features", checkpoint, "full", split, grows=True, dtype=setup.dtype, num_rows=rows)
 
 
 def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
-    """Row by row of the shard: features for a router, the state at the prompt's end, lengths in tokens, type of task.
+    """Row by row of the shard: lengths in tokens, type of task."""
+    rows = context.shard(item)
+    return {
+        "rows": [row.index for row in rows],
+        "prompt_length": [len(row.prompt_ids) for row in rows],
+        "response_length": [len(row.response_ids) for row in rows],
+        "task_type": [task_type(row.instruction.instruction) for row in rows],
+    }
 
-    features, state: float32 in base64.
-    """
+
+def run_features(item: WorkItem, context: Context) -> dict[str, Any]:
+    """Row by row of the shard: features of the prompt, and the state at its end, float32 in base64."""
     llm = context.llm(item.checkpoint)
     rows = context.shard(item)
     heads = template_heads(llm.tokenizer, context.setup.template)
@@ -52,9 +65,6 @@ def run_facts(item: WorkItem, context: Context) -> dict[str, Any]:
         "rows": [row.index for row in rows],
         "features": [_packed(row) for row in features],
         "state": [_packed(row) for row in prefill_states(llm, rows)],
-        "prompt_length": [len(row.prompt_ids) for row in rows],
-        "response_length": [len(row.response_ids) for row in rows],
-        "task_type": [task_type(row.instruction.instruction) for row in rows],
     }
 
 
@@ -92,7 +102,7 @@ def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
     """The token sequences that prompts of a template open with, before the instruction: without an input and with."""
     heads = []
     for input_text in ("", "1"):
-        rendered = [tokenizer(TEMPLATES[template](word, input_text))["input_ids"] for word in ("Add", "Why")]
+        rendered = [templated(tokenizer, template, word, input_text) for word in ("Add", "Why")]
         heads.append(tuple(rendered[0][: common_prefix(rendered)]))
     return list(dict.fromkeys(heads))
 

@@ -19,7 +19,7 @@ from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.likelihoods import member_items, member_likelihoods
 from dynskip.evaluation.tasks.path_families import Member, choices, family_generations, family_items
-from dynskip.evaluation.tasks.prompt_facts import FEATURES, embed, facts_items, read_features, template_heads
+from dynskip.evaluation.tasks.prompt_facts import FEATURES, embed, feature_items, read_features, template_heads
 
 # Predictors that are timed in turns. The first are fitted within seconds, whenever a section is summarised; the others
 # take minutes, so that what they choose is an item of its own.
@@ -106,8 +106,9 @@ def problem_items(setup: Setup, family: str) -> list[WorkItem]:
     members = choices(setup)[family]
     items: list[WorkItem] = []
     for split in (setup.learn_split, setup.split):
-        items += [item for seed in setup.sample_seeds for item in family_items(setup, members, seed, split)]
-        items += [*member_items(setup, members, split), *facts_items(setup, reader_of(setup, family), split)]
+        if not setup.likelihood_only:
+            items += [item for seed in setup.sample_seeds for item in family_items(setup, members, seed, split)]
+        items += [*member_items(setup, members, split), *feature_items(setup, reader_of(setup, family), split)]
     return items
 
 
@@ -150,7 +151,8 @@ def routes(setup: Setup, store: ItemStore, family: str, predictors: tuple[Predic
 def features_of(setup: Setup, store: ItemStore, task: Problem, what: str) -> tuple[Floats, Floats]:
     """What a router reads of the prompts to learn from and of those to judge on."""
     learn, judge = (
-        read_features(store, facts_items(setup, task.reader, split), what) for split in (setup.learn_split, setup.split)
+        read_features(store, feature_items(setup, task.reader, split), what)
+        for split in (setup.learn_split, setup.split)
     )
     return learn, judge
 

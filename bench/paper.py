@@ -1,0 +1,164 @@
+"""The paper's questions on SmolLM2-135M, in pieces: each starts from the committed items and ends with committed items.
+
+python -m bench.paper --data alpaca_data.json.xz              every piece that needs no texts, what is missing of it
+python -m bench.paper --data alpaca_data.json.xz static depth     these pieces alone, in this order
+python -m bench.paper --data alpaca_data.json.xz --rows 200       on so many rows; they are the first of a longer run
+
+A piece is an experiment of `dynskip eval`. Items are unpacked into a run folder, the missing ones done there, and all
+of them packed again: token ids and what routers read of prompts are left out, which are large and come again when they
+are asked for. What was killed is packed by the next start. summary.json, report.html and report.md are written anew,
+with what cut.txt says was left out; power.md says how many rows each comparison needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynskip.assets import FOUND_PATHS_FOLDER
+from dynskip.benchmark.report import markdown_table
+from dynskip.cli.options import set_threads
+from dynskip.evaluation.report.write import write_report
+from dynskip.evaluation.run import EvalRun
+from dynskip.evaluation.sweep.item_files import encoded
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.files import write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "bench/results/paper-smollm2"
+PACKED = "items.jsonl.xz"
+CUT = "cut.txt"  # a line for each thing that was left out, and what it would have cost
+# Of a run folder what is committed beside the items: the setup that they belong to, and what was said of them.
+KEPT = ("config.json", "summary.json", "log.txt")
+BASE, TUNED = "smollm2-135m-instruct", "smollm2-135m-paths"
+PIECES = ("static", "depth", "oracle", "router", "hidden-states")
+NOT_PACKED = frozenset(("features",))
+
+
+def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int) -> Setup:
+    """The run: the tuned model along searched paths, beside the same weights before any tuning."""
+    options: dict[str, Any] = {
+        "budgets": (27, 25, 20, 15),
+        "candidates": (25, 20, 15),
+        "backbone": BASE,
+        "searched": FOUND_PATHS_FOLDER / f"{BASE}.json",
+        "rule": "searched",
+        "template": "chat",
+        "likelihood_only": True,
+        "prompts": 1000,
+        "likelihood_prompts": rows,
+        "rule_prompts": rule_rows,
+        "state_prompts": state_rows,
+        "train_prompts": learn_rows,
+        "shard_size": 50,
+    }
+    return Setup.of(TUNED, data, {}, **options)
+
+
+def unpack(folder: Path, work: Path) -> None:
+    """Lay the committed items of ``folder`` into the run folder ``work``, beside what a killed run has left there."""
+    work.mkdir(parents=True, exist_ok=True)
+    if (folder / PACKED).is_file():
+        with lzma.open(folder / PACKED, "rt", encoding="utf-8") as packed:
+            write_text(work / "items.jsonl", packed.read())
+        for name in KEPT:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, work / name)
+
+
+def pack(work: Path, folder: Path) -> int:
+    """Put the items of ``work`` into ``folder``, in an order that depends on them alone, and say how many they are."""
+    with ItemStore(work / "items") as store:
+        lines = [line for line in store.lines() if line["item"]["task"] not in NOT_PACKED]
+    for line in lines:
+        line.pop("apart", None)
+    lines.sort(key=lambda line: json.dumps(line["item"], sort_keys=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{PACKED}.partial"
+    partial.write_bytes(lzma.compress(b"".join(map(encoded, lines)), preset=9 | lzma.PRESET_EXTREME))
+    partial.replace(folder / PACKED)
+    for name in KEPT:
+        if (work / name).is_file():
+            shutil.copyfile(work / name, folder / name)
+    return len(lines)
+
+
+def run(
+    setup: Setup, names: Sequence[str], folder: Path, work: Path, progress: bool = True, mixes_isa: bool = False
+) -> dict[str, Any]:
+    """The summary once what is missing of the pieces ``names`` is done; items are packed after each, or its error."""
+    unpack(folder, work)
+    summary: dict[str, Any] = {}
+    for name in names:
+        try:
+            with EvalRun(setup, work, progress=progress, mixes_isa=mixes_isa) as evaluation:
+                summary = evaluation.run([name])
+        finally:
+            pack(work, folder)
+    return summary
+
+
+def rows_needed(row: dict[str, Any], num_rows: int) -> int | None:
+    """How many rows show a difference of the margin of ``row`` in 80 % of runs, where it is known from ``num_rows``."""
+    seen = row.get("detectable")
+    return math.ceil(num_rows * (seen / row["margin"]) ** 2) if seen else None
+
+
+def power_table(summary: dict[str, Any]) -> str:
+    """Each paired difference of log-likelihoods with the rows that it needs."""
+    section = summary["static"]
+    num_rows = section["n_nats"]
+    body = [
+        [
+            *(row["metric"], row["family"], str(row["budget"]), f"{row['value']:.3f}", f"{row['detectable']:.4f}"),
+            *(str(rows_needed(row, num_rows)), row["verdict"]),
+        ]
+        for row in section["rows"]
+        if row["metric"].startswith("nats - ") and row.get("detectable")
+    ]
+    head = ["difference", "weights", "layers", "nats a token", "seen from", "rows for the margin", "verdict"]
+    margin = summary["conditions"]["margin_nats"]
+    return (
+        f"# Power\n\nOf {num_rows} rows: the paired difference, the true one that an interval as wide leaves zero out "
+        f"of in 80 % of runs, and how many rows that makes for one of {margin:g} nats, the margin.\n\n"
+        f"{markdown_table(head, body, range(2, len(head) - 1))}\n"
+    )
+
+
+def main() -> int:
+    """Do what is missing of the pieces, and write what they say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pieces", nargs="*", default=PIECES, metavar="PIECE", help=f"default: {' '.join(PIECES)}")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="Alpaca as *.json[.xz]")
+    parser.add_argument("--rows", type=int, default=1000, metavar="N", help="test rows along the paths (1000)")
+    parser.add_argument("--rule-rows", type=int, default=50, metavar="N", help="rows along paths of other rules (50)")
+    parser.add_argument("--state-rows", type=int, default=50, metavar="N", help="rows for hidden states (50)")
+    parser.add_argument("--learn-rows", type=int, default=250, metavar="N", help="validation rows for routers (250)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the items are committed")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/paper-smollm2", help="the run folder")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--mix-instruction-sets", action="store_true", help="go on where another kind of CPU began")
+    args = parser.parse_args()
+    set_threads(args.threads)
+    setup = setup_of(args.data, args.rows, args.rule_rows, args.state_rows, args.learn_rows)
+    summary = run(setup, args.pieces, args.folder, args.work, mixes_isa=args.mix_instruction_sets)
+    if (args.folder / CUT).is_file():
+        summary["cut"] = (args.folder / CUT).read_text(encoding="utf-8").splitlines()
+    write_json(args.folder / "summary.json", summary)
+    if "static" in summary:
+        write_text(args.folder / "power.md", power_table(summary))
+    for page in write_report(args.folder):
+        print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

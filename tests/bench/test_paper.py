@@ -1,0 +1,93 @@
+"""The committed run in pieces: what is unpacked, done and packed again, and how many rows a comparison needs."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_models import save_checkpoint, tiny_setup
+
+from bench import paper
+from dynskip.evaluation.report.write import write_report
+from dynskip.evaluation.stats.intervals import DETECTABLE
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+
+for package in ("datasets", "rouge_score", "sklearn", "scipy", "matplotlib"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install dynskip[eval]")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    with lzma.open(folder / paper.PACKED, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def setup_in(folder: Path, rows: int) -> Setup:
+    if not (folder / "before").exists():
+        save_checkpoint(folder / "before", seed=1)
+    changes = {"likelihood_prompts": rows, "rule_prompts": 4, "train_prompts": 4, "state_prompts": 4}
+    return tiny_setup(folder, backbone=str(folder / "before"), likelihood_only=True, **changes)
+
+
+def test_a_piece_starts_from_what_another_machine_has_committed(tmp_path: Path) -> None:
+    committed = tmp_path / "committed"
+    paper.run(setup_in(tmp_path, 4), ["static"], committed, tmp_path / "first", progress=False)
+    few = lines_of(committed)
+    # A longer run, in a new folder: the items of the shorter one are taken as they are.
+    summary = paper.run(setup_in(tmp_path, 8), ["static", "depth"], committed, tmp_path / "second", progress=False)
+    many = lines_of(committed)
+    assert all(line in many for line in few) and len(many) > len(few)
+    assert [json.dumps(line["item"], sort_keys=True) for line in many] == sorted(
+        json.dumps(line["item"], sort_keys=True) for line in many
+    )
+    assert (summary["static"]["n_nats"], summary["depth"]["n_nats"]) == (8, 8)
+    before = (committed / paper.PACKED).read_bytes()
+    again = paper.run(setup_in(tmp_path, 8), ["static", "depth"], committed, tmp_path / "third", progress=False)
+    assert (committed / paper.PACKED).read_bytes() == before, "nothing was missing, and the order is that of the items"
+    assert again["static"] == summary["static"]
+    for page in write_report(committed):
+        text = page.read_text(encoding="utf-8")
+        assert "Not run" in text and "the weights before any tuning" in text
+    table = [line.split() for line in paper.power_table(summary).splitlines() if "nats - backbone" in line]
+    assert [cells[7] for cells in table] == ["2", "4", "6"]
+
+
+def test_what_a_killed_run_has_left_is_packed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed, work = tmp_path / "committed", tmp_path / "work"
+    setup = setup_in(tmp_path, 8)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dynskip.evaluation.experiments.static.summarise", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            paper.run(setup, ["static"], committed, work, progress=False)
+    left = lines_of(committed)
+    assert left and not (committed / "summary.json").exists()
+    (committed / paper.PACKED).unlink()  # as after kill -9, which packs nothing
+    paper.run(setup, ["static"], committed, work, progress=False)
+    assert lines_of(committed) == left
+
+
+def test_token_ids_and_features_are_not_committed(tmp_path: Path) -> None:
+    with ItemStore(tmp_path / "work" / "items") as store:
+        for task in ("generate", "features"):
+            item = WorkItem(task, "c" * 16, "full", "d" * 16, "test", 0, 0)
+            store.add(item, {"rouge_l": [0.5], "token_ids": [[1, 2, 3]]}, 1.0)
+    assert paper.pack(tmp_path / "work", tmp_path / "committed") == 1
+    (line,) = lines_of(tmp_path / "committed")
+    assert line["result"] == {"rouge_l": [0.5]} and "apart" not in line
+
+
+@pytest.mark.parametrize(("seen", "needed"), [(0.02, 200), (0.04, 800), (0.01, 50), (None, None)])
+def test_rows_grow_with_the_square_of_what_is_seen(seen: float | None, needed: int | None) -> None:
+    row = {"margin": 0.02} if seen is None else {"margin": 0.02, "detectable": seen}
+    assert paper.rows_needed(row, 200) == needed
+    if seen == 0.02:  # by the textbook: (z of 0.975 + z of 0.8) standard deviations over the root of the rows
+        deviation = seen * math.sqrt(200) / DETECTABLE
+        assert math.ceil(round((DETECTABLE * deviation / 0.02) ** 2, 6)) == needed
