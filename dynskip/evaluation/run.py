@@ -110,6 +110,7 @@ class EvalRun:
         return {
             **setup.guarded(),
             **{name: getattr(setup, name) for name in GROWING},
+            "prompts": setup.num_judged,
             "model": setup.checkpoint.name,
             "num_layers": setup.num_layers,
             "hidden_size": llm.model.decoder_config.hidden_size,
