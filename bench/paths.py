@@ -283,7 +283,9 @@ def main() -> int:
     write_text(FOLDER / f"{args.model}.md", page(bench.results, args.model))
     write_text(FOLDER / f"{args.model}.svg", figure(bench.results))
     layers = {row["layers"] for row in bench.results}
-    return int(any(verdict(bench.results, each) == "MISSED" for each in layers))
+    verdicts = {each: verdict(bench.results, each) for each in sorted(layers, reverse=True)}
+    print(", ".join(f"{each} layers: {told}" for each, told in verdicts.items()))
+    return int("MISSED" in verdicts.values())
 
 
 if __name__ == "__main__":

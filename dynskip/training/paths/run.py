@@ -58,6 +58,9 @@ class PathsRun:
         num_layers = llm.model.num_layers
         texts = self.config.menu or default_menu(num_layers)
         menu = [LayerPath.parse(text, num_layers, llm.model) for text in texts]
+        budgets = [path.budget for path in menu]
+        if len(set(budgets)) < len(budgets):
+            raise ValueError(f"PathsConfig: menu must have one path of each number of layers, got {', '.join(texts)}.")
         use_cpu = self.device.type == "cpu"
         layers = {text: list(path.layers) for text, path in zip(texts, menu, strict=True)}
         record_start(
