@@ -374,9 +374,7 @@ def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], message: str
 
 
 def test_paths_of_as_many_layers_are_refused(llama: Path, prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"one path of each number of layers, got full, uniform:2, exit:2"
-    ):
+    with pytest.raises(ValueError, match=r"one path of each number of layers, got full, uniform:2, exit:2"):
         trained(small(llama, menu=("full", "uniform:2", "exit:2")), prompts, tmp_path)
 
 
