@@ -99,7 +99,7 @@ def shard_items(
     path: str,
     split: str,
     seed: int = 0,
-    grows: bool = False,
+    grows: Option = False,
     **options: Option,
 ) -> list[WorkItem]:
     """The items of ``task`` that go through the prompts of ``split`` once, with ``options`` beside those of all.
