@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import shlex
 import sys
@@ -37,7 +38,7 @@ EXAMPLES = """examples:
 It prints a line for curl and the address of its page once it is ready. SIGTERM or Ctrl-C ends it when the requests that
 have come are answered, the second one at once.
 """
-NEEDS = ("fastapi", "uvicorn", "httptools", "uvloop", "prometheus_client", "starlette", "pydantic")
+NEEDS = ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic")
 _MOST = 1_000_000
 
 
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ray_address is not None and args.replicas is None:
         raise UserError("--ray-address must be left out without --replicas, got one")
     try:
-        from dynskip.serving.server import log_to_stderr, run_in_loop
+        from dynskip.serving.server import log_to_stderr
 
         if args.replicas is not None:
             import dynskip.serving.replicas.cluster  # noqa: F401 - whether it is there
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         return _serve_replicas(args)
     set_threads(args.threads)
     with _bound(args) as bound, log_to_stderr():
-        return run_in_loop(_serve(args, bound))
+        return asyncio.run(_serve(args, bound))
 
 
 @contextmanager

@@ -8,13 +8,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
 
 import uvicorn
-import uvloop
 from fastapi import FastAPI
 
 LOG = logging.getLogger("dynskip.serving")
@@ -24,7 +22,6 @@ _CLEAN_UP_S = 5
 # closes it is lost. uvicorn's 5 lost such requests whenever the process had stood still for as long.
 KEEP_ALIVE_S = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-T = TypeVar("T")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -40,12 +37,6 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
-    """What ``main`` comes to in an event loop of its own: a stream's token costs less in uvloop's than in asyncio's."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
-
-
 class Server(uvicorn.Server):
     """Serves ``app`` until a signal comes.
 
@@ -58,7 +49,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http="h11",
                 ws="none",
                 lifespan="off",
                 log_config=None,
