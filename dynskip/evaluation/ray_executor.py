@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
+
+_CONNECT_S = 10.0
 
 
 class RayExecutor(Executor):
@@ -27,6 +30,7 @@ class RayExecutor(Executor):
             ) from None
         self._connects = not self._ray.is_initialized()
         if self._connects:
+            _check_answers(address)
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         self._resource = "CPU" if device == "cpu" else "GPU"
         options = {"num_cpus": 1, "num_gpus": int(device != "cpu"), "max_retries": 0, "scheduling_strategy": "SPREAD"}
@@ -53,6 +57,16 @@ class RayExecutor(Executor):
                 self._ray.cancel(reference)
         if self._connects:
             self._ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConnectionError where nobody listens at HOST:PORT: Ray itself would try for ten minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+        except OSError as error:
+            raise ConnectionError(f"RayExecutor: a cluster must answer at {address}, got {error}.") from error
 
 
 def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

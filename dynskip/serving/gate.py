@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -82,9 +83,9 @@ class Gate:
         finally:
             milliseconds = 1e3 * (time.monotonic() - begin_s)
             level = logging.DEBUG if scope["path"] == _POLLED and answer.status < 400 else logging.INFO
-            LOG.log(
-                level, "%s %s %s %d %.0f ms", request_id, scope["method"], scope["path"], answer.status, milliseconds
-            )
+            # As it was sent: decoded it could hold the end of a line.
+            path = quote(scope["path"])
+            LOG.log(level, "%s %s %s %d %.0f ms", request_id, scope["method"], path, answer.status, milliseconds)
 
     async def _pass(self, scope: Scope, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN:

@@ -269,6 +269,16 @@ def test_a_bug_is_a_500_that_tells_clients_and_log_nothing_of_the_prompt(
     assert "secret" not in caplog.text
 
 
+def test_a_path_writes_no_line_of_its_own_into_the_log(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with local(llm) as server:
+            assert (await server.client.get("/v1/models/%0d%0aforged")).status_code == 404
+
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main())
+    assert "/v1/models/%0D%0Aforged 404" in caplog.text and "\nforged" not in caplog.text
+
+
 # The gate
 
 
