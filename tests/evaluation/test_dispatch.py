@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -291,12 +292,23 @@ def never(item: WorkItem) -> Outcome:
 def test_the_adapter_of_ray(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay(is_connected=False)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    found = outcomes(crew(lambda: RayExecutor("here:1", device), None), 9)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        found = outcomes(crew(lambda: RayExecutor(address, device), None), 9)
+        with Dispatch(crew(lambda: RayExecutor(address, device), None), print) as dispatch:
+            assert dispatch.num_at_once == (4 if device == "cuda" else 6)
     assert all(outcome.result == {"twice": 2 * shard} for shard, outcome in found.items())
     gpus = int(device == "cuda")
-    assert ray.calls == [("init", "here:1"), ("remote", (1, gpus, 0)), ("shutdown", None)]
-    with Dispatch(crew(lambda: RayExecutor("here:1", device), None), print) as dispatch:
-        assert dispatch.num_at_once == (4 if device == "cuda" else 6)
+    assert ray.calls[:3] == [("init", address), ("remote", (1, gpus, 0)), ("shutdown", None)]
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_an_address_where_no_cluster_answers_is_an_error_at_once(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(is_connected=False))
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        address = f"{prefix}127.0.0.1:{gone.getsockname()[1]}"
+    with pytest.raises(ConnectionError, match=f"a cluster must answer at {address}"):
+        RayExecutor(address)
 
 
 def test_a_connection_to_ray_that_was_there_stays_and_what_waits_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
