@@ -78,6 +78,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("--state-prompts", type=int, metavar="N", help="prompts for hidden states (default: as many)")
     sweep.add_argument("--seeds", type=int, metavar="N", help="how often what is drawn is drawn (default: 3)")
     sweep.add_argument(
+        "--draws", type=int, metavar="N", help="sampled texts of a prompt along a path (default: four for each seed)"
+    )
+    sweep.add_argument(
         "--controller-seeds",
         type=int,
         metavar="N",

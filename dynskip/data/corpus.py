@@ -21,6 +21,11 @@ class Instruction:
     input: str
     output: str
 
+    @property
+    def user_turn(self) -> str:
+        """What a user of a chat says: what is asked, and behind an empty line its input."""
+        return "\n\n".join(part for part in (self.instruction, self.input) if part)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:

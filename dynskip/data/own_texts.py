@@ -64,7 +64,7 @@ def user_turn_opening(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], in
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "user_turn_opening: model must come with a chat template, got none. Write no turns of its own."
+            "user_turn_opening: model must come with a chat template, got none. Use --own-turns 0, no turns of its own."
         )
     mark = "\ue000"
     written = tokenizer.apply_chat_template(
@@ -73,7 +73,10 @@ def user_turn_opening(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], in
     before, _, behind = str(written).partition(mark)
     end = tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
     if not behind or not end or end[0] not in tokenizer.all_special_ids:
-        raise ValueError("user_turn_opening: chat template must end a turn with a control token, got text.")
+        raise ValueError(
+            "user_turn_opening: chat template must end a turn with a control token, got text. Use --own-turns 0, no "
+            "turns of its own."
+        )
     return list(tokenizer(before, add_special_tokens=False)["input_ids"]), end[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from dynskip.serving.answers import as_json
-from dynskip.serving.errors import APIError, validation_error
+from dynskip.serving.errors import APIError, not_json, validation_error
 from dynskip.serving.gate import MAX_BODY, Gate
 from dynskip.serving.page_files import PAGE_ROUTER
 from dynskip.serving.routes import ROUTER
@@ -91,7 +92,9 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """No such route, or another method of it."""
+    """No such route, or another method of it, or JSON that its parser gives up at."""
     assert isinstance(error, HTTPException), "registered for these"
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return await _on_api_error(request, not_json())
     found = APIError(error.status_code, str(error.detail), code="http_error", headers=error.headers)
     return await _on_api_error(request, found)

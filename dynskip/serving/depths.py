@@ -130,6 +130,10 @@ class DepthTable:
             named = self._at_least(depth, "depth")
         else:
             named = self._default if by_name is None else by_name
+        if draft == _AUTO and not self._has_searched_draft:
+            raise bad_request(
+                f"draft: it must be a path or {_NO_DRAFT} where no search has looked for a draft, got {_AUTO}.", "draft"
+            )
         try:
             return Depth(named, self.draft(self._default_draft if draft is None else draft, named.path))
         except (TypeError, ValueError) as error:
@@ -147,6 +151,11 @@ class DepthTable:
             found = self._auto_draft
             return found if path.budget == self._num_layers else None
         return Draft(self.parse(text).path)
+
+    @cached_property
+    def _has_searched_draft(self) -> bool:
+        found = self._model.found_paths
+        return found is not None and found.searched_draft
 
     @cached_property
     def _auto_draft(self) -> Draft | None:

@@ -10,6 +10,7 @@ from typing import Any
 from dynskip.arguments import is_own_error
 from dynskip.engine.request import RequestError
 
+# Of the library's own errors those that name a field of a request.
 _NAMED = re.compile(r"(?:SamplingParams|add_request): (?!token_ids)(\w+) must ")
 # By status: the ``type`` that OpenAI's clients know, and a ``code``.
 _KINDS = {
@@ -66,8 +67,14 @@ def as_api_error(error: Exception, param: str | None = None) -> APIError | None:
         return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="request_failed")
     if isinstance(error, ValueError | TypeError) and is_own_error(error):
         named = _NAMED.match(str(error))
-        return bad_request(str(error), named[1] if named else param)
+        return bad_request(_of_field(str(error), named[1] if named else param), named[1] if named else param)
     return None
+
+
+def _of_field(message: str, field: str | None) -> str:
+    """An error of the library's as one of a field: what a client has not called is not named."""
+    says = message.partition(": ")[2]
+    return says if field is None else f"{field}: {re.sub(rf'^{re.escape(field)}(?= must )', 'it', says)}"
 
 
 def told(error: Exception, param: str | None = None) -> APIError:
@@ -83,6 +90,11 @@ def internal_error() -> APIError:
     return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, "The server has failed at this request; its log says where.")
 
 
+def not_json() -> APIError:
+    """Of a body that is no JSON, or none that can be read."""
+    return bad_request("body: it must be JSON, got something else.", None, "invalid_json")
+
+
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first of pydantic's ``errors``, with the name of its field. What the client sent is not repeated."""
     first = errors[0]
@@ -90,5 +102,5 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     place = first["loc"][1:]
     param = str(place[0]) if place and isinstance(place[0], str) else None
     if first["type"] == "json_invalid":
-        return bad_request("body: it must be JSON, got something else.", None, "invalid_json")
+        return not_json()
     return bad_request(f"{'.'.join(map(str, place)) or 'body'}: {first['msg']}.", param)

@@ -103,7 +103,7 @@ def sampling_params(request: Sampled, max_tokens: int | None) -> SamplingParams:
 
 def _num_logprobs(request: Sampled) -> int | None:
     if isinstance(request, ChatRequest):
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise bad_request("top_logprobs: logprobs must be true with it, got none.", "top_logprobs")
         return (request.top_logprobs or 0) if request.logprobs else None
     assert isinstance(request, CompletionRequest), "there are two kinds"

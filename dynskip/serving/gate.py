@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -23,6 +24,8 @@ from dynskip.serving.sse import ClientGone
 LOG = logging.getLogger("dynskip.serving")
 # Of a request's body, in bytes.
 MAX_BODY = 16 * 2**20
+# Seconds in which nothing of a body may come: one that never ends would keep a server from draining.
+BODY_TIMEOUT_S = 30.0
 # What needs no key: probes, metrics, and what a browser asks for before it has one.
 _OPEN = frozenset(("/health", "/version", "/metrics", "/openapi.json")) | PAGE_ROUTES
 # What a page asks for several times a second: no line in the log, unless it is refused.
@@ -112,7 +115,11 @@ class Gate:
             raise self._too_large()
         parts, size, is_last = [], 0, False
         while not is_last:
-            message = await receive()
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    message = await receive()
+            except TimeoutError as error:
+                raise APIError(408, "body: it must come without long breaks, got a part of it.") from error
             if message["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(message.get("body", b""))

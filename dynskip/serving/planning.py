@@ -73,10 +73,13 @@ class Planner:
     async def chat(self, body: ChatRequest, request_id: str) -> Plan:
         """What ``body`` asks for; an APIError names what is wrong."""
         check_others(body)
-        given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        given: int | None = getattr(body, limit)
+        if given is not None and given < 1:
+            raise bad_request(f"{limit}: it must be at least 1, got {given}.", limit)
         envelope, depth, params = self._begun("chat", body, request_id, given)
         prompt = await self._reader.chat(body.messages)
-        self._room(len(prompt), given, "messages")
+        self._room(len(prompt), given, "messages", limit)
         job = Job([(prompt, params)], depth, "messages", bool(body.return_token_ids))
         return Plan("chat", body, envelope, job)
 
@@ -92,7 +95,7 @@ class Planner:
         params = sampling_params(body, max_tokens)
         return Envelope(kind, request_id, int(time.time()), body.model or self._table.name), depth, params
 
-    def _room(self, num_prompt: int, max_tokens: int | None, field: str) -> int:
+    def _room(self, num_prompt: int, max_tokens: int | None, field: str, limit: str = "max_tokens") -> int:
         """The tokens that fit behind a prompt; an APIError where it, or what is asked for, does not fit."""
         longest = self._max_context_len
         if num_prompt >= longest:
@@ -103,9 +106,9 @@ class Planner:
             )
         if max_tokens is not None and num_prompt + max_tokens > longest:
             raise bad_request(
-                f"max_tokens: prompt and max_tokens must be at most {longest} tokens together, got {num_prompt} and "
+                f"{limit}: prompt and {limit} must be at most {longest} tokens together, got {num_prompt} and "
                 f"{max_tokens}.",
-                "max_tokens",
+                limit,
                 _TOO_LONG,
             )
         return longest - num_prompt

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from evaluation_models import arguments, item_lines, tiny_setup
 
@@ -47,22 +48,32 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     nodes.shutdown()
 
 
+def workers_of(node: Any) -> list[psutil.Process]:
+    """The processes of ``node`` that do items, or wait for some."""
+    (raylet,) = [each.process.pid for each in node.all_processes["raylet"]]
+    found = psutil.Process(raylet).children(recursive=True)
+    return [process for process in found if " ".join(process.cmdline()).startswith("ray::")]
+
+
 def test_a_killed_node_changes_nothing(cluster: Any, tmp_path: Path) -> None:
     tiny_setup(tmp_path)
     killed = cluster.add_node(num_cpus=1, object_store_memory=MEMORY_BYTES)
     cluster.wait_for_nodes()
-    shards = ("--shard-size", "1")
+    shards = ("--prompts", "60", "--shard-size", "1")
     command = arguments(tmp_path, tmp_path / "run", *shards, "--executor", f"ray:{cluster.address}", experiment="depth")
-    run = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "dynskip", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 300
-    while not item_lines(tmp_path / "run" / "items") and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    cluster.remove_node(killed, allow_graceful=False)
-    num_before = len(item_lines(tmp_path / "run" / "items"))
-    _, error = run.communicate(timeout=300)
-    assert run.returncode == 0, error
+    ) as run:
+        deadline = time.monotonic() + 300
+        while not item_lines(tmp_path / "run" / "items") and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for worker in workers_of(killed):
+            worker.suspend()  # it has an item, or is handed one that it never does
+        time.sleep(1)
+        num_before = len(item_lines(tmp_path / "run" / "items"))
+        cluster.remove_node(killed, allow_graceful=False)
+        _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error
     assert main(arguments(tmp_path, tmp_path / "one", *shards, experiment="depth")) == 0
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "one")]
     assert summaries[0]["depth"] == summaries[1]["depth"]

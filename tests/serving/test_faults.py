@@ -13,6 +13,7 @@ from models import NUM_LAYERS
 
 from dynskip import LLM, LayerPath, RequestError
 from dynskip.engine.step import StepExecution
+from dynskip.serving import gate
 from dynskip.serving.limits import Admission
 from dynskip.serving.prompts import PromptReader
 
@@ -352,6 +353,23 @@ def test_a_body_beyond_the_limit_is_a_413(llm: LLM) -> None:
                 assert answer.status_code == 413
                 assert answer.json()["error"]["code"] == "body_too_large"
                 assert "at most 200 bytes" in answer.json()["error"]["message"]
+
+    run(main())
+
+
+def test_a_body_that_does_not_end_is_a_408(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "BODY_TIMEOUT_S", 0.05)
+
+    async def main() -> None:
+        async with local(llm) as server:
+
+            async def parts() -> Any:
+                yield json.dumps(LONG).encode()[:9]
+                await asyncio.sleep(600)
+
+            answer = await server.client.post(ROUTE, content=parts(), headers=JSON)
+            assert answer.status_code == 408
+            assert answer.json()["error"]["type"] == "invalid_request_error"
 
     run(main())
 

@@ -117,39 +117,39 @@ class Running:
 @contextmanager
 def serving(*options: str) -> Iterator[Running]:
     """A server of two replicas that is ready."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*SERVE, "--replicas", "2", *options],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    log: list[str] = []
-    ready = threading.Event()
+    ) as process:
+        log: list[str] = []
+        ready = threading.Event()
 
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.append(line)
-            if line.startswith("dynskip serves "):
-                ready.set()
-        ready.set()
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.append(line)
+                if line.startswith("dynskip serves "):
+                    ready.set()
+            ready.set()
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert ready.wait(TIMEOUT_S)
-        (line,) = [line for line in log if line.startswith("dynskip serves ")] or pytest.fail("".join(log))
-        yield Running(process, line.split()[-1].removesuffix("/v1"), log)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        reader = threading.Thread(target=read)
+        reader.start()
         try:
-            process.wait(120)
+            assert ready.wait(TIMEOUT_S)
+            (line,) = [line for line in log if line.startswith("dynskip serves ")] or pytest.fail("".join(log))
+            yield Running(process, line.split()[-1].removesuffix("/v1"), log)
         finally:
-            process.kill()
-            reader.join()
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(120)
+            finally:
+                process.kill()
+                reader.join()
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_the_openai_client_reads_streams_and_errors(server: Running, llm: LLM) -
     (expected,) = llm.generate([llm.chat_prompt("Name a cheese.")], params, LayerPath.uniform(24, 8))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected.text
     assert chunks[-1].usage.completion_tokens == len(expected.token_ids)
-    with pytest.raises(openai.BadRequestError, match="path must be full"):
+    with pytest.raises(openai.BadRequestError, match="path: it must be full"):
         client.completions.create(model="mini", prompt="x", extra_body={"path": "sideways"})
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt="x")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dynskip import LLM, LayerPath
 from dynskip.cli import main
 from dynskip.data import own_texts
+from dynskip.data.corpus import Instruction
 from dynskip.data.own_texts import Writing, user_turn_opening, write_texts
 from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.training.paths import model as paths_model
@@ -182,6 +183,11 @@ def test_what_is_no_turn_and_what_no_answer_is_left_out() -> None:
     assert not own_texts._is_answer("  \n") and not own_texts._is_answer("it goes on and on and " * 6)
 
 
+def test_a_users_turn_has_the_input_of_its_row() -> None:
+    assert Instruction("Translate this.", "Bonjour", "Hello").user_turn == "Translate this.\n\nBonjour"
+    assert Instruction("Name a river.", "", "The Seine").user_turn == "Name a river."
+
+
 def test_a_users_turn_needs_a_template_that_ends_it(llama: Path, checkpoint: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
     opening, end = user_turn_opening(tokenizer)
@@ -243,7 +249,9 @@ def test_a_killed_training_ends_with_the_same_bits(
 ) -> None:
     config = small(llama, **changes)
     name = "model.safetensors" if config.method == "full" else "adapter_model.safetensors"
-    whole = load_file(trained(config, prompts, tmp_path / "whole") / name)
+    folder = trained(config, prompts, tmp_path / "whole")
+    assert not (folder / "README.md").exists(), "an empty form is no card"
+    whole = load_file(folder / name)
     after_step = PathsTrainer.after_step
 
     def kill(trainer: PathsTrainer, control: Any) -> None:

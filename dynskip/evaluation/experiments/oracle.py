@@ -49,7 +49,7 @@ def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
     if most > num_draws and not setup.likelihood_only:
         raise ValueError(
             f"eval: candidates must be at most the {num_draws} draws of each prompt, got {most} with the full "
-            "depth. Give fewer --candidates or more --seeds."
+            "depth. Give fewer --candidates or more --draws."
         )
     items: list[WorkItem] = []
     for members in _families(setup).values():

@@ -53,10 +53,12 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
     """Title, subtitle and blocks of the report of ``summary``."""
     conditions = summary["conditions"]
     title = f"Dynamic layer selection on {conditions.get('model', 'an unnamed model')}"
+    num_run = sum(1 for key in SECTIONS if (summary.get(key) or {}).get("rows"))
+    which = "All" if num_run == len(SECTIONS) else f"{num_run} of {len(SECTIONS)}"
     subtitle = (
-        "Every experiment of arXiv 2410.20022, *Dynamic layer selection in decoder-only transformers*, rerun on one "
+        f"{which} experiments of arXiv 2410.20022, Dynamic layer selection in decoder-only transformers, rerun on one "
         "checkpoint, with 95 % intervals, the controls that the paper lacked, and seconds beside layers."
-    ).replace("*", "")
+    )
     told = in_short(summary)
     blocks: list[Block] = [Heading("In short"), Items(told)] if told else []
     blocks += [*_conditions(summary), *_limits(summary)]

@@ -93,7 +93,7 @@ def templated(tokenizer: Any, template: str, instruction: str, input_text: str) 
         return token_ids
     if tokenizer.chat_template is None:
         raise ValueError("eval: template must be alpaca or short with a tokenizer that has no chat template, got chat.")
-    return encode_prompt(tokenizer, "\n\n".join(part for part in (instruction, input_text) if part))
+    return encode_prompt(tokenizer, Instruction(instruction, input_text, "").user_turn)
 
 
 @lru_cache(maxsize=1)

@@ -18,8 +18,9 @@ PAPER_LAYERS = 24
 PAPER_BUDGETS = (4, 8, 12, 16, 20)
 PAPER_CANDIDATES = (4, 8, 12)
 RULES = ("uniform", "searched")
-GROWING = ("likelihood_prompts", "rule_prompts", "state_prompts", "train_prompts")
-SAMPLES_PER_SEED = 4  # best-of-4 compares as many draws as the oracle has depths
+GROWING = ("likelihood_prompts", "rule_prompts", "state_prompts", "train_prompts", "draws")
+# Of each seed where no number of draws is given: best-of-4 compares as many draws as the oracle has depths.
+DRAWS_PER_SEED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Setup:
     generated, and nothing is timed. labels, labels_hash: the T0 file,
     label_prompts: rows of it that have closed labels. margin_rouge_l, margin_nats, margin_match: differences to full
     depth that count as none, of ROUGE-L, of nats a token and of the share of right labels.
-    seeds: how often what is drawn is drawn. max_tokens: new tokens at most. temperature, top_p: of sampled generations.
+    seeds: how often what is drawn is drawn. draws: sampled generations of a prompt along a path (0: four for each of
+    the seeds). max_tokens: new tokens at most. temperature, top_p: of sampled generations.
     shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how often each is timed, in
     turns. resamples: of each bootstrap. timed_on: the name of the machine that is timed; "" for this one.
     """
@@ -71,6 +73,7 @@ class Setup:
     margin_nats: float = 0.02
     margin_match: float = 0.02
     seeds: int = 3
+    draws: int = 0
     max_tokens: int = 128
     temperature: float = 0.7
     top_p: float = 1.0
@@ -227,7 +230,7 @@ class Setup:
     @property
     def sample_seeds(self) -> range:
         """The seeds of the sampled generations that each prompt has along each candidate."""
-        return range(1, SAMPLES_PER_SEED * self.seeds + 1)
+        return range(1, (self.draws or DRAWS_PER_SEED * self.seeds) + 1)
 
     @property
     def full_checkpoint(self) -> Checkpoint:
@@ -255,7 +258,7 @@ class Setup:
     def guarded(self) -> dict[str, Any]:
         """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come.
 
-        So may more references, and more prompts to learn from: the items of fewer are among theirs.
+        So may more references, more prompts to learn from and more draws: the items of fewer are among theirs.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("data", "labels", "controllers", "controller_seeds", "timed_on", "likelihood_only", *GROWING):

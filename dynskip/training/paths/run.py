@@ -73,7 +73,7 @@ class PathsRun:
             layers=layers,
         )
         torch.manual_seed(self.config.seed)
-        prompts = [row.instruction for path in self.data for row in read_rows(path)]
+        prompts = [row.user_turn for path in self.data for row in read_rows(path)]
         writing = Writing(
             self.config.num_own_turns,
             self.config.num_data_turns,
@@ -123,6 +123,7 @@ class PathsRun:
                 if self.config.precision == "bfloat16":
                     adapter.to(torch.bfloat16)
                 adapter.save_pretrained(str(partial_folder), save_embedding_layers=False)
+                (partial_folder / "README.md").unlink(missing_ok=True)  # a form of a card, not filled in
                 model = CausalLM.from_pretrained(self.config.model, adapter=partial_folder)
             # `found:B` is then what was trained.
             layers = {path.budget: path.layers for path in menu if path.budget < path.num_layers}
