@@ -54,7 +54,7 @@ def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows:
         "rule": "searched",
         "template": "chat",
         "likelihood_only": not has_texts,
-        "prompts": 1000,
+        "prompts": 500,
         "draws": 4,
         "likelihood_prompts": rows,
         "rule_prompts": rule_rows,
@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--rule-rows", type=int, default=50, metavar="N", help="rows along paths of other rules (50)")
     parser.add_argument("--state-rows", type=int, default=50, metavar="N", help="rows for hidden states (50)")
     parser.add_argument("--learn-rows", type=int, default=250, metavar="N", help="validation rows for routers (250)")
-    parser.add_argument("--texts", action="store_true", help="texts of 1,000 rows, too, and what is timed")
+    parser.add_argument("--texts", action="store_true", help="texts of 500 rows, too, and what is timed")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the items (1)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the items are committed")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper-smollm2", help="the run folder")

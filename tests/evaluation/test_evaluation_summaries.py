@@ -83,6 +83,12 @@ def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None
         assert f"{best[0]} at a budget of {best[1]:g}, captures {percent(shares[best])} of the oracle's gain." in told
 
 
+def test_more_draws_belong_to_the_same_run(tmp_path: Path) -> None:
+    four, six = tiny_setup(tmp_path), tiny_setup(tmp_path, draws=6)
+    assert [list(setup.sample_seeds) for setup in (four, six)] == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
+    assert four.guarded() == six.guarded()
+
+
 def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with ItemStore(tmp_path / "items") as store:
         setup = made_up_setup(candidates=(4, 8, 12, 16))
