@@ -3,7 +3,7 @@
 python -m bench.paper --data alpaca_data.json.xz              every piece that needs no texts, what is missing of it
 python -m bench.paper --data alpaca_data.json.xz static depth     these pieces alone, in this order
 python -m bench.paper --data alpaca_data.json.xz --rows 200       on so many rows; they are the first of a longer run
-python -m bench.paper --data alpaca_data.json.xz --texts oracle   texts, too: greedy ones and draws, scored by ROUGE-L
+python -m bench.paper --data alpaca_data.json.xz --text-rows 300 oracle    texts, too: greedy ones and draws, by ROUGE-L
 
 A piece is an experiment of `dynskip eval`. Items are unpacked into a run folder, the missing ones done there, and all
 of them packed again: token ids and what routers read of prompts are left out, which are large and come again when they
@@ -44,7 +44,7 @@ PIECES = ("static", "depth", "oracle", "router", "hidden-states")
 NOT_PACKED = frozenset(("features",))
 
 
-def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, has_texts: bool = False) -> Setup:
+def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, text_rows: int = 0) -> Setup:
     """The run: the tuned model along searched paths, beside the same weights before any tuning."""
     options: dict[str, Any] = {
         "budgets": (27, 25, 20, 15),
@@ -53,8 +53,8 @@ def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows:
         "searched": FOUND_PATHS_FOLDER / f"{BASE}.json",
         "rule": "searched",
         "template": "chat",
-        "likelihood_only": not has_texts,
-        "prompts": 500,
+        "likelihood_only": not text_rows,
+        "prompts": text_rows or rows,
         "draws": 4,
         "likelihood_prompts": rows,
         "rule_prompts": rule_rows,
@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--rule-rows", type=int, default=50, metavar="N", help="rows along paths of other rules (50)")
     parser.add_argument("--state-rows", type=int, default=50, metavar="N", help="rows for hidden states (50)")
     parser.add_argument("--learn-rows", type=int, default=250, metavar="N", help="validation rows for routers (250)")
-    parser.add_argument("--texts", action="store_true", help="texts of 500 rows, too, and what is timed")
+    parser.add_argument("--text-rows", type=int, default=0, metavar="N", help="rows with texts, timed, too (0)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the items (1)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the items are committed")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper-smollm2", help="the run folder")
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--mix-instruction-sets", action="store_true", help="go on where another kind of CPU began")
     args = parser.parse_args()
     set_threads(args.threads)
-    setup = setup_of(args.data, args.rows, args.rule_rows, args.state_rows, args.learn_rows, args.texts)
+    setup = setup_of(args.data, args.rows, args.rule_rows, args.state_rows, args.learn_rows, args.text_rows)
     summary = run(
         setup,
         args.pieces,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation_models import tiny_setup
 from made_up_results import made_up_setup, summary_of
 
 from dynskip.evaluation.registry import EXPERIMENTS, section_name
@@ -13,6 +14,7 @@ from dynskip.evaluation.report.evidence import ceiling
 from dynskip.evaluation.report.numbers import percent
 from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.generations import generate_items
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
 
@@ -86,7 +88,11 @@ def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None
 def test_more_draws_belong_to_the_same_run(tmp_path: Path) -> None:
     four, six = tiny_setup(tmp_path), tiny_setup(tmp_path, draws=6)
     assert [list(setup.sample_seeds) for setup in (four, six)] == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
-    assert four.guarded() == six.guarded()
+    assert four.guarded() == six.guarded() | {"prompts": four.prompts}
+    more = tiny_setup(tmp_path, draws=6, prompts=20)
+    assert more.guarded() == six.guarded()
+    few, many = (set(generate_items(setup, setup.checkpoint, ["full"])) for setup in (six, more))
+    assert few < many, "12 prompts are 3 shards of 4, whole ones of the longer run"
 
 
 def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:

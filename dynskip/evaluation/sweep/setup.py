@@ -41,9 +41,10 @@ class Setup:
     label_prompts: rows of it that have closed labels. margin_rouge_l, margin_nats, margin_match: differences to full
     depth that count as none, of ROUGE-L, of nats a token and of the share of right labels.
     seeds: how often what is drawn is drawn. draws: sampled generations of a prompt along a path (0: four for each of
-    the seeds). max_tokens: new tokens at most. temperature, top_p: of sampled generations.
-    shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how often each is timed, in
-    turns. resamples: of each bootstrap. timed_on: the name of the machine that is timed; "" for this one.
+    the seeds); where they are given a run may grow by prompts, too. max_tokens: new tokens at most. temperature, top_p:
+    of sampled generations. shard_size: prompts of one item. timed_batch: sequences of a timed batch; timed_rounds: how
+    often each is timed, in turns. resamples: of each bootstrap. timed_on: the name of the machine that is timed; "" for
+    this one.
     """
 
     checkpoint: Checkpoint
@@ -263,6 +264,8 @@ class Setup:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("data", "labels", "controllers", "controller_seeds", "timed_on", "likelihood_only", *GROWING):
             del fields[name]
+        if self.draws:
+            del fields["prompts"]
         return fields | {
             "checkpoint": self.checkpoint.hash,
             "siblings": {str(budget): sibling.hash for budget, sibling in self.siblings},

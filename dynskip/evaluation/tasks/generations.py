@@ -68,7 +68,8 @@ def generate_items(
     """The items that generate for every prompt of ``split`` along each of ``paths``, greedily for seed 0."""
     split = split or setup.split
     drawn = {} if seed == GREEDY else {"temperature": setup.temperature, "top_p": setup.top_p}
-    return shard_items(setup, "generate", checkpoint, " ".join(paths), split, seed, dtype=setup.dtype, **drawn)
+    grows = bool(setup.draws)
+    return shard_items(setup, "generate", checkpoint, " ".join(paths), split, seed, grows, dtype=setup.dtype, **drawn)
 
 
 def run_generate(item: WorkItem, context: Context) -> dict[str, Any]:
