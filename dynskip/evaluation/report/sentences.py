@@ -11,7 +11,7 @@ from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES, FEATURES, RULES, WEIGHTS
 from dynskip.evaluation.report.numbers import MISSING, interval, number, percent, signed
-from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, select
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
 
 def hidden_states(section: Row, summary: Summary) -> list[str]:
@@ -234,6 +234,30 @@ def oracle(section: Row, summary: Summary) -> list[str]:
         found = claims.surviving(section, family)
         if found is not None:
             lines += [f"{of}, {text}." for text in _surviving(found)]
+    return lines + oracle_in_nats(section)
+
+
+# What chooses by log-likelihood: for what, and the control that chooses among as many paths of one depth.
+_IN_NATS = {
+    "oracle": ("for each sequence", "equal depth, greedy"),
+    "oracle per token": ("for each token", "equal depth per token"),
+}
+
+
+def oracle_in_nats(section: Row) -> list[str]:
+    """What of the oracle's gain by log-likelihood paths of one depth have, too: a choice that has no depth in it."""
+    lines = []
+    for family in families_of(section, metric="surviving_share_nats"):
+        for chooser, (each, control) in _IN_NATS.items():
+            labels = {"family": family, "place": "matching", "control": control, "reference": chooser}
+            share = find(section, metric="surviving_share_nats", **labels)
+            gain = find(section, metric="gain_nats", family=family, place="matching", control=chooser)
+            if share is not None and gain is not None:
+                lines.append(
+                    f"By log-likelihood, with {FAMILIES.get(family, family)}, an oracle that chooses a depth {each} "
+                    f"gains {signed(gain)} nats a token at a mean of {gain['at']:g} layers over dealing its depths at "
+                    f"random; a choice among as many paths of one depth gains {percent(share)} of that."
+                )
     return lines
 
 
@@ -348,7 +372,36 @@ def router(section: Row, summary: Summary) -> list[str]:
                 f"{of}, the one that gains most (picked as such, so its share flatters it), {found.best['predictor']} "
                 f"at a budget of {found.best['at']:g}, captures {percent(found.best)} of the oracle's gain."
             )
+    return lines + router_in_nats(section)
+
+
+def router_in_nats(section: Row) -> list[str]:
+    """By log-likelihood: the routers that learned from most prompts, the one that gains most, and the cascade."""
+    lines = []
+    for family in families_of(section, metric="captured_share_nats"):
+        shares = select(section, metric="captured_share_nats", family=family)
+        size = max(row["size"] for row in shares)
+        largest = [row for row in shares if row["size"] == size and row["predictor"] != "cascade"]
+        if not largest:
+            continue
+        best = max(largest, key=lambda row: float(row["value"]))
+        over = find(section, metric="over_static_nats", **{name: best[name] for name in _ROUTER})
+        above = sum(direction(row) > 0 for row in largest)
+        lines.append(
+            f"By log-likelihood, with {FAMILIES.get(family, family)}, {above} of {len(largest)} routers that learned "
+            f"from {size:,} prompts capture a share of the oracle's gain with an interval above zero; the one that "
+            f"captures most (picked as such, so its share flatters it), {best['predictor']} on {best['features']}, "
+            f"captures {percent(best)} of it and gains {signed(over)} nats a token over the best mix of fixed depths."
+        )
+        cascade = find(section, metric="captured_share_nats", family=family, predictor="cascade")
+        if cascade is not None:
+            lines.append(
+                f"A cascade, the shallowest path first and full depth where it is unsure, captures {percent(cascade)}."
+            )
     return lines
+
+
+_ROUTER = ("family", "predictor", "features", "size", "at")
 
 
 def depth(section: Row, summary: Summary) -> list[str]:
