@@ -26,8 +26,8 @@ constexpr int64_t kAmxPanelOutputs = 32;
 constexpr int64_t kBlockElements = kTileInputs * kAmxPanelOutputs; // of a panel, for the inputs of one tile
 constexpr int64_t kBlockBytes = kBlockElements * 2;
 constexpr int64_t kAheadBytes = 8 * 1024;
-// Where many rows pass over a panel, the part of it that stays in the first cache meanwhile, in blocks of inputs.
-constexpr int64_t kChunkBlocks = 8;
+// Where many rows pass over a panel, the part of it that stays in the first cache meanwhile, in blocks of inputs at most.
+constexpr int64_t kMostChunkBlocks = 9;
 
 // Sums in tiles 0..3: two blocks of rows by two of outputs; rows in 4 and 5, weights in 6 and 7.
 void configure(int64_t upper_rows, int64_t lower_rows) {
@@ -124,16 +124,18 @@ void multiply_chunk(
 // read from the second cache, and the panel's from the first. Storing sums between chunks changes no bit.
 void multiply_chunks(const Product<BFloat16>& product, int64_t begin_panel, int64_t end_panel, float* sums) {
   const int64_t num_blocks = packed_inputs<BFloat16>(product.num_inputs) / kTileInputs;
+  const int64_t num_chunks = (num_blocks + kMostChunkBlocks - 1) / kMostChunkBlocks;
+  const int64_t chunk_blocks = (num_blocks + num_chunks - 1) / num_chunks; // a short last chunk moves as many sums
   const int64_t num_passes = (product.num_rows + 2 * kTileRows - 1) / (2 * kTileRows);
   const int64_t num_ahead = (kBlockBytes / num_passes + 63) / 64 * 64;
   const auto weight_at = [&](int64_t panel, int64_t block) {
     return product.weight + (panel * num_blocks + block) * kBlockElements;
   };
-  for (int64_t block = 0; block < num_blocks; block += kChunkBlocks) {
-    const int64_t count = std::min(kChunkBlocks, num_blocks - block);
+  for (int64_t block = 0; block < num_blocks; block += chunk_blocks) {
+    const int64_t count = std::min(chunk_blocks, num_blocks - block);
     for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
       const BFloat16* next =
-          panel + 1 < end_panel ? weight_at(panel + 1, block) : weight_at(begin_panel, block + kChunkBlocks);
+          panel + 1 < end_panel ? weight_at(panel + 1, block) : weight_at(begin_panel, block + chunk_blocks);
       const char* ahead = reinterpret_cast<const char*>(next);
       float* panel_sums = sums + (panel - begin_panel) * product.num_rows * kAmxPanelOutputs;
       configure(kTileRows, kTileRows);
