@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench.report.drafts import page
-from bench.speculation.beside_transformers import CONSTANT_LENGTHS, NearTies, TransformersDrafts
+from bench.speculation.beside_transformers import CONSTANT_LENGTHS, TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.scaled import Scaled
 from dynskip.causal_lm import CausalLM
@@ -36,7 +36,7 @@ from dynskip.costs.defaults import known_costs
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.files import write_text
-from dynskip.measure.agreement import Gate
+from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.timing import interleave

@@ -13,12 +13,12 @@ from models import cpu_backend
 
 from bench import drafts
 from bench.report.drafts import key_table, page
-from bench.speculation.beside_transformers import NearTies, TransformersDrafts
+from bench.speculation.beside_transformers import TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.scaled import Scaled, measured_agreement
 from dynskip import CausalLM, LayerPath
 from dynskip.engine.drafting import Drafting, forget_acceptance
-from dynskip.measure.agreement import Gate
+from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.hf_model import only_layers
 from dynskip.speculation.draft import Draft
@@ -136,7 +136,7 @@ def test_texts_may_part_at_near_ties_alone(hf_model: Any) -> None:
     assert ties.num_equal("these", prompt, tokens, tokens) == 6
     logits = model(torch.tensor([[*prompt, *tokens[:3]]])).logits[0, -1]
     others = [*tokens[:3], int(logits.argmin()), *tokens[4:]]
-    with pytest.raises(RuntimeError, match="drafts: these must choose the same tokens but for near-ties, got token 3"):
+    with pytest.raises(RuntimeError, match="these must choose the same tokens but for near-ties, got token 3"):
         ties.num_equal("these", prompt, tokens, others)
     ties.allowed = 1e9
     assert ties.num_equal("these", prompt, tokens, others) == 3
