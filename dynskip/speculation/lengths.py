@@ -66,6 +66,10 @@ class Choice:
     verify_ms: float
     plain_ms: float
 
+    def saved_ms(self, num_seqs: int, num_left: int) -> float:
+        """What such steps of ``num_seqs`` sequences save on the ``num_left`` tokens that one of them has left."""
+        return num_left * self.plain_ms / num_seqs * (1 - 1 / max(self.gain, 1.0))
+
 
 @dataclass(slots=True)
 class _Times:
