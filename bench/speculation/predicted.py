@@ -56,24 +56,24 @@ class _Run:
                 request, num_tokens = waiting.pop(0)
                 if num_tokens > 1:  # a prompt gives the first
                     left[request] = num_tokens - 1
+            choice = None if draft is None else self._choice(left, draft)
             guesses: dict[int, int] = {}
-            if draft is None or (choice := self._choice(left, draft)) is None:
-                total_ms += self.costs.path_ms(self.path, len(left))
-            else:
+            if draft is not None and choice is not None and any(choice.lengths):
                 guessing = [request for request, count in left.items() if count > 1]
-                guesses = dict(zip(guessing, choice.lengths, strict=True))
-                for request in [request for request, length in guesses.items() if length]:
+                for request, length in zip(guessing, choice.lengths, strict=True):
                     entries_ms = 0.0
                     if draft.entries == "own" and request not in own_entries:
                         entries_ms = self.costs.prefill_ms([(draft.path, self.prompt_len)], 0)
-                    if choice.saved_ms(len(left), left[request]) > entries_ms:
+                    if length and choice.saved_ms(len(left), left[request]) > entries_ms:
+                        guesses[request] = length
                         own_entries.add(request)
                         total_ms += entries_ms
-                    else:
-                        del guesses[request]
-                if any(guesses.values()) or not any(choice.lengths):
-                    self.lengths.observe(choice, len(left), choice.guess_ms, choice.verify_ms)
-                total_ms += choice.guess_ms + choice.verify_ms if any(guesses.values()) else choice.plain_ms
+            if choice is not None and (guesses or not any(choice.lengths)):
+                self.lengths.observe(choice, len(left), choice.guess_ms, choice.verify_ms)
+            if choice is not None and guesses:
+                total_ms += choice.guess_ms + choice.verify_ms
+            else:
+                total_ms += self.costs.path_ms(self.path, len(left))
             for request in [*left]:
                 left[request] -= self._num_given(request, guesses.get(request, 0))
                 if not left[request]:
@@ -87,10 +87,10 @@ class _Run:
             for request, count in left.items()
             if count > 1  # a guess behind the last token is worth nothing
         ]
+        if not candidates:
+            return None
         others = [self.path] * (len(left) - len(candidates))
-        return (
-            (self.lengths.plain(candidates, others) or self.lengths.choose(candidates, others)) if candidates else None
-        )
+        return self.lengths.plain(candidates, others) or self.lengths.choose(candidates, others)
 
     def _num_given(self, request: int, num_guesses: int) -> int:
         """The tokens that a verification gives."""
