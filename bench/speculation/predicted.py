@@ -12,7 +12,7 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.drafting import most_rows
 from dynskip.paths import LayerPath
 from dynskip.speculation.draft import Draft
-from dynskip.speculation.lengths import MOST_GUESSES, Candidate, Choice, DraftLengths
+from dynskip.speculation.lengths import MOST_GUESSES, Candidate, DraftLengths
 
 # Runs whose times are summed: of a closed batch the slowest sequence says when it ends.
 _NUM_RUNS = 8
@@ -56,41 +56,42 @@ class _Run:
                 request, num_tokens = waiting.pop(0)
                 if num_tokens > 1:  # a prompt gives the first
                     left[request] = num_tokens - 1
-            choice = None if draft is None else self._choice(left, draft)
-            guesses: dict[int, int] = {}
-            if draft is not None and choice is not None and any(choice.lengths):
-                guessing = [request for request, count in left.items() if count > 1]
-                for request, length in zip(guessing, choice.lengths, strict=True):
-                    entries_ms = 0.0
-                    if draft.entries == "own" and request not in own_entries:
-                        entries_ms = self.costs.prefill_ms([(draft.path, self.prompt_len)], 0)
-                    if length and choice.saved_ms(len(left), left[request]) > entries_ms:
-                        guesses[request] = length
-                        own_entries.add(request)
-                        total_ms += entries_ms
-            if choice is not None and (guesses or not any(choice.lengths)):
-                self.lengths.observe(choice, len(left), choice.guess_ms, choice.verify_ms)
-            if choice is not None and guesses:
-                total_ms += choice.guess_ms + choice.verify_ms
-            else:
-                total_ms += self.costs.path_ms(self.path, len(left))
+            guesses, step_ms = self._step(left, draft, own_entries)
+            total_ms += step_ms
             for request in [*left]:
                 left[request] -= self._num_given(request, guesses.get(request, 0))
                 if not left[request]:
                     del left[request]
         return total_ms
 
-    def _choice(self, left: dict[int, int], draft: Draft) -> Choice | None:
-        """What a step does; None where no request may guess."""
+    def _step(self, left: dict[int, int], draft: Draft | None, own_entries: set[int]) -> tuple[dict[int, int], float]:
+        """How many tokens each request guesses in a step, and its milliseconds."""
+        guessing = [request for request, count in left.items() if count > 1]  # the last token is not worth a guess
+        if draft is None or not guessing:
+            return {}, self.costs.path_ms(self.path, len(left))
         candidates = [
-            Candidate(self.path, draft, self._rate(request), min(count - 1, MOST_GUESSES))
-            for request, count in left.items()
-            if count > 1  # a guess behind the last token is worth nothing
+            Candidate(self.path, draft, self._rate(request), min(left[request] - 1, MOST_GUESSES))
+            for request in guessing
         ]
-        if not candidates:
-            return None
         others = [self.path] * (len(left) - len(candidates))
-        return self.lengths.plain(candidates, others) or self.lengths.choose(candidates, others)
+        choice = self.lengths.plain(candidates, others) or self.lengths.choose(candidates, others)
+        lengths, entries_ms = [*choice.lengths], 0.0
+        if draft.entries == "own":
+            makes_ms = self.costs.prefill_ms([(draft.path, self.prompt_len)], 0)
+            for place, request in enumerate(guessing):
+                if not lengths[place] or request in own_entries:
+                    continue
+                if choice.saved_ms(len(left), left[request]) > makes_ms:
+                    own_entries.add(request)
+                    entries_ms += makes_ms
+                else:
+                    lengths[place] = 0
+        if any(choice.lengths) and not any(lengths):
+            return {}, choice.plain_ms
+        if lengths != [*choice.lengths]:
+            choice = self.lengths.of_lengths(candidates, others, lengths)
+        self.lengths.observe(choice, len(left), choice.guess_ms, choice.verify_ms)
+        return dict(zip(guessing, lengths, strict=True)), choice.guess_ms + choice.verify_ms + entries_ms
 
     def _num_given(self, request: int, num_guesses: int) -> int:
         """The tokens that a verification gives."""

@@ -153,6 +153,12 @@ class DraftLengths:
             return None
         return self._evaluate(candidates, [0] * len(candidates), others, Ratios())
 
+    def of_lengths(
+        self, candidates: Sequence[Candidate], others: Sequence[LayerPath], lengths: Sequence[int]
+    ) -> Choice:
+        """A step in which ``candidates`` guess so many tokens, whether that pays or not."""
+        return self._evaluate(candidates, lengths, others, self.ratios(len(candidates) + len(others)))
+
     def asks_as(self, other: DraftLengths) -> bool:
         """Whether both choose by the same costs under the same limits."""
         return (self.costs, self.most_rows, self.resumes) == (other.costs, other.most_rows, other.resumes)
