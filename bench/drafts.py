@@ -6,6 +6,7 @@ python -m bench.drafts --only transformers         beside transformers, Llama-3.
 python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 4 rows, two minutes
 python -m bench.drafts --row 'random-0-*' --again  some rows, anew
 python -m bench.drafts --quick --out rehearsal     every row at shapes that take no time: its figures say nothing
+python -m bench.drafts --page                      the page anew from the rows that are there
 
 Random weights agree with nothing: at the shapes of published models the layers that a draft leaves out are scaled until
 its tokens agree with the full model's as often as wanted. Each row is on the disk when it is measured; rows that are
@@ -28,18 +29,20 @@ from typing import Any
 import torch
 
 from bench.report.drafts import page
-from bench.speculation.beside_transformers import CONSTANT_LENGTHS, NearTies, TransformersDrafts
+from bench.speculation.beside_transformers import CONSTANT_LENGTHS, TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
+from bench.speculation.predicted import predicted_gain
 from bench.speculation.scaled import Scaled
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.defaults import known_costs
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.files import write_text
-from dynskip.measure.agreement import Gate
+from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.timing import interleave
+from dynskip.models.linear import NATIVE_ROWS
 from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import get_shape
@@ -103,31 +106,36 @@ def run(
 
 
 def measure(
-    model: CausalLM, cell: Cell, prompts: Sequence[list[int]], num_rounds: int, agreement: float | None
+    model: CausalLM, cell: Cell, prompts: Sequence[list[int]], num_rounds: int, rates: Sequence[float] | None
 ) -> dict[str, Any]:
     """A row: the gain of decode steps, its rounds, acceptance, lengths, and what was predicted.
 
-    agreement: what is known of it; None: what the engine has seen. RuntimeError where a request becomes something else
-    with a draft, unless its batch has more rows than have the same bits.
+    rates: how often the draft agrees on each text; None: as the engine has seen it. Once before they are timed, and in
+    each round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
+    rows than have the same bits.
     """
     costs, prompts = known_costs(model), prompts[: cell.num_requests]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     tokens: dict[bool, list[list[int]]] = {}
     engine = None
-    for turn in range(num_rounds):
+    for turn in range(-1, num_rounds):
         for with_draft in (False, True) if turn % 2 else (True, False):
             took, tokens[with_draft], made = run(model, costs, cell, prompts, cell.draft if with_draft else None)
-            seconds[with_draft].append(took)
+            if turn >= 0:
+                seconds[with_draft].append(took)
             engine = made if with_draft else engine
-    assert engine is not None, "there is a round"
-    same = sum(ours == theirs for ours, theirs in zip(tokens[True], tokens[False], strict=True))
-    if same < len(prompts) and model.backend.name == "native" and cell.batch <= 16:
-        raise RuntimeError(
-            f"drafts: outputs of {cell.name} must be the same with and without a draft, got {same} of {len(prompts)}."
-        )
+        assert engine is not None, "there is a run with a draft"
+        same = sum(ours == theirs for ours, theirs in zip(tokens[True], tokens[False], strict=True))
+        has_same_bits = cell.batch <= NATIVE_ROWS or not engine.tally.num_drafted
+        if same < len(prompts) and model.backend.name == "native" and has_same_bits:
+            raise RuntimeError(
+                f"drafts: outputs of {cell.name} must be the same with and without a draft, got {same} of "
+                f"{len(prompts)} " + ("before anything was timed." if turn < 0 else "in a round. Nothing is reported.")
+            )
     gains = sorted(plain / own for plain, own in zip(seconds[False], seconds[True], strict=True))
-    tally, drafting = engine.tally, engine.execution.drafting
-    seen = drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft)
+    tally = engine.tally
+    seen = engine.execution.drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft)
+    rates = [seen] if rates is None else rates
     return {
         "part": cell.part,
         "draft": str(cell.draft.path),
@@ -137,14 +145,15 @@ def measure(
         "requests": cell.num_requests,
         "tokens": cell.num_tokens,
         "wanted": cell.wanted,
-        "acceptance": seen if agreement is None else agreement,
+        "acceptance": statistics.fmean(rates),
         "acceptance_seen": seen,
         "guesses": tally.num_drafted / max(tally.num_verifications, 1),
         "given": 1 + tally.num_accepted / max(tally.num_verifications, 1),
         "gain": statistics.median(gains),
         "low": gains[0],
         "high": gains[-1],
-        "predicted": drafting.predicted_gain,
+        "predicted_of": "run",
+        "predicted": predicted_gain(model, costs, cell, rates, sum(map(len, prompts)) // len(prompts)),
         "plain_ms": 1e3 * statistics.median(seconds[False]) / cell.num_tokens,
         "target": cell.target,
         "same_outputs": same,
@@ -160,8 +169,8 @@ def random_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, A
     for cell in cells:
         assert cell.wanted is not None, "random weights are scaled"
         own = prompts[: cell.num_requests]
-        factor, agreement = scaled.seek(cell.draft, cell.wanted, own, cell.num_tokens)
-        yield {**measure(model, cell, own, options.num_rounds, agreement), "factor": factor}
+        factor, rates = scaled.seek(cell.draft, cell.wanted, own, cell.num_tokens)
+        yield {**measure(model, cell, own, options.num_rounds, rates), "factor": factor}
 
 
 def mini_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:
@@ -185,12 +194,12 @@ def transformers_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[
             model = CausalLM.from_hf(hf_model)
             scaled, costs = Scaled(model), known_costs(model)
         prompts = _random_prompts(1, config.vocab_size)
-        factor, agreement = scaled.seek(cell.draft, cell.wanted, prompts, cell.num_tokens)
+        factor, rates = scaled.seek(cell.draft, cell.wanted, prompts, cell.num_tokens)
         theirs = TransformersDrafts(hf_model, cell.draft.path.budget)
         theirs.scale(factor)
         gate = Gate(hf_model, [LayerPath.full(model.num_layers)])
         gate.check_model(model)
-        row = measure(model, cell, prompts, options.num_rounds, agreement)
+        row = measure(model, cell, prompts, options.num_rounds, rates)
         yield {
             **row,
             **_beside(model, costs, cell, prompts[0], theirs, NearTies(model, gate), options),
@@ -301,6 +310,10 @@ class Results:
         lines = [{"part": "conditions", **self.conditions}, *self.rows.values()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.write_page()
+
+    def write_page(self) -> None:
+        """Write the page of the rows that are there."""
         write_text(self.path.with_suffix(".md"), self.page())
 
     def page(self) -> str:
@@ -324,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default="opt-1.3b", help="random weights of that shape (default: %(default)s)")
     parser.add_argument("--llama", default="llama-3.2-1b", metavar="SHAPE", help="beside transformers (%(default)s)")
     parser.add_argument("--data", type=Path, help="Alpaca, for opt-mini's prompts")
+    parser.add_argument("--page", action="store_true", help="write the page of the rows anew, and measure nothing")
     parser.add_argument("--picture", type=Path, help="only write a picture of a run of opt-mini to this SVG file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "drafts", help="folder")
@@ -336,6 +350,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = {"random": args.shape, "transformers": args.llama}
     options = Options(2 if args.quick else args.rounds, args.data, args.quick, shapes)
     results = Results(args.out)
+    if args.page:
+        if not results.rows:
+            raise SystemExit(
+                f"drafts: --out must hold {RESULTS} for --page, got none in {args.out}. Measure rows first."
+            )
+        results.write_page()
+        return 0
     wanted = {name: select(options.cells(name), args.row) for name in args.only or PARTS}
     if args.list:
         for cells in wanted.values():

@@ -11,6 +11,8 @@ import torch
 
 from bench.gpu import recorder
 from bench.gpu.recorder import Benchmark, Group, Question, Recorder
+from bench.speculation.cells import Cell
+from bench.speculation.predicted import predicted_gain
 from bench.speculation.scaled import Scaled
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.step_costs import StepCosts
@@ -80,24 +82,22 @@ class DraftBenchmark(Benchmark):
 
     def _measure(self, wanted: float, batch: int) -> None:
         prompts = self.prompts[:batch]
-        _, agreement = self.scaled.seek(self.draft, wanted, prompts, self.sizes.output_len)
-        self.recorder.note(f"agreement {agreement:.2f}, wanted {wanted:g}, batch {batch}")
+        _, rates = self.scaled.seek(self.draft, wanted, prompts, self.sizes.output_len)
+        self.recorder.note(f"agreement {statistics.fmean(rates):.2f}, wanted {wanted:g}, batch {batch}")
         wrong = self._complaint(prompts)
         ms: dict[bool, list[float]] = {False: [], True: []}
-        predicted: list[float] = []
         # The first round learns, and makes the graphs.
         for turn in range(1 + self.sizes.num_rounds):
             for with_draft in (False, True) if turn % 2 else (True, False):
                 engine, _ = self._run(prompts, with_draft, deterministic=False)
                 if turn:
                     ms[with_draft].append(1e3 * engine.tally.decode_s)
-                if with_draft:
-                    predicted.append(engine.execution.drafting.predicted_gain)
         own, plain = (Samples([[sample] for sample in ms[with_draft]]) for with_draft in (True, False))
         self.recorder.speedup(batch, _gain(wanted), own, plain, wrong)
         if wanted:
             gain = plain.over(own)
-            expected = statistics.median(predicted[1:])
+            cell = Cell("gpu", "none", self.draft, batch, batch, self.sizes.output_len, wanted)
+            expected = predicted_gain(self.model, self._known_costs(), cell, rates, self.sizes.prompt_len)
             self.recorder.answer(batch, _predicted(wanted), expected / gain, own, plain.ms / expected, wrong)
 
     def _complaint(self, prompts: Sequence[list[int]]) -> str:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from dynskip.causal_lm import CausalLM
-from dynskip.measure.agreement import Gate
 from dynskip.models.hf_model import hf_layers
 from dynskip.models.registry import get_architecture
 
@@ -93,25 +91,3 @@ class TransformersDrafts:
             yield counted
         finally:
             AssistedCandidateGenerator.update_candidate_strategy = update
-
-
-class NearTies:
-    """Whether texts part at a near-tie: of two tokens whose logits are within the error of the arithmetic."""
-
-    def __init__(self, model: CausalLM, gate: Gate) -> None:
-        self.model, self.allowed = model, 2 * gate.allowed
-
-    @torch.no_grad()
-    def num_equal(self, what: str, prompt: list[int], ours: list[int], theirs: list[int]) -> int:
-        """The tokens in which both begin alike; RuntimeError, about ``what``, where they part at no near-tie."""
-        assert len(ours) == len(theirs), "both were asked for as many"
-        place = next((at for at, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
-        if place < len(ours):
-            logits = self.model(torch.tensor([[*prompt, *ours[:place]]])).logits[0, -1].float()
-            gap = float((logits[ours[place]] - logits[theirs[place]]).abs())
-            if not gap <= self.allowed:
-                raise RuntimeError(
-                    f"drafts: {what} must choose the same tokens but for near-ties, got token {place} with logits "
-                    f"{gap:.3g} apart, {self.allowed:.3g} allowed. Nothing was timed."
-                )
-        return place

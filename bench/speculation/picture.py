@@ -45,7 +45,8 @@ def _svg(rounds: Sequence[tuple[int, list[int], int]], num_tokens: int) -> str:
         x = left + 120 * index
         parts.append(f'<rect x="{x}" y="10" width="11" height="11" fill="{color}"/>')
         parts.append(f'<text x="{x + 16}" y="20">{name}</text>')
-    parts.append(f'<text x="{left}" y="40" fill="#555555">tokens of the output, one after the other</text>')
+    note = "tokens of the output, one after the other; steps without guesses gave those in the gaps"
+    parts.append(f'<text x="{left}" y="40" fill="#555555">{note}</text>')
     for row, (first, guesses, num_kept) in enumerate(rounds):
         y = top + cell * row
         parts.append(f'<text x="8" y="{y + 11}" fill="#555555">verification {row + 1}</text>')

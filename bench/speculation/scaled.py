@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 
@@ -61,32 +62,34 @@ class Scaled:
 
     def seek(
         self, draft: Draft, wanted: float, prompts: Sequence[list[int]], num_tokens: int, num_tries: int = 9
-    ) -> tuple[float, float]:
+    ) -> tuple[float, list[float]]:
         """Scale until ``draft`` agrees with the full model ``wanted`` of the time, or about.
 
         Agreement is that on the full model's own texts of ``num_tokens`` behind ``prompts``. Returns the factor and the
-        agreement: the nearest of ``num_tries``. It begins with the factor that was found for other prompts.
+        agreement of each text: those whose mean is the nearest of ``num_tries``. It begins with the factor that was
+        found for other prompts.
         """
         low, high = _FACTORS
         factor = self._known.get((draft, wanted), math.sqrt(low * high))
-        found: dict[float, float] = {}
+        found: dict[float, list[float]] = {}
         for _ in range(num_tries):
             self.scale(draft.path.layers, factor)
-            found[factor] = agreement = measured_agreement(self.model, draft, prompts, num_tokens)
+            found[factor] = measured_agreements(self.model, draft, prompts, num_tokens)
+            agreement = statistics.fmean(found[factor])
             print(f"outputs of other layers x {factor:.4f}: agreement {agreement:.2f}", file=sys.stderr)
             if abs(agreement - wanted) <= _NEAR:
                 break
             low, high = (factor, high) if agreement > wanted else (low, factor)
             factor = math.sqrt(low * high)
-        best = min(found, key=lambda each: abs(found[each] - wanted))
+        best = min(found, key=lambda each: abs(statistics.fmean(found[each]) - wanted))
         self.scale(draft.path.layers, best)
         self._known[draft, wanted] = best
         return best, found[best]
 
 
 @torch.no_grad()
-def measured_agreement(model: CausalLM, draft: Draft, prompts: Sequence[list[int]], num_tokens: int) -> float:
-    """How often the draft's most likely token is the full model's, on the full model's own text.
+def measured_agreements(model: CausalLM, draft: Draft, prompts: Sequence[list[int]], num_tokens: int) -> list[float]:
+    """How often the draft's most likely token is the full model's, on each of the full model's own texts.
 
     The draft must read entries of its own, or be the path's beginning, which is the same.
     """
@@ -98,4 +101,4 @@ def measured_agreement(model: CausalLM, draft: Draft, prompts: Sequence[list[int
     ids = torch.tensor([prompt + output.token_ids for prompt, output in zip(texts, outputs, strict=True)])
     begin = ids.shape[1] - num_tokens
     right = [model(text[None, :-1], paths=draft.path).logits[0, begin - 1 :].argmax(-1) == text[begin:] for text in ids]
-    return float(torch.stack(right).float().mean())
+    return [float(each.float().mean()) for each in right]

@@ -35,7 +35,9 @@ from dynskip.speculation.lengths import MOST_GUESSES, Candidate, Choice, DraftLe
 REPLAYED_ROWS = 8
 # Own entries that a draft lacks run as rows of its first guess, if they are no more than these; else as a prompt.
 _FEW_ROWS = 8
-# The share of the time that guesses may lose which are made to see whether they would be right.
+# The share of the time of steps with a draft that probes may lose: guesses that do not seem to pay, made to see whether
+# they would be right. A loss is what a step takes beyond what plain steps take for its tokens, and of a step that runs
+# entries which a draft lacks all that guesses take; gains of later probes are set against it.
 _PROBED_SHARE = 0.01
 # Where no guess pays, so many steps go by before the question is asked again, and twice as many each further time:
 # asking costs time, too, and the answer is the same while as many sequences step and nothing is learnt.
@@ -46,6 +48,11 @@ _PROBE_LENGTH = 1
 
 class DraftWarning(UserWarning):
     """A draft failed; its request goes on without one."""
+
+
+def most_rows(model: CausalLM) -> int:
+    """Of a step of ``model`` that verifies guesses, unless it has more without them."""
+    return NATIVE_ROWS if model.backend.name == "native" else 4 * NATIVE_ROWS
 
 
 def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
@@ -72,7 +79,7 @@ class _Learnt:
     acceptance: Acceptance = field(default_factory=Acceptance)
     lengths: DraftLengths | None = None
     spent_ms: float = 0.0  # of all steps with a draft in them
-    probed_ms: float = 0.0
+    probed_ms: float = 0.0  # lost by probes
     next_probe_ms: float = 0.0  # what must be spent before there is time for another
 
     def of_costs(self, costs: StepCosts, most_rows: int, resumes: bool) -> DraftLengths:
@@ -120,8 +127,6 @@ class Drafting:
     _is_regular: bool = True  # whether the step does nothing but guess and verify
     _is_probe: bool = False  # whether its guesses are made to see whether they would be right
     _guessed_ms: float = 0.0
-    _gained_ms: float = 0.0  # what those steps would have taken without guesses, as predicted
-    _regular_ms: float = 0.0
 
     def __post_init__(self) -> None:
         self._learnt = _LEARNT.setdefault(self.runner.model, _Learnt())
@@ -135,8 +140,7 @@ class Drafting:
 
     @property
     def _most_rows(self) -> int:
-        """Of a step that verifies guesses."""
-        return NATIVE_ROWS if self.runner.model.backend.name == "native" else 4 * NATIVE_ROWS
+        return most_rows(self.runner.model)
 
     def extend(self, spans: Sequence[Span]) -> list[Span]:
         """The decode spans of a step, one token each, with the tokens that are guessed or known behind them.
@@ -222,11 +226,6 @@ class Drafting:
             self._dropped.append((sequence.state.cache_id, span.first + num_kept, span.num_tokens - num_kept))
         sequence.guesses, sequence.begun = [], None
 
-    @property
-    def predicted_gain(self) -> float:
-        """Tokens a second over those without guesses, as predicted for the steps that could have guessed."""
-        return self._gained_ms / self._regular_ms if self._regular_ms else 1.0
-
     def forget(self, sequence: OutputSequence) -> None:
         """Take back the guesses of a step that could not run with them."""
         if sequence.begun is not None and sequence.state.cache_id >= 0:
@@ -249,8 +248,6 @@ class Drafting:
         if not self._is_regular:
             self._learnt.probed_ms += self._guessed_ms * self._is_probe
             return
-        self._gained_ms += measured_ms * self._choice.gain
-        self._regular_ms += measured_ms
         self._lengths.observe(self._choice, self._num_seqs, self._guessed_ms, measured_ms - self._guessed_ms)
         if self._is_probe:
             lost_ms = self._lengths.lost_ms(self._choice, self._num_seqs, self._num_given, measured_ms)
@@ -277,7 +274,7 @@ class Drafting:
             return True
         assert self._choice is not None, "it guesses by a choice"
         num_left = sequence.state.max_tokens - len(sequence.token_ids)
-        saved_ms = num_left * self._choice.plain_ms / self._num_seqs * (1 - 1 / max(self._choice.gain, 1.0))
+        saved_ms = self._choice.saved_ms(self._num_seqs, num_left)
         return saved_ms > self._draft_lengths().costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
 
     def _draft_lengths(self) -> DraftLengths:
@@ -305,7 +302,7 @@ class Drafting:
         self._num_idle, self._idle_spans = self._idle_steps, self._num_spans
 
     def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
-        """Lengths for a look at drafts that do not seem to pay, where all such looks have cost little so far."""
+        """Lengths for a look at drafts that do not seem to pay, where all such looks lose little, this one included."""
         assert self._choice is not None and self._lengths is not None
         learnt = self._learnt
         if learnt.spent_ms < learnt.next_probe_ms:

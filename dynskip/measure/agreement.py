@@ -77,6 +77,28 @@ class Gate:
         return [self.check("dynskip, prefill", whole), self.check("dynskip, decode", decoded, self.truth[:, -1])]
 
 
+class NearTies:
+    """Whether texts part at a near-tie: of two tokens whose logits are within the error of the arithmetic."""
+
+    def __init__(self, model: CausalLM, gate: Gate) -> None:
+        self.model, self.allowed = model, 2 * gate.allowed
+
+    @torch.no_grad()
+    def num_equal(self, what: str, prompt: list[int], ours: list[int], theirs: list[int]) -> int:
+        """The tokens in which both begin alike; RuntimeError, about ``what``, where they part at no near-tie."""
+        assert len(ours) == len(theirs), "both were asked for as many"
+        place = next((at for at, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
+        if place < len(ours):
+            logits = self.model(torch.tensor([[*prompt, *ours[:place]]])).logits[0, -1].float()
+            gap = float((logits[ours[place]] - logits[theirs[place]]).abs())
+            if not gap <= self.allowed:
+                raise RuntimeError(
+                    f"benchmark: {what} must choose the same tokens but for near-ties, got token {place} with logits "
+                    f"{gap:.3g} apart, {self.allowed:.3g} allowed. Nothing was timed."
+                )
+        return place
+
+
 def _float64_logits(hf_model: Any, prompts: Tensor, paths: Sequence[LayerPath]) -> Tensor:
     """[B, T, V], float64: the logits of each prompt along its path; one layer at a time is held in float64."""
     layers, embedding = hf_layers(hf_model), hf_model.get_input_embeddings()

@@ -66,6 +66,10 @@ class Choice:
     verify_ms: float
     plain_ms: float
 
+    def saved_ms(self, num_seqs: int, num_left: int) -> float:
+        """What such steps of ``num_seqs`` sequences save on the ``num_left`` tokens that one of them has left."""
+        return num_left * self.plain_ms / num_seqs * (1 - 1 / max(self.gain, 1.0))
+
 
 @dataclass(slots=True)
 class _Times:
@@ -148,6 +152,12 @@ class DraftLengths:
         if not self._of(len(candidates) + len(others)).wants_plain:
             return None
         return self._evaluate(candidates, [0] * len(candidates), others, Ratios())
+
+    def of_lengths(
+        self, candidates: Sequence[Candidate], others: Sequence[LayerPath], lengths: Sequence[int]
+    ) -> Choice:
+        """A step in which ``candidates`` guess so many tokens, whether that pays or not."""
+        return self._evaluate(candidates, lengths, others, self.ratios(len(candidates) + len(others)))
 
     def asks_as(self, other: DraftLengths) -> bool:
         """Whether both choose by the same costs under the same limits."""

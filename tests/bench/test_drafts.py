@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from models import cpu_backend
 
 from bench import drafts
 from bench.report.drafts import key_table, page
-from bench.speculation.beside_transformers import NearTies, TransformersDrafts
+from bench.speculation.beside_transformers import TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
-from bench.speculation.scaled import Scaled, measured_agreement
+from bench.speculation.predicted import predicted_gain
+from bench.speculation.scaled import Scaled, measured_agreements
 from dynskip import CausalLM, LayerPath
+from dynskip.costs.layer_costs import Curve, LayerCosts
+from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.drafting import Drafting, forget_acceptance
-from dynskip.measure.agreement import Gate
+from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.hf_model import only_layers
 from dynskip.speculation.draft import Draft
@@ -71,10 +75,10 @@ def test_rows_are_chosen_by_pattern() -> None:
 def test_weights_are_scaled_until_the_draft_agrees_as_often(hf_model: Any, wanted: float) -> None:
     model = CausalLM.from_hf(hf_model, backend="torch")
     draft = Draft(LayerPath.early_exit(8, 2), "path")
-    before = measured_agreement(model, draft, prompts(4), 16)
-    factor, agreement = Scaled(model).seek(draft, wanted, prompts(4), 16)
-    assert abs(agreement - wanted) < 0.1 and before < 0.5
-    assert agreement == measured_agreement(model, draft, prompts(4), 16), "the model is left at the factor it returns"
+    before = fmean(measured_agreements(model, draft, prompts(4), 16))
+    factor, rates = Scaled(model).seek(draft, wanted, prompts(4), 16)
+    assert len(rates) == 4 and abs(fmean(rates) - wanted) < 0.1 and before < 0.5
+    assert rates == measured_agreements(model, draft, prompts(4), 16), "the model is left at the factor it returns"
     assert (factor < 1) == (wanted == 0.8)
 
 
@@ -95,7 +99,7 @@ def test_both_models_have_the_weights_of_one_factor(hf_model: Any) -> None:
 def test_agreement_of_entries_that_a_pass_does_not_make_is_refused(hf_model: Any) -> None:
     model = CausalLM.from_hf(hf_model, backend="torch")
     with pytest.raises(AssertionError, match="reads entries of its own"):
-        measured_agreement(model, Draft(LayerPath.of(8, [0, 2]), "path"), prompts(1), 4)
+        measured_agreements(model, Draft(LayerPath.of(8, [0, 2]), "path"), prompts(1), 4)
 
 
 def test_what_other_weights_have_shown_is_forgotten(hf_model: Any) -> None:
@@ -107,6 +111,27 @@ def test_what_other_weights_have_shown_is_forgotten(hf_model: Any) -> None:
     forget_acceptance(model)
     _, _, engine = drafts.run(model, drafts.known_costs(model), cell, prompts(1), None)
     assert not engine.execution.drafting.acceptance._pairs
+
+
+# What is predicted
+
+
+def test_a_run_is_predicted_with_its_ragged_end(hf_model: Any) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    # A layer and the head take a millisecond each, whatever the rows.
+    flat = Curve((1, 2), (1.0, 1.0))
+    costs = StepCosts(8, LayerCosts(flat, flat, 0.0), LayerCosts(flat, flat, 0.0))
+    draft = Draft(LayerPath.early_exit(8, 2), "path")
+
+    def gain(batch: int, rates: list[float], num_requests: int, num_tokens: int = 145) -> float:
+        return predicted_gain(model, costs, Cell("random", "all", draft, batch, num_requests, num_tokens), rates, 32)
+
+    # Nine tokens for eight guesses of three milliseconds and a step of nine, or of seven behind the draft's layers.
+    assert 9 * 9 / (8 * 3 + 9) * 0.9 < gain(1, [1.0], 1, num_tokens=2001) < 9 * 9 / (8 * 3 + 7)
+    assert gain(1, [0.0], 1) == 1.0
+    alone, together = gain(1, [0.7], 4), gain(4, [0.7], 4)
+    assert 1.0 < together < alone, "a closed batch ends with its slowest sequence"
+    assert gain(4, [0.9, 0.5], 4) < together, "the more so the more they differ"
 
 
 # transformers beside it
@@ -124,7 +149,7 @@ def test_transformers_guesses_along_the_first_layers_and_is_counted(hf_model: An
     assert 0 < counted.num_accepted <= counted.num_looked_at <= counted.num_drafted
     assert counted.num_accepted + counted.num_verifications >= 12, "each gives one token more"
     model = CausalLM.from_hf(hf_model, backend="torch")
-    agreement = measured_agreement(model, Draft(LayerPath.early_exit(8, 2), "path"), [prompt], 12)
+    (agreement,) = measured_agreements(model, Draft(LayerPath.early_exit(8, 2), "path"), [prompt], 12)
     assert counted.acceptance == pytest.approx(agreement, abs=0.2)
 
 
@@ -136,7 +161,7 @@ def test_texts_may_part_at_near_ties_alone(hf_model: Any) -> None:
     assert ties.num_equal("these", prompt, tokens, tokens) == 6
     logits = model(torch.tensor([[*prompt, *tokens[:3]]])).logits[0, -1]
     others = [*tokens[:3], int(logits.argmin()), *tokens[4:]]
-    with pytest.raises(RuntimeError, match="drafts: these must choose the same tokens but for near-ties, got token 3"):
+    with pytest.raises(RuntimeError, match="these must choose the same tokens but for near-ties, got token 3"):
         ties.num_equal("these", prompt, tokens, others)
     ties.allowed = 1e9
     assert ties.num_equal("these", prompt, tokens, others) == 3
@@ -209,6 +234,7 @@ def _row(cell: Cell) -> dict[str, Any]:
         "draft": str(cell.draft.path), "entries": cell.draft.entries, "batch": cell.batch,
         "requests": cell.num_requests, "same_outputs": cell.num_requests, "target": cell.target, "acceptance": 0.5,
         "guesses": 2.0, "given": 1.5, "gain": 1.1, "low": 1.0, "high": 1.2, "predicted": 1.1,
+        "predicted_of": "run",
     }  # fmt: skip
 
 
@@ -223,8 +249,36 @@ def test_a_draft_that_changes_an_output_is_no_row(monkeypatch: pytest.MonkeyPatc
         return seconds, [[len(calls), *each] for each in tokens], engine
 
     monkeypatch.setattr(drafts, "run", spoiled)
-    with pytest.raises(RuntimeError, match=r"outputs of transformers-0.8-all-1 must be the same .* got 0 of 1"):
+    with pytest.raises(RuntimeError, match=r"outputs of transformers-0.8-all-1 must be the same .* got 0 of 1 before"):
         drafts.measure(model, cell, prompts(1), 1, None)
+    assert len(calls) == 2, "nothing was timed"
+
+
+def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = _row(next(mini_cells())) | {"model": "m", "commit": "c", "date": "d", "acceptance_seen": 0.75}
+    older = {"predicted_of": "steps"}
+    reached = {"gain": 0.96, "low": 0.9, "high": 0.984, "target": 0.98}
+    rows = [
+        row | {"row": "median", "target": 1.1},
+        row | older | {"row": "above", "target": 1.15, "predicted": 1.3},
+        row | reached | {"row": "reached", "predicted": 1.0, "guesses": 0.0},
+        row | reached | {"row": "below", "high": 0.979, "predicted": 0.8},
+    ]
+    with pytest.raises(SystemExit, match=r"drafts: --out must hold drafts.jsonl for --page, got none"):
+        drafts.main(["--page", "--out", str(out)])
+    conditions = {"part": "conditions", "cpu": "Test", "num_cores": 2, "num_threads": 2, "versions": {}}
+    out.mkdir()
+    (out / drafts.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in [conditions, *rows]))
+    assert drafts.main(["--page", "--out", str(out)]) == 0
+    lines = [line.split("|")[1:-1] for line in (out / "drafts.md").read_text().splitlines() if line.startswith("| ")]
+    header, *found = [[cell.strip() for cell in line] for line in lines]
+    columns = [header.index(name) for name in ("row", "seen by the engine", "target", "predicted", "over measured")]
+    assert [[line[column] for column in columns] for line in found] == [
+        ["median", "0.75", ">= 1.10x", "1.10x", "1.00"],
+        ["above", "0.75", ">= 1.15x (missed)", "1.30x (steps)", "1.18 (missed)"],
+        ["reached", "-", ">= 0.98x", "1.00x", "1.04"],
+        ["below", "0.75", ">= 0.98x (missed)", "0.80x", "0.83 (missed)"],
+    ]
 
 
 def test_the_page_that_is_kept_is_that_of_its_rows() -> None:
@@ -237,12 +291,13 @@ def test_the_page_that_is_kept_is_that_of_its_rows() -> None:
 
 
 def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> None:
-    row = {"model": "b", "draft": "6/24 layers {0-5}", "entries": "own", "gain": 1.4, "target": 1.3, "rounds": 3}
+    row = {"model": "b", "draft": "6/24 layers {0-5}", "entries": "own", "gain": 1.4, "target": 1.3}
+    row |= {"high": 1.5, "rounds": 3}
     rows = [
         row | {"row": "r-0.8-none-1", "batch": 1, "acceptance": 0.79},
         row | {"row": "r-0.8-none-8", "batch": 8, "acceptance": 0.814, "gain": 0.97},
         row | {"row": "r-0.8-none-4-stream", "batch": 4, "acceptance": 0.8, "gain": 9.0},
-        row | {"row": "r-0-none-8", "batch": 8, "acceptance": 0.0, "gain": 1.0, "target": 0.98},
+        row | {"row": "r-0-none-8", "batch": 8, "acceptance": 0.0, "gain": 0.97, "high": 0.99, "target": 0.98},
         row | {"row": "m-path-1", "batch": 1, "acceptance": 0.5, "model": "a", "entries": "path"},
     ]
     found = key_table({"cpu": "Test", "num_threads": 2}, rows)
@@ -250,7 +305,7 @@ def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> 
     assert lines == [
         ["model", "layers of the draft", "entries", "acceptance", "batch 1", "batch 8"],
         ["a", "6/24", "path", "0.50", "1.40x", ""],
-        ["b", "6/24", "own", "0.00", "", "1.00x"],
+        ["b", "6/24", "own", "0.00", "", "0.97x"],
         ["b", "6/24", "own", "0.79-0.81", "1.40x", "0.97x (missed)"],
     ]
     assert "medians of 3 interleaved rounds, bfloat16, 2 threads on Test" in " ".join(found.split())

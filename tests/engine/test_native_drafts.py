@@ -18,8 +18,11 @@ from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, random_chan
 from dynskip import CausalLM, LayerPath
 from dynskip.engine.drafting import DraftWarning
 from dynskip.engine.model_runner import ModelRunner
+from dynskip.engine.request import Span
+from dynskip.models.linear import NATIVE_ROWS
 from dynskip.ops import native
 from dynskip.speculation.draft import Draft
+from dynskip.speculation.lengths import Candidate, DraftLengths
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the C++ extension")
 
@@ -85,6 +88,30 @@ def test_a_batch_of_drafts_equals_the_one_without(family: str, dtype: torch.dtyp
     assert served.tally.num_drafted > served.tally.num_accepted > 0
     for output in outputs[3::5]:
         assert output.num_drafted == output.num_accepted > 0, "the path agrees with itself"
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_without_determinism_bf16_is_equal_to_the_bit_up_to_48_rows(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = native_model(family, "pre-norm" if family == "opt" else "plain", torch.bfloat16)
+    choose, decode, num_rows = DraftLengths.choose, ModelRunner.decode, []
+
+    def seven(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        return replace(choose(self, candidates, others), lengths=tuple(min(7, each.most) for each in candidates))
+
+    def counted(self: ModelRunner, spans: Sequence[Span], *others: Any) -> Any:
+        num_rows.append(sum(span.num_tokens for span in spans))
+        return decode(self, spans, *others)
+
+    monkeypatch.setattr(DraftLengths, "choose", seven)
+    monkeypatch.setattr(ModelRunner, "decode", counted)
+    served = engine(model=own, batch=6)
+    outputs = serve(served, [replace(ask, params=greedy(30)) for ask in asks_of(10, True)])
+    assert max(num_rows) == NATIVE_ROWS == 48 and len({*num_rows}) > 6
+    for output, ask in zip(outputs, asks_of(10, False), strict=True):
+        assert same(output, replace(ask, params=greedy(30)).alone(model=own))
+    assert served.tally.num_drafted > served.tally.num_accepted > 0
 
 
 def test_all_guesses_of_a_step_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafts import draw_lengths, fits, with_draft
+from drafts import draw_lengths, random_draft, random_path, with_draft
 from faults import Broken
 from models import NUM_LAYERS, VOCAB_SIZE, random_prompts, tiny_model
 from streams import PATHS, Ask, Parity, assert_empty, check_slots, drawn, engine, greedy, same, serve
@@ -543,6 +543,7 @@ class Chats:
         self.served = served
         self.draw = random.Random(seed)
         self.histories = random_prompts([17, 20, 33], seed)
+        self.paths = [FULL, FULL, *(random_path(self.draw) for _ in range(2))]
         self.asked: dict[Any, Ask] = {}
         self.outputs: dict[Any, RequestOutput] = {}
 
@@ -556,7 +557,7 @@ class Chats:
         changes = {"n": draw.choice([1, 1, 1, 3]), "prompt_logprobs": draw.choice([None] * 7 + [1]), **ends}
         max_tokens = draw.randint(1, 12)
         params = greedy(max_tokens, **changes) if draw.random() < 0.5 else drawn(max_tokens, 1, **changes)
-        path = draw.choice([HALF, FULL, FULL, PATHS[1]])
+        path = draw.choice(self.paths)
         if draw.random() < 0.1:
             return Ask(prompt, params, Parity(), {"kv_policy": draw.choice(["propagate", "evict", "share"])})
         return Ask(prompt, params, path)
@@ -565,8 +566,8 @@ class Chats:
         """Let requests come, go and be aborted."""
         for _ in range(num_requests):
             ask = self.next()
-            fitting = [draft for draft in DRAFTS if isinstance(ask.path, LayerPath) and fits(draft, ask.path)]
-            told = with_draft(ask, self.draw.choice(fitting)) if fitting and self.draw.random() < 0.4 else ask
+            takes_draft = isinstance(ask.path, LayerPath) and self.draw.random() < 0.4
+            told = with_draft(ask, random_draft(self.draw, ask.path)) if takes_draft else ask
             self.asked[told.add(self.served)] = ask
             for _ in range(self.draw.choice([0, 0, 1, 3, 6])):
                 self.step()

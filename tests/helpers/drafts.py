@@ -8,25 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from models import NUM_LAYERS
 from streams import Ask
 
 from dynskip import LayerPath
-from dynskip.speculation.draft import Draft
+from dynskip.engine.drafting import Drafting
+from dynskip.speculation.draft import ENTRIES, Draft
 from dynskip.speculation.lengths import Candidate, DraftLengths
 
 
 def draw_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
-    """Lengths drawn at random, in place of those that pay."""
+    """Lengths drawn at random, in place of those that pay; own entries are worth making, whatever they cost."""
     draw = random.Random(0)
     choose = DraftLengths.choose
 
     def drawn_lengths(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
         lengths = tuple(draw.randint(0, min(each.most, draw.choice([1, 3, 8]))) for each in candidates)
-        # Own entries are worth making, whatever they cost.
-        return replace(choose(self, candidates, others), lengths=lengths, gain=1e9)
+        return replace(choose(self, candidates, others), lengths=lengths)
 
     monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
     monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    monkeypatch.setattr(Drafting, "_is_worth_entries", lambda *_: True)
     return draw
 
 
@@ -40,6 +42,14 @@ def with_draft(ask: Ask, draft: Draft) -> Ask:
     return Ask(ask.prompt, ask.params, ask.path, {**ask.options, **draft_options(draft)})
 
 
-def fits(draft: Draft, path: LayerPath) -> bool:
-    """Whether ``draft`` may guess for requests along ``path``."""
-    return draft.entries == "own" or set(draft.path.layers) <= set(path.layers)
+def random_path(draw: random.Random) -> LayerPath:
+    """A path of one layer or more of a tiny model."""
+    return LayerPath.of(NUM_LAYERS, draw.sample(range(NUM_LAYERS), draw.randint(1, NUM_LAYERS)))
+
+
+def random_draft(draw: random.Random, path: LayerPath) -> Draft:
+    """Any draft for requests along ``path``, those without a layer and those as deep as the model among them."""
+    entries = draw.choice(ENTRIES)
+    layers = path.layers if entries == "path" else range(path.num_layers)
+    chosen = draw.sample(layers, draw.randint(0, len(layers)))
+    return Draft(LayerPath.of(path.num_layers, chosen, allow_empty=True), entries)
