@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynskip import host
 from dynskip.files import write_text
 from dynskip.models import shapes
 from dynskip.validation.offline.compile_kernels import (
@@ -43,8 +44,8 @@ def compile_shapes(progress: bool = True) -> Found:
     return found
 
 
-def page(found: Found) -> str:
-    """The tables of all GPUs."""
+def page(found: Found, commit: str | None) -> str:
+    """The tables of all GPUs. commit: that was compiled, where it is known."""
     rows = ", ".join(map(str, FEW_ROWS))
     num_kernels = sum(map(len, found.values()))
     wrong = [
@@ -60,7 +61,7 @@ def page(found: Found) -> str:
         f"were not tuned, in {_DTYPE}, for at most {rows} rows, and for {FEW_ROWS[-1]} in deterministic mode, and its",
         "machine code was read. A figure is the largest of these.",
         "",
-        f"{num_kernels - len(wrong)} of {num_kernels} kernels fit.",
+        f"{num_kernels - len(wrong)} of {num_kernels} kernels fit, commit {commit or 'unknown'}.",
         *wrong,
     ]
     for capability, names in COMPILED.items():
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="the page (default: bench/results/...)")
     args = parser.parse_args(argv)
     found = compile_shapes()
-    text = page(found)
+    text = page(found, host.commit())
     write_text(args.out, text)
     print(text, end="")
     return 1 if any(kernel.complaint for kernels in found.values() for kernel in kernels) else 0

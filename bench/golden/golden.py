@@ -2,20 +2,22 @@
 
 One probe runs in each state: tokens, logits and their bits, scheduler decisions, the commands' JSON, and what the new
 state makes of the old one's checkpoints, controllers, cost caches and sweeps. Exit status 1 where anything differs that
-`expected.json` does not name: {pattern of names: why}. An entry counts until the old state has it too.
+`expected.json` does not name: {pattern of names: why}, or {pattern: {"why": why, "ulps": 100}} where tensors may be so
+many units in the last place apart. An entry counts until the old state has it too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -31,18 +33,27 @@ _ULPS = 32
 State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
+class Expected(NamedTuple):
+    """A difference that is meant. ulps: how far tensors may be apart where that is no rounding, as `compare` has it."""
+
+    why: str
+    ulps: float = 0.0
+
+
 def compare(
     old: tuple[Any, Mapping[str, Tensor]], new: tuple[Any, Mapping[str, Tensor]]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Differences and remarks, each by its name.
+) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
+    """Differences and remarks, each by its name, and how far the tensors among the differences are apart.
 
-    Values must be equal and free of errors; tensors may differ by rounding, which is a remark.
+    Values must be equal and free of errors; tensors may differ by rounding, which is a remark. What they are apart
+    counts in units in the last place of the largest value.
     """
     found = dict(_differences("", old[0], new[0]))
     for name, value in new[0].items():
         if isinstance(value, dict) and "error" in value and value == old[0].get(name):
             found[name] = f"fails in both: {value['error']}"
-    remarks = {}
+    remarks: dict[str, str] = {}
+    apart: dict[str, float] = {}
     for name in sorted({*old[1], *new[1]}):
         ours, theirs = new[1].get(name), old[1].get(name)
         if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
@@ -50,8 +61,12 @@ def compare(
         elif not torch.equal(ours, theirs):
             largest = theirs.double().abs().max()
             ulps = float((ours.double() - theirs.double()).abs().max() / largest / torch.finfo(ours.dtype).eps)
-            (remarks if ulps <= _ULPS else found)[name] = f"{ulps:.1f} units in the last place apart"
-    return found, remarks
+            text = f"{ulps:.1f} units in the last place apart"
+            if ulps <= _ULPS:
+                remarks[name] = text
+            else:
+                found[name], apart[name] = text, ulps
+    return found, remarks, apart
 
 
 def _form(tensor: Tensor | None) -> str:
@@ -79,18 +94,32 @@ def _short(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:160]}..."
 
 
-def split_expected(found: Mapping[str, str], patterns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Those that no pattern names, and those that one does, with its reason."""
-    reasons = {name: next((patterns[each] for each in patterns if fnmatchcase(name, each)), None) for name in found}
+def split_expected(
+    found: Mapping[str, str], apart: Mapping[str, float], patterns: Mapping[str, Expected]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Those that no pattern names, or that are too far apart for it, and those that one does, with its reason."""
+
+    def reason(name: str) -> str | None:
+        whys = (each.why for pattern, each in patterns.items() if fnmatchcase(name, pattern) and fits(name, each))
+        return next(whys, None)
+
+    def fits(name: str, expected: Expected) -> bool:
+        return name not in apart or apart[name] <= expected.ulps
+
+    reasons = {name: reason(name) for name in found}
     unnamed = {name: text for name, text in found.items() if reasons[name] is None}
     return unnamed, {name: f"{text} ({reasons[name]})" for name, text in found.items() if reasons[name] is not None}
 
 
-def known(side: Side, old: Side) -> dict[str, str]:
+def known(side: Side, old: Side) -> dict[str, Expected]:
     """The expectations of a state that are not in ``old``: these are behind both."""
     paths = (side.root / EXPECTED, old.root / EXPECTED)
     patterns, behind = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths)
-    return {pattern: why for pattern, why in patterns.items() if behind.get(pattern) != why}
+    return {
+        pattern: Expected(entry) if isinstance(entry, str) else Expected(**entry)
+        for pattern, entry in patterns.items()
+        if behind.get(pattern) != entry
+    }
 
 
 def record(sides: list[Side], options: list[str]) -> list[State]:
@@ -137,9 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     sides = [make_side("old", args.old), make_side("new", args.new)]
     options = ["--quick"] * args.quick + (["--only", args.only] if args.only else [])
     old, new = record(sides, options)
-    found, remarks = compare(old, new)
-    patterns = {**known(sides[1], sides[0]), **dict.fromkeys(args.allow, "--allow")}
-    unnamed, named = split_expected(found, patterns)
+    found, remarks, apart = compare(old, new)
+    patterns = {**known(sides[1], sides[0]), **dict.fromkeys(args.allow, Expected("--allow", math.inf))}
+    unnamed, named = split_expected(found, apart, patterns)
     for title, differences in (("rounding", remarks), ("expected", named), ("DIFFERENT", unnamed)):
         for name, text in differences.items():
             print(f"{title}: {name}: {text}")

@@ -110,8 +110,9 @@ def _float64_logits(hf_model: Any, prompts: Tensor, paths: Sequence[LayerPath]) 
     known: dict[int, Any] = {id(layers): nn.ModuleList(exact), id(embedding): nn.Identity()}
     base = copy.deepcopy(hf_model.base_model, known).double()
     states = base(inputs_embeds=embedding(prompts).double(), use_cache=False).last_hidden_state
-    head = hf_model.get_output_embeddings().weight
-    return torch.cat([states @ part.double().T for part in head.split(_HEAD_ROWS)], dim=-1)
+    head = hf_model.get_output_embeddings()
+    logits = torch.cat([states @ part.double().T for part in head.weight.split(_HEAD_ROWS)], dim=-1)
+    return logits if head.bias is None else logits + head.bias.double()
 
 
 class _Float64Layer(nn.Module):

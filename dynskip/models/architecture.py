@@ -56,6 +56,8 @@ class Architecture:
         modules of the decoder, and of a layer, are kept, by our names. layers: where transformers keeps the list of
         layers, from the prefix on. head: its name in checkpoints, also where transformers calls its module lm_head.
     transposed: matrices of layers are kept [in, out]. derived: how names of tensors end that hold nothing of their own.
+    attention_dropout, layer_dropout: what its config calls the dropout of attention weights, and that of whole layers;
+        None where it has none.
     """
 
     model_type: str
@@ -70,6 +72,8 @@ class Architecture:
     transposed: bool = False
     derived: tuple[str, ...] = ()
     optional_sizes: tuple[str, ...] = ()
+    attention_dropout: str = "attention_dropout"
+    layer_dropout: str | None = None
 
     def stored(self, module: str) -> Stored:
         """Where the module of `CausalLM` called ``module`` is kept."""

@@ -109,7 +109,7 @@ def _sizes(header: GGUFHeader, architecture: str) -> dict[str, int]:
     vocab_size = header.tensors[EMBEDDING].shape[0]
     named = header.get(f"{architecture}.vocab_size", int, vocab_size)
     num_tokens = len(header.get("tokenizer.ggml.tokens", list, []))
-    if named != vocab_size or num_tokens not in (0, vocab_size):
+    if named != vocab_size or num_tokens > vocab_size:
         raise header.error(
             f"hold an embedding for each token, got {vocab_size} for a vocab_size of {named} and {num_tokens} tokens."
         )

@@ -72,6 +72,7 @@ GPT2 = Architecture(
     transposed=True,
     derived=(".attn.bias", ".attn.masked_bias"),
     optional_sizes=("n_inner",),
+    attention_dropout="attn_pdrop",
 )
 
 

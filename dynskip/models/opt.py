@@ -87,6 +87,7 @@ OPT = Architecture(
         "fc2": "fc2",
     },
     derived=(".decoder.version",),
+    layer_dropout="layerdrop",
 )
 
 

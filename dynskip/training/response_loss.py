@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dynskip.data.batches import IGNORED
@@ -17,30 +18,34 @@ _ROWS_PER_CHUNK = 512
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(targets), _ROWS_PER_CHUNK):
             rows = slice(start, start + _ROWS_PER_CHUNK)
-            logits = (hidden[rows] @ weight.T).float()
+            logits = functional.linear(hidden[rows], weight, bias).float()
             wanted = targets[rows, None]
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += (log_sum - logits.gather(1, wanted)).sum()
             probs = logits.sub_(log_sum).exp_()
             probs.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=probs.dtype))
+            if bias_grad is not None:
+                bias_grad += probs.sum(0)
             logits_grad = probs.to(hidden.dtype)
             hidden_grad[rows] = logits_grad @ weight
             weight_grad += logits_grad.T @ hidden[rows]
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         ctx.num_rows = len(targets)
         return total / len(targets)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = grad_outputs[0] / ctx.num_rows
-        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(hidden_grad.dtype), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, *head_grads = ctx.saved_tensors
+        scale, dtype = grad_outputs[0] / ctx.num_rows, hidden_grad.dtype
+        of_head = [None if grad is None else (grad * scale).to(dtype) for grad in head_grads]
+        return hidden_grad * scale.to(dtype), *of_head, None
 
 
 def product_dtype(states: Tensor) -> torch.dtype:
@@ -49,11 +54,11 @@ def product_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype
 
 
-def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def head_loss(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Mean negative log likelihood of the labelled tokens, fp32 scalar, differentiable.
 
-    hidden_states: [B, T, C], after the final LayerNorm. weight: [V, C], the head's. labels: [B, T], int64: position t
-        is scored by the state at t - 1; ``IGNORED`` is not scored, and costs nothing.
+    hidden_states: [B, T, C], after the final norm. weight, bias: [V, C] and [V], the head's. labels: [B, T], int64:
+        position t is scored by the state at t - 1; ``IGNORED`` is not scored, and costs nothing.
     The products run in autocast's dtype where autocast is on, else in that of ``hidden_states``; the softmax in fp32.
     Loss and gradients are made chunk by chunk in one pass, so neither logits nor their gradient are ever whole.
     """
@@ -64,7 +69,7 @@ def head_loss(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("head_loss: labels must keep at least one token, got none. Leave such a batch out.")
     with torch.autocast(hidden_states.device.type, enabled=False):
         loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
-            states, weight.to(dtype), labels[:, 1:][kept]
+            states, weight.to(dtype), None if bias is None else bias.to(dtype), labels[:, 1:][kept]
         )
     return loss
 
@@ -81,7 +86,8 @@ class ResponseLoss:
         input_ids, labels: [B, T], int64, padded on the right, where no token that counts sees the padding.
         """
         hidden_states = self.base_model(input_ids, use_cache=False).last_hidden_state
-        loss = head_loss(hidden_states, self.get_output_embeddings().weight, labels)
+        head = self.get_output_embeddings()
+        loss = head_loss(hidden_states, head.weight, head.bias, labels)
         if num_items_in_batch is not None:
             loss = loss * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
         return {"loss": loss}

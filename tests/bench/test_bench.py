@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from families import cut_family
+from families import cut_family, family_shape
 from models import cpu_backend
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
@@ -72,10 +72,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
 # A small one of each architecture that differs.
 OTHERS = {
     "llama": llama_shape(4, 32, 4, 2, 48, 128, 64, 1e4),
+    "mistral": llama_shape(4, 32, 4, 2, 48, 128, 64, 1e4, architecture="mistral", window=3),
+    "qwen2": llama_shape(4, 32, 4, 2, 48, 128, 64, 1e4, architecture="qwen2"),
     "qwen3": llama_shape(4, 32, 4, 2, 48, 128, 64, 1e4, architecture="qwen3", head_size=16),
     "gpt_neox": gpt_neox_shape(4, 32, 2, 64, 128),
     "bloom": bloom_shape(4, 32, 2),
     "gpt2": gpt2_shape(4, 32, 2),
+    "phi": family_shape("phi", num_hidden_layers=4),
 }
 
 
@@ -201,7 +204,8 @@ def test_models_of_every_architecture_are_made_checked_and_run(name: str) -> Non
     hf_model = random_hf_model(config)
     assert not any(tensor.is_meta for tensor in (*hf_model.parameters(), *hf_model.buffers()))
     assert random_models.weight_bytes(config) == sum(p.numel() * 2 for p in hf_model.parameters())
-    assert (hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight) == (name != "gpt_neox")
+    is_tied = hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight
+    assert is_tied == (name not in ("gpt_neox", "phi"))
     paths = [LayerPath.full(4), LayerPath.uniform(4, budget=2), LayerPath.of(4, [3])]
     gate = Gate(hf_model, paths)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from models import tiny_hf
 from torch import Tensor
 
 from bench.golden import golden, probe, sides
-from bench.golden.golden import compare, known, split_expected
+from bench.golden.golden import Expected, compare, known, split_expected
 from bench.golden.sides import Side, make_side
 from bench.golden.speed import Ratio, Row, abba, rows_of, write
 from dynskip import OPTForCausalLM
@@ -30,7 +30,7 @@ def copy(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_state_does_not_differ_from_itself() -> None:
-    assert compare((VALUES, TENSORS), (copy(), {"logits/a": torch.tensor([1.0, -2.0])})) == ({}, {})
+    assert compare((VALUES, TENSORS), (copy(), {"logits/a": torch.tensor([1.0, -2.0])})) == ({}, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -45,43 +45,57 @@ def test_a_state_does_not_differ_from_itself() -> None:
     ],
 )
 def test_a_value_that_differs_is_named(values: dict[str, Any], name: str, text: str) -> None:
-    found, remarks = compare((VALUES, TENSORS), (values, TENSORS))
+    found, remarks, _ = compare((VALUES, TENSORS), (values, TENSORS))
     assert text in found[name] and not remarks
 
 
 def test_a_missing_case_is_a_difference() -> None:
     values = copy()
     del values["generate/b"]
-    found, _ = compare((VALUES, TENSORS), (values, {}))
+    found, _, _ = compare((VALUES, TENSORS), (values, {}))
     assert found == {"generate/b": "only in the old state", "logits/a": "old float32 [2], new nothing"}
 
 
 def test_a_case_that_fails_in_both_states_is_no_agreement() -> None:
     failed = {"engine/c": {"error": "ValueError: x"}}
-    found, _ = compare((failed, {}), (dict(failed), {}))
+    found, _, _ = compare((failed, {}), (dict(failed), {}))
     assert found == {"engine/c": "fails in both: ValueError: x"}
 
 
 @pytest.mark.parametrize(("change", "is_rounding"), [(2.0**-22, True), (2.0**-12, False), (math.nan, False)])
 def test_rounding_is_a_remark_and_more_is_a_difference(change: float, is_rounding: bool) -> None:
-    found, remarks = compare((VALUES, TENSORS), (VALUES, {"logits/a": torch.tensor([1.0, -2.0 + change])}))
+    found, remarks, _ = compare((VALUES, TENSORS), (VALUES, {"logits/a": torch.tensor([1.0, -2.0 + change])}))
     assert list(remarks if is_rounding else found) == ["logits/a"]
     assert not (found if is_rounding else remarks)
 
 
 def test_an_expected_difference_is_told_apart_and_says_why() -> None:
-    unnamed, named = split_expected({"engine/c > x": "old 1, new 2", "logits/a": "y"}, {"engine/*": "another tie"})
+    found = {"engine/c > x": "old 1, new 2", "logits/a": "y"}
+    unnamed, named = split_expected(found, {}, {"engine/*": Expected("another tie")})
     assert unnamed == {"logits/a": "y"} and named == {"engine/c > x": "old 1, new 2 (another tie)"}
 
 
+@pytest.mark.parametrize(
+    ("change", "ulps", "is_expected"),
+    [(2.0**-12, 2000.0, True), (2.0**-12, 0.0, False), (2.0**-2, 2000.0, False), (math.nan, math.inf, False)],
+)
+def test_an_expectation_of_tensors_says_how_far(change: float, ulps: float, is_expected: bool) -> None:
+    found, _, apart = compare((VALUES, TENSORS), (VALUES, {"logits/a": torch.tensor([1.0, -2.0 + change])}))
+    unnamed, named = split_expected(found, apart, {"logits/*": Expected("another norm", ulps)})
+    assert list(named if is_expected else unnamed) == ["logits/a"]
+    assert not (unnamed if is_expected else named)
+
+
 def test_an_expectation_ends_where_the_old_state_has_it(tmp_path: Path) -> None:
-    for name, patterns in (("old", {"a": "1"}), ("new", {"a": "1", "b": "2"})):
+    far = {"why": "3", "ulps": 100}
+    for name, patterns in (("old", {"a": "1"}), ("new", {"a": "1", "b": "2", "c": far})):
         path = tmp_path / name / golden.EXPECTED
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(patterns), encoding="utf-8")
     old, new = (Side(name, tmp_path / name, "0") for name in ("old", "new"))
-    assert known(new, old) == {"b": "2"}
-    assert known(new, Side("older", tmp_path / "older", "0")) == {"a": "1", "b": "2"}
+    added = {"b": Expected("2"), "c": Expected("3", 100)}
+    assert known(new, old) == added
+    assert known(new, Side("older", tmp_path / "older", "0")) == {"a": Expected("1"), **added}
 
 
 def test_what_git_does_not_know_is_refused() -> None:
@@ -122,12 +136,12 @@ def records(tmp_path: Path, name: str, num_cases: int = 4) -> tuple[Any, dict[st
 
 def test_the_probe_repeats_itself_and_sees_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = records(tmp_path, "once")
-    found, remarks = compare(once, records(tmp_path, "again"))
+    found, remarks, _ = compare(once, records(tmp_path, "again"))
     assert found == {"fails": "fails in both: ZeroDivisionError: division by zero"} and not remarks
     served = once[0]["engine/little memory"]
     assert sum(step["num_preempted"] for step in served["steps"]) and any(step["tokens"] for step in served["steps"])
     monkeypatch.setattr(probe, "PATHS", probe.PATHS[::-1])
-    found, _ = compare(once, records(tmp_path, "other"))
+    found, _, _ = compare(once, records(tmp_path, "other"))
     assert {name.split(" ")[0].split("/")[0] for name in found} == {"logits", "generate", "engine", "fails"}
 
 

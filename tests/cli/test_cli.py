@@ -19,6 +19,7 @@ import pytest
 import dynskip.cli
 from dynskip.cli import COMMANDS, main
 from dynskip.cli.options import UserError, user_message
+from dynskip.models.registry import ARCHITECTURES
 from dynskip.version import __version__
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
@@ -517,23 +518,29 @@ def test_who_has_to_mend_an_error(case: Case) -> None:
     assert user_message(case.error) == expected
 
 
-@pytest.mark.parametrize(("family", "num_kv_heads"), [("llama", 2), ("gpt2", 4), ("bloom", 4)])
+# Beside a Qwen2, transformers makes a byte-level tokenizer of every file, also of one of whole words.
+@pytest.mark.parametrize("family", [name for name in ARCHITECTURES if name != "qwen2"])
 def test_info_and_generate_know_other_architectures(
-    family: str, num_kv_heads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from families import family_hf
     from models import word_tokenizer
 
-    family_hf(family).save_pretrained(tmp_path)
+    hf_model = family_hf(family)
+    config = hf_model.config
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", num_heads)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    hf_model.save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     assert main(["info", "--json", "--model", str(tmp_path)]) == 0
     loaded = json.loads(capsys.readouterr().out)["model"]
     assert (loaded["architecture"], loaded["num_layers"], loaded["num_kv_heads"]) == (family, 6, num_kv_heads)
-    assert loaded["kv_bytes_per_token_and_layer"] == 2 * num_kv_heads * 8 * 2
+    assert loaded["kv_bytes_per_token_and_layer"] == 2 * num_kv_heads * head_size * 2
     assert main(["info", "--model", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert f"{family}, 6 layers, hidden 32, 4 heads" in out
-    assert ("4 heads sharing 2 of keys and values" in out) == (num_kv_heads == 2)
+    assert f"{family}, 6 layers, hidden 32, {num_heads} heads" in out
+    assert ("4 heads sharing 2 of keys and values" in out) == (num_kv_heads < num_heads)
     assert generate(tmp_path, "--json", "--path", "uniform:3", "w007 w009") == 0
     (line,) = json_lines(capsys)
     assert (line["num_layers"], len(line["outputs"][0]["token_ids"])) == (6, 4)

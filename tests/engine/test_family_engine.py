@@ -22,6 +22,7 @@ VARIANTS = [
     ("gpt_neox", "plain"),
     ("gpt_neox", "sequential"),
     ("bloom", "three-heads"),
+    ("phi", "two-kv-heads"),
     ("gpt2", "by-depth"),
 ]
 # Fewer entries than the requests below want at a time.

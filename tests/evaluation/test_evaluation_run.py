@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from evaluation_models import arguments, item_lines, save_checkpoint, save_data, tiny_setup
-from families import family_hf
+from families import FAMILIES, family_hf
 from models import tiny_hf, tiny_model
 
 from dynskip.assets import opt_mini_directory
@@ -270,7 +270,8 @@ def test_the_sections_of_all_families(folder: Path, tmp_path: Path, capsys: pyte
     assert conditions["versions"]["torch"] and conditions["split_sizes"]["test"] == 12
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+# Beside a Qwen2, transformers makes a byte-level tokenizer of every file, also of one of whole words.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("opt", "qwen2")])
 def test_checkpoints_of_other_architectures_are_scored(family: str, folder: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", family=family)
     save_data(tmp_path / "data.json")

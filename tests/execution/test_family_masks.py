@@ -24,6 +24,7 @@ VARIANTS = [
     *(("qwen3", name) for name in ("plain", "window", "one-kv-head")),
     *(("gpt_neox", name) for name in ("plain", "sequential", "whole-heads")),
     *(("bloom", name) for name in ("plain", "three-heads")),
+    *(("phi", name) for name in ("plain", "two-kv-heads")),
     *(("gpt2", name) for name in ("plain", "by-depth", "unscaled")),
 ]
 

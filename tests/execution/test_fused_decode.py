@@ -39,6 +39,7 @@ FUSED_VARIANTS = [
     *(("qwen3", name) for name in ("window", "biases")),
     *(("gpt_neox", name) for name in ("plain", "sequential", "no-bias")),
     *(("bloom", name) for name in ("three-heads", "eps")),
+    ("phi", "two-kv-heads"),
     *(("gpt2", name) for name in ("by-depth", "unscaled")),
 ]
 ONE_A_FAMILY = list({family: (family, name) for family, name in reversed(FUSED_VARIANTS)}.values())

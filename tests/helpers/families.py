@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dynskip import CausalLM, LayerPath
+from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.models.hf_model import layer_list, only_layers
+from dynskip.models.registry import decoder_config
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -119,6 +122,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 1, "head_dim": 64, **_WINDOW, "sliding_window": 100, "max_window_layers": 0},
     "gpt_neox": {"intermediate_size": 1024},
     "bloom": {"n_head": 3, "hidden_size": 192},
+    "phi": {"num_key_value_heads": 1, "intermediate_size": 1024},
     "gpt2": {"n_inner": 1024, "scale_attn_by_inverse_layer_idx": True},
 }
 ALL_VARIANTS = [(family, name) for family, variants in FAMILIES.items() for name in variants]
@@ -142,6 +146,12 @@ def family_config(family: str, **changes: Any) -> Any:
     if family != "bloom":
         options["max_position_embeddings"] = 64
     return CONFIG_MAPPING[family](**{**options, **changes})
+
+
+def family_shape(family: str, **changes: Any) -> DecoderConfig:
+    """The decoder of `family_config`, as shapes are: its frequencies are not rounded to float32."""
+    shape = decoder_config(family_config(family, **changes))
+    return replace(shape, rotary=Rotary.plain(shape.rotary_size, 1e4)) if shape.rotary else shape
 
 
 def large_changes(family: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_long_prompts_of_wide_heads(family: str) -> None:
         within_budget(logits, expected, exact)
 
 
-@pytest.mark.parametrize(("family", "changes"), NAMED)
+@pytest.mark.parametrize(("family", "changes"), NAMED + DRAWN)
 def test_greedy_tokens_along_paths_are_those_of_transformers(family: str, changes: dict[str, Any]) -> None:
     """Each token is the most likely one to transformers, which sees the tokens before it at once."""
     hf_model = family_hf(family, **changes)

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import cpu_backend, within_budget
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dynskip import CausalLM
 from dynskip.assets import PACKAGED, packaged_file
 from dynskip.models.gguf import read_gguf
 
@@ -62,6 +64,18 @@ def test_a_model_comes_back_as_it_was_written(architecture: str, tied: bool, tmp
         if (key, architecture) not in (("head_dim", "qwen2"), ("attention_bias", "qwen2")):  # Qwen2 has no such option
             assert getattr(model.config, key) == value, key
     same_logits(model_of(path), model)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_our_class_computes_the_logits_of_transformers(architecture: str, kind: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.gguf", tiny_model(architecture), kind)
+    theirs = model_of(path)
+    with torch.no_grad():
+        expected, exact = theirs(IDS).logits, theirs.double()(IDS).logits
+    for backend in ("torch", "native"):
+        ours = CausalLM.from_pretrained(path, dtype="float32", backend=cpu_backend(backend))
+        within_budget(ours(IDS).logits, expected, exact)
 
 
 def test_a_tensor_is_the_callers_own(tmp_path: Path) -> None:
@@ -224,6 +238,17 @@ def test_the_rotation_of_llama_3(factor: float, tmp_path: Path) -> None:
         read_gguf(path, "test")
 
 
+def test_fewer_words_than_rows(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    path = write_model(tmp_path / "model.gguf", model, tokenizer__ggml__tokens=[f"w{word}" for word in range(60)])
+    assert read_gguf(path, "test").config["vocab_size"] == 71
+    same_logits(model_of(path), model)
+    ours = CausalLM.from_pretrained(path, dtype="float32")
+    assert ours(torch.tensor([[70, 4, 60]])).logits.shape == (1, 3, 71)
+    with pytest.raises(ValueError, match=r"must hold token ids in 0\.\.70, got 71"):
+        ours(torch.tensor([[71, 4]]))
+
+
 def test_several_ends(tmp_path: Path) -> None:
     model = tiny_model("llama")
     changes: dict[str, Any] = {"tokenizer__ggml__eot_token_id": 5, "tokenizer__ggml__eom_token_id": 6}
@@ -257,7 +282,7 @@ def test_several_ends(tmp_path: Path) -> None:
             r"must hold blk.0.ffn_gate.weight in the shape \[95, 128\] of its config, got \[96, 128\]",
         ),
         ({"llama__vocab_size": 70}, "an embedding for each token, got 71 for a vocab_size of 70 and 0 tokens"),
-        ({"tokenizer__ggml__tokens": ["a", "b"]}, "got 71 for a vocab_size of 71 and 2 tokens"),
+        ({"tokenizer__ggml__tokens": [f"w{word}" for word in range(72)]}, "got 71 for a vocab_size of 71 and 72 tok"),
         ({"tokenizer__ggml__eos_token_id": 71}, "the eos token of .* must be below the vocabulary's 71, got 71"),
         ({"llama__rope__scaling__type": "longrope"}, "a llama.rope.scaling.type of none, linear or yarn, got 'longr"),
         ({"llama__rope__scaling__factor": 0.5}, "a llama.rope.scaling.factor of at least 1, got 0.5"),

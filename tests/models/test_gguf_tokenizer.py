@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+from dynskip import LLM, SamplingParams
 from dynskip.assets import PACKAGED, packaged_file
 from dynskip.models.gguf_file import read_header
 from dynskip.models.gguf_tokenizer import read_gguf_tokenizer
 from dynskip.prompts import chat_ids, text_ids
 
 pytest.importorskip("gguf", reason="gguf is not installed")
+from gguf_files import metadata, stored_tensors, tiny_model, write_gguf
 from llama_cpp_ids import (
     MADE_UP,
     PRE_TOKENIZERS,
@@ -136,6 +138,17 @@ def test_what_is_added_to_texts(pre: str, tmp_path: Path) -> None:
             after = [EOS] if ends else []
             bare = tokenizer("ab", add_special_tokens=False)["input_ids"]
             assert bare == [TOKENS.index("ab")] and tokenizer("ab")["input_ids"] == [*before, *bare, *after]
+
+
+def test_a_model_with_more_rows_than_words(tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=len(TOKENS) + 7)
+    values = {key: value for key, value in METADATA.items() if key.startswith("tokenizer.")}
+    values = {**metadata(model), **values, "tokenizer.ggml.padding_token_id": None}
+    llm = LLM(write_gguf(tmp_path / "model.gguf", "llama", values, stored_tensors(model)), dtype="float32")
+    row = len(TOKENS) + 3
+    params = SamplingParams(max_tokens=3, logit_bias={row: 1000.0})
+    (output,) = llm.generate(["ab"], params)
+    assert (output.token_ids, output.text) == ([row] * 3, "")
 
 
 def test_how_texts_are_cut(tmp_path: Path) -> None:

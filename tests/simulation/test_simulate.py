@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from families import FAMILIES, family_shape
 
 from dynskip.cli import calibrate as calibrate_command
 from dynskip.cli import main
@@ -18,10 +19,7 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
 from dynskip.measure import calibration
 from dynskip.measure.streams import Job
-from dynskip.models.bloom import bloom_shape
-from dynskip.models.config import DecoderConfig
-from dynskip.models.llama import llama_shape
-from dynskip.models.opt import decoder_config
+from dynskip.models.registry import decoder_config
 from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
 from dynskip.scheduler.outcome import Outcome, Tally, percentiles
@@ -330,17 +328,11 @@ def test_calibrate_measures_keeps_and_simulates(
     assert "simulated from measured costs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        llama_shape(6, 32, 4, 2, 48, 101, 64, 1e4),
-        replace(bloom_shape(6, 32, 4), vocab_size=101, max_positions=64),
-    ],
-    ids=lambda shape: shape.architecture,
-)
-def test_other_architectures_are_calibrated_and_simulated(
-    shape: DecoderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_is_calibrated_and_simulated(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shape = family_shape(family)
     monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path))
     monkeypatch.setitem(SHAPES, "tiny", shape)
     sizes = ["--rows", "2", "--prompt-len", "4", "--context", "16", "--prefill", "8", "--rounds", "1"]

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("accelerate", reason="training needs the extra 'train' (accelerate)")
 pytest.importorskip("datasets", reason="the split of Alpaca needs the extra 'train' (datasets)")
 
+from families import FAMILIES
 from random_controllers import SEQUENCE_NAMES, random_controller
 from torch import Tensor
 from training_runs import (
@@ -67,9 +68,9 @@ def controlled(checkpoint: Path, controller: Any, **options: Any) -> ControlledM
     )
 
 
-@pytest.fixture(scope="module", params=["opt", "llama", "bloom"])
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def any_checkpoint(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of each of some architectures."""
+    """A tiny checkpoint of each architecture."""
     if request.param == "opt":
         return checkpoint
     return family_checkpoint(tmp_path_factory.mktemp(request.param), checkpoint, request.param)
@@ -231,7 +232,7 @@ def test_a_killed_run_resumes_to_the_same_controller_and_model(checkpoint: Path,
 
 
 @IGNORE_LIBRARIES
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
 def test_controllers_of_other_architectures_are_trained(
     family: str, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

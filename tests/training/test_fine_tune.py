@@ -50,14 +50,17 @@ from dynskip.training.resumable import latest_checkpoint
 from dynskip.training.stage import write_curves
 
 __all__ = ["checkpoint", "data"]  # fixtures
-# Rotary positions and shared key-value heads, learned positions and transposed matrices, ALiBi, and windows.
+# Rotary positions and shared key-value heads, learned positions and transposed matrices, ALiBi, windows, norms of
+# queries and keys, two residuals at a time.
 OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("bloom", {}),
     ("mistral", {"sliding_window": 5}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    ("qwen3", {}),
     ("gpt_neox", {"tie_word_embeddings": True}),
+    ("phi", {}),
 ]
 
 
@@ -196,8 +199,18 @@ def test_the_loss_of_other_architectures_is_that_of_transformers(
     assert [getattr(m, "layer_idx", None) for m in model.modules()] == numbers
 
 
+def test_no_layer_is_dropped_in_training(checkpoint: Path, tmp_path: Path) -> None:
+    dropping = OPTForCausalLM.from_pretrained(checkpoint)
+    dropping.config.layerdrop = 0.9
+    dropping.save_pretrained(tmp_path)
+    batch = pad_examples(encode_examples(load_tokenizer(str(checkpoint)), made_up_rows(5), 64), 0, response_only=True)
+    model = load_for_training(str(tmp_path), CPU)
+    expected = model.eval()(**batch)["loss"]
+    assert all(torch.equal(model.train()(**batch)["loss"], expected) for _ in range(4))
+
+
 @IGNORE_LIBRARIES
-@pytest.mark.parametrize(("family", "changes"), OTHERS[:3])
+@pytest.mark.parametrize(("family", "changes"), OTHERS)
 def test_other_architectures_are_tuned(
     family: str, changes: dict[str, Any], checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

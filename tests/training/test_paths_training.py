@@ -15,6 +15,7 @@ pytest.importorskip("peft", reason="adapters need the extra 'train' (peft)")
 
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from training_runs import CPU, IGNORE_LIBRARIES, checkpoint, data, family_checkpoint, made_up_passages
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -26,7 +27,7 @@ from dynskip.data.own_texts import Writing, user_turn_opening, write_texts
 from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.training.paths import model as paths_model
 from dynskip.training.paths.config import PathsConfig, default_menu
-from dynskip.training.paths.distill_loss import distill_loss
+from dynskip.training.paths.distill_loss import Head, distill_loss
 from dynskip.training.paths.model import PathsModel, with_adapter
 from dynskip.training.paths.run import TEXTS, PathsRun
 from dynskip.training.paths.trainer import PathsTrainer, draw_paths
@@ -79,19 +80,21 @@ def trained(config: PathsConfig, prompts: Path, folder: Path) -> Path:
     return PathsRun(config, [prompts], folder, CPU, progress=False).train()
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 64, 150])
-def test_the_loss_and_its_gradients_are_those_of_the_plain_formula(num_rows: int) -> None:
+def test_the_loss_and_its_gradients_are_those_of_the_plain_formula(num_rows: int, has_bias: bool) -> None:
     torch.manual_seed(num_rows)
-    teacher, head = torch.randn(num_rows, 24), torch.randn(97, 24)
+    teacher, head = torch.randn(num_rows, 24), Head(torch.randn(97, 24), torch.randn(97) if has_bias else None)
     students = [torch.randn(num_rows, 24, requires_grad=True) for _ in range(3)]
     losses = distill_loss(teacher, students, head)
     weights = torch.tensor([1.0, 0.5, 2.0])
     (losses * weights).sum().backward()
     found = [student.grad for student in students]
     plain = [student.detach().double().requires_grad_() for student in students]
-    wanted = (teacher.double() @ head.double().T).log_softmax(-1)
+    wide = head.to(torch.float64)
+    wanted = functional.linear(teacher.double(), *wide).log_softmax(-1)
     for student, loss, weight, grad in zip(plain, losses, weights, found, strict=True):
-        logs = (student @ head.double().T).log_softmax(-1)
+        logs = functional.linear(student, *wide).log_softmax(-1)
         expected = (wanted.exp() * (wanted - logs)).sum(-1).mean()
         (expected * weight).backward()
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -100,16 +103,17 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_formula(num_rows: int
 
 def test_a_student_that_is_the_teacher_loses_nothing_and_the_head_is_trained_where_it_may_be() -> None:
     torch.manual_seed(0)
-    teacher, head = torch.randn(30, 16), torch.randn(50, 16)
-    other = torch.randn(50, 16, requires_grad=True)
+    teacher, head = torch.randn(30, 16), Head(torch.randn(50, 16), torch.randn(50))
+    other = Head(torch.randn(50, 16, requires_grad=True), torch.randn(50, requires_grad=True))
     assert distill_loss(teacher, [teacher.clone()], head).item() == pytest.approx(0, abs=1e-6)
     distill_loss(teacher, [teacher, teacher], head, other).mean().backward()
-    plain = other.detach().double().requires_grad_()
-    logs = (teacher.double() @ plain.T).log_softmax(-1)
-    wanted = (teacher.double() @ head.double().T).log_softmax(-1)
+    plain = [tensor.detach().double().requires_grad_() for tensor in other if tensor is not None]
+    logs = functional.linear(teacher.double(), *plain).log_softmax(-1)
+    wanted = functional.linear(teacher.double(), *head.to(torch.float64)).log_softmax(-1)
     (wanted.exp() * (wanted - logs)).sum(-1).mean().backward()
-    assert other.grad is not None and plain.grad is not None
-    torch.testing.assert_close(other.grad, plain.grad.float(), rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(other, plain, strict=True):
+        assert ours is not None and ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"distill_loss: teacher must have at least one row, got none"):
         distill_loss(teacher[:0], [teacher[:0]], head)
 
@@ -298,7 +302,7 @@ def test_a_training_that_goes_on_may_be_made_longer(
 
 
 @IGNORE_LIBRARIES
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
 @pytest.mark.parametrize("loss", ["distill", "response"])
 def test_merged_weights_have_the_gradients_of_the_adapter(
     family: str, loss: str, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -283,20 +283,22 @@ def test_training_attention_equals_transformers(model: OPTForCausalLM) -> None:
     torch.testing.assert_close(ours, model(input_ids=input_ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [2, 7, 600])
-def test_head_loss_equals_cross_entropy(num_tokens: int) -> None:
+def test_head_loss_equals_cross_entropy(num_tokens: int, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(3, num_tokens, 16, generator=generator, dtype=torch.float64)
     weight = torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    bias = torch.randn(40, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 40, (3, num_tokens), generator=generator)
     labels[1:, : num_tokens // 2] = IGNORED
     results = []
     for fused in (True, False):
-        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)[: 3 if has_bias else 2]]
         if fused:
-            loss = head_loss(*leaves, labels)
+            loss = head_loss(*leaves[:2], leaves[2] if has_bias else None, labels)
         else:
-            logits = (leaves[0] @ leaves[1].T)[:, :-1].flatten(0, 1)
+            logits = functional.linear(*leaves)[:, :-1].flatten(0, 1)
             loss = functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
         (3 * loss).backward()
         results.append((loss.detach().double(), *(leaf.grad for leaf in leaves)))
@@ -308,7 +310,7 @@ def test_head_loss_equals_cross_entropy(num_tokens: int) -> None:
 def test_head_loss_needs_a_labelled_token() -> None:
     labels = torch.tensor([[5, IGNORED, IGNORED]])
     with pytest.raises(ValueError, match=r"head_loss: labels must keep at least one token, got none"):
-        head_loss(torch.ones(1, 3, 4), torch.ones(6, 4), labels)
+        head_loss(torch.ones(1, 3, 4), torch.ones(6, 4), None, labels)
 
 
 def test_only_layers_cuts_the_decoder_and_restores_it(model: OPTForCausalLM) -> None:

@@ -420,8 +420,11 @@ def test_a_dry_run_compiles_the_candidates(
     assert lines[2].split()[3:] == ["5", "3", "9", "0"], "five tiles, two warp counts, one early start, the default"
 
 
-def test_a_model_of_another_architecture_is_tuned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    family_config("llama").save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "bloom", "phi"])
+def test_a_model_of_another_architecture_is_tuned(
+    family: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    family_config(family).save_pretrained(tmp_path)
     options = ["--dry-run", "--rows", "1", "--op", "linear_rows", "--jobs", "1", "--minutes", "1e-9", "--quiet"]
     assert main(["tune", "--model", str(tmp_path), *options]) == 0
     assert "linear_rows head, 1 rows" in capsys.readouterr().out

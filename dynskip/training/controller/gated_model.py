@@ -119,8 +119,8 @@ class ControlledModel(nn.Module):
         gates = _Gates(self, input_ids, is_response)
         with gated_layers(self.model, gates):
             hidden_states = self.model.base_model(input_ids, use_cache=False).last_hidden_state
-        share = num_tokens / divisor
-        cross_entropy = head_loss(hidden_states, self.model.get_output_embeddings().weight, labels) * share
+        share, head = num_tokens / divisor, self.model.get_output_embeddings()
+        cross_entropy = head_loss(hidden_states, head.weight, head.bias, labels) * share
         fraction = gates.num_layers / self.controller.num_layers
         if self.target_layers is None:
             price = fraction / divisor

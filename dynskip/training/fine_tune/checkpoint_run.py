@@ -40,15 +40,16 @@ def load_for_training(source: str, device: torch.device, *, with_loss: bool = Tr
     with_loss: its pass ends in the loss of responses, as `with_response_loss` says.
     """
     found = read_source(source, "load_for_training")
+    architecture = found.architecture
+    if architecture.layer_dropout is not None:
+        setattr(found.config, architecture.layer_dropout, 0.0)
     kind = hf_class(found.config)
     tensors = {name: held.read() if isinstance(held, Deferred) else held for name, held in found.tensors.items()}
     model = (with_response_loss(kind) if with_loss else kind).from_pretrained(
         None, config=found.config, state_dict=tensors, dtype=torch.float32
     )
-    if found.config.model_type == "opt":  # the only one that has it
-        model.config.layerdrop = model.model.decoder.layerdrop = 0.0
     # Ours knows no dropout of attention weights and no ALiBi, and is written for a CPU.
-    has_dropout = getattr(model.config, "attn_pdrop" if found.config.model_type == "gpt2" else "attention_dropout")
+    has_dropout = getattr(model.config, architecture.attention_dropout)
     if device.type == "cpu" and not has_dropout and not found.decoder_config.alibi:
         model.set_attn_implementation(attention.register())
     return model

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dynskip.data.batches import IGNORED
 from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.paths import LayerPath
-from dynskip.training.paths.distill_loss import distill_loss
+from dynskip.training.paths.distill_loss import Head, distill_loss
 from dynskip.training.response_loss import head_loss
 
 if TYPE_CHECKING:
@@ -143,18 +143,18 @@ class PathsModel(nn.Module):
         """
         counted = labels[:, 1:] != IGNORED
         share = 1.0 if num_items_in_batch is None else counted.sum() / num_items_in_batch
-        head = self.model.get_output_embeddings().weight
+        head = _head(self.model)
         if self.loss == "response":
             with merged_weights(self.model):
                 states = [self._states(self.model, input_ids, path) for path in self.paths]
-            losses = torch.stack([head_loss(each, head, labels) for each in states])
+            losses = torch.stack([head_loss(each, *head, labels) for each in states])
         else:
             with torch.no_grad(), self._as_it_came() as teacher:
                 wanted = self._states(teacher, input_ids, None)[:, :-1][counted]
-                wanted_head = teacher.get_output_embeddings().weight.detach()
+                wanted_head = _head(teacher)
             with merged_weights(self.model):
                 students = [self._states(self.model, input_ids, path)[:, :-1][counted] for path in self.paths]
-            losses = distill_loss(wanted, students, wanted_head, head if head.requires_grad else None)
+            losses = distill_loss(wanted, students, wanted_head, head if head.weight.requires_grad else None)
         losses = losses * share
         return {"loss": losses.mean(), "losses": losses.detach()}
 
@@ -175,3 +175,8 @@ class PathsModel(nn.Module):
             return states
         with only_layers(model, path):
             return PathsModel._states(model, input_ids, None)
+
+
+def _head(model: PreTrainedModel) -> Head:
+    head: Any = model.get_output_embeddings()
+    return Head(head.weight, head.bias)

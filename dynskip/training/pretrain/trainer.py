@@ -125,7 +125,7 @@ class PathTrainer(ResumableTrainer):
         path = self.menu.draw(self.seed, step, self.clock.progress(step))
         with only_layers(self.decoder_model, path), self.accelerator.autocast():
             hidden_states = self.decoder_model.model(inputs["input_ids"], use_cache=False).last_hidden_state
-            loss = head_loss(hidden_states, self.decoder_model.lm_head.weight, inputs["labels"])
+            loss = head_loss(hidden_states, self.decoder_model.lm_head.weight, None, inputs["labels"])
         self._append(
             "steps.jsonl",
             step=step,
