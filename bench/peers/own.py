@@ -33,6 +33,7 @@ class DynskipPeer:
         self.costs = default_costs(self.model)
         costs = "predicted" if self.costs.predicted else "calibrated"
         settings = f"bf16, backend {self.model.backend.name}, {torch.get_num_threads()} threads; cohort, costs {costs}"
+        settings += ", no prefix caching"
         return {"version": __version__, "settings": settings}
 
     def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
@@ -59,7 +60,8 @@ class DynskipPeer:
         requests = draw_requests(self.model.num_layers, name == "paper", num_requests)
         prompts = draw_prompts(num_requests, STREAM_PROMPT_LEN, self.vocab_size)
         jobs = [Job(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
-        served = Served(name, self.model, jobs, self.costs, turn_s=_TURN_S, batch=STREAM_BATCH)
+        # As vLLM is run: no prompt comes again, and those that are kept take memory that was never written.
+        served = Served(name, self.model, jobs, self.costs, turn_s=_TURN_S, batch=STREAM_BATCH, prefix_caching=False)
         self.streams[name] = served
         return {"tokens": served.num_tokens, "layers": sum(r.path.budget for r in requests) / num_requests}
 

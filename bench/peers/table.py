@@ -128,8 +128,8 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
         f"medians of up to {conditions['rounds']} turns, in brackets how many times as fast dynskip is, with a 95% "
         f"bootstrap interval over turns. Decode behind prompts of {PROMPT_LEN}. Streams: {conditions['requests']} "
         f"requests with prompts of {STREAM_PROMPT_LEN} and outputs geometric with a mean of {MEAN_OUTPUT}, at most "
-        f"{STREAM_BATCH} of them in a step; at the paper's depths against the peer's full depth. Memory: the most that "
-        "was resident before the streams."
+        f"{STREAM_BATCH} of them in a step; at the paper's depths against the peer's full depth; with vLLM alone, for "
+        "the others are driven batch by batch. Memory: the most that was resident before the streams."
     )
     if any(row["what"] == "tokens" for row in rows):
         yield (
@@ -143,6 +143,10 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
             variables = "".join(f", {key}={re.sub('[^:]*/', '', value)}" for key, value in row["env"].items())
             tried = f" Tried: {row['tried']}." if row["tried"] else ""
             yield f"{name} {row['version']}: {row['settings']}{variables}.{tried}"
+    for peer in PEERS[conditions["shape"]]:
+        left_out = [f"{batch} x {prompt_len}" for batch, prompt_len in CELLS if (batch, prompt_len) not in peer.cells]
+        if peer.name in names and left_out:
+            yield f"Not timed, for the length of the run: {peer.name} at {' and '.join(left_out)}."
     for row in rows:
         if "error" in row:
             about = f"{row['what']}" + (f" at batch {row['batch']}" if "batch" in row else "")

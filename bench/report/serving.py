@@ -23,7 +23,7 @@ class Question:
 
     part, name: whose lines it is about; batches without one stay empty. figure: of that line, or of the line ``of`` the
     same part. by: the figure of the line that it is divided by. form: how it is written. least: what it should reach,
-    for a batch or (None) for any.
+    for a batch or (None) for any. of_models: the same for models that have bars of their own.
     """
 
     what: str
@@ -34,33 +34,39 @@ class Question:
     of: str = ""
     form: str = "{:.2f}x"
     least: Mapping[int | None, float] = field(default_factory=dict)
+    of_models: Mapping[str, Mapping[int | None, float]] = field(default_factory=dict)
 
-    def cell(self, batch: int, lines: Lines) -> str:
+    def cell(self, model: str, batch: int, lines: Lines) -> str:
         """The figure of a batch, and whether it misses what it should reach; empty where there is none."""
         line = lines.get((self.part, self.name))
         if line is None:
             return ""
         value = lines[self.part, self.of or self.name][self.figure] / (line[self.by] if self.by else 1)
-        least = self._least(batch)
+        least = self._least(model, batch)
         return self.form.format(value) + (" (missed)" if least is not None and value < least else "")
 
-    def target(self, batches: Iterable[int]) -> str:
+    def target(self, model: str, batches: Iterable[int]) -> str:
         """What each of the batches should reach, what is the same for all of them once."""
-        leasts = (least for batch in batches if (least := self._least(batch)) is not None)
+        leasts = (least for batch in batches if (least := self._least(model, batch)) is not None)
         return " / ".join(dict.fromkeys(f">= {self.form.format(least)}" for least in leasts))
 
-    def row(self, batches: Mapping[int, Lines]) -> list[str] | None:
+    def row(self, model: str, batches: Mapping[int, Lines]) -> list[str] | None:
         """The cells: the question, a figure per batch, and what it should reach. None where there is no figure."""
-        cells = [self.cell(batch, lines) for batch, lines in batches.items()]
+        cells = [self.cell(model, batch, lines) for batch, lines in batches.items()]
         measured = [batch for batch, cell in zip(batches, cells, strict=True) if cell]
-        return [self.what, *cells, self.target(measured)] if measured else None
+        return [self.what, *cells, self.target(model, measured)] if measured else None
 
-    def _least(self, batch: int) -> float | None:
-        return self.least.get(batch, self.least.get(None))
+    def _least(self, model: str, batch: int) -> float | None:
+        least = self.of_models.get(model, self.least)
+        return least.get(batch, least.get(None))
 
 
 _COHORT = ("stream", "cohort")
-_IDEAL: dict[str, Any] = {"form": "{:.0%}", "least": {16: 0.90, 32: 0.88}}
+_IDEAL: dict[str, Any] = {
+    "form": "{:.0%}",
+    "least": {16: 0.90, 32: 0.88},
+    "of_models": {"opt-1.3b shapes with random weights": {16: 0.95, 32: 0.94}},
+}
 _STATIC = ("static", "engine, cohort")
 _PADDED = "full depth, over transformers' generate, left-padded, each batch to its longest output"
 _LOCKSTEP = {16: 1.9, 32: 1.7}
@@ -93,6 +99,21 @@ QUESTIONS = (
 )
 
 
+def _queue_questions(batches: Mapping[int, Lines]) -> list[Question]:
+    """One for each queue that was timed under each kind of costs."""
+    queues = {name: line for lines in batches.values() for (part, name), line in lines.items() if part == "queues"}
+    return [
+        Question(
+            f"a queue of {line['requests']}, costs {line['costs']}, cohort over lockstep",
+            "queues",
+            name,
+            "over_lockstep",
+            least={None: 0.98},
+        )
+        for name, line in queues.items()
+    ]
+
+
 def serving_tables(paths: Sequence[Path], results: str = "bench/results") -> str:
     """A table per model and machine, each from all of its files among ``paths``; results: their folder, in links."""
     return "\n".join(_table(files, results) for files in _by_model(paths))
@@ -108,13 +129,17 @@ def key_table(paths: Sequence[Path]) -> str:
         streams[found["model"], found["cpu"]] = (found, measured)
     rows = [
         [model, cpu, f"{found['mean_layers']:.1f} of {found['num_layers']}", str(batch)]
-        + [question.cell(batch, lines) for question in KEY_QUESTIONS]
+        + [question.cell(model, batch, lines) for question in KEY_QUESTIONS]
         for (model, cpu), (found, measured) in sorted(streams.items())
         for batch, lines in measured.items()
     ]
     batches = sorted({batch for _, measured in streams.values() for batch in measured})
-    targets = [question.target(batches) for question in KEY_QUESTIONS]
-    rows.append(["target", "", "", " / ".join(map(str, batches)), *targets])
+    models: dict[tuple[str, ...], list[str]] = {}  # by their targets
+    for model in dict.fromkeys(model for model, _ in sorted(streams)):
+        models.setdefault(tuple(question.target(model, batches) for question in KEY_QUESTIONS), []).append(model)
+    for targets, own in models.items():
+        whose = f", {' and '.join(own)}" if len(models) > 1 else ""
+        rows.append([f"target{whose}", "", "", " / ".join(map(str, batches)), *targets])
     header = ("model", "CPU", "mean layers", "batch", *(question.what for question in KEY_QUESTIONS))
     text = _key_note([found for found, _ in streams.values()])
     if any(_exceeds_ideal(measured) for _, measured in streams.values()):
@@ -159,7 +184,7 @@ def _batches(files: Files) -> dict[int, dict[tuple[str, str], Mapping[str, Any]]
     batches: dict[int, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for own in files.values():
         for line in own:
-            if line["part"] in ("stream", "closed", "static"):
+            if line["part"] in ("stream", "closed", "static", "queues"):
                 batches.setdefault(line["batch"], {})[line["part"], line["name"]] = line
     return dict(sorted(batches.items()))
 
@@ -171,7 +196,10 @@ def _conditions(files: Files, part: str) -> Mapping[str, Any] | None:
 
 def _table(files: Files, results: str) -> str:
     batches = _batches(files)
-    rows = [row for question in QUESTIONS if (row := question.row(batches)) is not None]
+    found = _conditions(files, "stream")
+    assert found is not None, "checked when the files were read"
+    questions = (*QUESTIONS, *_queue_questions(batches))
+    rows = [row for question in questions if (row := question.row(found["model"], batches)) is not None]
     header = ("", *(f"batch {batch}" for batch in batches), "target")
     table = markdown_table(header, rows, right=set(range(1, len(batches) + 1)))
     pages = ", ".join(f"[{path.stem}.md]({results}/{path.stem}.md)" for path in files)
@@ -198,6 +226,8 @@ def _notes(files: Files, batches: Mapping[int, Lines]) -> Iterator[str]:
         "closed": "Closed batch: the first {batch} of these requests, and nobody after them",
         "static": "Static batches and transformers: the first {requests} of these requests at full depth, in batches "
         "of {batch}; transformers' generate pads prompts on the left and decodes each batch to its longest output",
+        "queues": "Queues: the first so many of these requests and nobody after them, with prefill, medians of three "
+        "runs; costs calibrated, or predicted as where nothing is calibrated",
     }
     for part, text in texts.items():
         if (origin := _conditions(files, part)) is not None:

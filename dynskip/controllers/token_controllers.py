@@ -37,6 +37,15 @@ class LinearController(LearnedTokenController):
         self.weight = nn.Parameter(torch.zeros(sizes.num_layers, 2, sizes.hidden_size))
         self.bias = margin_bias(sizes.num_layers)
 
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """[L, 2, C] and [L, 2]: the map of hidden states that gives the logits, as it is now."""
+        raise NotImplementedError
+
+    def to_gate(self) -> HiddenStateGate:
+        """The same decisions, argmax, as the gate that the fused kernels know."""
+        weight, bias = self.linear_map()
+        return HiddenStateGate(weight.clone(), bias.clone(), self.always)
+
 
 class HiddenController(LinearController):
     """``hidden``: one linear map per layer on the layer's input (arXiv 2410.20022, section 3.2)."""
@@ -45,9 +54,9 @@ class HiddenController(LinearController):
         """[N, 2]: a linear map of the rows."""
         return F.linear(hidden_states, self.weight[layer], self.bias[layer])
 
-    def to_gate(self) -> HiddenStateGate:
-        """The same decisions, argmax, as the gate that the fused kernels know."""
-        return HiddenStateGate(self.weight.detach().clone(), self.bias.detach().clone(), self.always)
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """[L, 2, C] and [L, 2]: the parameters."""
+        return self.weight.detach(), self.bias.detach()
 
 
 class FixedController(LinearController):
@@ -58,10 +67,10 @@ class FixedController(LinearController):
         constant: Tensor = self.weight[layer].sum(-1) + self.bias[layer]
         return constant.expand(hidden_states.shape[0], 2)
 
-    def to_gate(self) -> HiddenStateGate:
-        """The same decisions, argmax, as the gate that the fused kernels know: no weight, all bias."""
-        bias = (self.weight.sum(-1) + self.bias).detach()
-        return HiddenStateGate(torch.zeros_like(self.weight), bias, self.always)
+    @torch.no_grad()
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """[L, 2, C] and [L, 2]: no weight, all bias."""
+        return torch.zeros_like(self.weight), self.weight.sum(-1) + self.bias
 
 
 def parse_width(text: str, hidden_size: int) -> int:

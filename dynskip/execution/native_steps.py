@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dynskip.controllers import HiddenStateGate
+from dynskip.controllers import HiddenStateGate, TokenController
+from dynskip.controllers.token_controllers import FixedController, HiddenController
 from dynskip.execution.executor import Predictions
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step import RowCounts, Step
@@ -36,7 +37,7 @@ _MOST_TOKENS_BY_ROW = 256
 
 
 class NativeSteps:
-    """Runs decode steps of known paths, and those of hidden-state gates, in one call into the extension each.
+    """Runs decode steps of known paths, and those of linear gates, in one call into the extension each.
 
     A decode step computes what the compact executor computes op by op, with the same bits. The extension keeps threads
     for the steps as long as this object lives, as many as torch has; it follows weights that change in place.
@@ -57,7 +58,6 @@ class NativeSteps:
         self._dtype: torch.dtype | None = None
         self._handle = 0
         self._known: tuple[Plan, int] | None = None  # the last plan, and the entries that it needs at most
-        self._gates: dict[HiddenStateGate, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def takes(self, step: Step) -> bool:
         """Whether ``step`` is run in one call: not where Python code decides layer by layer.
@@ -70,7 +70,7 @@ class NativeSteps:
             return False
         if not self._is_ready():
             return False
-        return step.plan.active is not None or (not self.deterministic and _gate_of(step.plan) is not None)
+        return step.plan.active is not None or (not self.deterministic and self._gate_of(step.plan) is not None)
 
     def run(
         self, step: Step, cache: KVCache, head: bool, on_layer: Callable[[int, Tensor], None] | None = None
@@ -124,11 +124,11 @@ class NativeSteps:
             exact = plan.active is not None
             num_entries = sum(num_kv for _, num_kv in plan.num_rows_by_layer) if exact else plan.num_layers * num_rows
             self._known = known = plan, num_entries
-        gate = _gate_of(plan)
+        gate = self._gate_of(plan)
         if gate is None:
             active, weight, bias, asks = plan.active, None, None, None
         else:
-            weight, bias, asks = self._prepared(gate)
+            weight, bias, asks = gate
             active = ~asks[:, None].expand(-1, num_rows).contiguous()
         assert active is not None, "a plan has a mask or a gate"
         cache.reserve(known[1], exact=gate is None)
@@ -222,12 +222,19 @@ class NativeSteps:
         # Prompts multiply by dense weights with the library's bits, which a deterministic step would have to have.
         return linear.native_panels is not None if linear.packed else not self.deterministic
 
-    def _prepared(self, gate: HiddenStateGate) -> tuple[Tensor, Tensor | None, Tensor]:
-        if gate not in self._gates:
-            asks = torch.tensor([layer not in gate.always for layer in range(gate.num_layers)])
-            bias = None if gate.bias is None else gate.bias.float().contiguous()
-            self._gates[gate] = gate.weight.float().contiguous(), bias, asks
-        return self._gates[gate]
+    def _gate_of(self, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """[L, 2, C] and [L, 2], float32, or None, and [L], bool: what decides of ``plan``, and where it is asked.
+
+        None where the extension does not know it.
+        """
+        controller = plan.decide.controller if isinstance(plan.decide, ControllerDecision) else None
+        map_ = _linear_map(controller)
+        # A gate of another hidden size is refused where it is asked op by op.
+        if controller is None or map_ is None or map_[0].shape[2] != self.decoder.config.hidden_size:
+            return None
+        weight, bias, always = map_
+        asks = torch.tensor([layer not in always for layer in range(plan.num_layers)])
+        return weight.float().contiguous(), None if bias is None else bias.float().contiguous(), asks
 
 
 class _Description:
@@ -305,8 +312,13 @@ def _until_not_finite(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(NOT_FINITE) + 1] if NOT_FINITE in tokens else tokens
 
 
-def _gate_of(plan: Plan) -> HiddenStateGate | None:
-    decision = plan.decide
-    if isinstance(decision, ControllerDecision) and isinstance(decision.controller, HiddenStateGate):
-        return decision.controller
+def _linear_map(controller: TokenController | None) -> tuple[Tensor, Tensor | None, frozenset[int]] | None:
+    """Weight and bias of the logits of ``controller``, and the layers that always run; None where it is no such map.
+
+    A subclass may decide in a way of its own.
+    """
+    if type(controller) is HiddenStateGate:
+        return controller.weight, controller.bias, controller.always
+    if (type(controller) is FixedController or type(controller) is HiddenController) and not controller.sample:
+        return *controller.linear_map(), controller.always
     return None

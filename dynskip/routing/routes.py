@@ -153,17 +153,14 @@ class MaskRoute:
 
 @dataclass(eq=False)
 class ControllerDecision:
-    """Asks ``controller`` at each layer of a step which rows run it; if ``run_all``, all do and it is not asked."""
+    """Asks ``controller`` at each layer of a step which rows run it."""
 
     controller: TokenController
     tokens: StepTokens
-    run_all: bool
     _context: TokenContext | None = field(default=None, repr=False)
 
     def __call__(self, layer: int, hidden_states: Tensor) -> Tensor:
         """[N], bool: True where the row runs ``layer``; ``hidden_states`` is the layer's input, [N, C]."""
-        if self.run_all:
-            return torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         if self._context is None:
             self._context = self._make_context(hidden_states.device)
         return self.controller.active(layer, hidden_states, self._context)
@@ -213,8 +210,11 @@ class ControllerRoute:
         return limit
 
     def plan(self, routes: Sequence[ControllerRoute], tokens: StepTokens) -> Plan:
-        """The plan of a step that brings ``tokens``; the controller is asked while the step runs."""
-        decide = ControllerDecision(self.controller, tokens, tokens.is_prompt and self.full_prompt)
+        """The plan of a step that brings ``tokens``; the controller is asked while it runs, unless all layers do."""
+        if tokens.is_prompt and self.full_prompt:
+            active = torch.ones(sum(tokens.num_new_tokens), self.num_layers, dtype=torch.bool)
+            return Plan.per_token(active, tokens.num_new_tokens, self.kv_policy)
+        decide = ControllerDecision(self.controller, tokens)
         return Plan.decided(decide, self.num_layers, tokens.num_new_tokens, self.kv_policy)
 
 

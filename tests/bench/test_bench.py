@@ -548,17 +548,20 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     static = {"part": "static", "batch": 16, "requests": 48, "name": "engine, cohort", "over_static": 1.2,
               "over_transformers": 8.0}  # fmt: skip
     overhead = {"part": "overhead", "name": "engine", "batch": 64, "resident": 250.0, "share": 0.012}
+    queue = {"part": "queues", "batch": 16, "name": "32, calibrated", "requests": 32, "costs": "calibrated",
+             "over_lockstep": 0.97}  # fmt: skip
     others = {**conditions, "commit": "others"}
     paths = [tmp_path / "serving-a.jsonl", tmp_path / "serving-b.jsonl"]
     paths[0].write_text("".join(f"{json.dumps(line)}\n" for line in (others, closed, static)), encoding="utf-8")
     with pytest.raises(ValueError, match="must hold a stream, got other parts only"):
         serving_tables(paths[:1])
-    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, overhead]), encoding="utf-8")
+    paths[1].write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, overhead, queue]), encoding="utf-8")
     found = serving_tables(paths)
     rows = dict(re.findall(r"^\| (\S.*?) +\| +(\S.*?) \| +(?:.*?)\|$", found, re.MULTILINE))
     assert rows["decode, cohort over lockstep"] == "1.76x (missed)"
     assert rows["decode, share of the ideal"] == "94%"
     assert rows["a closed batch, cohort over lockstep"] == "1.01x"
+    assert rows["a queue of 32, costs calibrated, cohort over lockstep"] == "0.97x (missed)"
     assert "tokens/s, full depth" not in rows
     assert ">= 1.90x" in found and "[serving-b.md](bench/results/serving-b.md)" in found
     note = " ".join(found.split())
@@ -590,6 +593,14 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
         ["target", "", "", "16 / 32", "", ">= 90% / >= 88%", ">= 1.90x / >= 1.70x"],
     ]
     assert "256 or 1,024 requests" in " ".join(key_table(paths).split())
+    large = {**other, "model": "opt-1.3b shapes with random weights"}
+    deep["decode_gain"] = 2.9  # 91 % of the ideal
+    paths.append(tmp_path / "serving-d.jsonl")
+    paths[3].write_text("".join(f"{json.dumps(line)}\n" for line in (other, small, deep)), encoding="utf-8")
+    paths[2].write_text("".join(f"{json.dumps(line)}\n" for line in (large, small, deep)), encoding="utf-8")
+    shares = [row[5] for row in key_rows(paths)[1:]]
+    assert shares == ["91% (missed)", "91%", "103%", ">= 95% / >= 94%", ">= 90% / >= 88%"]
+    assert [row[0] for row in key_rows(paths)[4:]] == ["target, opt-1.3b shapes with random weights", "target, tiny"]
 
 
 def key_rows(paths: list[Path]) -> list[list[str]]:

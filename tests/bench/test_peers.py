@@ -213,20 +213,23 @@ def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) 
     results.add({"peer": "vLLM", "what": "prefill", "batch": 8, "prompt_len": 512, **ratio, "ours": 9000.0})
     results.add({"peer": "vLLM", "what": "memory", "ours": 3.0, "theirs": 5.25})
     results.add({"peer": "transformers", "what": "load", "error": "No module named 'transformers'"})
+    results.add({"peer": "CTranslate2 float32", "what": "load", **settings})
     results.add({"peer": DYNSKIP.name, "what": "tokens", "same": 256, "near": 256, "of": 256})
     results.add({"peer": "vLLM", "what": "tokens", "same": 200, "near": 255, "of": 256})
     text = table.render(tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert lines[0] == ["opt-1.3b", "dynskip", "vLLM", "transformers", "target over vLLM"]
-    assert ["decode, ms a step, batch 1", "50", "75 (1.50x, 1.40-1.60)", "not timed", ">= 1.45x, met"] in lines
-    assert ["decode, ms a step, batch 8", "50", "75 (1.49x, 1.40-1.60)", "not timed", ">= 1.5x, missed"] in lines
-    assert ["decode, ms a step, batch 32", "failed", "failed", "not timed", ">= 1.43x, missed"] in lines
-    assert ["prefill of 512, s, batch 8", "9", "0.075 (1.50x, 1.40-1.60)", "not timed", ">= 0.97x, met"] in lines
-    assert ["memory, GB at most", "3", "5.25", "not timed", ""] in lines
-    assert lines[-1][1:] == ["256 / 256 of 256", "200 / 255 of 256", "not checked", ""]
+    assert lines[0] == ["opt-1.3b", "dynskip", "vLLM", "transformers", "CTranslate2 float32", "target over vLLM"]
+    others = ["not timed"] * 2
+    assert ["decode, ms a step, batch 1", "50", "75 (1.50x, 1.40-1.60)", *others, ">= 1.45x, met"] in lines
+    assert ["decode, ms a step, batch 8", "50", "75 (1.49x, 1.40-1.60)", *others, ">= 1.5x, missed"] in lines
+    assert ["decode, ms a step, batch 32", "failed", "failed", *others, ">= 1.43x, missed"] in lines
+    assert ["prefill of 512, s, batch 8", "9", "0.075 (1.50x, 1.40-1.60)", *others, ">= 0.97x, met"] in lines
+    assert ["memory, GB at most", "3", "5.25", *others, ""] in lines
+    assert lines[-1][1:] == ["256 / 256 of 256", "200 / 255 of 256", "not checked", "not checked", ""]
     flat = " ".join(text.split())
     assert "vLLM 1: bf16, CORES=2, LD_PRELOAD=libx.so:liby.so." in flat
     assert "Failed, vLLM, decode at batch 32: vLLM: out of memory" in flat
+    assert "Not timed, for the length of the run: CTranslate2 float32 at 1 x 512 and 8 x 512." in flat
     assert "Failed, transformers, load: No module named 'transformers'" in flat
 
 

@@ -15,12 +15,14 @@ import torch
 from caches import assert_same_entries
 from families import ALL_VARIANTS, FAMILIES, LARGE, convert_, family_hf, large_changes, native_model
 from models import NUM_LAYERS, VARIANTS, random_prompts
+from random_controllers import random_controller
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynskip import CausalLM, LayerPath, SamplingParams
-from dynskip.controllers import HiddenStateGate
+from dynskip import LLM, CausalLM, LayerPath, SamplingParams
+from dynskip.controllers import HiddenStateGate, TokenController
 from dynskip.engine.closed_batch import Generation
+from dynskip.engine.engine import Engine
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.native_steps import PASS_ROWS
@@ -254,21 +256,6 @@ def test_the_head_sees_its_rows_in_every_call() -> None:
         assert torch.equal(everything.most_likely, everything.logits.argmax(1))
 
 
-@pytest.mark.parametrize("kv_policy", ["evict", "propagate", "share"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gates_decide_inside(kv_policy: str, bias: bool) -> None:
-    model = native_model("llama", "plain")
-    gate = HiddenStateGate(GATE.weight, torch.randn(NUM_LAYERS, 2) if bias else None, always=(1,))
-    texts = []
-    for executor in ("compact", "reference"):
-        params = [SamplingParams(max_tokens=9, ignore_eos=True)] * 5
-        generation = Generation(model, random_prompts(LENGTHS), params, gate, kv_policy, executor=executor)
-        texts.append([sequence.token_ids for sequence in generation.run()])
-    assert texts[0] == texts[1]
-    counts = model.executor("compact").row_counts
-    assert counts.run[1] > counts.run[2] > 0 or counts.run[1] > counts.run[3] > 0
-
-
 class Entries(TorchDispatchMode):
     """Counts the ops of the extension that are called."""
 
@@ -282,17 +269,61 @@ class Entries(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_is_one_entry_into_the_extension() -> None:
+def gates() -> dict[str, TokenController]:
+    """Four that decide inside of the call, and two that are Python code."""
+    sampled = random_controller("hidden")
+    sampled.sample = True
+    return {
+        "gate": HiddenStateGate(GATE.weight, always=(1,)),
+        "biases": HiddenStateGate(GATE.weight, GATE.weight[:, :, 0], always=(1,)),
+        "hidden": random_controller("hidden", seed=1),
+        "fixed": random_controller("fixed", seed=1),
+        "sampled": sampled,
+        "mlp": random_controller("mlp:8"),
+    }
+
+
+@pytest.mark.parametrize("prompt_depth", ["path", "full"])
+@pytest.mark.parametrize("kv_policy", ["evict", "propagate", "share"])
+@pytest.mark.parametrize("name", [*gates()])
+def test_gates_decide_inside(name: str, kv_policy: str, prompt_depth: str) -> None:
+    """A prompt at full depth asks none of them, and is a call for all."""
     model = native_model("llama", "plain")
-    executor = model.executor("compact")
-    cache = executor.new_cache(5, 8, 8 * 5 * NUM_LAYERS)
+    gate, prompts, texts = gates()[name], random_prompts(LENGTHS), []
+    params = [SamplingParams(max_tokens=9, ignore_eos=True)] * 5
+    for executor in ("compact", "reference"):
+        generation = Generation(model, prompts, params, gate, kv_policy, prompt_depth, executor)
+        with Entries() as entries:
+            texts.append([sequence.token_ids for sequence in generation.run()])
+        if executor == "compact":
+            inside = name not in ("sampled", "mlp")
+            calls = 9 if inside else int(prompt_depth == "full")
+            assert entries.names.count("decode_step.default") == calls
+            assert ("decode_attention.default" in entries.names) != inside
+    assert texts[0] == texts[1]
+    run = model.executor("compact").row_counts.run
+    assert min(run) < max(run) == sum(LENGTHS) + 8 * 5
+
+
+def test_a_gate_of_another_size_is_refused() -> None:
+    gate = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 48))
+    with pytest.raises(ValueError, match=r"HiddenStateGate: weight must be \[L, 2, 32\] for this model"):
+        LLM(native_model("llama", "plain")).generate([[5, 6]], SamplingParams(max_tokens=2), gate)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(("family", "variant"), [("opt", "pre-norm"), ("llama", "plain")])
+def test_a_step_of_an_engine_is_one_entry_into_the_extension(family: str, variant: str, temperature: float) -> None:
+    """Drawing tokens is one more; the most likely ones come with the step."""
+    served = Engine(native_model(family, variant), policy="lockstep", batch=5)
+    params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=temperature, top_p=0.9)
+    for prompt, path in zip(random_prompts(LENGTHS), PATHS, strict=True):
+        served.add_request(prompt, params, path)
+    served.step()
     with Entries() as entries:
-        for place in range(3):
-            tokens, positions = torch.full((5,), 7), torch.full((5,), place)
-            plan = Plan.per_sequence(PATHS, [1] * 5)
-            executor.logits(Step(tokens, positions, torch.arange(5), plan, decode=True), cache)
-    # The first step also has the decoder described.
-    assert entries.names == ["new_decoder.default", *["decode_step.default"] * 3]
+        for _ in range(4):
+            served.step()
+    assert entries.names == ["decode_step.default", *(["choose_tokens.default"] if temperature else [])] * 4
 
 
 def test_it_follows_weights_that_change() -> None:

@@ -139,8 +139,8 @@ def test_little_memory_preempts_in_the_simulation_too() -> None:
     ("costs", "num_requests", "batch", "mean_output", "share", "over_lockstep"),
     [
         # A machine of 37 GB/s and 740 GFLOP/s: two cores as they were measured.
-        (StepCosts.modelled("2 cores", MachineSpeed(37, 740)), 1024, 16, 16, 0.85, 1.8),
-        (StepCosts.modelled("2 cores", MachineSpeed(37, 740)), 1024, 32, 16, 0.85, 1.4),
+        (StepCosts.modelled("2 cores", MachineSpeed(37, 740)), 1024, 16, 16, 0.90, 1.9),
+        (StepCosts.modelled("2 cores", MachineSpeed(37, 740)), 1024, 32, 16, 0.88, 1.7),
         (StepCosts.h200(), 8192, 128, 64, 0.88, 1.4),
     ],
     ids=["2 cores, 16", "2 cores, 32", "H200, 128"],
