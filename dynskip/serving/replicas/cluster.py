@@ -168,6 +168,7 @@ def deployed(
         cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         num_threads = replicas.threads_on(cpus)
         application = _application(partial(open_service, num_threads), replicas, num_threads, front)
+        is_serving = bool(serve.status().proxies)
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         try:
             handle = _run(application)
@@ -175,6 +176,8 @@ def deployed(
             yield handle
         finally:
             serve.delete(APP)
+            if not is_serving and not serve.status().applications:
+                serve.shutdown()  # else it would keep host and port for whatever comes next on this cluster
 
 
 def _application(
