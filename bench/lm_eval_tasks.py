@@ -25,6 +25,8 @@ from dynskip.files import write_text
 
 TAG = "t0"
 _SEED, _NUM_SHOTS = 0, 3
+# What goes on behind "A:" begins with a space, and may repeat the dash of the list of choices; the answer has neither.
+_FROM_THE_LIST = {"regexes_to_ignore": [r"^[\s-]+"]}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Task:
                 "num_fewshot": _NUM_SHOTS,  # how long an answer is, an example tells
                 "fewshot_split": "test",
                 "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "do_sample": False},
-                "metric_list": [{**match, "ignore_case": True, "ignore_punctuation": True}],
+                "metric_list": [{**match, "ignore_case": True, "ignore_punctuation": True, **_FROM_THE_LIST}],
             }
         measures = [_metric(f"{name}_perplexity", "weighted_perplexity", False) for name in ("word", "byte")]
         return {**common, "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": measures}

@@ -35,11 +35,15 @@ def short(results: Path) -> str:
                 figures = [_percentiles(waits[name]) for name in ("ttft_ms", "tpot_ms")]
                 lines.append([conditions["shape"], peer, depth, f"{capacity['tokens_per_s']:.0f}", *figures])
         costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]
-        told = ", ".join(f"{row['value']:.2f} ({row['what'].partition(', ')[2]})" for row in costs)
+        target = TARGETS.get(conditions["shape"])
+        told = ", ".join(
+            f"{row['value']:.3f} ({row['what'].partition(', ')[2]}{_missed(row['value'], target)})" for row in costs
+        )
+        aim = "" if target is None else f" (target: at least {target:.2f})"
         notes.append(
             f"{conditions['shape']}: {conditions['cpu']}, {conditions['num_threads']} threads, commit "
-            f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, tokens/s: "
-            f"{told}."
+            f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, "
+            f"tokens/s{aim}: {told}."
         )
     heads = ("model", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
     if not lines:
@@ -79,6 +83,10 @@ def _waits(conditions: Row, rows: Sequence[Row]) -> str:
         lines.append([row["peer"], load, f"{row['rate']:.2f}", *figures, f"{row['client_cpu']:.0%}"])
     heads = (conditions["shape"], "load", "requests/s", "ms to the first token", "ms a token", "ms between pieces")
     return markdown_table((*heads, "client's CPU"), lines, {1, 2, 3, 4, 5, 6}) if lines else ""
+
+
+def _missed(value: float, target: float | None) -> str:
+    return ", missed" if target is not None and value < target else ""
 
 
 def _percentiles(values: Sequence[float]) -> str:

@@ -14,12 +14,13 @@ from dynskip.serving.depths import NamedPath
 Kind = Literal["completion", "chat"]
 # JSON has no infinity; log-probabilities of what cannot come are sent as this.
 _LEAST_LOGPROB = -9999.0
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _OBJECTS = {"completion": ("text_completion", "text_completion"), "chat": ("chat.completion", "chat.completion.chunk")}
 
 
 def as_json(value: object) -> bytes:
     """``value`` as the bytes of an answer."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def usage(num_prompt_tokens: int, num_tokens: int, outputs: Sequence[RequestOutput] | None = None) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from dynskip.serving.sse import ClientGone
 LOG = logging.getLogger("dynskip.serving")
 # Of a request's body, in bytes.
 MAX_BODY = 16 * 2**20
-# Seconds in which nothing of a body may come: one that never ends would keep a server from draining.
-BODY_TIMEOUT_S = 30.0
+# Seconds from a request's headers to the end of its body: one that never ends would keep a server from draining.
+BODY_TIMEOUT_S = 60.0
 # What needs no key: probes, metrics, and what a browser asks for before it has one.
 _OPEN = frozenset(("/health", "/version", "/metrics", "/openapi.json")) | PAGE_ROUTES
 # What a page asks for several times a second: no line in the log, unless it is refused.
@@ -109,17 +109,22 @@ class Gate:
             raise APIError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
     async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body; an APIError as soon as it is known to be too large."""
+        """The whole body; an APIError as soon as it is known to be too large, or too slow."""
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self._max_body:
             raise self._too_large()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await self._all_parts(receive)
+        except TimeoutError as error:
+            message = f"body: it must come within {BODY_TIMEOUT_S:g} seconds, got a part of it."
+            # Without the header what still comes would keep the connection open.
+            raise APIError(408, message, headers={"Connection": "close"}) from error
+
+    async def _all_parts(self, receive: Receive) -> bytes:
         parts, size, is_last = [], 0, False
         while not is_last:
-            try:
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    message = await receive()
-            except TimeoutError as error:
-                raise APIError(408, "body: it must come without long breaks, got a part of it.") from error
+            message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(message.get("body", b""))

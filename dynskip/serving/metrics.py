@@ -96,8 +96,8 @@ class ServerMetrics:
         self._engine = _EngineCollector(model)
         self._registry.register(self._engine)
         self._model = model
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
-        self._tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.").labels(model)
+        self._tokens = self._counter("vllm:generation_tokens", "Tokens generated.").labels(model)
         self._ended = self._counter("vllm:request_success", "Outputs by how they ended.", "finished_reason")
         self._depth_requests = self._counter("dynskip_depth_requests", "Requests by layers of their paths.", "layers")
         self._depth_tokens = self._counter("dynskip_depth_tokens", "Tokens by layers of their paths.", "layers")
@@ -110,8 +110,8 @@ class ServerMetrics:
     def finished(self, output: RequestOutput) -> None:
         """A request has ended, by itself or by an error."""
         num_tokens = sum(len(sample.token_ids) for sample in output.samples)
-        self._prompt_tokens.labels(self._model).inc(len(output.prompt_ids))
-        self._tokens.labels(self._model).inc(num_tokens)
+        self._prompt_tokens.inc(len(output.prompt_ids))
+        self._tokens.inc(num_tokens)
         for sample in output.samples:
             self._ended.labels(self._model, sample.finish_reason).inc()
         if output.path is not None:
@@ -121,11 +121,11 @@ class ServerMetrics:
         waits = ((self._ttft_s, output.ttft_s), (self._queue_s, output.queue_s), (self._latency_s, output.latency_s))
         for histogram, seconds in (*waits, (self._tpot_s, output.tpot_s)):
             if seconds is not None:
-                histogram.labels(self._model).observe(seconds)
+                histogram.observe(seconds)
         if output.tpot_s is not None:
             # Each token by the mean of its request: when single ones came is not kept.
             for _ in range(max(len(sample.token_ids) for sample in output.samples) - 1):
-                self._token_s.labels(self._model).observe(output.tpot_s)
+                self._token_s.observe(output.tpot_s)
 
     def ended(self, reason: str, num_outputs: int) -> None:
         """Outputs have ended of which no more is known: "abort" where the client went away, or "error"."""
@@ -143,4 +143,5 @@ class ServerMetrics:
         return Counter(name, text, ["model_name", *labels], registry=self._registry)
 
     def _histogram(self, name: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(name, "Seconds.", ["model_name"], registry=self._registry, buckets=tuple(buckets))
+        family = Histogram(name, "Seconds.", ["model_name"], registry=self._registry, buckets=tuple(buckets))
+        return family.labels(self._model)

@@ -27,6 +27,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = Field(default=False, description="A last chunk with usage and no choices.")
     continuous_usage_stats: bool = Field(default=False, description="Usage so far with each chunk.")
+    include_obfuscation: bool | None = Field(default=None, description="Passes; no chunk is padded.")
 
 
 class Sampled(Fields):

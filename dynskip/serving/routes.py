@@ -23,6 +23,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         400: "A field is wrong; `param` names it.",
         401: "The key is missing or wrong.",
         404: "No such model.",
+        408: "The body did not come to its end.",
         413: "The body is too large.",
     }.items()
 }

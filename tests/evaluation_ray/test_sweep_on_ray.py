@@ -41,6 +41,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), *sys.path]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY_BYTES})
     nodes.add_node(num_cpus=1, object_store_memory=MEMORY_BYTES)
     yield nodes
@@ -65,13 +66,17 @@ def test_a_killed_node_changes_nothing(cluster: Any, tmp_path: Path) -> None:
         [sys.executable, "-m", "dynskip", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
         deadline = time.monotonic() + 300
-        while not item_lines(tmp_path / "run" / "items") and run.poll() is None and time.monotonic() < deadline:
+        while not (item_lines(tmp_path / "run" / "items") and (held := workers_of(killed))) and run.poll() is None:
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        for worker in workers_of(killed):
+        assert run.poll() is None, run.communicate()[1]
+        for worker in held:
             worker.suspend()  # it has an item, or is handed one that it never does
         time.sleep(1)
         num_before = len(item_lines(tmp_path / "run" / "items"))
         cluster.remove_node(killed, allow_graceful=False)
+        for worker in held:
+            worker.kill()  # its node has ended, and does not end it any more
         _, error = run.communicate(timeout=300)
         assert run.returncode == 0, error
     assert main(arguments(tmp_path, tmp_path / "one", *shards, experiment="depth")) == 0

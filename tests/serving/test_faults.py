@@ -358,18 +358,20 @@ def test_a_body_beyond_the_limit_is_a_413(llm: LLM) -> None:
 
 
 def test_a_body_that_does_not_end_is_a_408(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(gate, "BODY_TIMEOUT_S", 0.1)
 
     async def main() -> None:
-        async with local(llm) as server:
+        async with local(llm, gate={"max_body": 200}) as server:
 
             async def parts() -> Any:
-                yield json.dumps(LONG).encode()[:9]
-                await asyncio.sleep(600)
+                while True:  # never a long break, and too large in the end
+                    yield b" "
+                    await asyncio.sleep(0.01)
 
             answer = await server.client.post(ROUTE, content=parts(), headers=JSON)
             assert answer.status_code == 408
             assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert answer.headers["connection"] == "close"
 
     run(main())
 

@@ -106,6 +106,28 @@ def test_a_replica_that_does_not_answer_loses_what_it_has_not_begun(llm: LLM, mo
     run(main())
 
 
+def test_a_replica_that_does_not_answer_ends_what_it_has_begun(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "PING_TIMEOUT_S", 0.05)
+
+    async def main() -> None:
+        async with fronted(llm) as before:
+            brakes = [Brake(each.server.served) for each in before.replicas]
+            exchange = Exchange(before.app, ROUTE, STREAM)
+            await before.until_held(1)
+            hung = before.holder()
+            brakes[before.replicas.index(hung)].let(1)
+            await exchange.until_events(1)
+            hung.hangs = True  # it breaks off nothing: from here on nothing comes
+            await exchange.task
+            *_, error, end = exchange.events
+            assert (error["error"]["code"], end, exchange.num_ends) == ("replica_lost", "[DONE]", 1)
+            for brake in brakes:
+                brake.release()
+            assert (await hung.server.until_idle()).num_aborted == 1, "it was told that the client has gone"
+
+    run(main())
+
+
 def test_a_request_ends_no_more_than_two_replicas(llm: LLM) -> None:
     async def main() -> None:
         async with fronted(llm, count=3) as before:

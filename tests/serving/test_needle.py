@@ -8,13 +8,14 @@ import random
 from typing import Any
 
 import pytest
-from api import ROUTE, Brake, Exchange, local, run
+from api import COSTS, ROUTE, Brake, Exchange, local, run
 from models import tiny_hf
 
 from dynskip import LLM, OPTForCausalLM
 from dynskip.ops.backends import available_backends
 
 NUM_FILLERS = 64
+POSITIONS = 1088  # a filler's words, 1,024 at most, and its output
 VOCAB_SIZE = 101
 NEEDLE = {
     "prompt": [17, 4, 80, 33, 52, 9, 61, 28, 77, 12, 45],
@@ -35,7 +36,7 @@ def make_llm(backend: str, deterministic: bool) -> LLM:
     which add up in other orders. Packed ones, and bfloat16, do not show it at this size.
     """
     hf_model = tiny_hf(
-        hidden_size=128, ffn_dim=256, word_embed_proj_dim=128, num_attention_heads=4, max_position_embeddings=160
+        hidden_size=128, ffn_dim=256, word_embed_proj_dim=128, num_attention_heads=4, max_position_embeddings=POSITIONS
     )
     pack = backend != "torch"
     return LLM(OPTForCausalLM.from_hf(hf_model, backend=backend, deterministic=deterministic, pack=pack))
@@ -46,19 +47,20 @@ def fillers() -> list[dict[str, Any]]:
     draw = random.Random(0)
     found = []
     for index in range(NUM_FILLERS):
-        prompt = [draw.randrange(4, VOCAB_SIZE) for _ in range(draw.randint(40, 100))]
+        prompt = [draw.randrange(4, VOCAB_SIZE) for _ in range(draw.randint(700, 1024))]
         path = FILLER_PATHS[index % len(FILLER_PATHS)]
         body = {"prompt": prompt, "path": path, "max_tokens": draw.randint(20, 32), "seed": index, "ignore_eos": True}
         found.append(body if index % 5 else {**body, "draft": "uniform:1"})
     return found
 
 
-def answers(llm: LLM, bodies: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float]:
+def answers(llm: LLM, bodies: list[dict[str, Any]], policy: str) -> tuple[list[dict[str, Any]], float]:
     """What each of ``bodies`` gets where all have come before the first step, and the rows of a decode step."""
 
     async def main() -> tuple[list[dict[str, Any]], float]:
-        options = {"policy": "lockstep", "batch": NUM_FILLERS + 1, "max_prefill_tokens": 256}
-        async with local(llm, costs=None, max_queue=0, **options) as server:
+        costs = COSTS if policy == "cohort" else None
+        options = {"policy": policy, "costs": costs, "batch": NUM_FILLERS + 1, "max_prefill_tokens": 4096}
+        async with local(llm, max_queue=0, **options) as server:
             brake = Brake(server.served)
             exchanges = [Exchange(server.app, ROUTE, body) for body in bodies]
             while server.service.admission.num_held < len(bodies):
@@ -72,12 +74,12 @@ def answers(llm: LLM, bodies: list[dict[str, Any]]) -> tuple[list[dict[str, Any]
     return run(main())
 
 
-def alone_and_among(llm: LLM, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def alone_and_among(llm: LLM, path: str, policy: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the needle gets along ``path`` without and with company; it comes neither first nor last."""
     needle, others = {**NEEDLE, "path": path}, fillers()
-    (alone,), num_rows = answers(llm, [needle])
+    (alone,), num_rows = answers(llm, [needle], policy)
     assert num_rows == 1
-    among, num_rows = answers(llm, [*others[:40], needle, *others[40:]])
+    among, num_rows = answers(llm, [*others[:40], needle, *others[40:]], policy)
     assert num_rows > NUM_FILLERS / 4, "they step together, though their prompts come one after the other"
     return alone, among[40]
 
@@ -91,16 +93,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("path", ["full", "uniform:3"])
-def test_a_needle_is_the_same_to_the_bit_among_fillers_of_other_depths(backend: str, path: str) -> None:
-    alone, among = alone_and_among(make_llm(backend, deterministic=True), path)
+@pytest.mark.parametrize(("path", "policy"), [("full", "lockstep"), ("uniform:3", "cohort")])
+def test_a_needle_is_the_same_to_the_bit_among_fillers_of_other_depths(backend: str, path: str, policy: str) -> None:
+    alone, among = alone_and_among(make_llm(backend, deterministic=True), path, policy)
     assert len(alone["logprobs"]["token_logprobs"]) == NEEDLE["max_tokens"]
     assert among == alone
 
 
 def test_without_the_deterministic_mode_the_needle_is_not_the_same(backend: str) -> None:
     """The comparison above can fail: of 20 log-probabilities some 16 are others."""
-    alone, among = alone_and_among(make_llm(backend, deterministic=False), "full")
+    alone, among = alone_and_among(make_llm(backend, deterministic=False), "full", "lockstep")
     one, other = (each["logprobs"]["token_logprobs"] for each in (alone, among))
     assert len(one) == NEEDLE["max_tokens"]
     assert among != alone

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,21 +21,22 @@ import httpx2
 import pytest
 from api import events_of
 
+from dynskip.assets import ADAPTED, packaged_file
 from dynskip.cli import main
 from dynskip.cli.serve import greeting
 
 ROOT = Path(__file__).parents[2]
-SERVE = [sys.executable, "-m", "dynskip", "serve", "opt-mini", "--port", "0", "--policy", "lockstep", "--threads", "1"]
+SERVE = [sys.executable, "-m", "dynskip", "serve", "--port", "0", "--policy", "lockstep", "--threads", "1"]
 LONG = {"prompt": "The lighthouse keeper", "ignore_eos": True, "stream": True}
 TIMEOUT_S = 600  # never waited for: a loaded machine is slow to start and to end a process
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def serving(*options: str, model: str = "opt-mini") -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A server that is ready: its process, its address, and the command that it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     process = subprocess.Popen(
-        [*SERVE, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*SERVE, model, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -92,6 +96,24 @@ def test_the_line_that_it_prints_works_and_a_signal_lets_streams_end() -> None:
         log += rest
         assert "lighthouse" not in log
         assert "POST /v1/completions 200" in log
+
+
+def test_what_make_serve_starts_has_depths_and_its_line_works_in_a_shell() -> None:
+    (model,) = re.findall(r"^MODEL \?= (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    try:
+        packaged_file(ADAPTED[model])
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    with serving(model=model) as (_, url, command):
+        listed = httpx2.get(f"{url}/v1/models", timeout=TIMEOUT_S).json()["data"]
+        assert [each["id"] for each in listed] == [model, *(f"{model}@{depth}" for depth in (15, 20, 25, 30))]
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["choices"][0]["text"].strip()
+        assert (answer["model"], len(answer["dynskip"]["layers"])) == (model, 30)
 
 
 def test_a_second_signal_cuts_off_what_still_runs() -> None:

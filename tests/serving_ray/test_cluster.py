@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # a token of earlier clusters lies in the home folder, and only a head looks for it
+    "RAY_worker_niceness": "0",  # by Ray's 15 a busy machine starves them, and Ray Serve takes them for dead
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -16,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ProxyStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynskip.serving.app import guarded
@@ -32,6 +34,8 @@ _FRONT = "front"
 _OBJECT_STORE = 128 * 2**20
 # Ray Serve's bound on requests at a time; ours is in `Admission`, which tells clients when to try again.
 _MOST_ONGOING = 100_000
+# Seconds until Ray Serve's proxy listens, at most: it begins in its own process, and `serve.run` does not wait for it.
+_PROXY_TIMEOUT_S = 120
 # Seconds between Ray Serve's looks at an engine, for how long that may not answer, and for how long an ending replica
 # may go on with what it has begun.
 _HEALTH_S, _HEALTH_TIMEOUT_S, _GRACE_S = 5, 60, 3600
@@ -157,17 +161,23 @@ def deployed(
     """The front before the replicas, by its handle, until the end of the block.
 
     open_service: what a replica of so many threads begins with. address: of a cluster of Ray's that runs; None: one of
-    this process's own, on this machine. Raises ValueError where it has no room, or the replicas cannot start.
+    this process's own, on this machine. Raises ValueError where it has no room, or the replicas or Ray Serve's proxy
+    cannot start.
     """
     with _cluster(address):
         cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         num_threads = replicas.threads_on(cpus)
         application = _application(partial(open_service, num_threads), replicas, num_threads, front)
+        is_serving = bool(serve.status().proxies)
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         try:
-            yield _run(application)
+            handle = _run(application)
+            _wait_for_proxy()
+            yield handle
         finally:
             serve.delete(APP)
+            if not is_serving and not serve.status().applications:
+                serve.shutdown()  # else it would keep host and port for whatever comes next on this cluster
 
 
 def _application(
@@ -200,6 +210,19 @@ def _run(application: serve.Application) -> DeploymentHandle:
         raise ValueError(f"serve_replicas: the replicas must start, got: {_why(error)}") from error
 
 
+def _wait_for_proxy() -> None:
+    """Return once it listens."""
+    end_s = time.monotonic() + _PROXY_TIMEOUT_S
+    while ProxyStatus.HEALTHY not in (found := list(serve.status().proxies.values())):
+        if time.monotonic() > end_s:
+            shown = ", ".join(status.value for status in found) or "none"
+            raise ValueError(
+                f"serve_replicas: Ray Serve's proxy must listen within {_PROXY_TIMEOUT_S} s, got {shown}. Its log is "
+                "in logs/serve of Ray's folder on the cluster's first node."
+            )
+        time.sleep(0.1)
+
+
 def _why(error: RuntimeError) -> str:
     """What the constructor of a replica that does not start has raised."""
     found = serve.status().applications.get(APP)
@@ -213,6 +236,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": True, "namespace": APP, "logging_level": "WARNING"}
     if address is None:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by Ray's 15 all else on the machine goes before the engines
         options |= {"object_store_memory": _OBJECT_STORE, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init("local" if address is None else address, **options)
     try:

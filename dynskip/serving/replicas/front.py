@@ -229,7 +229,7 @@ class Front:
                         last = [messages.pop()]
                     for message in messages:
                         await send(message)
-                    messages = await _next(answers)
+                    messages = await known.unless_lost(_next(answers))
             except ReplicaLostError:
                 self._lose(known)
                 if not last:
