@@ -29,7 +29,7 @@ BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end --
 SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-- serving end -->"
 DRAFTS_BEGIN, DRAFTS_END = "<!-- drafts: written by bench/table.py -->", "<!-- drafts end -->"
 PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
-PAPER_RUN = "paper-opt-mini"  # the folder of results whose report the README tells in short
+PAPER_RUN = "paper-smollm2"  # the folder of results whose report the README tells in short
 # What `bench/serving.py` and `bench/drafts.py` leave.
 SERVING_FILES, DRAFTS_FILE = "serving*.jsonl", Path("drafts", "drafts.jsonl")
 
