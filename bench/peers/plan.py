@@ -77,12 +77,22 @@ _VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True, tried="without torch.
 _TRANSFORMERS = Peer("transformers", "transformers", factor=2.0, tried="a static cache, no faster")
 # llama.cpp would repack 4-bit weights for AMX, and then crashes (0.3.36, in ggml_backend_amx_mul_mat).
 _NOT_REPACKED = "weights repacked for AMX, a crash in ggml_backend_amx_mul_mat"
+_NO_BFLOAT16 = "bfloat16, which it does not offer on this CPU"  # 4.8.5, get_supported_compute_types
 PEERS = {
     "opt-1.3b": (
         _VLLM,
         _TRANSFORMERS,
-        Peer("CTranslate2 int8", "ctranslate2", {"compute_type": "int8"}, factor=2.0, cells=CELLS[:4]),
-        Peer("CTranslate2 float32", "ctranslate2", {"compute_type": "float32"}, factor=4.0, cells=CELLS[:3]),
+        Peer(
+            "CTranslate2 int8", "ctranslate2", {"compute_type": "int8"}, factor=2.0, cells=CELLS[:4], tried=_NO_BFLOAT16
+        ),
+        Peer(
+            "CTranslate2 float32",
+            "ctranslate2",
+            {"compute_type": "float32"},
+            factor=4.0,
+            cells=CELLS[:3],
+            tried=_NO_BFLOAT16,
+        ),
     ),
     "llama-3.2-1b": (_VLLM, _TRANSFORMERS),
     SMOLLM2: (

@@ -509,7 +509,10 @@ print("fine")
 
 
 def test_a_step_beside_a_busy_process_takes_three_times_as_long_at_most() -> None:
-    """Threads that spun until their turn came would keep the core from the one that has work: ten times and more."""
+    """Threads that spun until their turn came would keep the core from the one that has work: ten times and more.
+
+    Nor does it take more of the processors: other processes of this machine may be busy, too, but do not count there.
+    """
     body = """
 from dynskip import LLM, SamplingParams
 from dynskip.engine.closed_batch import Generation
@@ -517,27 +520,35 @@ from dynskip.engine.closed_batch import Generation
 llm = LLM(backend="native")
 params = SamplingParams(max_tokens=50, ignore_eos=True)
 
-def step_ms():
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+def step_s():
     generation = Generation(llm.model, [[5, 6, 7]] * 2, [params] * 2)
     generation.prefill()
-    times = []
+    wall, cpu = [], []
     for _ in range(45):
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         generation.step()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return sorted(times)[22]
+        wall.append(time.perf_counter() - begin[0])
+        cpu.append(time.process_time() - begin[1])
+    return median(wall), median(cpu)
 
-step_ms()
-for attempt in range(25):  # other processes of this machine may be busy, too
-    alone = step_ms()
+def ratios():
+    alone = step_s()
     busy = os.fork()
     while busy == 0:
         pass
-    beside = step_ms()
+    beside = step_s()
     os.kill(busy, signal.SIGKILL)
     os.waitpid(busy, 0)
-    print(f"{beside / alone:.2f}", file=sys.stderr)
-    if beside <= 3 * alone:
+    return [one / other for one, other in zip(beside, alone)]
+
+step_s()
+for attempt in range(5):
+    wall, cpu = map(median, zip(*[ratios() for _ in range(3)]))
+    print(f"{wall:.2f} {cpu:.2f}", file=sys.stderr)
+    if wall <= 3 and cpu <= 1.5:
         print("fine")
         break
 """
