@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from evaluation_models import arguments, item_lines, tiny_setup
+from evaluation_models import arguments, item_lines, save_data, tiny_setup
 
 from dynskip.cli import main
 from dynskip.evaluation.dispatch import Dispatch
@@ -57,6 +57,7 @@ def workers_of(node: Any) -> list[psutil.Process]:
 
 
 def test_a_killed_node_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+    save_data(tmp_path / "data.json", num_rows=480)
     tiny_setup(tmp_path)
     killed = cluster.add_node(num_cpus=1, object_store_memory=MEMORY_BYTES)
     cluster.wait_for_nodes()

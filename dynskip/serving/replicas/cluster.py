@@ -17,7 +17,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ProxyStatus
+from ray.serve.schema import DeploymentStatus, ProxyStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynskip.serving.app import guarded
@@ -34,6 +34,7 @@ _FRONT = "front"
 _OBJECT_STORE = 128 * 2**20
 # Ray Serve's bound on requests at a time; ours is in `Admission`, which tells clients when to try again.
 _MOST_ONGOING = 100_000
+_FAILED = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
 # Seconds until Ray Serve's proxy listens, at most: it begins in its own process, and `serve.run` does not wait for it.
 _PROXY_TIMEOUT_S = 120
 # Seconds between Ray Serve's looks at an engine, for how long that may not answer, and for how long an ending replica
@@ -226,7 +227,9 @@ def _wait_for_proxy() -> None:
 def _why(error: RuntimeError) -> str:
     """What the constructor of a replica that does not start has raised."""
     found = serve.status().applications.get(APP)
-    messages = [] if found is None else [each.message for each in found.deployments.values()]
+    deployments = [] if found is None else found.deployments.values()
+    # Those that are still at it only say that they are slow.
+    messages = [each.message for each in deployments if each.status in _FAILED]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else str(error)
 
