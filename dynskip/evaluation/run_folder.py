@@ -83,7 +83,7 @@ class RunFolder:
         for known, count in self.store.places(without=ALONE).items():
             counts[known.isa] += count
         counts.pop("", None)  # lines of older versions do not say
-        told = [f"{isa!r} for {count}" for isa, count in counts.items()]
+        told = [f"{isa!r} for {count}" for isa, count in sorted(counts.items())]
         if place is not None and place.isa not in counts:
             told.append(f"{place.isa!r} of {place}")
         if len(told) > 1 and not self.mixes_isa:

@@ -35,7 +35,8 @@ from dynskip.evaluation.report.write import report_blocks
 from dynskip.evaluation.stats.oracle_controls import OracleScores
 
 ROOT = Path(__file__).parents[2]
-RUN = ROOT / "bench" / "results" / "paper-opt-mini"
+RUNS = {name: ROOT / "bench" / "results" / name for name in ("paper-opt-mini", "paper-smollm2")}
+RUN = RUNS["paper-opt-mini"]
 
 
 def changed(name: str, change: dict[str, Any], **labels: Any) -> dict[str, Any]:
@@ -412,32 +413,34 @@ def committed() -> dict[str, Any]:
     return summary
 
 
-def test_the_committed_report_is_what_the_command_writes(
-    committed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_the_committed_report_is_what_the_command_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the drawings, whose bytes are matplotlib's own."""
     monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
-    written = report_blocks(committed)
-    again = f"run `dynskip report {RUN.relative_to(ROOT)}`"
-    assert to_markdown(*written) == (RUN / "report.md").read_text(encoding="utf-8"), again
-    html = (RUN / "report.html").read_text(encoding="utf-8")
+    run = RUNS[name]
+    written = report_blocks(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    again = f"run `dynskip report {run.relative_to(ROOT)}`"
+    assert to_markdown(*written) == (run / "report.md").read_text(encoding="utf-8"), again
+    html = (run / "report.html").read_text(encoding="utf-8")
     pages = [re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL) for page in (to_html(*written), html)]
     assert pages[0] == pages[1], again
 
 
-def test_the_readme_tells_what_the_committed_report_opens_with(committed: dict[str, Any]) -> None:
+def test_the_readme_tells_what_the_committed_report_opens_with() -> None:
     spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
     assert spec is not None and spec.loader is not None
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    summary = json.loads((RUNS[table.PAPER_RUN] / "summary.json").read_text(encoding="utf-8"))
     block = readme.split(table.PAPER_BEGIN)[1].split(table.PAPER_END)[0]
-    assert " ".join(block.split()) == " ".join(f"- {text}" for text in in_short(committed))
+    assert " ".join(block.split()) == " ".join(f"- {text}" for text in in_short(summary))
 
 
 def test_the_committed_run_holds_no_withdrawn_sentence(committed: dict[str, Any]) -> None:
     assert not any("statements" in part or "answers" in part for part in committed.values() if isinstance(part, dict))
-    page = (RUN / "report.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "4 of 23" not in page and "no loss" not in page
+    told = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What the paper's experiments say")[2]
+    page = (RUN / "report.md").read_text(encoding="utf-8") + told
+    assert told and "4 of 23" not in page and "no loss" not in page
     found = claims.Controllers(committed["controllers"])
     assert found.reasons == ["beyond", "alike", "noise", "trainings"]
