@@ -18,7 +18,10 @@ from dynskip.speculation.lengths import Candidate, DraftLengths
 
 
 def draw_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
-    """Lengths drawn at random, in place of those that pay; own entries are worth making, whatever they cost."""
+    """Lengths drawn at random at each step, not those that pay; own entries are worth making, whatever they cost.
+
+    Nothing hangs on the clock: no step rests behind a length of zero, and none is a look.
+    """
     draw = random.Random(0)
     choose = DraftLengths.choose
 
@@ -29,6 +32,8 @@ def draw_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     monkeypatch.setattr(DraftLengths, "choose", drawn_lengths)
     monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
     monkeypatch.setattr(Drafting, "_is_worth_entries", lambda *_: True)
+    monkeypatch.setattr(Drafting, "_rest", lambda _: None)
+    monkeypatch.setattr(Drafting, "_probe", lambda *_: None)
     return draw
 
 
