@@ -3,7 +3,7 @@
 python bench/serving_ray.py                      OPT-1.3B's shapes, random weights: some minutes on two cores
 python bench/serving_ray.py --shape opt-125m --rounds 1 --requests 32 --out /tmp
 
-Writes bench/results/serve/ray.md and .jsonl. `dynskip calibrate --threads 1` comes first: the schedule stands on what
+Writes bench/results/ray/serving.md and .jsonl. `dynskip calibrate --threads 1` comes first: the schedule stands on what
 it has measured. The clients run on the same cores; what they took is said.
 """
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=192)
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second of the Poisson stream")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "serve")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ray")
     args = parser.parse_args(argv)
     facts = describe()
     config = hf_config(args.shape)
@@ -203,8 +203,9 @@ def main(argv: list[str] | None = None) -> int:
                 found = measure(args.shape, rule, requests, config.vocab_size)
                 lines.append({"arrival": arrival, "round": turn, "num_requests": args.requests, **found, **facts})
                 print(json.dumps(lines[-1]), flush=True)
-    (args.out / "ray.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    (args.out / "ray.md").write_text(page(args.shape, lines, facts), encoding="utf-8")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "serving.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    (args.out / "serving.md").write_text(page(args.shape, lines, facts), encoding="utf-8")
     return 0
 
 

@@ -222,7 +222,7 @@ def _answers(url: str) -> bool:
     """Whether the server does at ``url``; a proxy that has just begun may not know its routes yet."""
     end_s = time.monotonic() + _ANSWER_TIMEOUT_S
     while time.monotonic() < end_s:
-        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=_ANSWER_TIMEOUT_S):
+        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=max(0.1, end_s - time.monotonic())):
             return True
         time.sleep(0.1)
     return False

@@ -36,6 +36,9 @@ _AMX_PANEL = 32
 _MOST_TOKENS_BY_ROW = 256
 
 
+_Gate = tuple[Tensor, Tensor | None, Tensor]
+
+
 class NativeSteps:
     """Runs decode steps of known paths, and those of linear gates, in one call into the extension each.
 
@@ -58,6 +61,7 @@ class NativeSteps:
         self._dtype: torch.dtype | None = None
         self._handle = 0
         self._known: tuple[Plan, int] | None = None  # the last plan, and the entries that it needs at most
+        self._gate: tuple[Plan, _Gate | None] | None = None  # the last plan that was asked for, and what decides of it
 
     def takes(self, step: Step) -> bool:
         """Whether ``step`` is run in one call: not where Python code decides layer by layer.
@@ -222,7 +226,13 @@ class NativeSteps:
         # Prompts multiply by dense weights with the library's bits, which a deterministic step would have to have.
         return linear.native_panels is not None if linear.packed else not self.deterministic
 
-    def _gate_of(self, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    def _gate_of(self, plan: Plan) -> _Gate | None:
+        """As ``_new_gate``, made once a plan, of which each step of a controller has its own."""
+        if self._gate is None or self._gate[0] is not plan:
+            self._gate = plan, self._new_gate(plan)
+        return self._gate[1]
+
+    def _new_gate(self, plan: Plan) -> _Gate | None:
         """[L, 2, C] and [L, 2], float32, or None, and [L], bool: what decides of ``plan``, and where it is asked.
 
         None where the extension does not know it.

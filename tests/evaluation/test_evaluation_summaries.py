@@ -13,6 +13,7 @@ from dynskip.evaluation.registry import EXPERIMENTS, section_name
 from dynskip.evaluation.report.evidence import ceiling
 from dynskip.evaluation.report.numbers import percent
 from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.run_folder import RunFolder
 from dynskip.evaluation.sweep.store import ItemStore
 from dynskip.evaluation.tasks.generations import generate_items
 
@@ -85,14 +86,17 @@ def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None
         assert f"{best[0]} at a budget of {best[1]:g}, captures {percent(shares[best])} of the oracle's gain." in told
 
 
-def test_more_draws_belong_to_the_same_run(tmp_path: Path) -> None:
+def test_a_run_that_says_its_draws_may_grow(tmp_path: Path) -> None:
     four, six = tiny_setup(tmp_path), tiny_setup(tmp_path, draws=6)
     assert [list(setup.sample_seeds) for setup in (four, six)] == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
-    assert four.guarded() == six.guarded() | {"prompts": four.prompts}
     more = tiny_setup(tmp_path, draws=6, prompts=20)
     assert more.guarded() == six.guarded()
     few, many = (set(generate_items(setup, setup.checkpoint, ["full"])) for setup in (six, more))
     assert few < many, "12 prompts are 3 shards of 4, whole ones of the longer run"
+    for first, second in ((four, six), (six, four)):
+        RunFolder(tmp_path / f"run-{first.draws}", first).close()
+        with pytest.raises(ValueError, match=r"eval: the setup must be that of the run in .* the run has prompts"):
+            RunFolder(tmp_path / f"run-{first.draws}", second)
 
 
 def test_more_candidates_than_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -58,25 +58,28 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     if not setup.likelihood_only:
         rows += _text_rows(setup, store)
     rows += [row for name in choices(setup) for row in _likelihood_rows(setup, store, name)]
+    learned = f"Learned from {setup.train_prompts or setup.prompts} prompts of the {setup.learn_split} split"
     notes = [
-        f"Learned from {setup.train_prompts or setup.prompts} prompts of the {setup.learn_split} split, judged on "
-        f"{setup.prompts} prompts of the {setup.split} split, by ROUGE-L as a mean over {len(setup.sample_seeds)} "
-        f"draws; trained once for each of {setup.seeds} seeds, which count alike.",
+        f"{learned}, trained once for each of {setup.seeds} seeds, which count alike.",
         "Metrics that end in _nats: routers that learn from the mean log-likelihood of a token of the reference and "
         f"are judged by it, on {setup.num_likelihoods} prompts; features: embedding (means of token embeddings, and "
         "counts), state (the full model's state at the prompt's last token), both, or entropy (of what follows the "
         "prompt, along the cheapest path); size: prompts learned from.",
         "cascade: the cheapest path, and full depth where that path's entropy is above a threshold. The shallow prompt "
         "pass that it takes is not among its layers.",
-        "transformer is one encoder layer over the prompt's token embeddings, trained until prompts held out gain "
-        "nothing; the others read means of the embeddings, and counts.",
         "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
         "knapsack on the test scores at the router's own mean cost; captured_share is the place between them.",
         "over_static is the router's score minus that of the best mix of fixed budgets of the same mean cost.",
-        "overhead_ms is the time from token ids to a path; ms_per_token is that of a decode step of a batch whose "
-        "paths have the router's histogram, without the overhead.",
         *notes_on_choices(setup),
     ]
+    if not setup.likelihood_only:
+        notes += [
+            f"By ROUGE-L: judged on {setup.prompts} prompts of the {setup.split} split, as a mean over "
+            f"{len(setup.sample_seeds)} draws. transformer is one encoder layer over the prompt's token embeddings, "
+            "trained until prompts held out gain nothing; the others read means of the embeddings, and counts.",
+            "overhead_ms is the time from token ids to a path; ms_per_token is that of a decode step of a batch whose "
+            "paths have the router's histogram, without the overhead.",
+        ]
     found = {"n": setup.num_judged, "n_nats": setup.num_likelihoods, "learned_on": setup.learn_split}
     return {**found, "seeds": setup.seeds, "rows": rows, "notes": notes}
 

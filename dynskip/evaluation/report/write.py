@@ -76,7 +76,9 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
             if score_suffix(section)
             else ""
         )
-        blocks.append(Paragraph(f"{section['n']:,} sequences, {section['seeds']} seed{plural}.{alone}"))
+        scored = section.get("n_nats")
+        more = f", log-likelihoods of {scored:,}" if scored and scored != section["n"] else ""
+        blocks.append(Paragraph(f"{section['n']:,} sequences{more}, {section['seeds']} seed{plural}.{alone}"))
         blocks += section_blocks(section, summary)
         if section.get("notes"):
             blocks += [Heading("Notes", 3), Items(section["notes"])]

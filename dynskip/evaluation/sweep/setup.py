@@ -259,13 +259,15 @@ class Setup:
     def guarded(self) -> dict[str, Any]:
         """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come.
 
-        So may more references, more prompts to learn from and more draws: the items of fewer are among theirs.
+        So may more references, more prompts to learn from, and, of a run that says its draws, more of these and more
+        prompts: the items of fewer are among theirs.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("data", "labels", "controllers", "controller_seeds", "timed_on", "likelihood_only", *GROWING):
             del fields[name]
         if self.draws:
-            del fields["prompts"]
+            # Such a run may grow by prompts; the items of one that does not say its draws are others.
+            fields["prompts"] = None
         return fields | {
             "checkpoint": self.checkpoint.hash,
             "siblings": {str(budget): sibling.hash for budget, sibling in self.siblings},
