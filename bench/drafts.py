@@ -6,11 +6,12 @@ python -m bench.drafts --only transformers         beside transformers, Llama-3.
 python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 4 rows, two minutes
 python -m bench.drafts --row 'random-0-*' --again  some rows, anew
 python -m bench.drafts --quick --out rehearsal     every row at shapes that take no time: its figures say nothing
-python -m bench.drafts --page                      the page anew from the rows that are there
+python -m bench.drafts --page                      all pages anew from the rows that are there
 
 Random weights agree with nothing: at the shapes of published models the layers that a draft leaves out are scaled until
-its tokens agree with the full model's as often as wanted. Each row is on the disk when it is measured; rows that are
-there are not measured again. `dynskip calibrate` comes first: lengths and predictions stand on it.
+its tokens agree with the full model's as often as wanted. Each machine has a file of its own; each row is on the disk
+when it is measured, and rows that are there are not measured again. `dynskip calibrate` comes first: lengths and
+predictions stand on it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ from dynskip.speculation.draft import Draft
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_LEN = 32
-RESULTS = "drafts.jsonl"
 # Of rehearsals; heads as heavy beside a layer as in the models that they stand for.
 QUICK_SHAPES = {
     "random": replace(opt_shape(8, 64, 4), vocab_size=512),
@@ -296,8 +296,8 @@ PARTS: dict[str, Callable[[Sequence[Cell], Options], Iterator[dict[str, Any]]]] 
 class Results:
     """Rows by name, in a file of JSON lines behind the conditions of the last run; the page beside it follows."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / RESULTS
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.conditions: dict[str, Any] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default="opt-1.3b", help="random weights of that shape (default: %(default)s)")
     parser.add_argument("--llama", default="llama-3.2-1b", metavar="SHAPE", help="beside transformers (%(default)s)")
     parser.add_argument("--data", type=Path, help="Alpaca, for opt-mini's prompts")
-    parser.add_argument("--page", action="store_true", help="write the page of the rows anew, and measure nothing")
+    parser.add_argument("--page", action="store_true", help="write all pages anew, and measure nothing")
     parser.add_argument("--picture", type=Path, help="only write a picture of a run of opt-mini to this SVG file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "drafts", help="folder")
@@ -349,14 +349,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     shapes = {"random": args.shape, "transformers": args.llama}
     options = Options(2 if args.quick else args.rounds, args.data, args.quick, shapes)
-    results = Results(args.out)
     if args.page:
-        if not results.rows:
-            raise SystemExit(
-                f"drafts: --out must hold {RESULTS} for --page, got none in {args.out}. Measure rows first."
-            )
-        results.write_page()
+        paths = sorted(args.out.glob("*.jsonl"))
+        if not paths:
+            raise SystemExit(f"drafts: --out must hold rows for --page, got none in {args.out}. Measure rows first.")
+        for path in paths:
+            Results(path).write_page()
         return 0
+    results = Results(args.out / f"{describe()['machine']}.jsonl")
     wanted = {name: select(options.cells(name), args.row) for name in args.only or PARTS}
     if args.list:
         for cells in wanted.values():

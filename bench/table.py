@@ -31,7 +31,7 @@ DRAFTS_BEGIN, DRAFTS_END = "<!-- drafts: written by bench/table.py -->", "<!-- d
 PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
 PAPER_RUN = "paper-smollm2"  # the folder of results whose report the README tells in short
 # What `bench/serving.py` and `bench/drafts.py` leave.
-SERVING_FILES, DRAFTS_FILE = "serving*.jsonl", Path("drafts", "drafts.jsonl")
+SERVING_FILES, DRAFTS_FILES = "serving*.jsonl", "drafts/*.jsonl"
 
 
 def render(results: Path) -> str:
@@ -60,8 +60,9 @@ def fill(readme: str, results: Path) -> str:
     readme = insert(readme, render(results))
     readme = insert(readme, short(results / "serve"), SHORT_BEGIN, SHORT_END)
     readme = insert(readme, paper_sentences(results / PAPER_RUN), PAPER_BEGIN, PAPER_END)
-    conditions, *rows = map(json.loads, (results / DRAFTS_FILE).read_text(encoding="utf-8").splitlines())
-    readme = insert(readme, drafts_table(conditions, rows), DRAFTS_BEGIN, DRAFTS_END)
+    drafts = (path.read_text(encoding="utf-8").splitlines() for path in sorted(results.glob(DRAFTS_FILES)))
+    machines = [(conditions, rows) for conditions, *rows in (map(json.loads, lines) for lines in drafts)]
+    readme = insert(readme, drafts_table(machines), DRAFTS_BEGIN, DRAFTS_END)
     return insert(readme, key_table(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
 
 

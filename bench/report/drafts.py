@@ -51,29 +51,35 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     return text + "\n" + "".join(f"{when}: {', '.join(names)}.\n" for when, names in commits.items())
 
 
-def key_table(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The gains of closed batches, a line per model, draft and acceptance, and how they were measured."""
-    groups: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        name, _, number = row["row"].rpartition("-")
-        if number == str(row["batch"]):  # others are streams
-            groups.setdefault((row["model"], name), {})[row["batch"]] = row
+def key_table(machines: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> str:
+    """The gains of closed batches, a line per model, draft, acceptance and machine, and how they were measured.
+
+    machines: of each its conditions and its rows.
+    """
+    groups: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for conditions, rows in machines:
+        for row in rows:
+            name, _, number = row["row"].rpartition("-")
+            if number == str(row["batch"]):  # others are streams
+                groups.setdefault((row["model"], name, conditions["cpu"]), {})[row["batch"]] = row
     batches = sorted({batch for group in groups.values() for batch in group})
     lines = []
-    for (model, _), group in sorted(groups.items()):
+    for (model, _, cpu), group in sorted(groups.items()):
         row, *_ = group.values()
         shown = [f"{each:.2f}" for each in sorted(row["acceptance"] for row in group.values())]
         acceptance = "-".join(dict.fromkeys((shown[0], shown[-1])))
         gains = (_gain(group[batch]) if batch in group else "" for batch in batches)
-        lines.append([model, row["draft"].split(" layers")[0], row["entries"], acceptance, *gains])
-    header = ("model", "layers of the draft", "entries", "acceptance", *(f"batch {batch}" for batch in batches))
+        lines.append([model, cpu, row["draft"].split(" layers")[0], row["entries"], acceptance, *gains])
+    header = ("model", "CPU", "layers of the draft", "entries", "acceptance", *(f"batch {batch}" for batch in batches))
+    rounds = sorted({row["rounds"] for _, rows in machines for row in rows})
+    threads = sorted({conditions["num_threads"] for conditions, _ in machines})
     text = (
-        f"Decode seconds without a draft over those with one: medians of {rows[0]['rounds']} interleaved rounds, "
-        f"bfloat16, {conditions['num_threads']} threads on {conditions['cpu']}. Of opt-mini the weights are its own; "
+        f"Decode seconds without a draft over those with one: medians of {' or '.join(map(str, rounds))} interleaved "
+        f"rounds, bfloat16, {' or '.join(map(str, threads))} threads. Of opt-mini the weights are its own; "
         "of the others they are random, scaled to an acceptance. Missed is a target above the gain; one of no loss "
         f"({NO_LOSS}x) is met where the interval of the rounds reaches it."
     )
-    return f"{markdown_table(header, lines, right=set(range(4, len(header))))}\n{textwrap.fill(text, 120)}\n"
+    return f"{markdown_table(header, lines, right=set(range(5, len(header))))}\n{textwrap.fill(text, 120)}\n"
 
 
 def _gain(row: Mapping[str, Any]) -> str:

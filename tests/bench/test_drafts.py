@@ -23,6 +23,7 @@ from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.drafting import Drafting, forget_acceptance
 from dynskip.measure.agreement import Gate, NearTies
+from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.hf_model import only_layers
 from dynskip.speculation.draft import Draft
@@ -177,7 +178,9 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / drafts.RESULTS).read_text().splitlines()]
+    (path,) = out.glob("*.jsonl")
+    assert path.stem == describe()["machine"]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("part", ["random", "transformers"])
@@ -195,7 +198,8 @@ def test_a_rehearsal_measures_its_rows(part: str, out: Path, capsys: pytest.Capt
         assert row["same_outputs"] == row["requests"] and row["gain"] > 0 and row["model"] == "quick"
         assert row["factor"] > 0 and row["commit"] and row["took_s"] > 0
         assert ("over_transformers" in row) == (part == "transformers")
-    text = (out / "drafts.md").read_text()
+    (path,) = out.glob("*.md")
+    text = path.read_text()
     assert all(f"| {row['row']} " in text for row in rows)
     assert text.strip() in capsys.readouterr().out
     assert ("assistant_early_exit" in text) == (part == "transformers")
@@ -264,13 +268,16 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
         row | reached | {"row": "reached", "predicted": 1.0, "guesses": 0.0},
         row | reached | {"row": "below", "high": 0.979, "predicted": 0.8},
     ]
-    with pytest.raises(SystemExit, match=r"drafts: --out must hold drafts.jsonl for --page, got none"):
+    with pytest.raises(SystemExit, match=r"drafts: --out must hold rows for --page, got none"):
         drafts.main(["--page", "--out", str(out)])
     conditions = {"part": "conditions", "cpu": "Test", "num_cores": 2, "num_threads": 2, "versions": {}}
     out.mkdir()
-    (out / drafts.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in [conditions, *rows]))
+    for machine in ("here", "there"):
+        (out / f"{machine}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [conditions, *rows]))
     assert drafts.main(["--page", "--out", str(out)]) == 0
-    lines = [line.split("|")[1:-1] for line in (out / "drafts.md").read_text().splitlines() if line.startswith("| ")]
+    text = (out / "here.md").read_text()
+    assert text == (out / "there.md").read_text()
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     header, *found = [[cell.strip() for cell in line] for line in lines]
     columns = [header.index(name) for name in ("row", "seen by the engine", "target", "predicted", "over measured")]
     assert [[line[column] for column in columns] for line in found] == [
@@ -281,8 +288,12 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
     ]
 
 
-def test_the_page_that_is_kept_is_that_of_its_rows() -> None:
-    results = drafts.Results(drafts.ROOT / "bench" / "results" / "drafts")
+@pytest.mark.parametrize(
+    "path", sorted((drafts.ROOT / "bench" / "results" / "drafts").glob("*.jsonl")), ids=lambda path: path.stem
+)
+def test_the_page_that_is_kept_is_that_of_its_rows(path: Path) -> None:
+    results = drafts.Results(path)
+    assert results.rows and path.stem == results.conditions["machine"]
     assert (
         results.path.with_suffix(".md").read_text()
         == results.page()
@@ -300,15 +311,18 @@ def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> 
         row | {"row": "r-0-none-8", "batch": 8, "acceptance": 0.0, "gain": 0.97, "high": 0.99, "target": 0.98},
         row | {"row": "m-path-1", "batch": 1, "acceptance": 0.5, "model": "a", "entries": "path"},
     ]
-    found = key_table({"cpu": "Test", "num_threads": 2}, rows)
+    other = [row | {"row": "r-0.8-none-1", "batch": 1, "acceptance": 0.79, "gain": 1.2, "rounds": 5}]
+    machines = [({"cpu": name, "num_threads": 2}, each) for name, each in (("Test", rows), ("Other", other))]
+    found = key_table(machines)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines() if line.startswith("| ")]
     assert lines == [
-        ["model", "layers of the draft", "entries", "acceptance", "batch 1", "batch 8"],
-        ["a", "6/24", "path", "0.50", "1.40x", ""],
-        ["b", "6/24", "own", "0.00", "", "0.97x"],
-        ["b", "6/24", "own", "0.79-0.81", "1.40x", "0.97x (missed)"],
+        ["model", "CPU", "layers of the draft", "entries", "acceptance", "batch 1", "batch 8"],
+        ["a", "Test", "6/24", "path", "0.50", "1.40x", ""],
+        ["b", "Test", "6/24", "own", "0.00", "", "0.97x"],
+        ["b", "Other", "6/24", "own", "0.79", "1.20x (missed)", ""],
+        ["b", "Test", "6/24", "own", "0.79-0.81", "1.40x", "0.97x (missed)"],
     ]
-    assert "medians of 3 interleaved rounds, bfloat16, 2 threads on Test" in " ".join(found.split())
+    assert "medians of 3 or 5 interleaved rounds, bfloat16, 2 threads" in " ".join(found.split())
 
 
 def test_the_picture_shows_each_guess(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
