@@ -25,8 +25,14 @@ def cpu_fields() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The CPU's name as the system gives it."""
-    return cpu_fields().get("model name") or platform.processor() or platform.machine()
+    """The CPU's name as the system gives it, and where that names no model, as in many virtual machines, family and
+    model numbers: two generations of one make are two machines.
+    """
+    fields = cpu_fields()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if any(map(str.isdigit, name)) or not {"cpu family", "model"} <= fields.keys():
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def cpu_features() -> list[str]:
