@@ -187,6 +187,31 @@ def test_routers_without_a_share_or_without_a_choice_are_counted() -> None:
     assert "4 of them leave no share to capture, and are in no figure" in text_of(summary, "router")
 
 
+def test_routers_by_log_likelihood_are_those_that_learned_most() -> None:
+    def share(value: float, half: float, predictor: str, size: int, **labels: Any) -> list[dict[str, Any]]:
+        labels = {"family": "paths", "features": "text", "at": 20.0, "predictor": predictor, "size": size, **labels}
+        return [
+            row(value, half, metric="captured_share_nats", **labels),
+            row(value / 100, half / 100, metric="over_static_nats", **labels),
+        ]
+
+    few, many = share(0.9, 0.1, "ridge", 250), [*share(0.3, 0.1, "ridge", 1000), *share(0.1, 0.2, "kernel", 1000)]
+    other = share(0.8, 0.1, "ridge", 4000, family="untuned")
+    cascade = share(-0.2, 0.1, "cascade", 0)
+    found = claims.RoutersInNats(section([*few, *many, *other, *cascade]), "paths")
+    assert (found.size, len(found.shares), found.above) == (1000, 2, 1)
+    assert found.best is not None and found.best["predictor"] == "ridge" and found.best["value"] == 0.3
+    assert found.over_static is not None and found.over_static["value"] == 0.3 / 100
+    assert found.cascade is not None and found.cascade["value"] == -0.2
+    told = text_of({"conditions": {}, "router": section([*few, *many, *cascade])}, "router")
+    assert "1 of 2 routers that learned from 1,000 prompts capture" in told and "ridge on text, captures 30 %" in told
+    assert "full depth where it is unsure, captures \N{MINUS SIGN}20 %" in told
+    alone = claims.RoutersInNats(section(cascade), "paths")
+    assert alone.best is None and alone.over_static is None and alone.cascade is not None
+    none = claims.RoutersInNats(section(many), "untuned")
+    assert none.best is None and none.cascade is None and not none.shares
+
+
 # Controllers
 
 

@@ -264,6 +264,30 @@ class Routers:
         self.best = max(known, key=lambda row: by_gain[_labels(row, "predictor", "at")], default=None)
 
 
+class RoutersInNats:
+    """The routers of one family by log-likelihood, beside the cascade, which learns nothing.
+
+    shares: what of the oracle's gain each captures, of those that learned from the most prompts, ``size``. above: how
+    many do with an interval above zero. best: the share of the one that captures most. over_static: what that one gains
+    over the best mix of fixed depths. cascade: its share.
+    """
+
+    def __init__(self, section: Row, family: str) -> None:
+        shares = select(section, metric="captured_share_nats", family=family)
+        cascades = [row for row in shares if row["predictor"] == "cascade"]
+        routers = [row for row in shares if row["predictor"] != "cascade"]
+        self.cascade = cascades[0] if cascades else None
+        self.size = max((row["size"] for row in routers), default=0)
+        self.shares = [row for row in routers if row["size"] == self.size]
+        self.above = sum(direction(row) > 0 for row in self.shares)
+        self.best = max(self.shares, key=lambda row: float(row["value"]), default=None)
+        labels = {} if self.best is None else {name: self.best[name] for name in _ROUTER_LABELS}
+        self.over_static = find(section, metric="over_static_nats", family=family, **labels) if labels else None
+
+
+_ROUTER_LABELS = ("predictor", "features", "size", "at")
+
+
 class Correlations:
     """All rank correlations of the chosen depth in a section, over families, budgets and features; yardsticks left out.
 

@@ -379,29 +379,21 @@ def router_in_nats(section: Row) -> list[str]:
     """By log-likelihood: the routers that learned from most prompts, the one that gains most, and the cascade."""
     lines = []
     for family in families_of(section, metric="captured_share_nats"):
-        shares = select(section, metric="captured_share_nats", family=family)
-        size = max(row["size"] for row in shares)
-        largest = [row for row in shares if row["size"] == size and row["predictor"] != "cascade"]
-        if not largest:
-            continue
-        best = max(largest, key=lambda row: float(row["value"]))
-        over = find(section, metric="over_static_nats", **{name: best[name] for name in _ROUTER})
-        above = sum(direction(row) > 0 for row in largest)
-        lines.append(
-            f"By log-likelihood, with {FAMILIES.get(family, family)}, {above} of {len(largest)} routers that learned "
-            f"from {size:,} prompts capture a share of the oracle's gain with an interval above zero; the one that "
-            f"captures most (picked as such, so its share flatters it), {best['predictor']} on {best['features']}, "
-            f"captures {percent(best)} of it and gains {signed(over)} nats a token over the best mix of fixed depths."
-        )
-        cascade = find(section, metric="captured_share_nats", family=family, predictor="cascade")
-        if cascade is not None:
+        found = claims.RoutersInNats(section, family)
+        if found.best is not None:
             lines.append(
-                f"A cascade, the shallowest path first and full depth where it is unsure, captures {percent(cascade)}."
+                f"By log-likelihood, with {FAMILIES.get(family, family)}, {found.above} of {len(found.shares)} routers "
+                f"that learned from {found.size:,} prompts capture a share of the oracle's gain with an interval above "
+                f"zero; the one that captures most (picked as such, so its share flatters it), "
+                f"{found.best['predictor']} on {found.best['features']}, captures {percent(found.best)} of it and "
+                f"gains {signed(found.over_static)} nats a token over the best mix of fixed depths."
+            )
+        if found.cascade is not None:
+            lines.append(
+                "A cascade, the shallowest path first and full depth where it is unsure, captures "
+                f"{percent(found.cascade)}."
             )
     return lines
-
-
-_ROUTER = ("family", "predictor", "features", "size", "at")
 
 
 def depth(section: Row, summary: Summary) -> list[str]:
