@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
       "Tensor(f!) slot_cursor, Tensor(g!) counts, bool is_timed) -> (Tensor, Tensor)");
   m.def("has_cuda() -> bool");
   m.def("replay(int[] graph_execs, int device_index) -> ()");
+  m.def("multiplies_many_rows(int panel_outputs) -> bool");
   m.def("instruction_set() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }
@@ -50,6 +51,7 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CompositeExplicitAutograd, m) {
   m.impl("new_decoder", TORCH_BOX(&dynskip::new_decoder));
   m.impl("delete_decoder", TORCH_BOX(&dynskip::delete_decoder));
   m.impl("decoder_times", TORCH_BOX(&dynskip::decoder_times));
+  m.impl("multiplies_many_rows", TORCH_BOX(&dynskip::multiplies_many_rows));
   m.impl("instruction_set", TORCH_BOX(&dynskip::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&dynskip::use_instruction_set));
 }

@@ -165,6 +165,9 @@ void plan_rows(
     bool overlaps,
     int64_t carveout);
 
+// Whether many rows by bfloat16 panels of so many outputs take no longer on this machine than oneDNN's product.
+bool multiplies_many_rows(int64_t panel_outputs);
+
 // The name of the instruction set in use.
 std::string instruction_set();
 

@@ -10,20 +10,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <unistd.h>
 
-// GCC 12 sees uninitialised operands in its own intrinsics.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                         \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-#endif
-
-#define DYNSKIP_HAS_AVX512
+#include "avx512_bf16_target.h"
 #include "lanes.h"
 
 namespace dynskip {
@@ -37,6 +26,22 @@ constexpr int64_t kMaxBlockRows = 6;
 constexpr int64_t kChunkPairs = 64;
 constexpr int64_t kMaxChunkPairs = 112;
 constexpr int64_t kPrefetchBytes = 16 * 1024;
+// Rows from which a panel comes whole from the second cache where the first one is small: it cannot hold a chunk, the
+// next one, rows and sums, and sums that stay in registers save more than that costs.
+constexpr int64_t kStreamedRows = 32;
+constexpr int64_t kSmallFirstCache = 32 * 1024;
+
+bool has_small_first_cache() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const bool is_small = [] {
+    const long size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return size > 0 && size <= kSmallFirstCache;
+  }();
+  return is_small;
+#else
+  return false;
+#endif
+}
 
 // sums [num_rows, 64] (+)= x [num_rows, 2 * num_pairs] times a part of a panel; meanwhile some lines are prefetched.
 template <int num_rows, int lines_each_pair>
@@ -148,7 +153,8 @@ void multiply_panel(const Product<BFloat16>& product, int64_t panel, float* sums
     finish_panel(product, panel, sums);
     return;
   }
-  const int64_t chunk_pairs = all_pairs <= kMaxChunkPairs ? all_pairs : kChunkPairs;
+  const bool is_whole = all_pairs <= kMaxChunkPairs || (product.num_rows >= kStreamedRows && has_small_first_cache());
+  const int64_t chunk_pairs = is_whole ? all_pairs : kChunkPairs;
   for (int64_t pair = 0; pair < all_pairs; pair += chunk_pairs) {
     const int64_t num_pairs = std::min(chunk_pairs, all_pairs - pair);
     const BFloat16* chunk = weight + pair * kPairElements;
@@ -204,6 +210,10 @@ MultiplyPanels<BFloat16> multiply_panels_avx512_bf16() {
   return supported;
 }
 
+bool streams_panels_avx512_bf16() {
+  return multiply_panels_avx512_bf16() != nullptr && has_small_first_cache();
+}
+
 } // namespace dynskip
 
 #else
@@ -212,6 +222,10 @@ namespace dynskip {
 
 MultiplyPanels<BFloat16> multiply_panels_avx512_bf16() {
   return nullptr;
+}
+
+bool streams_panels_avx512_bf16() {
+  return false;
 }
 
 } // namespace dynskip

@@ -65,6 +65,15 @@ template MultiplyPanels<float> multiply_panels<float>(int64_t);
 template MultiplyPanels<BFloat16> multiply_panels<BFloat16>(int64_t);
 template MultiplyPanels<Float16> multiply_panels<Float16>(int64_t);
 
+bool multiplies_many_rows(int64_t panel_outputs) {
+  return panel_outputs == 32 ? multiply_panels_amx() != nullptr : panel_outputs == 64 && streams_panels_avx512_bf16();
+}
+
+AttendPrompt attend_prompt(int64_t head_size) {
+  const AttendPrompt by_tiles = attend_prompt_amx(head_size);
+  return by_tiles != nullptr ? by_tiles : attend_prompt_avx512_bf16(head_size);
+}
+
 std::string instruction_set() {
   return kernels().name;
 }

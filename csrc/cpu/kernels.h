@@ -80,8 +80,12 @@ constexpr int64_t prompt_attention_scratch_floats(int64_t num_heads, int64_t hea
 
 using AttendPrompt = void (*)(const PromptAttentionTask&);
 
-// The function for heads of so many elements; null without AMX, or where it takes no such heads.
+// The function for heads of so many elements; null without the instruction set, or where it takes no such heads.
 AttendPrompt attend_prompt_amx(int64_t head_size);
+AttendPrompt attend_prompt_avx512_bf16(int64_t head_size);
+
+// The fastest of them that this machine has.
+AttendPrompt attend_prompt(int64_t head_size);
 
 // One row of LayerNorm, or of RMSNorm: out [C] from x [C]; weight and bias [C], or null.
 template <typename Element>
@@ -228,5 +232,10 @@ MultiplyPanels<Element> multiply_panels(int64_t panel_outputs);
 // Those of packed bfloat16, each of the instruction set that oneDNN has the layout for; null without it.
 MultiplyPanels<BFloat16> multiply_panels_avx512_bf16();
 MultiplyPanels<BFloat16> multiply_panels_amx();
+
+// Whether many rows by bfloat16 panels of so many outputs take no longer than oneDNN's product, as has been measured: with
+// AMX, and with AVX-512 BF16 where panels come whole from the second cache.
+bool multiplies_many_rows(int64_t panel_outputs);
+bool streams_panels_avx512_bf16();
 
 } // namespace dynskip

@@ -1,8 +1,4 @@
-// Attention of rows of one prompt over its keys for AMX, in blocks of rows and keys.
-//
-// Scores stand key by key, a row of the prompt in each lane: maxima and sums go from key to key in every lane alike, so
-// that a row's result depends on its own query, keys and values alone, added in the order of the table. Keys behind a
-// row's last one weigh exactly zero.
+// Attention of prompts in blocks by the tiles of AMX.
 
 #include "kernels.h"
 
@@ -10,339 +6,88 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "amx_target.h"
 #include "amx_tiles.h"
-#include "lanes.h"
+#include "prompt_attention_kernel.h"
 
 namespace dynskip {
 
 namespace {
 
-constexpr int64_t kHalves = kPromptRows / kNumLanes;
-constexpr int64_t kKeys = kChunkTokens;
-constexpr int64_t kRowBytes = kPromptRows * 4; // of scores, sums and pairs of weights
-constexpr int64_t kKeyTiles = 32; // keys of one tile of weights
-constexpr float kLowest = -1e30f; // below all scores, and finite: the difference of two is a number
-
-using Pairs = uint32_t; // two bfloat16 numbers
-
-template <int step>
-DYNSKIP_INLINE void exchange(Lanes& a, Lanes& b) {
-  const Lanes low = a;
-  if constexpr (step == 8) {
-    a = __builtin_shufflevector(low, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    b = __builtin_shufflevector(low, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  } else if constexpr (step == 4) {
-    a = __builtin_shufflevector(low, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    b = __builtin_shufflevector(low, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  } else if constexpr (step == 2) {
-    a = __builtin_shufflevector(low, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    b = __builtin_shufflevector(low, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  } else {
-    a = __builtin_shufflevector(low, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    b = __builtin_shufflevector(low, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+// Sums in tiles 0..3, two blocks of rows by two halves of lanes; the left side in 4 and 5, the right one in 6 and 7.
+class AmxProducts {
+ public:
+  AmxProducts() {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = 64;
+      config.rows[tile] = kTileRows;
+    }
+    load_config(config);
   }
-}
 
-template <int step>
-DYNSKIP_INLINE void exchange_all(Lanes v[kNumLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kNumLanes; ++i) {
-    if ((i & step) == 0) {
-      exchange<step>(v[i], v[i + step]);
+  ~AmxProducts() {
+    _tile_release();
+  }
+
+  void multiply(
+      const BFloat16* left,
+      int64_t left_stride,
+      const Pairs* right,
+      int64_t num_pairs,
+      int64_t num_rows,
+      bool begins,
+      float* out) const {
+    for (int64_t row = 0; row < num_rows; row += 2 * kTileRows) {
+      const auto block = row + kTileRows < num_rows ? multiply_block<true> : multiply_block<false>;
+      block(left + row * left_stride, left_stride, right, num_pairs, begins, out + row * kPromptRows);
     }
   }
-}
 
-// Lane j of vector i becomes lane i of vector j; nothing is computed with the lanes.
-DYNSKIP_INLINE void transpose(Lanes v[kNumLanes]) {
-  exchange_all<8>(v);
-  exchange_all<4>(v);
-  exchange_all<2>(v);
-  exchange_all<1>(v);
-}
+ private:
+  static constexpr int64_t kRowBytes = kPromptRows * 4; // of sums and pairs
 
-// Where the parts of a task lie in its scratch.
-struct Parts {
-  int64_t size; // of a head, as whole tiles of inputs
-  Pairs* queries; // [heads, size / 2, kPromptRows], pairs of elements
-  float* sums; // [heads, head_size, kPromptRows]
-  float* largest; // [heads, kPromptRows]
-  float* totals; // [heads, kPromptRows]
-  BFloat16* keys; // [kKeys, size]
-  BFloat16* values; // [head_size, kKeys]
-  float* scores; // [kKeys, kPromptRows]
-  Pairs* weights; // [kKeys / 2, kPromptRows], of pairs of keys
-
-  Parts(const PromptAttentionTask& task) : size((task.head_size + 31) / 32 * 32) {
-    float* next = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(task.scratch) + 63) / 64 * 64);
-    const auto take = [&](int64_t num_floats) {
-      float* part = next;
-      next += num_floats;
-      return part;
-    };
-    queries = reinterpret_cast<Pairs*>(take(task.num_heads * size / 2 * kPromptRows));
-    sums = take(task.num_heads * task.head_size * kPromptRows);
-    largest = take(task.num_heads * kPromptRows);
-    totals = take(task.num_heads * kPromptRows);
-    keys = reinterpret_cast<BFloat16*>(take(kKeys * size / 2));
-    values = reinterpret_cast<BFloat16*>(take(kKeys * task.head_size / 2));
-    scores = take(kKeys * kPromptRows);
-    weights = reinterpret_cast<Pairs*>(take(kKeys / 2 * kPromptRows));
-  }
-};
-
-void configure() {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = kTileRows;
-  }
-  load_config(config);
-}
-
-// Pairs of elements of the queries, row by row in the lanes; zeros where there is no row or no element.
-void read_queries(const PromptAttentionTask& task, const Parts& parts) {
-  for (int64_t head = 0; head < task.num_heads; ++head) {
-    const BFloat16* query = task.query + (task.first_head + head) * task.head_size;
-    for (int64_t half = 0; half < kHalves; ++half) {
-      for (int64_t d = 0; d < parts.size; d += 2 * kNumLanes) {
-        Lanes pairs[kNumLanes] = {};
-        const int64_t count = std::min<int64_t>(2 * kNumLanes, task.head_size - d);
-        for (int64_t i = 0; i < kNumLanes && half * kNumLanes + i < task.num_rows; ++i) {
-          std::memcpy(&pairs[i], query + (half * kNumLanes + i) * task.query_stride + d, count * sizeof(BFloat16));
-        }
-        transpose(pairs);
-        Pairs* out = parts.queries + (head * parts.size + d) / 2 * kPromptRows + half * kNumLanes;
-        for (int64_t i = 0; i < kNumLanes; ++i) {
-          std::memcpy(out + i * kPromptRows, &pairs[i], sizeof(Lanes));
-        }
+  template <bool two_blocks>
+  static void multiply_block(
+      const BFloat16* left, int64_t left_stride, const Pairs* right, int64_t num_pairs, bool begins, float* out) {
+    const int64_t left_bytes = left_stride * static_cast<int64_t>(sizeof(BFloat16));
+    float* lower = out + kTileRows * kPromptRows;
+    if (begins) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, out, kRowBytes);
+      _tile_loadd(1, out + kNumLanes, kRowBytes);
+      if (two_blocks) {
+        _tile_loadd(2, lower, kRowBytes);
+        _tile_loadd(3, lower + kNumLanes, kRowBytes);
       }
     }
-  }
-}
-
-// The keys of a chunk side by side, and its values turned; places behind the last key repeat it.
-void read_chunk(const PromptAttentionTask& task, const Parts& parts, int64_t first, int64_t num_keys) {
-  const int64_t num_whole = (num_keys + kKeyTiles - 1) / kKeyTiles * kKeyTiles;
-  const int64_t offset = task.kv_head * task.head_size;
-  const auto place = [&](int64_t key) {
-    return task.slots[first + std::min(key, num_keys - 1)] * task.slot_stride + offset;
-  };
-  for (int64_t key = 0; key < num_whole; ++key) {
-    BFloat16* out = parts.keys + key * parts.size;
-    std::memcpy(static_cast<void*>(out), task.k_cache + place(key), task.head_size * sizeof(BFloat16));
-    std::memset(
-        static_cast<void*>(out + task.head_size), 0, (parts.size - task.head_size) * sizeof(BFloat16));
-  }
-  for (int64_t key = 0; key < num_whole; key += kKeyTiles) {
-    for (int64_t d = 0; d < task.head_size; d += kNumLanes) {
-      Lanes pairs[kNumLanes];
-      for (int64_t i = 0; i < kNumLanes; ++i) {
-        HalfBits even, odd;
-        std::memcpy(&even, task.v_cache + place(key + 2 * i) + d, sizeof(even));
-        std::memcpy(&odd, task.v_cache + place(key + 2 * i + 1) + d, sizeof(odd));
-        pairs[i] = (Lanes)(__builtin_convertvector(even, BitLanes) | (__builtin_convertvector(odd, BitLanes) << 16));
-      }
-      transpose(pairs);
-      for (int64_t i = 0; i < kNumLanes; ++i) {
-        std::memcpy(static_cast<void*>(parts.values + (d + i) * kKeys + key), &pairs[i], sizeof(Lanes));
-      }
-    }
-  }
-}
-
-// scores [num_keys, rows] of one head, not yet scaled.
-void score(const PromptAttentionTask& task, const Parts& parts, int64_t head, int64_t num_keys) {
-  const Pairs* queries = parts.queries + head * parts.size / 2 * kPromptRows;
-  const int64_t key_bytes = parts.size * static_cast<int64_t>(sizeof(BFloat16));
-  for (int64_t key = 0; key < num_keys; key += 2 * kTileRows) {
-    const BFloat16* upper = parts.keys + key * parts.size;
-    const BFloat16* lower = upper + kTileRows * parts.size;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < parts.size; d += kTileInputs) {
-      const Pairs* pairs = queries + d / 2 * kPromptRows;
-      _tile_loadd(4, upper + d, key_bytes);
+    for (int64_t pair = 0; pair < num_pairs; pair += kTileInputs / 2) {
+      const Pairs* pairs = right + pair * kPromptRows;
+      _tile_loadd(4, left + 2 * pair, left_bytes);
       _tile_loadd(6, pairs, kRowBytes);
       _tile_loadd(7, pairs + kNumLanes, kRowBytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, lower + d, key_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    float* scores = parts.scores + key * kPromptRows;
-    _tile_stored(0, scores, kRowBytes);
-    _tile_stored(1, scores + kNumLanes, kRowBytes);
-    _tile_stored(2, scores + kTileRows * kPromptRows, kRowBytes);
-    _tile_stored(3, scores + kTileRows * kPromptRows + kNumLanes, kRowBytes);
-  }
-}
-
-// Turns the scores of a chunk into weights, rounded to bfloat16; the sums over earlier chunks shrink to the new maximum.
-void weigh(const PromptAttentionTask& task, const Parts& parts, int64_t head, int64_t first, int64_t num_keys) {
-  const int64_t num_whole = (num_keys + kKeyTiles - 1) / kKeyTiles * kKeyTiles;
-  const bool by_position = task.slopes != nullptr || task.window > 0;
-  const float slope = task.slopes == nullptr ? 0.0f : task.slopes[task.first_head + head];
-  for (int64_t half = 0; half < kHalves; ++half) {
-    float* scores = parts.scores + half * kNumLanes;
-    float* largest = parts.largest + head * kPromptRows + half * kNumLanes;
-    float* totals = parts.totals + head * kPromptRows + half * kNumLanes;
-    IntLanes limits, positions;
-    std::memcpy(&limits, task.key_limits + half * kNumLanes, sizeof(limits));
-    std::memcpy(&positions, task.positions + half * kNumLanes, sizeof(positions));
-    int64_t least = first + num_whole;
-    for (int64_t lane = 0; lane < kNumLanes; ++lane) {
-      least = std::min<int64_t>(least, limits[lane]);
-    }
-    const Lanes before = load(largest);
-    Lanes now = before;
-    for (int64_t key = 0; key < num_whole; ++key) {
-      Lanes s = load(scores + key * kPromptRows) * task.scale;
-      if (by_position && key < num_keys) {
-        const IntLanes distance = positions - task.slot_positions[task.slots[first + key]];
-        s -= slope * __builtin_convertvector(distance, Lanes);
-        if (task.window > 0) {
-          s = select(distance < static_cast<int32_t>(task.window), s, broadcast(-INFINITY));
-        }
+      if (two_blocks) {
+        _tile_loadd(5, left + kTileRows * left_stride + 2 * pair, left_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
-      if (first + key >= least) {
-        s = select(limits > static_cast<int32_t>(first + key), s, broadcast(-INFINITY));
-      }
-      store(scores + key * kPromptRows, s);
-      now = maximum(now, s);
     }
-    Lanes total = {};
-    for (int64_t key = 0; key < num_whole; key += 2) {
-      const Lanes even = exp_nonpositive(load(scores + key * kPromptRows) - now);
-      const Lanes odd = exp_nonpositive(load(scores + (key + 1) * kPromptRows) - now);
-      total += even;
-      total += odd;
-      const BitLanes pairs = rounded_bits(even) | (rounded_bits(odd) << 16);
-      std::memcpy(parts.weights + key / 2 * kPromptRows + half * kNumLanes, &pairs, sizeof(pairs));
-    }
-    store(largest, now);
-    if (first == 0) {
-      store(totals, total);
-      continue;
-    }
-    const Lanes shrink = exp_nonpositive(before - now);
-    store(totals, load(totals) * shrink + total);
-    float* sums = parts.sums + head * task.head_size * kPromptRows + half * kNumLanes;
-    for (int64_t d = 0; d < task.head_size; ++d) {
-      store(sums + d * kPromptRows, load(sums + d * kPromptRows) * shrink);
-    }
-  }
-}
-
-// sums [head_size, rows] (+)= the values of a chunk by their weights.
-template <bool two_blocks>
-void add_values(const Parts& parts, const BFloat16* values, int64_t num_keys, bool begins, float* sums) {
-  float* lower = sums + kTileRows * kPromptRows;
-  if (begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, kRowBytes);
-    _tile_loadd(1, sums + kNumLanes, kRowBytes);
+    _tile_stored(0, out, kRowBytes);
+    _tile_stored(1, out + kNumLanes, kRowBytes);
     if (two_blocks) {
-      _tile_loadd(2, lower, kRowBytes);
-      _tile_loadd(3, lower + kNumLanes, kRowBytes);
+      _tile_stored(2, lower, kRowBytes);
+      _tile_stored(3, lower + kNumLanes, kRowBytes);
     }
   }
-  constexpr int64_t kValueBytes = kKeys * sizeof(BFloat16);
-  for (int64_t key = 0; key < num_keys; key += kKeyTiles) {
-    const Pairs* weights = parts.weights + key / 2 * kPromptRows;
-    _tile_loadd(4, values + key, kValueBytes);
-    _tile_loadd(6, weights, kRowBytes);
-    _tile_loadd(7, weights + kNumLanes, kRowBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (two_blocks) {
-      _tile_loadd(5, values + kTileRows * kKeys + key, kValueBytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, kRowBytes);
-  _tile_stored(1, sums + kNumLanes, kRowBytes);
-  if (two_blocks) {
-    _tile_stored(2, lower, kRowBytes);
-    _tile_stored(3, lower + kNumLanes, kRowBytes);
-  }
-}
-
-void write(const PromptAttentionTask& task, const Parts& parts, int64_t head) {
-  for (int64_t half = 0; half < kHalves; ++half) {
-    const Lanes total = load(parts.totals + head * kPromptRows + half * kNumLanes);
-    for (int64_t d = 0; d < task.head_size; d += kNumLanes) {
-      const float* sums = parts.sums + (head * task.head_size + d) * kPromptRows + half * kNumLanes;
-      Lanes rows[kNumLanes];
-      for (int64_t i = 0; i < kNumLanes; ++i) {
-        rows[i] = load(sums + i * kPromptRows) / total;
-      }
-      transpose(rows);
-      BFloat16* out = task.out + (task.first_head + head) * task.head_size + d;
-      for (int64_t i = 0; i < kNumLanes && half * kNumLanes + i < task.num_rows; ++i) {
-        store(out + (half * kNumLanes + i) * task.out_stride, rows[i]);
-      }
-    }
-  }
-}
-
-// Whether no row of a task sees a key of the chunk.
-bool is_out_of_window(const PromptAttentionTask& task, int64_t first, int64_t num_keys) {
-  if (task.window == 0) {
-    return false;
-  }
-  const int32_t position = *std::min_element(task.positions, task.positions + task.num_rows);
-  for (int64_t key = 0; key < num_keys; ++key) {
-    if (position - task.slot_positions[task.slots[first + key]] < task.window) {
-      return false;
-    }
-  }
-  return true;
-}
-
-void attend_prompt(const PromptAttentionTask& task) {
-  const Parts parts(task);
-  configure();
-  read_queries(task, parts);
-  std::fill_n(parts.largest, task.num_heads * kPromptRows, kLowest);
-  std::fill_n(parts.totals, task.num_heads * kPromptRows, 0.0f);
-  std::fill_n(parts.sums, task.num_heads * task.head_size * kPromptRows, 0.0f);
-  const int64_t end = *std::max_element(task.key_limits, task.key_limits + task.num_rows);
-  for (int64_t first = 0; first < end; first += kKeys) {
-    const int64_t num_keys = std::min(kKeys, end - first);
-    if (is_out_of_window(task, first, num_keys)) {
-      continue;
-    }
-    read_chunk(task, parts, first, num_keys);
-    for (int64_t head = 0; head < task.num_heads; ++head) {
-      score(task, parts, head, num_keys);
-      weigh(task, parts, head, first, num_keys);
-      for (int64_t d = 0; d < task.head_size; d += 2 * kTileRows) {
-        const auto add = d + kTileRows < task.head_size ? add_values<true> : add_values<false>;
-        add(parts, parts.values + d * kKeys, num_keys, first == 0,
-            parts.sums + (head * task.head_size + d) * kPromptRows);
-      }
-    }
-  }
-  for (int64_t head = 0; head < task.num_heads; ++head) {
-    write(task, parts, head);
-  }
-  _tile_release();
-}
+};
 
 } // namespace
 
@@ -353,8 +98,7 @@ void attend_prompt(const PromptAttentionTask& task) {
 #endif
 
 AttendPrompt attend_prompt_amx(int64_t head_size) {
-  const bool has_whole_lanes = head_size % 16 == 0 && head_size <= kMostPromptHeadSize;
-  return has_whole_lanes && multiply_panels_amx() != nullptr ? attend_prompt : nullptr;
+  return takes_heads(head_size) && multiply_panels_amx() != nullptr ? attend_prompt_by<AmxProducts> : nullptr;
 }
 
 } // namespace dynskip

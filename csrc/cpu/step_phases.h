@@ -694,7 +694,7 @@ class Step {
   const void* const* begun_ = nullptr;
   const KeptState* kept_ = nullptr;
   // Long prompts attend in blocks where there is a function for it.
-  AttendPrompt attend_prompt_ = std::is_same_v<Element, BFloat16> ? attend_prompt_amx(decoder_.head_size) : nullptr;
+  AttendPrompt attend_prompt_ = std::is_same_v<Element, BFloat16> ? attend_prompt(decoder_.head_size) : nullptr;
 };
 
 } // namespace

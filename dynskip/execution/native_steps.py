@@ -31,7 +31,6 @@ from dynskip.sampling import NOT_FINITE
 # Rows of one call: the memory that calls work in stays, and grows with them. More rows than that read the matrices from
 # memory no less often.
 PASS_ROWS = 2048
-_AMX_PANEL = 32
 # Where prompts attend row by row, tokens of one from which PyTorch's attention wins.
 _MOST_TOKENS_BY_ROW = 256
 
@@ -66,9 +65,9 @@ class NativeSteps:
     def takes(self, step: Step) -> bool:
         """Whether ``step`` is run in one call: not where Python code decides layer by layer.
 
-        Long prompts run so with AMX alone. In deterministic mode a gate is Python code, too: prompts ask it op by op,
-        and near-ties must fall alike. Prompts are none of its steps there, for their bits may not depend on how many
-        rows come with them.
+        Long prompts run so where `native.multiplies_many_rows`. In deterministic mode a gate is Python code, too:
+        prompts ask it op by op, and near-ties must fall alike. Prompts are none of its steps there, for their bits may
+        not depend on how many rows come with them.
         """
         if not step.decode and not self._takes_prompts(step):
             return False
@@ -201,7 +200,8 @@ class NativeSteps:
         if self.deterministic or rows.num_rows > self.most_prompt_rows:
             return False
         panels = layer.q_proj.native_panels
-        if panels is None or panels[1] != _AMX_PANEL:
+        is_fast = panels is not None and self.decoder.dtype == torch.bfloat16 and native.multiplies_many_rows(panels[1])
+        if not is_fast:
             return step.fresh and rows.num_rows <= NATIVE_ROWS
         if native.attends_in_blocks(self.decoder.config.head_size):
             return True

@@ -146,8 +146,16 @@ def new_decoder(tensors: list[Tensor], integers: list[int], floats: list[float])
     return int(_op("new_decoder")(tensors, integers, floats))
 
 
+def multiplies_many_rows(panel: int) -> bool:
+    """Whether many rows by bfloat16 panels of so many outputs take no longer on this CPU than oneDNN's product.
+
+    They do not with AMX, and with AVX-512 BF16 where the first cache has 32 KiB; where it has more was not measured.
+    """
+    return bool(_op("multiplies_many_rows")(panel))
+
+
 def attends_in_blocks(head_size: int) -> bool:
-    """Whether prompts of `decode_step` attend in blocks of rows in bfloat16 on a CPU with AMX."""
+    """Whether prompts of `decode_step` attend in blocks of rows in bfloat16, on a CPU with AMX or AVX-512 BF16."""
     return head_size % WHOLE_HEADS == 0 and head_size <= _MOST_BLOCK_HEAD
 
 
