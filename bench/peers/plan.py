@@ -76,7 +76,7 @@ DYNSKIP = Peer("dynskip", "dynskip")
 _VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True, tried="without torch.compile, slower")
 _TRANSFORMERS = Peer("transformers", "transformers", factor=2.0, tried="a static cache, no faster")
 # llama.cpp would repack 4-bit weights for AMX, and then crashes (0.3.36, in ggml_backend_amx_mul_mat).
-_NOT_REPACKED = "weights repacked for AMX, a crash in ggml_backend_amx_mul_mat"
+_NOT_REPACKED = "where there is AMX weights repacked for it, a crash in ggml_backend_amx_mul_mat"
 _NO_BFLOAT16 = "bfloat16, which it does not offer on this CPU"  # 4.8.5, get_supported_compute_types
 PEERS = {
     "opt-1.3b": (
