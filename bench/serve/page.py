@@ -33,7 +33,8 @@ def short(results: Path) -> str:
             if capacity is not None and waits is not None:
                 depth = "full depth" if peer == "vLLM" else "paper's depths"
                 figures = [_percentiles(waits[name]) for name in ("ttft_ms", "tpot_ms")]
-                lines.append([conditions["shape"], peer, depth, f"{capacity['tokens_per_s']:.0f}", *figures])
+                about = [conditions["shape"], conditions["cpu"], peer, depth]
+                lines.append([*about, f"{capacity['tokens_per_s']:.0f}", *figures])
         costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]
         target = TARGETS.get(conditions["shape"])
         told = ", ".join(
@@ -41,14 +42,14 @@ def short(results: Path) -> str:
         )
         aim = "" if target is None else f" (target: at least {target:.2f})"
         notes.append(
-            f"{conditions['shape']}: {conditions['cpu']}, {conditions['num_threads']} threads, commit "
+            f"{conditions['shape']} on {conditions['cpu']}: {conditions['num_threads']} threads, commit "
             f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, "
             f"tokens/s{aim}: {told}."
         )
-    heads = ("model", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
+    heads = ("model", "CPU", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
     if not lines:
         return "Not measured yet.\n"
-    return "\n".join([markdown_table(heads, lines, {3, 4, 5}), *(f"{textwrap.fill(note, 120)}\n" for note in notes)])
+    return "\n".join([markdown_table(heads, lines, {4, 5, 6}), *(f"{textwrap.fill(note, 120)}\n" for note in notes)])
 
 
 def page(conditions: Row, rows: Sequence[Row]) -> str:

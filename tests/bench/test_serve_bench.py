@@ -343,6 +343,6 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     rows[4]["what"] = "latency, 80%"
     (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
     told = " ".join(short(tmp_path).split())
-    assert "| opt-1.3b | cohort | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 |" in told
+    assert "| opt-1.3b | Test | cohort | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 |" in told
     assert "vLLM" not in told
     assert "least 0.95): 0.970 (full depth, whole answers), 0.940 (full depth, streams, missed)." in told
