@@ -17,6 +17,7 @@ predictions stand on it.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -33,7 +34,7 @@ from bench.report.drafts import page
 from bench.speculation.beside_transformers import CONSTANT_LENGTHS, TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.predicted import predicted_gain
-from bench.speculation.scaled import Scaled
+from bench.speculation.scaled import Scaled, measured_agreements
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.defaults import known_costs
 from dynskip.costs.step_costs import StepCosts
@@ -53,6 +54,7 @@ from dynskip.speculation.draft import Draft
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_LEN = 32
+_MINI_ROUNDS = 3  # times as many of opt-mini, whose rounds take a second
 # Of rehearsals; heads as heavy beside a layer as in the models that they stand for.
 QUICK_SHAPES = {
     "random": replace(opt_shape(8, 64, 4), vocab_size=512),
@@ -112,18 +114,20 @@ def measure(
 
     rates: how often the draft agrees on each text; None: as the engine has seen it. Once before they are timed, and in
     each round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
-    rows than have the same bits.
+    rows than have the same bits. What the engine has learnt of its steps before they are timed, the prediction knows.
     """
     costs, prompts = known_costs(model), prompts[: cell.num_requests]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     tokens: dict[bool, list[list[int]]] = {}
-    engine = None
+    engine = learnt = None
     for turn in range(-1, num_rounds):
         for with_draft in (False, True) if turn % 2 else (True, False):
             took, tokens[with_draft], made = run(model, costs, cell, prompts, cell.draft if with_draft else None)
             if turn >= 0:
                 seconds[with_draft].append(took)
             engine = made if with_draft else engine
+        if turn < 0 and engine is not None:
+            learnt = copy.deepcopy(engine.execution.drafting.lengths)
         assert engine is not None, "there is a run with a draft"
         same = sum(ours == theirs for ours, theirs in zip(tokens[True], tokens[False], strict=True))
         has_same_bits = cell.batch <= NATIVE_ROWS or not engine.tally.num_drafted
@@ -153,7 +157,7 @@ def measure(
         "low": gains[0],
         "high": gains[-1],
         "predicted_of": "run",
-        "predicted": predicted_gain(model, costs, cell, rates, sum(map(len, prompts)) // len(prompts)),
+        "predicted": predicted_gain(model, costs, cell, rates, sum(map(len, prompts)) // len(prompts), learnt),
         "plain_ms": 1e3 * statistics.median(seconds[False]) / cell.num_tokens,
         "target": cell.target,
         "same_outputs": same,
@@ -180,7 +184,10 @@ def mini_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any
     llm = LLM()
     prompts = _prompts(llm, options.data, max(cell.num_requests for cell in cells))
     for cell in cells:
-        yield measure(llm.model, cell, prompts, options.num_rounds, None)
+        # A pass along the draft alone reads entries of its own.
+        own = prompts[: cell.num_requests] if cell.draft.entries == "own" else None
+        rates = None if own is None else measured_agreements(llm.model, cell.draft, own, cell.num_tokens)
+        yield measure(llm.model, cell, prompts, _MINI_ROUNDS * options.num_rounds, rates)
 
 
 def transformers_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:

@@ -32,9 +32,10 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         "Acceptance is how often the draft's most likely token is the path's, on the path's own texts; beside it what\n"
         "the engine has seen, - where nothing was guessed. At batch 1 one request follows the other.\n"
         f"A target of {NO_LOSS}x (no loss) is met where the interval of the rounds reaches it, others by the\n"
-        "median. Predicted is the gain of a whole run, by acceptance and costs of steps; with (steps), in older rows,\n"
-        "that of the mean step over one of the same sequences without guesses: but a batch ends with its\n"
-        f"slowest sequence. It is missed outside of {_NEAR[0]} to {_NEAR[1]} times the measured one.\n\n"
+        "median. Predicted is the gain of a whole run, by acceptance and by costs of steps as the engine has learnt\n"
+        "to correct them before anything was timed; with (steps), in older rows, that of the mean step over one of\n"
+        "the same sequences without guesses, by costs alone: but a batch ends with its slowest sequence. It is missed\n"
+        f"outside of {_NEAR[0]} to {_NEAR[1]} times the measured one.\n\n"
     )
     text += markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9})
     beside = [row for row in rows if "over_transformers" in row]

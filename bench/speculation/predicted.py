@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,25 @@ from dynskip.speculation.lengths import MOST_GUESSES, Candidate, DraftLengths
 _NUM_RUNS = 8
 
 
-def predicted_gain(model: CausalLM, costs: StepCosts, cell: Cell, rates: Sequence[float], prompt_len: int) -> float:
-    """The time of decode steps without a draft over that with one, before anything has run.
+def predicted_gain(
+    model: CausalLM,
+    costs: StepCosts,
+    cell: Cell,
+    rates: Sequence[float],
+    prompt_len: int,
+    learnt: DraftLengths | None = None,
+) -> float:
+    """The time of decode steps without a draft over that with one, before either has been timed.
 
-    rates: how often guesses of a request are right, each independently; requests take them by turns.
+    rates: how often guesses of a request are right, each independently; requests take them by turns. learnt: what an
+    engine has learnt of how long guesses and verifications take beside what ``costs`` say; None: they take that.
     A run ends as it does on an engine: with fewer and fewer sequences in a step. Lengths are chosen as by an engine
     that has run the same before, plain steps to compare with among them; looks at drafts that do not pay are left out.
     """
     path = LayerPath.full(model.num_layers)
-    lengths = DraftLengths(costs, most_rows(model), model.executor().resumes)
+    lengths = copy.deepcopy(learnt) or DraftLengths(costs, most_rows(model), model.executor().resumes)
     run = _Run(cell, costs, path, rates, prompt_len, lengths)
-    run.ms(cell.draft.for_path(path))  # learns that steps take what is predicted
+    run.ms(cell.draft.for_path(path))  # learns of sizes that nobody has seen that steps take what is predicted
     with_ms = sum(run.ms(cell.draft.for_path(path)) for _ in range(_NUM_RUNS)) / _NUM_RUNS
     return run.ms(None) / with_ms
 
@@ -90,8 +99,10 @@ class _Run:
             return {}, choice.plain_ms
         if lengths != [*choice.lengths]:
             choice = self.lengths.of_lengths(candidates, others, lengths)
-        self.lengths.observe(choice, len(left), choice.guess_ms, choice.verify_ms)
-        return dict(zip(guessing, lengths, strict=True)), choice.guess_ms + choice.verify_ms + entries_ms
+        guess_ms, verify_ms = self.lengths.expected_ms(choice, len(left))
+        unit = self.lengths.slowness(len(left))
+        self.lengths.observe(choice, len(left), guess_ms * unit, verify_ms * unit)
+        return dict(zip(guessing, lengths, strict=True)), guess_ms + verify_ms + entries_ms
 
     def _num_given(self, request: int, num_guesses: int) -> int:
         """The tokens that a verification gives."""

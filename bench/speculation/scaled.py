@@ -98,7 +98,9 @@ def measured_agreements(model: CausalLM, draft: Draft, prompts: Sequence[list[in
     texts = prompts[:_MOST_TEXTS]
     params = [SamplingParams(max_tokens=num_tokens, ignore_eos=True)] * len(texts)
     outputs = Generation(model, texts, params).run()
-    ids = torch.tensor([prompt + output.token_ids for prompt, output in zip(texts, outputs, strict=True)])
-    begin = ids.shape[1] - num_tokens
-    right = [model(text[None, :-1], paths=draft.path).logits[0, begin - 1 :].argmax(-1) == text[begin:] for text in ids]
-    return [float(each.float().mean()) for each in right]
+    rates = []
+    for prompt, output in zip(texts, outputs, strict=True):
+        ids = torch.tensor([prompt + output.token_ids])
+        guesses = model(ids[:, :-1], paths=draft.path).logits[0, len(prompt) - 1 :].argmax(-1)
+        rates.append(float((guesses == ids[0, len(prompt) :]).float().mean()))
+    return rates

@@ -139,6 +139,11 @@ class Drafting:
             self._is_prepared = True
 
     @property
+    def lengths(self) -> DraftLengths | None:
+        """What chooses lengths, with what it has learnt of this model; None before the first draft."""
+        return self._lengths
+
+    @property
     def _most_rows(self) -> int:
         return most_rows(self.runner.model)
 

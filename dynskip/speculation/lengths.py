@@ -199,11 +199,22 @@ class DraftLengths:
 
         num_tokens: that it gave, all sequences together; measured_ms: how long it took. None for what is expected.
         """
-        ratios, unit = self.ratios(num_seqs), self._of(num_seqs).plain.ratio
+        unit = self.slowness(num_seqs)
         if measured_ms is None:
-            measured_ms = (choice.guess_ms * ratios.guess + choice.verify_ms * ratios.verify) * unit
+            measured_ms = sum(self.expected_ms(choice, num_seqs)) * unit
         tokens = choice.num_tokens if num_tokens is None else num_tokens
         return measured_ms - tokens / num_seqs * choice.plain_ms * unit
+
+    def expected_ms(self, choice: Choice, num_seqs: int) -> tuple[float, float]:
+        """What the guesses of ``choice`` take, and what the step behind them does, where plain steps take what is
+        predicted.
+        """
+        ratios = self.ratios(num_seqs) if any(choice.lengths) else Ratios()
+        return choice.guess_ms * ratios.guess, choice.verify_ms * ratios.verify
+
+    def slowness(self, num_seqs: int) -> float:
+        """How many times as long as predicted plain steps of about ``num_seqs`` sequences take."""
+        return self._of(num_seqs).plain.ratio
 
     def _of(self, num_seqs: int) -> _Learnt:
         return self._learnt.setdefault(num_seqs.bit_length(), _Learnt())
@@ -235,6 +246,7 @@ class DraftLengths:
         # Whoever guesses best guesses first: all of them, half of them, ...
         num_guessing = sum(not each.rides for each in candidates)
         while num_guessing:
+            last = 0.0
             for most in range(1, MOST_GUESSES + 1):
                 lengths = [min(most, each.most) if place < num_guessing else 0 for place, each in enumerate(candidates)]
                 if not any(lengths) or sum(lengths) > room:
@@ -242,8 +254,9 @@ class DraftLengths:
                 choice = self._together(candidates, lengths, others, ratios, room - sum(lengths))
                 if choice.gain > best.gain:
                     best = choice
-                elif choice.gain < 0.9 * best.gain:
-                    break
+                elif choice.gain < min(last, 0.9 * best.gain):
+                    break  # more guesses gain more at first, even where one alone loses
+                last = choice.gain
             num_guessing //= 2
         return best if best.gain >= _LEAST_GAIN else none
 

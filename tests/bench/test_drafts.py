@@ -27,6 +27,7 @@ from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.models.hf_model import only_layers
 from dynskip.speculation.draft import Draft
+from dynskip.speculation.lengths import Candidate, DraftLengths
 
 SHAPE = drafts.QUICK_SHAPES["transformers"]
 
@@ -133,6 +134,18 @@ def test_a_run_is_predicted_with_its_ragged_end(hf_model: Any) -> None:
     alone, together = gain(1, [0.7], 4), gain(4, [0.7], 4)
     assert 1.0 < together < alone, "a closed batch ends with its slowest sequence"
     assert gain(4, [0.9, 0.5], 4) < together, "the more so the more they differ"
+
+    learnt = DraftLengths(costs, 48)
+    path = LayerPath.full(8)
+    cell = Cell("random", "all", draft, 1, 1, 2001)
+    for _ in range(40):  # plain steps take twice as long as costs say, guesses three and verifications four times
+        none, some = (learnt.of_lengths([Candidate(path, draft, 1.0, 8)], (), [length]) for length in (0, 8))
+        learnt.observe(none, 1, 0.0, 2 * none.verify_ms)
+        learnt.observe(some, 1, 3 * some.guess_ms, 4 * some.verify_ms)
+    before = learnt.ratios(1)
+    slower = predicted_gain(model, costs, cell, [1.0], 32, learnt)
+    assert slower == pytest.approx(9 * 9 / (8 * 3 * before.guess + 9 * before.verify), rel=0.1)
+    assert learnt.ratios(1) == before, "an engine's own are not changed"
 
 
 # transformers beside it

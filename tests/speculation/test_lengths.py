@@ -55,6 +55,15 @@ def test_lengths_follow_acceptance_and_cost() -> None:
     assert mixed[0] > mixed[1] == 0
 
 
+def test_many_guesses_may_pay_where_one_loses() -> None:
+    lengths = DraftLengths(costs(), most_rows=48)
+    observe(lengths, lengths.of_lengths([candidate(1.0)], (), [8]), 1, 1.0, 2.5)
+    gains = {length: lengths.of_lengths([candidate(1.0)], (), [length]).gain for length in range(1, 9)}
+    best = max(gains, key=gains.__getitem__)
+    assert gains[1] < 0.9 < 1.1 < gains[best], "what this test is about"
+    assert lengths.choose([candidate(1.0)]).lengths == (best,)
+
+
 def test_guesses_do_not_pay_for_what_an_engine_does_between_steps() -> None:
     plain = DraftLengths(costs(), most_rows=48).choose([candidate(0.6)])
     busy = replace(costs(), step_ms=100 * plain.plain_ms)
