@@ -28,6 +28,8 @@ constexpr int64_t kGroupsPerThread = 8;
 constexpr int64_t kAttentionTasksPerThread = 4;
 // Rows of one task of a product: they stay in the second cache while panels pass by.
 constexpr int64_t kBlockRows = 256;
+// Rows of which half may be a task: fewer wait for memory, and more have not gained by it.
+constexpr int64_t kLeastHalvedRows = 32, kMostHalvedRows = 48;
 
 // The rows of each layer, planned for all layers at once or, where a gate decides, one by one.
 struct StepPlan {
@@ -254,6 +256,12 @@ class Step {
     return product;
   }
 
+  // Rows of a task where a thread would wait for the last of few panels: half of them, or all where that is too few.
+  static int64_t rows_of_halves(const Product<Element>& product) {
+    const bool is_few = product.num_rows >= kLeastHalvedRows && product.num_rows <= kMostHalvedRows;
+    return is_few && product.panel_outputs == 64 ? (product.num_rows + 1) / 2 : kBlockRows;
+  }
+
   // Products of one phase.
   template <size_t size>
   void multiply(int64_t member, const std::array<Product<Element>, size>& products) {
@@ -264,20 +272,26 @@ class Step {
       all_panels += panels[i];
     }
     const int64_t group = std::max<int64_t>(1, all_panels / (team_.size() * kGroupsPerThread));
+    int64_t num_tasks = 0;
+    for (size_t i = 0; i < size; ++i) {
+      num_tasks += (panels[i] + group - 1) / group * ((products[i].num_rows + kBlockRows - 1) / kBlockRows);
+    }
+    const bool is_uneven = num_tasks < kGroupsPerThread * team_.size() && num_tasks % team_.size() != 0;
     float* scratch = this->scratch(member);
     int64_t task = team_.next_task();
     int64_t first = 0; // task of a product
     for (size_t i = 0; i < size; ++i) {
       const int64_t num_groups = (panels[i] + group - 1) / group;
-      const int64_t num_blocks = (products[i].num_rows + kBlockRows - 1) / kBlockRows;
+      const int64_t block_rows = is_uneven ? rows_of_halves(products[i]) : kBlockRows;
+      const int64_t num_blocks = (products[i].num_rows + block_rows - 1) / block_rows;
       const int64_t end = first + num_groups * num_blocks;
       for (; task < end; task = team_.next_task()) {
-        const int64_t first_row = (task - first) / num_groups * kBlockRows;
+        const int64_t first_row = (task - first) / num_groups * block_rows;
         const int64_t begin = (task - first) % num_groups * group;
         Product<Element> block = products[i];
         block.x += first_row * block.x_stride;
         block.y += first_row * block.y_stride;
-        block.num_rows = std::min(kBlockRows, block.num_rows - first_row);
+        block.num_rows = std::min(block_rows, block.num_rows - first_row);
         multiply_panels<Element>(block.panel_outputs)(block, begin, std::min(begin + group, panels[i]), scratch);
       }
       first = end;
