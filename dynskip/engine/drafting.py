@@ -185,7 +185,8 @@ class Drafting:
             self.kv.make_room(self.kv.num_free - num_free)
             return extended
         candidates += riders
-        lengths = self._choose([candidate for _, candidate in candidates], others)
+        sequences = [spans[index].sequence for index, _ in candidates]
+        lengths = self._choose([candidate for _, candidate in candidates], sequences, others)
         guessing = []
         for (index, candidate), length in zip(candidates, lengths, strict=True):
             span = spans[index]
@@ -269,32 +270,43 @@ class Drafting:
         own = _draft_of_its_own(path) if self.runner.executor.resumes else None
         return None if own is None else Candidate(path, own, 1.0, most, rides=True)
 
-    def _is_worth_entries(self, sequence: OutputSequence, candidate: Candidate) -> bool:
-        """Whether what the draft saves for ``num_left`` tokens is more than the entries take that it still lacks."""
+    def _entries_ms(self, sequence: OutputSequence, candidate: Candidate) -> float:
+        """What the entries take that the draft still lacks, as predicted; nothing where they are few."""
         if candidate.draft.entries == "path":
-            return True
+            return 0.0
         place = self.kv.draft_place(sequence.state)
         num_missing = sequence.num_tokens - (0 if place is None else place.num_tokens)
         if num_missing <= _FEW_ROWS:
+            return 0.0
+        return self._draft_lengths().costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
+
+    def _is_worth_entries(self, sequence: OutputSequence, candidate: Candidate) -> bool:
+        """Whether what the draft saves for the tokens that are left is more than the entries take that it lacks.
+
+        A look at a draft that does not seem to pay saves nothing, and has counted them among what it loses.
+        """
+        entries_ms = self._entries_ms(sequence, candidate)
+        if not entries_ms or self._is_probe:
             return True
         assert self._choice is not None, "it guesses by a choice"
         num_left = sequence.state.max_tokens - len(sequence.token_ids)
-        saved_ms = self._choice.saved_ms(self._num_seqs, num_left)
-        return saved_ms > self._draft_lengths().costs.prefill_ms([(candidate.draft.path, num_missing)], 0)
+        return self._choice.saved_ms(self._num_seqs, num_left) > entries_ms
 
     def _draft_lengths(self) -> DraftLengths:
         if self._lengths is None:
             self._lengths = self._learnt.of_costs(self.costs(), self._most_rows, self.runner.executor.resumes)
         return self._lengths
 
-    def _choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...]:
+    def _choose(
+        self, candidates: Sequence[Candidate], sequences: Sequence[OutputSequence], others: Sequence[LayerPath]
+    ) -> tuple[int, ...]:
         lengths = self._draft_lengths()
         self._num_seqs = len(candidates) + len(others)
         plain = lengths.plain(candidates, others)
         choice = self._choice = plain or lengths.choose(candidates, others)
         probed = None
         if plain is None and not any(choice.lengths):
-            probed = self._probe(candidates, others)
+            probed = self._probe(candidates, sequences, others)
             if probed is None:
                 self._rest()
         return probed or choice.lengths
@@ -306,7 +318,9 @@ class Drafting:
         self._idle_steps = max(self._idle_steps, _IDLE_STEPS)
         self._num_idle, self._idle_spans = self._idle_steps, self._num_spans
 
-    def _probe(self, candidates: Sequence[Candidate], others: Sequence[LayerPath]) -> tuple[int, ...] | None:
+    def _probe(
+        self, candidates: Sequence[Candidate], sequences: Sequence[OutputSequence], others: Sequence[LayerPath]
+    ) -> tuple[int, ...] | None:
         """Lengths for a look at drafts that do not seem to pay, where all such looks lose little, this one included."""
         assert self._choice is not None and self._lengths is not None
         learnt = self._learnt
@@ -314,7 +328,10 @@ class Drafting:
             return None
         place = max(range(len(candidates)), key=lambda index: (not candidates[index].rides, candidates[index].rate))
         probe = self._lengths.probe(candidates, others, place, _PROBE_LENGTH)
-        learnt.next_probe_ms = (learnt.probed_ms + self._lengths.lost_ms(probe, self._num_seqs)) / _PROBED_SHARE
+        lost_ms = self._lengths.lost_ms(probe, self._num_seqs)
+        for sequence, candidate, length in zip(sequences, candidates, probe.lengths, strict=True):
+            lost_ms += self._entries_ms(sequence, candidate) * (length > 0)
+        learnt.next_probe_ms = (learnt.probed_ms + lost_ms) / _PROBED_SHARE
         if learnt.spent_ms < learnt.next_probe_ms:
             return None
         self._choice, self._is_probe = probe, True

@@ -499,10 +499,13 @@ def test_a_draft_that_is_never_right_is_tried_rarely(monkeypatch: pytest.MonkeyP
     assert 0 < output.num_drafted <= 24
 
 
+@pytest.mark.parametrize("prompt_len", [5, 20])
 @pytest.mark.parametrize("entries", ENTRIES)
-def test_looks_lose_a_hundredth_of_the_time(entries: DraftEntries, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_lose_a_hundredth_of_the_time(
+    entries: DraftEntries, prompt_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps and guesses take what they cost, by a clock of their own; what a look loses is what a plain step would not
-    have taken for the same tokens."""
+    have taken for the same tokens. Long prompts, whose entries it would have to make, are looked at, too."""
     now_ms, lost_ms, own = [0.0], [0.0], costs()
     plain_ms = own.decode_ms([(FULL, 1)])
     decode, guess, prefill = ModelRunner.decode, ModelRunner.guess, ModelRunner.prefill_draft
@@ -533,9 +536,9 @@ def test_looks_lose_a_hundredth_of_the_time(entries: DraftEntries, monkeypatch: 
     monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: now_ms[0] / 1e3))
     wrong = Draft(LayerPath.of(NUM_LAYERS, [5]), entries)
     served = engine(model=tiny_model(deterministic=True), batch=1)
-    serve(served, [with_draft(Ask(prompt, greedy(56), FULL), wrong) for prompt in random_prompts([5] * 12)])
-    # Entries of its own, which a look would have to make first, make it dearer.
-    assert len(lost_ms) > (4 if entries == "path" else 1) and sum(lost_ms) > 0
+    prompts = random_prompts([prompt_len] * 12)
+    serve(served, [with_draft(Ask(prompt, greedy(61 - prompt_len), FULL), wrong) for prompt in prompts])
+    assert len(lost_ms) > (4 if entries == "path" else 10) and sum(lost_ms) > 0
 
 
 @pytest.mark.parametrize("num_probed", [None, 1])
@@ -555,7 +558,7 @@ def test_the_question_is_asked_rarely_where_no_guess_pays(
     monkeypatch.setattr(
         Drafting,
         "_probe",
-        lambda _, candidates, others: None if num_probed is None else (num_probed,) * len(candidates),
+        lambda _, candidates, *_others: None if num_probed is None else (num_probed,) * len(candidates),
     )
     monkeypatch.setattr(Drafting, "_is_worth_entries", lambda *_: False)
     served = engine(batch=2)

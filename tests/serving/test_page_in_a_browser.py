@@ -189,6 +189,28 @@ def test_two_depths_answer_side_by_side(page: Page, server: tuple[str, Running],
     assert page.text(page.part("ran", 1)) == "4 of 6"
 
 
+def test_two_depths_answer_one_after_the_other(page: Page, server: tuple[str, Running], llm: LLM) -> None:
+    running = server[1]
+    running.pace_s = 0.02
+    assert not page.one("#in-turn-label").is_displayed()
+    page.one("#compare").click()
+    page.one("#in-turn").click()
+    page.ask(PROMPT, LONG)
+    page.until(lambda: page.text(page.part("answer")))
+    assert page.state(1) == "Behind the first answer …" and running.num_running() == 1
+    page.until_ended(0)
+    page.until(lambda: page.text(page.part("answer", 1)))
+    assert running.num_running() == 1
+    for column, path in ((0, "full"), (1, "layers:0,1,3,5")):
+        page.until_ended(column)
+        assert page.text(page.part("answer", column)) == answer_of(llm, path, LONG)
+    page.ask(PROMPT, LONG)
+    page.until(lambda: page.text(page.part("answer")))
+    page.one("#stop").click()
+    assert [page.until_ended(column)[:14] for column in (0, 1)] == ["Stopped after "] * 2
+    running.pace_s = 0.0
+
+
 def test_accepted_guesses_have_another_shade(page: Page, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     guess_three(monkeypatch)
     page.choose(page.part("draft"), "layers:0,1,2,3,4")
@@ -332,7 +354,7 @@ def test_every_control_is_reached_by_the_keyboard_and_none_holds_it(page: Page) 
         assert outline != "none", name
         order.append(name)
     column = ["slider", "draft", "answer"]
-    expected = ["prompt", "mode", "max-tokens", "temperature", "compare", "stop", "send", *column, *column]
+    expected = ["prompt", "mode", "max-tokens", "temperature", "compare", "in-turn", "stop", "send", *column, *column]
     assert order == [*expected, "window", "hold"]
 
 

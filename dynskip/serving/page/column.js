@@ -49,6 +49,13 @@ export class Column {
     return this.offer.paths[this.parts.slider.value];
   }
 
+  /** Show that this one's turn is to come. */
+  wait() {
+    this.ranPath = this.path;
+    this.#begin();
+    this.parts.state.textContent = "Behind the first answer …";
+  }
+
   /** Stream the answer to `request` into the column; resolves to how it ended: text, and the error if one ended it. */
   async run(route, request, signal) {
     this.ranPath = this.path;

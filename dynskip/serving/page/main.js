@@ -105,6 +105,7 @@ function onEngine(error) {
 function showColumns() {
   const isCompared = $("compare").checked;
   columns[1].root.hidden = !isCompared;
+  $("in-turn-label").hidden = !isCompared;
   columns[0].parts.title.textContent = isCompared ? "First answer" : "Answer";
   $("columns").classList.toggle("two", isCompared);
 }
@@ -119,13 +120,22 @@ async function send() {
   const [route, request] = requestOf();
   $("announce").textContent = shown.length > 1 ? "Two depths are answering." : "Answering.";
   engine.expect(true);
-  const ends = await Promise.all(shown.map((column) => column.run(route, request, running.signal)));
+  const ask = (column) => column.run(route, request, running.signal);
+  const ends = await ($("in-turn").checked ? inTurn(shown, ask) : Promise.all(shown.map(ask)));
   running = null;
   showRunning();
   engine.expect(false);
   $("announce").textContent = ends.map(({ told }) => told).join(" ");
   const refused = ends.find(({ error }) => error?.status === 401);
   if (refused && (await askKey(refused.error.message))) await send();
+}
+
+/** One after the other, so that each has its own time: at once they share the engine's steps. */
+async function inTurn(shown, ask) {
+  shown.slice(1).forEach((column) => column.wait());
+  const ends = [];
+  for (const column of shown) ends.push(await ask(column));
+  return ends;
 }
 
 function requestOf() {
