@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
@@ -51,42 +51,30 @@ class Replica(Protocol):
 
 
 class _Known:
-    """What the front knows of a replica. held: by path, the outputs that it has been sent and that have not ended.
-
-    is_up: whether it answers; `lose` ends all that waits for it.
-    """
+    """What the front knows of a replica. held: by path, the outputs that it has been sent and that have not ended."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.held: Counter[LayerPath] = Counter()
-        self.is_up = False  # until it has answered once
-        self._waiting: set[asyncio.Timeout] = set()
+        self.lost = asyncio.Event()
+        self.lost.set()  # until it has answered once
 
-    def lose(self) -> None:
-        """It answers no more."""
-        self.is_up = False
-        ended, self._waiting = self._waiting, set()
-        for waiting in ended:
-            waiting.reschedule(asyncio.get_running_loop().time())
+    @property
+    def is_up(self) -> bool:
+        return not self.lost.is_set()
 
-    async def unless_lost(self, work: Awaitable[T]) -> T:
-        """What ``work`` comes to; ReplicaLostError as soon as the replica is known to be lost.
-
-        A deadline that is set when that happens costs no task: this is asked for each piece of a stream.
-        """
-        waiting = asyncio.timeout(None)
+    async def unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
+        """What ``work`` comes to; ReplicaLostError as soon as the replica is known to be lost."""
+        working, losing = asyncio.ensure_future(work), asyncio.ensure_future(self.lost.wait())
         try:
-            async with waiting:
-                self._waiting.add(waiting)
-                if not self.is_up:
-                    waiting.reschedule(asyncio.get_running_loop().time())
-                return await work
-        except TimeoutError as error:
-            if waiting.expired():
-                raise ReplicaLostError(self.replica.name) from error
-            raise
+            await asyncio.wait((working, losing), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise ReplicaLostError(self.replica.name)
         finally:
-            self._waiting.discard(waiting)
+            for task in (working, losing):
+                task.cancel()
+            await asyncio.gather(working, losing, return_exceptions=True)
 
     @contextmanager
     def holding(self, asked: Asked) -> Iterator[None]:
@@ -219,14 +207,14 @@ class Front:
         Raises ReplicaLostError where it is lost before anything was passed on.
         """
         async with aclosing(known.replica.answer(_passed(scope), body)) as answers:
-            messages = await known.unless_lost(anext(answers, []))
+            messages = await known.unless_lost(_next(answers))
             if not messages:
                 raise RuntimeError("Front: a replica must answer each request, got no answer.")
             start = messages[0]
             # The gate here gives the answer its id.
             start["headers"] = [each for each in start["headers"] if each[0] != b"x-request-id"]
             if not _is_stream(start):
-                while more := await known.unless_lost(anext(answers, [])):
+                while more := await known.unless_lost(_next(answers)):
                     messages += more
                 if start["status"] in _REFUSALS:
                     return messages
@@ -241,7 +229,7 @@ class Front:
                         last = [messages.pop()]
                     for message in messages:
                         await send(message)
-                    messages = await known.unless_lost(anext(answers, []))
+                    messages = await known.unless_lost(_next(answers))
             except ReplicaLostError:
                 self._lose(known)
                 if not last:
@@ -270,7 +258,7 @@ class Front:
         body = b""
         try:
             async with aclosing(known.replica.answer(_passed(scope), b"")) as answers:
-                while messages := await known.unless_lost(anext(answers, [])):
+                while messages := await known.unless_lost(_next(answers)):
                     if messages[0].get("status", 200) != 200:
                         return None
                     body += b"".join(message.get("body", b"") for message in messages)
@@ -294,14 +282,14 @@ class Front:
             else:
                 if not known.is_up:
                     LOG.info("%s is there", known.replica.name)
-                    known.is_up = True
+                    known.lost.clear()
                     self._changed.set()
             await asyncio.sleep(PING_S)
 
     def _lose(self, known: _Known) -> None:
         if known.is_up:
             LOG.error("%s is lost", known.replica.name)
-            known.lose()
+            known.lost.set()
 
     def _check_up(self) -> None:
         """Raise an APIError unless requests can be answered."""
@@ -344,6 +332,11 @@ def _is_stream(start: Message) -> bool:
 
 def _is_last(message: Message) -> bool:
     return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+async def _next(answers: AsyncGenerator[list[Message]]) -> list[Message]:
+    """What has come next; nothing at the end."""
+    return await anext(answers, [])
 
 
 async def _body(receive: Receive) -> bytes:
