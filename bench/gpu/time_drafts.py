@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -86,18 +87,21 @@ class DraftBenchmark(Benchmark):
         self.recorder.note(f"agreement {statistics.fmean(rates):.2f}, wanted {wanted:g}, batch {batch}")
         wrong = self._complaint(prompts)
         ms: dict[bool, list[float]] = {False: [], True: []}
+        learnt = None
         # The first round learns, and makes the graphs.
         for turn in range(1 + self.sizes.num_rounds):
             for with_draft in (False, True) if turn % 2 else (True, False):
                 engine, _ = self._run(prompts, with_draft, deterministic=False)
                 if turn:
                     ms[with_draft].append(1e3 * engine.tally.decode_s)
+                elif with_draft:
+                    learnt = copy.deepcopy(engine.execution.drafting.lengths)
         own, plain = (Samples([[sample] for sample in ms[with_draft]]) for with_draft in (True, False))
         self.recorder.speedup(batch, _gain(wanted), own, plain, wrong)
         if wanted:
             gain = plain.over(own)
             cell = Cell("gpu", "none", self.draft, batch, batch, self.sizes.output_len, wanted)
-            expected = predicted_gain(self.model, self._known_costs(), cell, rates, self.sizes.prompt_len)
+            expected = predicted_gain(self.model, self._known_costs(), cell, rates, self.sizes.prompt_len, learnt)
             self.recorder.answer(batch, _predicted(wanted), expected / gain, own, plain.ms / expected, wrong)
 
     def _complaint(self, prompts: Sequence[list[int]]) -> str:

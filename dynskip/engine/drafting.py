@@ -55,11 +55,12 @@ def most_rows(model: CausalLM) -> int:
     return NATIVE_ROWS if model.backend.name == "native" else 4 * NATIVE_ROWS
 
 
-def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
+def find_draft(model: CausalLM, path: LayerPath) -> Draft | None:
     """What a search has left as the draft of ``model`` for requests along ``path``; None where none pays.
 
-    A draft is searched for the full path, other paths have none. Raises ValueError, naming the command, where no search
-    for a draft has run.
+    A draft is searched for the full path, other paths have none. What it gains was predicted for the device that it was
+    searched on; whether an engine guesses with it, that decides by the costs of its own. Raises ValueError, naming the
+    command, where no search for a draft has run.
     """
     found = found_paths_of(model, "find_draft")
     if not found.searched_draft:
@@ -67,7 +68,7 @@ def find_draft(model: CausalLM, path: LayerPath | None) -> Draft | None:
             "find_draft: model must have a draft that a search has found, got paths only. Run "
             f"`{search_command(model.config.name_or_path, getattr(model.config, 'adapter', None))} --score speed`."
         )
-    if found.draft is None or path is None or path.budget < path.num_layers:
+    if found.draft is None or path.budget < path.num_layers:
         return None
     return Draft(LayerPath.of(found.num_layers, found.draft.layers), found.draft.entries, found.draft.agreement)
 
@@ -358,7 +359,10 @@ class Drafting:
         return length, length * budget
 
     def _guess(self, guessing: Sequence[tuple[Span, Draft, int]]) -> None:
-        """Let each draft guess as many tokens for its span; where they fail no token is guessed in this step."""
+        """Let each draft guess as many tokens for its span; one that fails guesses none, and is its request's no more.
+
+        Drafts guess together. Where that fails each guesses alone: whose fault it is only that shows.
+        """
         cache = self.kv.cache
         sequences = [span.sequence for span, _, _ in guessing]
         places = [self.kv.draft_place(sequence.state) for sequence in sequences]
@@ -370,15 +374,20 @@ class Drafting:
             self._run(guessing)
         except Exception as error:
             cache.rewind(mark)  # type: ignore[arg-type]  # its own mark
+            self._is_regular = False
             for sequence, place, num_tokens in zip(sequences, places, before, strict=True):
                 sequence.guesses, sequence.begun = [], None
-                sequence.draft = None
                 if place is not None and num_tokens is not None:
                     place.num_tokens = num_tokens
-                    self.kv.drop_draft(sequence.state)
-            warnings.warn(
-                f"A draft failed, and {len(sequences)} outputs go on without: {error!r}", DraftWarning, stacklevel=2
-            )
+            if len(guessing) > 1:
+                warnings.warn(f"Drafts failed together, and guess alone: {error!r}", DraftWarning, stacklevel=2)
+                for each in guessing:
+                    self._guess([each])
+                return
+            (sequence,) = sequences
+            sequence.draft = None
+            self.kv.drop_draft(sequence.state)
+            warnings.warn(f"A draft failed, and its output goes on without: {error!r}", DraftWarning, stacklevel=2)
 
     def _run(self, guessing: Sequence[tuple[Span, Draft, int]]) -> None:
         cache = self.kv.cache

@@ -30,10 +30,7 @@ class Draft:
     def check(self, path: LayerPath | None, what: str) -> None:
         """Raise ValueError, about ``what``, where it cannot guess for a request along ``path``."""
         if path is None:
-            raise ValueError(
-                f"{what}: draft must be None for a request whose tokens have layers of their own each, got "
-                f"{self.path}. What a token runs is decided with its path's states, which a draft has not."
-            )
+            raise _no_draft_per_token(str(self.path), what)
         if self.path.num_layers != path.num_layers:
             raise ValueError(f"{what}: draft must be of {path.num_layers} layers, got one of {self.path.num_layers}.")
         others = set(self.path.layers) - set(path.layers)
@@ -63,12 +60,19 @@ class Draft:
         return f"{self.path}, {self.entries} entries"
 
 
+def _no_draft_per_token(draft: str, what: str) -> ValueError:
+    return ValueError(
+        f"{what}: draft must be None for a request whose tokens have layers of their own each, got {draft}. What a "
+        "token runs is decided with its path's states, which a draft has not."
+    )
+
+
 def resolve_drafts(
     draft: Drafts,
     entries: str,
     paths: Sequence[LayerPath | None],
     num_layers: int,
-    find: Callable[[LayerPath | None], Draft | None],
+    find: Callable[[LayerPath], Draft | None],
     what: str,
 ) -> list[Draft | None]:
     """The draft of each request along ``paths``, None for none.
@@ -83,8 +87,12 @@ def resolve_drafts(
     if isinstance(draft, str):
         if draft != "auto":
             raise ValueError(f"{what}: draft must be a LayerPath, 'auto' or None, got {shown(draft)}.")
-        known = {path: find(path) for path in dict.fromkeys(paths)}
-        given = [known[path] for path in paths]
+        known: dict[LayerPath, Draft | None] = {}
+        for path in dict.fromkeys(paths):
+            if path is None:
+                raise _no_draft_per_token("'auto'", what)
+            known[path] = find(path)
+        given = [None if path is None else known[path] for path in paths]
     elif isinstance(draft, LayerPath | Draft):
         given = [draft] * len(paths)
     elif isinstance(draft, Sequence):

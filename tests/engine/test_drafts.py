@@ -41,7 +41,7 @@ from dynskip.measure.agreement import Gate, NearTies
 from dynskip.ops.backends import available_backends
 from dynskip.scheduler.policies.make import POLICIES
 from dynskip.speculation.draft import ENTRIES, Draft, DraftEntries
-from dynskip.speculation.lengths import Candidate, DraftLengths
+from dynskip.speculation.lengths import Candidate, Choice, DraftLengths
 
 FULL = PATHS[3]
 # A layer of a random model changes little: leaving one out is right about half of the time.
@@ -114,6 +114,30 @@ def test_a_stream_with_drafts_equals_the_one_without(
     assert 0 < served.tally.num_accepted < served.tally.num_drafted
     assert all(output.num_drafted == 0 for output in found[4::5])
     assert bool(served.stats().outcome.num_preempted) == (num_slots is not None)
+
+
+@pytest.mark.parametrize("num_slots", [None, 340])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_lengths_that_pay_change_as_little_as_any(
+    policy: str, num_slots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observe = DraftLengths.observe
+
+    def as_predicted(self: DraftLengths, choice: Choice, num_seqs: int, *_: float) -> None:
+        observe(self, choice, num_seqs, choice.guess_ms, choice.verify_ms)
+
+    monkeypatch.setattr(DraftLengths, "observe", as_predicted)  # other processes may be busy meanwhile
+    own, draw = tiny_model(deterministic=True), random.Random(5)  # of which nothing has been learnt
+    asks = asks_of(24, 2)
+    served = engine(policy, num_slots, batch=4, model=own)
+    told = [
+        ask if index % 5 == 4 else with_draft(ask, draw.choice([random_draft(draw, ask.path), Draft(ask.path)]))
+        for index, ask in enumerate(asks)
+    ]
+    for ask, output in zip(asks, serve(served, told), strict=True):
+        assert same(output, ask.alone(model=own))
+    assert_empty(served)
+    assert served.tally.num_drafted > served.tally.num_accepted > 0
 
 
 @pytest.mark.parametrize("draft", DRAFTS, ids=str)
@@ -392,6 +416,32 @@ def test_a_fault_in_a_draft_ends_nothing(monkeypatch: pytest.MonkeyPatch, random
         assert same(output, ask.alone())
 
 
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_fault_in_one_draft_leaves_the_others_theirs(
+    is_alone: bool, monkeypatch: pytest.MonkeyPatch, random_lengths: random.Random
+) -> None:
+    guess, bad = ModelRunner.guess, DRAFTS[3].path
+
+    def fails(self: ModelRunner, turns: Turns, *args: Any) -> Any:
+        if bad in turns.paths:
+            guess(self, turns, *args)  # entries are there already
+            raise RuntimeError("this draft fails")
+        return guess(self, turns, *args)
+
+    monkeypatch.setattr(ModelRunner, "guess", fails)
+    drafts = [bad] if is_alone else [DRAFTS[1].path, DRAFTS[2].path, bad, DRAFTS[1].path]
+    asks = [Ask(prompt, greedy(24), FULL) for prompt in random_prompts([6, 4, 9, 12][: len(drafts)])]
+    served = engine(batch=4)
+    told = [with_draft(ask, Draft(draft)) for ask, draft in zip(asks, drafts, strict=True)]
+    with pytest.warns(DraftWarning, match="this draft fails") as warned:
+        outputs = serve(served, told)
+    assert sum("goes on without" in str(each.message) for each in warned) == 1
+    for ask, draft, output in zip(asks, drafts, outputs, strict=True):
+        assert same(output, ask.alone())
+        assert bool(output.num_drafted) == (draft != bad)
+    assert_empty(served)
+
+
 def test_a_verification_that_fails_runs_without_guesses(
     monkeypatch: pytest.MonkeyPatch, random_lengths: random.Random
 ) -> None:
@@ -623,6 +673,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"draft": LayerPath.full(6), "draft_entries": "path", "path": PATHS[1]}, "layers of the path only"),
     ({"draft": LayerPath.full(6), "path": Parity()}, "draft must be None for a request whose tokens"),
     ({"draft": LayerPath.full(6), "path": torch.ones(30, NUM_LAYERS, dtype=torch.bool)}, "draft must be None"),
+    ({"draft": "auto", "path": Parity()}, "draft must be None for a request whose tokens .* got 'auto'"),
 ]
 
 

@@ -112,7 +112,6 @@ def test_a_draft_is_for_the_full_path_only() -> None:
     keep(model, draft=FoundDraft((0, 4), "path", 0.8, 1.2, "here"), searched_draft=True)
     assert find_draft(model, FULL) == Draft(LayerPath.of(NUM_LAYERS, [0, 4]), "path")
     assert find_draft(model, LayerPath.uniform(NUM_LAYERS, 3)) is None
-    assert find_draft(model, None) is None
 
 
 def test_other_weights_have_found_nothing() -> None:
