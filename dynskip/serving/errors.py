@@ -12,6 +12,8 @@ from dynskip.engine.request import RequestError
 
 # Of the library's own errors those that name a field of a request.
 _NAMED = re.compile(r"(?:SamplingParams|add_request): (?!token_ids)(\w+) must ")
+# What pydantic calls a type of several that a value may have.
+_TYPE = re.compile(r"str|int|float|bool|list\[.*\]")
 # By status: the ``type`` that OpenAI's clients know, and a ``code``.
 _KINDS = {
     HTTPStatus.UNAUTHORIZED: ("authentication_error", "invalid_api_key"),
@@ -96,11 +98,22 @@ def not_json() -> APIError:
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The first of pydantic's ``errors``, with the name of its field. What the client sent is not repeated."""
-    first = errors[0]
-    # ("body", "messages", 0, "role"): what follows the field's name is a place in its value, or a type that was tried.
-    place = first["loc"][1:]
-    param = str(place[0]) if place and isinstance(place[0], str) else None
-    if first["type"] == "json_invalid":
+    """The first of pydantic's ``errors``, with the name of its field. What the client sent is not repeated.
+
+    Of a value that may be of several types all that it could have been are told.
+    """
+    if errors[0]["type"] == "json_invalid":
         return not_json()
-    return bad_request(f"{'.'.join(map(str, place)) or 'body'}: {first['msg']}.", param)
+    place = _place(errors[0]["loc"])
+    param = str(place[0]) if place and isinstance(place[0], str) else None
+    said = dict.fromkeys(error["msg"] for error in errors if _place(error["loc"]) == place)
+    return bad_request(f"{'.'.join(map(str, place)) or 'body'}: {', or: '.join(said)}.", param)
+
+
+def _place(loc: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Where in a body something is wrong: ("messages", 0, "role") of pydantic's ("body", "messages", 0, "role").
+
+    Behind the name of a field it has the types that were tried, too.
+    """
+    names = [part for part in loc[2:] if isinstance(part, int) or not _TYPE.fullmatch(part)]
+    return (*loc[1:2], *names)

@@ -51,6 +51,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
     "bad_words": ([],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),

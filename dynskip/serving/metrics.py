@@ -124,7 +124,7 @@ class ServerMetrics:
                 histogram.observe(seconds)
         if output.tpot_s is not None:
             # Each token by the mean of its request: when single ones came is not kept.
-            for _ in range(max(len(sample.token_ids) for sample in output.samples) - 1):
+            for _ in range(sum(max(len(sample.token_ids) - 1, 0) for sample in output.samples)):
                 self._token_s.observe(output.tpot_s)
 
     def ended(self, reason: str, num_outputs: int) -> None:

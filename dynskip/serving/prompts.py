@@ -15,8 +15,10 @@ from dynskip.serving.errors import bad_request, told
 from dynskip.serving.protocol import ChatMessage
 
 T = TypeVar("T")
-# What a message may have beside role and content, as clients send answers back: nothing, in any form.
+# What a message may have beside role and content, as clients send answers back: nothing, in any form. A name of who
+# speaks is a hint, which chat templates do not write.
 _NOTHING: tuple[object, ...] = (None, [], {}, "")
+_HINT = "name"
 
 
 class PromptReader:
@@ -84,7 +86,7 @@ def _message(index: int, message: ChatMessage) -> Message:
     """The message as a chat template takes it; an APIError for what is no text."""
     what = f"messages: message {index}"
     for name, value in (message.model_extra or {}).items():
-        if value not in _NOTHING:
+        if value not in _NOTHING and not (name == _HINT and isinstance(value, str)):
             raise bad_request(f"{what} must have role and content only, got {name} too.", "messages")
     content = message.content
     if isinstance(content, list):

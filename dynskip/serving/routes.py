@@ -109,6 +109,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
     return JSONResponse({"prompt": await service.reader.text(body.tokens)})
 
 
+@ROUTER.head("/health", include_in_schema=False)
 @ROUTER.get("/health", responses={503: _FAILURES[503]})
 async def health(request: Request) -> Response:
     """Whether requests can be served: 200, with an empty body, or 503."""

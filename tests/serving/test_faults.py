@@ -432,6 +432,8 @@ def test_health_and_version_answer(llm: LLM) -> None:
     async def main() -> None:
         async with local(llm) as server:
             assert (await server.client.get("/health")).status_code == 200
+            looked = await server.client.head("/health")
+            assert (looked.status_code, looked.content) == (200, b"")
             assert (await server.client.get("/version")).json() == {"version": __version__}
 
     run(main())

@@ -138,7 +138,7 @@ OF_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "content": "w005"}]}, "messages"),
     ({"messages": [{"content": "w005"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "w005", "tool_calls": [{}]}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "w005", "name": "ann"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "w005", "name": 7}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
@@ -225,6 +225,7 @@ def test_what_is_no_request_is_a_400(llm: LLM, body: bytes) -> None:
         {"response_format": {"type": "text"}, "service_tier": "auto", "use_beam_search": False, "length_penalty": 1.0},
         {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0, "min_tokens": 0},
         {"logit_bias": {}, "include_stop_str_in_output": False, "skip_special_tokens": True, "stop": []},
+        {"return_tokens_as_token_ids": False},
         {"top_k": 0, "top_p": 1, "n": 1, "echo": False, "stream": False, "stream_options": None, "model": NAME},
         {"tools": None, "response_format": None, "anything": None, "spaces_between_special_tokens": True},
         {"depth": None, "path": None, "draft": "none", "return_token_ids": False, "add_special_tokens": True},
@@ -329,10 +330,29 @@ def test_a_request_that_the_memory_could_never_hold_is_a_400(llm: LLM) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("prompt", 7, "prompt: Input should be a valid string, or: Input should be a valid list."),
+        ("prompt", ["w005", 7], "prompt"),
+        ("stop", 7, "stop: Input should be a valid string, or: Input should be a valid list."),
+        ("depth", [], "depth: Input should be a valid integer, or: Input should be a valid string."),
+        ("stop_token_ids", [5, "x"], "stop_token_ids.1: Input should be a valid integer."),
+        ("logit_bias", {"5": "x"}, "logit_bias.5: Input should be a valid number."),
+    ],
+)
+def test_a_field_of_another_type_is_told_all_that_it_may_be(llm: LLM, field: str, value: Any, message: str) -> None:
+    (answer,) = post(llm, "/v1/completions", {**COMPLETION, field: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert error["message"].startswith(message), error["message"]
+    assert "str:" not in error["message"] and "list[" not in error["message"], error["message"]
+
+
 def test_content_parts_and_roles_of_newer_clients(llm: LLM) -> None:
     parts = [{"type": "text", "text": "w005"}, {"type": "text", "text": "w006"}]
     developer = [{"role": "developer", "content": "w009"}, {"role": "user", "content": parts}]
-    system = [{"role": "system", "content": "w009"}, {"role": "user", "content": "w005\nw006"}]
+    system = [{"role": "system", "content": "w009"}, {"role": "user", "content": "w005\nw006", "name": "ann"}]
     answered = {"role": "assistant", "content": "w005", "refusal": None, "tool_calls": [], "annotations": []}
     first, second, third = post(
         llm,

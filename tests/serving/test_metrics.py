@@ -83,7 +83,7 @@ def test_values_are_those_of_the_requests(llm: LLM) -> None:
             ):
                 family = f"vllm:{name}_seconds"
                 assert value(found, family, f"{family}_count") == 3, name
-            assert value(found, "vllm:inter_token_latency_seconds", "vllm:inter_token_latency_seconds_count") == 12
+            assert value(found, "vllm:inter_token_latency_seconds", "vllm:inter_token_latency_seconds_count") == 16
             assert value(found, "dynskip_depth_tokens", layers="2") == 10
             assert value(found, "dynskip_depth_requests", layers="6") == 2
             assert value(found, "vllm:spec_decode_num_draft_tokens") == stats.num_drafted

@@ -242,7 +242,8 @@ def test_what_replicas_need_is_named_and_nothing_else_needs_it(
 @pytest.mark.parametrize("needs_key", [False, True])
 def test_the_command_survives_any_name(needs_key: bool) -> None:
     name = 'it\'s a "model" of $HOME'
-    first, command, offer, page = greeting("http://127.0.0.1:1", name, [4, 8], needs_key).splitlines()
+    first, command, offer, page, *notes = greeting("http://127.0.0.1:1", name, [4, 8], needs_key).splitlines()
+    assert ["KEY" in note for note in notes] == [True] * needs_key
     assert first.endswith("at http://127.0.0.1:1/v1")
     assert offer.endswith("@4: 4, 8")
     assert page.endswith(": http://127.0.0.1:1/")

@@ -141,7 +141,7 @@ class Front:
         """Answer a request, or raise an APIError."""
         self.start()
         body = await _body(receive)
-        if scope["path"] == "/health" and scope["method"] == "GET":
+        if scope["path"] == "/health" and scope["method"] in ("GET", "HEAD"):
             self._check_up()
             await _send(send, b"", "text/plain; charset=utf-8")
         elif scope["path"] == "/metrics" and scope["method"] == "GET":
