@@ -1,7 +1,7 @@
 """What guessing along a shallow path gains, measured: the same requests with and without a draft, interleaved.
 
 python -m bench.drafts --list                      names of all rows, and which are there already
-python -m bench.drafts --only random               OPT-1.3B's shapes: 29 rows, 45 minutes on two cores (estimated)
+python -m bench.drafts --only random               OPT-1.3B's shapes: 33 rows, an hour of two cores (estimated)
 python -m bench.drafts --only transformers         beside transformers, Llama-3.2-1B's shapes: 2 rows, 12 minutes
 python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 4 rows, two minutes
 python -m bench.drafts --row 'random-0-*' --again  some rows, anew

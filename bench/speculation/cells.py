@@ -75,7 +75,7 @@ def random_cells(num_layers: int) -> Iterator[Cell]:
     def stream(wanted: float, batch: int) -> Cell:
         return Cell("random", "none", spread, batch, 3 * batch, 32, wanted)
 
-    for wanted in (0.8, 0.0, 0.9, 0.7, 0.6):
+    for wanted in (0.8, 0.0, 0.3, 0.9, 0.7, 0.6):
         if wanted == 0.8:
             yield from (closed(wanted, "all", begin, batch) for batch in (1, 4, 8))
         batches = (1, 4, 8, 16, 64) if wanted in (0.8, 0.0) else (1, 4, 64)

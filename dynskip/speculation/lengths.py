@@ -287,26 +287,30 @@ class DraftLengths:
         others: Sequence[LayerPath],
         ratios: Ratios,
     ) -> Choice:
-        rows: Counter[LayerPath] = Counter(others)
-        plain: Counter[LayerPath] = Counter(others)
+        plain: dict[LayerPath, int] = {}
+        for path in others:
+            plain[path] = plain.get(path, 0) + 1
+        rows = dict(plain)
+        most = max(lengths, default=0)
+        guessing: dict[LayerPath, list[int]] = {}  # by path of the draft: how many guess one token, two, ..
         tokens = float(len(others))
         for each, length in zip(candidates, lengths, strict=True):
+            path = each.path
+            plain[path] = plain.get(path, 0) + 1
+            rows[path] = rows.get(path, 0) + 1
+            tokens += expected_tokens(each.rate, length)
             if length:
                 # The last token and all guesses but the last, as many rows as guesses, have begun along the draft.
-                num_begun = each.draft.num_common_layers(each.path) if self.resumes else 0
-                rows[_behind(each.path, num_begun)] += length
-            rows[each.path] += 1
-            plain[each.path] += 1
-            tokens += expected_tokens(each.rate, length)
+                behind = _behind(path, each.draft.num_common_layers(path) if self.resumes else 0)
+                rows[behind] = rows.get(behind, 0) + length
+                guessing.setdefault(each.draft.path, [0] * most)[length - 1] += 1
         guess_ms = 0.0
-        for turn in range(max(lengths, default=0)):
-            guessing = Counter(
-                each.draft.path for each, length in zip(candidates, lengths, strict=True) if length > turn
-            )
+        for turn in range(most):
             # Guesses are chosen inside of the step: what an engine's steps take besides the model, they do not.
-            guess_ms += self._model_costs.decode_ms(tuple(guessing.items()))
-        verify_ms = self.costs.decode_ms(tuple(rows.items()))
-        plain_ms = self.costs.decode_ms(tuple(plain.items()))
+            cohort = [(path, count) for path, counts in guessing.items() if (count := sum(counts[turn:]))]
+            guess_ms += self._model_costs.decode_ms(cohort)
+        verify_ms = self.costs.decode_ms([*rows.items()])
+        plain_ms = self.costs.decode_ms([*plain.items()])
         num_plain = len(candidates) + len(others)
         total_ms = guess_ms * ratios.guess + verify_ms * (ratios.verify if any(lengths) else 1.0)
         gain = tokens / num_plain * plain_ms / total_ms if total_ms > 0 else 1.0
@@ -352,4 +356,7 @@ def _rounded(ratio: float) -> float:
 
 def expected_tokens(rate: float, length: int) -> float:
     """The tokens that a verification of ``length`` guesses gives, each right with probability ``rate``."""
-    return sum(rate**power for power in range(length + 1))
+    tokens = 1.0
+    for _ in range(length):
+        tokens = 1 + rate * tokens
+    return tokens
