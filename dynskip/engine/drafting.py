@@ -42,6 +42,8 @@ _PROBED_SHARE = 0.01
 # Where no guess pays, so many steps go by before the question is asked again, and twice as many each further time:
 # asking costs time, too, and the answer is the same while as many sequences step and nothing is learnt.
 _IDLE_STEPS, _MOST_IDLE_STEPS = 3, 48
+# And so many more that asking takes this share of the time: choosing is Python, and steps of a small model are short.
+_ASKED_SHARE = 0.01
 # A probe looks at so many guesses.
 _PROBE_LENGTH = 1
 
@@ -188,6 +190,8 @@ class Drafting:
         candidates += riders
         sequences = [spans[index].sequence for index, _ in candidates]
         lengths = self._choose([candidate for _, candidate in candidates], sequences, others)
+        if not any(lengths):
+            self._begin_s = time.perf_counter()  # most plain steps are not asked for: choosing is a price of guesses
         guessing = []
         for (index, candidate), length in zip(candidates, lengths, strict=True):
             span = spans[index]
@@ -206,8 +210,8 @@ class Drafting:
                 extended[index] = Span(span.sequence, span.first, 1 + len(span.sequence.guesses))
             self._guessed_ms = 1e3 * (time.perf_counter() - begin_s)
         elif any(lengths):
-            self._choice = None  # there was no memory for it, or entries were not worth making: nothing is learnt
             self._rest()
+            self._choice = None  # there was no memory for it, or entries were not worth making: nothing is learnt
         return extended
 
     def accepted(self, span: Span, num_kept: int) -> None:
@@ -314,9 +318,13 @@ class Drafting:
 
     def _rest(self) -> None:
         """Let some steps go by before the question is asked again."""
+        assert self._choice is not None and self._lengths is not None, "the question was asked"
+        asked_ms = 1e3 * (time.perf_counter() - self._begin_s)
+        step_ms = self._choice.plain_ms * self._lengths.slowness(self._num_seqs)
+        worth = round(asked_ms / (_ASKED_SHARE * step_ms)) if step_ms else 0
         is_same = self._num_spans == self._idle_spans
-        self._idle_steps = min(2 * self._idle_steps, _MOST_IDLE_STEPS) if is_same else 0
-        self._idle_steps = max(self._idle_steps, _IDLE_STEPS)
+        steps = max(2 * self._idle_steps * is_same, _IDLE_STEPS, worth)
+        self._idle_steps = min(steps, _MOST_IDLE_STEPS)
         self._num_idle, self._idle_spans = self._idle_steps, self._num_spans
 
     def _probe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -591,11 +592,20 @@ def test_looks_lose_a_hundredth_of_the_time(
     assert len(lost_ms) > (4 if entries == "path" else 10) and sum(lost_ms) > 0
 
 
+@pytest.mark.parametrize(
+    ("asking_ms", "expected"),
+    [(0.0, [2] * 4 + [1] * 4), (0.65, [2] * 2 + [1] * 2)],
+    ids=["at steps 1, 5, 12 and 25, and anew once fewer step", "ten steps of 6.5 ms and more behind each"],
+)
 @pytest.mark.parametrize("num_probed", [None, 1])
 def test_the_question_is_asked_rarely_where_no_guess_pays(
-    num_probed: int | None, monkeypatch: pytest.MonkeyPatch
+    num_probed: int | None, asking_ms: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """num_probed: guesses of a look that is refused, because it is not worth the entries that it wants."""
+    times = itertools.count(step=asking_ms / 1e3)
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(DraftLengths, "observe", lambda *_: None)
+    monkeypatch.setattr(DraftLengths, "slowness", lambda *_: 1.0)
     choose, asked = DraftLengths.choose, []
 
     def counted(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
@@ -615,7 +625,7 @@ def test_the_question_is_asked_rarely_where_no_guess_pays(
     asks = [Ask(*random_prompts([5]), greedy(56), FULL), Ask(*random_prompts([6]), greedy(30), FULL)]
     outputs = serve(served, [with_draft(ask, DRAFTS[3]) for ask in asks])
     assert all(same(output, ask.alone()) for output, ask in zip(outputs, asks, strict=True))
-    assert asked == [2] * 4 + [1] * 4, "at steps 1, 5, 12 and 25, and anew once fewer step"
+    assert asked == expected
 
 
 # Requests without a draft in the guesses of others
