@@ -25,6 +25,10 @@ class RequestError(RuntimeError):
     """A request ended before its time; the cause is the exception that ended it."""
 
 
+class EngineStoppedError(RequestError):
+    """No request is to blame: the engine was closed, or has failed, and serves nobody any more."""
+
+
 @dataclass(eq=False)
 class OutputSequence:
     """One output while it grows.

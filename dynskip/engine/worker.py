@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dynskip.engine.engine import Engine
 from dynskip.engine.metrics import MetricsLog
-from dynskip.engine.request import OnToken, OutputSequence, RequestError, RequestOutput
+from dynskip.engine.request import EngineStoppedError, OnToken, OutputSequence, RequestError, RequestOutput
 
 T = TypeVar("T")
 # Adds a request to the engine, perhaps with a callback for its tokens; returns its id.
@@ -194,7 +194,7 @@ class EngineWorker:
             if self._failure is not None:
                 raise _gone(self._failure)
             if self._is_closing:
-                raise RequestError("AsyncLLM: it must be open, got one that was closed. Make another.")
+                raise EngineStoppedError("AsyncLLM: it must be open, got one that was closed. Make another.")
             self._commands.append(command)
             self._changed.notify()
 
@@ -293,7 +293,9 @@ def _deliver(letters: list[tuple[Ticket, list[NewToken], RequestOutput | Request
         ticket.arrive(tokens, end)
 
 
-def _gone(error: BaseException) -> RequestError:
-    gone = RequestError(f"AsyncLLM: the engine's thread must be alive, got {error!r}, by which it ended. Make another.")
+def _gone(error: BaseException) -> EngineStoppedError:
+    gone = EngineStoppedError(
+        f"AsyncLLM: the engine's thread must be alive, got {error!r}, by which it ended. Make another."
+    )
     gone.__cause__ = error
     return gone

@@ -36,12 +36,16 @@ def usage(num_prompt_tokens: int, num_tokens: int, outputs: Sequence[RequestOutp
 
 
 def facts(named: NamedPath, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """The object ``dynskip`` of an answer: which layers ran, what drafts guessed, how long it was in the engine."""
+    """The object ``dynskip`` of an answer: which layers ran, what drafts guessed, how long it was in the engine.
+
+    seeds: of each prompt's outputs, given or drawn; None of greedy ones.
+    """
     return {
         "path": named.name,
         "layers": list(named.path.layers),
         "num_drafted": sum(output.num_drafted for output in outputs),
         "num_accepted": sum(output.num_accepted for output in outputs),
+        "seeds": [output.seed for output in outputs],
         "milliseconds": round(1e3 * max(output.latency_s for output in outputs), 3),
     }
 

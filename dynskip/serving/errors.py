@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from dynskip.arguments import is_own_error
-from dynskip.engine.request import RequestError
+from dynskip.engine.request import EngineStoppedError, RequestError
 
 # Of the library's own errors those that name a field of a request.
 _NAMED = re.compile(r"(?:SamplingParams|add_request): (?!token_ids)(\w+) must ")
@@ -65,6 +65,8 @@ def as_api_error(error: Exception, param: str | None = None) -> APIError | None:
     """
     if isinstance(error, APIError):
         return error
+    if isinstance(error, EngineStoppedError):
+        return engine_stopped()
     if isinstance(error, RequestError):
         return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="request_failed")
     if isinstance(error, ValueError | TypeError) and is_own_error(error):
@@ -85,6 +87,11 @@ def told(error: Exception, param: str | None = None) -> APIError:
     if found is None:
         raise error
     return found
+
+
+def engine_stopped() -> APIError:
+    """Where nothing can be served any more: another server may."""
+    return APIError(HTTPStatus.SERVICE_UNAVAILABLE, "The engine has stopped.", code="stopped")
 
 
 def internal_error() -> APIError:

@@ -22,6 +22,7 @@ class Admission:
             raise ValueError(f"Admission: max_queue must be at least 0, got {max_queue}.")
         self.most = num_resident + max_queue
         self.num_held = self.num_refused = 0
+        self._num_read = 0
         self._mean_s = 0.0
 
     @contextmanager
@@ -32,23 +33,37 @@ class Admission:
                 f"n: a request must have at most {self.most} outputs, all its prompts together, got {num_outputs}.", "n"
             )
         if self.num_held + num_outputs > self.most:
-            self.num_refused += 1
-            raise APIError(
-                429,
-                f"The server holds {self.num_held} of {self.most} outputs and has no room for {num_outputs} more. Try "
-                "again later.",
-                headers={"Retry-After": str(self._retry_s())},
-            )
+            raise self._refused(num_outputs)
         self.num_held += num_outputs
         try:
             yield
         finally:
             self.num_held -= num_outputs
 
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """In the block a request is read, whose prompts may be long: a 429 where it could not be held behind it."""
+        if self.num_held + self._num_read >= self.most:
+            raise self._refused(1)
+        self._num_read += 1
+        try:
+            yield
+        finally:
+            self._num_read -= 1
+
     def ended(self, seconds: float) -> None:
         """A request has ended, after ``seconds``: others will take about as long."""
         share = _SHARE_OF_LAST if self._mean_s else 1.0
         self._mean_s += share * (seconds - self._mean_s)
+
+    def _refused(self, num_outputs: int) -> APIError:
+        self.num_refused += 1
+        return APIError(
+            429,
+            f"The server holds {self.num_held} of {self.most} outputs and has no room for {num_outputs} more. Try "
+            "again later.",
+            headers={"Retry-After": str(self._retry_s())},
+        )
 
     def _retry_s(self) -> int:
         return min(max(math.ceil(self._mean_s), _LEAST_RETRY_S), _MOST_RETRY_S)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from dynskip.engine.request import RequestError
-from dynskip.serving.errors import APIError, bad_request
+from dynskip.serving.errors import bad_request, engine_stopped
 from dynskip.serving.fields import check_others
 from dynskip.serving.metrics import CONTENT_TYPE
 from dynskip.serving.page_data import live, offer
@@ -44,15 +44,15 @@ def _service(request: Request) -> Service:
 @ROUTER.post("/v1/completions", responses={**_REFUSALS, **_FAILURES})
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue prompts."""
-    service = _service(request)
-    return await service.answer(await service.planner.completion(body, request.state.request_id), request)
+    planner = _service(request).planner
+    return await _service(request).answer(body, lambda: planner.completion(body, request.state.request_id), request)
 
 
 @ROUTER.post("/v1/chat/completions", responses={**_REFUSALS, **_FAILURES})
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
-    service = _service(request)
-    return await service.answer(await service.planner.chat(body, request.state.request_id), request)
+    planner = _service(request).planner
+    return await _service(request).answer(body, lambda: planner.chat(body, request.state.request_id), request)
 
 
 @ROUTER.get("/v1/models", responses={401: _REFUSALS[401]})
@@ -138,7 +138,7 @@ async def _unless_stopped(asked: Awaitable[T]) -> T:
     try:
         return await asked
     except RequestError as error:
-        raise APIError(503, "The engine has stopped.", code="stopped") from error
+        raise engine_stopped() from error
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,9 +20,11 @@ from dynskip.serving.limits import Admission
 from dynskip.serving.metrics import ServerMetrics
 from dynskip.serving.planning import Plan, Planner
 from dynskip.serving.prompts import PromptReader
-from dynskip.serving.protocol import ChatRequest
+from dynskip.serving.protocol import ChatRequest, Sampled
 from dynskip.serving.sse import DONE, EventStream, event, unless_gone
 from dynskip.serving.streaming import Chunks
+
+Planned: TypeAlias = Callable[[], Coroutine[Any, Any, Plan]]
 
 
 class Service:
@@ -42,14 +44,28 @@ class Service:
         """End what the service has begun itself; ``served`` is the caller's."""
         self.reader.close()
 
-    async def answer(self, plan: Plan, request: Request) -> Response:
-        """The answer to ``plan``, whole or as a stream. What goes wrong before the first token is an APIError."""
-        if not plan.body.stream:
-            outputs = await unless_gone(self._generator.outputs(plan.job), request.receive)
-            return Response(as_json(self._whole(plan, outputs)), media_type="application/json")
+    async def answer(self, body: Sampled, planned: Planned, request: Request) -> Response:
+        """The answer to ``body``, whole or as a stream. What goes wrong before the first token is an APIError.
+
+        planned: reads the request, once there is room for it.
+        """
+        if body.stream:
+            first, chunks = await unless_gone(self._begun(planned), request.receive)
+            return EventStream(_events(first, chunks))
+        whole = await unless_gone(self._done(planned), request.receive)
+        return Response(as_json(whole), media_type="application/json")
+
+    async def _begun(self, planned: Planned) -> tuple[dict[str, Any], AsyncGenerator[dict[str, Any]]]:
+        """The first chunk, which every request has, and those behind it."""
+        with self.admission.read():
+            plan = await planned()
         chunks = Chunks(plan, self._texts).of(self._generator.pieces(plan.job))
-        first = await unless_gone(_first(chunks), request.receive)
-        return EventStream(_events(first, chunks))
+        return await anext(chunks), chunks
+
+    async def _done(self, planned: Planned) -> dict[str, Any]:
+        with self.admission.read():
+            plan = await planned()
+        return self._whole(plan, await self._generator.outputs(plan.job))
 
     def _whole(self, plan: Plan, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [choice for number, output in enumerate(outputs) for choice in self._choices(plan, number, output)]
@@ -113,11 +129,6 @@ def _prompt_logprobs(output: RequestOutput) -> list[dict[int, float] | None]:
     found: list[dict[int, float] | None] | None = getattr(output, "prompt_logprobs", None)
     assert found is not None, "they were asked for"
     return found
-
-
-async def _first(chunks: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
-    """The first chunk: every request has one."""
-    return await anext(chunks)
 
 
 async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:

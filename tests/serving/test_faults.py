@@ -108,14 +108,42 @@ def test_a_full_queue_is_a_429_that_says_when_to_try_again(llm: LLM) -> None:
                 assert int(answer.headers["retry-after"]) >= 1
                 error = answer.json()["error"]
                 assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "queue_full", None)
-            too_many = await server.post(ROUTE, {**LONG, "n": 3})
-            assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
             brake.release()
             await asyncio.gather(*(exchange.task for exchange in held))
             assert [exchange.status for exchange in held] == [200, 200]
+            too_many = await server.post(ROUTE, {**LONG, "n": 3})
+            assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
             assert (await server.post(ROUTE, LONG)).status_code == 200
             page = (await server.client.get("/metrics")).text
             assert f'dynskip_num_refused_total{{model_name="{NAME}"}} 3.0' in page
+
+    run(main())
+
+
+def test_requests_that_are_read_have_a_place_in_the_queue_until_their_clients_leave(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completions, may_read = PromptReader.completions, asyncio.Event()
+
+    async def slow(self: PromptReader, prompt: Any) -> Any:
+        await may_read.wait()
+        return await completions(self, prompt)
+
+    monkeypatch.setattr(PromptReader, "completions", slow)
+
+    async def main() -> None:
+        async with local(llm, policy="lockstep", batch=1, costs=None, max_queue=1) as server:
+            reading = [Exchange(server.app, ROUTE, LONG), Exchange(server.app, ROUTE, STREAM)]
+            while server.service.admission._num_read < 2:
+                await asyncio.sleep(0)
+            assert (await server.post(ROUTE, LONG)).status_code == 429
+            await reading[0].go_away()
+            assert server.service.admission._num_read == 1
+            may_read.set()
+            assert (await server.post(ROUTE, LONG)).status_code == 200
+            await reading[1].task
+            assert reading[1].events[-1] == "[DONE]"
+            assert (server.service.admission._num_read, server.service.admission.num_held) == (0, 0)
 
     run(main())
 
@@ -241,8 +269,9 @@ def test_a_server_that_stops_says_so(llm: LLM) -> None:
             assert waiting.status == 503
             for route in ("/health", "/metrics"):
                 assert (await server.client.get(route)).status_code == 503
-            late = await server.post(ROUTE, LONG)
-            assert late.status_code == 500
+            for body in (LONG, STREAM):
+                late = await server.post(ROUTE, body)
+                assert (late.status_code, late.json()["error"]["code"]) == (503, "stopped")
 
     run(main())
 

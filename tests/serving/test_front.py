@@ -202,6 +202,19 @@ def test_a_full_replica_is_passed_over_and_all_full_is_a_429(llm: LLM) -> None:
     run(main())
 
 
+def test_a_replica_whose_engine_has_stopped_is_passed_over(llm: LLM) -> None:
+    async def main() -> None:
+        async with fronted(llm) as before:
+            await before.replicas[0].server.served.close()
+            for number in range(6):
+                for body in (LONG, STREAM):
+                    answer = await before.post({**body, "prompt": [5, 6, 7 + number]})
+                    assert answer.status_code == 200, answer.text
+            assert before.replicas[0].num_asked > 0, "it was asked, and passed over"
+
+    run(main())
+
+
 def test_a_client_that_leaves_aborts_its_request_in_the_replica(llm: LLM) -> None:
     async def main() -> None:
         async with fronted(llm) as before:
@@ -210,6 +223,8 @@ def test_a_client_that_leaves_aborts_its_request_in_the_replica(llm: LLM) -> Non
                 exchange = Exchange(before.app, ROUTE, body)
                 await before.until_held(1)
                 holder = before.holder()
+                while not holder.server.served._worker._tickets:  # it is held before the engine's thread has it
+                    await asyncio.sleep(0)
                 if "stream" in body:
                     brakes[before.replicas.index(holder)].let(2)
                     await exchange.until_events(1)
