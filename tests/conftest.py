@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Nothing is fetched: a test that needs the network fails here, on every machine, and not only on the one without.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+import pytest
 import torch
 
 # Triton reads this once, when it is imported: without a GPU its kernels run on CPU tensors under its interpreter.
@@ -28,3 +30,12 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """A team of three within the test, of which two are not the caller."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)

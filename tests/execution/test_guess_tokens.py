@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -142,14 +142,6 @@ def test_in_every_dtype(
 def test_states_behind_some_layers_come_with_the_guesses(family: str, variant: str, dtype: torch.dtype) -> None:
     model = native_model(family, variant, dtype, deterministic=True)
     assert_same(model, num_common=[3, 0, 1, NUM_LAYERS, 2], params=DRAWN)
-
-
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_by_several_threads(three_threads: None) -> None:

@@ -95,6 +95,16 @@ def test_a_whole_step_has_the_bits_of_its_ops(family: str, variant: str) -> None
         assert_same(model, kv_policy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "variant"), [("opt", "post-norm-projected"), ("llama", "one-kv-head"), ("gpt_neox", "plain")]
+)
+def test_by_several_threads(family: str, variant: str, dtype: torch.dtype, three_threads: None) -> None:
+    model = native_model(family, variant, dtype)
+    for kv_policy in (None, KVPolicy.SHARE):
+        assert_same(model, kv_policy, ((1, 1, 1, 1, 1), (4, 1, 1, 3, 2)))
+
+
 @pytest.mark.parametrize("kv_policy", [None, *POLICIES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])

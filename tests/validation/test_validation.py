@@ -21,9 +21,11 @@ from dynskip.ops.backends import Backend, available_backends, get_backend
 from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 from dynskip.validation.cases import make_cases
 from dynskip.validation.errors import Result, poisoned_allocations
+from dynskip.validation.native_ops import NATIVE_OP_NAMES
 from dynskip.validation.tensors import tensors_in
 from dynskip.validation.validate import validate, validate_row_case
 
+WHY_NO_EXTENSION = available_backends("cpu")["native"]
 WHY_NO_INTERPRETER = "there is a GPU" if torch.cuda.is_available() else available_backends("cpu")["triton"]
 needs_interpreter = pytest.mark.skipif(WHY_NO_INTERPRETER is not None, reason=f"interpreter: {WHY_NO_INTERPRETER}")
 
@@ -56,6 +58,15 @@ def test_an_injected_fault_is_noticed(op: str) -> None:
         "activate": 10,
     }
     assert len(failed) == sum(result.op == op for result in results) - num_empty.get(op, 0)
+
+
+@pytest.mark.skipif(bool(WHY_NO_EXTENSION), reason=WHY_NO_EXTENSION or "")
+@pytest.mark.parametrize("op", NATIVE_OP_NAMES)
+def test_of_the_calls_of_the_extension_too(op: str) -> None:
+    right = validate("native", torch.bfloat16, progress=False, op_names=(op,))
+    assert right and not failures(right)
+    wrong = validate("native", torch.bfloat16, inject_fault=op, progress=False, op_names=(op,))
+    assert {result.case for result in failures(wrong)} == {result.case for result in right}
 
 
 def test_an_unwritten_element_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
