@@ -20,8 +20,8 @@ _LEAST_GAIN = 1.03
 # Rates are rounded to such steps: the same question comes again and again.
 _RATE_STEPS = 32
 _MOST_KNOWN = 1024
-# Steps that the ratio of measured to predicted times is a mean of, and what share of them, the slowest, does not count.
-_REMEMBERED, _NOT_COUNTED = 31, 1 / 8
+# Steps that the ratio of measured to predicted times is the lower quartile of.
+_REMEMBERED = 31
 # Steps of a kind before their ratio counts; one without guesses comes again after so many with some.
 _FIRST_STEPS, _PLAIN_EVERY = 10, 32
 # The first steps of a kind and size are slow, and say nothing: memory is new, threads are not awake yet.
@@ -73,11 +73,9 @@ class Choice:
 
 @dataclass(slots=True)
 class _Times:
-    """How long something takes as a multiple of what is predicted: a mean of the last steps.
+    """How long something takes as a multiple of what is predicted: the lower quartile of the last steps.
 
-    What disturbs a step makes it longer: the first behind a prompt share their cores with threads that still spin. So
-    the slowest do not count. But more of them do than would in a median: guesses wait for a thread more often than
-    plain steps do, and that is a part of their price.
+    What disturbs a step makes it longer: the first behind a prompt share their cores with threads that still spin.
     """
 
     ratio: float = 1.0
@@ -97,8 +95,7 @@ class _Times:
         if self.num_seen == _UNSEEN_STEPS + 1:
             self._last.clear()
         self._last.append(measured_ms / predicted_ms)
-        counted = sorted(self._last)[: max(1, round(len(self._last) * (1 - _NOT_COUNTED)))]
-        self.ratio = sum(counted) / len(counted)
+        self.ratio = sorted(self._last)[len(self._last) // 4]
 
 
 @dataclass(slots=True)
