@@ -127,18 +127,24 @@ def test_lengths_that_pay_change_as_little_as_any(
     def as_predicted(self: DraftLengths, choice: Choice, num_seqs: int, *_: float) -> None:
         observe(self, choice, num_seqs, choice.guess_ms, choice.verify_ms)
 
-    monkeypatch.setattr(DraftLengths, "observe", as_predicted)  # other processes may be busy meanwhile
-    own, draw = tiny_model(deterministic=True), random.Random(5)  # of which nothing has been learnt
-    asks = asks_of(24, 2)
+    # Other processes may be busy meanwhile: steps take what is predicted, and choosing takes nothing.
+    monkeypatch.setattr(DraftLengths, "observe", as_predicted)
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    hf_model = tiny_hf()
+    with torch.no_grad():  # layers behind the first two add little, so that these are right more often than not
+        for layer in hf_model.model.decoder.layers[2:]:
+            for linear in (layer.fc2, layer.self_attn.out_proj):
+                linear.weight.mul_(0.05)
+                linear.bias.mul_(0.05)
+    own = CausalLM.from_hf(hf_model, backend="torch", deterministic=True)  # of which nothing has been learnt
+    asks = [replace(ask, path=FULL) if index % 3 else ask for index, ask in enumerate(asks_of(24, 2))]
     served = engine(policy, num_slots, batch=4, model=own)
-    told = [
-        ask if index % 5 == 4 else with_draft(ask, draw.choice([random_draft(draw, ask.path), Draft(ask.path)]))
-        for index, ask in enumerate(asks)
-    ]
+    first = Draft(LayerPath.of(NUM_LAYERS, [0, 1]))
+    told = [ask if index % 5 == 4 else with_draft(ask, first) for index, ask in enumerate(asks)]
     for ask, output in zip(asks, serve(served, told), strict=True):
         assert same(output, ask.alone(model=own))
     assert_empty(served)
-    assert served.tally.num_drafted > served.tally.num_accepted > 0
+    assert served.tally.num_drafted >= served.tally.num_accepted > 0
 
 
 @pytest.mark.parametrize("draft", DRAFTS, ids=str)

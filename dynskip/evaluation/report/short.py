@@ -109,6 +109,15 @@ def _hidden_states(section: Row, summary: Summary) -> list[str]:
         f"Uniform skipping{along} ends {ends} than early exit{not_along}: {signed(found.uniform[first])} in cosine at "
         f"{first} layers; random skipping ends {random}, and whether skipping as such does is **untested**."
     ]
+    turned = {
+        budget: row for budget, row in found.uniform.items() if direction(row) * direction(found.uniform[first]) < 0
+    }
+    if turned:
+        deepest = max(turned)
+        lines.append(
+            f"At {deepest} layers uniform skipping ends {words[direction(turned[deepest])]} than early exit: "
+            f"{signed(turned[deepest])}."
+        )
     behind = [budget for budget, sign in found.random_first.items() if sign < 0]
     if behind:
         lines.append(
