@@ -131,19 +131,19 @@ Tensor choose_tokens(
     const auto kernel = kernels().of<Element>().choose_token;
     const auto* values = static_cast<const Element*>(logits.data_ptr());
     const int64_t stride = logits.stride(0);
-    for_some_rows(num_rows, num_logits, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> maxima(new float[num_choice_maxima(num_logits)]);
-      const std::unique_ptr<uint64_t[]> keys(new uint64_t[num_choice_keys(num_logits)]);
-      for (int64_t row = begin; row < end; ++row) {
-        ChoiceRow<Element> task;
-        task.logits = values + row * stride;
-        task.num_logits = num_logits;
-        task.choice = choices[row];
-        task.maxima = maxima.get();
-        task.keys = keys.get();
-        results[row] = kernel(task);
-      }
-    });
+    // On the calling thread alone. OpenMP's threads spin for milliseconds behind a parallel loop, and would take a core
+    // from all of the step that follows: more than they save here.
+    const std::unique_ptr<float[]> maxima(new float[num_choice_maxima(num_logits)]);
+    const std::unique_ptr<uint64_t[]> keys(new uint64_t[num_choice_keys(num_logits)]);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      ChoiceRow<Element> task;
+      task.logits = values + row * stride;
+      task.num_logits = num_logits;
+      task.choice = choices[row];
+      task.maxima = maxima.get();
+      task.keys = keys.get();
+      results[row] = kernel(task);
+    }
   });
   return tokens;
 }
