@@ -14,24 +14,19 @@ namespace dynskip {
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kMinElementsPerThread = 32 * 1024;
 
-// Calls run(begin, end) once for each thread.
-template <typename Run>
-void for_some_rows(int64_t num_rows, int64_t row_size, const Run& run) {
-  const int64_t grain = std::max<int64_t>(1, kMinElementsPerThread / std::max<int64_t>(1, row_size));
-  if (num_rows <= grain) {
-    run(0, num_rows);
-  } else {
-    torch::stable::parallel_for(0, num_rows, grain, run);
-  }
-}
-
 template <typename Run>
 void for_each_row(int64_t num_rows, int64_t row_size, const Run& run) {
-  for_some_rows(num_rows, row_size, [&](int64_t begin, int64_t end) {
+  const auto run_some = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       run(row);
     }
-  });
+  };
+  const int64_t grain = std::max<int64_t>(1, kMinElementsPerThread / std::max<int64_t>(1, row_size));
+  if (num_rows <= grain) {
+    run_some(0, num_rows);
+  } else {
+    torch::stable::parallel_for(0, num_rows, grain, run_some);
+  }
 }
 
 // The row numbers, or null for all rows.
