@@ -232,7 +232,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inject-fault", choices=ROW_OP_NAMES, metavar="OP", help="falsify the results of this op")
     parser.add_argument("--prepare", choices=PREPARED, help="only compile, for this table")
     args = parser.parse_args(argv)
-    deadline = time.monotonic() + args.limit_s - _RESERVE_S
     # Torch reads it once, and deterministic algorithms refuse to multiply without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.tiny:
@@ -252,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = {name: described[name] for name in ("gpu", "versions", "commit", "date")}
         conditions = {**kept, "dtype": args.dtype, "shape": sizes.shape, "switches": switches()}
         journal = Journal(args.out, conditions)
+        # From here on: on a machine that has just started, reading Python's packages takes longer than all checks.
+        deadline = time.monotonic() + args.limit_s - _RESERVE_S
         Smoke(device, dtype, sizes, journal, deadline).run(args.inject_fault)
     print(f"{journal.num_failed} checks failed; written: {journal.path}")
     return int(journal.num_failed > 0)
