@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
 from dynskip.kernels.launches import launch
+from dynskip.kernels.one_row import launch_one_row
 from dynskip.kernels.row_list import RowList, Workspace
 from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, wait_for_earlier_kernels
 
@@ -103,6 +104,9 @@ def linear_add_rows(
     """
     num_columns, depth = weight.shape
     config = get_config("linear_add_rows", x.device, x.dtype, rows.max_rows, (num_columns, depth), deterministic)
+    if config["BLOCK_M"] == 1:
+        launch_one_row("linear_add_rows", config, x, rows, None, weight, bias, residual, add=True)
+        return
     grid = triton.cdiv(rows.max_rows, config["BLOCK_M"]), triton.cdiv(num_columns, config["BLOCK_N"]), config["SPLIT_K"]
     num_tiles = grid[0] * grid[1]
     if config["SPLIT_K"] > 1:

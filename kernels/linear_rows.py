@@ -12,8 +12,15 @@ from dynskip.kernels.activate import activated
 from dynskip.kernels.configs import get_config, pdl_options
 from dynskip.kernels.launches import launch
 from dynskip.kernels.norm_rows import norm_rows, normalise_rows
+from dynskip.kernels.one_row import fuses_norm, launch_one_row
 from dynskip.kernels.row_list import RowList, RowNorm
-from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, wait_for_earlier_kernels
+from dynskip.kernels.row_tiles import (
+    find_rows,
+    multiply_rows,
+    store_parts,
+    tile_constants,
+    wait_for_earlier_kernels,
+)
 
 # The values that a program holds while it normalises rows: 64 a thread of 4 warps. With more, registers would run out;
 # in chunks, whose sums need registers as well, with half as many.
@@ -134,52 +141,6 @@ def linear_rows_kernel(
         tl.store(out_ptr + rows[:, None] * stride_out_row + columns[None, :], results, mask=mask)
 
 
-@triton.jit
-def store_parts(
-    results,
-    rows,
-    is_row,
-    first_column,
-    query_size,
-    key_size,
-    num_run,
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    slots_ptr,
-    stride_q_row,
-    EVEN_PARTS: tl.constexpr,
-):
-    """Stores a tile of queries, keys and values: queries to rows, the others, key_size columns each, to slots.
-
-    EVEN_PARTS: no tile of columns has two of the three.
-    """
-    BLOCK_N: tl.constexpr = results.shape[1]
-    columns = first_column + tl.arange(0, BLOCK_N)
-    slots = tl.load(slots_ptr + rows, mask=is_row, other=-1).to(tl.int64)
-    if EVEN_PARTS:
-        if first_column < query_size:
-            tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None])
-        else:
-            cache_ptr = k_cache_ptr
-            first_of_part = query_size
-            if first_column >= query_size + key_size:
-                cache_ptr = v_cache_ptr
-                first_of_part = query_size + key_size
-            in_cache = slots[:, None] * key_size + (columns - first_of_part)[None, :]
-            tl.store(cache_ptr + in_cache, results, mask=(slots >= 0)[:, None])
-    else:
-        first_value = query_size + key_size
-        is_query = (columns < tl.where(num_run > 0, query_size, 0))[None, :]
-        is_key = ((columns >= query_size) & (columns < first_value))[None, :]
-        is_value = ((columns >= first_value) & (columns < first_value + key_size))[None, :]
-        in_cache = slots[:, None] * key_size + columns[None, :]
-        is_stored = (slots >= 0)[:, None]
-        tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None] & is_query)
-        tl.store(k_cache_ptr + in_cache - query_size, results, mask=is_stored & is_key)
-        tl.store(v_cache_ptr + in_cache - first_value, results, mask=is_stored & is_value)
-
-
 def linear_rows(
     x: Tensor,
     rows: RowList,
@@ -246,9 +207,13 @@ def _launch(
 ) -> None:
     num_columns, depth = weight.shape
     config = get_config(op, x.device, x.dtype, rows.max_rows, (num_columns, depth), deterministic)
-    if norm is not None and not config["FUSE_NORM"]:
+    is_one_row = config["BLOCK_M"] == 1
+    if norm is not None and not (fuses_norm(config, depth) if is_one_row else config["FUSE_NORM"]):
         norm_rows(x, rows, norm, normed, deterministic)
         x, norm = normed, None
+    if is_one_row:
+        launch_one_row(op, config, x, rows, norm, weight, bias, out, caches, activation, gated)
+        return
     norm_weight, norm_bias, eps, rms = norm or RowNorm(None, None, 0.0)
     strides = (x.stride(0), normed.stride(0), out.stride(0))
     query_size, key_size = 0, 0

@@ -76,10 +76,10 @@ def multiply_rows(
 ):
     """`[BLOCK_M, BLOCK_N], float32`: the products of rows of x with rows of the weights, from first_k to last_k - 1.
 
-    first_k is a multiple of BLOCK_K. Less than 16 rows are multiplied without matrix units, which would idle: for one
-    row they are no faster, and in that way a row's bits do not depend on its place even where a processor's BLAS stands
-    in for them. WEIGHTS_LEFT: multiplies the other way round, so that the weights are the operand of which a warp group
-    of sm_90 takes 64 rows at once, straight from shared memory, and x that of which 16 do.
+    first_k is a multiple of BLOCK_K. Less than 16 rows are multiplied without matrix units, which would idle, and in
+    that way a row's bits do not depend on its place even where a processor's BLAS stands in for them. WEIGHTS_LEFT:
+    multiplies the other way round, so that the weights are the operand of which a warp group of sm_90 takes 64 rows at
+    once, straight from shared memory, and x that of which 16 do. A single row has a kernel of its own: `one_row`.
     """
     BLOCK_M: tl.constexpr = rows.shape[0]
     BLOCK_N: tl.constexpr = columns.shape[0]
@@ -87,9 +87,7 @@ def multiply_rows(
     x_ptrs = x_ptr + rows[:, None] * stride_x_row + offsets[None, :]
     weight_ptrs = weight_ptr + columns[:, None] * K + offsets[None, :]
     USE_DOT: tl.constexpr = BLOCK_M >= 16
-    if BLOCK_M == 1:
-        products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    elif not USE_DOT:
+    if not USE_DOT:
         products = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
     elif WEIGHTS_LEFT:
         products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -109,21 +107,63 @@ def multiply_rows(
                 weight_ptrs + k, mask=in_matrix[:, None] & in_row, other=0.0, eviction_policy="evict_first"
             )
         x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)
-        if BLOCK_M == 1:
-            products += x.to(tl.float32) * weights.to(tl.float32)
-        elif not USE_DOT:
+        if not USE_DOT:
             products += x.to(tl.float32)[:, None, :] * weights.to(tl.float32)[None, :, :]
         elif WEIGHTS_LEFT:
             products = tl.dot(weights, tl.trans(x), products, input_precision="ieee")
         else:
             products = tl.dot(x, tl.trans(weights), products, input_precision="ieee")
-    if BLOCK_M == 1:
-        products = tl.sum(products, axis=1)[None, :]
-    elif not USE_DOT:
+    if not USE_DOT:
         products = tl.sum(products, axis=2)
     elif WEIGHTS_LEFT:
         products = tl.trans(products)
     return products
+
+
+@triton.jit
+def store_parts(
+    results,
+    rows,
+    is_row,
+    first_column,
+    query_size,
+    key_size,
+    num_run,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    stride_q_row,
+    EVEN_PARTS: tl.constexpr,
+):
+    """Stores a tile of queries, keys and values: queries to rows, the others, key_size columns each, to slots.
+
+    EVEN_PARTS: no tile of columns has two of the three.
+    """
+    BLOCK_N: tl.constexpr = results.shape[1]
+    columns = first_column + tl.arange(0, BLOCK_N)
+    slots = tl.load(slots_ptr + rows, mask=is_row, other=-1).to(tl.int64)
+    if EVEN_PARTS:
+        if first_column < query_size:
+            tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None])
+        else:
+            cache_ptr = k_cache_ptr
+            first_of_part = query_size
+            if first_column >= query_size + key_size:
+                cache_ptr = v_cache_ptr
+                first_of_part = query_size + key_size
+            in_cache = slots[:, None] * key_size + (columns - first_of_part)[None, :]
+            tl.store(cache_ptr + in_cache, results, mask=(slots >= 0)[:, None])
+    else:
+        first_value = query_size + key_size
+        is_query = (columns < tl.where(num_run > 0, query_size, 0))[None, :]
+        is_key = ((columns >= query_size) & (columns < first_value))[None, :]
+        is_value = ((columns >= first_value) & (columns < first_value + key_size))[None, :]
+        in_cache = slots[:, None] * key_size + columns[None, :]
+        is_stored = (slots >= 0)[:, None]
+        tl.store(q_ptr + rows[:, None] * stride_q_row + columns[None, :], results, mask=is_row[:, None] & is_query)
+        tl.store(k_cache_ptr + in_cache - query_size, results, mask=is_stored & is_key)
+        tl.store(v_cache_ptr + in_cache - first_value, results, mask=is_stored & is_value)
 
 
 def tile_constants(config: Config, weight: Tensor, num_parts: int = 1) -> dict[str, Any]:

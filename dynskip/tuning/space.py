@@ -24,6 +24,9 @@ _MIN_PROGRAMS, _MAX_PROGRAMS = 0.45, 24.0
 # K is split to have enough of them, not for its own sake.
 _MAX_SPLIT_PROGRAMS = 4.0
 
+# Constants that mean nothing where a single row is multiplied from registers, and what stands there instead.
+_UNUSED_BY_ONE_ROW = {"PREFETCH_K": 0, "num_stages": 1, "SPLIT_K": 1}
+
 _NOTHING_TUNED: Table = {"device": None, "capability": None, "measured": None, "ops": {}}
 
 
@@ -54,7 +57,7 @@ def tiles(task: Task, limits: Limits) -> list[Constants]:
 
 def variations(task: Task, constants: Constants, key: str, limits: Limits) -> list[Constants]:
     """``constants`` with other values of ``key``; none where the op has no such constant, or it does not matter."""
-    if key not in KEYS[task.op]:
+    if key not in KEYS[task.op] or (constants.get("BLOCK_M") == 1 and key in _UNUSED_BY_ONE_ROW):
         return []
     now = constants[key]
     values: tuple[int, ...]
@@ -112,9 +115,12 @@ def _linear_tiles(task: Task, default: Constants, limits: Limits) -> Iterator[Co
             "num_warps": num_warps,
         }
         assert task.matrix is not None, "a linear op has a matrix"
-        if block_k * split > 2 * task.matrix[1]:
+        if block_k * split > 2 * task.matrix[1] or (block_m == 1 and split > 1):
             continue
-        constants["num_stages"] = _stages(task, constants, limits)
+        if block_m == 1:
+            constants |= {key: value for key, value in _UNUSED_BY_ONE_ROW.items() if key in constants}
+        else:
+            constants["num_stages"] = _stages(task, constants, limits)
         if _is_sensible(constants, limits, task):
             yield constants
 
@@ -122,8 +128,11 @@ def _linear_tiles(task: Task, default: Constants, limits: Limits) -> Iterator[Co
 def _shapes(max_rows: int) -> Iterator[tuple[int, int, int, bool, int]]:
     """BLOCK_M, BLOCK_N, BLOCK_K, WEIGHTS_LEFT, num_warps for 16-bit weights."""
     if max_rows == 1:
-        for block_n, block_k in ((4, 1024), (8, 512), (8, 1024), (16, 256), (16, 512), (32, 256)):
-            yield 1, block_n, block_k, False, 4
+        # 64 or 128 bytes of weights a thread, two tiles at a time.
+        for block_k, num_warps in product((1024, 2048, 4096, 8192), (4, 8)):
+            for tile in (4096 * num_warps // 4, 8192 * num_warps // 4):
+                if tile >= block_k:
+                    yield 1, tile // block_k, block_k, False, num_warps
     if max_rows <= 32:
         block_m = 16 if max_rows <= 16 else 32
         for block_n, block_k in product((16, 32, 64), (128, 256)):
@@ -163,6 +172,8 @@ def _is_sensible(constants: Constants, limits: Limits, task: Task) -> bool:
         return False
     if task.op not in _LINEAR_OPS:
         return True
+    if constants["BLOCK_M"] == 1:
+        return True
     if not _STAGES[0] <= constants["num_stages"] <= _STAGES[1] or not 1 <= constants.get("SPLIT_K", 1) <= 16:
         return False
     return (constants["num_stages"] - 1) * _stage_bytes(task, constants) <= limits.max_shared_bytes
@@ -172,5 +183,7 @@ def _fills(task: Task, constants: Constants, limits: Limits) -> bool:
     if task.op not in _LINEAR_OPS:
         return True
     per_processor = num_programs(task, constants) / limits.num_processors
+    if constants["BLOCK_M"] == 1:  # its programs share the tiles
+        return per_processor >= _MIN_PROGRAMS
     most = _MAX_PROGRAMS if constants.get("SPLIT_K", 1) == 1 else _MAX_SPLIT_PROGRAMS
     return _MIN_PROGRAMS <= per_processor <= most

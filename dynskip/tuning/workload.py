@@ -23,7 +23,7 @@ class Workload:
         """empty: tensors hold whatever they hold, and there is one layer's worth: for compiling only."""
         self.task = task
         self.ops = ops
-        draw = EmptyDraw(task.dtype) if empty else PlainDraw(task.dtype, device)
+        draw = EmptyDraw(task.dtype, device=device) if empty else PlainDraw(task.dtype, device)
         rows = draw_rows(draw, task.max_rows, task.max_rows + _NUM_UNLISTED, task.max_rows, shuffled=True)
         first = RowArguments(draw, rows).of_decoder(task.part, task.config, task.context_len, task.context_len)
         # What a layer reads and no other does, with values of its own.

@@ -120,17 +120,17 @@ class PlainDraw(Draw):
 
 
 class EmptyDraw(PlainDraw):
-    """Tensors on the CPU that hold whatever they hold: for compiling only.
+    """Tensors that hold whatever they hold: for compiling only.
 
     offset: where lists and other integers stand, in elements behind an aligned address.
     """
 
-    def __init__(self, dtype: torch.dtype, offset: int = 0) -> None:
-        super().__init__(dtype, torch.device("cpu"))
+    def __init__(self, dtype: torch.dtype, offset: int = 0, device: torch.device | str = "cpu") -> None:
+        super().__init__(dtype, torch.device(device))
         self.offset = offset
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     nan = normal
 
@@ -140,5 +140,6 @@ class EmptyDraw(PlainDraw):
     def guarded(self, tensor: Tensor, filler: float | None = None) -> Tensor:
         if tensor.is_floating_point():
             return tensor
-        place = torch.empty(tensor.numel() + self.offset, dtype=tensor.dtype)[self.offset :].view(tensor.shape)
+        place = torch.empty(tensor.numel() + self.offset, dtype=tensor.dtype, device=tensor.device)
+        place = place[self.offset :].view(tensor.shape)
         return place.copy_(tensor)

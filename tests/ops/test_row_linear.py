@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynskip.kernels import linear_rows as linear_module
+from dynskip.kernels import one_row
 from dynskip.kernels.configs import use_configs
 from dynskip.kernels.launches import LAUNCHES
 from dynskip.kernels.linear_add_rows import linear_add_rows
@@ -206,6 +207,20 @@ def test_products_of_rows_stay_within_the_budget(case: Case, fused: bool, block_
     x = draw.listed(rows, case.depth)
     with tiles(FUSE_NORM=fused, WEIGHTS_LEFT=fused, BLOCK_M=block_m):
         check_linear(draw, x, rows, norm, case.num_columns, case.bias, case.activation, case.gated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_k", [16, 128])
+@pytest.mark.parametrize(("num", "gated"), [(1, False), (1, True), (2, False)])
+def test_programs_that_share_the_columns_of_one_row(
+    num: int, gated: bool, block_k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of them for seven tiles or more, the last of which is not whole; in one piece of K or several."""
+    monkeypatch.setattr(one_row, "_NUM_WARPS", 3 * 4)
+    draw = Draw(dtype)
+    rows, norm = draw.rows(num, num), draw.norm(97, True, gated)
+    with tiles(BLOCK_M=1, BLOCK_N=16, BLOCK_K=block_k, FUSE_NORM=True):
+        check_linear(draw, draw.listed(rows, 97), rows, norm, 99, True, "silu", gated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

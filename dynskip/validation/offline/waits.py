@@ -2,7 +2,8 @@
 
 A kernel that is launched to overlap with the one before it must wait on every way to its end: one that returned early,
 unwaited, would count as done, and the next one could start before the work of the first is to be seen. What it loads
-before it waits may be out of date, and may stay in L1 so; a volatile load, which goes past L1, says that it knows.
+before it waits may be out of date, and may stay in L1 so; a load that goes past L1, volatile or ".cg", says that it
+knows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _INSTRUCTION = re.compile(r"(?P<predicate>@!?%\w+\s+)?(?P<name>[a-z][\w.:]*)\s*(
 # What changes global memory; addresses without a state space may lie there.
 _WRITE = re.compile(r"(?:st|red|atom)\.(?!.*shared)|cp\.(?:reduce\.)?async\.bulk\.(?:tensor\.\w+\.)?global\.")
 # What may read global memory into registers. Asynchronous copies are none: they bring weights, which nobody writes.
-_READ = re.compile(r"ld\.(?!param|shared|const|local|volatile)")
+_READ = re.compile(r"ld\.(?!param|shared|const|local|volatile|global\.cg)")
 _WAIT = "griddepcontrol.wait"
 
 
