@@ -18,7 +18,7 @@ DEFAULT = (
     "smoke,tests,validate,sanitizer,kernels,decode,prefill,serving,drafts,kernels-llama,decode-llama,prefill-llama"
 )
 # Tables of constants that are worth comparing on a card: files in VARIANTS. What else is there can be asked for, too.
-_TABLES = ("prefetch-512", "prefetch-1024", "prefetch-2048", "add-64x32", "tiles-32")
+_TABLES = ("tiles-32",)
 
 Command = tuple[str, ...]
 
@@ -55,7 +55,7 @@ PLANS = {
     "first": Plan("smoke,paths,matrices,validate+tests,full-llama", 290),
     # The tuner comes last: it keeps what it found, whenever it is stopped.
     "second": Plan(
-        "smoke,full,table-no-pdl,table-prefetch-2048,table-add-64x32,mixes,layer,mixes-llama,matrices-llama,tune-few",
+        "smoke,full,table-no-pdl,table-tiles-32,mixes,layer,mixes-llama,matrices-llama,tune-few",
         290,
     ),
 }  # fmt: skip
@@ -115,9 +115,7 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
     def table(name: str) -> Part:
         path = VARIANTS / f"{name}.json"
         what = f"full depth with the constants of {path.relative_to(ROOT)}"
-        # Other tables than those of the prefetch change what runs for more than 32 rows, and nothing else.
-        batches = full if name.startswith("prefetch") else ["full 64"]
-        return timed(f"table-{name}", what, 30, batches, f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
+        return timed(f"table-{name}", what, 30, ["full 64"], f"DYNSKIP_CONFIGS={path}", needs=(str(path),))
 
     def profile(name: str, what: str, limit_s: float, few: Command, rehearsal: Command) -> Part:
         """ncu over the launches of the rows that ``few`` names."""

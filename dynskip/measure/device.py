@@ -48,7 +48,10 @@ class Gpu:
         return begin.elapsed_time(end) / num_repeats
 
     def captured(self, launch: Callable[[], object]) -> Callable[[], object]:
-        """A call that runs again what ``launch`` launches, on the same memory; ``launch`` itself has run then."""
+        """A call that runs again what ``launch`` launches, on the same memory; ``launch`` itself has run then.
+
+        The call keeps ``launch``: memory that nothing else holds would go back to the device, and a graph not know it.
+        """
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -58,7 +61,7 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             launch()
-        return graph.replay
+        return partial(_replay, graph, launch)
 
     def graphs(self) -> Any:
         """What `GraphedDecode` captures its graphs with."""
@@ -183,6 +186,10 @@ def describe_device(device: Device, commit: str | None) -> dict[str, Any]:
         "commit": commit or described["commit"],
         "date": described["date"],
     }
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _launch: Callable[[], object]) -> None:
+    graph.replay()
 
 
 def _event() -> Any:

@@ -133,19 +133,23 @@ def _shapes(max_rows: int) -> Iterator[tuple[int, int, int, bool, int]]:
             for tile in (4096 * num_warps // 4, 8192 * num_warps // 4):
                 if tile >= block_k:
                     yield 1, tile // block_k, block_k, False, num_warps
-    if max_rows <= 32:
+        yield 16, 64, 256, True, 4
+    elif max_rows <= 32:
         block_m = 16 if max_rows <= 16 else 32
-        for block_n, block_k in product((16, 32, 64), (128, 256)):
-            yield block_m, block_n, block_k, False, 4
-        for block_k in (64, 128, 256):
+        yield block_m, 32, 128, False, 4
+        yield block_m, 64, 128, False, 4
+        for block_k in (64, 128, 256, 512):
             yield block_m, 64, block_k, True, 4
         yield block_m, 128, 64, True, 4
-        yield block_m, 128, 128, True, 8
+        for block_k in (128, 256):
+            yield block_m, 128, block_k, True, 8
     if 32 < max_rows <= 128:
         for block_n, block_k in product((32, 64, 128), (64, 128)):
             yield 64, block_n, block_k, False, 4
             if block_n >= 64:
                 yield 64, block_n, block_k, True, 4
+        yield 64, 64, 256, True, 4
+        yield 64, 128, 128, True, 8
     if max_rows > 64:
         for block_n, num_warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
             yield 128, block_n, 64, False, num_warps

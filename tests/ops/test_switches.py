@@ -185,28 +185,6 @@ def entries(path: Path) -> dict[tuple[str, int, bool], list[Any]]:
     return found
 
 
-def test_each_table_for_the_card_changes_what_it_is_named_after_and_nothing_else() -> None:
-    generic = entries(configs.FOLDER / "generic.json")
-    changes = {
-        "prefetch": {"PREFETCH_K", "PREFETCH_MIB"},
-        "add": {"BLOCK_N", "BLOCK_K", "SPLIT_K", "num_warps"},
-        "tiles": {"BLOCK_M"},
-    }
-    paths = sorted(TABLES.glob("*.json"))
-    assert {path.stem.split("-")[0] for path in paths} == set(changes)
-    for path in paths:
-        differing = False
-        for key, group in entries(path).items():
-            for entry in group:
-                # Tiles of 32 rows serve more rows than in the table itself.
-                rows = 32 if path.stem == "tiles-32" and entry.max_rows is None else entry.max_rows
-                (same,) = [other for other in generic[key] if other.max_rows in (rows, None)][:1]
-                changed = {name for name, value in entry.config.items() if same.config[name] != value}
-                differing = differing or bool(changed) or entry.max_rows != same.max_rows
-                assert changed <= changes[path.stem.split("-")[0]], (path.stem, key, entry)
-        assert differing, path.stem
-
-
 def test_with_tiles_of_32_rows_no_product_has_more() -> None:
     with configs.use_configs(TABLES / "tiles-32.json"):
         for op in ("linear_rows", "qkv_rows", "linear_add_rows", "prefill_attention"):
@@ -214,3 +192,5 @@ def test_with_tiles_of_32_rows_no_product_has_more() -> None:
                 for entry in configs.get_entries(op, CPU, torch.bfloat16, deterministic):
                     is_used = deterministic or op != "prefill_attention"
                     assert not is_used or entry.config["BLOCK_M"] <= 32
+                    # Of the weights a warp group of sm_90 takes 64 rows at once, by the way that the table avoids.
+                    assert deterministic or not entry.config.get("WEIGHTS_LEFT")
