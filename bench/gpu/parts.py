@@ -52,11 +52,11 @@ class Plan:
 
 PLANS = {
     # Timings before tests, whose compilers would disturb them; what is beside comes last, so that a cut costs no other.
-    "first": Plan("smoke,paths,matrices,validate+tests,full-llama", 290),
+    "first": Plan("smoke,paths,matrices,validate+tests,full-llama", 400),
     # The tuner comes last: it keeps what it found, whenever it is stopped.
     "second": Plan(
         "smoke,full,table-no-pdl,table-tiles-32,mixes,layer,mixes-llama,matrices-llama,tune-few",
-        290,
+        400,
     ),
 }  # fmt: skip
 
@@ -127,7 +127,7 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
 
     pytest = (python, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider")
     sharded = (*pytest, "-p", "bench.gpu.shard_tests")
-    validate = (python, "-m", "dynskip", "validate", "--quiet", "--backend", "triton")
+    validate = (python, "-m", "dynskip", "validate", "--backend", "triton")
     tune = (python, "-m", "dynskip", "tune", "--quiet")
     products = tuple(option for op in ("linear_rows", "linear_add_rows", "qkv_rows") for option in ("--op", op))
     sanitize = module("sanitize", "--sanitizer", "compute-sanitizer")
@@ -158,7 +158,7 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
         Part(
             "tests",
             "the tests that say something about a card",
-            85,
+            110,
             ((*sharded, *marked_test_files()),),
             ((*sharded, "tests/ops/test_embed_rows.py", "tests/execution/test_replay.py"),),
             num_processes=max(1, min(MAX_TEST_PROCESSES, (os.cpu_count() or 1) * 5 // 8)),
@@ -166,7 +166,7 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
         Part(
             "validate",
             "every op against float64",
-            85,
+            110,
             ((*validate, "--dtype", "bfloat16"),),
             ((*validate, "--dtype", "float32", "--op", "norm_rows"),),
         ),
@@ -179,12 +179,12 @@ def make_parts(out: Path, run: str, commit: str | None = None) -> dict[str, Part
             needs=("compute-sanitizer",),
         ),
         kernels("kernels", "single kernels against bandwidth and cuBLAS", 540, [*matrices, *attention, *movement]),
-        kernels("matrices", "the four matrix kernels against bandwidth and cuBLAS", 60, matrices),
+        kernels("matrices", "the four matrix kernels against bandwidth and cuBLAS", 80, matrices),
         timed("decode", "decode steps against their roofline and against others", 540, everything),
-        timed("paths", "full depth and shared paths against their roofline", 90, paths),
-        timed("full", "full depth against its roofline", 30, full),
-        timed("mixes", "mixed paths, skipped layers and masks", 65, [*mixes[:2], "skipped -", "masks 8", "masks 64"]),
-        timed("table-no-pdl", "full depth without dependent launches", 30, full, "DYNSKIP_PDL=0"),
+        timed("paths", "full depth and shared paths against their roofline", 120, paths),
+        timed("full", "full depth against its roofline", 80, full),
+        timed("mixes", "mixed paths, skipped layers and masks", 150, [*mixes[:2], "skipped -", "masks 8", "masks 64"]),
+        timed("table-no-pdl", "full depth without dependent launches", 80, full, "DYNSKIP_PDL=0"),
         *map(table, tables),
         measure("prefill", "prompts against the ideal speed-up and the matrix peak", 540),
         measure("serving", "a stream of mixed depths against the ideal speed-up", 540),

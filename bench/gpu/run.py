@@ -6,7 +6,7 @@ that is killed leaves what it found. The exit status is 1 where a part failed; a
 Needs no network, no virtual environment and no installation: everything runs from this checkout, and the extension is
 built in place where the one that is there does not load.
 
-  python -m bench.gpu.run --only first --out results --commit abc123     the first five minutes on a card
+  python -m bench.gpu.run --only first --out results --commit abc123     the first minutes on a card
   python -m bench.gpu.run --only smoke,tests+validate                     some parts, the last two side by side
   python -m bench.gpu.run --only second --dry-run                         the same on a CPU, with tiny shapes
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,23 +93,21 @@ class DeviceReport:
         return text
 
     def summary(self) -> str:
-        """Every question that has a target, one line each, one column per row count: the table of the README."""
-        text = ""
-        for run in self.latest:
-            rows = [row for row in run.rows if row.target is not None]
-            if not rows:
-                continue
-            counts = sorted({row.batch for row in rows})
-            cells = []
-            for what in dict.fromkeys(row.what for row in rows):
-                found = {row.batch: row for row in rows if row.what == what}
-                targets = " / ".join(dict.fromkeys(row.shown_target for row in found.values()))
-                values = (found[count].cell if count in found else "" for count in counts)
-                cells.append((f"{run.part}, {what}", *values, targets))
-            header = ("", *(f"{count} rows" for count in counts), "target")
-            table = markdown_table(header, cells, right=set(range(1, len(counts) + 1)))
-            text += f"{table}\n{conditions_text(run.conditions)}\n\n"
-        return text.rstrip("\n") + "\n"
+        """Every question that has a target, one line each, one column per row count: the card's table in the README."""
+        asked = [(run, row) for run in self.latest for row in run.rows if row.target is not None]
+        counts = sorted({row.batch for _, row in asked})
+        lines: dict[str, dict[int, Row]] = {}
+        for run, row in asked:
+            section, *switches = run.part.split(", ")
+            of = ", ".join([run.conditions["shape"], section.partition(" ")[0], *switches])
+            lines.setdefault(f"{of}: {row.what}", {})[row.batch] = row
+        cells = []
+        for name, found in lines.items():
+            targets = " / ".join(dict.fromkeys(row.shown_target for row in found.values()))
+            cells.append((name, *(found[count].cell if count in found else "" for count in counts), targets))
+        header = ("", *(f"{count} rows" for count in counts), "target")
+        table = markdown_table(header, cells, right=set(range(1, len(counts) + 1)))
+        return f"{table}\n{_common_conditions([run.conditions for run in self.latest])}\n"
 
 
 def append_row(directory: Path, row: Row, conditions: dict[str, Any]) -> Path:
@@ -141,15 +139,29 @@ def write_page(data: Path) -> Path:
 
 def conditions_text(found: dict[str, Any]) -> str:
     """The conditions in words, in lines of at most 120 characters."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    notes: Sequence[str] = found.get("notes", ())
+    return _common_conditions([found])
+
+
+def _common_conditions(runs: Sequence[dict[str, Any]]) -> str:
+    """The same of several runs on one card: what differs is listed, measured speeds as a range."""
+    first = runs[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
+    notes = dict.fromkeys(note for found in runs for note in found.get("notes", ()))
+    shapes, dtypes = (" and ".join(dict.fromkeys(found[key] for found in runs)) for key in ("shape", "dtype"))
+    commits = dict.fromkeys(f"{found['commit']}, {found['date']}" for found in runs)
     text = (
-        f"{found['shape']} shapes, random {found['dtype']} weights on {found['gpu']} ({found['gpu_memory_gib']:g} GiB, "
-        f"copies {found['bandwidth_gbps']:.0f} GB/s, multiplies {found['peak_gflops'] / 1e3:.0f} TFLOP/s at best in "
-        f"this run); medians of device time, everything timed in turns in one run. "
-        f"{''.join(f'{note} ' for note in notes)}{versions}; commit {found['commit']}, {found['date']}."
+        f"{shapes} shapes, random {dtypes} weights on {first['gpu']} ({first['gpu_memory_gib']:g} GiB, copies "
+        f"{_span(found['bandwidth_gbps'] for found in runs)} GB/s, multiplies "
+        f"{_span(found['peak_gflops'] / 1e3 for found in runs)} TFLOP/s at best in "
+        f"{'this run' if len(runs) == 1 else 'these runs'}); medians of device time, everything timed in turns in one "
+        f"run. {''.join(f'{note} ' for note in notes)}{versions}; commit {'; '.join(commits)}."
     )
     return textwrap.fill(text, _WIDTH)
+
+
+def _span(values: Iterable[float]) -> str:
+    low, *_, high = sorted([*values] * 2)
+    return f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
 
 
 def _microseconds(ms: float) -> str:

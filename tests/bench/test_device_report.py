@@ -88,13 +88,19 @@ def test_the_summary_has_a_line_a_question_and_a_column_a_row_count(tmp_path: Pa
     assert [cell.strip() for cell in summary.splitlines()[0].split("|")[2:5]] == ["1 rows", "8 rows", "64 rows"]
     line = next(line for line in summary.splitlines() if "share of its roofline" in line)
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
-        "decode, full depth, share of its roofline",
+        "tiny, decode: full depth, share of its roofline",
         "",
         "81.0%",
         "failed",
         ">= 80%",
     ]
     assert "1.25 us (missed)" in summary
+    # What was measured with a switch is another line, and what differs in the conditions is said.
+    written(tmp_path, ROW, part="decode full, DYNSKIP_PDL=0", commit="def", bandwidth_gbps=4100.0)
+    summary = " ".join(DeviceReport.read(path).summary().split())
+    assert "| tiny, decode, DYNSKIP_PDL=0: full depth, share of its roofline |" in summary
+    assert "copies 4000 to 4100 GB/s" in summary and "at best in these runs" in summary
+    assert "commit abc, 2026-01-01 00:00 UTC; def, 2026-01-01 00:00 UTC." in summary
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

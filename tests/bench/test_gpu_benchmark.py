@@ -572,11 +572,11 @@ def test_parts_are_known_and_their_order_kept(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out").exists()
 
 
-def test_plans_name_parts_and_leave_time_within_five_minutes(tmp_path: Path) -> None:
+def test_plans_name_parts_and_leave_time_within_seven_minutes(tmp_path: Path) -> None:
     made = parts.make_parts(tmp_path, "now")
     for plan in run.PLANS.values():
         assert set(re.split(r"[,+]", plan.order)) <= set(made)
-        assert plan.limit_s + 2 * run.GRACE_S <= 300
+        assert plan.limit_s + 2 * run.GRACE_S <= 420
     commands = [" ".join(command) for part in made.values() for command in part.steps]
     assert not [command for command in commands if "--compile" in command or "pip" in command]
     decode = [re.findall(r"--batches (\S+)", command) for command in commands if "time_decode" in command]
