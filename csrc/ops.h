@@ -58,7 +58,7 @@ torch::stable::Tensor activate(const torch::stable::Tensor& x, int64_t activatio
 // The first token of the largest logit of each row of logits [R, V], or -1 where that is not finite.
 torch::stable::Tensor most_likely(const torch::stable::Tensor& logits);
 
-// As `Choice` says for each row; all are [R], float64 or int64.
+// As `Choice` says for each row; all are [R], float64 or int64. On the threads of a decoder; 0: on the calling thread.
 torch::stable::Tensor choose_tokens(
     const torch::stable::Tensor& logits,
     const torch::stable::Tensor& temperature,
@@ -66,7 +66,15 @@ torch::stable::Tensor choose_tokens(
     const torch::stable::Tensor& top_p,
     const torch::stable::Tensor& seed,
     const torch::stable::Tensor& output,
-    const torch::stable::Tensor& position);
+    const torch::stable::Tensor& position,
+    int64_t decoder);
+
+// [R, V], float32: the rows of logits [N, V] that rows [R], int64, name. On the threads of a decoder, as choose_tokens.
+torch::stable::Tensor float_rows(const torch::stable::Tensor& logits, const torch::stable::Tensor& rows, int64_t decoder);
+
+// Logits [R, V], float32, that lie below a row's largest plus its margin become -inf; rows with NaN stay. On the threads of
+// a decoder, as choose_tokens.
+void cut_below_max_(const torch::stable::Tensor& logits, const torch::stable::Tensor& margins, int64_t decoder);
 
 // Whether the extension was built with its CUDA sources: the CUDA part of plan_rows, and replay.
 bool has_cuda();

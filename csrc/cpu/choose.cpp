@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
+#include "decoder_rows.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "ops.h"
@@ -118,7 +118,8 @@ Tensor choose_tokens(
     const Tensor& top_p,
     const Tensor& seed,
     const Tensor& output,
-    const Tensor& position) {
+    const Tensor& position,
+    int64_t handle) {
   check_logits("choose_tokens", logits);
   const int64_t num_rows = logits.size(0);
   const int64_t num_logits = logits.size(1);
@@ -131,19 +132,16 @@ Tensor choose_tokens(
     const auto kernel = kernels().of<Element>().choose_token;
     const auto* values = static_cast<const Element*>(logits.data_ptr());
     const int64_t stride = logits.stride(0);
-    // On the calling thread alone. OpenMP's threads spin for milliseconds behind a parallel loop, and would take a core
-    // from all of the step that follows: more than they save here.
-    const std::unique_ptr<float[]> maxima(new float[num_choice_maxima(num_logits)]);
-    const std::unique_ptr<uint64_t[]> keys(new uint64_t[num_choice_keys(num_logits)]);
-    for (int64_t row = 0; row < num_rows; ++row) {
+    const auto draw = [&](int64_t row, ChoiceScratch& scratch) {
       ChoiceRow<Element> task;
       task.logits = values + row * stride;
       task.num_logits = num_logits;
       task.choice = choices[row];
-      task.maxima = maxima.get();
-      task.keys = keys.get();
+      task.maxima = scratch.maxima.data();
+      task.keys = scratch.keys.data();
       results[row] = kernel(task);
-    }
+    };
+    for_each_row_on(handle, num_rows, num_logits, draw);
   });
   return tokens;
 }

@@ -22,16 +22,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The threads of a step, as many as torch has.
-void make_team(Decoder& decoder) {
-  const int64_t num_threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  if (decoder.team == nullptr || decoder.team->size() != num_threads) {
-    decoder.team.reset(new Team(num_threads));
-    decoder.scratch.resize(num_threads);
-    decoder.choice_scratch.resize(num_threads);
-  }
-}
-
 // For each row the state that it begins with; empty where all begin with their embeddings.
 std::vector<const void*> checked_begun(
     const Decoder& decoder, int64_t num_rows, const std::optional<Tensor>& rows, const std::optional<Tensor>& states) {
@@ -205,10 +195,9 @@ void run_step(
                         std::min(decoder.num_heads / decoder.num_kv_heads, kMostPromptHeads), decoder.head_size)}) +
           16);
     }
-    for (ChoiceScratch& scratch : decoder.choice_scratch) {
-      if (rows.choices != nullptr) {
-        scratch.maxima.resize(num_choice_maxima(decoder.vocab_size));
-        scratch.keys.resize(num_choice_keys(decoder.vocab_size));
+    if (rows.choices != nullptr) {
+      for (ChoiceScratch& scratch : decoder.choice_scratch) {
+        scratch.make_room(decoder.vocab_size);
       }
     }
     step.begin(cache, rows, static_cast<Element*>(result), tokens);

@@ -2,6 +2,7 @@
 
 #include "decoder.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <string>
@@ -10,6 +11,8 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include <torch/csrc/stable/ops.h>
 
 #include "check.h"
 #include "ops.h"
@@ -148,6 +151,15 @@ void delete_decoder(int64_t handle) {
   Decoders& all = Decoders::all();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.by_handle.erase(handle);
+}
+
+void make_team(Decoder& decoder) {
+  const int64_t num_threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  if (decoder.team == nullptr || decoder.team->size() != num_threads) {
+    decoder.team.reset(new Team(num_threads));
+    decoder.scratch.resize(num_threads);
+    decoder.choice_scratch.resize(num_threads);
+  }
 }
 
 std::vector<int64_t> decoder_times(int64_t handle) {

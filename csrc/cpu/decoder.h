@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "choose.h"
 #include "kernels.h"
 #include "team.h"
 
@@ -44,6 +46,11 @@ struct LayerSpec {
 struct ChoiceScratch {
   std::vector<float> maxima;
   std::vector<uint64_t> keys;
+
+  void make_room(int64_t num_logits) {
+    maxima.resize(std::max<size_t>(maxima.size(), num_choice_maxima(num_logits)));
+    keys.resize(std::max<size_t>(keys.size(), num_choice_keys(num_logits)));
+  }
 };
 
 using Memory = std::unique_ptr<char, void (*)(void*)>;
@@ -82,6 +89,9 @@ struct Decoder {
   // Nanoseconds in matrix products, in attention and in the rest, of all steps that were timed.
   int64_t times_ns[3] = {};
 };
+
+// Gives a decoder the threads of a step, as many as torch has.
+void make_team(Decoder& decoder);
 
 // The decoder that new_decoder made.
 std::shared_ptr<Decoder> decoder_at(int64_t handle);

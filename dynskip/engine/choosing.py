@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dynskip.engine.diagnosis import NonFiniteError
@@ -35,9 +34,7 @@ def choose(predictions: Predictions, rows: Sequence[Row]) -> list[int | Exceptio
     if others:
         chosen = _each_or_all(lambda some: _chosen(predictions, choices, some), others)
         tokens.update(zip(others, chosen, strict=True))
-    chosen = _each_or_all(
-        lambda some: _chosen_behind_changes(predictions.logits[some], [rows[row] for row in some]), changed
-    )
+    chosen = _each_or_all(lambda some: _chosen_behind_changes(predictions, some, [rows[row] for row in some]), changed)
     tokens.update(zip(changed, chosen, strict=True))
     return [tokens[row] for row in range(len(rows))]
 
@@ -55,21 +52,22 @@ def _each_or_all(choose_some: Callable[[list[int]], list[int | Exception]], rows
 def _chosen(predictions: Predictions, choices: Sequence[Choice], rows: list[int]) -> list[int | Exception]:
     if len(rows) < len(choices):
         predictions, choices = predictions.of_rows(rows), [choices[row] for row in rows]
-    return [*choose_tokens(predictions.logits, choices, predictions.most_likely)]
+    return [*choose_tokens(predictions.logits, choices, predictions.most_likely, predictions.decoder)]
 
 
-def _chosen_behind_changes(logits: Tensor, rows: Sequence[Row]) -> list[int | Exception]:
-    """The same of rows whose ``logits`` [R, V] change."""
-    own = logits.to(torch.float32, copy=True)
+def _chosen_behind_changes(predictions: Predictions, places: list[int], rows: Sequence[Row]) -> list[int | Exception]:
+    """The same of the ``rows`` at ``places``, whose logits change."""
+    own = predictions.of_rows(places).logits
     for row, (sequence, position) in enumerate(rows):
         if sequence.params.processors:
             _process_(own[row], sequence, position)
-    change_logits_(own, [_change(sequence, position) for sequence, position in rows])
+    change_logits_(own, [_change(sequence, position) for sequence, position in rows], predictions.decoder)
     choices = [sequence.choice_of(position) for sequence, position in rows]
-    tokens: list[int | Exception] = [*choose_tokens(own, choices)]
+    tokens: list[int | Exception] = [*choose_tokens(own, choices, decoder=predictions.decoder)]
     lost = [row for row, token in enumerate(tokens) if token == NOT_FINITE]
     # Where the model's own logits are not finite, a diagnosis tells more.
-    for row, token in zip(lost, most_likely(logits[lost]).tolist() if lost else (), strict=True):
+    found = most_likely(predictions.logits[[places[row] for row in lost]]).tolist() if lost else ()
+    for row, token in zip(lost, found, strict=True):
         if token != NOT_FINITE:
             tokens[row] = _no_token(own[row])
     return tokens

@@ -257,7 +257,7 @@ class StepExecution:
         if any(sequence.params.logprobs is not None for sequence in sequences):
             logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
         own = [(sequence, len(sequence.token_ids)) for sequence in sequences]
-        tokens = choose(Predictions(logits, predictions.most_likely), own)
+        tokens = choose(predictions._replace(logits=logits), own)
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):

@@ -10,19 +10,26 @@ from torch import Tensor
 from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.turns import Guesses, Turns
 from dynskip.ops.choice import choose_tokens
+from dynskip.ops.logit_changes import float_rows
 
 CacheT = TypeVar("CacheT")
 
 
 class Predictions(NamedTuple):
-    """logits: [R, V]. most_likely: [R], int64, as `choice_reference.most_likely` says; None: nobody has looked yet."""
+    """What may follow some rows.
+
+    logits: [R, V]. most_likely: [R], int64, as `choice_reference.most_likely` says; None: nobody has looked yet.
+    decoder: whose threads may draw tokens, as `native.choose_tokens` names it; 0 for none.
+    """
 
     logits: Tensor
     most_likely: Tensor | None = None
+    decoder: int = 0
 
     def of_rows(self, rows: list[int]) -> Predictions:
-        """Those of some rows."""
-        return Predictions(self.logits[rows], None if self.most_likely is None else self.most_likely[rows])
+        """A copy of those of some rows, in float32: the same tokens follow."""
+        likely = None if self.most_likely is None else self.most_likely[rows]
+        return Predictions(float_rows(self.logits, rows, self.decoder), likely, self.decoder)
 
 
 class Executor(Protocol[CacheT]):
@@ -82,7 +89,7 @@ class Executor(Protocol[CacheT]):
                 kept.look(step.plan.num_layers, states)
                 predictions = Predictions(self.head(states if rows is None else states[rows]))
             choices = [turns.choice(index, len(guesses[index])) for index in going]
-            tokens = choose_tokens(predictions.logits, choices, predictions.most_likely)
+            tokens = choose_tokens(predictions.logits, choices, predictions.most_likely, predictions.decoder)
             for index, token in zip(going, tokens, strict=True):
                 guesses[index].append(token)
             following = turns.next_step(guesses)

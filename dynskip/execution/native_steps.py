@@ -84,7 +84,8 @@ class NativeSteps:
 
     def predict(self, step: Step, cache: KVCache, rows: Tensor | None = None) -> Predictions:
         """Run ``step``: the logits and the most likely token of ``rows`` ([R], int64), None for all."""
-        return Predictions(*self._run(step, cache, head=True, head_rows=rows))
+        logits, likely = self._run(step, cache, head=True, head_rows=rows)
+        return Predictions(logits, likely, self._handle)
 
     @torch.no_grad()
     def guess(self, turns: Turns, cache: KVCache) -> Guesses:

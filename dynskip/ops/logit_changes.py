@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynskip.ops import native
+from dynskip.ops.checks import FLOAT_DTYPES
 from dynskip.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,11 +37,26 @@ class LogitChange(NamedTuple):
     counts: NDArray[np.int64] = NO_TOKENS
 
 
-def change_logits_(logits: Tensor, changes: Sequence[LogitChange]) -> None:
+def float_rows(logits: Tensor, rows: Sequence[int], decoder: int = 0) -> Tensor:
+    """[R, V], float32: a copy of some rows of ``logits`` [N, V]. decoder: as in `native.choose_tokens`.
+
+    On a CPU not by PyTorch's parallel loops, behind which OpenMP's threads spin into the next step.
+    """
+    if _is_native(logits):
+        copied: Tensor = native.float_rows(logits, torch.tensor(rows, dtype=torch.int64), decoder)
+        return copied
+    return logits[rows].to(torch.float32, copy=True)
+
+
+def _is_native(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype in FLOAT_DTYPES and native.unavailable_reason() is None
+
+
+def change_logits_(logits: Tensor, changes: Sequence[LogitChange], decoder: int = 0) -> None:
     """Change ``logits`` [R, V], float32, contiguous, in place; one of ``changes`` a row.
 
     Bias is added first; logits of tokens that are withheld become -inf; penalties follow, and min_p behind the
-    temperature, which itself is not applied.
+    temperature, which itself is not applied. decoder: as in `float_rows`.
     """
     if logits.dtype != torch.float32 or not logits.is_contiguous() or logits.dim() != 2:
         raise ValueError(
@@ -57,16 +74,17 @@ def change_logits_(logits: Tensor, changes: Sequence[LogitChange]) -> None:
     places = _places([change.seen for change in changes], logits)
     if places is not None:
         flat[places] = _penalized(flat[places], changes)
-    _cut_min_p_(logits, changes)
+    _cut_min_p_(logits, changes, decoder)
 
 
 def _penalized(values: Tensor, changes: Sequence[LogitChange]) -> Tensor:
     """The logits of the tokens that ``changes`` have seen, [K], behind their penalties."""
-    lengths = torch.tensor([len(change.seen) for change in changes])
+    lengths = [len(change.seen) for change in changes]
 
     def column(name: str) -> Tensor:
-        of_rows = torch.tensor([getattr(change.params, name) for change in changes], dtype=torch.float32)
-        return of_rows.repeat_interleave(lengths).to(values.device)
+        of_rows = np.array([getattr(change.params, name) for change in changes], np.float32)
+        # Not by PyTorch's repeat_interleave, a parallel loop however short it is.
+        return torch.from_numpy(np.repeat(of_rows, lengths)).to(values.device)
 
     repetition, counts = column("repetition_penalty"), _joined([change.counts for change in changes], values)
     values = torch.where(values > 0, values / repetition, values * repetition)
@@ -74,18 +92,21 @@ def _penalized(values: Tensor, changes: Sequence[LogitChange]) -> Tensor:
     return values - column("presence_penalty") * (counts > 0).float()
 
 
-def _cut_min_p_(logits: Tensor, changes: Sequence[LogitChange]) -> None:
+def _cut_min_p_(logits: Tensor, changes: Sequence[LogitChange], decoder: int) -> None:
     """-inf for tokens less than min_p times as likely as the likeliest, by the temperature of their rows."""
     rows = [row for row, change in enumerate(changes) if change.params.filters_min_p]
     if not rows:
         return
-    # p_i < min_p * p_max where x_i < x_max + temperature * log(min_p). Nothing is below NaN.
-    params = [changes[row].params for row in rows]
-    least = torch.tensor([each.temperature * math.log(each.min_p) for each in params], dtype=torch.float64)
-    own = logits if len(rows) == len(logits) else logits[rows]
-    own.masked_fill_(own < own.amax(-1, keepdim=True) + least.float().to(own.device)[:, None], -math.inf)
-    if own is not logits:
-        logits[rows] = own
+    # p_i < min_p * p_max where x_i < x_max + temperature * log(min_p). Nothing is below NaN, or below -inf.
+    margins = torch.full((len(logits),), -math.inf, dtype=torch.float64)
+    for row in rows:
+        params = changes[row].params
+        margins[row] = params.temperature * math.log(params.min_p)
+    margins = margins.float()
+    if _is_native(logits):
+        native.cut_below_max_(logits, margins, decoder)
+    else:
+        logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + margins.to(logits.device)[:, None], -math.inf)
 
 
 def _places(tokens: Sequence[NDArray[np.int64]], logits: Tensor) -> Tensor | None:

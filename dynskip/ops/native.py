@@ -63,6 +63,8 @@ _OPS = (
     "guess_tokens",
     "most_likely",
     "choose_tokens",
+    "float_rows",
+    "cut_below_max_",
     "plan_rows",
     "has_cuda",
     "replay",
@@ -110,7 +112,12 @@ most_likely = _launcher("most_likely")
 choose_tokens = _launcher("choose_tokens")
 """See `choice_reference.choose_tokens`, whose noise and formulas these are to the bit. What top_p keeps is summed in
 float32: a token at its edge, within 2e-6 of `top_p`, may fall to the other side. The bits of a row depend on that row
-alone."""
+alone. decoder: the handle of one whose threads draw; without it the calling thread does."""
+float_rows = _launcher("float_rows")
+"""`[R, V], float32`: the rows of logits `[N, V]` that `rows` `[R], int64` names; decoder as in `choose_tokens`."""
+cut_below_max_ = _launcher("cut_below_max_")
+"""Makes what lies below the largest of a row plus its margin -inf: logits `[R, V]`, margins `[R]`, float32; rows with
+NaN stay; decoder as in `choose_tokens`."""
 
 
 def panel_outputs(weight: Tensor, packed_weight: Tensor) -> int:

@@ -356,11 +356,11 @@ def test_what_cannot_be_chosen_together_is_chosen_row_by_row(monkeypatch: pytest
     expected = [ask.alone() for ask in asks]
     sizes: list[int] = []
 
-    def chooses_one(logits: Tensor, *rest: Any) -> list[int]:
+    def chooses_one(logits: Tensor, *rest: Any, **named: Any) -> list[int]:
         sizes.append(len(logits))
         if len(logits) > 1:
             raise MemoryError("no room")
-        return choice.choose_tokens(logits, *rest)
+        return choice.choose_tokens(logits, *rest, **named)
 
     monkeypatch.setattr(choosing, "choose_tokens", chooses_one)
     assert all(map(same, serve(engine(batch=8), asks), expected))

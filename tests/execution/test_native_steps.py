@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,10 +282,13 @@ class Entries(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.drawn_by: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "dynskip_native":
             self.names.append(func.__name__)
+            if func.__name__ == "choose_tokens.default":
+                self.drawn_by.add(args[7] if len(args) > 7 else (kwargs or {}).get("decoder", 0))
         return func(*args, **(kwargs or {}))
 
 
@@ -343,6 +347,20 @@ def test_a_step_of_an_engine_is_one_entry_into_the_extension(family: str, varian
         for _ in range(4):
             served.step()
     assert entries.names == ["decode_step.default", *(["choose_tokens.default"] if temperature else [])] * 4
+
+
+def test_the_threads_of_a_step_draw_what_the_calling_thread_draws(three_threads: None) -> None:
+    model = native_model("llama", "plain")
+    prompts = random_prompts([3, 5, 2, 4, 6])
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.9, top_p=0.8, seed=4)
+    penalised = replace(params, repetition_penalty=1.3, min_p=0.02)
+    mixed = [params, penalised, SamplingParams(max_tokens=8, ignore_eos=True), penalised, params]
+    with Entries() as entries:
+        together = [output.token_ids for output in LLM(model).generate(prompts, mixed)]
+    assert {"choose_tokens.default", "float_rows.default", "cut_below_max_.default"} <= {*entries.names}
+    assert any(entries.drawn_by), "a decoder's threads draw"
+    alone = [LLM(model).generate([prompt], one)[0].token_ids for prompt, one in zip(prompts, mixed, strict=True)]
+    assert together == alone
 
 
 def test_it_follows_weights_that_change() -> None:

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from dynskip import SamplingParams
-from dynskip.ops import choice, choice_reference
+from dynskip.ops import choice, choice_reference, native
 from dynskip.ops.choice import choose_tokens
-from dynskip.ops.logit_changes import LogitChange, change_logits_
+from dynskip.ops.logit_changes import LogitChange, change_logits_, float_rows
 from dynskip.sampling import NOT_FINITE, Choice
 
 NUM_TOKENS = 97
@@ -200,6 +200,33 @@ def test_draws_follow_the_probabilities_of_min_p(runs_on: str, monkeypatch: pyte
         possible = expected > 0
         assert 1 < int(possible.sum()) < 12 and int(counts[~possible].sum()) == 0
         assert chisquare(counts[possible].numpy(), expected[possible].numpy()).pvalue > 1e-4, setting
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_of_rows_are_those_of_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = random_logits(6, num_tokens=131).to(dtype)
+    for logits in (wide, wide[:, 3:100], wide[:0]):
+        for rows in ([], [5, 0, 5], [2]) if len(logits) else ([],):
+            copied = float_rows(logits, rows)
+            assert torch.equal(copied, logits[rows].float()) and copied.dtype == torch.float32
+            copied.zero_()
+    assert wide.any()
+    if native.unavailable_reason() is None:
+        with pytest.raises(RuntimeError, match=r"float_rows: rows must lie in 0\.\.5, got 6"):
+            float_rows(wide, [0, 6])
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "not here")
+    assert torch.equal(float_rows(wide, [5, 0]), wide[[5, 0]].float())
+
+
+def test_the_extension_cuts_by_min_p_what_the_specification_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(7)
+    logits[1, 3], logits[2, 4], logits[3, :5], logits[4] = math.nan, math.inf, -math.inf, -math.inf
+    changes = [LogitChange(SamplingParams(min_p=0.1, temperature=row / 3)) for row in range(6)]
+    changes.append(LogitChange(SamplingParams()))
+    found = changed(logits, changes)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "not here")
+    assert torch.equal(found.view(torch.int32), changed(logits, changes).view(torch.int32))
+    assert torch.equal(found[6], logits[6]) and int((found[5] == -math.inf).sum()) > 0
 
 
 def test_nothing_is_changed_where_nothing_is_asked_for() -> None:

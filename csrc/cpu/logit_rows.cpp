@@ -1,0 +1,74 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "decoder_rows.h"
+#include "dispatch.h"
+#include "ops.h"
+
+namespace dynskip {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor float_rows(const Tensor& logits, const Tensor& rows, int64_t decoder) {
+  DYNSKIP_CHECK(
+      logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
+      "float_rows: logits must be [N, V] with contiguous rows, got ", shape_of(logits), ".");
+  DYNSKIP_CHECK(
+      rows.dim() == 1 && rows.is_contiguous() && rows.scalar_type() == ScalarType::Long,
+      "float_rows: rows must be contiguous [R] int64, got ", shape_of(rows), ".");
+  const auto* ids = static_cast<const int64_t*>(rows.data_ptr());
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    DYNSKIP_CHECK(
+        ids[i] >= 0 && ids[i] < logits.size(0),
+        "float_rows: rows must lie in 0..", logits.size(0) - 1, ", got ", ids[i], ".");
+  }
+  const int64_t size = logits.size(1);
+  Tensor result = torch::stable::empty({rows.numel(), size}, ScalarType::Float);
+  auto* values = static_cast<float*>(result.data_ptr());
+  for_element_type(logits.scalar_type(), "float_rows", [&](auto element) {
+    using Element = decltype(element);
+    const auto* all = static_cast<const Element*>(logits.data_ptr());
+    const int64_t stride = logits.stride(0);
+    for_each_row_on(decoder, rows.numel(), 0, [&](int64_t row, ChoiceScratch&) {
+      std::copy_n(all + ids[row] * stride, size, values + row * size);
+    });
+  });
+  return result;
+}
+
+void cut_below_max_(const Tensor& logits, const Tensor& margins, int64_t decoder) {
+  DYNSKIP_CHECK(
+      logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == ScalarType::Float,
+      "cut_below_max_: logits must be contiguous [R, V] float32, got ", shape_of(logits), ".");
+  const int64_t num_rows = logits.size(0);
+  const int64_t size = logits.size(1);
+  DYNSKIP_CHECK(
+      margins.dim() == 1 && margins.numel() == num_rows && margins.is_contiguous() &&
+          margins.scalar_type() == ScalarType::Float,
+      "cut_below_max_: margins must be contiguous [", num_rows, "] float32, got ", shape_of(margins), ".");
+  const auto* below = static_cast<const float*>(margins.data_ptr());
+  auto* values = static_cast<float*>(logits.data_ptr());
+  for_each_row_on(decoder, num_rows, 0, [&](int64_t row, ChoiceScratch&) {
+    float* own = values + row * size;
+    float largest = -std::numeric_limits<float>::infinity();
+    bool has_nan = false;
+    for (int64_t i = 0; i < size; ++i) {
+      has_nan |= std::isnan(own[i]);
+      largest = std::max(largest, own[i]);
+    }
+    const float least = largest + below[row];
+    if (has_nan || std::isnan(least)) {
+      return;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      own[i] = own[i] < least ? -std::numeric_limits<float>::infinity() : own[i];
+    }
+  });
+}
+
+} // namespace dynskip
