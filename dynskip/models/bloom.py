@@ -14,6 +14,8 @@ MAX_POSITIONS = 2048
 def decoder_config(config: Any) -> DecoderConfig:
     """The decoder of transformers' ``BloomConfig``."""
     refuse(config, apply_residual_connection_post_layernorm=False)
+    if getattr(config, "pretraining_tp", 1) > 1:
+        refuse(config, slow_but_exact=False)  # sums of slices, without two biases
     return DecoderConfig(
         architecture="bloom",
         num_layers=config.num_hidden_layers,

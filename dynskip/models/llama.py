@@ -12,6 +12,7 @@ from dynskip.models.architecture import (
     activation_of,
     head_size_of,
     read_sizes,
+    refuse,
     rope_theta,
     rotary_of,
     size_values,
@@ -24,6 +25,8 @@ def decoder_config(config: Any) -> DecoderConfig:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     kind = config.model_type
+    if kind == "mistral":
+        refuse(config, layer_types=None)  # with them transformers loads another architecture, ministral
     has_bias = getattr(config, "attention_bias", False)
     window = (getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0
     layer_types = _window_layers(getattr(config, "layer_types", None)) if kind in ("qwen2", "qwen3") else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynskip.assets import find_model
-from dynskip.models.architecture import Architecture
+from dynskip.models.architecture import Architecture, refuse
 from dynskip.models.bloom import BLOOM
 from dynskip.models.config import DecoderConfig
 from dynskip.models.gpt2 import GPT2
@@ -43,6 +43,8 @@ def decoder_config(config: Any) -> DecoderConfig:
         value = getattr(config, size)
         if type(value) is not int or value < 1:
             raise ValueError(f"CausalLM: {size} must be an integer of at least 1, got {value!r}.")
+    # Of any architecture transformers then lets each token see those behind it.
+    refuse(config, is_causal=True)
     decoder = architecture.decoder_config(config)
     if decoder.num_heads % decoder.num_kv_heads:
         raise ValueError(

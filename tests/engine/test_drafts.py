@@ -202,11 +202,11 @@ def test_fused_steps_take_several_rows_of_a_sequence(draft: Draft, random_length
     if reason is not None:
         pytest.skip(f"no triton backend: {reason}")
     fused = CausalLM.from_hf(hf_model, backend="triton", deterministic=True)
-    ask = Ask(*random_prompts([5]), greedy(10), FULL)
+    ask = Ask(*random_prompts([5]), greedy(7), FULL)
     expected = ask.alone(model=fused)
     (output,) = serve(engine(model=fused, batch=2), [with_draft(ask, draft)])
     assert same(output, expected)
-    assert output.num_drafted >= 8 and output.num_accepted
+    assert output.num_drafted >= 5 and output.num_accepted
 
 
 def test_prefixes_are_shared_and_only_verified_entries_are(random_lengths: random.Random) -> None:
