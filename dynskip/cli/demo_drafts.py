@@ -79,12 +79,14 @@ def drafts_page(result: DraftResult) -> str:
     lines += textwrap.wrap(result.prompt, width, initial_indent="  > ", subsequent_indent="    ")
     for paragraph in result.marked.strip().splitlines():
         lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
-    gain = result.without_s / result.with_draft_s
-    lines += [
-        "",
-        f"{result.num_accepted} of {result.num_drafted} guesses were right. {result.num_tokens} tokens: "
-        f"{result.with_draft_s:.3f} s with the draft, {result.without_s:.3f} s without, {gain:.2f}x as fast.",
-    ]
+    seconds = f"{result.with_draft_s:.3f} s with the draft, {result.without_s:.3f} s without"
+    if result.num_drafted:
+        found = f"{result.num_accepted} of {result.num_drafted} guesses were right."
+        seconds += f", {result.without_s / result.with_draft_s:.2f}x as fast"
+    else:
+        # What differs then is the machine's doing, and no gain.
+        found = "No token was guessed, since by the steps that were timed here none would have paid."
+    lines += ["", f"{found} {result.num_tokens} tokens: {seconds}."]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from models import tiny_hf, tiny_model, word_tokenizer
 from dynskip import LLM, OPTForCausalLM, RequestOutput
 from dynskip.assets import packaged_file
 from dynskip.cli import demo, demo_answers, main
+from dynskip.cli.demo_drafts import DraftResult, drafts_page
 from dynskip.cli.demo_serving import Serving, serving_page
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, shape_key
@@ -328,3 +329,13 @@ def test_a_draft_is_shown_beside_the_text_without(
     assert 0 < found["num_accepted"] <= found["num_drafted"]
     assert found["marked"].replace("[", "").replace("]", "") == found["text"]
     assert found["marked"].count("[") == found["marked"].count("]") > 0
+
+
+def test_where_nothing_was_guessed_no_gain_is_told() -> None:
+    """Two runs of the same steps differ by the machine's doing."""
+    result = DraftResult("Hello?", "uniform:4", "Yes.", "Yes.", 48, 24, 18, True, 0.5, 0.75)
+    assert "18 of 24 guesses were right. 48 tokens: 0.500 s with the draft, 0.750 s without, 1.50x as fast." in (
+        drafts_page(result)
+    )
+    page = drafts_page(replace(result, num_drafted=0, num_accepted=0))
+    assert "No token was guessed" in page and "0.750 s without." in page and "as fast" not in page
