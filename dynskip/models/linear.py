@@ -170,26 +170,28 @@ class Linear(torch.nn.Module):
         assert self.weight is not None, "a Linear holds either a dense or a packed weight"
         return self.weight
 
-    def _multiply(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, activation: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         if self.native_rows and x.shape[0] <= self.native_rows:
             data, panel = self._packed_data, self._panel_outputs
             return native.packed_linear(x, data, panel, self.out_features, self.bias, activation)
         if self._packed_weight is not None:
             name, algorithm = _POINTWISE[activation]
             return torch.ops.mkldnn._linear_pointwise(x, self._packed_weight, self.bias, name, [], algorithm)
-        weight = self._dense()
+        weight = self._dense() if weight is None else weight
         if activation == "relu" and self.bias is not None and fuses_relu(x.device):
             return torch._addmm_activation(self.bias, x, weight.t())
         y = functional.linear(x, weight, self.bias)
         return y if activation == "none" else torch_backend.activate(y, activation)
 
     def _multiply_in_tiles(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        num_rows = x.shape[0]
+        num_rows, weight = x.shape[0], None
+        if not self.packed:
+            x, weight = torch_backend.aligned_rows(x), torch_backend.aligned_rows(self._dense())
         tile_rows = self.native_rows or DETERMINISTIC_ROWS
         num_padding = -num_rows % tile_rows if self.native_rows == 0 else 0
         if num_padding:
-            x = torch.cat([x, x.new_zeros(num_padding, self.in_features)])
-        tiles = [self._multiply(tile, activation) for tile in torch.split(x, tile_rows)]
+            x = torch.cat([x, x.new_zeros(num_padding, x.shape[1])])
+        tiles = [self._multiply(tile, activation, weight) for tile in torch.split(x, tile_rows)]
         return (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[:num_rows]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:

@@ -13,6 +13,14 @@ from dynskip.ops.reference import ACTIVATION_FUNCTIONS
 
 # Of a mask by head, in float32: 64 MiB.
 _MASK_ELEMENTS = 2**24
+# On a CPU the order of a sum depends on where a row begins between two multiples of so many bytes.
+_ROW_BYTES = 16
+
+
+def aligned_rows(rows: Tensor) -> Tensor:
+    """``rows`` [..., N], on a CPU with zeros behind each, so that the bits of a sum do not depend on its place."""
+    num_zeros = -rows.shape[-1] % (_ROW_BYTES // rows.element_size()) if rows.device.type == "cpu" else 0
+    return F.pad(rows, (0, num_zeros)) if num_zeros else rows
 
 
 def gather_layer_norm(
@@ -199,7 +207,8 @@ def _attend(
 
     mask: which keys a query attends to, or what is added to scores, in a shape that PyTorch takes.
     """
-    queries, keys, values = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(
+    queries, keys, values = (aligned_rows(tensor).transpose(0, 1)[None] for tensor in (q, k, v))
+    attended = F.scaled_dot_product_attention(
         queries, keys, values, mask, is_causal=is_causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-    )[0].transpose(0, 1)
+    )
+    return attended[0].transpose(0, 1)[..., : v.shape[-1]]

@@ -143,6 +143,18 @@ def test_deterministic_rows_do_not_depend_on_their_neighbours(
     assert torch.equal(linear(x[order], "relu", deterministic=True), expected[order])
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(11, 11), (7, 66), (33, 257)])
+@torch.no_grad()
+def test_deterministic_rows_do_not_depend_on_where_they_lie(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Rows whose bytes fill no vector begin at another place in one each."""
+    linear = make(*shape, dtype)
+    row = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = linear(row, deterministic=True)
+    assert torch.equal(linear(row.expand(19, -1), deterministic=True), expected.expand(19, -1))
+    torch.testing.assert_close(expected, functional.linear(row, linear.dense_weight(), linear.bias))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])

@@ -30,6 +30,21 @@ def test_errors_stay_within_the_budget(backend: str, op: str, dtype: torch.dtype
     assert not failed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heads_that_fill_no_vector_have_the_same_bits_anywhere(dtype: torch.dtype) -> None:
+    """Rows of 11 values begin at another place between two vectors each: equal sequences have equal attention."""
+    generator = torch.Generator().manual_seed(0)
+    num_seqs, num_rows = 4, 9
+    q, k, v = (torch.randn(num_rows, 1, 11, dtype=dtype, generator=generator).repeat(num_seqs, 1, 1) for _ in range(3))
+    starts, limits = torch.arange(num_seqs + 1) * num_rows, torch.arange(1, num_rows + 1).repeat(num_seqs)
+    prompts = torch_backend.prefill_attention(q, k, v, starts, starts, limits, 0.3).chunk(num_seqs)
+    slots, lens = torch.arange(num_rows)[None], torch.full((num_seqs,), num_rows)
+    steps = torch_backend.decode_attention(q[-1:].repeat(num_seqs, 1, 1), k, v, slots, 0 * lens, lens, 0.3)
+    assert all(torch.equal(prompts[0], other) for other in prompts)
+    assert all(torch.equal(steps[0], other) for other in steps)
+    torch.testing.assert_close(prompts[0][-1].float(), steps[0].float())
+
+
 ATTENTIONS = ["H=2, D=48", "H=8, G=2, D=64", "H=9, G=3, D=64, slopes", "H=4, G=1, D=128, a window"]
 
 
