@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
-from families import FAMILIES, family_hf
+from cases import Case, deepest, named
+from families import FAMILIES
 from models import cpu_backend, random_prompts
-from streams import PATHS, Ask, Parity, drawn, engine, greedy, same, serve
+from streams import Ask, Parity, drawn, engine, greedy, same, serve
 
-from dynskip import CausalLM
+from dynskip import CausalLM, LayerPath
 
-BACKENDS = ["torch", "native"]
 # One variant of each architecture but OPT, in which keys are shared, windowed, placed or scaled in its own way.
 VARIANTS = [
     ("llama", "one-kv-head"),
@@ -25,23 +23,21 @@ VARIANTS = [
     ("phi", "two-kv-heads"),
     ("gpt2", "by-depth"),
 ]
-# Fewer entries than the requests below want at a time.
-FEW_SLOTS = 190
+CASES = [*(named(*variant) for variant in VARIANTS), *map(deepest, FAMILIES)]
+# Of each layer: fewer entries than the requests below want at a time.
+FEW_SLOTS = 32
 
 
-@functools.cache
-def model(
-    family: str, variant: str, backend: str, dtype: torch.dtype = torch.float32, deterministic: bool = True
-) -> CausalLM:
-    hf_model = family_hf(family, dtype=dtype, **FAMILIES[family][variant])
-    return CausalLM.from_hf(hf_model, backend=cpu_backend(backend), deterministic=deterministic)
+def model(config: Case, backend: str, dtype: torch.dtype = torch.float32, deterministic: bool = True) -> CausalLM:
+    return CausalLM.from_hf(config.hf(dtype), backend=cpu_backend(backend), deterministic=deterministic)
 
 
-def asks() -> list[Ask]:
+def asks(num_layers: int) -> list[Ask]:
     """Requests of one prefix and of others, along paths and by a controller of each key-value policy."""
     (common,) = random_prompts([18])
     prompts = [common + tail for tail in ([5], [6, 7])] + random_prompts([3, 9, 2, 7, 4], seed=1)
-    ways = [(PATHS[2], {}), (PATHS[2], {}), (PATHS[1], {}), (PATHS[3], {})]
+    half, two = LayerPath.uniform(num_layers, num_layers // 2), LayerPath.of(num_layers, [1, num_layers - 2])
+    ways = [(half, {}), (half, {}), (two, {}), (LayerPath.full(num_layers), {})]
     ways += [(Parity(), {"kv_policy": kv_policy}) for kv_policy in ("propagate", "evict", "share")]
     return [
         Ask(prompt, drawn(8, index, n=2) if index == 2 else greedy(8), path, options)
@@ -54,26 +50,26 @@ def asks() -> list[Ask]:
     [("torch", torch.float32), ("native", torch.float32), ("native", torch.bfloat16)],
     ids=["torch", "native", "native-bfloat16"],
 )
-@pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_each_request_has_the_bits_it_has_alone(family: str, variant: str, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", CASES, ids=str)
+def test_each_request_has_the_bits_it_has_alone(config: Case, backend: str, dtype: torch.dtype) -> None:
     """Beside others, after a preemption, with the entries of another's prefix."""
-    ours = model(family, variant, backend, dtype)
-    served = engine("cohort", FEW_SLOTS, model=ours, batch=8, max_prefill_tokens=16)
-    outputs = serve(served, asks())
+    ours = model(config, backend, dtype)
+    served = engine("cohort", FEW_SLOTS * config.num_layers, model=ours, batch=8, max_prefill_tokens=16)
+    outputs = serve(served, asks(config.num_layers))
     stats = served.stats()
     assert stats.outcome.num_preempted and stats.num_shared_tokens >= 16
-    for ask, output in zip(asks(), outputs, strict=True):
+    for ask, output in zip(asks(config.num_layers), outputs, strict=True):
         assert same(output, ask.alone(model=ours, max_prefill_tokens=16))
 
 
-@pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_shared_prefixes_and_preemption_change_no_token(family: str, variant: str) -> None:
+@pytest.mark.parametrize("config", CASES, ids=str)
+def test_shared_prefixes_and_preemption_change_no_token(config: Case) -> None:
     """Without deterministic mode, in which a prefix is shared to its last token."""
-    wide = model(family, variant, "torch", torch.float64, deterministic=False)
-    tight = engine("cohort", FEW_SLOTS, model=wide, batch=8, max_prefill_tokens=16)
-    outputs = serve(tight, asks())
+    wide = model(config, "torch", torch.float64, deterministic=False)
+    tight = engine("cohort", FEW_SLOTS * config.num_layers, model=wide, batch=8, max_prefill_tokens=16)
+    outputs = serve(tight, asks(config.num_layers))
     stats = tight.stats()
     assert stats.outcome.num_preempted and stats.num_shared_tokens >= 16
-    for ask, output in zip(asks(), outputs, strict=True):
+    for ask, output in zip(asks(config.num_layers), outputs, strict=True):
         alone = ask.alone(model=wide, batch=1)
         assert [sample.token_ids for sample in output.samples] == [sample.token_ids for sample in alone.samples]

@@ -7,45 +7,47 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, convert_, family_hf, per_token_logits
-from models import NUM_LAYERS, cpu_backend, ragged_batch, random_prompts, within_budget
+from cases import Case, deepest, named
+from families import per_token_logits
+from models import cpu_backend, ragged_batch, random_prompts, within_budget
 from torch import Tensor
 
 from dynskip import CausalLM, SamplingParams
 from dynskip.engine.closed_batch import Generation
 
-LENGTHS = [9, 1, 12, 4]
 KV_POLICIES = ("propagate", "evict", "share")
-# Those whose keys know where they stand, whose scores or residuals differ, and whose heads share keys.
-VARIANTS = [
-    *(("llama", name) for name in ("one-kv-head", "wide-heads", "tied")),
-    *(("mistral", name) for name in ("plain", "window", "window-of-one")),
-    *(("qwen2", name) for name in ("plain", "window", "layer-types")),
-    *(("qwen3", name) for name in ("plain", "window", "one-kv-head")),
-    *(("gpt_neox", name) for name in ("plain", "sequential", "whole-heads")),
-    *(("bloom", name) for name in ("plain", "three-heads")),
-    *(("phi", name) for name in ("plain", "two-kv-heads")),
-    *(("gpt2", name) for name in ("plain", "by-depth", "unscaled")),
-]
+# Those whose keys know where they stand, whose scores, norms or residuals differ, and whose heads share keys.
+NAMED = {
+    "opt": ("pre-norm", "post-norm-projected", "no-bias-no-affine"),
+    "llama": ("one-kv-head", "wide-heads", "tied"),
+    "mistral": ("plain", "window", "window-of-one"),
+    "qwen2": ("plain", "window", "layer-types"),
+    "qwen3": ("plain", "window", "one-kv-head"),
+    "gpt_neox": ("plain", "sequential", "whole-heads"),
+    "bloom": ("plain", "three-heads"),
+    "phi": ("plain", "two-kv-heads"),
+    "gpt2": ("plain", "by-depth", "unscaled"),
+}
+CASES = [*(named(family, name) for family, names in NAMED.items() for name in names), *map(deepest, NAMED)]
 
 
 @functools.cache
-def hf_model(family: str, variant: str, dtype: torch.dtype = torch.float32) -> Any:
+def hf_model(batch: Case, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' model; tests leave it as it is."""
-    return convert_(family_hf(family, **FAMILIES[family][variant]), dtype)
+    return batch.hf(dtype)
 
 
 @functools.cache
-def our_model(family: str, variant: str, backend: str) -> CausalLM:
+def our_model(batch: Case, backend: str) -> CausalLM:
     """Ours with the same weights."""
-    return CausalLM.from_hf(hf_model(family, variant), backend=cpu_backend(backend))
+    return CausalLM.from_hf(hf_model(batch), backend=cpu_backend(backend))
 
 
-def masks(num_tokens: int) -> Tensor:
+def masks(batch: Case, num_tokens: int) -> Tensor:
     """[B, T, L], bool: about half of the layers; the first and the last token of one sequence run none."""
     generator = torch.Generator().manual_seed(5)
-    active = torch.rand(len(LENGTHS), num_tokens, NUM_LAYERS, generator=generator) < 0.5
-    active[0, 0] = active[0, LENGTHS[0] - 1] = False
+    active = torch.rand(len(batch.lengths), num_tokens, batch.num_layers, generator=generator) < 0.5
+    active[0, 0] = active[0, batch.lengths[0] - 1] = False
     return active
 
 
@@ -58,52 +60,54 @@ def reference_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, acti
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
-@pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_logits_along_masks_are_those_of_transformers(family: str, variant: str, kv_policy: str) -> None:
-    input_ids, attention_mask = ragged_batch(LENGTHS, "left")
-    active = masks(input_ids.shape[1])
-    inputs = input_ids, attention_mask, active
+@pytest.mark.parametrize("batch", CASES, ids=str)
+def test_logits_along_masks_are_those_of_transformers(batch: Case, kv_policy: str) -> None:
+    input_ids, attention_mask = ragged_batch(batch.lengths, "left")
+    longest = input_ids.shape[1]
+    rows = zip(masks(batch, longest), batch.lengths, strict=True)
+    inputs = input_ids, attention_mask, torch.stack([active.roll(longest - length, 0) for active, length in rows])
     expected, exact = (
-        reference_logits(hf_model(family, variant, dtype), *inputs, kv_policy)
-        for dtype in (torch.float32, torch.float64)
+        reference_logits(hf_model(batch, dtype), *inputs, kv_policy) for dtype in (torch.float32, torch.float64)
     )
-    models = [our_model(family, variant, backend) for backend in ("torch", "native")]
-    for model in models:
-        within_budget(model(*inputs, kv_policy=kv_policy).logits, expected, exact)
-    within_budget(models[0](*inputs, kv_policy=kv_policy, executor="reference").logits, expected, exact)
+    models = [our_model(batch, backend) for backend in ("torch", "native")]
+    results = [model(*inputs, kv_policy=kv_policy).logits for model in models]
+    results.append(models[0](*inputs, kv_policy=kv_policy, executor="reference").logits)
+    for logits in results:
+        within_budget(logits, expected, exact, batch.num_layers)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
-@pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_greedy_tokens_along_masks_are_those_of_transformers(family: str, variant: str, kv_policy: str) -> None:
+@pytest.mark.parametrize("batch", CASES, ids=str)
+def test_greedy_tokens_along_masks_are_those_of_transformers(batch: Case, kv_policy: str) -> None:
     """Through the cache, which holds entries of some of the tokens: each is the most likely after those before it."""
-    prompts, num_new = random_prompts(LENGTHS), 6
-    active = masks(max(LENGTHS) + num_new)
-    model = our_model(family, variant, "native")
+    prompts, num_new = random_prompts(batch.lengths), 6
+    active = masks(batch, max(batch.lengths) + num_new)
+    model = our_model(batch, "native")
     params = [SamplingParams(max_tokens=num_new, ignore_eos=True)] * len(prompts)
     outputs = Generation(model, prompts, params, active, kv_policy).run()
     for prompt, rows, output in zip(prompts, active, outputs, strict=True):
         token_ids = [*prompt, *output.token_ids[:-1]]
-        logits = per_token_logits(hf_model(family, variant), token_ids, rows[: len(token_ids)], kv_policy)
+        logits = per_token_logits(hf_model(batch), token_ids, rows[: len(token_ids)], kv_policy)
         assert output.token_ids == logits[len(prompt) - 1 :].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(("family", "variant"), [("qwen3", "window"), ("bloom", "three-heads"), ("gpt2", "plain")])
-def test_the_policies_differ(family: str, variant: str) -> None:
-    """Or the tests above would compare one policy with itself."""
+@pytest.mark.parametrize("batch", [batch for batch in CASES if batch.changes.get("sliding_window") != 1], ids=str)
+def test_the_policies_differ(batch: Case) -> None:
+    """Or the tests above would compare one policy with itself; a token that sees itself alone has no others' keys."""
     (token_ids,) = random_prompts([12])
-    logits = [per_token_logits(hf_model(family, variant), token_ids, masks(12)[0], policy) for policy in KV_POLICIES]
+    active = masks(batch, 12)[0]
+    logits = [per_token_logits(hf_model(batch), token_ids, active, kv_policy) for kv_policy in KV_POLICIES]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(logits[one], logits[other], atol=1e-2)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
-@pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_layers_called_one_by_one_are_the_model(family: str, variant: str, kv_policy: str) -> None:
+@pytest.mark.parametrize("batch", CASES, ids=str)
+def test_layers_called_one_by_one_are_the_model(batch: Case, kv_policy: str) -> None:
     """What the tests above compare with, for tokens that run every layer: transformers' own forward."""
     (token_ids,) = random_prompts([12])
-    model = hf_model(family, variant)
+    model = hf_model(batch)
     with torch.no_grad():
         expected = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-    everything = torch.ones(len(token_ids), NUM_LAYERS, dtype=torch.bool)
+    everything = torch.ones(len(token_ids), batch.num_layers, dtype=torch.bool)
     torch.testing.assert_close(per_token_logits(model, token_ids, everything, kv_policy), expected)

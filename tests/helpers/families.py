@@ -1,16 +1,16 @@
-"""Tiny random models of every architecture, in variants and random draws, and transformers' model cut to a path."""
+"""Tiny random models of every architecture, in variants, and transformers' model cut to a path."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from models import NUM_LAYERS, VARIANTS, VOCAB_SIZE, tiny_hf, tiny_model
+from models import NUM_LAYERS, VOCAB_SIZE, tiny_hf, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.models.hf_model import layer_list, only_layers
 from dynskip.models.registry import decoder_config
 
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
     "factor": 8.0,
@@ -27,9 +27,9 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
-_LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
-_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}
 
 # What the tiny models of a family have in common, and six variants of each beside OPT's.
@@ -47,11 +47,11 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "opt": {},
     "llama": {
         "plain": {},
-        "one-kv-head": {"num_key_value_heads": 1, "rope_parameters": _LINEAR},
-        "wide-heads": {"head_dim": 24, "rope_parameters": _LLAMA3},
+        "one-kv-head": {"num_key_value_heads": 1, "rope_parameters": LINEAR},
+        "wide-heads": {"head_dim": 24, "rope_parameters": LLAMA3},
         "biases": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_new"},
-        "tied": {"tie_word_embeddings": True, "rope_parameters": _YARN},
-        "all-heads": {"num_key_value_heads": 4, "rope_parameters": _DYNAMIC},
+        "tied": {"tie_word_embeddings": True, "rope_parameters": YARN},
+        "all-heads": {"num_key_value_heads": 4, "rope_parameters": DYNAMIC},
     },
     "mistral": {
         "plain": {},
@@ -59,7 +59,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "window-of-one": {"sliding_window": 1},
         "wide-heads": {"head_dim": 12, "num_key_value_heads": 1},
         "tied": {"tie_word_embeddings": True, "sliding_window": 5},
-        "yarn": {"rope_parameters": _YARN, "hidden_act": "gelu"},
+        "yarn": {"rope_parameters": YARN, "hidden_act": "gelu"},
     },
     "qwen2": {
         "plain": {},
@@ -70,7 +70,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
         },
         "tied": {"tie_word_embeddings": True},
-        "yarn": {"rope_parameters": _YARN},
+        "yarn": {"rope_parameters": YARN},
         "one-kv-head": {"num_key_value_heads": 1},
     },
     "qwen3": {
@@ -78,7 +78,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "window": _WINDOW,
         "biases": {"attention_bias": True},
         "tied": {"tie_word_embeddings": True},
-        "yarn": {"rope_parameters": _YARN},
+        "yarn": {"rope_parameters": YARN},
         "one-kv-head": {"num_key_value_heads": 1, "head_dim": 8},
     },
     "gpt_neox": {
@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "no-bias": {"attention_bias": False},
         "whole-heads": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
         "tied": {"tie_word_embeddings": True, "hidden_act": "relu"},
-        "linear": {"rope_parameters": {**_LINEAR, "partial_rotary_factor": 0.5}, "hidden_act": "gelu_new"},
+        "linear": {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}, "hidden_act": "gelu_new"},
     },
     "bloom": {
         "plain": {},
@@ -103,7 +103,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "whole-heads": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
         "relu": {"hidden_act": "relu"},
         "eps": {"layer_norm_eps": 0.1},
-        "linear": {"rope_parameters": {**_LINEAR, "partial_rotary_factor": 0.5}},
+        "linear": {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
     },
     "gpt2": {
         "plain": {},
@@ -126,7 +126,6 @@ LARGE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 1024, "scale_attn_by_inverse_layer_idx": True},
 }
 ALL_VARIANTS = [(family, name) for family, variants in FAMILIES.items() for name in variants]
-NUM_DRAWS = 6
 
 
 def family_config(family: str, **changes: Any) -> Any:
@@ -145,7 +144,8 @@ def family_config(family: str, **changes: Any) -> Any:
         options |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0, "num_attention_heads": 2}
     if family != "bloom":
         options["max_position_embeddings"] = 64
-    return CONFIG_MAPPING[family](**{**options, **changes})
+    # Of its own: configs add to their rope_parameters.
+    return CONFIG_MAPPING[family](**copy.deepcopy({**options, **changes}))
 
 
 def family_shape(family: str, **changes: Any) -> DecoderConfig:
@@ -197,32 +197,19 @@ def native_model(family: str, variant: str, dtype: torch.dtype = torch.float32, 
 
 
 def convert_(hf_model: Any, dtype: torch.dtype) -> Any:
-    """``hf_model`` in another dtype, but for the frequencies of its positions, which stay what a loaded model has."""
+    """``hf_model`` in another dtype, but for the frequencies of its positions, which stay what a loaded model has.
+
+    GPT-2's scores in float32 of any dtype are not those of float64.
+    """
+    for module in hf_model.modules():
+        if dtype == torch.float64 and hasattr(module, "reorder_and_upcast_attn"):
+            module.reorder_and_upcast_attn = False
     frequencies = {name: buffer for name, buffer in hf_model.named_buffers() if name.endswith("inv_freq")}
     hf_model.to(dtype)
     for name, buffer in frequencies.items():
         owner, _, last = name.rpartition(".")
         setattr(hf_model.get_submodule(owner), last, buffer)
     return hf_model
-
-
-def draws(family: str) -> Iterator[dict[str, Any]]:
-    """Random changes of the family's config: every value that a variant has, in any combination."""
-    generator = random.Random(f"draws of {family}")
-    choices: dict[str, list[Any]] = {}
-    for variant in (VARIANTS if family == "opt" else FAMILIES[family]).values():
-        for name, value in variant.items():
-            choices.setdefault(name, []).append(value)
-    for _ in range(NUM_DRAWS):
-        changes = {name: generator.choice(values) for name, values in choices.items() if generator.random() < 0.5}
-        if family == "qwen2" and "layer_types" in changes:
-            changes |= {"use_sliding_window": True, "sliding_window": 4}
-        if family == "bloom" and changes.get("n_head") in (3, 6):
-            changes["hidden_size"] = 48
-        if family == "gpt_neox" and "rope_parameters" in changes:
-            size = generator.choice([0.25, 0.5, 1.0])
-            changes["rope_parameters"] = {**changes["rope_parameters"], "partial_rotary_factor": size}
-        yield changes
 
 
 @contextlib.contextmanager
