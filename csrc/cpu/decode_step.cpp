@@ -202,7 +202,7 @@ void run_step(
     }
     step.begin(cache, rows, static_cast<Element*>(result), tokens);
     if (plan.failure == PlanFailure::kNone) {
-      decoder.team->run([&](int64_t member) { step.run(member); });
+      decoder.team->run([&](Team::Member& member) { step.run(member); });
     }
   });
   DYNSKIP_CHECK(

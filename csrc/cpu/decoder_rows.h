@@ -31,10 +31,8 @@ void for_each_row_on(int64_t handle, int64_t num_rows, int64_t num_logits, const
     scratch.make_room(num_logits);
   }
   Team& team = *decoder->team;
-  team.run([&](int64_t member) {
-    for (int64_t row = team.next_task(); row < num_rows; row = team.next_task()) {
-      run(row, decoder->choice_scratch[member]);
-    }
+  team.run([&](Team::Member& member) {
+    team.for_each_task(member, num_rows, [&](int64_t row) { run(row, decoder->choice_scratch[member.index]); });
   });
 }
 

@@ -1,8 +1,8 @@
 // The phases of a decode step, from embedding to head, as the threads of a team go through them; included by the source
 // that runs steps.
 //
-// All threads go through the phases of a layer together; in a phase each takes tasks that no other has. What belongs to
-// one row of the residual stream is done by one and the same thread, so that such phases need not wait for each other.
+// All threads go through the phases of a layer together; in a phase each takes tasks that no other has. What is done to one
+// row of the residual stream after the other, from the end of a layer to the products of the next, is one phase.
 
 #pragma once
 
@@ -134,17 +134,27 @@ class Step {
     }
   }
 
-  void run(int64_t member) {
-    Clock clock(*this, member);
-    embed(member);
-    for (size_t index = 0; index < decoder_.layers.size(); ++index) {
-      keep(member, index);
-      if (gate_.asks != nullptr) {
-        decide(member, index);
-      }
-      run_layer(member, index, clock);
+  void run(Team::Member& member) {
+    Clock clock(*this, member.index);
+    if (is_projected()) {
+      project_tokens(member);
     }
-    keep(member, decoder_.layers.size());
+    Between between = {kEmbedding, 0, 0};
+    for (size_t index = 0; index < decoder_.layers.size(); ++index) {
+      between.keep_end = index + 1;
+      if (gate_.asks != nullptr) {
+        decide(member, index, between);
+      }
+      run_layer(member, index, between, clock);
+    }
+    between.keep_end = decoder_.layers.size() + 1;
+    for_parts(member, num_rows_, [&](const Part& part) {
+      pass(part, between);
+      if (logits_ != nullptr) {
+        begin_head(part);
+      }
+    });
+    clock.lap(kOther);
     if (logits_ != nullptr) {
       head(member, clock);
     }
@@ -158,6 +168,24 @@ class Step {
   };
 
   enum { kProducts, kAttention, kOther };
+
+  // Rows that one task has.
+  struct Part {
+    int64_t index;
+    int64_t count;
+
+    bool has(int64_t row) const {
+      return row % count == index;
+    }
+  };
+
+  // What rows have yet to go through behind the last phase: the embedding, the end of a layer or nothing; then those are
+  // handed out that a caller wants in front of the layers keep_begin..keep_end - 1.
+  static constexpr int64_t kEmbedding = -1, kNothing = -2;
+  struct Between {
+    int64_t open;
+    size_t keep_begin, keep_end;
+  };
 
   // The first thread's time.
   class Clock {
@@ -194,8 +222,11 @@ class Step {
     return hidden_states_ + index * hidden_stride_;
   }
 
-  bool owns(int64_t member, int64_t index) const {
-    return index % team_.size() == member;
+  // Deals out num_rows rows to a task for each thread.
+  template <typename Run>
+  void for_parts(Team::Member& member, int64_t num_rows, const Run& run) {
+    const int64_t count = std::min(team_.size(), num_rows);
+    team_.for_each_task(member, count, [&](int64_t index) { run(Part{index, count}); });
   }
 
   const Element* element(int64_t place) const {
@@ -264,7 +295,7 @@ class Step {
 
   // Products of one phase.
   template <size_t size>
-  void multiply(int64_t member, const std::array<Product<Element>, size>& products) {
+  void multiply(Team::Member& member, const std::array<Product<Element>, size>& products) {
     std::array<int64_t, size> panels;
     int64_t all_panels = 0;
     for (size_t i = 0; i < size; ++i) {
@@ -272,60 +303,66 @@ class Step {
       all_panels += panels[i];
     }
     const int64_t group = std::max<int64_t>(1, all_panels / (team_.size() * kGroupsPerThread));
-    int64_t num_tasks = 0;
+    const auto num_groups = [&](size_t i) { return (panels[i] + group - 1) / group; };
+    const auto num_tasks = [&](size_t i, int64_t block_rows) {
+      return num_groups(i) * ((products[i].num_rows + block_rows - 1) / block_rows);
+    };
+    int64_t all_tasks = 0;
     for (size_t i = 0; i < size; ++i) {
-      num_tasks += (panels[i] + group - 1) / group * ((products[i].num_rows + kBlockRows - 1) / kBlockRows);
+      all_tasks += num_tasks(i, kBlockRows);
     }
-    const bool is_uneven = num_tasks < kGroupsPerThread * team_.size() && num_tasks % team_.size() != 0;
-    float* scratch = this->scratch(member);
-    int64_t task = team_.next_task();
-    int64_t first = 0; // task of a product
+    const bool is_uneven = all_tasks < kGroupsPerThread * team_.size() && all_tasks % team_.size() != 0;
+    std::array<int64_t, size> block_rows, ends; // behind the last task of each product
+    all_tasks = 0;
     for (size_t i = 0; i < size; ++i) {
-      const int64_t num_groups = (panels[i] + group - 1) / group;
-      const int64_t block_rows = is_uneven ? rows_of_halves(products[i]) : kBlockRows;
-      const int64_t num_blocks = (products[i].num_rows + block_rows - 1) / block_rows;
-      const int64_t end = first + num_groups * num_blocks;
-      for (; task < end; task = team_.next_task()) {
-        const int64_t first_row = (task - first) / num_groups * block_rows;
-        const int64_t begin = (task - first) % num_groups * group;
-        Product<Element> block = products[i];
-        block.x += first_row * block.x_stride;
-        block.y += first_row * block.y_stride;
-        block.num_rows = std::min(block_rows, block.num_rows - first_row);
-        multiply_panels<Element>(block.panel_outputs)(block, begin, std::min(begin + group, panels[i]), scratch);
+      block_rows[i] = is_uneven ? rows_of_halves(products[i]) : kBlockRows;
+      ends[i] = all_tasks += num_tasks(i, block_rows[i]);
+    }
+    float* scratch = this->scratch(member.index);
+    size_t i = 0; // tasks come in their order
+    team_.for_each_task(member, all_tasks, [&](int64_t task) {
+      while (task >= ends[i]) {
+        ++i;
       }
-      first = end;
-    }
-    team_.wait();
+      task -= i == 0 ? 0 : ends[i - 1];
+      const int64_t first_row = task / num_groups(i) * block_rows[i];
+      const int64_t begin = task % num_groups(i) * group;
+      Product<Element> block = products[i];
+      block.x += first_row * block.x_stride;
+      block.y += first_row * block.y_stride;
+      block.num_rows = std::min(block_rows[i], block.num_rows - first_row);
+      multiply_panels<Element>(block.panel_outputs)(block, begin, std::min(begin + group, panels[i]), scratch);
+    });
   }
 
-  void embed(int64_t member) {
+  bool is_projected() const {
+    return decoder_.project_in.num_outputs > 0;
+  }
+
+  void project_tokens(Team::Member& member) {
+    const auto* tokens = element(decoder_.embed_tokens);
+    const int64_t size = decoder_.embedding_size;
+    for_parts(member, num_rows_, [&](const Part& part) {
+      for (int64_t index = part.index; index < num_rows_; index += part.count) {
+        copy(tokens + token_ids_[index] * size, row(embedded_, index), size);
+      }
+    });
+    multiply<1>(
+        member, {product(decoder_.project_in, row(embedded_, 0), embedded_.stride, hidden(0), hidden_stride_, num_rows_)});
+  }
+
+  void embed(const Part& part) {
     const auto* tokens = element(decoder_.embed_tokens);
     const auto* positions = element(decoder_.embed_positions);
-    const int64_t embedding_size = decoder_.embedding_size;
-    const bool is_projected = decoder_.project_in.num_outputs > 0;
-    if (is_projected) {
-      for (int64_t index = 0; index < num_rows_; ++index) {
-        if (owns(member, index)) {
-          copy(tokens + token_ids_[index] * embedding_size, row(embedded_, index), embedding_size);
-        }
-      }
-      team_.wait();
-      multiply<1>(
-          member, {product(decoder_.project_in, row(embedded_, 0), embedded_.stride, hidden(0), hidden_stride_, num_rows_)});
-    }
     const Norm<Element> embed_norm = norm(decoder_.embed_norm);
-    for (int64_t index = 0; index < num_rows_; ++index) {
-      if (!owns(member, index)) {
-        continue;
-      }
+    for (int64_t index = part.index; index < num_rows_; index += part.count) {
       Element* x = hidden(index);
       if (begun_ != nullptr && begun_[index] != nullptr) {
         copy(static_cast<const Element*>(begun_[index]), x, decoder_.hidden_size);
         continue;
       }
-      if (!is_projected) {
-        copy(tokens + token_ids_[index] * embedding_size, x, embedding_size);
+      if (!is_projected()) {
+        copy(tokens + token_ids_[index] * decoder_.embedding_size, x, decoder_.embedding_size);
       }
       if (positions != nullptr) {
         const int64_t position = position_ids_[index] + decoder_.position_offset;
@@ -337,42 +374,45 @@ class Step {
     }
   }
 
-  // Hands out the states of rows that a caller wants as they are in front of a layer.
-  void keep(int64_t member, size_t layer) {
-    for (int64_t index = 0; kept_ != nullptr && index < num_rows_; ++index) {
+  void pass(const Part& part, const Between& between) {
+    if (between.open == kEmbedding) {
+      embed(part);
+    } else if (between.open != kNothing) {
+      end_layer(part, between.open);
+    }
+    for (int64_t index = part.index; kept_ != nullptr && index < num_rows_; index += part.count) {
       const KeptState& kept = kept_[index];
-      if (kept.out != nullptr && static_cast<size_t>(kept.layer) == layer && owns(member, index)) {
+      const auto layer = static_cast<size_t>(kept.layer);
+      if (kept.out != nullptr && layer >= between.keep_begin && layer < between.keep_end) {
         copy(hidden(index), static_cast<Element*>(kept.out), decoder_.hidden_size);
       }
     }
   }
 
-  // Asks the gate, and plans the layer; all threads wait for it.
-  void decide(int64_t member, size_t layer) {
+  // Asks the gate, and plans the layer.
+  void decide(Team::Member& member, size_t layer, Between& between) {
     const int64_t size = decoder_.hidden_size;
     if (gate_.asks[layer]) {
-      for (int64_t index = 0; index < num_rows_; ++index) {
-        if (owns(member, index)) {
-          const float* skip = gate_.weight + 2 * layer * size;
-          const float no = kernels_.dot(hidden(index), skip, size) + (gate_.bias == nullptr ? 0.0f : gate_.bias[2 * layer]);
-          const float yes =
-              kernels_.dot(hidden(index), skip + size, size) + (gate_.bias == nullptr ? 0.0f : gate_.bias[2 * layer + 1]);
+      for_parts(member, num_rows_, [&](const Part& part) {
+        pass(part, between);
+        const float* skip = gate_.weight + 2 * layer * size;
+        const float* bias = gate_.bias == nullptr ? nullptr : gate_.bias + 2 * layer;
+        for (int64_t index = part.index; index < num_rows_; index += part.count) {
+          const float no = kernels_.dot(hidden(index), skip, size) + (bias == nullptr ? 0.0f : bias[0]);
+          const float yes = kernels_.dot(hidden(index), skip + size, size) + (bias == nullptr ? 0.0f : bias[1]);
           plan_.active[layer * num_rows_ + index] = yes >= no;
         }
-      }
-      team_.wait();
+      });
+      between = {kNothing, layer + 1, layer + 1};
     }
-    if (member == 0) {
-      plan_all(layer, 1);
-    }
-    team_.wait();
+    team_.for_each_task(member, 1, [&](int64_t) { plan_all(layer, 1); });
   }
 
   void plan_all(size_t first_layer, size_t num_layers) {
     plan_.plan(first_layer, num_layers, num_rows_, counts_, decoder_.layers.size(), whole_);
   }
 
-  void run_layer(int64_t member, size_t index, Clock& clock) {
+  void run_layer(Team::Member& member, size_t index, Between& between, Clock& clock) {
     const LayerSpec& layer = decoder_.layers[index];
     const int64_t num_run = counts_[index];
     const int64_t num_kv = counts_[decoder_.layers.size() + index];
@@ -387,23 +427,26 @@ class Step {
     const bool same_rows = num_run == num_kv; // who runs computes a key and a value
     const bool same_norm = decoder_.shared_norm;
 
-    for (int64_t i = 0; i < num_kv; ++i) {
-      if (owns(member, kv_ids[i])) {
-        input(attention_norm, hidden(kv_ids[i]), row(normed_, i));
+    for_parts(member, num_rows_, [&](const Part& part) {
+      pass(part, between);
+      for (int64_t i = 0; i < num_kv; ++i) {
+        if (part.has(kv_ids[i])) {
+          input(attention_norm, hidden(kv_ids[i]), row(normed_, i));
+        }
       }
-    }
-    for (int64_t i = 0; i < num_run; ++i) {
-      if (!owns(member, run_ids[i])) {
-        continue;
+      for (int64_t i = 0; i < num_run; ++i) {
+        if (!part.has(run_ids[i])) {
+          continue;
+        }
+        if (!same_rows) {
+          input(attention_norm, hidden(run_ids[i]), row(run_normed_, i));
+        }
+        if (decoder_.parallel && !same_norm) {
+          input(ffn_norm, hidden(run_ids[i]), row(ffn_normed_, i));
+        }
       }
-      if (!same_rows) {
-        input(attention_norm, hidden(run_ids[i]), row(run_normed_, i));
-      }
-      if (decoder_.parallel && !same_norm) {
-        input(ffn_norm, hidden(run_ids[i]), row(ffn_normed_, i));
-      }
-    }
-    team_.wait();
+    });
+    between = {num_run > 0 ? static_cast<int64_t>(index) : kNothing, index + 1, index + 1};
     clock.lap(kOther);
 
     const Rows& run_rows = same_rows ? normed_ : run_normed_;
@@ -420,18 +463,15 @@ class Step {
     clock.lap(kProducts);
 
     place(member, layer, run_ids, num_run, kv_ids, num_kv, slots);
-    team_.wait();
+    clock.lap(kOther);
     if (num_run == 0) {
-      clock.lap(kOther);
       return;
     }
-    clock.lap(kOther);
     if (is_prompt_ && attend_prompt_ != nullptr) {
       attend_prompts(member, layer, index, run_ids, num_run);
     } else {
       attend(member, layer, index, run_ids, num_run);
     }
-    team_.wait();
     clock.lap(kAttention);
 
     if (!decoder_.parallel) {
@@ -439,14 +479,13 @@ class Step {
           member,
           {product(layer.out_proj, row(attention_, 0), attention_.stride, row(delta_, 0), delta_.stride, num_run)});
       clock.lap(kProducts);
-      for (int64_t i = 0; i < num_run; ++i) {
-        if (owns(member, run_ids[i])) {
+      for_parts(member, num_run, [&](const Part& part) {
+        for (int64_t i = part.index; i < num_run; i += part.count) {
           Element* x = hidden(run_ids[i]);
           add(x, row(delta_, i), attention_norm);
           input(ffn_norm, x, row(ffn_normed_, i));
         }
-      }
-      team_.wait();
+      });
       clock.lap(kOther);
       multiply<1>(
           member,
@@ -456,7 +495,6 @@ class Step {
     }
     if (decoder_.gated) {
       activate(member, num_run);
-      team_.wait();
       clock.lap(kOther);
     }
     const Rows& last = decoder_.gated ? activated_ : inner_;
@@ -470,8 +508,16 @@ class Step {
       multiply<1>(member, {fc2});
     }
     clock.lap(kProducts);
-    for (int64_t i = 0; i < num_run; ++i) {
-      if (owns(member, run_ids[i])) {
+  }
+
+  // Adds what a layer's products have left to the rows that ran it.
+  void end_layer(const Part& part, size_t index) {
+    const LayerSpec& layer = decoder_.layers[index];
+    const int32_t* run_ids = plan_.run_ids.data() + index * num_rows_;
+    const Norm<Element> attention_norm = norm(layer.attention_norm);
+    const Norm<Element> ffn_norm = norm(layer.ffn_norm);
+    for (int64_t i = 0; i < counts_[index]; ++i) {
+      if (part.has(run_ids[i])) {
         Element* x = hidden(run_ids[i]);
         if (decoder_.parallel) {
           add(x, row(delta_, i), attention_norm);
@@ -483,7 +529,7 @@ class Step {
 
   // Turns queries and keys to their positions, and puts keys and values into their slots.
   void place(
-      int64_t member, const LayerSpec& layer, const int32_t* run_ids, int64_t num_run, const int32_t* kv_ids,
+      Team::Member& member, const LayerSpec& layer, const int32_t* run_ids, int64_t num_run, const int32_t* kv_ids,
       int64_t num_kv, const int32_t* slots) {
     const auto* cos_sin = static_cast<const float*>(decoder_.data(decoder_.cos_sin));
     const int64_t rotary_size = cos_sin == nullptr ? 0 : decoder_.tensors[decoder_.cos_sin].size(1);
@@ -498,36 +544,34 @@ class Step {
       task.eps = spec.eps;
       kernels_.rotate(task);
     };
-    if (cos_sin != nullptr) {
-      for (int64_t i = 0; i < num_run; ++i) {
-        if (owns(member, i)) {
+    const int64_t size = decoder_.num_kv_heads * decoder_.head_size;
+    // The key of a single row is another task than its query.
+    const int64_t first_key = cos_sin == nullptr ? 0 : 1;
+    for_parts(member, num_kv + first_key, [&](const Part& part) {
+      for (int64_t i = 0; cos_sin != nullptr && i < num_run; ++i) {
+        if (part.has(i)) {
           rotate(row(query_, i), run_ids[i], layer.q_norm, decoder_.num_heads);
         }
       }
-    }
-    const int64_t size = decoder_.num_kv_heads * decoder_.head_size;
-    for (int64_t i = 0; i < num_kv; ++i) {
-      // Others than those of the queries, where a single row has both.
-      if (!owns(member, i + 1)) {
-        continue;
+      for (int64_t i = 0; i < num_kv; ++i) {
+        const int32_t index = kv_ids[i];
+        const int64_t slot = slots[index];
+        if (!part.has(i + first_key) || slot < 0) {
+          continue;
+        }
+        if (cos_sin != nullptr) {
+          rotate(row(key_, i), index, layer.k_norm, decoder_.num_kv_heads);
+        }
+        copy(row(key_, i), k_cache_ + slot * size, size);
+        copy(row(value_, i), v_cache_ + slot * size, size);
+        if (slot_positions_ != nullptr) {
+          slot_positions_[slot] = static_cast<int32_t>(position_ids_[index]);
+        }
       }
-      const int32_t index = kv_ids[i];
-      const int64_t slot = slots[index];
-      if (slot < 0) {
-        continue;
-      }
-      if (cos_sin != nullptr) {
-        rotate(row(key_, i), index, layer.k_norm, decoder_.num_kv_heads);
-      }
-      copy(row(key_, i), k_cache_ + slot * size, size);
-      copy(row(value_, i), v_cache_ + slot * size, size);
-      if (slot_positions_ != nullptr) {
-        slot_positions_[slot] = static_cast<int32_t>(position_ids_[index]);
-      }
-    }
+    });
   }
 
-  void attend(int64_t member, const LayerSpec& layer, size_t index, const int32_t* run_ids, int64_t num_run) {
+  void attend(Team::Member& member, const LayerSpec& layer, size_t index, const int32_t* run_ids, int64_t num_run) {
     const int64_t num_heads = decoder_.num_heads;
     const int64_t group_size = num_heads / decoder_.num_kv_heads;
     const int64_t blocks_wanted =
@@ -539,7 +583,7 @@ class Step {
     const int64_t num_blocks = (num_heads + block_heads - 1) / block_heads;
     const int32_t* key_limits = plan_.key_limits.data() + index * num_rows_;
     const auto* slopes = static_cast<const float*>(decoder_.data(decoder_.slopes));
-    for (int64_t i = team_.next_task(); i < num_run * num_blocks; i = team_.next_task()) {
+    team_.for_each_task(member, num_run * num_blocks, [&](int64_t i) {
       const int64_t place = i / num_blocks;
       const int32_t id = run_ids[place];
       DecodeAttentionTask<Element> task;
@@ -549,7 +593,7 @@ class Step {
       task.slots = whole_.slot_tables + index * whole_.slot_tables_layer_stride +
           plan_.cache_ids[id] * whole_.slot_tables_seq_stride;
       task.out = row(attention_, place);
-      task.scratch = scratch(member);
+      task.scratch = scratch(member.index);
       task.num_tokens = key_limits[id];
       task.slot_stride = decoder_.num_kv_heads * decoder_.head_size;
       task.first_head = i % num_blocks * block_heads;
@@ -562,66 +606,74 @@ class Step {
       task.position = position_ids_[id];
       task.slot_positions = slot_positions_;
       kernels_.decode_attention(task);
-    }
+    });
   }
 
   // Blocks of rows of one prompt each, and the query heads of one key-value head.
-  void attend_prompts(int64_t member, const LayerSpec& layer, size_t index, const int32_t* run_ids, int64_t num_run) {
+  void attend_prompts(
+      Team::Member& member, const LayerSpec& layer, size_t index, const int32_t* run_ids, int64_t num_run) {
     if constexpr (std::is_same_v<Element, BFloat16>) {
       const int64_t group_size = decoder_.num_heads / decoder_.num_kv_heads;
       const int64_t parts = (group_size + kMostPromptHeads - 1) / kMostPromptHeads;
       const int64_t part_heads = (group_size + parts - 1) / parts;
-      const int64_t num_tasks = decoder_.num_kv_heads * parts;
+      const int64_t num_tasks = decoder_.num_kv_heads * parts; // of a block
       const int32_t* key_limits = plan_.key_limits.data() + index * num_rows_;
-      int64_t next = team_.next_task();
-      int64_t first = 0; // task of a block
-      for (int64_t begin = 0, end = 0; begin < num_run; begin = end) {
-        const int32_t cache_id = plan_.cache_ids[run_ids[begin]];
-        for (end = begin + 1; end < num_run && end < begin + kPromptRows; ++end) {
-          if (plan_.cache_ids[run_ids[end]] != cache_id) {
-            break;
-          }
+      const auto end_of_block = [&](int64_t begin) {
+        int64_t end = begin + 1;
+        while (end < std::min(num_run, begin + kPromptRows) &&
+               plan_.cache_ids[run_ids[end]] == plan_.cache_ids[run_ids[begin]]) {
+          ++end;
         }
-        for (; next < first + num_tasks; next = team_.next_task()) {
-          const int64_t part = (next - first) % parts * part_heads;
-          PromptAttentionTask task;
-          task.query = row(query_, begin);
-          task.k_cache = k_cache_;
-          task.v_cache = v_cache_;
-          task.slots = whole_.slot_tables + index * whole_.slot_tables_layer_stride +
-              cache_id * whole_.slot_tables_seq_stride;
-          task.out = row(attention_, begin);
-          task.scratch = scratch(member);
-          for (int64_t i = 0; i < kPromptRows; ++i) {
-            const int32_t id = run_ids[std::min(begin + i, end - 1)];
-            task.key_limits[i] = key_limits[id];
-            task.positions[i] = static_cast<int32_t>(position_ids_[id]);
-          }
-          task.num_rows = end - begin;
-          task.query_stride = query_.stride;
-          task.out_stride = attention_.stride;
-          task.slot_stride = decoder_.num_kv_heads * decoder_.head_size;
-          task.kv_head = (next - first) / parts;
-          task.first_head = task.kv_head * group_size + part;
-          task.num_heads = std::min(part_heads, group_size - part);
-          task.head_size = decoder_.head_size;
-          task.scale = layer.scale;
-          task.slopes = static_cast<const float*>(decoder_.data(decoder_.slopes));
-          task.window = layer.window;
-          task.slot_positions = slot_positions_;
-          attend_prompt_(task);
-        }
-        first += num_tasks;
+        return end;
+      };
+      int64_t num_blocks = 0;
+      for (int64_t begin = 0; begin < num_run; begin = end_of_block(begin)) {
+        ++num_blocks;
       }
+      int64_t block = 0, begin = 0, end = end_of_block(0); // tasks come in their order
+      team_.for_each_task(member, num_blocks * num_tasks, [&](int64_t i) {
+        for (; block < i / num_tasks; ++block) {
+          begin = end;
+          end = end_of_block(begin);
+        }
+        const int64_t kv_head = i % num_tasks / parts;
+        const int64_t first_head = i % parts * part_heads;
+        PromptAttentionTask task;
+        task.query = row(query_, begin);
+        task.k_cache = k_cache_;
+        task.v_cache = v_cache_;
+        task.slots = whole_.slot_tables + index * whole_.slot_tables_layer_stride +
+            plan_.cache_ids[run_ids[begin]] * whole_.slot_tables_seq_stride;
+        task.out = row(attention_, begin);
+        task.scratch = scratch(member.index);
+        for (int64_t place = 0; place < kPromptRows; ++place) {
+          const int32_t id = run_ids[std::min(begin + place, end - 1)];
+          task.key_limits[place] = key_limits[id];
+          task.positions[place] = static_cast<int32_t>(position_ids_[id]);
+        }
+        task.num_rows = end - begin;
+        task.query_stride = query_.stride;
+        task.out_stride = attention_.stride;
+        task.slot_stride = decoder_.num_kv_heads * decoder_.head_size;
+        task.kv_head = kv_head;
+        task.first_head = kv_head * group_size + first_head;
+        task.num_heads = std::min(part_heads, group_size - first_head);
+        task.head_size = decoder_.head_size;
+        task.scale = layer.scale;
+        task.slopes = static_cast<const float*>(decoder_.data(decoder_.slopes));
+        task.window = layer.window;
+        task.slot_positions = slot_positions_;
+        attend_prompt_(task);
+      });
     }
   }
 
   // Gates times what they let through, in parts of rows.
-  void activate(int64_t member, int64_t num_run) {
+  void activate(Team::Member& member, int64_t num_run) {
     const int64_t size = decoder_.ffn_size;
     const int64_t parts = std::max<int64_t>(1, team_.size() / num_run);
     const int64_t part_size = (size / parts + 15) / 16 * 16;
-    for (int64_t i = team_.next_task(); i < num_run * parts; i = team_.next_task()) {
+    team_.for_each_task(member, num_run * parts, [&](int64_t i) {
       const int64_t first = i % parts * part_size;
       ActivateRow<Element> task;
       task.x = row(inner_, i / parts) + first;
@@ -632,14 +684,14 @@ class Step {
       if (task.size > 0) {
         kernels_.activate(task);
       }
-    }
+    });
   }
 
-  void head(int64_t member, Clock& clock) {
+  void begin_head(const Part& part) {
     const Norm<Element> final_norm = norm(decoder_.final_norm);
     for (int64_t i = 0; i < num_head_rows_; ++i) {
       const int64_t index = head_rows_ == nullptr ? i : head_rows_[i];
-      if (!owns(member, index)) {
+      if (!part.has(index)) {
         continue;
       }
       if (final_norm.exists) {
@@ -648,8 +700,9 @@ class Step {
         copy(hidden(index), row(normed_, i), decoder_.hidden_size);
       }
     }
-    team_.wait();
-    clock.lap(kOther);
+  }
+
+  void head(Team::Member& member, Clock& clock) {
     const bool is_projected = decoder_.project_out.num_outputs > 0;
     if (is_projected) {
       multiply<1>(
@@ -661,9 +714,7 @@ class Step {
     const int64_t vocab_size = decoder_.vocab_size;
     multiply<1>(member, {product(decoder_.lm_head, row(rows, 0), rows.stride, logits_, vocab_size, num_head_rows_)});
     clock.lap(kProducts);
-    for (int64_t i = team_.next_task(); i < num_head_rows_; i = team_.next_task()) {
-      tokens_[i] = choose(member, i);
-    }
+    team_.for_each_task(member, num_head_rows_, [&](int64_t i) { tokens_[i] = choose(member.index, i); });
   }
 
   int64_t choose(int64_t member, int64_t index) const {

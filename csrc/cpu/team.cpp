@@ -4,8 +4,6 @@
 #include <csignal>
 
 #include <pthread.h>
-#include <sched.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -18,6 +16,16 @@ namespace {
 
 constexpr std::chrono::microseconds kMostSpinning{50};
 constexpr int kSpinsBetweenLooks = 16;
+// Of the word that says who is in a run.
+constexpr uint64_t kIsOver = uint64_t{1} << 31;
+constexpr uint64_t kNumInside = kIsOver - 1;
+
+uint32_t run_of(uint64_t door) {
+  return static_cast<uint32_t>(door >> 32);
+}
+
+// Leads a thread out of a run that ended while it slept.
+struct HasOverslept {};
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -27,40 +35,24 @@ void pause_briefly() {
 #endif
 }
 
-// Asks the kernel for short turns, which Linux grants since 6.12: a thread with work for some microseconds is then not kept
-// waiting by another process until that has had its own turn of milliseconds. Older kernels ignore it. Not for the calling
-// thread, which is not ours.
-void ask_for_short_turns() {
-#if defined(__linux__)
-  struct {
-    uint32_t size, policy;
-    uint64_t flags;
-    int32_t nice;
-    uint32_t priority;
-    uint64_t runtime, deadline, period;
-  } attributes = {};
-  attributes.size = sizeof(attributes);
-  const int kept = syscall(SYS_sched_getattr, 0, &attributes, sizeof(attributes), 0);
-  if (kept == 0 && attributes.policy == SCHED_OTHER) {
-    attributes.runtime = 100000; // ns, the shortest
-    syscall(SYS_sched_setattr, 0, &attributes, 0);
-  }
-#endif
-}
-
 } // namespace
 
 template <typename Ready>
-void Team::wait_until(const Ready& ready) {
+bool Team::spin_until(const Ready& ready) {
   const auto begin = std::chrono::steady_clock::now();
   do {
     for (int i = 0; i < kSpinsBetweenLooks; ++i) {
       if (ready()) {
-        return;
+        return true;
       }
       pause_briefly();
     }
   } while (std::chrono::steady_clock::now() - begin < kMostSpinning);
+  return false;
+}
+
+template <typename Ready>
+void Team::sleep_until(const Ready& ready) {
   std::unique_lock<std::mutex> lock(mutex_);
   // Sequentially consistent, as what wakes is: either this thread sees what it waits for, or is seen to sleep.
   num_sleeping_.fetch_add(1);
@@ -75,20 +67,19 @@ void Team::wake() {
   }
 }
 
-Team::Team(int64_t num_members) : size_(num_members), process_(getpid()) {
+Team::Team(int64_t num_members) : size_(num_members), process_(getpid()), door_(kIsOver) {
   // Signals are for the threads of the program, not for these.
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  for (int64_t member = 1; member < num_members; ++member) {
-    threads_.emplace_back([this, member] { work_until_stopped(member); });
+  for (int64_t index = 1; index < num_members; ++index) {
+    threads_.emplace_back([this, index] { work_until_stopped(index); });
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Team::~Team() {
-  stops_ = true;
-  num_runs_.fetch_add(1);
+  stops_.store(true);
   wake();
   for (std::thread& thread : threads_) {
     thread.join();
@@ -99,46 +90,91 @@ bool Team::was_forked() const {
   return getpid() != process_;
 }
 
-void Team::run(const std::function<void(int64_t)>& work) {
+void Team::run(const std::function<void(Member&)>& work) {
   if (was_forked()) {
     size_ = 1;
   }
-  next_task_.store(0, std::memory_order_relaxed);
-  if (size_ > 1) {
-    work_ = &work;
-    num_runs_.fetch_add(1);
-    wake();
-  }
-  work(0);
-  wait();
-}
-
-void Team::wait() {
+  Member caller = {0, 0, 0};
   if (size_ == 1) {
-    next_task_.store(0, std::memory_order_relaxed);
+    work(caller);
     return;
   }
-  const uint32_t phase = num_phases_.load();
-  if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    num_arrived_.store(0, std::memory_order_relaxed);
-    next_task_.store(0, std::memory_order_relaxed);
-    num_phases_.store(phase + 1);
+  work_ = &work;
+  next_task_.store(0);
+  door_.store(uint64_t{run_of(door_.load()) + 1} << 32);
+  wake();
+  work(caller);
+  door_.fetch_or(kIsOver);
+  wake(); // who sleeps in the run is not in it, and may forget it
+  const auto is_empty = [&] { return (door_.load() & kNumInside) == 0; };
+  if (!spin_until(is_empty)) {
+    sleep_until(is_empty);
+  }
+}
+
+bool Team::enter(Member& member) {
+  uint64_t door = door_.load();
+  while (run_of(door) == member.run && (door & kIsOver) == 0) {
+    if (door_.compare_exchange_weak(door, door + 1)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+void Team::leave() {
+  if ((door_.fetch_sub(1) & (kIsOver | kNumInside)) == (kIsOver | 1)) {
+    wake();
+  }
+}
+
+void Team::end_phase(Member& member, int64_t num_tasks, int64_t num_done) {
+  if (num_done > 0 && num_done_.fetch_add(num_done) + num_done == num_tasks) {
+    num_done_.store(0);
+    next_task_.store(uint64_t{++member.phase} << 32);
     wake();
     return;
   }
-  wait_until([&] { return num_phases_.load() != phase; });
+  const auto has_ended = [&] { return next_task_.load() >> 32 != member.phase; };
+  if (!spin_until(has_ended)) {
+    if (member.index == 0) {
+      sleep_until(has_ended);
+    } else {
+      leave();
+      sleep_until([&] {
+        const uint64_t door = door_.load();
+        return run_of(door) != member.run || (door & kIsOver) != 0 || has_ended();
+      });
+      if (!enter(member)) {
+        throw HasOverslept();
+      }
+    }
+  }
+  ++member.phase;
 }
 
-void Team::work_until_stopped(int64_t member) {
-  ask_for_short_turns();
-  for (uint32_t num_done = 0;;) {
-    wait_until([&] { return num_runs_.load() != num_done; });
-    ++num_done;
-    if (stops_) {
+void Team::work_until_stopped(int64_t index) {
+  for (Member member = {index, 0, 0};;) {
+    uint64_t door = 0;
+    const auto has_work = [&] {
+      door = door_.load();
+      return stops_.load() || (run_of(door) != member.run && (door & kIsOver) == 0);
+    };
+    if (!spin_until(has_work)) {
+      sleep_until(has_work);
+    }
+    if (stops_.load()) {
       return;
     }
-    (*work_)(member);
-    wait();
+    member = {index, run_of(door), 0};
+    if (!enter(member)) {
+      continue;
+    }
+    try {
+      (*work_)(member);
+      leave();
+    } catch (const HasOverslept&) {
+    }
   }
 }
 

@@ -546,7 +546,7 @@ print("fine")
 
 
 def test_a_step_beside_a_busy_process_takes_three_times_as_long_at_most() -> None:
-    """Threads that spun until their turn came would keep the core from the one that has work: ten times and more.
+    """Phases that waited for each thread would wait for the other process's turns, of milliseconds: ten times and more.
 
     Nor does it take more of the processors: other processes of this machine may be busy, too, but do not count there.
     """
@@ -582,7 +582,7 @@ def ratios():
     return [one / other for one, other in zip(beside, alone)]
 
 step_s()
-for attempt in range(12):
+for attempt in range(4):
     wall, cpu = map(median, zip(*[ratios() for _ in range(3)]))
     print(f"{wall:.2f} {cpu:.2f}", file=sys.stderr)
     if wall <= 3 and cpu <= 2:
