@@ -152,6 +152,7 @@ def page(run: Soaked) -> str:
     kinds = ", ".join(f"{name} {run.checked_kinds.get(name, 0)}" for name in sorted(run.answered_kinds))
     refused = ", ".join(f"{name} {count}" for name, count in sorted(run.refused.items()))
     wrong = run.verdict()
+    held = f"resident memory {run.rss_growth:+.2%} of {RSS_SHARE:.0%} allowed"
     return f"""# A server under random requests, {told["minutes"]:g} minutes
 
 Written by `make soak-serve`. {told["cpu"]}, {told["num_cores"]} cores, torch {told["versions"]["torch"]}, commit \
@@ -168,7 +169,7 @@ routes, {run.outcomes.get("turned away", 0):,} turned away until their clients g
 {last.num_preempted:,.0f} preempted; {last.num_shared_tokens:,.0f} prompt tokens were another request's.
 - It was stopped for {run.paused_s:.0f} s in the middle (SIGSTOP, SIGCONT), with requests on their way.
 - Resident memory: {rss.value:+.1f} MiB an hour (95 % interval {rss.low:+.1f} to {rss.high:+.1f}), \
-{run.rss_growth:+.2%} in the measured time (allowed: {RSS_SHARE:.0%}).
+{run.rss_growth:+.2%} in the measured time.
 - Behind the last request: {", ".join(f"{name} {value:g}" for name, value in run.left.items())}. SIGTERM then ended it \
 with status {run.exit_status}.
 - {run.num_checked} answers, drawn from all, were made again by the library, each prompt alone: \
@@ -178,7 +179,7 @@ Of these: {kinds}.
 
 Refused: {refused}.
 
-Verdict: {"; ".join(wrong) if wrong else "flat memory, no request lost, nothing held, all answers the library's"}.
+Verdict: {"; ".join(wrong) if wrong else f"{held}, no request lost, nothing held, all answers the library's"}.
 """
 
 

@@ -226,7 +226,7 @@ def soaked(**changes: Any) -> Soaked:
 def test_a_soak_without_a_fault_says_so() -> None:
     run = soaked()
     assert run.verdict() == []
-    assert "Verdict: flat memory, no request lost" in soak_page(run)
+    assert f"Verdict: resident memory {run.rss_growth:+.2%} of 2% allowed, no request lost" in soak_page(run)
     line = json.loads(json.dumps(run.line()))
     assert line["found"]["verdict"] == []
     assert Soaked.of_line(line) == run
