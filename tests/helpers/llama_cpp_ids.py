@@ -3,7 +3,8 @@
     pip install llama-cpp-python gguf
     python tests/helpers/llama_cpp_ids.py MODEL.gguf alpaca_data.json.xz > tests/models/llama_cpp_ids.json
 
-The result holds the ids of made-up texts; of Alpaca's, which are not the project's to pass on, a hash of their ids.
+The result holds the ids of made-up texts, and hashes of those of texts that are drawn, of the vocabulary's own pieces
+among them, and of Alpaca's, which are not the project's to pass on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "qwen2", "llama-bpe")
-NUM_HOSTILE, NUM_ALPACA = 1_000, 3_000
+NUM_HOSTILE, NUM_OF_VOCABULARY, NUM_ALPACA = 1_000, 3_000, 3_000
 
 MADE_UP = (
     "The kettle sings.",
@@ -72,6 +73,20 @@ def hostile_texts() -> list[str]:
     return [
         "".join(generator.choice(_FRAGMENTS) for _ in range(generator.randrange(1, 40))) for _ in range(NUM_HOSTILE)
     ]
+
+
+def vocabulary_texts(metadata: Mapping[str, Any]) -> list[str]:
+    """Random rows of the normal tokens of a byte-level vocabulary, the frequent ones, which come first, more often."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]
+    byte_of = dict(zip(characters, [*printable, *sorted(set(range(256)) - set(printable))], strict=True))
+    types = metadata["tokenizer.ggml.token_type"]
+    tokens = [token for token, kind in zip(metadata["tokenizer.ggml.tokens"], types, strict=True) if kind == 1]
+    generator, texts = random.Random(0), []
+    for _ in range(NUM_OF_VOCABULARY):
+        row = [tokens[int(len(tokens) * generator.random() ** 2)] for _ in range(generator.randrange(1, 80))]
+        texts.append(bytes(byte_of[character] for character in "".join(row)).decode(errors="replace"))
+    return texts
 
 
 def alpaca_texts(path: Path) -> list[str]:
@@ -128,8 +143,8 @@ def main(model: Path, alpaca: Path) -> None:
         report["hostile"][pre] = ids_hash(ids[True] + ids[False])
         if pre == "smollm":
             report["made_up"] = [list(pair) for pair in zip(ids[True], ids[False], strict=True)][: len(MADE_UP)]
-            texts = alpaca_texts(alpaca)
-            report["alpaca"] = ids_hash(vocabulary.tokenize(text.encode(), add_bos=True) for text in texts)
+            for name, texts in (("vocabulary", vocabulary_texts(metadata)), ("alpaca", alpaca_texts(alpaca))):
+                report[name] = ids_hash(vocabulary.tokenize(text.encode(), add_bos=True) for text in texts)
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in report.items() if key != "made_up"]
     rows = ",\n".join(f"    {json.dumps(pair)}" for pair in report["made_up"])
     print("{\n" + ",\n".join([*lines, f'  "made_up": [\n{rows}\n  ]']) + "\n}")

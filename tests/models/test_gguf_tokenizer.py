@@ -24,6 +24,7 @@ from llama_cpp_ids import (
     alpaca_texts,
     hostile_texts,
     ids_hash,
+    vocabulary_texts,
     write_vocabulary,
 )
 
@@ -82,6 +83,14 @@ def test_ids_of_hostile_texts_are_those_of_llama_cpp(pre: str, smollm2: Path, tm
     assert special != plain
     assert all(row[0] == tokenizer.bos_token_id for row in plain) == (pre == "llama-bpe")
     assert ids_hash(special + plain) == EXPECTED["hostile"][pre]
+
+
+def test_ids_of_its_vocabulary_are_those_of_llama_cpp(smollm2: Path) -> None:
+    """3,000 texts that every machine with the model has: pieces of its file, which meet as they do in no text."""
+    texts = vocabulary_texts(read_header(smollm2, "test").metadata)
+    ids = read_gguf_tokenizer(smollm2, "test")(texts, split_special_tokens=True)["input_ids"]
+    assert (len(texts), len({token for row in ids for token in row})) == (3_000, 40_082)
+    assert ids_hash(ids) == EXPECTED["vocabulary"]
 
 
 @pytest.mark.skipif(not ALPACA, reason="DYNSKIP_ALPACA names no alpaca_data.json of tatsu-lab/stanford_alpaca")
