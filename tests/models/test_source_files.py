@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from api import COSTS
 from checkpoints import (
     PEFT_WARNS,
     change_json,
@@ -27,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
-from dynskip import LLM, AsyncLLM, OPTForCausalLM, SamplingParams
+from dynskip import LLM, AsyncLLM, Engine, OPTForCausalLM, SamplingParams
 from dynskip.cli import main
 from dynskip.models.tokenizer import read_tokenizer
 
@@ -282,12 +286,14 @@ def test_end_tokens(case: str, folder: Path, tmp_path: Path) -> None:
     assert expected == (() if hf_ends is None else (hf_ends,) if isinstance(hf_ends, int) else tuple(hf_ends))
 
 
-def test_an_output_ends_where_transformers_ends_it(folder: Path) -> None:
-    prompt = [5, 6, 8]
-    free = LLM(folder, dtype="float32", backend="torch").generate(
-        [prompt], SamplingParams(max_tokens=12, ignore_eos=True)
-    )
-    ends = [free[0].token_ids[9], free[0].token_ids[4]]
+@pytest.mark.parametrize("first", [9, 4])
+def test_an_output_ends_where_transformers_ends_it(
+    first: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At whichever of several end tokens comes first, wherever that stands among them and whoever generates."""
+    prompt, params = [5, 6, 8], SamplingParams(max_tokens=12)
+    free = LLM(folder, dtype="float32", backend="torch").generate([prompt], replace(params, ignore_eos=True))
+    ends = [free[0].token_ids[first], free[0].token_ids[13 - first]]
     change_json(folder / "generation_config.json", eos_token_id=ends)
     hf_model = HFOPTForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -295,11 +301,21 @@ def test_an_output_ends_where_transformers_ends_it(folder: Path) -> None:
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
         expected = hf_model.generate(ids, **options)[0, 3:].tolist()
     assert expected[-1] in ends and len(expected) < 12
-    for llm in (LLM(folder, dtype="float32", backend="torch"), LLM(OPTForCausalLM.from_hf(hf_model, backend="torch"))):
-        output = llm.generate([prompt], SamplingParams(max_tokens=12))[0]
-        assert (output.token_ids, output.finish_reason) == (expected, "stop")
-        output = llm.generate([prompt], SamplingParams(max_tokens=12, ignore_eos=True))[0]
-        assert (output.token_ids, output.finish_reason) == (free[0].token_ids, "length")
+    llm = LLM(folder, dtype="float32", backend="torch")
+    engine = Engine(llm.model, tokenizer=llm.tokenizer, costs=COSTS)
+    engine.add_request(prompt, params)
+
+    async def ask() -> Any:
+        async with AsyncLLM(llm, costs=COSTS) as server:
+            return await server.generate(prompt, params)
+
+    from_hf = LLM(OPTForCausalLM.from_hf(hf_model, backend="torch"))
+    outputs = [*llm.generate([prompt], params), *from_hf.generate([prompt], params), *engine.run(), asyncio.run(ask())]
+    assert [(output.token_ids, output.finish_reason) for output in outputs] == [(expected, "stop")] * 4
+    command = ["generate", "--model", str(folder), "--dtype", "float32", "--backend", "torch", "--max-tokens", "12"]
+    assert main([*command, "--json", "w005 w006 w008"]) == 0
+    [shown] = json.loads(capsys.readouterr().out)["outputs"]
+    assert (shown["token_ids"], shown["finish_reason"]) == (expected, "stop")
 
 
 @pytest.mark.parametrize(
