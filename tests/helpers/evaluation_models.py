@@ -32,7 +32,11 @@ def item_lines(folder: Path) -> list[dict[str, Any]]:
 def save_checkpoint(directory: Path, seed: int = 0, family: str = "opt") -> Path:
     """A random model of 6 layers that knows 101 words, saved with its tokenizer."""
     family_hf(family, seed).save_pretrained(directory)
-    word_tokenizer().save_pretrained(directory)
+    tokenizer = word_tokenizer()
+    if family == "qwen2":
+        # Beside a Qwen2, transformers makes a byte-level tokenizer of every file: added words are what it keeps.
+        tokenizer.add_tokens([word for word in tokenizer.get_vocab() if word.startswith("w")])
+    tokenizer.save_pretrained(directory)
     return directory
 
 

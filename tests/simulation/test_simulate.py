@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from families import FAMILIES, family_shape
+from families import FAMILIES, family_hf, family_shape
 
 from dynskip.cli import calibrate as calibrate_command
 from dynskip.cli import main
@@ -339,9 +339,14 @@ def test_every_architecture_is_calibrated_and_simulated(
     assert main(["calibrate", "--shape", "tiny", *sizes, "--quiet"]) == 0
     kept = load_cached(device_key(), shape_key(shape, "bfloat16"))
     assert kept is not None and kept.num_layers == 6 and kept.conditions["shape"] == "tiny"
-    simulated = ["--device", "cpu", "--shape", "tiny", "--requests", "20", "--batch", "2", "--paths", "full=1"]
-    assert main(["simulate", *simulated]) == 0
-    assert "simulated from measured costs" in capsys.readouterr().out
+    family_hf(family).save_pretrained(tmp_path / "model")
+    costs = tmp_path / "costs.json"
+    assert main(["calibrate", "--model", str(tmp_path / "model"), *sizes, "--out", str(costs), "--quiet"]) == 0
+    assert StepCosts.read(costs).num_layers == 6 and StepCosts.read(costs) != kept
+    capsys.readouterr()
+    for device in (["cpu", "--shape", "tiny"], [str(costs)]):
+        assert main(["simulate", "--device", *device, "--requests", "20", "--batch", "2", "--paths", "full=1"]) == 0
+        assert "simulated from measured costs" in capsys.readouterr().out
 
 
 def test_a_device_that_was_not_calibrated_says_how(

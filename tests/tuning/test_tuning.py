@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import family_config
+from families import FAMILIES, family_config
 
 from dynskip.cli import main
 from dynskip.cli import tune as tune_command
@@ -420,10 +421,22 @@ def test_a_dry_run_compiles_the_candidates(
     assert lines[2].split()[3:] == ["5", "3", "9", "0"], "five tiles, two warp counts, one early start, the default"
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "phi"])
-def test_a_model_of_another_architecture_is_tuned(
-    family: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[CompilerPool]:
+    """One process for all families: each `tune` would start its own, which is most of what a dry run costs."""
+    with CompilerPool(90, 1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_every_architecture_is_tuned(
+    family: str,
+    compiler: CompilerPool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr("dynskip.tuning.compiling.CompilerPool", lambda *_: contextlib.nullcontext(compiler))
     family_config(family).save_pretrained(tmp_path)
     options = ["--dry-run", "--rows", "1", "--op", "linear_rows", "--jobs", "1", "--minutes", "1e-9", "--quiet"]
     assert main(["tune", "--model", str(tmp_path), *options]) == 0
