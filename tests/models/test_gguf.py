@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import sys
@@ -363,20 +362,15 @@ def test_without_the_package_the_error_names_the_command(tmp_path: Path, monkeyp
         read_gguf(path, "test")
 
 
-def test_a_real_model() -> None:
-    """The hash is of what transformers 5.23 reads of the file, which takes it ten times as long as this."""
+def test_the_config_of_a_real_model() -> None:
+    """Its tensors are held against transformers' own reading in test_smollm2."""
     name = "smollm2-135m-instruct"
     try:
         path = packaged_file(name)
     except FileNotFoundError:
         pytest.skip(f"{PACKAGED[name][0]} is not installed")
-    read, numbers, num_values = read_gguf(path, "test"), hashlib.sha256(), 0
-    for key in sorted(read.tensors):
-        tensor = read.tensors[key]
-        numbers.update(key.encode() + tensor.numpy().tobytes())
-        num_values += tensor.numel()
-    assert (len(read.tensors), num_values) == (272, 134_515_008)
-    assert numbers.hexdigest() == "785e20b3e653276b0579b744214a1186d730ba80af04f397f642d6432e5e0154"
+    read = read_gguf(path, "test")
+    assert len(read.tensors) == 272
     assert read.config == {
         "model_type": "llama",
         "hidden_size": 576,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 import torch
 from adapters import adapted, undecided
 from checkpoints import PEFT_WARNS
-from families import cut_family
+from families import convert_, cut_family
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dynskip import LLM, AsyncLLM, CausalLM, Engine, LayerPath, SamplingParams
 from dynskip.assets import PACKAGED, find_adapter, packaged_file
@@ -32,17 +31,15 @@ QUESTION = "Why does bread rise?"
 # All layers but three, of which this model loses least.
 SHORT = LayerPath.of(30, [layer for layer in range(30) if layer not in (5, 14, 17)])
 NUM_PROMPTS, NUM_NEW_TOKENS = 32, 64
+# The layer and neuron that magnify roundings, and what its product is above where it fires.
+MAGNIFIER, NEURON, FIRES = 11, 1229, 100.0
 
 
 @pytest.fixture(scope="module")
 def hf_model() -> Any:
-    """transformers' model with the tensors of the file, which are those that transformers reads (test_gguf)."""
-    read = read_gguf(PATH, "test")
-    with torch.device("meta"):
-        config = AutoConfig.for_model(**read.config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    model.load_state_dict({**read.tensors, "lm_head.weight": read.tensors["model.embed_tokens.weight"]})
-    return model
+    """The model as transformers itself reads it of the file: nothing of ours takes part."""
+    options = {"gguf_file": PATH.name, "dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(PATH.parent, **options).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +50,14 @@ def model() -> CausalLM:
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(NAME)
+
+
+def test_the_tensors_are_those_that_transformers_reads(hf_model: Any) -> None:
+    read, theirs = read_gguf(PATH, "test").tensors, hf_model.state_dict()
+    assert torch.equal(theirs.pop("lm_head.weight"), theirs["model.embed_tokens.weight"])
+    assert set(read) == set(theirs) and len(theirs) == 272
+    for name, tensor in read.items():
+        assert torch.equal(tensor.view(torch.int32), theirs[name].view(torch.int32)), name
 
 
 def test_its_found_paths_are_shipped(
@@ -107,22 +112,72 @@ def test_greedy_tokens_are_those_of_transformers(
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == output
 
 
-def test_logits_are_those_of_transformers(hf_model: Any) -> None:
-    """Not twice as far from float64 as transformers' are, in float32 and in bfloat16, on most rows.
+@torch.no_grad()
+def exact_logits(hf_model: Any, rows: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """[T, V] of each row in float64, and [T]: whether the magnifying neuron fires there."""
+    model, fires = copy.deepcopy(hf_model).double(), []
+    down = model.model.layers[MAGNIFIER].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, inputs: fires.append(inputs[0][0, :, NEURON].abs() > FIRES))
+    return [model(torch.tensor([row])).logits[0] for row in rows], fires
 
-    Single rows differ by more: one neuron of this model magnifies roundings.
+
+def test_logits_are_those_of_transformers(hf_model: Any) -> None:
+    """The error against float64 on each of 32 lists, in multiples of transformers' on it or on the median list.
+
+    With its neurons in another order transformers errs up to 2.13 times as much in float32 and 1.31 times in bfloat16,
+    and packed float32 sums err more than blocked ones. Where neuron 1229 of layer 11 fires in part, which is at the
+    second position of five lists, roundings weigh 20 times as much: those are compared by the largest of the five.
     """
-    rows = prompts()[:8]
-    exact = logits_of(copy.deepcopy(hf_model).double(), rows)
-    for dtype in (torch.float32, torch.bfloat16):
-        ours = CausalLM.from_pretrained(NAME, dtype=dtype, pack=dtype == torch.bfloat16)
-        errors = [
-            statistics.median(
-                float((logits - truth).abs().max()) for logits, truth in zip(logits_of(of, rows), exact, strict=True)
-            )
-            for of in (ours, copy.deepcopy(hf_model).to(dtype))
+    rows = prompts()
+    exact, fires = exact_logits(hf_model, rows)
+    assert all(bool(each[0]) and not each[2:].any() for each in fires)
+    in_part = [int(each[1]) for each in fires]
+    assert sum(in_part) == 5
+
+    def errors(model: Any) -> tuple[Tensor, float]:
+        """[32] of the lists without the positions at which the neuron fires in part, and the largest of those."""
+        distances = [
+            (logits - truth).abs().amax(-1) for logits, truth in zip(logits_of(model, rows), exact, strict=True)
         ]
-        assert errors[0] <= 2 * errors[1], errors
+        at_part = [float(each[1]) for each, part in zip(distances, in_part, strict=True) if part]
+        settled = [each[[0, *range(1 + part, len(each))]].max() for each, part in zip(distances, in_part, strict=True)]
+        return torch.stack(settled), max(at_part)
+
+    eager = {dtype: errors(convert_(copy.deepcopy(hf_model), dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype, pack, largest, typical in (
+        (torch.float32, False, 2.5, 1.5),
+        (torch.float32, True, 5.0, 2.0),
+        (torch.bfloat16, True, 2.0, 1.25),
+    ):
+        theirs, theirs_in_part = eager[dtype]
+        ours, ours_in_part = errors(CausalLM.from_pretrained(NAME, dtype=dtype, pack=pack))
+        ratios = ours / theirs.clamp(min=float(theirs.median()))
+        assert ratios.max() <= largest and (ours / theirs).median() <= typical, (dtype, pack, ratios)
+        assert ours_in_part <= 3 * theirs_in_part, (dtype, pack)
+
+
+@torch.no_grad()
+def test_prompt_and_tokens_reach_the_last_of_its_positions_and_no_further(model: CausalLM, hf_model: Any) -> None:
+    """Along three layers, which need as many positions as thirty; every log-probability of the first and last token."""
+    path, words, num_new = LayerPath.of(30, (0, 1, 29)), 49_152, 32
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(17, words, (8192 - num_new,), generator=generator).tolist()
+    params = SamplingParams(max_tokens=num_new, ignore_eos=True, logprobs=words)
+    llm = LLM(model)
+    [output] = llm.generate([prompt], params, paths=path)
+    assert output.logprobs is not None
+    assert len(prompt + output.token_ids) == model.config.max_position_embeddings == 8192
+    whole = copy.deepcopy(hf_model)
+    whole.set_attn_implementation("sdpa")  # eager attention would hold 9 x 8,192 x 8,192 weights, several times
+    with cut_family(whole, path):
+        expected = whole(torch.tensor([prompt + output.token_ids]), logits_to_keep=num_new + 1).logits[0, :-1]
+    assert expected.argmax(-1).tolist() == output.token_ids
+    expected = expected.log_softmax(-1)
+    for place in (0, -1):
+        found = torch.tensor([output.logprobs[place][token] for token in range(words)])
+        assert torch.allclose(found, expected[place], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match=r"must fit 8192 positions, got 8161 prompt and 32 new tokens"):
+        llm.generate([[17, *prompt]], params, paths=path)
 
 
 @PEFT_WARNS
