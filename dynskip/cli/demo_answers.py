@@ -1,4 +1,4 @@
-"""The demo's first part: a real pretrained model, tuned for paths, asked at several depths."""
+"""The demo's first part: a real pretrained model asked at full depth, without three layers, and tuned for fewer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from dynskip.paths import LayerPath
 
 MODEL, BASE = "smollm2-135m-paths", "smollm2-135m-instruct"
-QUESTIONS = ("Why does bread rise?", "What is the capital of France?")
-# Layers of the paths that it was tuned for, beside all of them.
+QUESTIONS = ("Why does bread rise?", "What is the capital of Japan?")
+# Layers that it misses least, and how many layers have the paths that it was tuned for.
+LEFT_OUT = (5, 14, 17)
 BUDGETS = (25, 20, 15)
 # Greedy tokens that transformers has to agree on.
 NUM_CHECKED = 32
@@ -25,14 +26,16 @@ NUM_CHECKED = 32
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer along a path, and nats a token of the full-depth answer along the same path.
+    """A greedy answer along a path, what it took, and nats a token of the untuned full-depth answer along that path.
 
-    token_ms: milliseconds a token, after the first; None of an answer of one token.
+    seconds: of the whole answer. token_ms: milliseconds a token, after the first; None of an answer of one token.
     """
 
     question: str
+    tuned: bool
     num_layers: int
     text: str
+    seconds: float
     token_ms: float | None
     nats: float
 
@@ -46,37 +49,42 @@ class Answers:
 
 
 def run_answers(max_tokens: int, backend: str) -> Answers:
-    """Ask every question at full depth and along the paths of `BUDGETS`, and hold `BASE` against transformers."""
+    """Ask `BASE` in full and without `LEFT_OUT`, `MODEL` along its `BUDGETS`; hold `BASE` against transformers."""
     from dynskip.llm import LLM
     from dynskip.paths import LayerPath
     from dynskip.sampling import SamplingParams
 
-    llm = LLM(MODEL, backend=backend)
+    base, tuned = LLM(BASE, backend=backend), LLM(MODEL, backend=backend)
     params = SamplingParams(max_tokens=max_tokens)
-    paths = [LayerPath.full(llm.model.num_layers), *(LayerPath.found(llm.model, budget) for budget in BUDGETS)]
+    full = LayerPath.full(base.model.num_layers)
+    ways = [(base, full), (base, LayerPath.of(len(full.layers), set(full.layers) - set(LEFT_OUT)))]
+    ways += [(tuned, LayerPath.found(tuned.model, budget)) for budget in BUDGETS]
     answers = []
     for question in QUESTIONS:
-        prompt, whole = prompt_ids(llm, question), None
-        for path in paths:
+        prompt, whole = prompt_ids(base, question), None
+        for llm, path in ways:
             [output] = llm.generate([prompt], params, paths=path)
             token_ms = None if output.tpot_s is None else round(1000 * output.tpot_s, 2)
             whole = output.token_ids if whole is None else whole
             nats = round(_nats(llm, prompt, whole, path), 3)
-            answers.append(Answer(question, path.budget, output.text or "", token_ms, nats))
-    return Answers(answers, _agrees(prompt_ids(llm, QUESTIONS[0]), backend))
+            took = round(output.latency_s, 3), token_ms, nats
+            answers.append(Answer(question, llm is tuned, path.budget, output.text or "", *took))
+    return Answers(answers, _agrees(prompt_ids(base, QUESTIONS[0]), backend))
 
 
 def answers_page(found: Answers) -> str:
     """The answers with what they took, and the verdict."""
     width = min(shutil.get_terminal_size().columns, 120)
+    left_out = ", ".join(map(str, LEFT_OUT))
     lines = [
-        f"ANSWERS: {MODEL}, a pretrained model tuned for paths, at full depth and along searched paths, greedy",
-        "nats: a token of the full-depth answer, along the path; ms: a token",
+        f"ANSWERS: {BASE}, a pretrained model, at full depth and without layers {left_out}; tuned for fewer; greedy",
+        "nats: a token of the first answer, along the path",
         "",
     ]
     for answer in found.answers:
-        time = "" if answer.token_ms is None else f" {answer.token_ms:.1f} ms,"
-        lines.append(f"[{answer.num_layers} layers]{time} {answer.nats:.2f} nats  > {answer.question}")
+        pace = "" if answer.token_ms is None else f" ({answer.token_ms:.1f} ms a token)"
+        layers = f"{answer.num_layers} layers{', tuned' if answer.tuned else ''}"
+        lines.append(f"[{layers}] {answer.seconds:.2f} s{pace}, {answer.nats:.2f} nats  > {answer.question}")
         for paragraph in answer.text.strip().splitlines() or ["(nothing)"]:
             lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
         lines.append("")

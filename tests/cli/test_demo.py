@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_hf, tiny_model, word_tokenizer
+from torch.nn.functional import cross_entropy
 
-from dynskip import LLM, OPTForCausalLM, RequestOutput
+from dynskip import LLM, LayerPath, OPTForCausalLM, RequestOutput, SamplingParams
 from dynskip.assets import packaged_file
 from dynskip.cli import demo, demo_answers, main
 from dynskip.cli.demo_drafts import DraftResult, drafts_page
@@ -309,12 +310,24 @@ def test_answers_are_shown_at_every_depth_and_held_against_transformers(
     assert main(["demo", "--only", "answers", "--max-tokens", "6", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["answers"]
     answers = found["answers"]
-    assert [each["num_layers"] for each in answers] == [30, 25, 20, 15] and found["same_as_transformers"]
+    depths_shown = [(each["num_layers"], each["tuned"]) for each in answers]
+    assert depths_shown == [(30, False), (27, False), (25, True), (20, True), (15, True)]
+    assert found["same_as_transformers"]
     nats = [each["nats"] for each in answers]
     assert answers[0]["text"].startswith("Bread rises") and nats[0] < min(nats[1:]) and max(nats) < 4
-    assert all(each["token_ms"] > 0 for each in answers)
-    page = demo_answers.answers_page(demo_answers.Answers([demo_answers.Answer(**answers[0])], False))
-    assert "NOT EQUAL TO transformers'" in page and "[30 layers]" in page
+    assert all(0 < each["token_ms"] < 1000 * each["seconds"] for each in answers)
+    shown = [demo_answers.Answer(**each) for each in answers]
+    page = demo_answers.answers_page(demo_answers.Answers(shown, False))
+    assert "NOT EQUAL TO transformers'" in page and "without layers 5, 14, 17" in page
+    for each, layers in zip(shown, ("30 layers", "27 layers", "25 layers, tuned"), strict=False):
+        line = f"[{layers}] {each.seconds:.2f} s ({each.token_ms:.1f} ms a token), {each.nats:.2f} nats  > Why does"
+        assert line in page
+    plain = LLM(demo_answers.BASE)
+    prompt = plain.chat_prompt("Why does bread rise?")
+    [whole] = plain.generate([prompt], SamplingParams(max_tokens=6))
+    without = LayerPath.of(30, [layer for layer in range(30) if layer not in (5, 14, 17)])
+    logits = plain.model(torch.tensor([prompt + whole.token_ids]), paths=without).logits[0, len(prompt) - 1 : -1]
+    assert round(float(cross_entropy(logits.float(), torch.tensor(whole.token_ids))), 3) == nats[1]
 
 
 def test_a_draft_is_shown_beside_the_text_without(
