@@ -65,7 +65,7 @@ def config_values(config: DecoderConfig) -> dict[str, Any]:
         window = {} if kind == "llama" else {"sliding_window": config.window or None}
     # What not all four know.
     others: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "head_dim": (config.head_size, ("llama", "mistral", "qwen3")),
+        "head_dim": (config.head_size, ("llama", "mistral", "qwen2", "qwen3")),
         "attention_bias": (config.qkv_bias, ("llama", "qwen3")),
         "mlp_bias": (config.mlp_bias, ("llama",)),
     }

@@ -40,6 +40,7 @@ def config_values(config: DecoderConfig) -> dict[str, Any]:
     """What a ``PhiConfig`` says of ``config``."""
     return {
         **size_values(config, GROUPED_SIZES),
+        "head_dim": config.head_size,
         "tie_word_embeddings": config.is_head_tied,
         "layer_norm_eps": config.norm_eps,
         "hidden_act": activation_name(config),

@@ -239,8 +239,8 @@ def test_both_policies_serve_the_same_stream(served_model: str, capsys: pytest.C
         assert outcome["num_requests"] == 40
         assert outcome["tokens_per_s"] > 0
         assert outcome["layers"] <= outcome["union"] <= 6
-        # Turns of the other do not count.
-        assert outcome["seconds"] == pytest.approx(outcome["decode_s"] + outcome["prefill_s"], rel=0.2)
+        # Turns of the other do not count; what lies between steps does, and other processes may be busy then.
+        assert outcome["seconds"] == pytest.approx(outcome["decode_s"] + outcome["prefill_s"], rel=0.4)
     assert outcomes["lockstep"]["rows"] <= 16
     assert outcomes["cohort"]["longest_wait"] > 1, "more were resident than stepped"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import draws
 from families import ALL_VARIANTS, FAMILIES, family_config
 from models import VARIANTS, tiny_hf
 from transformers import OPTConfig
@@ -44,7 +45,13 @@ def test_a_model_is_a_known_shape_or_a_folder(tmp_path: Path) -> None:
         read_decoder_config(str(tmp_path))
 
 
-@pytest.mark.parametrize(("family", "changes"), [(family, FAMILIES[family][name]) for family, name in ALL_VARIANTS])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, FAMILIES[family][name]) for family, name in ALL_VARIANTS),
+        *((drawn.family, drawn.changes) for family in FAMILIES if family != "opt" for drawn in draws(family)),
+    ],
+)
 def test_a_config_comes_back_from_a_decoder(family: str, changes: dict[str, Any]) -> None:
     decoder = decoder_config(family_config(family, **changes))
     if decoder.rotary is not None:

@@ -430,8 +430,8 @@ def test_a_packed_product_goes_through_its_activation_unrounded(
         together = native.packed_linear(x, layout.data_ptr(), panel, shape[0], offset, activation)
         product = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
         exact = reference.activate(product, activation)
-        # Rounded once, after a float32 sum; an activation is off by units in the last place of its argument. Of 350,000 sums
-        # of 300 terms one in 30 draws is off by twice their eps.
+        # Rounded once, after a float32 sum; an activation is off by units in the last place of its argument. Of
+        # 350,000 sums of 300 terms one lies beyond half of this in one draw of 30.
         sums = x.double().abs() @ weight.double().abs().t() * torch.finfo(torch.float32).eps * 4
         arguments = 4 * torch.finfo(torch.float32).eps * product.abs() + 1e-30
         assert ((together.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + sums + arguments).all()
