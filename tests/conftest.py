@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -24,6 +25,10 @@ import torch
 # Triton reads this once, when it is imported: without a GPU its kernels run on CPU tensors under its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from interpreter import speed_up
+
+    speed_up()
 
 # No deadline: the machine may be shared. The same examples each time, so that a red run is red again;
 # HYPOTHESIS_PROFILE=explore looks for new ones.
