@@ -132,11 +132,7 @@ OF_OPT = {"ffn_dim": 256, "word_embed_proj_dim": 128}
     ],
 )
 def test_loading_holds_at_most_one_matrix_twice(
-    family: str,
-    changes: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Large enough that weights, not Python's odds and ends, are counted.
     hf_model = family_hf(family, hidden_size=128, num_hidden_layers=1, **changes)
@@ -147,7 +143,6 @@ def test_loading_holds_at_most_one_matrix_twice(
     is_tied = hf_model.config.tie_word_embeddings
     del hf_model
     gc.collect()
-    request.addfinalizer(gc.unfreeze)
     gc.freeze()  # what is there already is not looked through again, matrix by matrix
     held: list[int] = []
     packed = 0
