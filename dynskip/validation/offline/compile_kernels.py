@@ -93,7 +93,7 @@ class CompiledKernel:
 
 @dataclass(frozen=True)
 class CompileJob:
-    """What one process compiles: kernels in one dtype, from one table of configurations, for one capability.
+    """What is compiled together: kernels in one dtype, from one table of configurations, for one capability.
 
     everywhere: for five shapes of OPT and every bound of rows; otherwise OPT-1.3B with every entry of the table, and
     a shape with narrower and one with wider heads at few rows. shapes: names of `models.shapes`, which are
@@ -147,22 +147,36 @@ def plan_jobs(
 def compile_offline(jobs: list[CompileJob], progress: bool = True) -> list[CompiledKernel]:
     """The kernels of all `jobs`, in their order; as many processes at a time as there are CPUs.
 
-    Triton keeps what it compiled in its cache (TRITON_CACHE_DIR). progress: shows a bar.
+    A process compiles for one capability, and no capability has more processes than there are CPUs. Triton keeps what
+    it compiled in its cache (TRITON_CACHE_DIR). progress: shows a bar.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(_run, jobs), total=len(jobs), desc="compiling", unit="job", disable=not progress)
-        return [kernel for kernels in bar for kernel in kernels]
+    num_cpus = os.cpu_count() or 1
+    for_capability: dict[int, list[int]] = {}
+    for index, job in enumerate(jobs):
+        for_capability.setdefault(job.capability, []).append(index)
+    shares = [share for places in for_capability.values() for i in range(num_cpus) if (share := places[i::num_cpus])]
+    found: list[list[CompiledKernel]] = [[] for _ in jobs]
+    with (
+        ThreadPoolExecutor(num_cpus) as pool,
+        tqdm(total=len(jobs), desc="compiling", unit="job", disable=not progress) as bar,
+    ):
+        for share, kernels in zip(shares, pool.map(lambda share: _run([jobs[i] for i in share]), shares), strict=True):
+            for index, of_job in zip(share, kernels, strict=True):
+                found[index] = of_job
+            bar.update(len(share))
+    return [kernel for of_job in found for kernel in of_job]
 
 
-def _run(job: CompileJob) -> list[CompiledKernel]:
+def _run(jobs: list[CompileJob]) -> list[list[CompiledKernel]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    request = dataclasses.asdict(job) | {"config_path": str(job.config_path)}
-    command = [sys.executable, "-m", "dynskip.validation.offline.worker", json.dumps(request)]
+    requests = [dataclasses.asdict(job) | {"config_path": str(job.config_path)} for job in jobs]
+    command = [sys.executable, "-m", "dynskip.validation.offline.worker", json.dumps(requests)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise RuntimeError(f"compile_offline: its process must end well, got status {ended.returncode}. {ended.stderr}")
-    return [_kernel_of(job, described) for described in json.loads(ended.stdout)]
+    answers = json.loads(ended.stdout)
+    return [[_kernel_of(job, described) for described in answer] for job, answer in zip(jobs, answers, strict=True)]
 
 
 def _kernel_of(job: CompileJob, described: dict[str, Any]) -> CompiledKernel:

@@ -2,7 +2,8 @@
 
 The launchers themselves are called, on CPU tensors of decoders' shapes that nothing reads, and each launch becomes a
 compilation: so what is compiled has the constants and the alignment hints of a real run. Triton's interpreter must be
-off here: python -m dynskip.validation.offline.worker '{"capability": 90, ...}' prints a JSON list, one object a kernel.
+off here: python -m dynskip.validation.offline.worker '[{"capability": 90, ...}]' prints for each job, all of them for
+one capability, a list of one object a kernel.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def compile_all(
     return list(found.values())
 
 
+@functools.cache
 def describe(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel is made of."""
     ptx, products = kernel.asm["ptx"], sorted(set(_MATRIX_PRODUCT.findall(kernel.asm["ttir"])))
@@ -190,4 +192,4 @@ def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: b
 
 if __name__ == "__main__":
     assert not triton.knobs.runtime.interpret, "the interpreter has nothing to compile"
-    print(json.dumps(compile_all(**json.loads(sys.argv[1]))))
+    print(json.dumps([compile_all(**job) for job in json.loads(sys.argv[1])]))
