@@ -593,6 +593,18 @@ for attempt in range(4):
     assert done.stdout == "fine\n", done.stderr
 
 
+def test_threads_that_come_late_change_nothing() -> None:
+    """Of sixteen on fewer cores most are still waiting for one, or asleep, when a step ends without them."""
+    body = """
+torch.set_num_threads(16)
+for _ in range(6):
+    assert generate(model) == expected
+print("fine")
+"""
+    done = run_program(body)
+    assert done.stdout == "fine\n", (done.returncode, done.stderr)
+
+
 def test_threads_end_with_the_model() -> None:
     body = """
 import gc
