@@ -140,6 +140,9 @@ def test_the_kernels_run_in_the_parts_that_time_them(
         monkeypatch.setitem(SHAPES, name, replace(SHAPES[name], num_layers=2))
     few = {"num_rounds": 1, "num_repeats": 1, "context_len": 3, "batches": (2,), "mask_batches": (2,)}
     monkeypatch.setattr(time_decode, "TINY", replace(time_decode.TINY, **few))
+    # Two copies, each launch made thrice: rounds and repeats are the same code with the reference's ops, above.
+    few = {"num_rounds": 1, "num_repeats": 1, "movement_bytes": 2**12}
+    monkeypatch.setattr(time_kernels, "TINY", replace(time_kernels.TINY, **few))
     options = [*options, "--sections", sections, "--dtype", "float32", "--out", str(tmp_path)]
     status = PARTS[part]([*NO_DEVICE, *options])
     assert [row["failure"] for row in read_rows(tmp_path) if "failure" in row] == [] and status == 0
