@@ -149,6 +149,11 @@ def draws(family: str) -> list[Case]:
     return [case(family, f"draw{index}", _possible(row, generator)) for index, row in enumerate(rows)]
 
 
+def all_cases(family: str) -> list[Case]:
+    """The named variants and the draws."""
+    return [*(named(family, name) for name in (VARIANTS if family == "opt" else FAMILIES[family])), *draws(family)]
+
+
 def deepest(family: str) -> Case:
     """The draw with the most layers."""
     return max(draws(family), key=lambda drawn: drawn.num_layers)
