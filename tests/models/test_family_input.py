@@ -236,9 +236,9 @@ def test_a_decoder_saved_without_its_head(family: str, tmp_path: Path) -> None:
     hf_model = family_hf(family, tie_word_embeddings=True)
     hf_model.base_model.save_pretrained(tmp_path)
     architecture = get_architecture(family)
-    if architecture.derived:
-        name = f"layers.0.{architecture.derived[0].removeprefix('.')}"
-        change_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(1)}))
+    derived = {f"layers.0.{ending.removeprefix('.')}": torch.ones(1) for ending in architecture.derived}
+    if derived:
+        change_tensors(tmp_path, lambda tensors: tensors.update(derived))
     assert not any(name.startswith(architecture.prefix) for name in load_file(tmp_path / "model.safetensors"))
     if family == "phi":  # its head has a bias, which such a checkpoint lacks
         with pytest.raises(ValueError, match=r"got 1 missing, such as lm_head\.bias"):
