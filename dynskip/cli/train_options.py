@@ -41,7 +41,13 @@ _FINE_TUNE: dict[str, tuple[str, dict[str, Any]]] = {
     "eval_every": ("eval_every", _value(int, "N", "steps between evaluations (default: an epoch)")),
     "patience": ("patience", _value(int, "N", "evaluations without a new best before a stage ends; 0: never")),
     "validation_rows": ("num_validation_rows", _value(int, "N", "score the first N only (default: all)")),
-    "template": ("template", {"choices": ["alpaca", "short"], "help": "how a prompt is written (alpaca)"}),
+    "template": (
+        "template",
+        {
+            "choices": ["alpaca", "chat", "short"],
+            "help": "how a prompt is written (alpaca); chat: as the tokenizer does",
+        },
+    ),
     "precision": ("precision", {"choices": ["float32", "bfloat16"], "help": "bfloat16: autocast over fp32 weights"}),
     "path": (
         "paths",

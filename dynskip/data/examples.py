@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynskip.data.corpus import Instruction
-from dynskip.data.templates import TEMPLATES
+from dynskip.data.templates import CHAT, TEMPLATE_NAMES, TEMPLATES
+from dynskip.prompts import chat_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,13 +41,17 @@ def encode_examples(
     Left out are rows with an empty response and rows whose prompt leaves no room or is longer than
     ``max_prompt_tokens``.
     """
-    if template not in TEMPLATES:
+    if template not in TEMPLATE_NAMES:
         raise ValueError(
-            f"encode_examples: template must be one of {', '.join(sorted(TEMPLATES))}, got {template!r}. "
+            f"encode_examples: template must be one of {', '.join(TEMPLATE_NAMES)}, got {template!r}. "
             "Take the one that the checkpoint was trained with."
         )
-    write = TEMPLATES[template]
-    prompts = tokenizer([write(row.instruction, row.input) for row in rows], verbose=False)["input_ids"]
+    prompts: Sequence[Sequence[int]]
+    if template == CHAT:
+        prompts = [templated(tokenizer, CHAT, row) for row in rows]
+    else:
+        write = TEMPLATES[template]
+        prompts = tokenizer([write(row.instruction, row.input) for row in rows], verbose=False)["input_ids"]
     responses = tokenizer([row.output for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
     longest = max_tokens - 1 if max_prompt_tokens is None else min(max_tokens - 1, max_prompt_tokens)
     examples: list[Example] = []
@@ -59,6 +64,18 @@ def encode_examples(
         num_bytes = sum(map(len, tokenizer.convert_ids_to_tokens(kept)))
         examples.append(Example(tuple(prompt_ids), tuple((*text_ids, tokenizer.eos_token_id)[:room]), num_bytes))
     return examples
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, template: str, row: Instruction) -> list[int]:
+    """The token ids of a row's prompt; ValueError for the chat template of a tokenizer that has none."""
+    if template != CHAT:
+        token_ids: list[int] = tokenizer(TEMPLATES[template](row.instruction, row.input))["input_ids"]
+        return token_ids
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "templated: template must be alpaca or short with a tokenizer that has no chat template, got chat."
+        )
+    return chat_ids(tokenizer, [{"role": "user", "content": row.user_turn}], special_tokens=False)
 
 
 def encode_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int) -> list[tuple[int, ...]]:

@@ -39,6 +39,8 @@ def _chat(before: str, after: str) -> str:
 
 
 TEMPLATES: dict[str, Callable[[str, str], str]] = {"alpaca": alpaca_prompt, "short": prompt_text}
+CHAT = "chat"  # the template that comes with the tokenizer, an input below its instruction
+TEMPLATE_NAMES = tuple(sorted((*TEMPLATES, CHAT)))
 
 # What ``tokenizer.apply_chat_template`` needs to write a prompt without input.
 CHAT_TEMPLATES = {

@@ -39,6 +39,7 @@ from dynskip.data.batches import IGNORED, StepPlan, pad_examples
 from dynskip.data.corpus import split_instructions
 from dynskip.data.examples import encode_examples
 from dynskip.data.templates import CHAT_TEMPLATES, alpaca_prompt, prompt_text
+from dynskip.evaluation.sweep.dataset import encode_prompts
 from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.models.tokenizer import check_vocabulary
 from dynskip.training.fine_tune import checkpoint_run
@@ -112,8 +113,23 @@ def test_long_prompts_are_left_out(checkpoint: Path) -> None:
     kept = encode_examples(tokenizer, rows, 64, max_prompt_tokens=longest)
     assert kept == [example for example in every if len(example.prompt_ids) <= longest]
     assert 0 < len(kept) < len(every)
-    with pytest.raises(ValueError, match=r"encode_examples: template must be one of alpaca, short, got 'vicuna'"):
+    with pytest.raises(ValueError, match=r"encode_examples: template must be one of alpaca, chat, short, got 'vicuna'"):
         encode_examples(tokenizer, rows, 64, template="vicuna")
+
+
+def test_chat_prompts_are_those_that_are_judged(checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(str(checkpoint))
+    rows = made_up_rows(5)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="template must be alpaca or short with a tokenizer that has no chat template"):
+        encode_examples(tokenizer, rows, 64, template="chat")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    examples = encode_examples(tokenizer, rows, 64, template="chat")
+    judged = encode_prompts(rows, tokenizer, 64, 1, "chat", len(rows)).rows
+    assert [(example.prompt_ids, example.response_ids) for example in examples] == [
+        (row.prompt_ids, row.response_ids) for row in judged
+    ]
+    assert all(example.prompt_ids[-1] == tokenizer.eos_token_id for example in examples), "the template's own end"
 
 
 def make_plan(rank: int = 0, num_processes: int = 1, micro_batch_size: int = 8) -> StepPlan:
@@ -511,7 +527,7 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"template": "vicuna"}, r"FineTuneConfig: template must be one of alpaca, short, got 'vicuna'"),
+        ({"template": "vicuna"}, r"FineTuneConfig: template must be one of alpaca, chat, short, got 'vicuna'"),
         ({"precision": "float16"}, r"FineTuneConfig: precision must be one of bfloat16, float32, got 'float16'"),
         ({"learning_rate": 0.0}, r"FineTuneConfig: learning_rate must be positive, got 0.0"),
         ({"weight_decay": -1.0}, r"FineTuneConfig: weight_decay must be at least 0, got -1.0"),

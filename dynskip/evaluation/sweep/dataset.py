@@ -8,13 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dynskip.data.conversations import encode_prompt
 from dynskip.data.corpus import Instruction, read_instructions, split_instructions
-from dynskip.data.templates import TEMPLATES
+from dynskip.data.examples import templated
+from dynskip.data.templates import TEMPLATE_NAMES
 
 SPLITS = ("train", "validation", "test")
-CHAT = "chat"  # the template that comes with the tokenizer, an input below its instruction
-TEMPLATE_NAMES = tuple(sorted((*TEMPLATES, CHAT)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def encode_prompts(
         if not instruction.output.strip():
             empty += 1
             continue
-        prompt_ids = templated(tokenizer, template, instruction.instruction, instruction.input)
+        prompt_ids = templated(tokenizer, template, instruction)
         if len(prompt_ids) + max_tokens > max_positions:
             too_long += 1
             continue
@@ -84,16 +82,6 @@ def encode_prompts(
             f"{max_tokens} new tokens)."
         )
     return Prompts(tuple(rows), empty, too_long)
-
-
-def templated(tokenizer: Any, template: str, instruction: str, input_text: str) -> list[int]:
-    """The token ids of a prompt; ValueError for the chat template of a tokenizer that has none."""
-    if template != CHAT:
-        token_ids: list[int] = tokenizer(TEMPLATES[template](instruction, input_text))["input_ids"]
-        return token_ids
-    if tokenizer.chat_template is None:
-        raise ValueError("eval: template must be alpaca or short with a tokenizer that has no chat template, got chat.")
-    return encode_prompt(tokenizer, Instruction(instruction, input_text, "").user_turn)
 
 
 @lru_cache(maxsize=1)

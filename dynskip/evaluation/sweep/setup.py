@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynskip.data.templates import TEMPLATE_NAMES
 from dynskip.evaluation.sweep.checkpoints import Checkpoint, ControllerFolder
-from dynskip.evaluation.sweep.dataset import SPLITS, TEMPLATE_NAMES
+from dynskip.evaluation.sweep.dataset import SPLITS
 from dynskip.files import file_hash
 from dynskip.found import FoundPaths
 from dynskip.paths import LayerPath

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynskip.data.corpus import Instruction
+from dynskip.data.examples import templated
 from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
 from dynskip.evaluation.stats.intervals import Floats
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.context import Context, shard_items
-from dynskip.evaluation.sweep.dataset import Row, templated
+from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.likelihoods import examples, likelihood_rows
@@ -102,7 +104,7 @@ def template_heads(tokenizer: Any, template: str) -> list[tuple[int, ...]]:
     """The token sequences that prompts of a template open with, before the instruction: without an input and with."""
     heads = []
     for input_text in ("", "1"):
-        rendered = [templated(tokenizer, template, word, input_text) for word in ("Add", "Why")]
+        rendered = [templated(tokenizer, template, Instruction(word, input_text, "")) for word in ("Add", "Why")]
         heads.append(tuple(rendered[0][: common_prefix(rendered)]))
     return list(dict.fromkeys(heads))
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import partial
 
-from dynskip.data.templates import TEMPLATES
+from dynskip.data.templates import TEMPLATE_NAMES
 from dynskip.training.stage import check_same_config
 
 # What may differ between two starts of one run: it changes how fast a run is, or how often it is saved, not its result.
@@ -47,7 +47,7 @@ class FineTuneConfig:
     save_every_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("template", tuple(sorted(TEMPLATES))), ("precision", ("bfloat16", "float32"))):
+        for name, allowed in (("template", TEMPLATE_NAMES), ("precision", ("bfloat16", "float32"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"FineTuneConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
