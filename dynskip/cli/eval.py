@@ -86,6 +86,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how often a controller samples its decisions, beside taking the likelier ones (default: 1)",
     )
+    sweep.add_argument(
+        "--controller-prompts",
+        type=int,
+        metavar="N",
+        help="prompts whose references are scored under controllers (default: as many as along paths)",
+    )
     sweep.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (default: 128)")
     sweep.add_argument("--temperature", type=float, metavar="T", help="of sampled generations (default: 0.7)")
     sweep.add_argument("--top-p", type=float, metavar="P", help="of sampled generations (default: 1)")

@@ -18,10 +18,17 @@ from dynskip import SamplingParams
 from dynskip.controllers import ModelSizes, TokenContext, make_controller, save_controller
 from dynskip.controllers.gumbel import keyed_noise
 from dynskip.engine.closed_batch import Generation
-from dynskip.evaluation.experiments.controllers import NUM_NOISE_SEEDS, NUM_TRAININGS, Point, _over, _recipe_rows
+from dynskip.evaluation.experiments.controllers import NUM_NOISE_SEEDS, NUM_TRAININGS, Point, Texts, _over, _recipe_rows
+from dynskip.evaluation.registry import EXPERIMENTS, run_item
 from dynskip.evaluation.stats.frontiers import Measured
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
+from dynskip.evaluation.sweep.context import Context
+from dynskip.evaluation.sweep.setup import Setup
+from dynskip.evaluation.sweep.store import ItemStore
 from dynskip.evaluation.tasks.controller_decisions import ResponseDecisions, SequenceCounter
+from dynskip.evaluation.tasks.controller_runs import controlled_likelihood_items
+from dynskip.evaluation.tasks.likelihoods import member_likelihoods
+from dynskip.evaluation.tasks.path_families import families
 
 
 class EveryOther:
@@ -124,7 +131,8 @@ def point(name: str, layers: float, scores: list[float], **labels: Any) -> Point
     """A controller that runs ``layers`` for each of ten tokens of every sequence."""
     tokens = np.full(len(scores), 10.0)
     found = {"kind": "hidden", "parameters": 100, **labels}
-    return Point(name, found, np.array(scores), tokens + 1, tokens * layers, tokens)
+    texts = Texts(np.array(scores), tokens + 1, tokens * layers, tokens)
+    return Point(name, found, Measured(texts.rouge_l, tokens, texts.num_run, tokens), texts)
 
 
 def test_controllers_are_compared_at_as_many_layers() -> None:
@@ -156,9 +164,8 @@ def recipes(
                 scores = score + 0.02 * generator.standard_normal(50) + 0.002 * generator.standard_normal()
                 tokens = np.full(50, 10.0)
                 likelihood = Measured(10 * scores, tokens, tokens * cost, tokens)
-                found.append(
-                    Point(f"{recipe} {training} {seed}", labels, scores, tokens, tokens * cost, tokens, likelihood)
-                )
+                texts = Texts(scores, tokens, tokens * cost, tokens)
+                found.append(Point(f"{recipe} {training} {seed}", labels, likelihood, texts))
     return found
 
 
@@ -179,6 +186,68 @@ def test_recipes_are_better_worse_open_or_untested(tmp_path: Path) -> None:
         (recipes(6.0, draws=4), "noise"),
     ):
         assert verdicts(points, tmp_path) == {metric: ("untested", [reason]) for metric in both}
+
+
+def steered(tmp_path: Path, **changes: Any) -> Setup:
+    """A setup with a fixed-input controller and one that reads hidden states, both random."""
+    folders = []
+    for seed, name in enumerate(("fixed", "hidden")):
+        setup = tiny_setup(tmp_path)
+        torch.manual_seed(seed)
+        controller = make_controller(name, ModelSizes(setup.num_layers, 32, 32))
+        with torch.no_grad():
+            for parameter in controller.parameters():
+                parameter.normal_()
+        about = {"alpha": 4.0, "backbone": "frozen", "model": str(tmp_path / "model"), "training_seed": 0}
+        folders.append(tmp_path / name)
+        save_controller(controller, name, folders[-1], about)
+    options: dict[str, Any] = {"prompts": 8, "controllers": folders, "timed_rounds": 2}
+    return tiny_setup(tmp_path, **{**options, **changes})
+
+
+def section_of(setup: Setup, folder: Path) -> tuple[dict[str, Any], set[str]]:
+    """The section once all items are done in ``folder``, and the tasks of these."""
+    context = Context(setup)
+    with ItemStore(folder) as store:
+        for item in store.missing(EXPERIMENTS["controllers"].plan(setup, store)):
+            store.add(item, run_item(item, context), 1.0)
+        tasks = {line["item"]["task"] for line in store.lines()}
+        return EXPERIMENTS["controllers"].summarise(setup, store), tasks
+
+
+def test_references_alone_make_a_section(tmp_path: Path) -> None:
+    """Nothing is generated and nothing timed, and what is said by log-likelihood is what the whole run says."""
+    alone, tasks = section_of(steered(tmp_path, likelihood_only=True), tmp_path / "alone")
+    assert tasks == {"likelihood", "controlled-likelihood"}
+    whole, more = section_of(steered(tmp_path), tmp_path / "whole")
+    assert more == {*tasks, "generate", "controlled", "time-controlled"}
+    told = {"nats", "layers_nats", "over_static_nats", "skip_rate_nats", "over_fixed_nats"}
+    assert {row["metric"] for row in alone["rows"]} <= told
+    assert {"rouge_l", "layers", "num_tokens", "over_static", "skip_rate", "ms_per_token"} <= {
+        row["metric"] for row in whole["rows"]
+    }
+    untimed = [{**row, "timed_as": None} for row in whole["rows"] if row["metric"] in told and "timed_as" in row]
+    assert [row for row in alone["rows"] if row["metric"] in told - {"skip_rate_nats", "over_fixed_nats"}] == untimed
+    rates = {row["layer"]: row["value"] for row in alone["rows"] if row["metric"] == "skip_rate_nats"}
+    assert len(rates) == steered(tmp_path).num_layers and rates[0] == 0.0, "the first layer always runs"
+    assert (alone["n"], alone["n_nats"], whole["n"]) == (8, 8, 8)
+
+
+def test_fewer_prompts_are_judged_under_controllers_than_along_paths(tmp_path: Path) -> None:
+    few = steered(tmp_path, likelihood_only=True, controller_prompts=6)
+    section, _ = section_of(few, tmp_path / "items")
+    assert section["n_nats"] == 6
+    many = steered(tmp_path, likelihood_only=True)
+    items = [controlled_likelihood_items(setup, setup.controllers[0], 0) for setup in (few, many)]
+    assert items[0][0] == items[1][0] and items[0][1] != items[1][1], "whole shards of fewer are among those of more"
+    full = [row for row in section["rows"] if row["metric"] == "nats" and row["controller"] == "full"]
+    with ItemStore(tmp_path / "items") as store:
+        scored = member_likelihoods(few, store, families(few)["paths"]).first(6)
+    assert [row["value"] for row in full] == pytest.approx([scored.nats[:, -1].sum() / scored.num_tokens.sum()])
+    with pytest.raises(
+        ValueError, match="controller_prompts must be at most the 8 prompts whose references are scored"
+    ):
+        steered(tmp_path, controller_prompts=9)
 
 
 @pytest.fixture

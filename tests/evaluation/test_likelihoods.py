@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 
 from dynskip import LayerPath
 from dynskip.evaluation.registry import EXPERIMENTS, run_item
-from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
@@ -112,13 +111,6 @@ def test_references_alone_make_a_section(name: str, tmp_path: Path) -> None:
     if name == "depth":  # adjusted for fewer tests
         kept, found = ([{**row, "q": None} for row in rows] for rows in (kept, found))
     assert found == kept
-
-
-def test_controllers_take_texts() -> None:
-    steered = made_up_setup().checkpoint
-    controller = ControllerFolder(Path("c"), "c" * 16, "fixed", steered, 1.0, None, "frozen", None, "path")
-    with pytest.raises(ValueError, match="likelihood_only must be left out with controllers"):
-        made_up_setup(likelihood_only=True, controllers=(controller,))
 
 
 def test_members_are_scored_with_their_own_weights(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Does the hidden state help, and from which capacity on? Each recipe, over its trainings and its draws of noise, is held
 against the measured frontier of recipes with a fixed input, which know the layer and nothing else, at as many layers;
-and each controller against uniform paths.
+and each controller against static paths.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dynskip.evaluation.tasks.controller_runs import (
     controlled_likelihood_items,
     timed_item,
 )
-from dynskip.evaluation.tasks.likelihoods import Likelihoods, member_items, member_likelihoods
+from dynskip.evaluation.tasks.likelihoods import member_items, member_likelihoods
 from dynskip.evaluation.tasks.path_families import families, family_generations, family_items
 from dynskip.evaluation.tasks.timing import read_timings
 
@@ -37,66 +37,93 @@ _FULL = "full"
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
-    """A controller, or a uniform path, as it did: per sequence [N] ROUGE-L, tokens, layers run and tokens decided.
+class Texts:
+    """What was generated, per sequence [N]: ROUGE-L, tokens, layers that decided tokens ran, how many those were."""
 
-    likelihood: the same of references, teacher-forced, where they were scored: minus nats, tokens, layers, decided.
-    layer_shares: [L], the share of decided tokens that run each layer.
-    """
-
-    name: str
-    labels: dict[str, Any]
     rouge_l: Floats
     num_tokens: Floats
     num_run: Floats
     num_decided: Floats
-    likelihood: Measured | None = None
-    layer_shares: Floats | None = None
 
     @property
     def layers(self) -> float:
         """Mean layers of a decided token."""
         return _mean_layers(self.num_run, self.num_decided)
 
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A controller, or a static path, as it did.
+
+    likelihood: of references, teacher-forced: minus nats, tokens, layers, decided. texts: what it generated, where it
+    was asked to. layer_shares: [L], the share of decided tokens, of texts where there are any, that run each layer.
+    """
+
+    name: str
+    labels: dict[str, Any]
+    likelihood: Measured
+    texts: Texts | None = None
+    layer_shares: Floats | None = None
+
     @property
     def by_rouge_l(self) -> Measured:
         """ROUGE-L of texts, at the layers of their decided tokens."""
-        return Measured(self.rouge_l, np.ones_like(self.rouge_l), self.num_run, self.num_decided)
+        assert self.texts is not None, "asked where texts were generated"
+        scores = self.texts.rouge_l
+        return Measured(scores, np.ones_like(scores), self.texts.num_run, self.texts.num_decided)
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:
-    """The items: what every controller generates and how likely references are under it, the same along uniform paths,
+    """The items: how likely references are under every controller and what it generates, the same along static paths,
     and the time of all in turns."""
     if not setup.controllers:
         return []
     members = families(setup)["paths"]
-    items = [*family_items(setup, members), *member_items(setup, members)]
+    items = member_items(setup, members)
+    for controller in setup.controllers:
+        for seed in range(setup.controller_seeds + 1):
+            items += controlled_likelihood_items(setup, controller, seed)
+    if setup.likelihood_only:
+        return items
+    items += family_items(setup, members)
     for controller in setup.controllers:
         for seed in range(setup.controller_seeds + 1):
             items += controlled_items(setup, controller, seed)
-            items += controlled_likelihood_items(setup, controller, seed)
     return [*items, *(timed_item(setup, setup.controllers, batch) for batch in (setup.timed_batch, 1))]
+
+
+def _notes(setup: Setup) -> list[str]:
+    of_texts = [
+        "Greedy tokens; layers is the mean over decided tokens: neither the first generated one nor the prompt's.",
+        "over_static: ROUGE-L minus that of two static paths, weighted so that their mean layers are the controller's "
+        "own; paired by sequence. over_fixed: as over_fixed_nats, of ROUGE-L.",
+        "skip_rate: the share of decided tokens of generated texts that leave a layer out.",
+        "Times are those of the likelier decisions; what a controller computes itself is in them.",
+    ]
+    return [
+        "nats: minus the log-likelihood of a token of the reference, teacher-forced. The prompt runs all layers for "
+        "controllers that decide per token, and the path for static ones. layers_nats is the mean over decided tokens, "
+        "which the first of a response and the prompt are not.",
+        "over_static_nats: the log-likelihood of a token minus that of two static paths, weighted so that their mean "
+        "layers are the controller's own; paired by sequence.",
+        "over_fixed_nats: the log-likelihood of a token under a recipe, all its trainings and draws of noise together, "
+        "minus the frontier of recipes with a fixed input at as many layers. Intervals resample trainings, draws and "
+        "sequences. Beyond the layers of the fixed input nothing is made up: untested. q: p, adjusted by Benjamini and "
+        "Hochberg for all recipes and scores.",
+        f"verdict: untested where the frontier does not reach, or with fewer than {NUM_TRAININGS} trainings of the "
+        f"recipe or of a fixed one, or of sampled decisions fewer than {NUM_NOISE_SEEDS} draws; else better or worse "
+        "where q is below 0.05, else open.",
+        "The noise of sampled decisions is drawn by seed, sequence, layer and position.",
+        *(
+            ["skip_rate_nats: the share of decided tokens that leave a layer out."]
+            if setup.likelihood_only
+            else of_texts
+        ),
+    ]
 
 
 def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section; without rows where the setup names no controller."""
-    notes = [
-        "Greedy tokens; the prompt runs all layers for controllers that decide per token, and the path for uniform "
-        "ones. layers is the mean over decided tokens, which the first generated token and the prompt are not. nats: "
-        "minus the log-likelihood of a token of the reference, teacher-forced, decided on in the same way.",
-        "over_static: ROUGE-L minus that of two uniform paths, weighted so that their mean layers are the "
-        "controller's own; paired by sequence. over_static_nats: the same of the log-likelihood of a token.",
-        "over_fixed, over_fixed_nats: of a recipe, all its trainings and draws of noise together, minus the frontier "
-        "of recipes with a fixed input at as many layers. Intervals resample trainings, draws and sequences. Beyond "
-        "the layers of the fixed input nothing is made up: untested. q: p, adjusted by Benjamini and Hochberg for all "
-        "recipes and both scores.",
-        f"verdict: untested where the frontier does not reach, or with fewer than {NUM_TRAININGS} trainings of the "
-        f"recipe or of a fixed one, or of sampled decisions fewer than {NUM_NOISE_SEEDS} draws; else better or worse "
-        "where q is below 0.05, else open.",
-        "The noise of sampled decisions is drawn by seed, sequence, layer and position. skip_rate: the share of "
-        "decided tokens of generated texts that leave a layer out.",
-        "Times are those of the likelier decisions; what a controller computes itself is in them.",
-    ]
     if not setup.controllers:
         given = "No controller was given: name folders with --controller."
         return {"n": 0, "seeds": 0, "rows": [], "notes": [given]}
@@ -106,33 +133,19 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         for controller in setup.controllers
         for seed in range(setup.controller_seeds + 1)
     ]
-    batched, single = (
-        read_timings(store, timed_item(setup, setup.controllers, batch), _FULL) for batch in (setup.timed_batch, 1)
-    )
-    times = {
-        metric + suffix: timings[metric]
-        for metric in batched
-        for suffix, timings in (("", batched), ("_single", single))
-    }
+    times = _times(setup, store)
     rows: list[dict[str, Any]] = []
     for each in (*static, *learned):
         labels = {"controller": each.name, **each.labels}
-        measured = {
-            "rouge_l": bootstrap_mean(each.rouge_l, resamples=setup.resamples),
-            "layers": bootstrap(_mean_layers, each.num_run, each.num_decided, resamples=setup.resamples),
-            "num_tokens": bootstrap_mean(each.num_tokens, resamples=setup.resamples),
-        }
-        if each.likelihood is not None:
-            nats, tokens = -each.likelihood.score, each.likelihood.weight
-            measured["nats"] = bootstrap_mean(nats / tokens, tokens, resamples=setup.resamples)
+        measured = _intervals(setup, each)
         timed_as = each.labels["timed_as"]
         measured |= {metric: by_label[timed_as] for metric, by_label in times.items() if timed_as in by_label}
         rows += [interval.row(metric=metric, **labels) for metric, interval in measured.items()]
         if each.labels["kind"] == STATIC:
             continue
         if each.layer_shares is not None:
-            skipped = 1 - each.layer_shares
-            rows += [point(v, metric="skip_rate", layer=layer, **labels) for layer, v in enumerate(skipped)]
+            skipped, metric = 1 - each.layer_shares, "skip_rate_nats" if each.texts is None else "skip_rate"
+            rows += [point(v, metric=metric, layer=layer, **labels) for layer, v in enumerate(skipped)]
         difference = _over(each, static)
         if difference is not None:
             rows.append(bootstrap_mean(difference, resamples=setup.resamples).row(metric="over_static", **labels))
@@ -140,8 +153,36 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         if by_nats is not None:
             rows.append(by_nats.row(metric="over_static_nats", **labels))
     rows += _recipe_rows(setup, learned)
-    found = {"n": setup.prompts, "n_nats": setup.num_likelihoods, "noise": "by sequence"}
-    return {**found, "seeds": setup.controller_seeds, "rows": rows, "notes": notes}
+    num_texts = setup.num_controlled if setup.likelihood_only else setup.prompts
+    found = {"n": num_texts, "n_nats": setup.num_controlled, "noise": "by sequence"}
+    return {**found, "seeds": setup.controller_seeds, "rows": rows, "notes": _notes(setup)}
+
+
+def _times(setup: Setup, store: ItemStore) -> dict[str, dict[str, Interval]]:
+    """By metric and then by label what a token takes and saves, in a batch and alone; none where nothing is timed."""
+    if setup.likelihood_only:
+        return {}
+    batched, single = (
+        read_timings(store, timed_item(setup, setup.controllers, batch), _FULL) for batch in (setup.timed_batch, 1)
+    )
+    return {
+        metric + suffix: timings[metric]
+        for metric in batched
+        for suffix, timings in (("", batched), ("_single", single))
+    }
+
+
+def _intervals(setup: Setup, each: Point) -> dict[str, Interval]:
+    """By metric how a controller or a path did."""
+    found: dict[str, Interval] = {}
+    if (texts := each.texts) is not None:
+        found["rouge_l"] = bootstrap_mean(texts.rouge_l, resamples=setup.resamples)
+        found["layers"] = bootstrap(_mean_layers, texts.num_run, texts.num_decided, resamples=setup.resamples)
+        found["num_tokens"] = bootstrap_mean(texts.num_tokens, resamples=setup.resamples)
+    scored = each.likelihood
+    found["nats"] = bootstrap_mean(-scored.score / scored.weight, scored.weight, resamples=setup.resamples)
+    found["layers_nats"] = bootstrap(_mean_layers, scored.cost, scored.decided, resamples=setup.resamples)
+    return found
 
 
 def _mean_layers(num_run: Floats, num_decided: Floats) -> float:
@@ -150,26 +191,23 @@ def _mean_layers(num_run: Floats, num_decided: Floats) -> float:
 
 def _static_points(setup: Setup, store: ItemStore) -> list[Point]:
     members = families(setup)["paths"]
-    generations = family_generations(setup, store, members)
-    likelihoods = member_likelihoods(setup, store, members)
+    scored = member_likelihoods(setup, store, members).first(setup.num_controlled)
+    generated = None if setup.likelihood_only else family_generations(setup, store, members)
     points = []
     for column, member in enumerate(members):
-        num_tokens = generations.num_tokens[:, column].astype(np.float64)
-        decided = num_tokens - 1
-        labels = {"kind": STATIC, "timed_as": member.path}
-        scores = generations.rouge_l[:, column]
-        likelihood = _static_likelihood(likelihoods, column, member.budget)
-        points.append(Point(member.path, labels, scores, num_tokens, decided * member.budget, decided, likelihood))
+        texts = None
+        if generated is not None:
+            num_tokens = generated.num_tokens[:, column].astype(np.float64)
+            decided = num_tokens - 1
+            texts = Texts(generated.rouge_l[:, column], num_tokens, decided * member.budget, decided)
+        labels = {"kind": STATIC, "timed_as": None if texts is None else member.path}
+        decided = np.maximum(scored.num_tokens - 1, 0)
+        likelihood = Measured(-scored.nats[:, column], scored.num_tokens, decided * member.budget, decided)
+        points.append(Point(member.path, labels, likelihood, texts))
     return points
 
 
-def _static_likelihood(found: Likelihoods, column: int, budget: int) -> Measured:
-    decided = np.maximum(found.num_tokens - 1, 0)
-    return Measured(-found.nats[:, column], found.num_tokens, decided * budget, decided)
-
-
 def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder, seed: int) -> Point:
-    items = controlled_items(setup, controller, seed)
     labels = {name: getattr(controller, name) for name in ("kind", "width", "alpha", "target_layers", "backbone")}
     labels |= {
         "recipe": _recipe(controller.recipe, seed),
@@ -178,29 +216,27 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
         "kv_policy": controller.kv_policy,
         "choice": "argmax" if seed == ARGMAX else "sampled",
         "seed": seed,
-        "timed_as": controller.label if seed == ARGMAX else None,
+        "timed_as": controller.label if seed == ARGMAX and not setup.likelihood_only else None,
     }
     name = controller.label if seed == ARGMAX else f"{controller.label}, sampled {seed}"
-    scores, lengths, text_runs, text_decided = (
-        np.array(store.column(items, column), dtype=np.float64)
-        for column in ("rouge_l", "num_tokens", "num_run", "num_decided")
-    )
+    items = controlled_likelihood_items(setup, controller, seed)
+    nats, *counts = _columns(store, items, "nats", "num_tokens", "num_run", "num_decided")
+    likelihood, texts = Measured(-nats, *counts), None
+    if not setup.likelihood_only:
+        items = controlled_items(setup, controller, seed)
+        texts = Texts(*_columns(store, items, "rouge_l", "num_tokens", "num_run", "num_decided"))
     runs = np.sum([store.result(item)["layer_runs"] for item in items], axis=0)
-    scored = controlled_likelihood_items(setup, controller, seed)
-    nats, tokens, num_run, num_decided = (
-        np.array(store.column(scored, column), dtype=np.float64)
-        for column in ("nats", "num_tokens", "num_run", "num_decided")
-    )
-    likelihood = Measured(-nats, tokens, num_run, num_decided)
-    shares = runs / max(text_decided.sum(), 1.0)
-    return Point(name, labels, scores, lengths, text_runs, text_decided, likelihood, shares)
+    decided = likelihood.decided if texts is None else texts.num_decided
+    return Point(name, labels, likelihood, texts, runs / max(decided.sum(), 1.0))
+
+
+def _columns(store: ItemStore, items: Sequence[WorkItem], *names: str) -> list[Floats]:
+    return [np.array(store.column(items, name), dtype=np.float64) for name in names]
 
 
 def _over_static_nats(setup: Setup, each: Point, static: Sequence[Point]) -> Interval | None:
-    """The log-likelihood of a token under a controller less that of uniform paths at as many layers; None beyond."""
-    frontier = {other.name: [[other.likelihood]] for other in static if other.likelihood is not None}
-    if each.likelihood is None or not frontier:
-        return None
+    """The log-likelihood of a token under a controller less that of static paths at as many layers; None beyond."""
+    frontier = {other.name: [[other.likelihood]] for other in static}
     return compare({"": [[each.likelihood]]}, frontier, setup.resamples)[""].difference
 
 
@@ -221,6 +257,8 @@ def _recipe_rows(setup: Setup, learned: Sequence[Point]) -> list[dict[str, Any]]
         if not others or not fixed:
             continue
         for suffix, measure in _SCORES.items():
+            if measure == _BY_TEXTS and setup.likelihood_only:
+                continue
             found = compare(
                 {name: _by_training(points, measure) for name, points in others.items()},
                 {name: _by_training(points, measure) for name, points in fixed.items()},
@@ -250,7 +288,8 @@ def _by_training(points: Sequence[Point], measure: str) -> list[list[Measured]]:
     return list(trainings.values())
 
 
-_SCORES = {"": "by_rouge_l", "_nats": "likelihood"}
+_BY_TEXTS = "by_rouge_l"
+_SCORES = {"": _BY_TEXTS, "_nats": "likelihood"}
 
 
 def _reasons(comparison: Comparison, points: Sequence[Point], fixed: dict[str, list[Point]]) -> list[str]:
@@ -290,13 +329,16 @@ def num_parameters(controller: ControllerFolder) -> int:
 def _over(each: Point, frontier: Sequence[Point]) -> Floats | None:
     """[N]: the ROUGE-L of ``each`` less that of the two neighbours on the frontier, weighted to as many layers.
 
-    None where the frontier does not reach as low, or as high.
+    None where nothing was generated, or the frontier does not reach as low, or as high.
     """
-    below = [other for other in frontier if other.layers <= each.layers]
-    above = [other for other in frontier if other.layers >= each.layers]
+    own, others = each.texts, [other.texts for other in frontier if other.texts is not None]
+    if own is None:
+        return None
+    below = [other for other in others if other.layers <= own.layers]
+    above = [other for other in others if other.layers >= own.layers]
     if not below or not above:
         return None
     low, high = max(below, key=lambda other: other.layers), min(above, key=lambda other: other.layers)
     gap = high.layers - low.layers
-    share = (each.layers - low.layers) / gap if gap > 0 else 0.0
-    return each.rouge_l - ((1 - share) * low.rouge_l + share * high.rouge_l)
+    share = (own.layers - low.layers) / gap if gap > 0 else 0.0
+    return own.rouge_l - ((1 - share) * low.rouge_l + share * high.rouge_l)

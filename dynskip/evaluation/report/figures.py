@@ -172,36 +172,50 @@ def wall_clock(figure: Any, section: Row) -> None:
 @_drawn("controllers", 9.0, 4.8)
 def controllers(figure: Any, section: Row) -> None:
     """ROUGE-L of learned controllers against layers and against milliseconds per token; sampling ones are hollow."""
-    scores = select(section, metric="rouge_l")
-    kinds = sorted({controller_kind(row) for row in scores}, key=_kind_order)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, metric in zip(panels, ("layers", "ms_per_token"), strict=True):
-        for style, kind in enumerate(kinds):
-            for hollow in (False, True):
-                placed = [
-                    (place["value"], row)
-                    for row in scores
-                    if controller_kind(row) == kind and (row.get("choice") == "sampled") == hollow
-                    for place in [find(section, metric=metric, controller=row["controller"])]
-                    if place is not None
-                ]
-                placed.sort(key=lambda pair: pair[0])
-                look = {} if kind == _UNIFORM else {"linestyle": "none"}
-                look |= {"markerfacecolor": "w"} if hollow else {}
-                label = f"{kind}, sampled" if hollow else kind
-                if placed:
-                    points(axes, [place for place, _ in placed], [row for _, row in placed], label, style, **look)
+        _controller_points(axes, section, "rouge_l", metric)
     count_layers(panels[0])
     panels[0].set(ylabel="ROUGE-L", title="against layers", xlabel="mean layers of a generated token")
     panels[1].set(title="against time, likelier decisions", xlabel="ms per generated token, in a batch")
     _legend_below(figure, panels[0], columns=3)
 
 
+@_drawn("controllers-nats", 9.0, 4.8)
+def controllers_nats(figure: Any, section: Row) -> None:
+    """Nats a token of references under learned controllers against their layers; sampling ones are hollow."""
+    axes = figure.subplots(1, 1)
+    _controller_points(axes, section, "nats", "layers_nats")
+    count_layers(axes)
+    axes.set(ylabel="nats a token (less is better)", xlabel="mean layers of a token of a response")
+    _legend_below(figure, axes, columns=3)
+
+
+def _controller_points(axes: Any, section: Row, score: str, place: str) -> None:
+    """Draw the metric ``score`` of each controller and static path at its metric ``place``, a series for each kind."""
+    scores = select(section, metric=score)
+    for style, kind in enumerate(sorted({controller_kind(row) for row in scores}, key=_kind_order)):
+        for hollow in (False, True):
+            placed = [
+                (found["value"], row)
+                for row in scores
+                if controller_kind(row) == kind and (row.get("choice") == "sampled") == hollow
+                for found in [find(section, metric=place, controller=row["controller"])]
+                if found is not None
+            ]
+            placed.sort(key=lambda pair: pair[0])
+            look = {} if kind == _STATIC else {"linestyle": "none"}
+            look |= {"markerfacecolor": "w"} if hollow else {}
+            label = f"{kind}, sampled" if hollow else kind
+            if placed:
+                points(axes, [each for each, _ in placed], [row for _, row in placed], label, style, **look)
+
+
 def controller_kind(row: Row) -> str:
     """What a controller's points are called in the figure: what it reads, and its width where it has one."""
     kind = str(row.get("kind"))
     known = {
-        "static": _UNIFORM,
+        "static": _STATIC,
         "fixed": "fixed input",
         "hidden": "hidden state, linear",
         "mlp": "hidden state, MLP",
@@ -212,11 +226,11 @@ def controller_kind(row: Row) -> str:
     return f"{known.get(kind, kind)}{width}"
 
 
-_UNIFORM = "uniform paths"
+_STATIC = "static paths"
 
 
 def _kind_order(kind: str) -> tuple[int, int, str]:
-    starts = (_UNIFORM, "fixed", "hidden state, linear", "hidden state", "prompt")
+    starts = (_STATIC, "fixed", "hidden state, linear", "hidden state", "prompt")
     place = next((place for place, start in enumerate(starts) if kind.startswith(start)), len(starts))
     digits = "".join(filter(str.isdigit, kind))
     return place, int(digits or 0), kind

@@ -10,8 +10,8 @@ from dynskip.evaluation.report.rows import Row, select
 
 _BY_NATS = re.compile(r"(^|_)nats($| - )")
 _NUMBERS = frozenset(("metric", "value", "low", "high", "detectable", "p", "q", "p_equivalent", "margin", "verdict"))
-# Bins and task types are drawn, not listed; comparisons of recipes have a table of their own.
-_ELSEWHERE = ("binned_depth", "mean_depth", "over_fixed")
+# Bins and task types are drawn, not listed; comparisons of recipes have a table of their own; skip rates are many.
+_ELSEWHERE = ("binned_depth", "mean_depth", "over_fixed", "skip_rate")
 
 
 def likelihoods(section: Row) -> list[Block]:

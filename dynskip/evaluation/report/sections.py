@@ -212,6 +212,12 @@ def _recipe_table(found: claims.Controllers) -> list[Block]:
 
 def controllers(section: Row, summary: Summary) -> list[Block]:
     """Experiment 3."""
+    how = (
+        "A fixed-input gate is a learned constant per layer, a linear one reads the layer's input, an MLP reads it "
+        "with a hidden layer of the given width."
+    )
+    if score_suffix(section):
+        return _controllers_by_nats(section, how)
     quality, cost = [], []
     found = claims.Controllers(section)
     for row in select(section, metric="rouge_l"):
@@ -230,20 +236,44 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
     return [
         Paragraph(
             "Learned gates choose the layers of each generated token while it is generated; the prompt runs all "
-            "layers. A fixed-input gate is a learned constant per layer, a linear one reads the layer's input, an MLP "
-            f"reads it with a hidden layer of the given width. {_OVER_FIXED[bool(found.recipes)]} "
+            f"layers. {how} {_OVER_FIXED[bool(found.recipes)]} "
             "In the paper every layer was computed and masked, so no time was saved; here skipped layers do not run, "
             "and the time is measured."
         ),
         Figure(figures.controllers(section), "ROUGE-L of controllers against layers and against time."),
         Table(
             "ROUGE-L of controllers",
-            ["controller", "mean layers", "ROUGE-L", "over fixed input", "over uniform paths"],
+            ["controller", "mean layers", "ROUGE-L", "over fixed input", "over static paths"],
             quality,
         ),
         *_recipe_table(found),
         Table("What controllers cost", ["controller", "parameters", "skipped layers store", *TIMES.values()], cost),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),
+    ]
+
+
+def _controllers_by_nats(section: Row, how: str) -> list[Block]:
+    """Experiment 3 where nothing was generated. how: what gates there are."""
+    cells = []
+    for row in select(section, metric="nats"):
+        name = {"controller": row["controller"]}
+        layers = cell(section, "layers_nats", 2, **name)
+        parameters = f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING
+        over = cell(section, "over_static_nats", 4, **name)
+        cells.append([str(row["controller"]), parameters, layers, interval(row, 4), over])
+    header = ["controller", "parameters", "mean layers", "nats a token", "log-likelihood over static paths"]
+    return [
+        Paragraph(
+            "Learned gates choose the layers of each token of a reference, teacher-forced; the prompt runs all layers, "
+            f"but the path's along a static path. {how} {_OVER_FIXED[True]}"
+        ),
+        Figure(
+            figures.controllers_nats(section),
+            "Minus the log-likelihood of a token of the reference under controllers and along static paths against "
+            "layers. Bars are 95 % intervals over sequences.",
+        ),
+        Table("Nats a token under controllers", header, cells),
+        *_recipe_table(claims.Controllers(section)),
     ]
 
 

@@ -196,10 +196,11 @@ def _recipes(found: claims.Controllers) -> list[str]:
     """Recipes over their trainings and draws, by both scores."""
     counted = ", ".join(f"{found.num_with(verdict)} {verdict}" for verdict in ("better", "worse", "open", "untested"))
     whole = "is **untested**" if found.verdict == "untested" else "has these verdicts"
+    metrics = {row["metric"] for row in found.recipes}
+    scores = " and ".join(name for metric, name in _RECIPE_SCORES.items() if metric in metrics)
     lines = [
         f"Whether what is read helps to choose layers {whole}: of {len(found.recipes)} comparisons with fixed-input "
-        f"controllers at as many layers, by ROUGE-L and by log-likelihood, {counted}, after control of false "
-        "discoveries."
+        f"controllers at as many layers, {scores}, {counted}, after control of false discoveries."
     ]
     reasons = {
         "beyond": "run layers that no fixed-input controller reaches",
@@ -220,6 +221,7 @@ def _recipes(found: claims.Controllers) -> list[str]:
 
 
 _BY_NATS = "over_fixed_nats"
+_RECIPE_SCORES = {"over_fixed": "by ROUGE-L", _BY_NATS: "by log-likelihood"}
 
 
 def oracle(section: Row, summary: Summary) -> list[str]:

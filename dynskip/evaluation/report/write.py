@@ -70,7 +70,8 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
             continue
         if told := section_sentences(summary, key):
             blocks.append(Items(told))
-        plural = "" if section["seeds"] == 1 else "s"
+        num_seeds = section["seeds"]
+        seeds = f", {num_seeds} seed{'' if num_seeds == 1 else 's'}" if num_seeds else ""
         alone = (
             " References alone were scored: what is said of texts, ROUGE-L and times is not run."
             if score_suffix(section)
@@ -78,7 +79,7 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         )
         scored = section.get("n_nats")
         more = f", log-likelihoods of {scored:,}" if scored and scored != section["n"] else ""
-        blocks.append(Paragraph(f"{section['n']:,} sequences{more}, {section['seeds']} seed{plural}.{alone}"))
+        blocks.append(Paragraph(f"{section['n']:,} sequences{more}{seeds}.{alone}"))
         blocks += section_blocks(section, summary)
         if section.get("notes"):
             blocks += [Heading("Notes", 3), Items(section["notes"])]

@@ -19,7 +19,7 @@ PAPER_LAYERS = 24
 PAPER_BUDGETS = (4, 8, 12, 16, 20)
 PAPER_CANDIDATES = (4, 8, 12)
 RULES = ("uniform", "searched")
-GROWING = ("likelihood_prompts", "rule_prompts", "state_prompts", "train_prompts", "draws")
+GROWING = ("likelihood_prompts", "rule_prompts", "state_prompts", "controller_prompts", "train_prompts", "draws")
 # Of each seed where no number of draws is given: best-of-4 compares as many draws as the oracle has depths.
 DRAWS_PER_SEED = 4
 
@@ -33,7 +33,8 @@ class Setup:
     for what learns (0: as many); state_prompts: for hidden states (0: as many as prompts).
     budgets: layers of the static paths, without the full depth.
     controllers: learned ones, each with the weights that it steers. controller_seeds: how often each samples its
-    decisions, beside taking the likelier ones. candidates: those that the oracle chooses among, beside the full depth.
+    decisions, beside taking the likelier ones. controller_prompts: prompts whose references are scored under each (0:
+    as many as along paths). candidates: those that the oracle chooses among, beside the full depth.
     backbone: the weights before any tuning, to compare with. searched: by budget, paths that a search has found, as
     `LayerPath.parse` reads them. rule: "uniform" or "searched", where the paths of a budget come from.
     likelihood_prompts: prompts whose references are scored (0: as many as prompts); rule_prompts: those on which rules
@@ -56,6 +57,7 @@ class Setup:
     siblings: tuple[tuple[int, Checkpoint], ...] = ()
     controllers: tuple[ControllerFolder, ...] = ()
     controller_seeds: int = 1
+    controller_prompts: int = 0
     backbone: Checkpoint | None = None
     searched: tuple[tuple[int, str], ...] = ()
     rule: str = "uniform"
@@ -102,9 +104,10 @@ class Setup:
             least = int(name in positive)
             if getattr(self, name) < least:
                 raise ValueError(f"eval: {name} must be at least {least}, got {getattr(self, name)}.")
-        if self.likelihood_only and self.controllers:
+        if self.num_controlled > self.num_likelihoods:
             raise ValueError(
-                "eval: likelihood_only must be left out with controllers, whose texts are scored and timed, got both."
+                f"eval: controller_prompts must be at most the {self.num_likelihoods} prompts whose references are "
+                f"scored along paths, which controllers are held against, got {self.num_controlled}."
             )
         labels = [controller.label for controller in self.controllers]
         for label in labels:
@@ -223,6 +226,11 @@ class Setup:
     def num_likelihoods(self) -> int:
         """How many prompts have their references scored."""
         return self.likelihood_prompts or self.prompts
+
+    @property
+    def num_controlled(self) -> int:
+        """How many prompts have their references scored under controllers."""
+        return self.controller_prompts or self.num_likelihoods
 
     @property
     def num_judged(self) -> int:

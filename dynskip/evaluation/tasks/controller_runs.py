@@ -36,10 +36,12 @@ def controlled_items(setup: Setup, controller: ControllerFolder, seed: int) -> l
 
 def controlled_likelihood_items(setup: Setup, controller: ControllerFolder, seed: int) -> list[WorkItem]:
     """The items that score the references while ``controller`` decides, teacher-forced."""
-    return _items(setup, "controlled-likelihood", controller, seed, num_rows=setup.num_likelihoods)
+    return _items(setup, "controlled-likelihood", controller, seed, True, num_rows=setup.num_controlled)
 
 
-def _items(setup: Setup, task: str, controller: ControllerFolder, seed: int, **options: int) -> list[WorkItem]:
+def _items(
+    setup: Setup, task: str, controller: ControllerFolder, seed: int, grows: bool = False, **options: int
+) -> list[WorkItem]:
     return shard_items(
         setup,
         task,
@@ -47,6 +49,7 @@ def _items(setup: Setup, task: str, controller: ControllerFolder, seed: int, **o
         controller.label,
         setup.split,
         seed,
+        grows,
         controller=controller.hash,
         dtype=setup.dtype,
         kv_policy=controller.kv_policy or "",
