@@ -4,16 +4,20 @@ python -m bench.paper --data alpaca_data.json.xz              every piece that n
 python -m bench.paper --data alpaca_data.json.xz static depth     these pieces alone, in this order
 python -m bench.paper --data alpaca_data.json.xz --rows 200       on so many rows; they are the first of a longer run
 python -m bench.paper --data alpaca_data.json.xz --text-rows 300 oracle    texts, too: greedy ones and draws, by ROUGE-L
+python -m bench.paper --data alpaca_data.json.xz --controller runs/hidden --controller runs/fixed controllers
+                                                              learned controllers, by log-likelihood alone
 
-A piece is an experiment of `dynskip eval`. Items are unpacked into a run folder, the missing ones done there, and all
-of them packed again: token ids and what routers read of prompts are left out, which are large and come again when they
-are asked for. What was killed is packed by the next start. summary.json, report.html and report.md are written anew,
-with what cut.txt says was left out; power.md says how many rows each comparison needs.
+A piece is an experiment of `dynskip eval`. Controllers are not committed, what was measured of them is. Items are
+unpacked into a run folder, the missing ones done there, and all of them packed again: token ids and what routers read
+of prompts are left out, which are large and come again when they are asked for. What was killed is packed by the next
+start. summary.json, report.html and report.md are written anew, with what cut.txt says was left out; power.md says how
+many rows each comparison needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import lzma
 import math
@@ -41,11 +45,18 @@ CUT = "cut.txt"  # a line for each thing that was left out, and what it would ha
 KEPT = ("config.json", "summary.json", "log.txt")
 BASE, TUNED = "smollm2-135m-instruct", "smollm2-135m-paths"
 PIECES = ("static", "depth", "oracle", "router", "hidden-states")
+# Judged by references, whatever is generated elsewhere: texts of many controllers take longer than all other pieces.
+WITHOUT_TEXTS = frozenset(("controllers",))
 NOT_PACKED = frozenset(("features",))
 
 
-def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, text_rows: int = 0) -> Setup:
-    """The run: the tuned model along searched paths, beside the same weights before any tuning."""
+def setup_of(
+    data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, text_rows: int = 0, **controllers: Any
+) -> Setup:
+    """The run: the tuned model along searched paths, beside the same weights before any tuning.
+
+    controllers: fields of `Setup` that say which, drawn how often, judged on how many rows.
+    """
     options: dict[str, Any] = {
         "budgets": (27, 25, 20, 15),
         "candidates": (25, 20, 15),
@@ -61,6 +72,7 @@ def setup_of(data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows:
         "state_prompts": state_rows,
         "train_prompts": learn_rows,
         "shard_size": 50,
+        **controllers,
     }
     return Setup.of(TUNED, data, {}, **options)
 
@@ -106,11 +118,15 @@ def run(
     unpack(folder, work)
     summary: dict[str, Any] = {}
     for name in names:
+        own = dataclasses.replace(setup, likelihood_only=True) if name in WITHOUT_TEXTS else setup
         try:
-            with EvalRun(setup, work, num_workers, progress, mixes_isa=mixes_isa) as evaluation:
+            with EvalRun(own, work, num_workers, progress, mixes_isa=mixes_isa) as evaluation:
                 summary = evaluation.run([name])
         finally:
             pack(work, folder)
+    if summary:
+        # A piece without texts says how many references it has; the conditions are those of all pieces.
+        summary["conditions"]["prompts"] = setup.num_judged
     return summary
 
 
@@ -151,14 +167,31 @@ def main() -> int:
     parser.add_argument("--state-rows", type=int, default=50, metavar="N", help="rows for hidden states (50)")
     parser.add_argument("--learn-rows", type=int, default=250, metavar="N", help="validation rows for routers (250)")
     parser.add_argument("--text-rows", type=int, default=0, metavar="N", help="rows with texts, timed, too (0)")
+    parser.add_argument(
+        "--controller", action="append", default=[], metavar="FOLDER", help="a learned controller; repeatable"
+    )
+    parser.add_argument("--controller-rows", type=int, default=0, metavar="N", help="rows under each (all of --rows)")
+    parser.add_argument("--controller-seeds", type=int, default=0, metavar="N", help="draws of its decisions, too (0)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the items (1)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the items are committed")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper-smollm2", help="the run folder")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--mix-instruction-sets", action="store_true", help="go on where another kind of CPU began")
     args = parser.parse_args()
+    if "controllers" in args.pieces and not args.controller:
+        parser.error("--controller must name the folders of the piece controllers, got none")
     set_threads(args.threads)
-    setup = setup_of(args.data, args.rows, args.rule_rows, args.state_rows, args.learn_rows, args.text_rows)
+    setup = setup_of(
+        args.data,
+        args.rows,
+        args.rule_rows,
+        args.state_rows,
+        args.learn_rows,
+        args.text_rows,
+        controllers=args.controller,
+        controller_prompts=args.controller_rows,
+        controller_seeds=args.controller_seeds,
+    )
     summary = run(
         setup,
         args.pieces,

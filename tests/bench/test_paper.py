@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_models import save_checkpoint, tiny_setup
+from evaluation_models import save_checkpoint, steered_setup, tiny_setup
 
 from bench import paper
 from dynskip.evaluation.report.write import write_report
@@ -72,6 +72,36 @@ def test_what_a_killed_run_has_left_is_packed_by_the_next(tmp_path: Path, monkey
     (committed / paper.PACKED).unlink()  # as after kill -9, which packs nothing
     paper.run(setup, ["static"], committed, work, progress=False)
     assert lines_of(committed) == left
+
+
+def test_controllers_are_judged_without_texts_beside_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = tmp_path / "committed"
+    draws = {
+        "draws": 1,
+        "likelihood_prompts": 8,
+        "rule_prompts": 4,
+        "timed_rounds": 2,
+    }  # a run that may grow by prompts
+    before = paper.run(
+        tiny_setup(tmp_path, likelihood_only=True, **draws), ["static"], committed, tmp_path / "first", progress=False
+    )
+    few = lines_of(committed)
+    setup = steered_setup(tmp_path, prompts=6, controller_prompts=4, controller_seeds=1, **draws)
+    assert not setup.likelihood_only, "other pieces generate"
+    summary = paper.run(setup, ["controllers"], committed, tmp_path / "second", progress=False)
+    many = lines_of(committed)
+    added = [line["item"] for line in many if line not in few]
+    assert all(line in many for line in few)
+    assert {item["task"] for item in added} == {"controlled-likelihood"}
+    assert {item["options"]["controller"] for item in added} == {each.hash for each in setup.controllers}
+    assert len(added) == len(setup.controllers) * 2, "likelier decisions, one draw"
+    assert summary["static"] == before["static"] and summary["controllers"]["n_nats"] == 4
+    assert summary["conditions"]["prompts"] == 6, "the texts of the other pieces"
+    monkeypatch.setattr("sys.argv", ["paper", "--data", str(tmp_path / "data.json"), "controllers"])
+    with pytest.raises(SystemExit, match="2"):
+        paper.main()
 
 
 def test_token_ids_and_features_are_not_committed(tmp_path: Path) -> None:

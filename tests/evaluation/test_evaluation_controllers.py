@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_models import tiny_setup
+from evaluation_models import steered_setup, tiny_setup
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model, word_tokenizer
 from torch import Tensor
 
@@ -188,23 +188,6 @@ def test_recipes_are_better_worse_open_or_untested(tmp_path: Path) -> None:
         assert verdicts(points, tmp_path) == {metric: ("untested", [reason]) for metric in both}
 
 
-def steered(tmp_path: Path, **changes: Any) -> Setup:
-    """A setup with a fixed-input controller and one that reads hidden states, both random."""
-    folders = []
-    for seed, name in enumerate(("fixed", "hidden")):
-        setup = tiny_setup(tmp_path)
-        torch.manual_seed(seed)
-        controller = make_controller(name, ModelSizes(setup.num_layers, 32, 32))
-        with torch.no_grad():
-            for parameter in controller.parameters():
-                parameter.normal_()
-        about = {"alpha": 4.0, "backbone": "frozen", "model": str(tmp_path / "model"), "training_seed": 0}
-        folders.append(tmp_path / name)
-        save_controller(controller, name, folders[-1], about)
-    options: dict[str, Any] = {"prompts": 8, "controllers": folders, "timed_rounds": 2}
-    return tiny_setup(tmp_path, **{**options, **changes})
-
-
 def section_of(setup: Setup, folder: Path) -> tuple[dict[str, Any], set[str]]:
     """The section once all items are done in ``folder``, and the tasks of these."""
     context = Context(setup)
@@ -217,9 +200,9 @@ def section_of(setup: Setup, folder: Path) -> tuple[dict[str, Any], set[str]]:
 
 def test_references_alone_make_a_section(tmp_path: Path) -> None:
     """Nothing is generated and nothing timed, and what is said by log-likelihood is what the whole run says."""
-    alone, tasks = section_of(steered(tmp_path, likelihood_only=True), tmp_path / "alone")
+    alone, tasks = section_of(steered_setup(tmp_path, likelihood_only=True), tmp_path / "alone")
     assert tasks == {"likelihood", "controlled-likelihood"}
-    whole, more = section_of(steered(tmp_path), tmp_path / "whole")
+    whole, more = section_of(steered_setup(tmp_path), tmp_path / "whole")
     assert more == {*tasks, "generate", "controlled", "time-controlled"}
     told = {"nats", "layers_nats", "over_static_nats", "skip_rate_nats", "over_fixed_nats"}
     assert {row["metric"] for row in alone["rows"]} <= told
@@ -229,15 +212,15 @@ def test_references_alone_make_a_section(tmp_path: Path) -> None:
     untimed = [{**row, "timed_as": None} for row in whole["rows"] if row["metric"] in told and "timed_as" in row]
     assert [row for row in alone["rows"] if row["metric"] in told - {"skip_rate_nats", "over_fixed_nats"}] == untimed
     rates = {row["layer"]: row["value"] for row in alone["rows"] if row["metric"] == "skip_rate_nats"}
-    assert len(rates) == steered(tmp_path).num_layers and rates[0] == 0.0, "the first layer always runs"
+    assert len(rates) == steered_setup(tmp_path).num_layers and rates[0] == 0.0, "the first layer always runs"
     assert (alone["n"], alone["n_nats"], whole["n"]) == (8, 8, 8)
 
 
 def test_fewer_prompts_are_judged_under_controllers_than_along_paths(tmp_path: Path) -> None:
-    few = steered(tmp_path, likelihood_only=True, controller_prompts=6)
+    few = steered_setup(tmp_path, likelihood_only=True, controller_prompts=6)
     section, _ = section_of(few, tmp_path / "items")
     assert section["n_nats"] == 6
-    many = steered(tmp_path, likelihood_only=True)
+    many = steered_setup(tmp_path, likelihood_only=True)
     items = [controlled_likelihood_items(setup, setup.controllers[0], 0) for setup in (few, many)]
     assert items[0][0] == items[1][0] and items[0][1] != items[1][1], "whole shards of fewer are among those of more"
     full = [row for row in section["rows"] if row["metric"] == "nats" and row["controller"] == "full"]
@@ -247,7 +230,7 @@ def test_fewer_prompts_are_judged_under_controllers_than_along_paths(tmp_path: P
     with pytest.raises(
         ValueError, match="controller_prompts must be at most the 8 prompts whose references are scored"
     ):
-        steered(tmp_path, controller_prompts=9)
+        steered_setup(tmp_path, controller_prompts=9)
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from families import family_hf
 from models import word_tokenizer
 
+from dynskip.controllers import ModelSizes, make_controller, save_controller
 from dynskip.evaluation.sweep.setup import Setup
 
 
@@ -74,3 +76,20 @@ def tiny_setup(directory: Path, **changes: Any) -> Setup:
         "dtype": "float32",
     }
     return Setup.of(str(directory / "model"), directory / "data.json", **{**options, **changes})
+
+
+def steered_setup(directory: Path, **changes: Any) -> Setup:
+    """``tiny_setup`` with a fixed-input controller and one that reads hidden states, both random, made if missing."""
+    setup = tiny_setup(directory)
+    folders = []
+    for seed, name in enumerate(("fixed", "hidden")):
+        torch.manual_seed(seed)
+        controller = make_controller(name, ModelSizes(setup.num_layers, 32, 32))
+        with torch.no_grad():
+            for parameter in controller.parameters():
+                parameter.normal_()
+        about = {"alpha": 4.0, "backbone": "frozen", "model": str(directory / "model"), "training_seed": 0}
+        folders.append(directory / name)
+        save_controller(controller, name, folders[-1], about)
+    options: dict[str, Any] = {"prompts": 8, "controllers": folders, "timed_rounds": 2}
+    return tiny_setup(directory, **{**options, **changes})
