@@ -186,6 +186,15 @@ def test_searched_paths_come_from_their_file(tmp_path: Path) -> None:
     assert setup.path_of(4) == "layers:0,1,4,5" and setup.path_of(6) == "full"
     assert [member.path for member in families(setup)["paths"]] == ["layers:0,5", "layers:0,1,4,5", "full"]
     assert rival_paths(setup, [0.1] * 6)["searched"] == {2: ["layers:0,5"], 4: ["layers:0,1,4,5"]}
+    for budget, seed in ((2, 1), (6, 2)):
+        save_checkpoint(tmp_path / f"sibling-{budget}", seed)
+    siblings = {budget: str(tmp_path / f"sibling-{budget}") for budget in (2, 6)}
+    found = families(tiny_setup(tmp_path, searched=file, rule="searched", siblings=siblings))
+    assert {name: [member.path for member in members] for name, members in found.items()} == {
+        "paths": ["layers:0,5", "layers:0,1,4,5", "full"],
+        "siblings": ["layers:0,5", "full"],
+        "untuned": ["layers:0,5", "layers:0,1,4,5", "full"],
+    }, "weights are compared along one path"
     with pytest.raises(ValueError, match="searched must hold a path of each budget, got none of 3 layers"):
         tiny_setup(tmp_path, searched=file, rule="searched", budgets=(3,))
     FoundPaths("0" * 64, 8, {4: (0, 1, 4, 5)}).write(file)

@@ -38,14 +38,19 @@ def families(setup: Setup) -> dict[str, list[Member]]:
     siblings = dict(setup.siblings)
     tuned = [budget for budget in budgets if budget in siblings and budget != num_layers]
     if tuned:
-        # A sibling may hold only the layers that it runs.
-        members = [Member(budget, siblings[budget], path_text(budget, siblings[budget].num_layers)) for budget in tuned]
+        members = [Member(budget, siblings[budget], _sibling_path(setup, budget)) for budget in tuned]
         found["siblings"] = [*members, Member(num_layers, setup.full_checkpoint, "full")]
     if num_layers in siblings:
-        found["untuned"] = [Member(budget, siblings[num_layers], path_text(budget, num_layers)) for budget in budgets]
+        found["untuned"] = [Member(budget, siblings[num_layers], setup.path_of(budget)) for budget in budgets]
     if setup.backbone is not None:
         found["backbone"] = [Member(budget, setup.backbone, setup.path_of(budget)) for budget in budgets]
     return found
+
+
+def _sibling_path(setup: Setup, budget: int) -> str:
+    """The path of a sibling, which may hold only the layers that it runs."""
+    num_layers = dict(setup.siblings)[budget].num_layers
+    return setup.path_of(budget) if num_layers == setup.num_layers else path_text(budget, num_layers)
 
 
 def family_items(
@@ -130,9 +135,9 @@ def _paths_of(setup: Setup, member: Member, seed: int) -> list[str]:
     budgets = {*setup.candidates} if seed != GREEDY else {*setup.budgets, *setup.candidates}
     siblings = dict(setup.siblings)
     ordered = sorted({*budgets, setup.num_layers})
+    everything = [setup.path_of(budget) for budget in ordered]
     if member.checkpoint == setup.checkpoint:
-        return [setup.path_of(budget) for budget in ordered]
-    everything = [path_text(budget, setup.num_layers) for budget in ordered]
+        return everything
     if member.checkpoint == siblings.get(setup.num_layers):
         return everything if seed == GREEDY else ["full"]
     return [member.path]
