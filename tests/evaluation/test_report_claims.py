@@ -320,22 +320,28 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     labels = {"recipe": "hidden, target 25", "trainings": 3, "runs": 3, "layers": 25.0, "inside": 1.0}
     tested = {"p": 0.01, "q": 0.02, "reasons": [], "verdict": "worse"}
     rows = [row(-0.01, 0.005, metric="over_fixed_nats", **labels, **tested)]
-    for name, kind, layers in (("full", "static", 30.0), ("hidden", "hidden", 25.0)):
+    for name, kind, layers in (("layers:0,2,3", "static", 3.0), ("hidden", "hidden", 25.0)):
         own = {"controller": name, "kind": kind, "parameters": None if kind == "static" else 34_620}
         rows += [row(2.0, 0.01, metric="nats", **own), row(layers, 0.1, metric="layers_nats", **own)]
     rows += [row(-0.3, 0.01, metric="over_static_nats", **own), row(0.5, 0.1, metric="skip_rate_nats", layer=7, **own)]
     summary = {"conditions": {}, "controllers": section(rows, noise="by sequence") | {"seeds": 0}}
     told = text_of(summary, "controllers")
-    assert (
-        "of 1 comparisons with fixed-input controllers at as many layers, by log-likelihood, 0 better, 1 worse" in told
+    assert told == (
+        "A controller that reads something (hidden, target 25) chooses layers worse than fixed-input ones at as many "
+        "layers, 25.0: −0.0100 [−0.0150, −0.0050] nats a token over 3 trainings."
     )
-    assert "ROUGE-L" not in told and in_short(summary)[0] in told
+    assert in_short(summary) == [told]
+    untested = {**rows[0], "verdict": "untested", "reasons": ["beyond"]}
+    other = {"conditions": {}, "controllers": section([untested, *rows[1:]])}
+    assert "is **untested**: of 1 comparison with fixed-input" in text_of(other, "controllers")
+    assert ", by log-likelihood, 0 better, 0 worse, 0 open, 1 untested" in text_of(other, "controllers")
     drawn: list[str] = []
     monkeypatch.setattr(figures, "svg", lambda name, *_, **__: drawn.append(name) or "<svg ></svg>")
     page = to_markdown(*report_blocks(summary))
     assert drawn == ["controllers-nats"]
     assert "| hidden | 34,620 | 25.00 [24.90, 25.10] | 2.0000 [1.9900, 2.0100] | −0.3000 [−0.3100, −0.2900] |" in page
-    assert "ROUGE-L of controllers" not in page and "skip_rate" not in page
+    assert "| static path of 3 layers | – | 3.00 [2.90, 3.10] |" in page
+    assert "ROUGE-L of controllers" not in page and "skip_rate" not in page and "By the log-likelihood" not in page
     assert "sequences. References alone were scored" in page, "no seed was drawn"
 
 

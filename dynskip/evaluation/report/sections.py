@@ -249,6 +249,7 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
         *_recipe_table(found),
         Table("What controllers cost", ["controller", "parameters", "skipped layers store", *TIMES.values()], cost),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),
+        *likelihoods(section),
     ]
 
 
@@ -260,7 +261,7 @@ def _controllers_by_nats(section: Row, how: str) -> list[Block]:
         layers = cell(section, "layers_nats", 2, **name)
         parameters = f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING
         over = cell(section, "over_static_nats", 4, **name)
-        cells.append([str(row["controller"]), parameters, layers, interval(row, 4), over])
+        cells.append([_controller_name(row), parameters, layers, interval(row, 4), over])
     header = ["controller", "parameters", "mean layers", "nats a token", "log-likelihood over static paths"]
     return [
         Paragraph(
@@ -277,6 +278,13 @@ def _controllers_by_nats(section: Row, how: str) -> list[Block]:
     ]
 
 
+def _controller_name(row: Row) -> str:
+    """A controller's own name; of a path that is known by its layers their number."""
+    name = str(row["controller"])
+    kind, _, layers = name.partition(":")
+    return f"static path of {len(layers.split(','))} layers" if kind == "layers" else name
+
+
 def _by_both_scores(tell: Callable[[Row, Summary], list[Block]]) -> Callable[[Row, Summary], list[Block]]:
     """What ``tell`` says of a section, and then its log-likelihoods."""
     return lambda section, summary: [*tell(section, summary), *likelihoods(section)]
@@ -286,7 +294,7 @@ def _by_both_scores(tell: Callable[[Row, Summary], list[Block]]) -> Callable[[Ro
 SECTIONS: dict[str, tuple[str, Callable[[Row, Summary], list[Block]]]] = {
     "hidden_states": ("Hidden states", _by_both_scores(hidden_states)),
     "static": ("Static budgets", _by_both_scores(static)),
-    "controllers": ("Controllers", _by_both_scores(controllers)),
+    "controllers": ("Controllers", controllers),
     "oracle": ("The oracle and its controls", _by_both_scores(oracle_sections.oracle)),
     "router": ("A router that sees the prompt only", _by_both_scores(oracle_sections.router)),
     "depth": ("What decides depth", _by_both_scores(oracle_sections.depth)),

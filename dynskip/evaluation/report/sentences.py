@@ -194,12 +194,14 @@ def controllers(section: Row, summary: Summary) -> list[str]:
 
 def _recipes(found: claims.Controllers) -> list[str]:
     """Recipes over their trainings and draws, by both scores."""
+    if len(found.recipes) == 1 and found.verdict == "tested":
+        return [_one_recipe(found.recipes[0])]
     counted = ", ".join(f"{found.num_with(verdict)} {verdict}" for verdict in ("better", "worse", "open", "untested"))
     whole = "is **untested**" if found.verdict == "untested" else "has these verdicts"
     metrics = {row["metric"] for row in found.recipes}
     scores = " and ".join(name for metric, name in _RECIPE_SCORES.items() if metric in metrics)
     lines = [
-        f"Whether what is read helps to choose layers {whole}: of {len(found.recipes)} comparisons with fixed-input "
+        f"Whether what is read helps to choose layers {whole}: of {_comparisons(len(found.recipes))} with fixed-input "
         f"controllers at as many layers, {scores}, {counted}, after control of false discoveries."
     ]
     reasons = {
@@ -218,6 +220,21 @@ def _recipes(found: claims.Controllers) -> list[str]:
             f"input at {number(first['layers'], 1)} layers."
         )
     return lines
+
+
+def _one_recipe(row: Row) -> str:
+    """The one comparison of a recipe that there is, and was a test."""
+    told = {"better": "chooses layers better than", "worse": "chooses layers worse than"}
+    unit = " nats a token" if row["metric"] == _BY_NATS else " ROUGE-L"
+    return (
+        f"A controller that reads something ({row['recipe']}) {told.get(row['verdict'], 'is not told apart from')} "
+        f"fixed-input ones at as many layers, {number(row['layers'], 1)}: {signed(row, 4)}{unit} over "
+        f"{row['trainings']} trainings."
+    )
+
+
+def _comparisons(count: int) -> str:
+    return "1 comparison" if count == 1 else f"{count} comparisons"
 
 
 _BY_NATS = "over_fixed_nats"
