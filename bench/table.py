@@ -69,7 +69,10 @@ def fill(readme: str, results: Path) -> str:
 def paper_sentences(run: Path) -> str:
     """The list that opens the report of ``run``, made anew from its summary."""
     sentences = in_short(read_summary(run))
-    lines = [textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ") for text in sentences]
+    lines = [
+        textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for text in sentences
+    ]
     return "\n".join(lines) + "\n"
 
 
