@@ -328,7 +328,8 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     told = text_of(summary, "controllers")
     assert told == (
         "A controller that reads something (hidden, target 25) chooses layers worse than fixed-input ones at as many "
-        "layers, 25.0: −0.0100 [−0.0150, −0.0050] nats a token over 3 trainings."
+        "layers, 25.0: −0.0100 [−0.0150, −0.0050] nats a token over 3 trainings; one of 0.0071 could have been seen "
+        "(80 % power)."
     )
     assert in_short(summary) == [told]
     untested = {**rows[0], "verdict": "untested", "reasons": ["beyond"]}

@@ -226,10 +226,12 @@ def _one_recipe(row: Row) -> str:
     """The one comparison of a recipe that there is, and was a test."""
     told = {"better": "chooses layers better than", "worse": "chooses layers worse than"}
     unit = " nats a token" if row["metric"] == _BY_NATS else " ROUGE-L"
+    seen = detectable(row)
+    power = "" if seen is None else f"; one of {number(seen, 4)} could have been seen (80 % power)"
     return (
         f"A controller that reads something ({row['recipe']}) {told.get(row['verdict'], 'is not told apart from')} "
         f"fixed-input ones at as many layers, {number(row['layers'], 1)}: {signed(row, 4)}{unit} over "
-        f"{row['trainings']} trainings."
+        f"{row['trainings']} trainings{power}."
     )
 
 
