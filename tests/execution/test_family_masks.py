@@ -82,8 +82,9 @@ def test_logits_along_masks_are_those_of_transformers(batch: Case, kv_policy: st
     results = [model(*inputs, kv_policy=kv_policy).logits for model in models]
     results.append(models[0](*inputs, kv_policy=kv_policy, executor="reference").logits)
     for logits in results:
-        # Errors of 230 small cases scatter: one was 2.3 times that of transformers, and 0.8 to 2 with other masks.
-        within_budget(logits, expected, exact, batch.num_layers, times=3)
+        # Errors of 230 small cases scatter: one of 1.3e-5 was 2.3 to 4.7 times transformers', whose own depends on
+        # where its rows lie in memory. A wrong key costs a thousand times that.
+        within_budget(logits, expected, exact, batch.num_layers, times=6)
 
 
 @pytest.mark.parametrize(("batch", "kv_policy"), CASES, ids=str)
