@@ -33,7 +33,7 @@ def compile_candidate(capability: int, task: Task, constants: Constants) -> Usag
     usages: list[Usage] = []
 
     def receive(op: str, kernel: Any) -> None:
-        resources = read_resources(kernel.asm["cubin"], False)
+        resources = read_resources(kernel.asm["cubin"])
         usages.append(Usage(resources.registers, resources.spilled_bytes, kernel.metadata.shared))
 
     workload = Workload(task, get_row_ops("triton"), torch.device("cpu"), empty=True)

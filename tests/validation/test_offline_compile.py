@@ -26,7 +26,7 @@ from dynskip.validation.offline.compile_kernels import (
     compile_offline,
     plan_jobs,
 )
-from dynskip.validation.offline.resources import is_tensor_core_instruction
+from dynskip.validation.offline.resources import count_tensor_core_instructions
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -248,14 +248,20 @@ def test_each_way_of_not_fitting_is_a_complaint(changes: dict[str, object], comp
     assert dataclasses.replace(RIGHT, **changes).complaint == complaint
 
 
-@pytest.mark.parametrize("name", ["HMMA", "HGMMA", "QGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "QMMA"])
-def test_instructions_of_tensor_cores(name: str) -> None:
-    assert is_tensor_core_instruction(name)
-
-
-@pytest.mark.parametrize("name", ["HFMA2", "FFMA", "MMA", "UTCATOMSWS", "UTCBAR", "LDSM", "WARPGROUP"])
-def test_instructions_of_others(name: str) -> None:
-    assert not is_tensor_core_instruction(name)
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1, %r2 }, ...;", 1),
+        ("@%p4 wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r1}, %rd3, %rd4, %p3, 1, 1, 0, 0;", 1),
+        ("@%p12 tcgen05.mma.cta_group::1.kind::f16 [ %r5 + 0 ], %rd1, %rd2, %r6, %p7;", 1),
+        ("fma.rn.f32 %r1, %r2, %r3, %r4;", 0),
+        ("wgmma.wait_group.sync.aligned 0;", 0),
+        ("tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%r1];", 0),
+        ("// begin inline asm mma.sync", 0),
+    ],
+)
+def test_instructions_of_tensor_cores(line: str, count: int) -> None:
+    assert count_tensor_core_instructions(f"\t{line}\n\tret;\n" * 3) == 3 * count
 
 
 def test_command_prints_a_table(kernels: list[CompiledKernel], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,12 @@ wait for the kernel before it exactly where it is launched to overlap with it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,36 +146,44 @@ def plan_jobs(
 def compile_offline(jobs: list[CompileJob], progress: bool = True) -> list[CompiledKernel]:
     """The kernels of all `jobs`, in their order; as many processes at a time as there are CPUs.
 
-    A process compiles for one capability, and no capability has more processes than there are CPUs. Triton keeps what
-    it compiled in its cache (TRITON_CACHE_DIR). progress: shows a bar.
+    A process compiles some ops of all the jobs for one capability: hardly a kernel is needed by two at the same time.
+    Triton keeps what it compiled in its cache (TRITON_CACHE_DIR). progress: shows a bar.
     """
     num_cpus = os.cpu_count() or 1
-    for_capability: dict[int, list[int]] = {}
-    for index, job in enumerate(jobs):
-        for_capability.setdefault(job.capability, []).append(index)
-    shares = [share for places in for_capability.values() for i in range(num_cpus) if (share := places[i::num_cpus])]
-    found: list[list[CompiledKernel]] = [[] for _ in jobs]
+    shares = [
+        [
+            (place, replace(job, op_names=job.op_names[i::num_cpus]))
+            for place, job in enumerate(jobs)
+            if job.capability == capability
+        ]
+        for capability in dict.fromkeys(job.capability for job in jobs)
+        for i in range(num_cpus)
+    ]
+    found: list[dict[str, CompiledKernel]] = [{} for _ in jobs]
     with (
         ThreadPoolExecutor(num_cpus) as pool,
-        tqdm(total=len(jobs), desc="compiling", unit="job", disable=not progress) as bar,
+        tqdm(total=len(shares), desc="compiling", unit="process", disable=not progress) as bar,
     ):
-        for share, kernels in zip(shares, pool.map(lambda share: _run([jobs[i] for i in share]), shares), strict=True):
-            for index, of_job in zip(share, kernels, strict=True):
-                found[index] = of_job
-            bar.update(len(share))
-    return [kernel for of_job in found for kernel in of_job]
+        for share, kernels in zip(shares, pool.map(lambda share: _run([job for _, job in share]), shares), strict=True):
+            for (place, _), of_job in zip(share, kernels, strict=True):
+                found[place] = of_job | found[place]
+            bar.update()
+    return [kernel for of_job in found for kernel in of_job.values()]
 
 
-def _run(jobs: list[CompileJob]) -> list[list[CompiledKernel]]:
+def _run(jobs: list[CompileJob]) -> list[dict[str, CompiledKernel]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    requests = [dataclasses.asdict(job) | {"config_path": str(job.config_path)} for job in jobs]
+    requests = [asdict(job) | {"config_path": str(job.config_path)} for job in jobs]
     command = [sys.executable, "-m", "dynskip.validation.offline.worker", json.dumps(requests)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise RuntimeError(f"compile_offline: its process must end well, got status {ended.returncode}. {ended.stderr}")
     answers = json.loads(ended.stdout)
-    return [[_kernel_of(job, described) for described in answer] for job, answer in zip(jobs, answers, strict=True)]
+    return [
+        {key: _kernel_of(job, described) for key, described in answer.items()}
+        for job, answer in zip(jobs, answers, strict=True)
+    ]
 
 
 def _kernel_of(job: CompileJob, described: dict[str, Any]) -> CompiledKernel:

@@ -3,7 +3,7 @@
 The launchers themselves are called, on CPU tensors of decoders' shapes that nothing reads, and each launch becomes a
 compilation: so what is compiled has the constants and the alignment hints of a real run. Triton's interpreter must be
 off here: python -m dynskip.validation.offline.worker '[{"capability": 90, ...}]' prints for each job, all of them for
-one capability, a list of one object a kernel.
+one capability, an object a kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dynskip.ops.backends import get_backend
 from dynskip.ops.row_ops import get_row_ops
 from dynskip.validation import op_arguments as make
 from dynskip.validation.offline.compile_kernels import MISALIGNED
-from dynskip.validation.offline.resources import read_resources
+from dynskip.validation.offline.resources import count_tensor_core_instructions, read_resources
 from dynskip.validation.offline.waits import acts_before_wait
 from dynskip.validation.op_arguments import MATRIX_OPS, RowArguments, bind, draw_rows, make_workspace, parts_of
 from dynskip.validation.tensors import EmptyDraw
@@ -74,8 +74,8 @@ def compile_all(
     everywhere: bool,
     shapes: list[str],
     rows: list[int],
-) -> list[dict[str, Any]]:
-    """What each kernel that a launch may need takes of a GPU, or why it does not compile."""
+) -> dict[str, dict[str, Any]]:
+    """What each kernel that a launch may need takes of a GPU, or why it does not compile; by the kernel's hash."""
     driver.set_active(OfflineDriver(capability))
     found: dict[str, dict[str, Any]] = {}
     with use_configs(config_path):
@@ -94,21 +94,21 @@ def compile_all(
             except Exception as error:  # whatever the compiler raises is reported as a violation
                 text = " ".join(f"{type(error).__name__}: {error}".split())
                 found[repr(about)] = about | {"kernel": call.op, "error": text}
-    return list(found.values())
+    return found
 
 
 @functools.cache
 def describe(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel is made of."""
     ptx, products = kernel.asm["ptx"], sorted(set(_MATRIX_PRODUCT.findall(kernel.asm["ttir"])))
-    resources = read_resources(kernel.asm["cubin"], bool(products))
+    resources = read_resources(kernel.asm["cubin"])
     return {
         "kernel": kernel.metadata.name,
         "num_warps": kernel.metadata.num_warps,
         "registers": resources.registers,
         "spilled_bytes": resources.spilled_bytes,
         "shared_bytes": kernel.metadata.shared,
-        "tensor_core_instructions": resources.tensor_core_instructions,
+        "tensor_core_instructions": count_tensor_core_instructions(ptx),
         "products": products,
         "num_waits": ptx.count("griddepcontrol.wait"),
         "acts_before_wait": acts_before_wait(ptx) if kernel.metadata.launch_pdl else [],
