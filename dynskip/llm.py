@@ -37,7 +37,7 @@ Output = RequestOutput
 class LLM:
     """A model and its tokenizer.
 
-    model: an CausalLM, a directory, a hub id, or None: "opt-mini", the small model shipped with the package.
+    model: a CausalLM, a directory, a hub id, or None: "opt-mini", the small model shipped with the package.
     tokenizer: a transformers tokenizer, a directory or hub id, or None: the one beside the model. A model object, or a
         directory without tokenizer files, takes token ids only then; ``.tokenizer`` is None.
     dtype, device, backend, deterministic, adapter: as in CausalLM.from_pretrained; not with a model object. The
@@ -221,7 +221,7 @@ def _may_have_tokenizer(source: Path) -> bool:
 
 
 def _load_tokenizer(source: str | Path) -> Any:
-    return read_tokenizer(source, "LLM", " Pass tokenizer=, or an CausalLM for token ids.")
+    return read_tokenizer(source, "LLM", " Pass tokenizer=, or a CausalLM for token ids.")
 
 
 def _run_with_bar(generation: Generation) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from adapters import adapted, undecided
 from checkpoints import PEFT_WARNS
 from families import convert_, cut_family
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynskip import LLM, AsyncLLM, CausalLM, Engine, LayerPath, SamplingParams
 from dynskip.assets import PACKAGED, find_adapter, packaged_file
@@ -58,6 +60,18 @@ def test_the_tensors_are_those_that_transformers_reads(hf_model: Any) -> None:
     assert set(read) == set(theirs) and len(theirs) == 272
     for name, tensor in read.items():
         assert torch.equal(tensor.view(torch.int32), theirs[name].view(torch.int32)), name
+
+
+def test_transformers_loads_what_was_saved(model: CausalLM, llm: LLM, hf_model: Any, tmp_path: Path) -> None:
+    """The same tensors and, digits apart, the same ids of a text."""
+    model.save_pretrained(tmp_path)
+    llm.tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    theirs = hf_model.state_dict()
+    assert set(loaded) == set(theirs)
+    assert [name for name, tensor in loaded.items() if not torch.equal(tensor, theirs[name])] == []
+    text = "In 2024 bread rose 1,234 times."
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == llm.tokenizer(text).input_ids
 
 
 def test_its_found_paths_are_shipped(
@@ -176,8 +190,30 @@ def test_prompt_and_tokens_reach_the_last_of_its_positions_and_no_further(model:
     for place in (0, -1):
         found = torch.tensor([output.logprobs[place][token] for token in range(words)])
         assert torch.allclose(found, expected[place], rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match=r"must fit 8192 positions, got 8161 prompt and 32 new tokens"):
+    too_long = r"must fit 8192 positions, got 8161 prompt and 32 new tokens"
+    with pytest.raises(ValueError, match=too_long):
         llm.generate([[17, *prompt]], params, paths=path)
+
+    async def ask() -> list[int]:
+        plain = replace(params, logprobs=None)
+        async with AsyncLLM(llm, "lockstep") as server:
+            with pytest.raises(ValueError, match=too_long):
+                await server.generate([17, *prompt], plain, path)
+            return (await server.generate(prompt, plain, path)).token_ids
+
+    assert asyncio.run(ask()) == output.token_ids
+
+
+def test_the_command_line_takes_a_text_to_the_last_position(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    """One more token is refused."""
+    words = 8188
+    text = " ".join(["bread"] * words)
+    assert len(llm.tokenizer(text).input_ids) == words
+    command = ["generate", "--model", NAME, "--path", "layers:0,29", "--ignore-eos", "--json", "--quiet"]
+    assert main([*command, "--max-tokens", "4", text]) == 0
+    assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) == 4
+    assert main([*command, "--max-tokens", "5", text]) == 2
+    assert "must fit 8192 positions, got 8188 prompt and 5 new tokens" in capsys.readouterr().err
 
 
 @PEFT_WARNS
