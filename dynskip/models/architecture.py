@@ -164,11 +164,22 @@ def rotary_of(config: Any, embedding: Any) -> Rotary:
     """The rotary positions of ``config``, as transformers' module ``embedding`` works them out."""
     import torch
 
-    kind = config.rope_parameters.get("rope_type", "default")
+    parameters = config.rope_parameters
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ValueError(
+            f"CausalLM: rope_parameters must be the same for all layers, got those of {', '.join(parameters)}."
+        )
+    kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(
             f"CausalLM: rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}. Others change with the length."
         )
-    with torch.device("cpu"):  # values, also where a model is being made on meta
-        module = embedding(config)
+    try:
+        with torch.device("cpu"):  # values, also where a model is being made on meta
+            module = embedding(config)
+        if not module.inv_freq.isfinite().all():
+            raise ValueError("its frequencies are not finite")
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"CausalLM: rope_parameters must be those of {kind!r}, got {parameters}: {got}") from error
     return Rotary(tuple(module.inv_freq.tolist()), float(module.attention_scaling))

@@ -30,6 +30,8 @@ def decoder_config(config: Any) -> DecoderConfig:
     has_bias = getattr(config, "attention_bias", False)
     window = (getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0
     layer_types = _window_layers(getattr(config, "layer_types", None)) if kind in ("qwen2", "qwen3") else None
+    if layer_types and not window:
+        raise ValueError(f"CausalLM: sliding_window must be set where layers have one, got {layer_types} without.")
     rotary, head_size = rotary_of(config, LlamaRotaryEmbedding), head_size_of(config)
     if 2 * len(rotary.frequencies) != head_size:
         raise ValueError(

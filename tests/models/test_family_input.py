@@ -27,16 +27,21 @@ LONGROPE = {
     "long_factor": [2.0] * 4,
     "original_max_position_embeddings": 16,
 }
-HALF_TURNED = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0, "partial_rotary_factor": 0.5}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+HALF_TURNED = LINEAR | {"partial_rotary_factor": 0.5}
 
 # Family, a change of its config, and what the error says.
 BAD_CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": LONGROPE}, "rope_type must be one of default, .* got 'longrope'"),
     ("gpt_neox", {"rope_parameters": LONGROPE}, "rope_type must be one of default, .* got 'longrope'"),
     ("llama", {"rope_parameters": HALF_TURNED}, "rope_parameters must turn all 8 values of a head, got 4"),
+    ("qwen3", {"rope_parameters": {"full_attention": LINEAR}}, "must be the same for all layers, got those of full"),
+    ("llama", {"rope_parameters": LINEAR | {"factor": "x"}}, "rope_parameters must be those of 'linear', .*TypeError"),
+    ("gpt_neox", {"rope_parameters": LINEAR | {"factor": 0.0}}, "must be those of 'linear', .* are not finite"),
     ("llama", {"hidden_act": "tanh"}, "hidden_act must be one of relu, gelu, .* got 'tanh'"),
     ("gpt_neox", {"hidden_act": "quick_gelu"}, "hidden_act must be one of relu, gelu, .* got 'quick_gelu'"),
     ("gpt2", {"activation_function": "laplace"}, "activation_function must be one of relu, .* got 'laplace'"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm must be False, got True"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be False, got True"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "connection_post_layernorm must be False, got True"),
     *(
@@ -48,6 +53,7 @@ BAD_CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("bloom", {"num_attention_heads": 3}, "num_attention_heads must divide hidden_size 32, got 3"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 6}, "layer_types must be full_attention or .* got chunked_att"),
     ("qwen3", {"layer_types": ["window_attention"] * 6}, "layer_types must be full_attention or .* got window_att"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 6}, "sliding_window must be set where layers have one, got .*"),
     ("mistral", {"layer_types": ["full_attention"] * 6}, "layer_types must be None, got .'full_attention'"),
     ("bloom", {"pretraining_tp": 2, "slow_but_exact": True}, "slow_but_exact must be False, got True"),
     *((family, {"is_causal": False}, "is_causal must be True, got False") for family in FAMILIES),
