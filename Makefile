@@ -30,8 +30,8 @@ LOAD_PACKAGES := guidellm==0.8.1
 EXTRAS := train,eval,serve,dev
 ARGS ?=
 MODEL ?= smollm2-135m-paths
-# Tests run in a process for each core, a file at a time; WORKERS= runs them in one.
-WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
+# Tests run in a process for each core, a file at a time in the order of tests/conftest.py; WORKERS= runs them in one.
+WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PYTHON ?= $(shell sh .ci/find-python)
 EXT_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 

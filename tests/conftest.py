@@ -38,6 +38,18 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
+# Each is one test or a few, and takes minutes: begun last, it would keep one process busy when the others have ended.
+LONG_FILES = (
+    *("test_offline_compile.py", "test_prefixes.py", "test_gpu_benchmark.py", "test_smollm2.py"),
+    *("test_engine_machine.py", "test_in_flight.py", "test_evaluation_run.py", "test_fine_tune.py"),
+    *("test_report.py", "test_paper_pipeline.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 def pytest_collection_finish() -> None:
     """Takes what was imported out of the collections of garbage that tests ask for: each would read all of it."""
     gc.collect()

@@ -597,10 +597,10 @@ def test_random_chats_equal_each_request_alone(
     draw_lengths(monkeypatch)
     served = make(policy, num_slots, batch=4)
     chats = Chats(served, seed=len(policy))
-    chats.run(90)
+    chats.run(60)
     stats, outputs = served.stats(), chats.outputs
     assert_empty(served)
-    assert len(outputs) == 90 and all(output.error is None for output in outputs.values())
+    assert len(outputs) == 60 and all(output.error is None for output in outputs.values())
     alone = make(batch=4, prefix_caching=False)
     for request_id, ask in chats.asked.items():
         output, expected = outputs[request_id], run(alone, ask)
@@ -611,7 +611,7 @@ def test_random_chats_equal_each_request_alone(
             assert same(output, expected)
         else:
             assert tokens(output) == tokens(expected)
-    assert stats.num_prefix_hits > 300 and stats.num_accepted and stats.num_aborted
+    assert stats.num_prefix_hits > 150 and stats.num_accepted and stats.num_aborted
     assert bool(stats.num_prefix_evictions) == (num_slots == 410)
     if num_slots != 410:
         # With memory for all each output is looked up once, and its request says what the first one has found.

@@ -39,6 +39,9 @@ CASES = [
         else KV_POLICIES[index % 3 :][:1]
     )
 ]
+# Of 339 cases all but these err at most 1.8 times as much as transformers, whose own error depends by a factor of four
+# on where rows lie in memory, and on half a unit in the last place of a weight. A wrong key costs 1,000 times that.
+ILL_CONDITIONED = ("qwen2-draw3", "qwen3-tied", "qwen2-window")
 
 
 @functools.cache
@@ -82,9 +85,7 @@ def test_logits_along_masks_are_those_of_transformers(batch: Case, kv_policy: st
     results = [model(*inputs, kv_policy=kv_policy).logits for model in models]
     results.append(models[0](*inputs, kv_policy=kv_policy, executor="reference").logits)
     for logits in results:
-        # One position of 230 cases is ill-conditioned: transformers errs by 2 to 9e-6 there, with weights within
-        # half a unit in the last place of one another, we by 13e-6. A wrong key costs a thousand times that.
-        within_budget(logits, expected, exact, batch.num_layers, times=6)
+        within_budget(logits, expected, exact, batch.num_layers, times=6 if str(batch) in ILL_CONDITIONED else 3)
 
 
 @pytest.mark.parametrize(("batch", "kv_policy"), CASES, ids=str)

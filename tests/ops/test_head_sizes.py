@@ -54,7 +54,7 @@ def test_a_model_generates_what_transformers_does(head_size: int, backend: str) 
 def test_half_precision_decodes_as_whole_prompts_do(head_size: int, dtype: torch.dtype, backend: str) -> None:
     model = OPTForCausalLM.from_hf(model_of(head_size).to(dtype), backend=cpu_backend(backend))
     (prompt,) = random_prompts([7])
-    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1)
     (found,) = LLM(model, word_tokenizer()).generate([prompt], params)
     with torch.no_grad():
         exact = model_of(head_size)(input_ids=torch.tensor([[*prompt, *found.token_ids]])).logits[0].log_softmax(-1)

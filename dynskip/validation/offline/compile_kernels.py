@@ -151,13 +151,10 @@ def compile_offline(jobs: list[CompileJob], progress: bool = True) -> list[Compi
     """
     num_cpus = os.cpu_count() or 1
     shares = [
-        [
-            (place, replace(job, op_names=job.op_names[i::num_cpus]))
-            for place, job in enumerate(jobs)
-            if job.capability == capability
-        ]
+        share
         for capability in dict.fromkeys(job.capability for job in jobs)
         for i in range(num_cpus)
+        if (share := [(place, part) for place, job in enumerate(jobs) if (part := _part(job, capability, i, num_cpus))])
     ]
     found: list[dict[str, CompiledKernel]] = [{} for _ in jobs]
     with (
@@ -169,6 +166,12 @@ def compile_offline(jobs: list[CompileJob], progress: bool = True) -> list[Compi
                 found[place] = of_job | found[place]
             bar.update()
     return [kernel for of_job in found for kernel in of_job.values()]
+
+
+def _part(job: CompileJob, capability: int, i: int, num_parts: int) -> CompileJob | None:
+    """The i-th of `num_parts` parts of a job for `capability`, by ops; None where it has no op."""
+    op_names = job.op_names[i::num_parts]
+    return replace(job, op_names=op_names) if job.capability == capability and op_names else None
 
 
 def _run(jobs: list[CompileJob]) -> list[dict[str, CompiledKernel]]:
