@@ -18,9 +18,10 @@ from typing import Any
 from bench.peers.plan import CELLS, DYNSKIP, PEERS
 from bench.peers.results import Row, read
 from bench.peers.weights import SMOLLM2
-from bench.peers.workload import MEAN_OUTPUT, PROMPT_LEN, STREAM_BATCH, STREAM_PROMPT_LEN
+from bench.peers.workload import MEAN_OUTPUT, PROMPT_LEN, STREAM_BATCH, STREAM_PROMPT_LEN, paper_text
 from bench.table import insert
 from dynskip.benchmark.report import markdown_table
+from dynskip.models.shapes import get_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- peers: written by bench/peers/table.py -->", "<!-- peers end -->"
@@ -120,7 +121,7 @@ def _tokens(row: Row | None) -> str:
 
 
 def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: Any) -> Iterator[str]:
-    versions = conditions["versions"]
+    versions, depths = conditions["versions"], paper_text(get_shape(conditions["shape"]).num_layers)
     yield (
         f"{'Real' if conditions['shape'] == SMOLLM2 else 'Random'} weights; {conditions['cpu']} "
         f"({conditions['num_cores']} cores), torch {versions['torch']}, commit {conditions['commit']}, "
@@ -128,8 +129,9 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
         f"medians of up to {conditions['rounds']} turns, in brackets how many times as fast dynskip is, with a 95% "
         f"bootstrap interval over turns. Decode behind prompts of {PROMPT_LEN}. Streams: {conditions['requests']} "
         f"requests with prompts of {STREAM_PROMPT_LEN} and outputs geometric with a mean of {MEAN_OUTPUT}, at most "
-        f"{STREAM_BATCH} of them in a step; at the paper's depths against the peer's full depth; with vLLM alone, for "
-        "the others are driven batch by batch. Memory: the most that was resident before the streams."
+        f"{STREAM_BATCH} of them in a step; at the paper's depths ({depths}) against "
+        "the peer's full depth; with vLLM alone, for the others are driven batch by batch. Memory: the most that was "
+        "resident before the streams."
     )
     if any(row["what"] == "tokens" for row in rows):
         yield (

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.peers.results import Row, read
+from bench.peers.workload import depths_text, paper_text
 from dynskip.benchmark.report import markdown_table
+from dynskip.models.shapes import get_shape
 
 BEGIN, END = "<!-- cost of serving: written by bench/table.py -->", "<!-- cost of serving end -->"
 SHORT_BEGIN, SHORT_END = "<!-- served: written by bench/table.py -->", "<!-- served end -->"
 _SHOWN_LOAD = "80%"  # in short
 # Tokens/s of the server over those of `Engine`, at least.
-TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85}
+TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85, "smollm2-135m-paths": 0.85}
 
 
 def tables(results: Path) -> str:
@@ -42,13 +44,15 @@ def short(results: Path) -> str:
         )
         aim = "" if target is None else f" (target: at least {target:.2f})"
         notes.append(
-            f"{conditions['shape']} on {conditions['cpu']}: {conditions['num_threads']} threads, commit "
+            f"{conditions['shape']} on {conditions['cpu']}: {_weights(conditions).lower()}, the paper's depths as "
+            f"{_depths(conditions)}; {conditions['num_threads']} threads, commit "
             f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, "
             f"tokens/s{aim}: {told}."
         )
     heads = ("model", "CPU", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
     if not lines:
         return "Not measured yet.\n"
+    notes.insert(0, "Prefix caching, on unless a server is told otherwise, is off in all rows.")
     return "\n".join([markdown_table(heads, lines, {4, 5, 6}), *(f"{textwrap.fill(note, 120)}\n" for note in notes)])
 
 
@@ -86,6 +90,17 @@ def _waits(conditions: Row, rows: Sequence[Row]) -> str:
     return markdown_table((*heads, "client's CPU"), lines, {1, 2, 3, 4, 5, 6}) if lines else ""
 
 
+def _weights(conditions: Row) -> str:
+    return "Real weights" if conditions["shape"].startswith("smollm2") else "Random weights"
+
+
+def _depths(conditions: Row) -> str:
+    """The layers of the mix; rows that do not name their paths ran the paper's, scaled to the shape."""
+    if "mix" not in conditions:
+        return paper_text(get_shape(conditions["shape"]).num_layers)
+    return f"{depths_text(conditions['num_layers'], conditions['depths'])}, {conditions['mix']}"
+
+
 def _missed(value: float, target: float | None) -> str:
     return ", missed" if target is not None and value < target else ""
 
@@ -96,13 +111,13 @@ def _percentiles(values: Sequence[float]) -> str:
 
 def _notes(conditions: Row, rows: Sequence[Row]) -> Iterator[str]:
     versions = conditions["versions"]
-    weights = "Real weights" if conditions["shape"].startswith("smollm2") else "Random weights"
     yield (
-        f"{weights} in bfloat16; {conditions['cpu']} ({conditions['num_cores']} cores), {conditions['num_threads']} "
-        f"threads, torch {versions['torch']}, commit {conditions['commit']}, {conditions['date']}, load "
-        f"{conditions['load'][0]} before. Prompts of {conditions['prompt_len']} token ids, outputs geometric with a "
-        f"mean of {conditions['mean_output']}, greedy; the paper's depths, or full depth. CPU: shares of one core; the "
-        "client is a process of its own on the same cores."
+        f"{_weights(conditions)} in bfloat16; {conditions['cpu']} ({conditions['num_cores']} cores), "
+        f"{conditions['num_threads']} threads, torch {versions['torch']}, commit {conditions['commit']}, "
+        f"{conditions['date']}, load {conditions['load'][0]} before. Prompts of {conditions['prompt_len']} token ids, "
+        f"outputs geometric with a mean of {conditions['mean_output']}, greedy; the paper's depths "
+        f"({_depths(conditions)}), or full depth. CPU: shares of one core; the client is a process of its own on the "
+        "same cores."
     )
     if any(row["what"].startswith("overhead, ") for row in rows):
         yield (

@@ -335,7 +335,10 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     text = page(conditions, rows)
     assert ">= 0.95x, met" in text and ">= 0.95x, missed" in text
     assert "1.0 / 2.0 / 300" in text
-    assert "cohort 20.00" in text and "Failed, vLLM, capacity: not installed" in text
+    mix = "4/8/12/24 of 24 layers in 74/18/6/2% of the requests, a mean of 5.6, uniform paths"
+    said = " ".join(text.split())
+    assert f"the paper's depths ({mix})" in said
+    assert "cohort 20.00" in said and "Failed, vLLM, capacity: not installed" in said
     assert tables(tmp_path) == "Not measured yet.\n"
     (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
     assert tables(tmp_path) == text
@@ -345,4 +348,6 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     told = " ".join(short(tmp_path).split())
     assert "| opt-1.3b | Test | cohort | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 |" in told
     assert "vLLM" not in told
+    assert f"opt-1.3b on Test: random weights, the paper's depths as {mix};" in told
+    assert "Prefix caching, on unless a server is told otherwise, is off in all rows." in told
     assert "least 0.95): 0.970 (full depth, whole answers), 0.940 (full depth, streams, missed)." in told
