@@ -3,11 +3,13 @@
 python -m bench.serve_overhead                            every row that is not there yet; says first how long it takes
 python -m bench.serve_overhead --only opt-1.3b --part overhead
 python -m bench.serve_overhead --only smollm2 --part latency --server cohort
+python -m bench.serve_overhead --only smollm2 --mix uniform:5=74,uniform:10=18,uniform:15=6,full=2 --out other
 python -m bench.serve_overhead --rehearse --out rehearsal opt-mini for some seconds; its figures mean nothing
 
 Overhead: engine and server are loaded at the same time, one is stopped while the other runs, and they take turns on the
 same requests, all there at once. Latency: requests arrive at random (Poisson), at a share of what the server has just
-been seen to serve. The client is this process. A run that was broken off goes on where it stopped.
+been seen to serve. The client is this process. A run that was broken off goes on where it stopped. SmolLM2's depths are
+the paths that it was trained along, those of other shapes are uniform.
 """
 
 from __future__ import annotations
@@ -30,24 +32,27 @@ import torch
 from bench.peers.plan import vllm_command, vllm_env
 from bench.peers.process import PeerProcess
 from bench.peers.results import Results, Row, read
-from bench.peers.weights import SMOLLM2
-from bench.peers.workload import MEAN_OUTPUT, PAPER_SHARES, STREAM_BATCH, STREAM_PROMPT_LEN, draw_prompts
+from bench.peers.weights import SMOLLM2_PATHS
+from bench.peers.workload import MEAN_OUTPUT, STREAM_BATCH, STREAM_PROMPT_LEN, draw_prompts, paper_paths
 from bench.serve.folders import REHEARSAL, served_folder
 from bench.serve.load import Call, arrive, burst, waits
 from bench.serve.page import page
 from bench.serve.process import ServerError, ServerProcess
+from dynskip.assets import find_adapter
 from dynskip.evaluation.stats.intervals import bootstrap
 from dynskip.measure.machine import describe
 from dynskip.models.registry import read_decoder_config
 from dynskip.paths import LayerPath
-from dynskip.simulation.workload import Workload
+from dynskip.simulation.workload import Workload, parse_mix
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("overhead", "latency")
 POLICIES, VLLM = ("cohort", "lockstep"), "vLLM"
 LOADS = (25, 50, 80)  # percent of capacity
 # Of a burst: enough for some seconds.
-REQUESTS = {"opt-1.3b": 256, SMOLLM2: 1024}
+REQUESTS = {"opt-1.3b": 256, SMOLLM2_PATHS: 1024}
+# The paper's shares along the paths that a model was trained for; other shapes run its depths scaled to their layers.
+_MIXES = {SMOLLM2_PATHS: "found:15=74,found:20=18,found:25=6,full=2"}
 _DEPTHS = ("paper's depths", "full depth")
 _MODES = ("whole answers", "streams")
 _MAX_LEN = 256
@@ -55,17 +60,19 @@ _KV_TOKENS = 64 * 4 * STREAM_BATCH  # at full depth: more than as many as are re
 _WARM_UP = 0.1  # of the requests that arrive, those whose waits do not count
 _NAME = "model"
 # Roughly, to say how long a run takes: seconds to load, tokens/s at the paper's depths and at full depth.
-_LOAD_S = {"opt-1.3b": 25.0, SMOLLM2: 12.0}
-_SPEEDS = {"opt-1.3b": (300.0, 80.0), SMOLLM2: (4000.0, 1500.0)}
+_LOAD_S = {"opt-1.3b": 25.0, SMOLLM2_PATHS: 12.0}
+_SPEEDS = {"opt-1.3b": (300.0, 80.0), SMOLLM2_PATHS: (800.0, 450.0)}
 _VLLM_LOAD_S = 90.0
 Ask = dict[str, Any]
 
 
 class Measurement:
-    """The rows of one shape. args: of the command line, with ``requests`` and ``rounds`` of this shape."""
+    """The rows of one shape. args: of the command line, with ``requests`` of this shape; mix: paths and shares."""
 
-    def __init__(self, shape: str, args: argparse.Namespace, results: Results) -> None:
-        self.shape, self.args, self.results = shape, args, results
+    def __init__(
+        self, shape: str, args: argparse.Namespace, mix: tuple[tuple[LayerPath, float], ...], results: Results
+    ) -> None:
+        self.shape, self.args, self.mix, self.results = shape, args, mix, results
         self.folder = served_folder(args.models, shape)
         self.config = read_decoder_config(str(self.folder))
         self.kv_bytes = _KV_TOKENS * self.config.num_layers * self.config.kv_entry_size * torch.bfloat16.itemsize
@@ -150,19 +157,15 @@ class Measurement:
         self.results.add({**row, "tokens_per_s": round(num_tokens / took.seconds, 2), **took.line(), **waits(counted)})
 
     def _draw(self, num_requests: int, paper_depths: bool, rate: float | None = None) -> list[Ask]:
-        """Requests at the paper's depths, scaled to this model's layers, or at full depth; the same for all servers."""
-        num_layers = self.config.num_layers
-        shares = PAPER_SHARES if paper_depths else {1.0: 1.0}
-        paths = tuple(
-            (LayerPath.uniform(num_layers, max(1, round(part * num_layers))), share) for part, share in shares.items()
-        )
+        """Requests at the paper's depths, or at full depth; the same for all servers."""
+        paths = self.mix if paper_depths else ((LayerPath.full(self.config.num_layers), 1.0),)
         drawn = Workload(num_requests, paths, STREAM_PROMPT_LEN, MEAN_OUTPUT, rate=rate).draw()
         prompts = draw_prompts(num_requests, STREAM_PROMPT_LEN, self.config.vocab_size)
         return [
             {
                 "prompt": prompt,
                 "max_tokens": min(request.num_output, _MAX_LEN - STREAM_PROMPT_LEN),
-                "path": f"uniform:{request.path.budget}",
+                "path": f"layers:{','.join(map(str, request.path.layers))}",
                 "due_s": request.arrival_s,
             }
             for prompt, request in zip(prompts, drawn, strict=True)
@@ -254,15 +257,26 @@ def estimate_s(shape: str, args: argparse.Namespace) -> float:
     return total_s
 
 
+def mix_of(shape: str, num_layers: int, asked: str | None) -> tuple[str, tuple[tuple[LayerPath, float], ...]]:
+    """What the paper's depths are for ``shape``, in words, and paths with their shares; asked: of the command line."""
+    named = asked or _MIXES.get(shape)
+    if named is None:
+        return "uniform paths", paper_paths(num_layers)
+    return named, parse_mix(named, num_layers, find_adapter(shape))
+
+
 def measure_shape(shape: str, args: argparse.Namespace) -> None:
     """Every row of one shape that is asked for and not there yet."""
     machine = describe()
     conditions: Row = {"shape": shape, **machine, "rounds": args.rounds, "budget_s": args.seconds}
     conditions |= {"requests": args.requests, "prompt_len": STREAM_PROMPT_LEN, "mean_output": MEAN_OUTPUT}
+    num_layers = read_decoder_config(str(served_folder(args.models, shape))).num_layers
+    conditions["mix"], mix = mix_of(shape, num_layers, args.mix)
+    conditions |= {"num_layers": num_layers, "depths": [(path.budget, share) for path, share in mix]}
     path = args.out / f"{shape}-{machine['machine']}.jsonl"
     if args.fresh:
         path.unlink(missing_ok=True)
-    measurement = Measurement(shape, args, Results(path, conditions))
+    measurement = Measurement(shape, args, mix, Results(path, conditions))
     try:
         if "overhead" in args.part:
             measurement.overhead()
@@ -279,6 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="shapes whose name has this in it")
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable (default: all)")
     parser.add_argument("--server", default="", help="of the latencies: servers whose name has this in it")
+    parser.add_argument(
+        "--mix", metavar="PATH=SHARE,...", help="the paper's depths (default: of SmolLM2 its own paths)"
+    )
     parser.add_argument("--rounds", type=int, default=6, help="turns of engine and server")
     parser.add_argument("--seconds", type=float, default=60.0, help="in which requests arrive at one load")
     parser.add_argument("--requests", type=int, help=f"of a burst (default: {REQUESTS})")

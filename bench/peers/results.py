@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # What must be equal for rows of two runs to stand in one file.
-_SAME = ("machine", "commit", "shape", "rounds", "budget_s", "requests")
+_SAME = ("machine", "commit", "shape", "rounds", "budget_s", "requests", "mix")
 Row = dict[str, Any]
 
 
@@ -24,9 +24,9 @@ class Results:
         self.rows: list[Row] = []
         if path.exists():
             found, self.rows = read(path)
-            different = [name for name in _SAME if found[name] != conditions[name]]
+            different = [name for name in _SAME if found.get(name) != conditions.get(name)]
             if different:
-                old, new = ({name: each[name] for name in different} for each in (found, conditions))
+                old, new = ({name: each.get(name) for name in different} for each in (found, conditions))
                 raise ValueError(
                     f"peers: {path} must be of this state to go on with it, got {old} instead of {new}. "
                     "Begin anew with --fresh, or write to another folder with --out."

@@ -1,6 +1,7 @@
 """The files that peers load: ``python -m bench.peers.weights KIND SHAPE OUT`` writes one of them.
 
-folder: what transformers, vLLM and dynskip read; random bf16 weights, or SmolLM2's, with eight prompts beside them.
+folder: what transformers, vLLM and dynskip read; random bf16 weights, or SmolLM2's, with eight prompts beside them;
+those tuned for paths have the adapter merged.
 ctranslate2: its export of random weights. gguf: SmolLM2's GGUF file with its matrices in bf16.
 """
 
@@ -15,6 +16,7 @@ from dynskip.assets import find_model
 from dynskip.measure.random_models import hf_config, random_hf_model
 
 SMOLLM2 = "smollm2-135m"
+SMOLLM2_PATHS = "smollm2-135m-paths"
 _SMOLLM2_NAME = "smollm2-135m-instruct"
 PROMPTS_FILE = "prompts.json"
 QUESTIONS = (
@@ -31,12 +33,12 @@ QUESTIONS = (
 
 def write_folder(shape: str, out: Path) -> None:
     """A checkpoint folder in bf16."""
-    if shape != SMOLLM2:
+    if shape not in (SMOLLM2, SMOLLM2_PATHS):
         random_hf_model(hf_config(shape)).save_pretrained(out)
         return
     from dynskip.llm import LLM
 
-    llm = LLM(_SMOLLM2_NAME)
+    llm = LLM(_SMOLLM2_NAME if shape == SMOLLM2 else SMOLLM2_PATHS)
     prompts = [llm.chat_prompt(question) for question in QUESTIONS]
     llm.model.unpack_().save_pretrained(out)
     (out / PROMPTS_FILE).write_text(json.dumps(prompts), encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.peers.weights import SMOLLM2
 from dynskip.assets import opt_mini_directory
 from dynskip.llm import LLM
-from dynskip.models.shapes import get_shape
+from dynskip.models.registry import read_decoder_config
 
 REHEARSAL = "opt-mini"
 _TOKENIZER_FILE = "tokenizer.json"
@@ -28,7 +28,7 @@ def served_folder(models: Path, shape: str) -> Path:
     if not (folder / _TOKENIZER_FILE).exists():
         tokenizer = LLM(f"{SMOLLM2}-instruct").tokenizer
         assert tokenizer is not None, "the file holds one"
-        missing = get_shape(shape).vocab_size - len(tokenizer)
+        missing = read_decoder_config(str(folder)).vocab_size - len(tokenizer)
         tokenizer.add_tokens([f"<extra {number}>" for number in range(missing)])
         tokenizer.save_pretrained(folder)
     return folder

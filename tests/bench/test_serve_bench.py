@@ -16,7 +16,7 @@ import pytest
 from api import Local, local, on_loopback, run, tiny_llm
 from models import NUM_LAYERS, VOCAB_SIZE
 
-from bench.peers.results import read
+from bench.peers.results import Results, read
 from bench.serve.asks import ROUTES, Ask, Asks, library_answer, served_answer
 from bench.serve.client import Broken, Client, post_of
 from bench.serve.load import Call, arrive, burst, waits
@@ -24,8 +24,10 @@ from bench.serve.page import page, short, tables
 from bench.serve.soak_clients import Ledger, SoakClient
 from bench.serve.soak_report import Sample, Soaked, slope
 from bench.serve.soak_report import page as soak_page
+from bench.serve_overhead import mix_of
 from bench.soak_serve import errors_in
-from dynskip import LLM, Engine
+from dynskip import LLM, Engine, LayerPath
+from dynskip.assets import find_adapter
 
 BUDGETS = (2, 4)
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -351,3 +353,24 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     assert f"opt-1.3b on Test: random weights, the paper's depths as {mix};" in told
     assert "Prefix caching, on unless a server is told otherwise, is off in all rows." in told
     assert "least 0.95): 0.970 (full depth, whole answers), 0.940 (full depth, streams, missed)." in told
+
+
+def test_the_papers_depths_are_a_models_own_paths_and_the_table_names_them(tmp_path: Any) -> None:
+    name, paths = mix_of("smollm2-135m-paths", 30, None)
+    folder = find_adapter("smollm2-135m-paths")
+    assert folder is not None
+    own = [LayerPath.found(folder, budget) for budget in (15, 20, 25)]
+    assert paths == tuple(zip([*own, LayerPath.full(30)], (74.0, 18.0, 6.0, 2.0), strict=True))
+    assert [path.budget for path, _ in mix_of("opt-1.3b", 24, None)[1]] == [4, 8, 12, 24]
+    assert mix_of("opt-1.3b", 24, "exit:3=1") == ("exit:3=1", ((LayerPath.early_exit(24, budget=3), 1.0),))
+
+    machine = {"cpu": "Test", "num_cores": 2, "num_threads": 2, "versions": {"torch": "2.13"}, "load": [0.1]}
+    options = {"rounds": 6, "budget_s": 60.0, "requests": 8, "prompt_len": 32, "mean_output": 16, "machine": "test"}
+    conditions = {"shape": "smollm2-135m-paths", "commit": "abc", "date": "now", **machine, **options}
+    conditions |= {"mix": name, "num_layers": 30, "depths": [(path.budget, share) for path, share in paths]}
+    said = " ".join(page(conditions, []).split())
+    assert "Real weights" in said
+    assert f"(15/20/25/30 of 30 layers in 74/18/6/2% of the requests, a mean of 16.8, {name})" in said
+    Results(tmp_path / "rows.jsonl", conditions)
+    with pytest.raises(ValueError, match="must be of this state to go on with it"):
+        Results(tmp_path / "rows.jsonl", conditions | {"mix": "uniform paths"})
