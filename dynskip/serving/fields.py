@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,28 +12,27 @@ from dynskip.serving.protocol import ChatRequest, CompletionRequest, Fields, Sam
 # Without one, as OpenAI has it; the library's is 0.
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_MAX_TOKENS = 16
-SUPPORTED = frozenset(each.name for each in dataclasses.fields(SamplingParams))
 
-# Fields of `Sampled` that are parameters of the same name, each with a value that asks for nothing.
-SAMPLING_FIELDS: dict[str, object] = {
-    "n": 1,
-    "temperature": DEFAULT_TEMPERATURE,
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "seed": None,
-    "stop": [],
-    "stop_token_ids": [],
-    "ignore_eos": False,
-    "min_tokens": 0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": {},
-    "include_stop_str_in_output": False,
-    "skip_special_tokens": True,
-    "prompt_logprobs": None,
-}
+# Fields of `Sampled` that are parameters of the same name.
+SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
 
 # Fields that say nothing of the output.
 HARMLESS = frozenset(
@@ -78,23 +76,14 @@ def check_others(request: Fields) -> None:
 
 
 def sampling_params(request: Sampled, max_tokens: int | None) -> SamplingParams:
-    """The parameters that ``request`` asks for; an APIError names the field that is wrong or not supported."""
+    """The parameters that ``request`` asks for; an APIError names the field that is wrong."""
     values: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE, "max_tokens": max_tokens}
-    for name, neutral in SAMPLING_FIELDS.items():
+    for name in SAMPLING_FIELDS:
         value = getattr(request, name)
-        if value is None:
-            continue
-        if name not in SUPPORTED:
-            if value != neutral:
-                raise unsupported(name, "It is not supported.")
-        elif name == "logit_bias":
-            values[name] = _logit_bias(value)
-        else:
-            values[name] = value
+        if value is not None:
+            values[name] = _logit_bias(value) if name == "logit_bias" else value
     values["logprobs"] = _num_logprobs(request)
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
-        if "prompt_logprobs" not in SUPPORTED:
-            raise unsupported("logprobs", "They are not supported together with echo.")
         values["prompt_logprobs"] = request.logprobs
     try:
         return SamplingParams(**values)

@@ -1,4 +1,4 @@
-"""`run_server`: a model behind an address, from the first signal on until all requests have ended."""
+"""`Server`: an application behind an address, which from the first signal on ends when all requests have."""
 
 from __future__ import annotations
 
@@ -103,7 +103,6 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._loop = asyncio.get_running_loop()
         self._loop = asyncio.get_running_loop()
         before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
         try:
