@@ -120,6 +120,36 @@ def test_a_stream_that_ends_well_is_logged_as_a_200(llm: LLM, caplog: pytest.Log
     assert [line.rsplit(" ", 2)[0] for line in lines if line.startswith("mine ")] == [f"mine POST {ROUTE} 200"] * 2
 
 
+def test_nothing_of_a_prompt_is_logged_before_or_behind_the_front_unless_asked_for(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    bodies = [{**LONG, "prompt": "w042 secret"}, {**LONG, "prompt": "w042", "top_p": "secret"}, {"secret": 1}]
+
+    async def main(log_bodies: bool) -> None:
+        async with fronted(llm, gate={"log_bodies": log_bodies}) as before:
+            assert [(await before.post(body)).status_code for body in bodies] == [200, 400, 400]
+            brakes = [Brake(each.server.served) for each in before.replicas]
+            doomed = Exchange(before.app, ROUTE, {**STREAM, "prompt": "w042 secret"})
+            await before.until_held(1)
+            lost = before.holder()
+            brakes[before.replicas.index(lost)].let(1)
+            await doomed.until_events(1)
+            lost.lose()
+            await doomed.task
+            for brake in brakes:
+                brake.release()
+
+    with caplog.at_level(logging.DEBUG):
+        run(main(False))
+    assert "is lost in the middle of" in caplog.text
+    assert caplog.text.count(f" POST {ROUTE} 400 ") == 4, "the front and a replica log each request"
+    assert "secret" not in caplog.text and "w042" not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main(True))
+    assert caplog.text.count("w042 secret") == 2, "the front logs it, and no replica"
+
+
 def test_a_replica_answers_by_message_and_says_whether_its_engine_runs(llm: LLM) -> None:
     headers = [(b"content-type", b"application/json"), (b"x-request-id", b"a")]
     scope = {"type": "http", "method": "POST", "path": ROUTE, "query_string": b"", "headers": headers}
