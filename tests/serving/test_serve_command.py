@@ -19,9 +19,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from adapters import adapted
 from api import events_of
+from checkpoints import PEFT_WARNS
+from transformers import OPTForCausalLM
 
-from dynskip.assets import ADAPTED, packaged_file
+from dynskip import LLM, SamplingParams
+from dynskip.assets import ADAPTED, opt_mini_directory, packaged_file
 from dynskip.cli import main
 from dynskip.cli.serve import greeting
 
@@ -172,6 +176,21 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
         status, log = ended(process)
         assert status == 0, log
         assert "Bread" in log
+
+
+@PEFT_WARNS
+def test_an_adapter_is_merged_into_the_model_that_is_served(tmp_path: Path) -> None:
+    adapted(OPTForCausalLM.from_pretrained(opt_mini_directory()), tmp_path)
+    body = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with serving("--adapter", str(tmp_path), "--deterministic") as (_, url, _):
+        answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S).json()
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    plain, merged = (
+        LLM("opt-mini", adapter=adapter, deterministic=True).generate([[5, 6, 7]], params)[0].token_ids
+        for adapter in (None, tmp_path)
+    )
+    assert plain != merged
+    assert answer["choices"][0]["token_ids"] == merged
 
 
 def test_a_request_on_a_kept_connection_survives_a_server_that_stands_still() -> None:
