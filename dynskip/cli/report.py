@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from dynskip.cli.options import UserError, file_path
 
 HELP = "write the report of an evaluation run"
-DESCRIPTION = "Write report.html, one page that needs nothing else, and report.md into the folder of a run."
+DESCRIPTION = (
+    "Write report.html, one page that needs nothing else, and report.md with figures/ into the folder of a run."
+)
 EXAMPLES = """examples:
   dynskip report runs/paper      writes runs/paper/report.html and runs/paper/report.md
 """

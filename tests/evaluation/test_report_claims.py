@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from summaries import example_summary, row, section
 
-from dynskip.evaluation.report import claims, figures
+from dynskip.evaluation.report import claims, drawing
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.claims import NUM_NOISE_SEEDS, NUM_TRAININGS
 from dynskip.evaluation.report.document import to_html, to_markdown
@@ -276,7 +276,7 @@ def test_a_difference_that_one_draw_of_the_noise_makes_is_named() -> None:
 
 
 def test_only_comparisons_within_reach_are_printed_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     summary = {"conditions": {}, "controllers": comparison(layers=17.0)}
     tables = [block for block in report_blocks(summary)[2] if getattr(block, "title", "") == "ROUGE-L of controllers"]
     cells = {line[0]: line[3] for line in tables[0].rows}
@@ -310,7 +310,7 @@ def test_recipes_are_told_by_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> 
     assert "shared by all sequences" not in told and "**untested**" not in told
     assert in_short(summary)[0] in told
     assert "is **untested**" in in_short(recipe_rows("untested", reasons=("trainings",)))[0]
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     page = to_markdown(*report_blocks(summary))
     assert "| hidden, alpha 2 | ROUGE-L | 9.00 | 3 × 5 |" in page and "untested (beyond, noise)" in page
     assert claims.Controllers(summary["controllers"]).num_trainings == 3
@@ -337,9 +337,9 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     assert "is **untested**: of 1 comparison with fixed-input" in text_of(other, "controllers")
     assert ", by log-likelihood, 0 better, 0 worse, 0 open, 1 untested" in text_of(other, "controllers")
     drawn: list[str] = []
-    monkeypatch.setattr(figures, "svg", lambda name, *_, **__: drawn.append(name) or "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda name, *_, **__: drawn.append(name) or "<svg ></svg>")
     page = to_markdown(*report_blocks(summary))
-    assert drawn == ["controllers-nats"]
+    assert drawn == ["controllers-nats", "skip-rates"]
     assert "| hidden | 34,620 | 25.00 [24.90, 25.10] | 2.0000 [1.9900, 2.0100] | −0.3000 [−0.3100, −0.2900] |" in page
     assert "| static path of 3 layers | – | 3.00 [2.90, 3.10] |" in page
     assert "ROUGE-L of controllers" not in page and "skip_rate" not in page and "By the log-likelihood" not in page
@@ -447,7 +447,7 @@ def test_what_is_equivalent_and_what_never_reaches_are_told() -> None:
 
 
 def test_log_likelihoods_have_a_table_in_each_section(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     summary = example_summary()
     title = "By the log-likelihood of references"
     assert title not in to_markdown(*report_blocks(summary))
@@ -471,11 +471,13 @@ def committed() -> dict[str, Any]:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_committed_report_is_what_the_command_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the drawings, whose bytes are matplotlib's own."""
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     run = RUNS[name]
     written = report_blocks(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     again = f"run `dynskip report {run.relative_to(ROOT)}`"
     assert to_markdown(*written) == (run / "report.md").read_text(encoding="utf-8"), again
+    linked = re.findall(r"\]\((figures/[^)]+)\)", to_markdown(*written))
+    assert sorted(linked) == sorted(file.relative_to(run).as_posix() for file in run.glob("figures/*")), again
     html = (run / "report.html").read_text(encoding="utf-8")
     pages = [re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL) for page in (to_html(*written), html)]
     assert pages[0] == pages[1], again

@@ -154,7 +154,8 @@ def _oracle() -> dict[str, Any]:
             values = [0.3 - 0.4 / budget + lift * min(1, (budget - 4) / 2) for budget in budgets]
             bounds = {"low": [value - 0.006 for value in values], "high": [value + 0.006 for value in values]}
             curves.append({"family": family, "name": name, "budgets": budgets, "values": values, **bounds})
-        nulls.append({"family": family, "sd": 0.08, "matching_budget": 6.4})
+        means = [0.3 - 0.4 / budget for budget in candidates]
+        nulls.append({"family": family, "sd": 0.08, "means": means, "matching_budget": 6.4})
     histogram = [
         {"family": f, "at": 5.9, "counts": {"4": 300, "8": 150, "12": 40, "24": 10}} for f in ("siblings", "paths")
     ]

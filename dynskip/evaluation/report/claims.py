@@ -15,13 +15,14 @@ import numpy as np
 
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import apart, ceiling, direction, holm, kept_by_means, luck, negated, p_value
-from dynskip.evaluation.report.rows import Row, Summary, curves_of, find, score_suffix, select
+from dynskip.evaluation.report.rows import Row, Summary, curves_of, distinct, find, score_suffix, select
 from dynskip.evaluation.stats.knapsack import smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
 
 # Repetitions from which on a comparison of controllers says something of their kind, not of one training or one draw.
 NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
 GRID_STEPS = 500  # mean budgets of the paper's oracle: 0.04 layers of 24
+NUM_NULL_DRAWS = 200  # draws of the null model that its band is of
 NEAR_FLOOR = 0.1  # of the way from the cheapest path to full depth: below it a budget is near the cheapest path
 SAME_DEPTH = 0.05  # a router whose mean is this near to the cheapest path's layers has chosen next to nothing
 # Correlations that no question is asked of, by the score.
@@ -159,6 +160,28 @@ def paper_null() -> PaperNull:
     matching = model.matching_budget(means[-1], np.linspace(costs[0], costs[-1], GRID_STEPS + 1))
     best = np.maximum.accumulate(model.scores(), axis=1).mean(0)
     return PaperNull(model.sd, matching / paper.NUM_LAYERS, dict(zip(costs, best.tolist(), strict=True)))
+
+
+def null_band(section: Row, family: str) -> Row | None:
+    """The null model's curve with what 95 % of draws of as many sequences stay within; None where there is none."""
+    curve = curves_of(section, family).get("null")
+    model = next((each for each in section.get("null_model", ()) if each["family"] == family), None)
+    if curve is None or model is None:
+        return curve
+    costs = distinct(
+        [row for row in section["rows"] if (row["metric"], row.get("family")) == ("mean", family)], "budget"
+    )
+    return {**curve, **_null_ends(tuple(model["means"]), tuple(costs), model["sd"], section["n"], *curve["budgets"])}
+
+
+@cache
+def _null_ends(
+    means: tuple[float, ...], costs: tuple[int, ...], sd: float, num_seqs: int, *budgets: float
+) -> Mapping[str, list[float]]:
+    model = NullModel(means, costs, sd, num_seqs)
+    curves = [model.curve(budgets, seed) for seed in range(1, NUM_NULL_DRAWS + 1)]
+    low, high = np.quantile(curves, [0.025, 0.975], axis=0)
+    return {"low": low.tolist(), "high": high.tolist()}
 
 
 class Floor:

@@ -21,8 +21,8 @@ h2 { font-size: 1.3rem; margin-top: 2.6rem; padding-top: .8rem; border-top: 2px 
 h3 { font-size: 1.05rem; margin-top: 1.6rem; }
 p.title { margin-bottom: 0; font-weight: 600; } p.title + .scroll table { margin-top: .3rem; }
 p, li { max-width: 48rem; }
-figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; }
-figcaption { font-size: .9rem; color: #333; max-width: 48rem; }
+figure { margin: 1.2rem 0; overflow-x: auto; } figure svg { width: 100%; min-width: 46rem; height: auto; }
+figcaption { font-size: .9rem; color: #333; max-width: 48rem; position: sticky; left: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; }
@@ -72,10 +72,24 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A drawing as SVG text, with what it shows in words. In Markdown only the words stay."""
+class Drawing:
+    """SVG text, the name of its file, and what stands for it where it is not seen."""
 
+    name: str
+    alt: str
     svg: str
+
+    @property
+    def path(self) -> str:
+        """Where the file lies, seen from the report."""
+        return f"figures/{self.name}.svg"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing and its caption. In HTML it is part of the page, in Markdown a file that is linked."""
+
+    drawing: Drawing
     caption: str
 
 
@@ -99,7 +113,7 @@ def to_html(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
 
 
 def to_markdown(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
-    """The same in Markdown: tables in full, figures as what they show."""
+    """The same in Markdown: tables in full, figures as links to their files."""
     return "\n\n".join([f"# {title}", subtitle, *map(_markdown_block, blocks)]) + "\n"
 
 
@@ -112,8 +126,8 @@ def _html_block(block: Block) -> str:
             return f'<p class="missing">{_inline(text)}</p>' if missing else f"<p>{_inline(text)}</p>"
         case Items(texts):
             return "<ul>" + "".join(f"<li>{_inline(text)}</li>" for text in texts) + "</ul>"
-        case Figure(svg, caption):
-            named = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)}" ', 1)
+        case Figure(drawing, caption):
+            named = drawing.svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(drawing.alt)}" ', 1)
             return f"<figure>{named}<figcaption>{_inline(caption)}</figcaption></figure>"
         case Table(title, header, rows, folded):
             table = _html_table(header, rows)
@@ -141,8 +155,8 @@ def _markdown_block(block: Block) -> str:
             return text
         case Items(texts):
             return "\n".join(f"- {text}" for text in texts)
-        case Figure(_, caption):
-            return f"*Figure (drawn in report.html): {caption}*"
+        case Figure(drawing, caption):
+            return f"![{drawing.alt}]({drawing.path})\n\n*{caption}*"
         case Table(title, header, rows, _):
             lines = [_markdown_row(header), f"|{'---|' * len(header)}", *map(_markdown_row, rows)]
             return "\n".join([f"**{title}**\n", *lines] if title else lines)

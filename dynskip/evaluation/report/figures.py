@@ -1,15 +1,26 @@
-"""The figures of the paper, redrawn from the rows of a summary, and those of what it left open."""
+"""The figures of hidden states, budgets and controllers, redrawn from the rows of a summary."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Sequence
-from functools import wraps
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from dynskip.evaluation.report import paper_numbers as paper
-from dynskip.evaluation.report.drawing import band, count_layers, forest, keep_in_view, points, series, svg
-from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, score_suffix, select
+from dynskip.evaluation.report.document import Drawing
+from dynskip.evaluation.report.drawing import (
+    STYLES,
+    band,
+    count_layers,
+    drawing_of,
+    drawn,
+    heat_map,
+    legend_below,
+    plain_log,
+    points,
+    series,
+)
+from dynskip.evaluation.report.rows import Row, distinct, find, mapped, score_suffix, select
 
 STRATEGIES = {
     "uls": "uniform skipping (ULS)",
@@ -28,40 +39,13 @@ WEIGHTS = {
     "full-tuned": "the weights tuned at full depth only",
     "backbone": "the weights before any tuning",
 }
-RULES = {
+RULES = {  # those that are strategies too have the same place, so the same style
     "uniform": "uniform",
-    "exit": "early exit",
     "random": "random",
     "random-first": "random, layer 0 kept",
+    "exit": "early exit",
     "influence": "most influence",
     "searched": "searched",
-}
-# Curves by the outputs that they are scored on: name in the summary, name in the legend.
-GREEDY_CURVES = {
-    "oracle": "oracle",
-    "null": "null model: noise alone",
-    "cross-fitted greedy": "depths chosen on sampled outputs",
-    "random, as the oracle's": "random, the oracle's depths",
-    "static mixture": "best mix of fixed budgets",
-}
-SAMPLED_CURVES = {
-    "in-sample": "oracle, judged on what it chose on",
-    "equal depth": "the same choice among equal depths",
-    "cross-fitted": "cross-fitted oracle",
-    "cross-fitted means": "cross-fitted on means of outputs",
-    "random, as in-sample": "random, the oracle's depths",
-}
-# Intervals of all curves would hide each other: the oracle's and the cross-fitted one's are shown.
-SHADED = frozenset(("oracle", "cross-fitted greedy", "in-sample", "cross-fitted"))
-CONTROLS = {
-    "oracle": "oracle, greedy outputs",
-    "in-sample": "oracle, sampled outputs",
-    "cross-fitted": "cross-fitted, one output each",
-    "cross-fitted means": "cross-fitted, means of outputs",
-    "cross-fitted greedy": "chosen on sampled, judged on greedy",
-    "equal depth": "equal depth, best of as many outputs",
-    "equal depth, greedy": "as many paths of one depth, greedy outputs",
-    "null": "null model",
 }
 FEATURES = {
     "prompt_length": "prompt length",
@@ -72,43 +56,69 @@ FEATURES = {
     "prefill_entropy": "entropy behind the prompt",
     "sd_of_draws": "deviation of the full model's draws",
 }
+# As the paper names what a controller reads, the kind here.
+_PAPERS_KINDS = {"fixed input": "fixed", "hidden state": "hidden"}
 
 
-def _drawn(name: str, width: float, height: float) -> Callable[[Callable[..., None]], Callable[..., str]]:
-    """Makes a function that draws a section into a figure one that takes the section and gives the SVG text.
-
-    name: of the figure in a page; of several of a kind with a place for what follows the section.
-    """
-
-    def decorate(draw: Callable[..., None]) -> Callable[..., str]:
-        @wraps(draw)
-        def text(section: Row, *more: Any) -> str:
-            return svg(name.format(*more), lambda figure: draw(figure, section, *more), width, height)
-
-        return text
-
-    return decorate
-
-
-@_drawn("hidden-{}", 10.0, 3.5)
+@drawn(
+    "hidden-{}",
+    "Three charts on log scales by layers executed, a line a strategy, {}: 1 - cosine of final states, 1 - cosine as a "
+    "mean over layers, divergence of predictions.",
+    10.0,
+    3.8,
+)
 def hidden_states(figure: Any, section: Row, weights: str) -> None:
-    """Similarity of hidden states, and divergence of predictions, by budget and strategy."""
-    titles = {
-        "cosine_final": "cosine of final states",
-        "cosine_layers": "cosine, mean over layers",
-        "kl": "KL of predictions (nats)",
-    }
+    """Distance of hidden states, and divergence of predictions, by budget and strategy."""
+    titles = {"final": "1 − cosine, final states", "layers": "1 − cosine, mean over layers", "kl": "KL (nats)"}
     panels = figure.subplots(1, 3)
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
         for style, (strategy, label) in enumerate(STRATEGIES.items()):
-            rows = select(section, metric=metric, strategy=strategy, weights=weights)
+            rows = _distances(section, metric, strategy=strategy, weights=weights)
             series(axes, rows, "budget", label, style)
-        axes.set(title=title, xlabel="layers executed")
-        axes.set_xticks(distinct(select(section, metric=metric, weights=weights), "budget"))
-    _legend_below(figure, panels[0], columns=4)
+        axes.set(title=title, xlabel="layers executed", yscale="log")
+        axes.set_xticks(distinct(select(section, metric="kl", weights=weights), "budget"))
+        plain_log(axes.yaxis)
+    legend_below(figure, panels[0], columns=4)
 
 
-@_drawn("static", 9.0, 4.0)
+def _distances(section: Row, metric: str, **labels: Any) -> list[Row]:
+    """KL as it is, of final states the mean of log distances where a run has it, else 1 minus the mean cosine."""
+    if metric == "kl":
+        return select(section, metric="kl", **labels)
+    if metric == "final" and (rows := select(section, metric="log_distance", **labels)):
+        return [mapped(row, lambda exponent: 10**exponent) for row in rows]
+    return [mapped(row, lambda cosine: 1 - cosine) for row in select(section, metric=f"cosine_{metric}", **labels)]
+
+
+@drawn(
+    "trajectory-{}",
+    "A chart a budget, {}: 1 - cosine after each layer on a log scale, a line a strategy.",
+    10.0,
+    3.4,
+)
+def trajectories(figure: Any, section: Row, weights: str) -> None:
+    """Distance of the states after each layer, a panel a budget; where the states are the same there is no point."""
+    rows = select(section, metric="trajectory", weights=weights)
+    budgets = distinct(rows, "budget")
+    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for axes, budget in zip(panels, budgets, strict=True):
+        for style, (strategy, label) in enumerate(STRATEGIES.items()):
+            along = select(section, metric="trajectory", weights=weights, strategy=strategy, budget=budget)
+            apart = [mapped(row, lambda cosine: 1 - cosine) for row in along if row["value"] < 1]
+            curve = {"budgets": [row["layer"] for row in apart], "values": [row["value"] for row in apart]}
+            band(axes, curve, label, style, shaded=False)
+        axes.set(title=f"{budget} layers", xlabel="after layer", yscale="log")
+    panels[0].set_ylabel("1 − cosine")
+    plain_log(panels[0].yaxis)
+    legend_below(figure, panels[0], columns=4)
+
+
+@drawn(
+    "static",
+    "Two charts, a line a set of weights: ROUGE-L by layers executed, and as a share of full depth beside the paper's.",
+    9.0,
+    4.0,
+)
 def static_budgets(figure: Any, section: Row, num_layers: int) -> None:
     """ROUGE-L by budget: absolute, and as a share of full depth beside the paper's."""
     absolute, relative = figure.subplots(1, 2)
@@ -117,8 +127,8 @@ def static_budgets(figure: Any, section: Row, num_layers: int) -> None:
         series(absolute, rows, "budget", label, style, shift=0.25 * (style - 1))
         full = find(section, metric="rouge_l", family=family, budget=num_layers)
         if full is not None and full["value"]:
-            shares = [{"share": row["budget"] / num_layers, "value": row["value"] / full["value"]} for row in rows]
-            series(relative, shares, "share", label, style)
+            shares = [_of_full(section, row, full["value"], num_layers) for row in rows]
+            series(relative, shares, "share", label, style, shift=0.008 * (style - 1))
     at_paper = [
         {"share": budget / paper.NUM_LAYERS, "value": value / paper.STATIC_ROUGE_L[paper.NUM_LAYERS]}
         for budget, value in paper.STATIC_ROUGE_L.items()
@@ -127,10 +137,23 @@ def static_budgets(figure: Any, section: Row, num_layers: int) -> None:
     absolute.set(ylabel="ROUGE-L", title="ROUGE-L by budget", xlabel="layers executed")
     absolute.set_xticks(sorted({row["budget"] for row in select(section, metric="rouge_l")}))
     relative.set(title="as a share of full depth", xlabel="share of the layers executed")
-    _legend_below(figure, relative, columns=2)
+    legend_below(figure, relative, columns=2)
 
 
-@_drawn("static-nats", 9.0, 4.2)
+def _of_full(section: Row, row: Row, full: float, num_layers: int) -> Row:
+    """``row`` over full depth's mean, its interval that of the paired difference."""
+    lost = find(section, metric="rouge_l - full", family=row["family"], budget=row["budget"])
+    of_full = {"value": row["value"] / full} if lost is None else mapped(lost, lambda loss: 1 + loss / full)
+    return {**of_full, "share": row["budget"] / num_layers}
+
+
+@drawn(
+    "static-nats",
+    "Two charts of nats a token by layers executed: a line a set of weights, and on a log scale a line a rule that "
+    "names the layers.",
+    9.0,
+    4.4,
+)
 def likelihoods(figure: Any, section: Row) -> None:
     """Nats a token of references: by budget of each family, and by the rule that names the layers, on a log scale."""
     families, rules = figure.subplots(1, 2)
@@ -142,12 +165,19 @@ def likelihoods(figure: Any, section: Row) -> None:
         series(rules, rows, "budget", label, style)
     families.set(ylabel="nats a token (less is better)", title="weights", xlabel="layers executed")
     rules.set(title=f"rules for the layers: {', '.join(weights)}", xlabel="layers executed", yscale="log")
+    plain_log(rules.yaxis)
     for axes in (families, rules):
         count_layers(axes)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-@_drawn("wall-clock", 10.0, 3.7)
+@drawn(
+    "wall-clock",
+    "Three charts, a line a set of weights: milliseconds a token by layers in a batch and alone, and ROUGE-L by "
+    "milliseconds.",
+    10.0,
+    3.7,
+)
 def wall_clock(figure: Any, section: Row) -> None:
     """Milliseconds per generated token against layers, in a batch and alone, and ROUGE-L against milliseconds."""
     batch, single = "ms_per_token", "ms_per_token_single"
@@ -166,49 +196,113 @@ def wall_clock(figure: Any, section: Row) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xticks(sorted(distinct(select(section, metric=batch), "budget")))
     against_score.set(title="ROUGE-L", xlabel="ms per token, in a batch")
-    _legend_below(figure, in_batch, columns=3)
+    legend_below(figure, in_batch, columns=3)
 
 
-@_drawn("controllers", 9.0, 4.8)
-def controllers(figure: Any, section: Row) -> None:
-    """ROUGE-L of learned controllers against layers and against milliseconds per token; sampling ones are hollow."""
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, metric in zip(panels, ("layers", "ms_per_token"), strict=True):
-        _controller_points(axes, section, "rouge_l", metric)
-    count_layers(panels[0])
-    panels[0].set(ylabel="ROUGE-L", title="against layers", xlabel="mean layers of a generated token")
-    panels[1].set(title="against time, likelier decisions", xlabel="ms per generated token, in a batch")
-    _legend_below(figure, panels[0], columns=3)
+def controllers(section: Row, suffix: str) -> Drawing:
+    """The score of learned controllers by layers, by milliseconds a token where timed, and the paper's ROUGE-L.
 
-
-@_drawn("controllers-nats", 9.0, 4.8)
-def controllers_nats(figure: Any, section: Row) -> None:
-    """Nats a token of references under learned controllers against their layers; sampling ones are hollow."""
-    axes = figure.subplots(1, 1)
-    _controller_points(axes, section, "nats", "layers_nats")
-    count_layers(axes)
-    axes.set(ylabel="nats a token (less is better)", xlabel="mean layers of a token of a response")
-    _legend_below(figure, axes, columns=3)
-
-
-def _controller_points(axes: Any, section: Row, score: str, place: str) -> None:
-    """Draw the metric ``score`` of each controller and static path at its metric ``place``, a series for each kind."""
+    suffix: of the metrics, ``_nats`` where references are scored.
+    """
+    score, layers = ("nats", "layers_nats") if suffix else ("rouge_l", "layers")
     scores = select(section, metric=score)
-    for style, kind in enumerate(sorted({controller_kind(row) for row in scores}, key=_kind_order)):
-        for hollow in (False, True):
-            placed = [
-                (found["value"], row)
-                for row in scores
-                if controller_kind(row) == kind and (row.get("choice") == "sampled") == hollow
-                for found in [find(section, metric=place, controller=row["controller"])]
-                if found is not None
-            ]
-            placed.sort(key=lambda pair: pair[0])
-            look = {} if kind == _STATIC else {"linestyle": "none"}
-            look |= {"markerfacecolor": "w"} if hollow else {}
-            label = f"{kind}, sampled" if hollow else kind
-            if placed:
-                points(axes, [each for each, _ in placed], [row for _, row in placed], label, style, **look)
+    panels = [("likelier decisions", layers, False)]
+    if any(row.get("choice") == "sampled" for row in scores):
+        panels.append(("sampled decisions", layers, True))
+    if select(section, metric="ms_per_token"):
+        panels.append(("likelier decisions, by time", "ms_per_token", False))
+    num_lines = (len(panels) + 2) // 2
+
+    def draw(figure: Any) -> None:
+        every = [axes for line in figure.subplots(num_lines, 2, squeeze=False) for axes in line]
+        papers = every[len(panels)]
+        for axes, (title, place, is_sampled) in zip(every, panels, strict=False):
+            if axes is not every[0]:
+                axes.sharey(every[0])
+            _controller_points(axes, section, score, place, is_sampled)
+            axes.set(title=title, ylabel="nats a token (less is better)" if suffix else "ROUGE-L")
+            axes.set_xlabel("ms a generated token, in a batch" if place == "ms_per_token" else "mean layers of a token")
+            if place == layers:
+                count_layers(axes)
+        _papers_controllers(papers)
+        for axes in every[len(panels) + 1 :]:
+            axes.remove()
+        legend_below(figure, tuple(every[: len(panels) + 1]), columns=4)
+
+    alt = f"A marker a controller, a line of static paths: {'nats a token' if suffix else 'ROUGE-L'} by mean layers of "
+    alt += f"{', by '.join(title for title, *_ in panels)}; and the paper's ROUGE-L by mean layers."
+    return drawing_of(f"controllers{suffix.replace('_', '-')}", alt, draw, 10.0, 0.8 + 3.7 * num_lines)
+
+
+def _controller_points(axes: Any, section: Row, score: str, place: str, is_sampled: bool) -> None:
+    """Draw the metric ``score`` of each controller that samples its decisions, or of each that does not, and of static
+    paths at its metric ``place``, a series for each kind."""
+    scores = select(section, metric=score)
+    for kind, style in _styles(scores).items():
+        placed = [
+            (found["value"], row)
+            for row in scores
+            if controller_kind(row) == kind and (kind == _STATIC or (row.get("choice") == "sampled") == is_sampled)
+            for found in [find(section, metric=place, controller=row["controller"])]
+            if found is not None
+        ]
+        _kind_points(axes, placed, kind, style)
+
+
+def _papers_controllers(axes: Any) -> None:
+    """Draw what the paper reports of its controllers, which sample their decisions, and of its static paths."""
+    styles = _styles(())
+    placed: dict[str, list[tuple[float, Row]]] = {
+        _STATIC: [(budget, {"value": value}) for budget, value in paper.STATIC_ROUGE_L.items()]
+    }
+    for reads, alpha, layers, score in paper.CONTROLLERS:
+        kind = controller_kind({"kind": _PAPERS_KINDS[reads]})
+        if layers is None:
+            axes.axhline(score, color=STYLES[styles[kind]]["color"], linewidth=1.0, linestyle=":")
+            told = f"{reads}, α = {alpha}: layers not reported"
+            place = (paper.NUM_LAYERS, score)
+            axes.annotate(told, place, (0, -4), textcoords="offset points", ha="right", va="top", fontsize=8)
+        else:
+            placed.setdefault(kind, []).append((layers, {"value": score}))
+    for kind, pairs in placed.items():
+        _kind_points(axes, pairs, kind, styles[kind])
+    axes.set(title="the paper: OPT-1.3B, sampled decisions", ylabel="ROUGE-L")
+    axes.set_xlabel(f"mean layers of a token, of {paper.NUM_LAYERS}")
+    count_layers(axes)
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, int]:
+    """The style of each kind of controller in ``rows``; those of the paper have the same in every figure."""
+    papers = {controller_kind({"kind": kind}) for kind in ("static", *_PAPERS_KINDS.values())}
+    return {kind: style for style, kind in enumerate(sorted(papers | set(map(controller_kind, rows)), key=_kind_order))}
+
+
+def _kind_points(axes: Any, placed: Sequence[tuple[float, Row]], kind: str, style: int) -> None:
+    """Draw (place, row) pairs of one kind, static paths as a line."""
+    if placed:
+        look = {} if kind == _STATIC else {"linestyle": "none"}
+        places, rows = zip(*sorted(placed, key=lambda pair: pair[0]), strict=True)
+        points(axes, places, rows, kind, style, **look)
+
+
+def skip_rates(section: Row) -> Drawing:
+    """The share of tokens that leave each layer out, a line a controller, a column a layer."""
+    rows = select(section, metric=f"skip_rate{score_suffix(section)}")
+    controllers, layers = distinct(rows, "controller"), sorted(distinct(rows, "layer"))
+    found = {(row["controller"], row["layer"]): 100 * row["value"] for row in rows}
+    rates = [[found.get((controller, layer), math.nan) for layer in layers] for controller in controllers]
+    # What all names have in common, such as the backbone, is left out.
+    parts = [controller.split(", ") for controller in controllers]
+    shared = set(parts[0]).intersection(*parts[1:]) if parts[1:] else set()
+    labels = [", ".join(part for part in each if part not in shared) for each in parts]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 1)
+        heat_map(axes, rates, layers, labels)
+        axes.set_xlabel("layer; in a cell the per cent of tokens that leave it out, where it is 1 or more")
+
+    alt = "A table in greys of the share of tokens that leave each layer out, a line a controller, a column a layer."
+    return drawing_of("skip-rates", alt, draw, 10.0, 1.1 + 0.24 * len(controllers))
 
 
 def controller_kind(row: Row) -> str:
@@ -234,85 +328,3 @@ def _kind_order(kind: str) -> tuple[int, int, str]:
     place = next((place for place, start in enumerate(starts) if kind.startswith(start)), len(starts))
     digits = "".join(filter(str.isdigit, kind))
     return place, int(digits or 0), kind
-
-
-@_drawn("oracle-{}", 10.0, 5.2)
-def oracle(figure: Any, section: Row, family: str) -> None:
-    """The oracle's curve over mean budgets with its controls: on greedy outputs, and on sampled ones."""
-    curves = curves_of(section, family)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, names, metric in zip(panels, (GREEDY_CURVES, SAMPLED_CURVES), ("mean", "mean_sampled"), strict=True):
-        for style, (name, label) in enumerate(names.items()):
-            if name in curves:
-                band(axes, curves[name], label, style, shaded=name in SHADED)
-        means = select(section, metric=metric, family=family)
-        budgets = [row["budget"] for row in means]
-        points(axes, budgets, means, "each budget alone", 0, linestyle="none", markerfacecolor="w")
-        if means:
-            axes.axhline(means[-1]["value"], color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
-        count_layers(axes)
-        axes.set_xlabel("mean layers executed")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    panels[0].set(title="greedy outputs", ylabel="mean ROUGE-L")
-    panels[1].set(title="sampled outputs")
-
-
-def surviving(section: Row, family: str) -> str:
-    """What of the oracle's gain is left under each control."""
-    rows = [row for row in select(section, metric="surviving_share", family=family) if row.get("place") != "full"]
-    labels = [f"{CONTROLS.get(row['control'], row['control'])}, at {row['at']:g} layers" for row in rows]
-    return _forest(f"surviving-{family}", rows, labels, 9.6, 0.27)
-
-
-def router(section: Row) -> str:
-    """The share of the oracle's gain that each prompt-only router captures."""
-    rows = select(section, metric="captured_share")
-    labels = [f"{row['predictor']}, budget {row['at']:g} ({row.get('family', 'paths')})" for row in rows]
-    return _forest("router", rows, labels, 9.0, 0.32)
-
-
-def _forest(
-    name: str, rows: Sequence[Row], labels: Sequence[str], width: float, line_height: float, shares: bool = True
-) -> str:
-    """Shares of the oracle's gain, or correlations with the depths that it chooses, one a line."""
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots(1, 1)
-        forest(axes, rows, labels)
-        if shares:
-            axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
-            axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
-            keep_in_view(axes, rows)
-        else:
-            axes.set_xlabel("Spearman's correlation with the chosen depth")
-
-    return svg(name, draw, width, 1.1 + line_height * len(rows))
-
-
-@_drawn("depth-{}", 10.0, 3.5)
-def depth(figure: Any, section: Row, family: str) -> None:
-    """The oracle's chosen depth against lengths and losses, in bins of equally many sequences."""
-    rows = select(section, metric=f"binned_depth{score_suffix(section)}", family=family)
-    features = distinct(rows, "feature")
-    panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
-    for axes, feature in zip(panels, features, strict=False):
-        bins = [row for row in rows if row["feature"] == feature]
-        for style, at in enumerate(distinct(bins, "at")):
-            chosen = [row for row in bins if row["at"] == at]
-            middles = [row.get("bin_median", (row["bin_low"] + row["bin_high"]) / 2) for row in chosen]
-            points(axes, middles, chosen, f"mean budget {at:g}", style)
-        axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
-    panels[0].set_ylabel("mean chosen depth")
-    _legend_below(figure, panels[0], columns=4)
-
-
-def correlations(rows: Sequence[Row], name: str) -> str:
-    """Correlations of chosen depth with each feature."""
-    labels = [f"{FEATURES.get(row['feature'], row['feature'])}, budget {row['at']:g}" for row in rows]
-    return _forest(name, rows, labels, 9.0, 0.3, shares=False)
-
-
-def _legend_below(figure: Any, axes: Any, columns: int) -> None:
-    """One legend under all panels, of the series of ``axes``."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

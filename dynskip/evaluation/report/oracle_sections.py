@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from dynskip.evaluation.report import claims, figures
+from dynskip.evaluation.report import claims, figures, oracle_figures
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table
 from dynskip.evaluation.report.evidence import ceiling, detectable
-from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, percent
+from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, percent, signed
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, score_suffix, select
 
 
@@ -46,9 +46,10 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
         blocks += [
             Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
             Figure(
-                figures.oracle(section, family),
-                "Mean ROUGE-L at every mean budget. Bands and bars are 95 % intervals over sequences; the dashed line "
-                "is full depth. Left all is scored on greedy outputs, right on sampled ones.",
+                oracle_figures.oracle(section, family),
+                "Mean ROUGE-L at every mean budget, on greedy outputs and on sampled ones, and the depths that the "
+                "oracle chooses where it reaches full depth's. Bands and bars are 95 % intervals over sequences, the "
+                f"null model's over {claims.NUM_NULL_DRAWS} draws of its noise; the dashed line is full depth.",
             ),
             *_oracle_tables(section, family, summary["conditions"]["num_layers"]),
         ]
@@ -83,7 +84,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
     papers = {"oracle": f"{paper.MATCHING_BUDGET}, {paper.MATCHING_SHARE}", "null": null}
     matching = [
         [
-            str(figures.CONTROLS.get(row["control"], row["control"])),
+            str(oracle_figures.CONTROLS.get(row["control"], row["control"])),
             # A curve that never reaches the full depth's score has no budget where it does.
             cells("matching_budget", 2, control=row["control"]) if row["value"] is not None else "nowhere",
             cells("matching_share", control=row["control"]),
@@ -94,12 +95,12 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
     ]
     sampled = claims.Matching(section, family).sampled_oracle
     if sampled is not None and find(section, metric="matching_budget", family=family, control="in-sample") is None:
-        found = [figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
+        found = [oracle_figures.CONTROLS["in-sample"], number(sampled, 2), number(sampled / num_layers), MISSING]
         matching.insert(1, found)
     labels = ("family", "control", "place", "at")
     gains = [
         [
-            str(figures.CONTROLS.get(row["control"], row["control"])),
+            str(oracle_figures.CONTROLS.get(row["control"], row["control"])),
             f"{row['at']:g}",
             cells("score", 4, control=row["control"], place=row.get("place")),
             cells("random", 4, control=row["control"], place=row.get("place")),
@@ -117,7 +118,7 @@ def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
         Table(
             "Where the full depth's ROUGE-L is reached", ["", "mean layers", f"of {num_layers}", "the paper"], matching
         ),
-        Figure(figures.surviving(section, family), "What of the oracle's gain is left under each control."),
+        Figure(oracle_figures.surviving(section, family), "What of the oracle's gain is left under each control."),
         Table(
             "What of the gain survives",
             ["", "mean layers", "ROUGE-L", "random", "gain", "share of the oracle's gain", "seen from", "ceiling"],
@@ -170,7 +171,7 @@ def router(section: Row, summary: Summary) -> list[Block]:
         cost.append([*name, cells("ms_per_token"), cells("ms_saved"), plain("speedup", 2), *overhead])
     shared = ["weights", "predictor", "budget", "layers"]
     if score_suffix(section):
-        return []
+        return _router_by_nats(section)
     return [
         Paragraph(
             f"A stand-in for the oracle that sees the prompt only, trained on the oracle's choices on prompts of the "
@@ -182,7 +183,9 @@ def router(section: Row, summary: Summary) -> list[Block]:
             "own depths, the oracle the router's own mean cost. **Seen from**: the true share that an interval as wide "
             "would leave zero out of in 80 % of runs; none where it is more than all of the gain."
         ),
-        Figure(figures.router(section), "Captured share of the oracle's gain with 95 % intervals over sequences."),
+        Figure(
+            oracle_figures.router(section), "Captured share of the oracle's gain with 95 % intervals over sequences."
+        ),
         Table(
             "What routers score",
             [*shared, "ROUGE-L", "random", "oracle", "captured share", "seen from", "over fixed budgets"],
@@ -193,7 +196,45 @@ def router(section: Row, summary: Summary) -> list[Block]:
             [*shared, "ms per token", "ms saved", "times faster", "routing a prompt, ms", "in a batch, ms"],
             cost,
         ),
+        *_router_by_nats(section),
     ]
+
+
+def _router_by_nats(section: Row) -> list[Block]:
+    """Learning curves of routers that learn from log-likelihoods, and what each scores with the most prompts."""
+    blocks: list[Block] = []
+    for family in families_of(section, metric="captured_share_nats"):
+        captured = select(section, metric="captured_share_nats", family=family)
+        most = max(distinct(captured, "size"))
+        cells = []
+        for row in captured:
+            if row["size"] == most:
+                at = {name: row[name] for name in ("family", "predictor", "features", "size", "at")}
+                scores = [find(section, metric=metric, **at) for metric in _NATS]
+                nats = [MISSING if found is None else number(-found["value"]) for found in scores]
+                reads = oracle_figures.READS.get(row["features"], row["features"])
+                layers = cell(section, "layers_nats", 2, **at)
+                over = signed(find(section, metric="over_static_nats", **at))
+                cells.append([row["predictor"], reads, layers, *nats, interval(row, 2), _seen_from(row, 2), over])
+        blocks += [
+            Figure(
+                oracle_figures.learning_curves(section, family),
+                "What routers are worth by the prompts that they learned from, on the log-likelihood of references: "
+                "left the captured share of the oracle's gain over the router's own depths dealt at random, right the "
+                "nats a token gained over the best mix of fixed budgets of the same mean cost, the constant rule; "
+                "level strokes are the oracle's at each router's cost. Bars are 95 % intervals over sequences. "
+                "Routers read embeddings of the prompt, the full model's state at its end, both, or entropy.",
+            ),
+            Table(
+                f"What routers score, learned from {most:,} prompts, in nats a token",
+                ["predictor", "reads", "layers", *_NATS.values(), "captured share", "seen from", "over fixed budgets"],
+                cells,
+            ),
+        ]
+    return blocks
+
+
+_NATS = {"score_nats": "router", "random_nats": "random", "oracle_nats": "oracle"}
 
 
 def _plain(section: Row, metric: str, digits: int = 3, **labels: Any) -> str:
@@ -233,10 +274,13 @@ def depth(section: Row, summary: Summary) -> list[Block]:
         blocks += [
             Heading(figures.FAMILIES.get(family, family).capitalize(), 3),
             Figure(
-                figures.depth(section, family),
+                oracle_figures.depth(section, family),
                 "Mean chosen depth in bins of equally many sequences, 95 % intervals over sequences.",
             ),
-            Figure(figures.correlations(spearman, f"correlations-{family}"), "Rank correlations with 95 % intervals."),
+            Figure(
+                oracle_figures.correlations(spearman, f"correlations-{family}"),
+                "Rank correlations with 95 % intervals.",
+            ),
             Table(
                 "Correlations with the chosen depth",
                 ["feature", "mean budget", "Pearson", "Spearman", "p (Holm)" if tested.ties else "q", "seen from"],

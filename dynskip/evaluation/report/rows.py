@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -51,3 +51,10 @@ def bounds(row: Row) -> tuple[float, float] | None:
     """The ends of the interval of ``row``, None without one."""
     low, high = row.get("low"), row.get("high")
     return None if low is None or high is None else (low, high)
+
+
+def mapped(row: Row, function: Callable[[float], float]) -> dict[str, Any]:
+    """``row`` with a monotone ``function`` of its value and of the ends of its interval."""
+    ends = bounds(row)
+    low, high = (None, None) if ends is None else sorted(map(function, ends))
+    return {**row, "value": function(row["value"]), "low": low, "high": high}

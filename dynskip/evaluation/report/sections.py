@@ -37,9 +37,10 @@ def hidden_states(section: Row, summary: Summary) -> list[Block]:
         blocks += [
             Figure(
                 figures.hidden_states(section, weights),
-                f"Similarity to the full model by executed layers: {figures.WEIGHTS.get(weights, weights)}. Bars are "
-                "95 % intervals over sequences. Higher is closer for cosines, lower for KL.",
+                f"Distance from the full model by executed layers: {figures.WEIGHTS.get(weights, weights)}. Lower is "
+                f"closer. Bars are 95 % intervals over sequences.{_of_tokens(section)}",
             ),
+            *_trajectory(section, weights),
             _strategy_table(section, weights),
         ]
     blocks.append(
@@ -50,6 +51,20 @@ def hidden_states(section: Row, summary: Summary) -> list[Block]:
         )
     )
     return blocks
+
+
+def _of_tokens(section: Row) -> str:
+    return " Of final states it is the geometric mean over tokens." if select(section, metric="log_distance") else ""
+
+
+def _trajectory(section: Row, weights: str) -> list[Block]:
+    if not select(section, metric="trajectory", weights=weights):
+        return []
+    caption = (
+        f"Distance from the full model after each layer: {figures.WEIGHTS.get(weights, weights)}. A layer that is left "
+        "out passes its state on, early exit repeats its last one. Where states are the same there is no point."
+    )
+    return [Figure(figures.trajectories(section, weights), caption)]
 
 
 def _strategy_table(section: Row, weights: str) -> Table:
@@ -89,7 +104,8 @@ def _by_texts(section: Row, summary: Summary) -> list[Block]:
         Figure(
             figures.static_budgets(section, num_layers),
             "ROUGE-L by executed layers: left absolute, right as a share of each family's own full depth, where models "
-            "of different size can be compared. Bars are 95 % intervals over sequences.",
+            "of different size can be compared. Bars are 95 % intervals over sequences, on the right of the paired "
+            "difference to full depth over full depth's mean.",
         ),
         Figure(
             figures.wall_clock(section),
@@ -210,6 +226,12 @@ def _recipe_table(found: claims.Controllers) -> list[Block]:
     return [Table("Recipes against fixed input at as many layers", header, cells)]
 
 
+_BESIDE_THE_PAPER = (
+    "Beside it the ROUGE-L that the paper reports of its own, along static paths with weights of their own. Bars are "
+    "95 % intervals over sequences."
+)
+
+
 def controllers(section: Row, summary: Summary) -> list[Block]:
     """Experiment 3."""
     how = (
@@ -240,7 +262,11 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
             "In the paper every layer was computed and masked, so no time was saved; here skipped layers do not run, "
             "and the time is measured."
         ),
-        Figure(figures.controllers(section), "ROUGE-L of controllers against layers and against time."),
+        Figure(
+            figures.controllers(section, ""),
+            f"ROUGE-L of controllers by layers and by time. {_BESIDE_THE_PAPER}",
+        ),
+        *_skip_rates(section),
         Table(
             "ROUGE-L of controllers",
             ["controller", "mean layers", "ROUGE-L", "over fixed input", "over static paths"],
@@ -269,12 +295,21 @@ def _controllers_by_nats(section: Row, how: str) -> list[Block]:
             f"but the path's along a static path. {how} {_OVER_FIXED[True]}"
         ),
         Figure(
-            figures.controllers_nats(section),
-            "Minus the log-likelihood of a token of the reference under controllers and along static paths against "
-            "layers. Bars are 95 % intervals over sequences.",
+            figures.controllers(section, "_nats"),
+            "Minus the log-likelihood of a token of the reference under controllers and along static paths by layers. "
+            f"{_BESIDE_THE_PAPER}",
         ),
+        *_skip_rates(section),
         Table("Nats a token under controllers", header, cells),
         *_recipe_table(claims.Controllers(section)),
+    ]
+
+
+def _skip_rates(section: Row) -> list[Block]:
+    if not select(section, metric=f"skip_rate{score_suffix(section)}"):
+        return []
+    return [
+        Figure(figures.skip_rates(section), "Which layers controllers leave out: white none of the tokens, black all.")
     ]
 
 

@@ -1,4 +1,4 @@
-"""Writes ``report.html`` and ``report.md`` into the folder of a run."""
+"""Writes ``report.html``, ``report.md`` and the figures that it links into the folder of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
-from dynskip.evaluation.report.document import Block, Heading, Items, Paragraph, Table, to_html, to_markdown
+from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import MISSING, number
 from dynskip.evaluation.report.rows import score_suffix, select
 from dynskip.evaluation.report.savings import savings
@@ -21,9 +21,17 @@ SUMMARY = "summary.json"
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
-    """The paths of the HTML page and of its Markdown twin, both written from the summary in the folder ``run``."""
+    """The paths of the HTML page and of its Markdown twin, both written from the summary in the folder ``run``.
+
+    The Markdown links the figures as SVG files, which are written into the folder ``figures`` beside it.
+    """
     summary = read_summary(run)
     title, subtitle, blocks = report_blocks(summary)
+    for block in blocks:
+        if isinstance(block, Figure):
+            path = run / block.drawing.path
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.drawing.svg + "\n", encoding="utf-8")
     pages = (run / "report.html", run / "report.md")
     for path, text in zip(pages, (to_html(title, subtitle, blocks), to_markdown(title, subtitle, blocks)), strict=True):
         path.write_text(text, encoding="utf-8")

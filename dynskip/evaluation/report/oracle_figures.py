@@ -1,0 +1,211 @@
+"""The figures of the oracle, of routers that stand in for it, and of the depths that it chooses."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from dynskip.evaluation.report import claims
+from dynskip.evaluation.report.document import Drawing
+from dynskip.evaluation.report.drawing import (
+    STYLES,
+    band,
+    count_layers,
+    drawing_of,
+    drawn,
+    forest,
+    keep_in_view,
+    legend_below,
+    points,
+)
+from dynskip.evaluation.report.figures import FEATURES
+from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, score_suffix, select
+
+# What a curve is, and its name in the summary on greedy outputs and on sampled ones, empty for none.
+CURVES = (
+    ("oracle, judged on what it chose on", "oracle", "in-sample"),
+    ("the same choice among outputs of one depth", "equal depth, greedy", "equal depth"),
+    ("chosen on one output, judged on another", "", "cross-fitted"),
+    ("chosen on means of outputs, judged on others", "cross-fitted greedy", "cross-fitted means"),
+    ("random, the oracle's depths", "random, as the oracle's", "random, as in-sample"),
+    ("null model: noise alone", "null", ""),
+    ("best mix of fixed budgets", "static mixture", ""),
+)
+# Intervals of all curves would hide each other.
+SHADED = frozenset(("oracle", "in-sample", "cross-fitted", "cross-fitted greedy", "null"))
+CONTROLS = {
+    "oracle": "oracle, greedy outputs",
+    "in-sample": "oracle, sampled outputs",
+    "cross-fitted": "cross-fitted, one output each",
+    "cross-fitted means": "cross-fitted, means of outputs",
+    "cross-fitted greedy": "chosen on sampled, judged on greedy",
+    "equal depth": "equal depth, best of as many outputs",
+    "equal depth, greedy": "as many paths of one depth, greedy outputs",
+    "null": "null model",
+}
+READS = {
+    "embedding": "embeddings",
+    "state": "state",
+    "all": "both",
+    "entropy": "entropy",
+}
+
+
+@drawn(
+    "oracle-{}",
+    "Two charts of mean ROUGE-L by mean layers, the oracle's curve and its controls on greedy and on sampled outputs, "
+    "and the share of sequences that the oracle gives each depth, {}.",
+    11.0,
+    5.4,
+)
+def oracle(figure: Any, section: Row, family: str) -> None:
+    """The oracle's curve over mean budgets with its controls, on greedy and on sampled outputs, and its histogram."""
+    curves = curves_of(section, family)
+    if (null := claims.null_band(section, family)) is not None:
+        curves["null"] = null
+    greedy, sampled, chosen = figure.subplots(1, 3, width_ratios=(3, 3, 1.5))
+    sampled.sharey(greedy)
+    for axes, column, metric in ((greedy, 0, "mean"), (sampled, 1, "mean_sampled")):
+        for style, (label, *names) in enumerate(CURVES, 1):
+            name = names[column]
+            if name in curves:
+                band(axes, curves[name], label, style, shaded=name in SHADED)
+        means = select(section, metric=metric, family=family)
+        budgets = [row["budget"] for row in means]
+        points(axes, budgets, means, "each budget alone", 0, linestyle="none", markerfacecolor="w")
+        if means:
+            axes.axhline(means[-1]["value"], color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
+        count_layers(axes)
+        axes.set_xlabel("mean layers executed")
+    greedy.set(title="greedy outputs", ylabel="mean ROUGE-L")
+    sampled.set(title="sampled outputs")
+    for histogram in section.get("histogram", ()):
+        if histogram["family"] == family:
+            _histogram(chosen, histogram)
+    legend_below(figure, (greedy, sampled), columns=3)
+
+
+def _histogram(axes: Any, histogram: Row) -> None:
+    """Draw the per cent of sequences that the oracle gives each depth."""
+    counts = histogram["counts"]
+    shares = [100 * count / sum(counts.values()) for count in counts.values()]
+    bars = axes.bar(list(counts), shares, color="#bbbbbb", edgecolor="#000000", width=0.7)
+    axes.bar_label(bars, fmt="%.0f", fontsize=9)
+    axes.grid(axis="x", visible=False)
+    axes.set(title=f"oracle at {histogram['at']:.1f} layers", xlabel="layers", ylabel="% of sequences")
+
+
+def surviving(section: Row, family: str) -> Drawing:
+    """What of the oracle's gain is left under each control."""
+    rows = [row for row in select(section, metric="surviving_share", family=family) if row.get("place") != "full"]
+    labels = [f"{CONTROLS.get(row['control'], row['control'])}, at {row['at']:g} layers" for row in rows]
+    alt = "The share of the oracle's gain that is left under each control, a line each, with intervals."
+    return _forest(f"surviving-{family}", alt, rows, labels, 9.6, 0.27)
+
+
+def router(section: Row) -> Drawing:
+    """The share of the oracle's gain that each prompt-only router captures; of some there is no gain to share."""
+    names = ("family", "predictor", "at")
+    routers = [{name: row.get(name) for name in names} for row in select(section, metric="rouge_l")]
+    rows = [find(section, metric="captured_share", **each) or {"value": None} for each in routers]
+    labels = [f"{each['predictor']}, budget {each['at']:g} ({each['family']})" for each in routers]
+    alt = "The share of the oracle's gain that each router captures, a line each, with intervals."
+    return _forest("router", alt, rows, labels, 9.0, 0.32)
+
+
+@drawn(
+    "router-nats-{}",
+    "Two charts by the number of prompts that routers learned from, a line a router, {}: the share of the oracle's "
+    "gain that they capture, and the nats a token that they gain over the best mix of fixed budgets, and the oracle's.",
+    10.0,
+    4.8,
+)
+def learning_curves(figure: Any, section: Row, family: str) -> None:
+    """What routers capture of the oracle's gain, and gain over fixed budgets, by the prompts that they learned from."""
+    shares, gains = figure.subplots(1, 2)
+    captured = select(section, metric="captured_share_nats", family=family)
+    sizes = sorted(distinct(captured, "size"))
+    routers = list(dict.fromkeys((row["predictor"], row["features"], row["at"]) for row in captured))
+    several = len({at for *_, at in routers}) > 1
+    for style, (predictor, features, at) in enumerate(routers):
+        name = {"family": family, "predictor": predictor, "features": features, "at": at}
+        label = f"{predictor}, {READS.get(features, features)}" + (f", budget {at:g}" if several else "")
+        aside = 1 + 0.025 * (style - len(routers) / 2)  # so that bars of several routers do not cover each other
+        for axes, metric in ((shares, "captured_share_nats"), (gains, "over_static_nats")):
+            rows = sorted(select(section, metric=metric, **name), key=lambda row: row["size"])
+            points(axes, [aside * row["size"] for row in rows], rows, label, style)
+        reached = _oracles_over_static(section, name)
+        look = {"color": STYLES[style % len(STYLES)]["color"], "marker": "_", "markersize": 9, "linestyle": "none"}
+        sizes_aside = [aside * size for size in reached]
+        gains.plot(sizes_aside, list(reached.values()), label="the oracle at a router's cost", **look)
+    shares.axhline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+    shares.set(title="share of the oracle's gain", ylabel="0: the same depths at random, 1: the oracle")
+    gains.set(title="over the best mix of fixed budgets", ylabel="nats a token (more is better)")
+    for axes in (shares, gains):
+        axes.axhline(0.0, color="#000000", linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", xlabel="prompts learned from")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+    legend_below(figure, (shares, gains), columns=4)
+
+
+def _oracles_over_static(section: Row, labels: Row) -> dict[int, float]:
+    """By prompts learned from what the oracle gains over the best mix of fixed budgets at a router's own mean cost."""
+    found = [select(section, metric=f"{name}_nats", **labels) for name in ("oracle", "score", "over_static")]
+    values = [{row["size"]: row["value"] for row in rows} for rows in found]
+    everywhere = [size for size in values[2] if size in values[0] and size in values[1]]
+    return {size: values[0][size] - values[1][size] + values[2][size] for size in everywhere}
+
+
+def _forest(
+    name: str,
+    alt: str,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    width: float,
+    line_height: float,
+    shares: bool = True,
+) -> Drawing:
+    """Shares of the oracle's gain, or correlations with the depths that it chooses, one a line."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 1)
+        forest(axes, rows, labels)
+        if shares:
+            axes.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+            axes.set_xlabel("share of the oracle's gain over random assignment (0: none, 1: all)")
+            keep_in_view(axes, rows)
+        else:
+            axes.set_xlabel("Spearman's correlation with the chosen depth")
+
+    return drawing_of(name, alt, draw, width, 1.1 + line_height * len(rows))
+
+
+@drawn(
+    "depth-{}",
+    "A chart a feature, {}: the oracle's mean chosen depth by length, loss or entropy in bins, a line a mean budget.",
+    10.0,
+    3.5,
+)
+def depth(figure: Any, section: Row, family: str) -> None:
+    """The oracle's chosen depth against lengths and losses, in bins of equally many sequences."""
+    rows = select(section, metric=f"binned_depth{score_suffix(section)}", family=family)
+    features = distinct(rows, "feature")
+    panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
+    for axes, feature in zip(panels, features, strict=False):
+        bins = [row for row in rows if row["feature"] == feature]
+        for style, at in enumerate(distinct(bins, "at")):
+            chosen = [row for row in bins if row["at"] == at]
+            middles = [row.get("bin_median", (row["bin_low"] + row["bin_high"]) / 2) for row in chosen]
+            points(axes, middles, chosen, f"mean budget {at:g}", style)
+        axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
+    panels[0].set_ylabel("mean chosen depth")
+    legend_below(figure, panels[0], columns=4)
+
+
+def correlations(rows: Sequence[Row], name: str) -> Drawing:
+    """Correlations of chosen depth with each feature."""
+    labels = [f"{FEATURES.get(row['feature'], row['feature'])}, budget {row['at']:g}" for row in rows]
+    alt = "Rank correlations of the oracle's chosen depth with each feature, a line each, with intervals."
+    return _forest(name, alt, rows, labels, 9.0, 0.3, shares=False)
