@@ -190,10 +190,9 @@ def run(args: argparse.Namespace) -> int:
         summary = evaluation.run(names)
     for name in names:
         if name in evaluation.left:
-            host = evaluation.folder.timed_on["host"]
             print(
-                f"{name}: {evaluation.left[name]} items are left for {host}, the machine that is timed: run the same "
-                "command there, or here with --time-here"
+                f"{name}: {evaluation.left[name]} items are left for {evaluation.folder.timed_name}, the machine that "
+                "is timed: run the same command there, or here with --time-here"
             )
         else:
             for sentence in section_sentences(summary, section_name(name)):

@@ -137,7 +137,7 @@ class EvalRun:
         to_time = sum(item not in self._failed for item in missing)
         if to_time:
             self.left[name] = to_time
-            self.folder.log(f"{name}: {to_time} items are left for {self.folder.timed_on['host']}, which is timed")
+            self.folder.log(f"{name}: {to_time} items are left for {self.folder.timed_name}, which is timed")
         return not missing
 
     def _missing(self, name: str) -> list[WorkItem]:

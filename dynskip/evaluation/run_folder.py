@@ -26,7 +26,8 @@ class RunFolder:
     """config.json, starts/, items/, summary.json and log.txt of the run of ``setup`` in ``path``.
 
     mixes_isa: items may be done with several instruction sets. times_here: this machine is the one that is timed from
-    now on; else that is the machine of the folder's first start. setup: the one given, with the name of that machine.
+    now on; else that is the machine of the folder's first start. timed_on: its host, name and instruction sets; older
+    folders do not say the last. setup: the one given, with the name of that machine.
 
     Raises ValueError where the folder belongs to another setup, or holds several instruction sets unasked.
     """
@@ -38,6 +39,7 @@ class RunFolder:
         self.store = ItemStore(path / "items")
         try:
             self.machine = machine.describe()
+            self._here = _timed_machine(setup.device)
             self.timed_on = self._guard(setup, times_here)
             self.refuse_mixing()
         except BaseException:
@@ -51,8 +53,13 @@ class RunFolder:
 
     @property
     def times_here(self) -> bool:
-        """Whether this is the machine that is timed."""
-        return self.timed_on["host"] == Place.here().host
+        """Whether this is the machine that is timed: virtual machines on several CPUs may have one host's name."""
+        return all(self._here[name] == value for name, value in self.timed_on.items())
+
+    @property
+    def timed_name(self) -> str:
+        """The machine that is timed, as text."""
+        return f"{self.timed_on['host']} ({self.timed_on['machine']})"
 
     def log(self, line: str) -> None:
         """Add a line with the time to the run's log."""
@@ -93,10 +100,10 @@ class RunFolder:
             )
 
     def _guard(self, setup: Setup, times_here: bool) -> dict[str, str]:
-        """Host and name of the machine that is timed. Records this start, unless the folder has another setup."""
+        """The machine that is timed. Records this start, unless the folder has another setup."""
         record = self.path / "config.json"
         guarded = json.loads(json.dumps(setup.guarded()))
-        here = {"host": Place.here().host, "machine": machine_name(setup.device)}
+        here = self._here
         if not record.exists():
             if len(self.store):
                 raise ValueError(
@@ -138,3 +145,9 @@ class RunFolder:
         with contextlib.suppress(FileExistsError):
             os.link(own, path)
         own.unlink()
+
+
+def _timed_machine(device: str) -> dict[str, str]:
+    """What tells this machine from others that are timed."""
+    place = Place.here(device)
+    return {"host": place.host, "machine": machine_name(device), "isa": place.isa}

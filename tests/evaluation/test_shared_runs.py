@@ -26,6 +26,7 @@ from dynskip.evaluation.sweep.place import Place
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import WorkItem
 from dynskip.evaluation.tasks.generations import run_generate
+from dynskip.evaluation.tasks.timing import machine_name
 
 pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed")
@@ -205,13 +206,16 @@ def test_times_are_of_one_machine(
     assert main(command) == 0
     out = capsys.readouterr().out
     assert out == (
-        "static: 2 items are left for timed, the machine that is timed: run the same command there, or here with "
-        "--time-here\n"
+        f"static: 2 items are left for timed ({machine_name('cpu')}), the machine that is timed: run the same command "
+        "there, or here with --time-here\n"
     )
     assert "time" not in {line["item"]["task"] for line in item_lines(tmp_path / "items")}
     assert not (tmp_path / "summary.json").exists()
-    at(monkeypatch, "timed", "avx2 amx_bf16")  # times are no items that must not be mixed
+    at(monkeypatch, "timed", "avx2 amx_bf16")  # another CPU under the same host's name
     assert main(command) == 0
+    assert "2 items are left for timed" in capsys.readouterr().out
+    # Times are no items that must not be mixed.
+    assert main([*command, "--time-here"]) == 0
     timed = [line for line in item_lines(tmp_path / "items") if line["item"]["task"] == "time"]
     assert [line["host"] for line in timed] == ["timed", "timed"]
     assert summary_of(tmp_path)["conditions"]["timed_on"]["host"] == "timed"
@@ -222,6 +226,39 @@ def test_times_are_of_one_machine(
     assert json.loads((tmp_path / "config.json").read_text())["timed_on"]["host"] == "other"
     timed = [line for line in item_lines(tmp_path / "items") if line["item"]["task"] == "time"]
     assert sorted(line["host"] for line in timed) == ["other", "timed", "timed"]
+
+
+def test_two_cpus_under_one_hosts_name_are_two_machines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on(cpu: str, isa: str) -> None:
+        at(monkeypatch, "vm", isa)
+        monkeypatch.setattr("dynskip.evaluation.tasks.timing.cpu_model", lambda: cpu)
+
+    def times() -> set[str]:
+        lines = [line["item"] for line in item_lines(tmp_path / "items") if line["item"]["task"] == "time"]
+        return {line["options"]["machine"] for line in lines}
+
+    on("Xeon", "avx2 amx_bf16")
+    with EvalRun(tiny_setup(folder, shard_size=2), tmp_path, progress=False) as evaluation:
+        assert evaluation.folder.times_here
+        assert evaluation.folder.timed_on == {"host": "vm", "machine": "Xeon", "isa": "avx2 amx_bf16"}
+    for cpu, isa in (("EPYC", "avx2 amx_bf16"), ("Xeon", "avx2"), ("EPYC", "avx2")):
+        on(cpu, isa)
+        with EvalRun(tiny_setup(folder, shard_size=2), tmp_path, progress=False) as evaluation:
+            assert not evaluation.folder.times_here
+    command = arguments(folder, tmp_path)
+    assert main(command) == 0
+    assert "2 items are left for vm (Xeon)" in capsys.readouterr().out and not times()
+    # What older versions have left names no instruction set: host and CPU tell the machine.
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["timed_on"]["isa"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(command) == 0
+    assert "2 items are left for vm (Xeon)" in capsys.readouterr().out and not times()
+    on("Xeon", "avx2")
+    assert main(command) == 0
+    assert times() == {"Xeon"} and summary_of(tmp_path)["conditions"]["timed_on"] == config["timed_on"]
 
 
 def old_folder(new: Path, old: Path) -> None:
