@@ -7,16 +7,17 @@ python -m bench.paper --data alpaca_data.json.xz --text-rows 300 oracle    texts
 python -m bench.paper --data alpaca_data.json.xz --controller runs/hidden --controller runs/fixed controllers
                                                               learned controllers, by log-likelihood alone
 
-A piece is an experiment of `dynskip eval`. Controllers are not committed, what was measured of them is. Items are
-unpacked into a run folder, the missing ones done there, and all of them packed again: token ids and what routers read
-of prompts are left out, which are large and come again when they are asked for. What was killed is packed by the next
-start. summary.json, report.html and report.md are written anew, with what cut.txt says was left out; power.md says how
-many rows each comparison needs.
+A piece is an experiment of `dynskip eval`. Controllers are not committed, what was measured of them is, and what their
+trainings logged, in curves.csv. Items are unpacked into a run folder, the missing ones done there, and all of them
+packed again: token ids and what routers read of prompts are left out, which are large and come again when they are
+asked for. What was killed is packed by the next start. summary.json, report.html and report.md are written anew, with
+what cut.txt says was left out; power.md says how many rows each comparison needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import lzma
@@ -32,9 +33,11 @@ from dynskip.benchmark.report import markdown_table
 from dynskip.cli.options import set_threads
 from dynskip.evaluation.report.write import write_report
 from dynskip.evaluation.run import EvalRun
+from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.item_files import encoded
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.training_curves import CURVES
 from dynskip.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +133,22 @@ def run(
     return summary
 
 
+def keep_curves(controllers: Sequence[ControllerFolder], path: Path) -> None:
+    """Write what the trainings of ``controllers`` logged, a step a line, into one file, a column naming the controller.
+
+    Raises FileNotFoundError where one has left no curves.
+    """
+    lines: list[dict[str, str]] = []
+    for controller in controllers:
+        with (controller.directory / CURVES).open(encoding="utf-8", newline="") as file:
+            lines += [{"controller": controller.label, **line} for line in csv.DictReader(file)]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def rows_needed(row: dict[str, Any], num_rows: int) -> int | None:
     """How many rows show a difference of the margin of ``row`` in 80 % of runs, where it is known from ``num_rows``."""
     seen = row.get("detectable")
@@ -200,6 +219,8 @@ def main() -> int:
         mixes_isa=args.mix_instruction_sets,
         num_workers=args.workers,
     )
+    if "controllers" in args.pieces:
+        keep_curves(setup.controllers, args.folder / CURVES)
     if (args.folder / CUT).is_file():
         summary["cut"] = (args.folder / CUT).read_text(encoding="utf-8").splitlines()
     write_json(args.folder / "summary.json", summary)

@@ -16,6 +16,7 @@ from dynskip.evaluation.report.write import write_report
 from dynskip.evaluation.stats.intervals import DETECTABLE
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.training.stage import write_curves
 
 for package in ("datasets", "rouge_score", "sklearn", "scipy", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install dynskip[eval]")
@@ -102,6 +103,21 @@ def test_controllers_are_judged_without_texts_beside_what_is_there(
     monkeypatch.setattr("sys.argv", ["paper", "--data", str(tmp_path / "data.json"), "controllers"])
     with pytest.raises(SystemExit, match="2"):
         paper.main()
+
+
+def test_the_curves_of_all_trainings_are_one_file(tmp_path: Path) -> None:
+    controllers = steered_setup(tmp_path).controllers
+    with pytest.raises(FileNotFoundError, match=r"curves\.csv"):
+        paper.keep_curves(controllers, tmp_path / "all.csv")
+    for place, controller in enumerate(controllers):
+        write_curves(controller.directory, [{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 2.0 + place}])
+    paper.keep_curves(controllers, tmp_path / "all.csv")
+    names = [controller.label for controller in controllers]
+    assert len(set(names)) == 2
+    assert (tmp_path / "all.csv").read_text(encoding="utf-8").splitlines() == [
+        "controller,step,eval_loss,loss",
+        *(line for place, name in enumerate(names) for line in (f'"{name}",1,,2.5', f'"{name}",1,{2.0 + place},')),
+    ]
 
 
 def test_token_ids_and_features_are_not_committed(tmp_path: Path) -> None:

@@ -18,17 +18,27 @@ from dynskip import SamplingParams
 from dynskip.controllers import ModelSizes, TokenContext, make_controller, save_controller
 from dynskip.controllers.gumbel import keyed_noise
 from dynskip.engine.closed_batch import Generation
-from dynskip.evaluation.experiments.controllers import NUM_NOISE_SEEDS, NUM_TRAININGS, Point, Texts, _over, _recipe_rows
+from dynskip.evaluation.experiments.controllers import (
+    NUM_NOISE_SEEDS,
+    NUM_ROWS,
+    NUM_TRAININGS,
+    Point,
+    Texts,
+    _over,
+    _recipe_rows,
+)
 from dynskip.evaluation.registry import EXPERIMENTS, run_item
 from dynskip.evaluation.stats.frontiers import Measured
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.sweep.training_curves import TrainingCurve
 from dynskip.evaluation.tasks.controller_decisions import ResponseDecisions, SequenceCounter
 from dynskip.evaluation.tasks.controller_runs import controlled_likelihood_items
 from dynskip.evaluation.tasks.likelihoods import member_likelihoods
 from dynskip.evaluation.tasks.path_families import families
+from dynskip.training.stage import write_curves
 
 
 class EveryOther:
@@ -146,8 +156,23 @@ def test_controllers_are_compared_at_as_many_layers() -> None:
     assert _over(point("x", 25, [0.5, 0.5]), frontier) is None
 
 
+def curve(num_steps: int = NUM_ROWS // 8, *validation: tuple[float, float]) -> TrainingCurve:
+    """A training of 8 rows a step. validation: losses at shares of the steps; without, 2 nats from the middle on."""
+    losses = validation or ((0.5, 2.0), (1.0, 2.0))
+    training = tuple((step, 3.0) for step in range(1, num_steps + 1))
+    return TrainingCurve(8, training, tuple((int(share * num_steps), loss) for share, loss in losses))
+
+
+TRAINED = curve()
+
+
 def recipes(
-    layers: float, trainings: int = NUM_TRAININGS, draws: int = NUM_NOISE_SEEDS, lead: float = 0.1
+    layers: float,
+    trainings: int = NUM_TRAININGS,
+    draws: int = NUM_NOISE_SEEDS,
+    lead: float = 0.1,
+    trained: TrainingCurve | None = TRAINED,
+    fixed_trained: TrainingCurve | None = TRAINED,
 ) -> list[Point]:
     """Sampled controllers: fixed ones at 4 and 8 layers, and one that reads hidden states and leads the line."""
     generator = np.random.default_rng(0)
@@ -165,7 +190,8 @@ def recipes(
                 tokens = np.full(50, 10.0)
                 likelihood = Measured(10 * scores, tokens, tokens * cost, tokens)
                 texts = Texts(scores, tokens, tokens * cost, tokens)
-                found.append(Point(f"{recipe} {training} {seed}", labels, likelihood, texts))
+                made = fixed_trained if kind == "fixed" else trained
+                found.append(Point(f"{recipe} {training} {seed}", labels, likelihood, texts, trained=made))
     return found
 
 
@@ -186,6 +212,37 @@ def test_recipes_are_better_worse_open_or_untested(tmp_path: Path) -> None:
         (recipes(6.0, draws=4), "noise"),
     ):
         assert verdicts(points, tmp_path) == {metric: ("untested", [reason]) for metric in both}
+
+
+@pytest.mark.parametrize(
+    ("trained", "reason"),
+    [
+        (None, "curves"),
+        (curve(NUM_ROWS // 8 - 1), "rows"),
+        (curve(200, (0.5, 2.0), (1.0, 1.97)), "moving"),
+        (curve(200, (0.5, 2.0), (1.0, 2.03)), "moving"),
+        (curve(200, (1.0, 2.0)), "moving"),
+        (curve(200, (0.25, 2.5), (0.75, 2.0), (0.8, 2.1), (1.0, 2.01)), None),
+    ],
+    ids=["no curves", "too few rows", "falls", "rises", "seen once", "stands still"],
+)
+def test_what_is_not_trained_long_enough_is_untested(
+    tmp_path: Path, trained: TrainingCurve | None, reason: str | None
+) -> None:
+    found = ("better", []) if reason is None else ("untested", [reason])
+    assert set(map(str, verdicts(recipes(6.0, trained=trained), tmp_path).values())) == {str(found)}
+    assert set(map(str, verdicts(recipes(6.0, fixed_trained=trained), tmp_path).values())) == {str(found)}
+
+
+def test_a_training_is_read_from_what_it_has_left(tmp_path: Path) -> None:
+    assert TrainingCurve.of(tmp_path) is None
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.25}]
+    write_curves(tmp_path, [*history, {"step": 4, "loss": 2.0}, {"step": 4, "eval_loss": 2.125}])
+    assert TrainingCurve.of(tmp_path) is None, "the rows of a step are not known"
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"batch_size": 4}}))
+    found = TrainingCurve.of(tmp_path)
+    assert found == TrainingCurve(4, ((1, 3.0), (2, 2.5), (4, 2.0)), ((2, 2.25), (4, 2.125)))
+    assert (found.num_rows, found.moved) == (16, -0.125)
 
 
 def section_of(setup: Setup, folder: Path) -> tuple[dict[str, Any], set[str]]:
@@ -214,6 +271,9 @@ def test_references_alone_make_a_section(tmp_path: Path) -> None:
     rates = {row["layer"]: row["value"] for row in alone["rows"] if row["metric"] == "skip_rate_nats"}
     assert len(rates) == steered_setup(tmp_path).num_layers and rates[0] == 0.0, "the first layer always runs"
     assert (alone["n"], alone["n_nats"], whole["n"]) == (8, 8, 8)
+    assert [each["num_rows"] for each in alone["trained"]] == [None, None], "saved, never trained"
+    compared = [row for row in alone["rows"] if row["metric"] == "over_fixed_nats"]
+    assert compared and all("curves" in row["reasons"] for row in compared)
 
 
 def test_fewer_prompts_are_judged_under_controllers_than_along_paths(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from summaries import example_summary, row, section
 
 from dynskip.evaluation.report import claims, drawing
 from dynskip.evaluation.report import paper_numbers as paper
-from dynskip.evaluation.report.claims import NUM_NOISE_SEEDS, NUM_TRAININGS
+from dynskip.evaluation.report.claims import NUM_NOISE_SEEDS, NUM_ROWS, NUM_TRAININGS
 from dynskip.evaluation.report.document import to_html, to_markdown
 from dynskip.evaluation.report.evidence import (
     apart,
@@ -334,7 +334,12 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     assert in_short(summary) == [told]
     untested = {**rows[0], "verdict": "untested", "reasons": ["beyond"]}
     other = {"conditions": {}, "controllers": section([untested, *rows[1:]])}
-    assert "is **untested**: of 1 comparison with fixed-input" in text_of(other, "controllers")
+    assert "is **untested**, −0.0100 [−0.0150, −0.0050] nats a token at 25.0 layers: of 1 comparison with fixed" in (
+        text_of(other, "controllers")
+    )
+    beyond = {**untested, "value": None, "low": None, "high": None}
+    other_beyond = {"conditions": {}, "controllers": section([beyond, *rows[1:]])}
+    assert "is **untested**: of 1 comparison with fixed-input" in text_of(other_beyond, "controllers")
     assert ", by log-likelihood, 0 better, 0 worse, 0 open, 1 untested" in text_of(other, "controllers")
     drawn: list[str] = []
     monkeypatch.setattr(drawing, "svg", lambda name, *_, **__: drawn.append(name) or "<svg ></svg>")
@@ -344,6 +349,21 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     assert "| static path of 3 layers | – | 3.00 [2.90, 3.10] |" in page
     assert "ROUGE-L of controllers" not in page and "skip_rate" not in page and "By the log-likelihood" not in page
     assert "sequences. References alone were scored" in page, "no seed was drawn"
+
+
+def test_trainings_are_drawn_and_what_they_lack_is_told() -> None:
+    summary = recipe_rows("untested", reasons=("curves", "rows", "moving"))
+    told = text_of(summary, "controllers")
+    assert f"Why untested: 2 of 2 have a training on fewer than {NUM_ROWS:,} rows." in told
+    assert "2 of 2 have a training whose losses are not known" in told and "validation loss still moved" in told
+    assert "How far controllers were trained" not in to_markdown(*report_blocks(summary))
+    losses = {"training": [[step, 3.0 - step / 100] for step in range(1, 41)], "validation": [[20, 2.5], [40, 2.375]]}
+    known = {"controller": "hidden, seed 1", "recipe": "hidden, target 26, frozen", "training_seed": 1}
+    unknown = {**known, "controller": "saved", "num_rows": None, "moved": None, "training": [], "validation": []}
+    summary["controllers"]["trained"] = [{**known, "num_rows": 160, "moved": -0.125, **losses}, unknown]
+    page, drawn = to_markdown(*report_blocks(summary)), to_html(*report_blocks(summary))
+    assert "| hidden, seed 1 | 160 | 2.375 | −0.125 |" in page and "| saved |" not in page
+    assert "controller-training-" in drawn and ">hidden, target 26<" in drawn and ">seed 1<" in drawn
 
 
 # Hidden states

@@ -20,6 +20,7 @@ from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, boot
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.sweep.training_curves import TrainingCurve
 from dynskip.evaluation.tasks.controller_runs import (
     ARGMAX,
     controlled_items,
@@ -33,6 +34,8 @@ from dynskip.evaluation.tasks.timing import read_timings
 FIXED, STATIC = "fixed", "static"
 # Repetitions from which on a comparison says something of a recipe, not of one training or one draw.
 NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
+# Rows from which on a training counts as one: 200 steps of 8.
+NUM_ROWS = 1600
 _FULL = "full"
 
 
@@ -57,6 +60,7 @@ class Point:
 
     likelihood: of references, teacher-forced: minus nats, tokens, layers, decided. texts: what it generated, where it
     was asked to. layer_shares: [L], the share of decided tokens, of texts where there are any, that run each layer.
+    trained: how; None for paths, and for controllers whose folders do not say.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Point:
     likelihood: Measured
     texts: Texts | None = None
     layer_shares: Floats | None = None
+    trained: TrainingCurve | None = None
 
     @property
     def by_rouge_l(self) -> Measured:
@@ -111,8 +116,10 @@ def _notes(setup: Setup) -> list[str]:
         "sequences. Beyond the layers of the fixed input nothing is made up: untested. q: p, adjusted by Benjamini and "
         "Hochberg for all recipes and scores.",
         f"verdict: untested where the frontier does not reach, or with fewer than {NUM_TRAININGS} trainings of the "
-        f"recipe or of a fixed one, or of sampled decisions fewer than {NUM_NOISE_SEEDS} draws; else better or worse "
-        "where q is below 0.05, else open.",
+        f"recipe or of a fixed one, or where one of these has no curves, saw fewer than {NUM_ROWS:,} rows, or has a "
+        f"validation loss that moved by more than {setup.margin_nats:g} over the last quarter of its steps; or of "
+        f"sampled decisions with fewer than {NUM_NOISE_SEEDS} draws; else better or worse where q is below 0.05, else "
+        "open.",
         "The noise of sampled decisions is drawn by seed, sequence, layer and position.",
         *(
             ["skip_rate_nats: the share of decided tokens that leave a layer out."]
@@ -154,8 +161,20 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
             rows.append(by_nats.row(metric="over_static_nats", **labels))
     rows += _recipe_rows(setup, learned)
     num_texts = setup.num_controlled if setup.likelihood_only else setup.prompts
-    found = {"n": num_texts, "n_nats": setup.num_controlled, "noise": "by sequence"}
+    found: dict[str, Any] = {"n": num_texts, "n_nats": setup.num_controlled, "noise": "by sequence"}
+    found["trained"] = [_trained(each) for each in learned if each.labels["seed"] == ARGMAX]
     return {**found, "seeds": setup.controller_seeds, "rows": rows, "notes": _notes(setup)}
+
+
+def _trained(each: Point) -> dict[str, Any]:
+    """How a controller was trained: rows seen, what the validation loss moved by at the end, losses by step."""
+    labels = {"controller": each.name, **{name: each.labels[name] for name in ("recipe", "kind", "training_seed")}}
+    if each.trained is None:
+        return {**labels, "num_rows": None, "moved": None, "training": [], "validation": []}
+    curves = {"training": each.trained.training, "validation": each.trained.validation}
+    rounded = {name: [[step, round(loss, 5)] for step, loss in curve] for name, curve in curves.items()}
+    moved = None if each.trained.moved is None else round(each.trained.moved, 5)
+    return {**labels, "num_rows": each.trained.num_rows, "moved": moved, **rounded}
 
 
 def _times(setup: Setup, store: ItemStore) -> dict[str, dict[str, Interval]]:
@@ -227,7 +246,8 @@ def _learned_point(setup: Setup, store: ItemStore, controller: ControllerFolder,
         texts = Texts(*_columns(store, items, "rouge_l", "num_tokens", "num_run", "num_decided"))
     runs = np.sum([store.result(item)["layer_runs"] for item in items], axis=0)
     decided = likelihood.decided if texts is None else texts.num_decided
-    return Point(name, labels, likelihood, texts, runs / max(decided.sum(), 1.0))
+    shares = runs / max(decided.sum(), 1.0)
+    return Point(name, labels, likelihood, texts, shares, TrainingCurve.of(controller.directory))
 
 
 def _columns(store: ItemStore, items: Sequence[WorkItem], *names: str) -> list[Floats]:
@@ -265,7 +285,7 @@ def _recipe_rows(setup: Setup, learned: Sequence[Point]) -> list[dict[str, Any]]
                 setup.resamples,
             )
             for name, comparison in found.items():
-                reasons = _reasons(comparison, others[name], fixed)
+                reasons = _reasons(comparison, others[name], fixed, setup.margin_nats)
                 rows.append(_comparison_row(f"over_fixed{suffix}", name, others[name], comparison, reasons))
     tested = [row for row in rows if row["p"] is not None]
     for row, q in zip(tested, false_discovery([row["p"] for row in tested]), strict=True):
@@ -292,18 +312,25 @@ _BY_TEXTS = "by_rouge_l"
 _SCORES = {"": _BY_TEXTS, "_nats": "likelihood"}
 
 
-def _reasons(comparison: Comparison, points: Sequence[Point], fixed: dict[str, list[Point]]) -> list[str]:
-    """By name what keeps a comparison from being a test."""
+def _reasons(
+    comparison: Comparison, points: Sequence[Point], fixed: dict[str, list[Point]], margin: float
+) -> list[str]:
+    """By name what keeps a comparison from being a test. margin: of a validation loss that stands still."""
 
     def trainings(of: Sequence[Point]) -> int:
         return len({each.labels["training_seed"] for each in of})
 
     sampled = points[0].labels["choice"] == "sampled"
     seeds = [len({each.labels["seed"] for each in of}) for of in (points, *fixed.values())]
+    curves = [each.trained for of in (points, *fixed.values()) for each in of]
+    known = [curve for curve in curves if curve is not None]
     found = {
         "beyond": not comparison.is_within,
         "trainings": min(trainings(of) for of in (points, *fixed.values())) < NUM_TRAININGS,
         "noise": sampled and min(seeds) < NUM_NOISE_SEEDS,
+        "curves": len(known) < len(curves),
+        "rows": any(curve.num_rows < NUM_ROWS for curve in known),
+        "moving": any(curve.moved is None or abs(curve.moved) > margin for curve in known),
     }
     return [name for name, holds in found.items() if holds]
 

@@ -21,6 +21,7 @@ from dynskip.evaluation.stats.oracle_controls import NullModel
 
 # Repetitions from which on a comparison of controllers says something of their kind, not of one training or one draw.
 NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
+NUM_ROWS = 1600  # of a training
 GRID_STEPS = 500  # mean budgets of the paper's oracle: 0.04 layers of 24
 NUM_NULL_DRAWS = 200  # draws of the null model that its band is of
 NEAR_FLOOR = 0.1  # of the way from the cheapest path to full depth: below it a budget is near the cheapest path

@@ -7,6 +7,7 @@ from typing import Any
 
 from dynskip.evaluation.report import claims, figures, oracle_sections
 from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.curves import training_curves
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.likelihood_table import likelihoods
@@ -273,6 +274,7 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
             quality,
         ),
         *_recipe_table(found),
+        *training_curves(section),
         Table("What controllers cost", ["controller", "parameters", "skipped layers store", *TIMES.values()], cost),
         Table("The paper's controllers (OPT-1.3B)", ["input", "alpha", "mean layers", "ROUGE-L"], paper_rows),
         *likelihoods(section),
@@ -302,6 +304,7 @@ def _controllers_by_nats(section: Row, how: str) -> list[Block]:
         *_skip_rates(section),
         Table("Nats a token under controllers", header, cells),
         *_recipe_table(claims.Controllers(section)),
+        *training_curves(section),
     ]
 
 

@@ -198,6 +198,8 @@ def _recipes(found: claims.Controllers) -> list[str]:
         return [_one_recipe(found.recipes[0])]
     counted = ", ".join(f"{found.num_with(verdict)} {verdict}" for verdict in ("better", "worse", "open", "untested"))
     whole = "is **untested**" if found.verdict == "untested" else "has these verdicts"
+    if found.verdict == "untested" and len(found.recipes) == 1 and (only := found.recipes[0])["value"] is not None:
+        whole += f", {signed(only, 4)}{_unit(only)} at {number(only['layers'], 1)} layers"
     metrics = {row["metric"] for row in found.recipes}
     scores = " and ".join(name for metric, name in _RECIPE_SCORES.items() if metric in metrics)
     lines = [
@@ -208,6 +210,9 @@ def _recipes(found: claims.Controllers) -> list[str]:
         "beyond": "run layers that no fixed-input controller reaches",
         "trainings": f"have fewer than {claims.NUM_TRAININGS} trainings, of their own or of the fixed input",
         "noise": f"have fewer than {claims.NUM_NOISE_SEEDS} draws of the noise of their decisions",
+        "curves": "have a training whose losses are not known, of their own or of the fixed input",
+        "rows": f"have a training on fewer than {claims.NUM_ROWS:,} rows",
+        "moving": "have a training whose validation loss still moved over the last quarter of its steps",
     }
     for name in found.reasons:
         count = sum(name in row["reasons"] for row in found.recipes)
@@ -225,14 +230,17 @@ def _recipes(found: claims.Controllers) -> list[str]:
 def _one_recipe(row: Row) -> str:
     """The one comparison of a recipe that there is, and was a test."""
     told = {"better": "chooses layers better than", "worse": "chooses layers worse than"}
-    unit = " nats a token" if row["metric"] == _BY_NATS else " ROUGE-L"
     seen = detectable(row)
     power = "" if seen is None else f"; one of {number(seen, 4)} could have been seen (80 % power)"
     return (
         f"A controller that reads something ({row['recipe']}) {told.get(row['verdict'], 'is not told apart from')} "
-        f"fixed-input ones at as many layers, {number(row['layers'], 1)}: {signed(row, 4)}{unit} over "
+        f"fixed-input ones at as many layers, {number(row['layers'], 1)}: {signed(row, 4)}{_unit(row)} over "
         f"{row['trainings']} trainings{power}."
     )
+
+
+def _unit(row: Row) -> str:
+    return " nats a token" if row["metric"] == _BY_NATS else " ROUGE-L"
 
 
 def _comparisons(count: int) -> str:
