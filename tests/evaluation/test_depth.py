@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from evaluation_models import tiny_setup
 
+from dynskip.evaluation.registry import EXPERIMENTS, run_item
 from dynskip.evaluation.stats.decisions import (
     correlations,
     explained_by_groups,
@@ -15,6 +19,9 @@ from dynskip.evaluation.stats.decisions import (
     spearman_within,
     spearman_within_p,
 )
+from dynskip.evaluation.sweep.context import Context
+from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.path_families import choices, family_generations, family_items
 from dynskip.evaluation.tasks.prompt_facts import FIRST_WORDS, OTHER, task_type
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
@@ -122,3 +129,33 @@ def test_task_types(instruction: str, expected: str) -> None:
 def test_no_word_stands_for_two_types() -> None:
     words = [word for words in FIRST_WORDS.values() for word in words.split()]
     assert len(words) == len(set(words))
+
+
+def test_draws_give_two_difficulties_and_one_takes_no_reference(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed: pip install dynskip[eval]")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed: pip install dynskip[eval]")
+    setup = tiny_setup(tmp_path, draws=4, temperature=2.0)
+    context, (members,) = Context(setup), choices(setup).values()
+    with ItemStore(tmp_path / "items") as store:
+        without = [*EXPERIMENTS["depth"].plan(setup, store)]
+        drawn = [item for seed in setup.sample_seeds for item in family_items(setup, members, seed)]
+        for item in store.missing(without):
+            store.add(item, run_item(item, context), 1.0)
+        names = [{row.get("feature") for row in EXPERIMENTS["depth"].summarise(setup, store)["rows"]}]
+        for item in store.missing(drawn):
+            result = run_item(item, context)
+            # A random model ends no text by itself: lengths of their own for each row and draw.
+            for of_path in result["paths"].values():
+                of_path["num_tokens"] = [1 + row * item.seed % 7 for row in result["rows"]]
+            store.add(item, result, 1.0)
+        section = EXPERIMENTS["depth"].summarise(setup, store)
+        names.append({row.get("feature") for row in section["rows"]})
+        greedy = family_generations(setup, store, members).rouge_l
+        draws = [family_generations(setup, store, members, seed) for seed in setup.sample_seeds]
+    assert names[1] - names[0] == {"sd_of_draws", "sd_of_draw_lengths"}
+    differs = np.ptp(greedy, axis=1) > 0
+    spread = np.std([each.num_tokens[differs, -1] for each in draws], axis=0, ddof=1)
+    bins = [r for r in section["rows"] if r["metric"] == "binned_depth" and r["feature"] == "sd_of_draw_lengths"]
+    assert len(draws) == 4 and differs.sum() >= 3 and np.ptp(spread) > 0
+    assert min(row["bin_low"] for row in bins) == pytest.approx(spread.min())
+    assert max(row["bin_high"] for row in bins) == pytest.approx(spread.max())

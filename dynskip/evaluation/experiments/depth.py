@@ -55,8 +55,9 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "of the section but the yardsticks'.",
         "full_rouge_l, and full_loss for depths by log-likelihood, are what the oracle itself looks at: a sequence "
         "that scores high at full depth is one that it has reason to give layers to. Yardsticks, not findings.",
-        "prefill_entropy is that of the token that follows the prompt, at full depth; sd_of_draws the standard "
-        "deviation of the ROUGE-L of a prompt's draws at full depth. Neither takes a reference to choose by.",
+        "prefill_entropy is that of the token that follows the prompt, at full depth; sd_of_draw_lengths the standard "
+        "deviation of the tokens of a prompt's draws at full depth: neither takes a reference. sd_of_draws is that of "
+        "their ROUGE-L, which takes one.",
         "Types of tasks are named by the verb of the instruction; explained_by_task is the share of the variance of "
         "depth between types, with the probability that shuffled types explain as much.",
         *notes_on_choices(setup),
@@ -84,7 +85,9 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                     f"{family}: sd_of_draws and the reliability of depths need the draws of `dynskip eval oracle`."
                 )
             else:
-                of_texts["sd_of_draws"] = draws[:, :, -1].std(0, ddof=1)
+                rouge, lengths = draws
+                of_texts["sd_of_draws"] = rouge[:, :, -1].std(0, ddof=1)
+                of_texts["sd_of_draw_lengths"] = lengths[:, :, -1].std(0, ddof=1)
             judged = {"": (generations.rouge_l, of_texts), **judged}
         for suffix, (scores, features) in judged.items():
             knapsack = Knapsack(scores, costs)
@@ -99,7 +102,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
                         rows += _related(setup, suffix, name, feature[differs], depth[differs], types, labels)
                 rows += _by_task(suffix, tasks[: len(depth)], depth, labels)
             if not suffix and draws is not None:
-                for at, interval in _reliability(costs, draws, list(depths)).items():
+                for at, interval in _reliability(costs, draws[0], list(depths)).items():
                     rows.append(interval.row(metric="reliability", family=family, at=at))
             if not depths:
                 notes.append(f"{family}: the cheapest path is as good as any, so that no depth is chosen.")
@@ -112,12 +115,13 @@ def _depths(costs: list[int], chosen: Integers) -> Floats:
     return np.array(costs, dtype=np.float64)[chosen]
 
 
-def _draws(setup: Setup, store: ItemStore, members: list[Member]) -> Floats | None:
-    """[M, N, K]: ROUGE-L of the draws of a family, of an even number of seeds; None where fewer than two are done."""
+def _draws(setup: Setup, store: ItemStore, members: list[Member]) -> tuple[Floats, Floats] | None:
+    """[M, N, K] each: ROUGE-L and tokens of a family's draws; None where those of fewer than two seeds are done."""
     seeds = [seed for seed in setup.sample_seeds if not store.missing(family_items(setup, members, seed))]
     if len(seeds) < 2:
         return None
-    return np.stack([family_generations(setup, store, members, seed).rouge_l for seed in seeds])
+    drawn = [family_generations(setup, store, members, seed) for seed in seeds]
+    return np.stack([each.rouge_l for each in drawn]), np.stack([each.num_tokens for each in drawn]).astype(np.float64)
 
 
 def _related(
