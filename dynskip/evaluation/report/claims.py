@@ -16,6 +16,7 @@ import numpy as np
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import apart, ceiling, direction, holm, kept_by_means, luck, negated, p_value
 from dynskip.evaluation.report.rows import Row, Summary, curves_of, distinct, find, score_suffix, select
+from dynskip.evaluation.stats.decisions import false_discovery
 from dynskip.evaluation.stats.knapsack import smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
 
@@ -291,19 +292,22 @@ class Routers:
 class RoutersInNats:
     """The routers of one family by log-likelihood, beside the cascade, which learns nothing.
 
-    shares: what of the oracle's gain each captures, of those that learned from the most prompts, ``size``. above: how
-    many do with an interval above zero. best: the share of the one that captures most. over_static: what that one gains
-    over the best mix of fixed depths. cascade: its share.
+    shares: what of the oracle's gain each captures, of those that learned from the most prompts, ``size``. adjusted:
+    the p-value of each, by Benjamini and Hochberg for all routers of the section, of every family and size. above: how
+    many capture a share above zero after that. best: the share of the one that captures most. over_static: what that
+    one gains over the best mix of fixed depths. cascade: its share.
     """
 
     def __init__(self, section: Row, family: str) -> None:
-        shares = select(section, metric="captured_share_nats", family=family)
-        cascades = [row for row in shares if row["predictor"] == "cascade"]
-        routers = [row for row in shares if row["predictor"] != "cascade"]
-        self.cascade = cascades[0] if cascades else None
-        self.size = max((row["size"] for row in routers), default=0)
-        self.shares = [row for row in routers if row["size"] == self.size]
-        self.above = sum(direction(row) > 0 for row in self.shares)
+        tested = select(section, metric="captured_share_nats")
+        q = false_discovery([1.0 if (p := p_value(row)) is None else p for row in tested])
+        own = [(row, each) for row, each in zip(tested, q, strict=True) if row["family"] == family]
+        self.cascade = next((row for row, _ in own if row["predictor"] == "cascade"), None)
+        routers = [(row, each) for row, each in own if row["predictor"] != "cascade"]
+        self.size = max((row["size"] for row, _ in routers), default=0)
+        learned = [(row, each) for row, each in routers if row["size"] == self.size]
+        self.shares, self.adjusted = [row for row, _ in learned], [each for _, each in learned]
+        self.above = sum(each < 0.05 and row["value"] > 0 for row, each in learned)
         self.best = max(self.shares, key=lambda row: float(row["value"]), default=None)
         labels = {} if self.best is None else {name: self.best[name] for name in _ROUTER_LABELS}
         self.over_static = find(section, metric="over_static_nats", family=family, **labels) if labels else None

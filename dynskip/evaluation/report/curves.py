@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dynskip.evaluation.report.document import Block, Figure, Table
-from dynskip.evaluation.report.drawing import STYLES, svg
+from dynskip.evaluation.report.drawing import STYLES, drawing_of
 from dynskip.evaluation.report.numbers import MISSING, number, signed
 from dynskip.evaluation.report.rows import Row, distinct
 
@@ -31,7 +31,13 @@ def training_curves(section: Row) -> list[Block]:
     header = ["controller", "rows seen", "validation loss", "moved over the last quarter"]
     return [
         Figure(
-            svg("controller-training", lambda figure: _draw(figure, trained), height=3.2),
+            drawing_of(
+                "controller-training",
+                "Charts of the training and validation losses by step, one for each recipe of controllers.",
+                lambda figure: _draw(figure, trained),
+                9.0,
+                3.2,
+            ),
             "The loss of each training by step: nats a token and the price of layers. Lines are means of the training "
             f"loss over {_SMOOTHED} steps, markers the validation loss, a style for each training.",
         ),

@@ -55,6 +55,7 @@ FEATURES = {
     "full_rouge_l": "ROUGE-L of the full model",
     "prefill_entropy": "entropy behind the prompt",
     "sd_of_draws": "deviation of the full model's draws",
+    "sd_of_draw_lengths": "deviation of the draws' lengths",
 }
 # As the paper names what a controller reads, the kind here.
 _PAPERS_KINDS = {"fixed input": "fixed", "hidden state": "hidden"}

@@ -412,8 +412,8 @@ def router_in_nats(section: Row) -> list[str]:
         if found.best is not None:
             lines.append(
                 f"By log-likelihood, with {FAMILIES.get(family, family)}, {found.above} of {len(found.shares)} routers "
-                f"that learned from {found.size:,} prompts capture a share of the oracle's gain with an interval above "
-                f"zero; the one that captures most (picked as such, so its share flatters it), "
+                f"that learned from {found.size:,} prompts capture a share of the oracle's gain above zero after "
+                f"control of false discoveries; the one that captures most (picked as such, so its share flatters it), "
                 f"{found.best['predictor']} on {found.best['features']}, captures {percent(found.best)} of it and "
                 f"gains {signed(found.over_static)} nats a token over the best mix of fixed depths."
             )
