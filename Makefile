@@ -41,8 +41,9 @@ ONLY ?=
 OUT ?= gpu-results
 COMMIT ?=
 
-# On SmolLM2 the pieces of the committed run with fewer rows, where its package is installed; else all on opt-mini. There
-# two controllers are trained for a few steps, so that their experiment runs: it shows how, it finds nothing.
+# On SmolLM2 the pieces of the committed run with fewer rows, where its package is installed; without texts, and without
+# controllers, whose folders are not committed. Else all on opt-mini. There two controllers are trained for a few steps,
+# so that their experiment runs: it shows how, it finds nothing.
 DATA ?=
 RUN ?= runs/paper
 PROMPTS ?= 64
@@ -125,7 +126,7 @@ paper: $(VENV)/.installed
 
 paper-smollm2: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m bench.paper --data '$(DATA)' --folder '$(RUN)' --work '$(RUN)/work' \
-		--rows $(PROMPTS) --rule-rows 16 --learn-rows $(PROMPTS) static depth oracle router $(ARGS)
+		--rows $(PROMPTS) --rule-rows 16 --learn-rows $(PROMPTS) --state-rows 4 $(ARGS)
 
 paper-opt-mini: $(VENV)/.installed
 	$(VENV)/bin/dynskip train --controller fixed --out '$(RUN)/controllers/fixed' $(PAPER_TRAIN)

@@ -13,8 +13,10 @@ import pytest
 from summaries import example_summary
 
 from dynskip.cli import main
+from dynskip.evaluation.report import figures
 from dynskip.evaluation.report.document import Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import interval, number, percent, signed
+from dynskip.evaluation.report.paper_claims import paragraph
 from dynskip.evaluation.report.rows import find, select
 from dynskip.evaluation.report.savings import ORACLE_MIX, savings
 from dynskip.evaluation.report.sections import SECTIONS
@@ -116,14 +118,62 @@ def told_under(title: str, summary: dict[str, Any]) -> list[str]:
     return list(items.texts)
 
 
-def test_the_report_opens_with_a_sentence_for_each_question() -> None:
-    summary = example_summary()
+_VALUE = r"[+−]?\d+(\.\d+)?( %)?"
+_WITH_INTERVAL = re.compile(rf"{_VALUE} \[{_VALUE}, ({_VALUE}|∞)\]")
+
+
+def with_missing_values(summary: dict[str, Any]) -> dict[str, Any]:
+    """Every other row without a value, the others without intervals."""
+    for name in SECTIONS:
+        for row in summary[name]["rows"][::2]:
+            row.update(value=None, low=None, high=None)
+        for row in summary[name]["rows"][1::2]:
+            row.update(low=None, high=None)
+    return summary
+
+
+def committed_summary() -> dict[str, Any]:
+    path = Path(__file__).parents[2] / "bench" / "results" / "paper-smollm2" / "summary.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "num_answered"),
+    [
+        (lambda: example_summary(), 5),
+        (committed_summary, 5),
+        *((lambda name=name: only(name), 0 if name == "depth" else 1) for name in SECTIONS),
+        (lambda: with_missing_values(example_summary()), 0),
+        (lambda: {"conditions": {}}, 0),
+    ],
+    ids=["example", "committed", *SECTIONS, "without values", "bare"],
+)
+def test_the_report_opens_with_five_sentences_of_one_number_with_its_interval(
+    make: Any, num_answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    summary = make()
     assert report_blocks(summary)[2][0] == Heading("In short")
     told = told_under("In short", summary)
-    assert told == in_short(summary) and len(told) <= 13
-    assert told[0].startswith("On the paper's own four means, an oracle over noise")
-    for part in ("floor", "expected scores", "router", "hidden states", "Uniform", "ROUGE-L", "correlations", "token"):
-        assert any(part in text for text in told), part
+    assert told == in_short(summary) and len(told) == 5
+    answered = 0
+    for sentence in told:
+        assert sentence.endswith(".") and ". " not in sentence
+        numbers = [found[0] for found in _WITH_INTERVAL.finditer(sentence)]
+        assert len(numbers) == 1 or (not numbers and "is **untested**" in sentence), sentence
+        answered += len(numbers)
+        rest = _WITH_INTERVAL.sub("", sentence)
+        assert not re.search(r"\d[.,]\d|\d %|[\[\]]|[+−]\d", rest), f"besides it only counts and layers: {rest}"
+    assert answered == num_answered
+
+
+def test_the_claims_of_the_paper_stand_below_the_five_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    summary = example_summary()
+    blocks = report_blocks(summary)[2]
+    at = blocks.index(Heading("Which of the paper's claims hold here", 3))
+    assert at == 2 and blocks[at + 1] == Paragraph(paragraph(summary))
 
 
 @pytest.mark.parametrize("name", SECTIONS)

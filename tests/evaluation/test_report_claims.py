@@ -32,6 +32,7 @@ from dynskip.evaluation.report.evidence import (
     p_value,
 )
 from dynskip.evaluation.report.numbers import signed
+from dynskip.evaluation.report.paper_claims import _OPENINGS, paragraph, verdicts
 from dynskip.evaluation.report.rows import select
 from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.report.short import in_short
@@ -116,7 +117,8 @@ def test_the_null_model_on_the_papers_means_gives_what_it_was_not_fitted_to() ->
     for budget in (8, 12):
         assert null.best_up_to[budget] == pytest.approx(paper.BEST_UP_TO[budget], abs=0.005)
     assert null.sd == pytest.approx(0.08, abs=0.001) and 0.26 < null.matching_share < 0.28
-    assert in_short(example_summary())[0].startswith("On the paper's own four means")
+    assert section_sentences(example_summary(), "oracle")[0].startswith("On the paper's own four means")
+    assert f"does on {100 * null.matching_share:.1f} %" in paragraph(example_summary())
 
 
 def test_a_matching_budget_near_the_floor_and_one_far_from_it() -> None:
@@ -125,10 +127,8 @@ def test_a_matching_budget_near_the_floor_and_one_far_from_it() -> None:
     assert "300 of 500 sequences run it, and full depth leads the cheapest path by +0.0833" in told
     far = changed("oracle", {"value": 12.0, "low": 11.0, "high": 13.0}, metric="matching_budget", control="oracle")
     assert "12.00 [11.00, 13.00] of 24 layers, well above the cheapest path's 4" in text_of(far, "oracle")
-    assert any("12.0 of 24 layers, above the floor of 4" in text for text in in_short(far))
     nowhere = changed("oracle", {"value": None, "low": None, "high": None}, metric="matching_budget", control="oracle")
     assert "floor" not in text_of(nowhere, "oracle")
-    assert any("matches full depth at no budget" in text for text in in_short(nowhere))
 
 
 def test_the_lead_is_taken_from_the_means_where_it_was_not_paired() -> None:
@@ -155,11 +155,9 @@ def test_a_share_that_survives_and_one_that_need_not() -> None:
     assert "10.0 % [−20.0 %, 40.0 %] of the oracle's gain on one draw survives" in open_
     assert "does not lie above zero, where 42.9 % could have been seen (80 % power)" in open_
     assert "keep 32 % [0 %, 63 %] of it, the square root of that share: an interval that holds 0 %" in open_
-    assert any("need not keep anything of the oracle's gain" in text for text in in_short(example_summary()))
     clear = changed("oracle", {"value": 0.25, "low": 0.16, "high": 0.36}, **labels)
     told = text_of(clear, "oracle")
     assert "keep 50 % [40 %, 60 %] of it, the square root of that share." in told and "holds 0 %" not in told
-    assert any("expected scores would keep 50 % [40 %, 60 %] of the oracle's gain." in text for text in in_short(clear))
     # An interval of equal depth around 0.95 leaves room for a ceiling, whatever survives.
     room = f"{100 * math.sqrt(1 - 0.65**2):.0f} %"
     assert f"leaves room for a ceiling of {room}" in told
@@ -175,7 +173,6 @@ def test_routers_that_gain_and_routers_that_could_not_have_shown_it() -> None:
     told = text_of(none, "router")
     assert "0 of 8 prompt-only routers gain more" in told
     assert "the median router that has a share could have shown 7 % of the oracle's gain (80 % power)" in told
-    assert any("No prompt-only router is seen to gain anything; half of them" in text for text in in_short(none))
     wide = changed("router", {"low": -1.0, "high": 1.0}, metric="captured_share")
     assert "could have shown 143 % of the oracle's gain" in text_of(wide, "router")
 
@@ -263,7 +260,7 @@ def test_a_comparison_that_lacks_nothing_is_a_test() -> None:
     assert (len(found.names), found.better, found.worse) == (num, num, 0)
     summary = {"conditions": {}, "controllers": comparison()}
     assert text_of(summary, "controllers").startswith(f"{num} of {num} controllers that read hidden states")
-    assert "untested" not in text_of(summary, "controllers") + "".join(in_short(summary))
+    assert "untested" not in text_of(summary, "controllers") + in_short(summary)[2]
 
 
 @pytest.mark.parametrize(
@@ -324,8 +321,11 @@ def test_recipes_are_told_by_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> 
     assert f"Why untested: 2 of 6 have fewer than {NUM_NOISE_SEEDS} draws of the noise" in told
     assert "The clearest by log-likelihood is hidden, alpha 0: +0.0100 [+0.0050, +0.0150] nats a token" in told
     assert "shared by all sequences" not in told and "**untested**" not in told
-    assert in_short(summary)[0] in told
-    assert "is **untested**" in in_short(recipe_rows("untested", reasons=("trainings",)))[0]
+    assert in_short(summary)[2] == (
+        "Hidden states help to choose layers: +0.0100 [+0.0050, +0.0150] nats a token over fixed-input controllers at "
+        "as many layers, in the clearest of 2 comparisons."
+    )
+    assert "is **untested**" in in_short(recipe_rows("untested", reasons=("trainings",)))[2]
     monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     page = to_markdown(*report_blocks(summary))
     assert "| hidden, alpha 2 | ROUGE-L | 9.00 | 3 × 5 |" in page and "untested (beyond, noise)" in page
@@ -347,7 +347,9 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
         "layers, 25.0: −0.0100 [−0.0150, −0.0050] nats a token over 3 trainings; one of 0.0071 could have been seen "
         "(80 % power)."
     )
-    assert in_short(summary) == [told]
+    assert in_short(summary)[2].startswith(
+        "Hidden states do not help to choose layers: −0.0100 [−0.0150, −0.0050] nats"
+    )
     untested = {**rows[0], "verdict": "untested", "reasons": ["beyond"]}
     other = {"conditions": {}, "controllers": section([untested, *rows[1:]])}
     assert "is **untested**, −0.0100 [−0.0150, −0.0050] nats a token at 25.0 layers: of 1 comparison with fixed" in (
@@ -364,7 +366,7 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     assert "| hidden | 34,620 | 25.00 [24.90, 25.10] | 2.0000 [1.9900, 2.0100] | −0.3000 [−0.3100, −0.2900] |" in page
     assert "| static path of 3 layers | – | 3.00 [2.90, 3.10] |" in page
     assert "ROUGE-L of controllers" not in page and "skip_rate" not in page and "By the log-likelihood" not in page
-    assert "sequences. References alone were scored" in page, "no seed was drawn"
+    assert "sequences. This section scores references alone" in page, "no seed was drawn"
 
 
 def test_trainings_are_drawn_and_what_they_lack_is_told() -> None:
@@ -396,20 +398,148 @@ def test_random_skipping_and_late_exits_are_told_as_they_are() -> None:
     assert "random skipping is farther from the full model than early exit at 4, 8, 12, 16, 20 layers" in text_of(
         farther, "hidden_states"
     )
-    assert any("random skipping ends farther" in text for text in in_short(farther))
-    at_20 = changed("hidden_states", {"value": 0.9, "low": 0.89, "high": 0.91}, strategy="rls-first", budget=20)
-    assert any("At 20 layers random skipping that keeps layer 0 ends farther" in text for text in in_short(at_20))
-    assert not any("keeps layer 0" in text for text in in_short(example_summary()))
 
 
 def test_the_paths_of_the_training_stand_beside_the_comparison() -> None:
     summary = example_summary()
-    assert "Which paths the weights were trained along is not in the summary" in text_of(summary, "hidden_states")
+    told = text_of(summary, "hidden_states")
+    assert "Which paths opt-example was trained along is not known here; what skipping as such does is said by" in told
     summary["conditions"]["model"] = "opt-mini"
     told = text_of(summary, "hidden_states")
-    assert "opt-mini was trained along uniform paths of 4, 8, 12, 24 layers and never on exits" in told
-    assert "Uniform paths of 16, 20 layers were not trained." in told
-    assert claims.trained_budgets("opt-mini") == (4, 8, 12, 24) and claims.trained_budgets(None) is None
+    assert "opt-mini was trained along uniform paths of 4, 8, 12, 24 layers and never on early exits; what" in told
+    assert "said by the weights tuned at full depth only, which were never trained along a path with layers" in told
+    summary["hidden_states"]["rows"] = select(summary["hidden_states"], weights="paths")
+    assert "never on early exits: whether skipping as such stays closer than exiting is **untested**." in text_of(
+        summary, "hidden_states"
+    )
+    assert "as such does is **untested**" in in_short(summary)[0]
+
+
+def test_the_trained_paths_are_those_of_the_recipe_or_of_the_adapter() -> None:
+    assert claims.trained_paths("opt-mini") == claims.TrainedPaths("uniform", (4, 8, 12, 24))
+    assert claims.trained_paths("smollm2-135m-paths") == claims.TrainedPaths("searched", (15, 20, 25))
+    assert claims.trained_paths("smollm2-135m-instruct") is None and claims.trained_paths(None) is None
+
+
+def test_the_headline_on_hidden_states_is_of_weights_that_were_never_trained_to_skip() -> None:
+    summary = example_summary()
+    labels = {"metric": "cosine_final", "strategy": "uls - exit"}
+    told = in_short(summary)[0]
+    assert told.startswith("With the weights tuned at full depth only, uniform skipping ends closer to the full model")
+    for each in select(summary["hidden_states"], weights="paths", **labels):
+        each.update(value=-0.5, low=-0.6, high=-0.4)  # type: ignore[attr-defined]
+    assert in_short(summary)[0] == told, "trained to skip, so not asked"
+    for each in select(summary["hidden_states"], weights="full-tuned", **labels):
+        sign = {4: 1, 8: 0, 12: -1, 16: -1, 20: -1}[each["budget"]]
+        each.update(value=0.1 * sign, low=0.1 * sign - 0.05, high=0.1 * sign + 0.05)  # type: ignore[attr-defined]
+    assert in_short(summary)[0].endswith(
+        "ends closer to the full model than early exit at 4 layers, farther at 12, 16, 20 layers, not told apart at 8 "
+        "layers: +0.100 [+0.050, +0.150] in cosine at 4 layers."
+    )
+
+
+# The paper's claims
+
+
+def verdict_on(part: str, summary: dict[str, Any]) -> tuple[str, str]:
+    """The verdict on the one claim that has ``part`` in its words, and what was measured."""
+    (found,) = (each for each in verdicts(summary) if part in each.claim)
+    words = paragraph(summary)
+    assert str(found) in words.split(_OPENINGS[found.verdict] + ": ")[1].split(" **")[0], "under its own verdict"
+    return found.verdict, found.measured
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "labels", "by_value"),
+    [
+        (
+            "uniform skipping",
+            "hidden_states",
+            {"metric": "cosine_final", "strategy": "uls - exit", "weights": "full-tuned"},
+            {0.3: "holds", -0.3: "does not hold", 0.0: "open"},
+        ),
+        (
+            "each static path",
+            "static",
+            {"metric": "rouge_l - full", "family": "siblings"},
+            {-0.3: "holds", 0.3: "does not hold", 0.0: "open"},
+        ),
+        (
+            "on fewer layers",
+            "oracle",
+            {"metric": "matching_share", "family": "siblings", "control": "oracle"},
+            {0.5: "holds", 1.0: "open"},
+        ),
+        (
+            "on 23.3 % of the layers",
+            "oracle",
+            {"metric": "matching_share", "family": "siblings", "control": "oracle"},
+            {0.22: "holds", 0.5: "does not hold"},
+        ),
+        (
+            "gain comes of depth",
+            "oracle",
+            {"metric": "surviving_share", "control": "equal depth"},
+            {0.0: "holds", 0.5: "holds in part", 1.0: "does not hold"},
+        ),
+        (
+            "prompt alone",
+            "router",
+            {"metric": "captured_share"},
+            {0.3: "does not hold", 0.0: "open", -0.3: "open"},
+        ),
+        (
+            "response's length",
+            "depth",
+            {"metric": "pearson", "feature": "response_length"},
+            {0.3: "does not hold", 0.0: "holds", 0.07: "open"},
+        ),
+    ],
+)
+def test_the_claims_of_the_paper_follow_the_summary(
+    part: str, name: str, labels: dict[str, Any], by_value: dict[float, str]
+) -> None:
+    for value, verdict in by_value.items():
+        summary = changed(name, {"value": value, "low": value - 0.08, "high": value + 0.08}, **labels)
+        found, measured = verdict_on(part, summary)
+        assert found == verdict, (value, measured)
+        del summary[name]
+        assert verdict_on(part, summary)[0] == "untested"
+
+
+def test_a_claim_that_holds_at_some_depths_holds_in_part_and_says_where() -> None:
+    labels = {"metric": "rouge_l - full", "family": "siblings", "budget": 20}
+    summary = changed("static", {"value": 0.3, "low": 0.2, "high": 0.4}, **labels)
+    found, measured = verdict_on("each static path", summary)
+    assert found == "holds in part" and measured.startswith("less at 4, 8, more at 20, open at 12, 16 layers; +0.3000")
+    assert measured.endswith("seen from 0.1429"), "the power stands beside it"
+    everywhere = changed("static", {"value": -0.3, "low": -0.4, "high": -0.2}, metric="rouge_l - full")
+    assert verdict_on("each static path", everywhere)[1].startswith("at 4, 8, 12, 16, 20 layers; −0.3000 [")
+
+
+def test_a_share_of_layers_below_the_cheapest_path_is_untested() -> None:
+    summary = example_summary()
+    for each in select(summary["oracle"], metric="mean", family="siblings"):
+        each["budget"] += 4  # type: ignore[index]
+    found, measured = verdict_on("on 23.3 % of the layers", summary)
+    assert found == "untested" and measured.startswith("the cheapest path has 33.3 %")
+
+
+def test_the_claim_on_controllers_has_the_verdict_of_their_comparison() -> None:
+    part = "fixed-input controllers choose"
+    for told, verdict in (("better", "does not hold"), ("worse", "holds"), ("open", "open"), ("untested", "untested")):
+        summary = recipe_rows(told, reasons=("trainings",))
+        found, measured = verdict_on(part, summary)
+        assert found == verdict and "+0.0100 [+0.0050, +0.0150] nats a token; seen from 0.0071" in measured
+        assert measured.endswith("lacking: trainings") == (told == "untested")
+        assert ("**untested**" in in_short(summary)[2]) == (told == "untested")
+    within = recipe_rows("open")
+    within["conditions"]["margin_nats"] = 0.02
+    assert verdict_on(part, within)[0] == "holds", "no gain as large as the margin"
+    prompt = recipe_rows("better")
+    for each in prompt["controllers"]["rows"]:
+        each["kind"] = "window"
+    assert verdict_on(part, prompt)[0] == "untested", "these read the prompt, not hidden states"
 
 
 # Budgets
@@ -421,13 +551,15 @@ def test_a_loss_a_gain_and_a_difference_that_is_none() -> None:
     assert "ROUGE-L is lower than at full depth at 4, 8, 12 layers; the paired difference at 4 layers is −0.08" in lost
     assert "not told apart from zero at 16, 20 layers, which is no equality: it is −0.0083 [−0.0173, +0.00" in lost
     assert "where a true loss under 0.0129 would be missed in more than one run of five" in lost
-    for value, word in ((0.05, "higher than"), (0.0, "not told apart from that"), (-0.05, "lower than")):
+    labels = {"metric": "rouge_l - full", "family": "siblings", "budget": 20}
+    for value, word in (
+        (0.05, "higher than at full depth"),
+        (0.0, "not told apart from full depth's"),
+        (-0.05, "lower than at full depth"),
+    ):
         summary = changed("static", {"value": value, "low": value - 0.01, "high": value + 0.01}, **labels)
-        (told,) = (
-            text for text in in_short(summary) if text.startswith("With one set of weights, several paths, ROUGE")
-        )
-        assert f"ROUGE-L at 4 layers is {word} at full depth" in told
-        assert ("higher than at full depth at 4 layers" in text_of(summary, "static")) == (value > 0)
+        assert f"ROUGE-L at 20 of 24 layers is {word}: " in in_short(summary)[1]
+        assert ("higher than at full depth at 20 layers" in text_of(summary, "static")) == (value > 0)
     assert "no loss" not in lost
 
 
@@ -467,7 +599,6 @@ def test_correlations_without_ties_have_the_sections_own_correction() -> None:
     told = text_of(summary, "depth")
     assert "and 2 stay after the correction by Benjamini and Hochberg" in told and "are left out of them" in told
     assert "Holm" not in told and "untested" not in told
-    assert any("ties left out" in text for text in in_short(summary))
 
 
 def test_what_is_equivalent_and_what_never_reaches_are_told() -> None:
@@ -528,7 +659,9 @@ def test_the_readme_tells_what_the_committed_report_opens_with() -> None:
     assert RUN.name == table.PAPER_RUN
     summary = json.loads((RUN / "summary.json").read_text(encoding="utf-8"))
     block = readme.split(table.PAPER_BEGIN)[1].split(table.PAPER_END)[0]
-    assert " ".join(block.split()) == " ".join(f"- {text}" for text in in_short(summary))
+    assert " ".join(block.split()) == " ".join(
+        [*(f"- {text}" for text in in_short(summary)), f"Of the paper's claims: {paragraph(summary)}"]
+    )
 
 
 def test_the_committed_times_are_of_the_machine_that_is_named(committed: dict[str, Any]) -> None:
@@ -548,7 +681,8 @@ def test_the_committed_controllers_are_untested_and_their_trainings_beside_them(
     section = committed["controllers"]
     found = claims.Controllers(section)
     assert (found.verdict, found.reasons) == ("untested", ["rows", "moving"])
-    assert signed(found.recipes[0], 4) in in_short({"conditions": {}, "controllers": section})[0]
+    short = in_short({"conditions": {}, "controllers": section})[2]
+    assert signed(found.recipes[0], 4) in short and "**untested**" in short
     with (RUN / "curves.csv").open(encoding="utf-8", newline="") as file:
         logged = list(csv.DictReader(file))
     for each in section["trained"]:

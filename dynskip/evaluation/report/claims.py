@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from dynskip.assets import find_adapter
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import apart, ceiling, direction, holm, kept_by_means, luck, negated, p_value
 from dynskip.evaluation.report.rows import Row, Summary, curves_of, distinct, find, score_suffix, select
 from dynskip.evaluation.stats.decisions import false_discovery
 from dynskip.evaluation.stats.knapsack import smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
+from dynskip.found import FOUND_PATHS, FoundPaths
 
 # Repetitions from which on a comparison of controllers says something of their kind, not of one training or one draw.
 NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
@@ -37,7 +39,6 @@ class Strategies:
     uniform: the paired difference uniform - exit. uniform_layers: the same of the mean over layers. random,
     random_first: by the paired difference where there is one, else by whether intervals are apart, which is stricter.
     exit, first: the rows.
-    trained: budgets of the uniform paths that the weights were trained along, None where that is not known.
     """
 
     def __init__(self, summary: Summary, weights: str) -> None:
@@ -54,17 +55,37 @@ class Strategies:
         self.uniform, self.uniform_layers = by_budget("uls - exit"), by_budget("uls - exit", "cosine_layers")
         self.exit, self.first = by_budget("exit"), by_budget("rls-first")
         self.random, self.random_first = against_exit("rls"), against_exit("rls-first")
-        self.trained = trained_budgets(summary["conditions"].get("model"))
 
 
-def trained_budgets(model: str | None) -> tuple[int, ...] | None:
-    """The budgets of the uniform paths that the recipe of a model of the package trains along, or None."""
+@dataclass(frozen=True)
+class TrainedPaths:
+    """The paths with layers left out that weights were trained along. rule: what names their layers."""
+
+    rule: str
+    budgets: tuple[int, ...]
+
+
+def trained_paths(model: str | None) -> TrainedPaths | None:
+    """The paths that a model of the package was trained along, by its recipe or its adapter; None of any other."""
     from dynskip.training.pretrain.config import PRESETS
 
-    if model not in PRESETS:
+    if model in PRESETS:
+        phases = PRESETS[model]().phases
+        return TrainedPaths("uniform", tuple(sorted({b for phase in phases for b in phase.budget_weights_end})))
+    adapter = find_adapter(model)
+    if adapter is None:
         return None
-    phases = PRESETS[model]().phases
-    return tuple(sorted({budget for phase in phases for budget in phase.budget_weights_end}))
+    return TrainedPaths("searched", tuple(sorted(FoundPaths.read(adapter / FOUND_PATHS).layers)))
+
+
+# Weights that were never trained along a path with layers left out; those of the paper's protocol first.
+NEVER_SKIPPED = ("full-tuned", "backbone")
+
+
+def never_skipped(section: Row) -> str | None:
+    """The weights of a section on hidden states that say what skipping as such does, None where there are none."""
+    known = distinct(select(section, metric="cosine_final", strategy="uls - exit"), "weights")
+    return next((weights for weights in NEVER_SKIPPED if weights in known), None)
 
 
 class Controllers:

@@ -1,4 +1,4 @@
-"""What the report says: sentences from the verdicts of ``claims.py``, each section's, and the few that stand on top."""
+"""What each section of the report says: sentences from the verdicts of ``claims.py``."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def hidden_states(section: Row, summary: Summary) -> list[str]:
 
 
 def trained(summary: Summary) -> str:
-    """What the comparison of skipping with exiting cannot tell apart."""
-    model = summary["conditions"].get("model", "the model")
-    budgets = claims.trained_budgets(model)
-    if budgets is None:
-        return (
-            "Which paths the weights were trained along is not in the summary: whether skipping as such stays closer "
-            "than exiting is untested."
+    """What the weights were trained along, and which of them say whether skipping as such stays closer."""
+    section, model = summary["hidden_states"], summary["conditions"].get("model", "the model")
+    known, untrained = claims.trained_paths(model), claims.never_skipped(section)
+    if known is None:
+        along = f"Which paths {model} was trained along is not known here"
+    else:
+        along = (
+            f"{model} was trained along {known.rule} paths of {_listed(known.budgets)} layers and never on early exits"
         )
-    compared = distinct(select(summary["hidden_states"], strategy="uls"), "budget")
-    new = [budget for budget in compared if budget not in budgets]
-    besides = f" Uniform paths of {_listed(new)} layers were not trained." if new else ""
+    if untrained is None:
+        return f"{along}: whether skipping as such stays closer than exiting is **untested**."
     return (
-        f"{model} was trained along uniform paths of {_listed(budgets)} layers and never on exits, so that whether "
-        f"skipping as such stays closer than exiting is untested.{besides}"
+        f"{along}; what skipping as such does is said by {WEIGHTS[untrained]}, which were never trained along a path "
+        "with layers left out."
     )
 
 

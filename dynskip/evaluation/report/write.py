@@ -11,6 +11,7 @@ from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import MISSING, number
+from dynskip.evaluation.report.paper_claims import paragraph
 from dynskip.evaluation.report.rows import score_suffix, select
 from dynskip.evaluation.report.savings import savings
 from dynskip.evaluation.report.sections import SECTIONS
@@ -67,9 +68,14 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         f"{which} experiments of arXiv 2410.20022, Dynamic layer selection in decoder-only transformers, rerun on one "
         "checkpoint, with 95 % intervals, the controls that the paper lacked, and seconds beside layers."
     )
-    told = in_short(summary)
-    blocks: list[Block] = [Heading("In short"), Items(told)] if told else []
-    blocks += [*_conditions(summary), *_limits(summary)]
+    blocks: list[Block] = [
+        Heading("In short"),
+        Items(in_short(summary)),
+        Heading("Which of the paper's claims hold here", 3),
+        Paragraph(paragraph(summary)),
+        *_conditions(summary),
+        *_limits(summary),
+    ]
     for key, (name, section_blocks) in SECTIONS.items():
         blocks.append(Heading(name))
         section = summary.get(key)
@@ -81,7 +87,7 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         num_seeds = section["seeds"]
         seeds = f", {num_seeds} seed{'' if num_seeds == 1 else 's'}" if num_seeds else ""
         alone = (
-            " References alone were scored: what is said of texts, ROUGE-L and times is not run."
+            " This section scores references alone: for it no text was generated, and nothing timed."
             if score_suffix(section)
             else ""
         )

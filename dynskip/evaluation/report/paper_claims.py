@@ -1,0 +1,224 @@
+"""Which of the paper's claims hold for a summary, which do not, and with which power: one paragraph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dynskip.evaluation.report import claims, findings
+from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.evidence import detectable, direction, holm, p_value
+from dynskip.evaluation.report.figures import WEIGHTS
+from dynskip.evaluation.report.numbers import number, percent, signed
+from dynskip.evaluation.report.rows import Row, Summary, bounds, families_of, find, score_suffix, select
+
+HOLDS, IN_PART, FAILS, OPEN, UNTESTED = "holds", "holds in part", "does not hold", "open", "untested"
+_OPENINGS = {
+    HOLDS: "**Holds**",
+    IN_PART: "**Holds in part**",
+    FAILS: "**Does not hold**",
+    OPEN: "**Open**, the interval is too wide for either",
+    UNTESTED: "**Untested**",
+}
+# By the reason's name in a summary what a comparison of controllers lacks.
+_LACKS = {
+    "beyond": "fixed input at as many layers",
+    "alike": "fixed inputs that differ",
+    "noise": "draws of the noise",
+    "trainings": "trainings",
+    "curves": "losses of the trainings",
+    "rows": "rows trained on",
+    "moving": "a validation loss that stands still",
+}
+_MOST = 0.5  # a control that surely has more of a gain than this, and perhaps all, refutes that the gain is another's
+SMALL_CORRELATION = 0.1  # intervals within it on both sides are those of no correlation that matters
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the paper claims, whether that holds here, and what was measured, with its power."""
+
+    claim: str
+    verdict: str
+    measured: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.claim} ({self.measured})" if self.measured else self.claim
+
+
+def verdicts(summary: Summary) -> list[Verdict]:
+    """Of each claim of the paper, in its order."""
+    return [verdict for judge in _CLAIMS for verdict in judge(summary)]
+
+
+def paragraph(summary: Summary) -> str:
+    """All verdicts in words, those that hold first."""
+    found = verdicts(summary)
+    parts = [
+        f"{opening}: {'; '.join(str(each) for each in found if each.verdict == verdict)}."
+        for verdict, opening in _OPENINGS.items()
+        if any(each.verdict == verdict for each in found)
+    ]
+    return f"{' '.join(parts)} Seen from: the true effect that 80 % of runs as large as this one would show."
+
+
+def _section(summary: Summary, name: str) -> Row:
+    section: Row = summary.get(name) or {}
+    return section
+
+
+def _seen(row: Row, text: Callable[[float], str]) -> str:
+    size = detectable(row)
+    return "" if size is None else f"; seen from {text(size)}"
+
+
+def _share(value: float) -> str:
+    return f"{number(100 * value, 1)} %"
+
+
+def _where(words: Mapping[int, str], rows: Sequence[Row], signs: Sequence[int]) -> str:
+    """By sign at how many layers the rows have it; the layers alone where all have one."""
+    at = {sign: [str(row["budget"]) for row, own in zip(rows, signs, strict=True) if own == sign] for sign in words}
+    told = [(word, ", ".join(at[sign])) for sign, word in words.items() if at[sign]]
+    return f"at {told[0][1]}" if len(told) == 1 else ", ".join(f"{word} at {budgets}" for word, budgets in told)
+
+
+def _of_all(signs: Sequence[int], claimed: int) -> str:
+    """The verdict on a claim that each of ``signs`` is ``claimed``."""
+    if claimed in signs:
+        return HOLDS if set(signs) == {claimed} else IN_PART
+    return FAILS if -claimed in signs else OPEN
+
+
+def _hidden_states(summary: Summary) -> list[Verdict]:
+    section = _section(summary, "hidden_states")
+    weights = claims.never_skipped(section)
+    found = []
+    for strategy, name in (("uls", "uniform"), ("rls", "random")):
+        rows = select(section, metric="cosine_final", weights=weights, strategy=f"{strategy} - exit")
+        rows = sorted((row for row in rows if bounds(row) is not None), key=lambda row: int(row["budget"]))
+        claim = f"{name} skipping ends closer to the full model than early exit"
+        if weights is None or not rows:
+            if strategy == "uls":
+                found.append(Verdict(f"{claim}, of weights never trained to skip", UNTESTED))
+            continue
+        signs = [direction(row) for row in rows]
+        where = _where({1: "closer", -1: "farther", 0: "open"}, rows, signs)
+        measured = f"{where} layers; {signed(rows[0])} in cosine at {rows[0]['budget']}{_seen(rows[0], number)}"
+        found.append(Verdict(f"{claim}, of {WEIGHTS[weights]}", _of_all(signs, 1), measured))
+    return found
+
+
+def _static(summary: Summary) -> list[Verdict]:
+    section, num_layers = _section(summary, "static"), summary["conditions"].get("num_layers")
+    claim = "each static path of fewer layers scores less than full depth"
+    found = findings.losses(section, num_layers)
+    if found is None:
+        return [Verdict(claim, UNTESTED)]
+    deepest, unit = found.rows[-1], "nats a token" if found.by_nats else "ROUGE-L"
+    where = _where({-1: "less", 1: "more", 0: "open"}, found.rows, found.signs)
+    seen = _seen(deepest, lambda size: number(size, 4))
+    told = Verdict(
+        claim,
+        _of_all(found.signs, -1),
+        f"{where} layers; {signed(deepest, 4)} {unit} at {deepest['budget']}{seen}",
+    )
+    if found.family == "siblings":
+        return [told]
+    return [told, Verdict("how much a model tuned for one budget loses, the paper's protocol", UNTESTED, "not run")]
+
+
+def _controllers(summary: Summary) -> list[Verdict]:
+    claim = "fixed-input controllers choose layers as well as those that read hidden states"
+    found = findings.AgainstFixed(_section(summary, "controllers"))
+    if found.row is None:
+        return [Verdict(claim, UNTESTED)]
+    unit, margin = ("nats a token", "margin_nats") if found.by_nats else ("ROUGE-L", "margin_rouge_l")
+    ends, size = bounds(found.row), summary["conditions"].get(margin)
+    within = ends is not None and size is not None and ends[1] < size
+    verdict = {
+        "better": FAILS,
+        "worse": HOLDS,
+        "open": HOLDS if within else OPEN,
+        "untested": UNTESTED,
+    }[found.verdict]
+    lacks = [_LACKS.get(name, name) for name in found.reasons] if found.verdict == "untested" else []
+    why = f"; lacking: {', '.join(lacks)}" if lacks else ""
+    seen = _seen(found.row, lambda effect: number(effect, 4))
+    return [Verdict(claim, verdict, f"hidden states gain {signed(found.row, 4)} {unit}{seen}{why}")]
+
+
+def _oracle(summary: Summary) -> list[Verdict]:
+    section, num_layers = _section(summary, "oracle"), summary["conditions"].get("num_layers")
+    suffix = score_suffix(section)
+    score = "log-likelihood" if suffix else "ROUGE-L"
+    fewer = "an oracle over depths matches full depth on fewer layers"
+    as_few = f"an oracle over depths matches full depth on {_share(paper.MATCHING_SHARE)} of the layers"
+    noise = f"noise on the paper's own means does on {_share(claims.paper_null().matching_share)}"
+    family = next(iter(families_of(section, metric=f"mean{suffix}")), None)
+    if family is None:
+        return [Verdict(fewer, UNTESTED), Verdict(as_few, UNTESTED, noise)]
+    cheapest = min(row["budget"] for row in select(section, metric=f"mean{suffix}", family=family)) / num_layers
+    floor = f"the cheapest path has {_share(cheapest)}; {noise}"
+    row = find(section, metric=f"matching_share{suffix}", family=family, control="oracle")
+    ends = None if row is None else bounds(row)
+    if row is None or ends is None:
+        return [Verdict(fewer, FAILS, f"at no budget in {score}"), Verdict(as_few, FAILS, floor)]
+    measured = f"in {score} on {percent(row, 1)}{_seen(row, _share)}"
+    reached = HOLDS if ends[0] <= paper.MATCHING_SHARE else FAILS
+    return [
+        Verdict(fewer, HOLDS if ends[1] < 1 else OPEN, measured),
+        Verdict(as_few, UNTESTED if cheapest > paper.MATCHING_SHARE else reached, floor),
+    ]
+
+
+def _equal_depth(summary: Summary) -> list[Verdict]:
+    claim = "the oracle's gain comes of depth"
+    found = []
+    for row in findings.equal_depth(_section(summary, "oracle")):
+        low, high = bounds(row) or (0.0, 1.0)
+        if low <= 0:
+            verdict = OPEN if high >= 1 else HOLDS
+        elif high < 1:
+            verdict = IN_PART
+        else:
+            verdict = FAILS if low > _MOST else OPEN
+        score = "log-likelihood" if row["metric"].endswith("_nats") else "ROUGE-L"
+        measured = f"a choice among as many paths of one depth has {percent(row)} of it{_seen(row, _share)}"
+        found.append(Verdict(f"{claim}, in {score}", verdict, measured))
+    return found or [Verdict(claim, UNTESTED, "no control of one depth")]
+
+
+def _router(summary: Summary) -> list[Verdict]:
+    claim = "nothing that reads the prompt alone stands in for the oracle, which the paper leaves open"
+    best = findings.best_router(_section(summary, "router"))
+    if best is None:
+        return [Verdict(claim, UNTESTED)]
+    told = f"the best of {best.num} routers captures {percent(best.row)} of its gain{_seen(best.row, _share)}"
+    return [Verdict(claim, FAILS if best.gains else OPEN, told)]
+
+
+def _length(summary: Summary) -> list[Verdict]:
+    section = _section(summary, "depth")
+    claim = "the depth that the oracle chooses does not follow the response's length"
+    rows = select(section, metric=f"pearson{score_suffix(section)}", feature="response_length")
+    known = [row for row in rows if bounds(row) is not None]
+    if not known:
+        return [Verdict(claim, UNTESTED)]
+    adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in known])
+    row, p = min(zip(known, adjusted, strict=True), key=lambda pair: pair[1])
+    small = all(max(map(abs, bounds(each) or (1.0,))) < SMALL_CORRELATION for each in known)
+    low, high = paper.DEPTH_LENGTH_PEARSON
+    measured = f"Pearson's r {signed(row)}{_seen(row, number)}; the paper's is in [{number(low)}, {number(high)}]"
+    return [Verdict(claim, FAILS if p < 0.05 else HOLDS if small else OPEN, measured)]
+
+
+_CLAIMS: tuple[Callable[[Summary], list[Verdict]], ...] = (
+    _hidden_states,
+    _static,
+    _controllers,
+    _oracle,
+    _equal_depth,
+    _router,
+    _length,
+)
