@@ -1,9 +1,10 @@
 """What guessing along a shallow path gains, measured: the same requests with and without a draft, interleaved.
 
 python -m bench.drafts --list                      names of all rows, and which are there already
-python -m bench.drafts --only random               OPT-1.3B's shapes: 33 rows, an hour of two cores (estimated)
-python -m bench.drafts --only transformers         beside transformers, Llama-3.2-1B's shapes: 2 rows, 12 minutes
-python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 4 rows, two minutes
+python -m bench.drafts --only random               OPT-1.3B's shapes: 35 rows, an hour of two cores (estimated)
+python -m bench.drafts --only transformers         beside transformers, Llama-3.2-1B's shapes: 1 row, 14 minutes
+python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 6 rows, two minutes
+python -m bench.drafts --row '*-cold' --data alpaca.json                     first runs, nothing learnt: 4 rows
 python -m bench.drafts --row 'random-0-*' --again  some rows, anew
 python -m bench.drafts --quick --out rehearsal     every row at shapes that take no time: its figures say nothing
 python -m bench.drafts --page                      all pages anew from the rows that are there
@@ -28,6 +29,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.report.drafts import page
@@ -38,7 +40,9 @@ from bench.speculation.scaled import Scaled, measured_agreements
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.defaults import known_costs
 from dynskip.costs.step_costs import StepCosts
+from dynskip.engine.drafting import forget_drafts
 from dynskip.engine.engine import Engine
+from dynskip.evaluation.stats.intervals import bootstrap
 from dynskip.files import write_text
 from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.machine import describe
@@ -55,6 +59,7 @@ from dynskip.speculation.draft import Draft
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_LEN = 32
 _MINI_ROUNDS = 3  # times as many of opt-mini, whose rounds take a second
+_COLD_ROUNDS = 3  # times as many of first runs, in each of which chance decides anew what is learnt
 # Of rehearsals; heads as heavy beside a layer as in the models that they stand for.
 QUICK_SHAPES = {
     "random": replace(opt_shape(8, 64, 4), vocab_size=512),
@@ -115,13 +120,17 @@ def measure(
     rates: how often the draft agrees on each text; None: as the engine has seen it. Once before they are timed, and in
     each round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
     rows than have the same bits. What the engine has learnt of its steps before they are timed, the prediction knows.
+    A cold cell keeps nothing of a run for the next, is not predicted, and has the 95 % interval of its median.
     """
+    num_rounds *= _COLD_ROUNDS if cell.is_cold else 1
     costs, prompts = known_costs(model), prompts[: cell.num_requests]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     tokens: dict[bool, list[list[int]]] = {}
     engine = learnt = None
     for turn in range(-1, num_rounds):
         for with_draft in (False, True) if turn % 2 else (True, False):
+            if cell.is_cold:
+                forget_drafts(model)
             took, tokens[with_draft], made = run(model, costs, cell, prompts, cell.draft if with_draft else None)
             if turn >= 0:
                 seconds[with_draft].append(took)
@@ -137,11 +146,17 @@ def measure(
                 f"{len(prompts)} " + ("before anything was timed." if turn < 0 else "in a round. Nothing is reported.")
             )
     gains = sorted(plain / own for plain, own in zip(seconds[False], seconds[True], strict=True))
+    low, high = gains[0], gains[-1]
+    if cell.is_cold:
+        interval = bootstrap(np.median, np.array(gains))
+        low, high = float(interval.low), float(interval.high)
+    mean_len = sum(map(len, prompts)) // len(prompts)
     tally = engine.tally
     seen = engine.execution.drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft)
     rates = [seen] if rates is None else rates
     return {
         "part": cell.part,
+        "is_cold": cell.is_cold,
         "draft": str(cell.draft.path),
         "entries": cell.draft.entries,
         "common": cell.common,
@@ -154,10 +169,10 @@ def measure(
         "guesses": tally.num_drafted / max(tally.num_verifications, 1),
         "given": 1 + tally.num_accepted / max(tally.num_verifications, 1),
         "gain": statistics.median(gains),
-        "low": gains[0],
-        "high": gains[-1],
+        "low": low,
+        "high": high,
         "predicted_of": "run",
-        "predicted": predicted_gain(model, costs, cell, rates, sum(map(len, prompts)) // len(prompts), learnt),
+        "predicted": None if cell.is_cold else predicted_gain(model, costs, cell, rates, mean_len, learnt),
         "plain_ms": 1e3 * statistics.median(seconds[False]) / cell.num_tokens,
         "target": cell.target,
         "same_outputs": same,

@@ -35,9 +35,14 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         "median. Predicted is the gain of a whole run, by acceptance and by costs of steps as the engine has learnt\n"
         "to correct them before anything was timed; with (steps), in older rows, that of the mean step over one of\n"
         "the same sequences without guesses, by costs alone: but a batch ends with its slowest sequence. It is missed\n"
-        f"outside of {_NEAR[0]} to {_NEAR[1]} times the measured one.\n\n"
+        f"outside of {_NEAR[0]} to {_NEAR[1]} times the measured one.\n"
     )
-    text += markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9})
+    if any(row.get("is_cold") for row in rows):
+        text += (
+            "Rows that end in cold are first runs: nothing learnt of the model's drafts is kept from one run to the\n"
+            "next, nothing is predicted, and behind the median stands its 95 % interval (bootstrap over the rounds).\n"
+        )
+    text += "\n" + markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9})
     beside = [row for row in rows if "over_transformers" in row]
     if beside:
         text += (
@@ -61,7 +66,7 @@ def key_table(machines: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, 
     for conditions, rows in machines:
         for row in rows:
             name, _, number = row["row"].rpartition("-")
-            if number == str(row["batch"]):  # others are streams
+            if number == str(row["batch"]):  # others are streams or first runs
                 groups.setdefault((row["model"], name, conditions["cpu"]), {})[row["batch"]] = row
     batches = sorted({batch for group in groups.values() for batch in group})
     lines = []
@@ -72,7 +77,7 @@ def key_table(machines: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, 
         gains = (_gain(group[batch]) if batch in group else "" for batch in batches)
         lines.append([model, cpu, row["draft"].split(" layers")[0], row["entries"], acceptance, *gains])
     header = ("model", "CPU", "layers of the draft", "entries", "acceptance", *(f"batch {batch}" for batch in batches))
-    rounds = sorted({row["rounds"] for _, rows in machines for row in rows})
+    rounds = sorted({row["rounds"] for group in groups.values() for row in group.values()})
     threads = sorted({conditions["num_threads"] for conditions, _ in machines})
     text = (
         f"Decode seconds without a draft over those with one: medians of {' or '.join(map(str, rounds))} interleaved "
@@ -97,7 +102,13 @@ def _verdict(is_met: bool) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    seen, over = row.get("acceptance_seen"), row["predicted"] / row["gain"]
+    seen, predicted = row.get("acceptance_seen"), ["-", "-"]
+    if row["predicted"] is not None:
+        over = row["predicted"] / row["gain"]
+        predicted = [
+            f"{row['predicted']:.2f}x" + ("" if row.get("predicted_of") == "run" else " (steps)"),
+            f"{over:.2f}" + _verdict(_NEAR[0] <= over <= _NEAR[1]),
+        ]
     return [
         row["row"],
         row["model"],
@@ -111,8 +122,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['given']:.2f}",
         f"{row['gain']:.2f}x ({row['low']:.2f}, {row['high']:.2f})",
         f">= {row['target']:.2f}x" + _verdict(_is_met(row)),
-        f"{row['predicted']:.2f}x" + ("" if row.get("predicted_of") == "run" else " (steps)"),
-        f"{over:.2f}" + _verdict(_NEAR[0] <= over <= _NEAR[1]),
+        *predicted,
         f"{row['same_outputs']} of {row['requests']}",
     ]
 

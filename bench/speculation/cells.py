@@ -30,7 +30,8 @@ class Cell:
 
     common: how much of the path's beginning the draft shares; of opt-mini's whose entries it reads. num_requests: of a
     closed batch as many as ``batch``; more are a stream. num_tokens: of the longest output. wanted: the acceptance that
-    outputs of layers are scaled for; None where weights are what they are.
+    outputs of layers are scaled for; None where weights are what they are. is_cold: each run with the draft is
+    the first that an engine learns from; in other cells it has seen the same requests before.
     """
 
     part: str
@@ -40,12 +41,13 @@ class Cell:
     num_requests: int
     num_tokens: int
     wanted: float | None = None
+    is_cold: bool = False
 
     @property
     def name(self) -> str:
-        """Such as random-0.8-none-4, random-0-none-16-stream, mini-own-1."""
+        """Such as random-0.8-none-4, random-0-none-16-stream, mini-own-1, mini-own-4-cold."""
         words = [self.part, *([] if self.wanted is None else [f"{self.wanted:g}"]), self.common, str(self.batch)]
-        return "-".join([*words, "stream"] if self.is_stream else words)
+        return "-".join([*words, *["stream"] * self.is_stream, *["cold"] * self.is_cold])
 
     @property
     def is_stream(self) -> bool:
@@ -55,7 +57,9 @@ class Cell:
     @property
     def target(self) -> float:
         """The least gain."""
-        return NO_LOSS if self.is_stream else TARGETS.get((self.part, self.wanted, self.common, self.batch), NO_LOSS)
+        if self.is_stream or self.is_cold:
+            return NO_LOSS
+        return TARGETS.get((self.part, self.wanted, self.common, self.batch), NO_LOSS)
 
     def output_lens(self) -> list[int]:
         """The tokens of each request: those of a stream end at different times."""
@@ -81,6 +85,7 @@ def random_cells(num_layers: int) -> Iterator[Cell]:
         batches = (1, 4, 8, 16, 64) if wanted in (0.8, 0.0) else (1, 4, 64)
         yield from (closed(wanted, "none", spread, batch) for batch in batches)
         yield from (stream(wanted, batch) for batch in ((4, 16) if wanted in (0.8, 0.0) else (16,)))
+    yield from (Cell("random", "none", spread, batch, batch, 64, 0.0, is_cold=True) for batch in (1, 4))
 
 
 def mini_cells() -> Iterator[Cell]:
@@ -89,6 +94,7 @@ def mini_cells() -> Iterator[Cell]:
     for batch in (1, 4, 16):
         yield Cell("mini", "own", Draft(path, "own"), batch, _MINI_ALONE if batch == 1 else batch, 128)
     yield Cell("mini", "path", Draft(path, "path"), 1, _MINI_ALONE, 128)
+    yield from (Cell("mini", "own", Draft(path, "own"), batch, batch, 128, is_cold=True) for batch in (4, 16))
 
 
 def transformers_cells(num_layers: int) -> Iterator[Cell]:

@@ -103,6 +103,11 @@ def forget_acceptance(model: CausalLM) -> None:
         _LEARNT[model].acceptance = Acceptance()
 
 
+def forget_drafts(model: CausalLM) -> None:
+    """Forget all that steps with drafts of ``model`` have shown: an engine that is made now begins as the first one."""
+    _LEARNT.pop(model, None)
+
+
 @dataclass
 class Drafting:
     """Decides how many tokens the sequences of a step guess, lets their drafts guess them, and learns from it.

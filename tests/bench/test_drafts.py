@@ -21,7 +21,7 @@ from bench.speculation.scaled import Scaled, measured_agreements
 from dynskip import CausalLM, LayerPath
 from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
-from dynskip.engine.drafting import Drafting, forget_acceptance
+from dynskip.engine.drafting import _LEARNT, Drafting, forget_acceptance
 from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
@@ -55,6 +55,7 @@ def test_rows_cover_acceptances_batches_and_streams() -> None:
     targets = {cell.name: cell.target for cell in cells}
     assert targets["random-0.8-none-1"] == targets["random-0.8-all-1"] == 1.4
     assert (targets["random-0.8-none-4"], targets["random-0.8-all-8"], targets["mini-own-4"]) == (1.25, 1.12, 1.0)
+    assert targets["random-0-none-1-cold"] == targets["mini-own-4-cold"] == 0.98
     assert targets["random-0-none-64"] == targets["random-0.8-none-4-stream"] == targets["mini-path-1"] == 0.98
 
 
@@ -203,7 +204,14 @@ def test_a_rehearsal_measures_its_rows(part: str, out: Path, capsys: pytest.Capt
     conditions, *rows = read(out)
     assert conditions["part"] == "conditions"
     names = {
-        "random": ["random-0.8-all-1", "random-0.8-all-4", "random-0.8-none-1", "random-0.8-none-4", "random-0-none-4"],
+        "random": [
+            "random-0.8-all-1",
+            "random-0.8-all-4",
+            "random-0.8-none-1",
+            "random-0.8-none-4",
+            "random-0-none-4",
+            "random-0-none-4-cold",
+        ],
         "transformers": ["transformers-0.8-all-1"],
     }[part]
     assert [row["row"] for row in rows if not row["row"].endswith("stream")] == names
@@ -231,13 +239,13 @@ def test_rows_that_are_there_are_not_measured_again(
             yield _row(cell)
 
     monkeypatch.setitem(drafts.PARTS, "mini", rows)
-    options = ["--only", "mini", "--out", str(out)]
+    options = ["--only", "mini", "--row", "mini-*-[146]", "--row", "mini-own-16", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
         drafts.main(options)
     assert [row["row"] for row in read(out)[1:]] == ["mini-own-1", "mini-own-4"]
     assert drafts.main(options) == 0
     assert measured == ["mini-own-1", "mini-own-4", "mini-own-16", "mini-own-16", "mini-path-1"]
-    assert drafts.main([*options, "--again", "--row", "mini-own-4"]) == 0
+    assert drafts.main(["--only", "mini", "--out", str(out), "--again", "--row", "mini-own-4"]) == 0
     assert measured[5:] == ["mini-own-4"] and len(read(out)) == 5
     capsys.readouterr()
     assert drafts.main([*options, "--list"]) == 0
@@ -271,6 +279,28 @@ def test_a_draft_that_changes_an_output_is_no_row(monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 2, "nothing was timed"
 
 
+@pytest.mark.parametrize("is_cold", [True, False])
+def test_a_first_run_knows_nothing_of_those_before(
+    is_cold: bool, hf_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CausalLM.from_hf(hf_model, backend="torch")
+    begin = Draft(LayerPath.early_exit(8, 2), "path")
+    run, began = drafts.run, []
+
+    def noted(model: CausalLM, costs: StepCosts, cell: Cell, prompts: Any, draft: Draft | None) -> Any:
+        if draft is not None:
+            known = _LEARNT.get(model)
+            began.append(known is None or (not known.acceptance._pairs and known.lengths is None))
+        return run(model, costs, cell, prompts, draft)
+
+    monkeypatch.setattr(drafts, "run", noted)
+    row = drafts.measure(model, Cell("random", "all", begin, 1, 1, 12, 0.0, is_cold), prompts(1), 2, None)
+    assert row["rounds"] == (6 if is_cold else 2)
+    assert began == ([True] * 7 if is_cold else [True, False, False]), "once before anything is timed"
+    assert (row["predicted"] is None) == row["is_cold"] == is_cold
+    assert 0 < row["low"] <= row["gain"] <= row["high"]
+
+
 def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = _row(next(mini_cells())) | {"model": "m", "commit": "c", "date": "d", "acceptance_seen": 0.75}
     older = {"predicted_of": "steps"}
@@ -280,6 +310,7 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
         row | older | {"row": "above", "target": 1.15, "predicted": 1.3},
         row | reached | {"row": "reached", "predicted": 1.0, "guesses": 0.0},
         row | reached | {"row": "below", "high": 0.979, "predicted": 0.8},
+        row | reached | {"row": "first-cold", "predicted": None, "is_cold": True},
     ]
     with pytest.raises(SystemExit, match=r"drafts: --out must hold rows for --page, got none"):
         drafts.main(["--page", "--out", str(out)])
@@ -298,7 +329,9 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
         ["above", "0.75", ">= 1.15x (missed)", "1.30x (steps)", "1.18 (missed)"],
         ["reached", "-", ">= 0.98x", "1.00x", "1.04"],
         ["below", "0.75", ">= 0.98x (missed)", "0.80x", "0.83 (missed)"],
+        ["first-cold", "0.75", ">= 0.98x", "-", "-"],
     ]
+    assert "its 95 % interval" in text and "its 95 % interval" not in page(conditions, rows[:4])
 
 
 @pytest.mark.parametrize(
@@ -321,6 +354,7 @@ def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> 
         row | {"row": "r-0.8-none-1", "batch": 1, "acceptance": 0.79},
         row | {"row": "r-0.8-none-8", "batch": 8, "acceptance": 0.814, "gain": 0.97},
         row | {"row": "r-0.8-none-4-stream", "batch": 4, "acceptance": 0.8, "gain": 9.0},
+        row | {"row": "r-0.8-none-4-cold", "batch": 4, "acceptance": 0.8, "gain": 9.0, "rounds": 7},
         row | {"row": "r-0-none-8", "batch": 8, "acceptance": 0.0, "gain": 0.97, "high": 0.99, "target": 0.98},
         row | {"row": "m-path-1", "batch": 1, "acceptance": 0.5, "model": "a", "entries": "path"},
     ]
