@@ -8,13 +8,25 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from models import NUM_LAYERS
-from streams import Ask
+from models import NUM_LAYERS, random_prompts
+from streams import PATHS, Ask, drawn, greedy, random_changes
 
 from dynskip import LayerPath
 from dynskip.engine.drafting import Drafting
 from dynskip.speculation.draft import ENTRIES, Draft
 from dynskip.speculation.lengths import Candidate, DraftLengths
+
+FULL = PATHS[3]
+# A layer of a random model changes little: leaving one out is right about half of the time.
+DRAFTS = [
+    Draft(LayerPath.of(NUM_LAYERS, [0, 1, 2, 3, 4]), "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [0, 1, 2, 3, 4])),
+    Draft(LayerPath.of(NUM_LAYERS, [0, 2, 3, 5]), "path"),
+    Draft(LayerPath.of(NUM_LAYERS, [1, 2, 4, 5])),
+    Draft(LayerPath.of(NUM_LAYERS, [], allow_empty=True)),
+    Draft(FULL),
+    Draft(FULL, "path"),
+]
 
 
 def draw_lengths(monkeypatch: pytest.MonkeyPatch) -> random.Random:
@@ -58,3 +70,21 @@ def random_draft(draw: random.Random, path: LayerPath) -> Draft:
     layers = path.layers if entries == "path" else range(path.num_layers)
     chosen = draw.sample(layers, draw.randint(0, len(layers)))
     return Draft(LayerPath.of(path.num_layers, chosen, allow_empty=True), entries)
+
+
+def asks_of(count: int, seed: int, changes_logits: bool = False) -> list[Ask]:
+    """Requests of all lengths, paths, ways to choose a token and to end; two of three change logits, if any does."""
+    draw = random.Random(seed)
+    asks = []
+    for index, prompt in enumerate(random_prompts([draw.randint(1, 20) for _ in range(count)], seed)):
+        max_tokens = draw.randint(1, 16)
+        copies = draw.choice([1, 1, 1, 3])
+        params = (
+            greedy(max_tokens, n=copies)
+            if index % 2
+            else drawn(max_tokens, index, n=copies, top_p=draw.choice([1.0, 0.7]), top_k=draw.choice([None, 5]))
+        )
+        if changes_logits and index % 3:
+            params = replace(params, **random_changes(draw))
+        asks.append(Ask(prompt, params, random_path(draw) if draw.random() < 0.5 else FULL))
+    return asks

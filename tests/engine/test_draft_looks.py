@@ -1,0 +1,121 @@
+"""How often drafts are asked for, and looked at where they do not seem to pay; lengths: see tests/speculation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from drafts import DRAFTS, FULL, with_draft
+from models import NUM_LAYERS, random_prompts, tiny_model
+from streams import (
+    Ask,
+    costs,
+    engine,
+    greedy,
+    same,
+    serve,
+)
+
+from dynskip import LayerPath
+from dynskip.engine import drafting
+from dynskip.engine.drafting import Drafting
+from dynskip.engine.model_runner import ModelRunner
+from dynskip.engine.request import Span
+from dynskip.execution.turns import Turns
+from dynskip.speculation.draft import ENTRIES, Draft, DraftEntries
+from dynskip.speculation.lengths import Candidate, DraftLengths
+
+# How many tokens are guessed: see tests/speculation
+
+
+def test_a_draft_that_is_never_right_is_tried_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    monkeypatch.setattr(DraftLengths, "observe", lambda *_: None)  # other processes may be busy meanwhile
+    served = engine(model=tiny_model(deterministic=True), batch=1)
+    ask = Ask(*random_prompts([5]), greedy(56), FULL)
+    wrong = Draft(LayerPath.of(NUM_LAYERS, [5]))
+    (output,) = serve(served, [with_draft(ask, wrong)])
+    assert output.num_accepted <= 0.3 * output.num_drafted
+    assert 0 < output.num_drafted <= 24
+
+
+@pytest.mark.parametrize("prompt_len", [5, 20])
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_looks_lose_a_hundredth_of_the_time(
+    entries: DraftEntries, prompt_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps and guesses take what they cost, by a clock of their own; what a look loses is what a plain step would not
+    have taken for the same tokens. Long prompts, whose entries it would have to make, are looked at, too."""
+    now_ms, lost_ms, own = [0.0], [0.0], costs()
+    plain_ms = own.decode_ms([(FULL, 1)])
+    decode, guess, prefill = ModelRunner.decode, ModelRunner.guess, ModelRunner.prefill_draft
+    end_step = Drafting.end_step
+
+    def decoding(self: ModelRunner, spans: Sequence[Span], *args: Any) -> Any:
+        now_ms[0] += own.decode_ms([(FULL, sum(span.num_tokens for span in spans))])
+        return decode(self, spans, *args)
+
+    def guessing(self: ModelRunner, turns: Turns, *args: Any) -> Any:
+        (path,), (num_missing,), (length,) = turns.paths, map(len, turns.tokens), turns.num_guesses
+        now_ms[0] += own.decode_ms([(path, num_missing)]) + (length - 1) * own.decode_ms([(path, 1)])
+        return guess(self, turns, *args)
+
+    def prefilling(self: ModelRunner, tokens: list[int], place: tuple[int, int], path: LayerPath, *args: Any) -> None:
+        now_ms[0] += own.prefill_ms([(path, len(tokens))], 0)
+        prefill(self, tokens, place, path, *args)
+
+    def ending(self: Drafting) -> None:
+        if self._is_probe and self._guessed_ms:
+            lost_ms.append(now_ms[0] - 1e3 * self._begin_s - self._num_given * plain_ms)
+        end_step(self)
+        assert sum(lost_ms) < 0.01 * now_ms[0] + plain_ms, "but for the last look, which may lose more than expected"
+
+    for name, patched in (("decode", decoding), ("guess", guessing), ("prefill_draft", prefilling)):
+        monkeypatch.setattr(ModelRunner, name, patched)
+    monkeypatch.setattr(Drafting, "end_step", ending)
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: now_ms[0] / 1e3))
+    wrong = Draft(LayerPath.of(NUM_LAYERS, [5]), entries)
+    served = engine(model=tiny_model(deterministic=True), batch=1)
+    prompts = random_prompts([prompt_len] * 12)
+    serve(served, [with_draft(Ask(prompt, greedy(61 - prompt_len), FULL), wrong) for prompt in prompts])
+    assert len(lost_ms) > (4 if entries == "path" else 10) and sum(lost_ms) > 0
+
+
+@pytest.mark.parametrize(
+    ("asking_ms", "expected"),
+    [(0.0, [2] * 4 + [1] * 4), (0.65, [2] * 2 + [1] * 2)],
+    ids=["at steps 1, 5, 12 and 25, and anew once fewer step", "ten steps of 6.5 ms and more behind each"],
+)
+@pytest.mark.parametrize("num_probed", [None, 1])
+def test_the_question_is_asked_rarely_where_no_guess_pays(
+    num_probed: int | None, asking_ms: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """num_probed: guesses of a look that is refused, because it is not worth the entries that it wants."""
+    times = itertools.count(step=asking_ms / 1e3)
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(DraftLengths, "observe", lambda *_: None)
+    monkeypatch.setattr(DraftLengths, "slowness", lambda *_: 1.0)
+    choose, asked = DraftLengths.choose, []
+
+    def counted(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        asked.append(len(candidates) + len(others))
+        choice = choose(self, candidates, others)
+        return replace(choice, lengths=(0,) * len(candidates), gain=1.0)
+
+    monkeypatch.setattr(DraftLengths, "choose", counted)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    monkeypatch.setattr(
+        Drafting,
+        "_probe",
+        lambda _, candidates, *_others: None if num_probed is None else (num_probed,) * len(candidates),
+    )
+    monkeypatch.setattr(Drafting, "_is_worth_entries", lambda *_: False)
+    served = engine(batch=2)
+    asks = [Ask(*random_prompts([5]), greedy(56), FULL), Ask(*random_prompts([6]), greedy(30), FULL)]
+    outputs = serve(served, [with_draft(ask, DRAFTS[3]) for ask in asks])
+    assert all(same(output, ask.alone()) for output, ask in zip(outputs, asks, strict=True))
+    assert asked == expected

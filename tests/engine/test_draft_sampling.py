@@ -1,0 +1,76 @@
+"""How tokens are chosen with a draft: exactly as without, whatever changes their logits."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+from drafts import DRAFTS, FULL, with_draft
+from models import random_prompts, tiny_hf
+from streams import (
+    Ask,
+    drawn,
+    engine,
+    fewer_of_the_last,
+    greedy,
+    same,
+    serve,
+)
+from torch import Tensor
+
+from dynskip import CausalLM, SamplingParams
+
+
+def test_rows_that_are_verified_together_see_the_guesses_before_them(random_lengths: random.Random) -> None:
+    # A path agrees with itself: all guesses are right as long as nothing changes its logits.
+    changes = {"frequency_penalty": 2.0, "repetition_penalty": 1.5}
+    for params in (greedy(24, **changes), drawn(24, 5, **changes), greedy(24, logits_processors=[fewer_of_the_last])):
+        ask = Ask(*random_prompts([9]), params, FULL)
+        (output,) = serve(engine(batch=4), [with_draft(ask, DRAFTS[6])])
+        plain = Ask(
+            ask.prompt,
+            replace(params, frequency_penalty=0.0, repetition_penalty=1.0, logits_processors=()),
+            FULL,
+        ).alone()
+        assert same(output, ask.alone()) and not same(output, plain)
+        assert 0 < output.num_accepted < output.num_drafted
+
+
+def test_what_a_processor_makes_of_wrong_guesses_ends_nothing(random_lengths: random.Random) -> None:
+    ask = Ask(*random_prompts([9]), greedy(24), FULL)
+    expected = ask.alone()
+
+    def refuses(output_ids: list[int], logits: Tensor) -> Tensor:
+        if output_ids != expected.token_ids[: len(output_ids)]:
+            raise ValueError("this output never comes")
+        return logits
+
+    asked = Ask(ask.prompt, greedy(24, logits_processors=[refuses]), FULL)
+    (output,) = serve(engine(batch=4), [with_draft(asked, DRAFTS[3])])
+    assert same(output, expected)
+    assert 0 < output.num_accepted < output.num_drafted
+
+
+# Exact sampling
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_path(random_lengths: random.Random) -> None:
+    from scipy.stats import chisquare
+
+    tiny = CausalLM.from_hf(tiny_hf(vocab_size=12), backend="torch", deterministic=True)
+    (prompt,) = [[5, 6, 7, 8]]
+    num_draws = 1000
+    params = SamplingParams(max_tokens=3, temperature=1.0, seed=11, n=num_draws, ignore_eos=True)
+    served = engine(model=tiny, batch=64)
+    served.add_request(prompt, params, FULL, draft=DRAFTS[3].path)
+    (output,) = served.run()
+    begins = [tuple(sample.token_ids[:2]) for sample in output.samples]
+    common = max(set(begins), key=begins.count)
+    thirds = [sample.token_ids[2] for sample in output.samples if tuple(sample.token_ids[:2]) == common]
+    logits = tiny(torch.tensor([[*prompt, *common]]), paths=FULL).logits[0, -1].double()
+    expected = logits.softmax(0) * len(thirds)
+    counts = torch.bincount(torch.tensor(thirds), minlength=12).double()
+    assert output.num_accepted > 200, "third tokens whose place was guessed are among them"
+    assert len(thirds) > 50
+    assert chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
