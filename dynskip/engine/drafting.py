@@ -42,7 +42,7 @@ _PROBED_SHARE = 0.01
 # Where no guess pays, so many steps go by before the question is asked again, and twice as many each further time:
 # asking costs time, too, and the answer is the same while as many sequences step and nothing is learnt.
 _IDLE_STEPS, _MOST_IDLE_STEPS = 3, 48
-# And so many more that asking takes this share of the time: choosing is Python, and steps of a small model are short.
+# And so many more, up to as many, that asking takes this share of the time: choosing is Python, and steps may be short.
 _ASKED_SHARE = 0.01
 # A probe looks at so many guesses.
 _PROBE_LENGTH = 1
