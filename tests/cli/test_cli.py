@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from drafts import draw_lengths
 
 import dynskip.cli
 from dynskip.cli import COMMANDS, main
@@ -228,6 +229,33 @@ def test_generate_gives_each_prompt_its_own_path_and_the_text_it_has_alone(
         alone += json_lines(capsys)
     assert together == alone
     assert len({tuple(line["layers"]) for line in together}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:No costs were measured")
+@pytest.mark.parametrize("entries", ["own", "path"])
+def test_generate_with_a_draft_prints_what_it_prints_without(
+    entries: str, model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dynskip.llm
+
+    arguments = ["--json", "--deterministic", "--max-tokens", "16", "the cat", "a mat sat on"]
+    assert generate(model_directory, *arguments) == 0
+    expected = json_lines(capsys)
+    assert [(line["draft"], line["num_drafted"]) for line in expected] == [(None, 0)] * 2
+    draw_lengths(monkeypatch)
+    run, drafts = dynskip.llm.LLM.generate, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        outputs = run(*args, **options)
+        drafts.extend(output.draft for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(dynskip.llm.LLM, "generate", noted)
+    assert generate(model_directory, *arguments, "--draft", "uniform:2", "--draft-entries", entries) == 0
+    lines = json_lines(capsys)
+    assert [line["outputs"] for line in lines] == [line["outputs"] for line in expected]
+    assert all(line["draft"] == [0, 2] and line["num_drafted"] >= line["num_accepted"] > 0 for line in lines)
+    assert [draft.entries for draft in drafts] == [entries] * 2
 
 
 def test_generate_prints_one_output_bare_and_several_under_headings(

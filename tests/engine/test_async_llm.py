@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafts import DRAFTS, draw_lengths
 from models import NUM_LAYERS, random_prompts, tiny_model, word_tokenizer
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from dynskip import LLM, AsyncLLM, Engine, LayerPath, RequestError, SamplingPara
 from dynskip.async_llm import Piece
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.worker import EngineWorker, MetricsWarning
+from dynskip.speculation.draft import ENTRIES, Draft, DraftEntries
 
 COSTS = dataclasses.replace(StepCosts.h200(), num_layers=NUM_LAYERS)
 FULL = LayerPath.full(NUM_LAYERS)
@@ -104,6 +106,30 @@ def test_a_caller_may_reuse_its_buffers_once_it_has_called(llm: LLM) -> None:
 
 
 # Outputs
+
+
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_drafts_give_what_generate_gives(entries: DraftEntries, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_lengths(monkeypatch)
+    prompts = random_prompts([3, 5, 7, 4])
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    options: Any = {"draft": DRAFTS[3].path, "draft_entries": entries}
+    expected = llm.generate(prompts, params)
+
+    async def main() -> list[tuple[list[Piece], Any]]:
+        async def both(prompt: list[int]) -> tuple[list[Piece], Any]:
+            pieces = [piece async for piece in served.stream(prompt, params, **options)]
+            return pieces, await served.generate(prompt, params, **options)
+
+        async with serve(llm) as served:
+            return await asyncio.gather(*map(both, prompts))
+
+    for (pieces, output), wanted in zip(run(main()), expected, strict=True):
+        assert [token for piece in pieces for token in piece.token_ids] == wanted.token_ids == output.token_ids
+        assert output.draft == Draft(DRAFTS[3].path, entries) and output.num_drafted >= output.num_accepted
+        guessed = [flag for piece in pieces for flag in piece.was_guessed or ()]
+        streamed = pieces[-1].output
+        assert streamed is not None and len(guessed) == 12 and sum(guessed) == streamed.num_accepted > 0
 
 
 @pytest.mark.parametrize("policy", ["cohort", "lockstep", "by_path"])

@@ -16,6 +16,7 @@ from streams import (
     costs,
     engine,
     greedy,
+    guess_three,
     same,
     serve,
 )
@@ -83,6 +84,25 @@ def test_looks_lose_a_hundredth_of_the_time(
     prompts = random_prompts([prompt_len] * 12)
     serve(served, [with_draft(Ask(prompt, greedy(61 - prompt_len), FULL), wrong) for prompt in prompts])
     assert len(lost_ms) > (4 if entries == "path" else 10) and sum(lost_ms) > 0
+
+
+@pytest.mark.parametrize("is_worth", [False, True])
+def test_own_entries_are_made_where_they_save_more_than_they_take(
+    is_worth: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses that halve the time of a token save half a plain step on each token that an output has left."""
+    guess_three(monkeypatch)
+    choose = DraftLengths.choose
+    monkeypatch.setattr(DraftLengths, "choose", lambda *args: replace(choose(*args), gain=2.0))
+    monkeypatch.setattr(DraftLengths, "observe", lambda *_: None)  # other processes may be busy meanwhile
+    draft = Draft(LayerPath.of(NUM_LAYERS, [1, 4]))
+    entries_ms = costs().prefill_ms([(draft.path, 21)], 0)  # of the prompt, and of the token behind it
+    least = int(entries_ms / (costs().decode_ms([(FULL, 1)]) / 2)) + 1
+    assert least > 3, "fewer tokens are left than would be guessed"
+    ask = Ask(*random_prompts([20]), greedy(least + is_worth), FULL)  # the prompt gives one token
+    (output,) = serve(engine(model=tiny_model(deterministic=True), batch=1), [with_draft(ask, draft)])
+    assert (output.num_drafted > 0) == is_worth
+    assert same(output, ask.alone())
 
 
 @pytest.mark.parametrize(

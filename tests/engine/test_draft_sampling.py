@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from drafts import DRAFTS, FULL, with_draft
 from models import random_prompts, tiny_hf
@@ -20,6 +22,7 @@ from streams import (
 from torch import Tensor
 
 from dynskip import CausalLM, SamplingParams
+from dynskip.speculation.draft import ENTRIES, DraftEntries
 
 
 def test_rows_that_are_verified_together_see_the_guesses_before_them(random_lengths: random.Random) -> None:
@@ -55,22 +58,37 @@ def test_what_a_processor_makes_of_wrong_guesses_ends_nothing(random_lengths: ra
 # Exact sampling
 
 
-def test_tokens_are_drawn_with_the_probabilities_of_the_path(random_lengths: random.Random) -> None:
+@pytest.mark.parametrize("entries", ENTRIES)
+@pytest.mark.parametrize(
+    "chosen",
+    [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 0.8, "top_k": 7}, {"temperature": 1.3, "top_p": 0.8}],
+    ids=str,
+)
+def test_tokens_are_drawn_with_the_probabilities_of_the_path(
+    chosen: dict[str, Any], entries: DraftEntries, random_lengths: random.Random
+) -> None:
     from scipy.stats import chisquare
 
     tiny = CausalLM.from_hf(tiny_hf(vocab_size=12), backend="torch", deterministic=True)
-    (prompt,) = [[5, 6, 7, 8]]
-    num_draws = 1000
-    params = SamplingParams(max_tokens=3, temperature=1.0, seed=11, n=num_draws, ignore_eos=True)
+    prompt = [5, 6, 7, 8]
+    params = SamplingParams(max_tokens=3, seed=11, n=1000, ignore_eos=True, **chosen)
     served = engine(model=tiny, batch=64)
-    served.add_request(prompt, params, FULL, draft=DRAFTS[3].path)
+    served.add_request(prompt, params, FULL, draft=DRAFTS[3].path, draft_entries=entries)
     (output,) = served.run()
     begins = [tuple(sample.token_ids[:2]) for sample in output.samples]
     common = max(set(begins), key=begins.count)
     thirds = [sample.token_ids[2] for sample in output.samples if tuple(sample.token_ids[:2]) == common]
-    logits = tiny(torch.tensor([[*prompt, *common]]), paths=FULL).logits[0, -1].double()
-    expected = logits.softmax(0) * len(thirds)
+    logits = tiny(torch.tensor([[*prompt, *common]]), paths=FULL).logits[0, -1].double() / chosen["temperature"]
+    expected, order = logits.softmax(0), logits.argsort(descending=True)
+    if "top_k" in chosen:
+        expected[order[chosen["top_k"] :]] = 0
+    if "top_p" in chosen:  # the most likely tokens up to the one with which they reach it
+        before = expected[order].cumsum(0) - expected[order]
+        expected[order[before >= chosen["top_p"]]] = 0
     counts = torch.bincount(torch.tensor(thirds), minlength=12).double()
+    kept = expected > 0
+    assert (kept.sum() < 12) == (len(chosen) > 1) and not counts[~kept].any()
+    expected = expected / expected.sum() * len(thirds)
     assert output.num_accepted > 200, "third tokens whose place was guessed are among them"
     assert len(thirds) > 50
-    assert chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
+    assert chisquare(counts[kept].numpy(), expected[kept].numpy()).pvalue > 1e-3

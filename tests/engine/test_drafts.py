@@ -26,7 +26,7 @@ from streams import (
     serve,
 )
 
-from dynskip import CausalLM, LayerPath
+from dynskip import LLM, CausalLM, LayerPath, SamplingParams
 from dynskip.engine import drafting
 from dynskip.engine.drafting import Drafting
 from dynskip.engine.request import Span
@@ -119,6 +119,16 @@ def test_each_draft_alone(draft: Draft, dtype: torch.dtype, random_lengths: rand
         assert guessed == output.num_accepted
         if draft.path == FULL:
             assert output.num_accepted == output.num_drafted, "the path agrees with itself"
+
+
+def test_each_prompt_has_its_own_draft_or_none(random_lengths: random.Random) -> None:
+    llm, prompts = LLM(model()), random_prompts([5, 9, 7])
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    drafts = [DRAFTS[3].path, None, DRAFTS[2].path]
+    outputs = llm.generate(prompts, params, FULL, draft=drafts)
+    assert [output.token_ids for output in outputs] == [o.token_ids for o in llm.generate(prompts, params, FULL)]
+    assert [output.draft and output.draft.path for output in outputs] == drafts
+    assert [output.num_drafted > 0 for output in outputs] == [True, False, True]
 
 
 def test_a_draft_that_is_the_beginning_of_the_path_needs_no_entries_of_its_own() -> None:
