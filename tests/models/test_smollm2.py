@@ -93,6 +93,18 @@ def test_its_found_paths_are_shipped(
     assert nats[30] < nats[20] < nats[27]
 
 
+@pytest.mark.filterwarnings("ignore:No costs were measured")
+def test_no_draft_of_it_pays_and_auto_says_so(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DYNSKIP_CACHE", str(tmp_path))
+    prompt, params = llm.chat_prompt(QUESTION), SamplingParams(max_tokens=4)
+    [output], [plain] = (llm.generate([prompt], params, draft=draft) for draft in ("auto", None))
+    assert output.draft is None and output.num_drafted == 0 and output.token_ids == plain.token_ids
+    assert main(["generate", "--model", NAME, "--quiet", "--max-tokens", "2", "--draft", "auto", QUESTION]) == 0
+    assert capsys.readouterr().err == "dynskip generate: no draft: the search has found none that pays\n"
+
+
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     lengths = [2 + 5 * (index % 8) for index in range(NUM_PROMPTS)]
