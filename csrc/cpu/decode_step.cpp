@@ -171,6 +171,7 @@ void run_step(
     const char* op, Decoder& decoder, const StepCache& cache, const StepRows& rows, void* result, int64_t* tokens,
     int64_t* counts) {
   make_team(decoder);
+  decoder.find_addresses();
   StepPlan plan = new_plan(decoder, rows);
   const RowPlan whole = row_plan(cache, rows, plan);
   std::vector<int32_t> of_layers(2 * decoder.layers.size());

@@ -60,6 +60,7 @@ Memory zeroed_memory(int64_t num_bytes);
 
 struct Decoder {
   std::vector<torch::stable::Tensor> tensors;
+  std::vector<const void*> addresses; // of the tensors, during a step
   int64_t hidden_size, num_heads, num_kv_heads, head_size, embedding_size, ffn_size, vocab_size, position_offset;
   bool norm_first, parallel, shared_norm, gated;
   Activation activation;
@@ -73,7 +74,13 @@ struct Decoder {
   }
 
   const void* data(int64_t place) const {
-    return place < 0 ? nullptr : tensors[place].data_ptr();
+    return place < 0 ? nullptr : addresses[place];
+  }
+
+  // Asks PyTorch where each tensor is. Each step asks once: Python may set another storage between two of them.
+  void find_addresses() {
+    addresses.resize(tensors.size());
+    std::transform(tensors.begin(), tensors.end(), addresses.begin(), [](const auto& each) { return each.data_ptr(); });
   }
 
   // One step at a time.
