@@ -6,7 +6,9 @@ backend of this op; `resolve_backend` has warned of an absent extension by then.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from operator import attrgetter
 from types import ModuleType
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch import Tensor
 from dynskip.ops import choice_reference, native
 from dynskip.ops.checks import FLOAT_DTYPES
 from dynskip.sampling import Choice
+
+_FILTERS = attrgetter("temperature", "top_k", "top_p")
 
 
 def choose_tokens(
@@ -44,22 +48,30 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """temperature, top_k, top_p, seed, output and position of `choices`, `[R]` each, as `choose_tokens` wants them."""
-    params = [choice.params for choice in choices]
+    """temperature, top_k, top_p, seed, output and position of `choices`, `[R]` each, as `choose_tokens` wants them.
+
+    All but positions are kept from step to step: nobody may write to them.
+    """
+    params, seeds, outputs, positions = zip(*choices, strict=True)
+    kept = _kept_columns(tuple(map(_FILTERS, params)), seeds, outputs, num_tokens, device)
     # By numpy, which reads lists of numbers several times as fast as torch.tensor does.
-    floats = np.array([[each.temperature for each in params], [each.top_p for each in params]], np.float64)
-    integers = np.array(
-        [
-            [min(each.top_k or 0, num_tokens) for each in params],
-            [choice.seed for choice in choices],
-            [choice.output for choice in choices],
-            [choice.position for choice in choices],
-        ],
-        np.int64,
-    )
-    temperature, top_p = torch.from_numpy(floats).to(device)
-    top_k, seed, output, position = torch.from_numpy(integers).to(device)
-    return temperature, top_k, top_p, seed, output, position
+    return *kept, torch.from_numpy(np.array(positions, np.int64)).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_columns(
+    filters: tuple[tuple[float, int | None, float], ...],
+    seeds: tuple[int, ...],
+    outputs: tuple[int, ...],
+    num_tokens: int,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """All columns but positions; the key is what they hold, so a row that is another in any of it has new ones."""
+    temperatures, top_ks, top_ps = zip(*filters, strict=True)
+    temperature, top_p = torch.from_numpy(np.array([temperatures, top_ps], np.float64)).to(device)
+    integers = [[min(top_k or 0, num_tokens) for top_k in top_ks], seeds, outputs]
+    top_k, seed, output = torch.from_numpy(np.array(integers, np.int64)).to(device)
+    return temperature, top_k, top_p, seed, output
 
 
 def _launchers(logits: Tensor) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -361,6 +362,39 @@ def test_double_precision_runs_as_specified() -> None:
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     choices = [draw_of(seed) for seed in range(4)]
     assert choose_tokens(logits, choices) == choose_tokens(logits.float(), choices)
+
+
+def test_kept_columns_follow_any_row_that_changes() -> None:
+    """Columns of the same rows are kept, but for the positions; a change of any row, or of their order, is seen."""
+    base = [draw_of(3, 1, 5, temperature=0.7, top_k=9, top_p=0.8), draw_of(4, 0, 2, temperature=1.3), draw_of(0)]
+    changes: list[tuple[int, dict[str, Any]]] = [
+        (row, change)
+        for row in range(3)
+        for change in ({"temperature": 0.2}, {"top_k": 3}, {"top_k": 30}, {"top_p": 0.4}, {"temperature": 0.0})
+    ]
+    batches = [[*base], base[::-1], base[:2], [*base, base[0]]]
+    for row, change in changes:
+        batches.append([*base])
+        batches[-1][row] = base[row]._replace(params=replace(base[row].params, **change))
+    batches += [[each._replace(seed=8) if each is base[1] else each for each in base]]
+    batches += [[each._replace(output=8) if each is base[1] else each for each in base]]
+    batches += [[each._replace(position=each.position + 1) for each in base]]
+    for batch in [*batches, *batches[::-1]]:
+        for num_tokens in (20, 5):
+            found = choice_columns(batch, num_tokens, CPU)
+            wanted = [
+                [each.params.temperature for each in batch],
+                [min(each.params.top_k or 0, num_tokens) for each in batch],
+                [each.params.top_p for each in batch],
+                [each.seed for each in batch],
+                [each.output for each in batch],
+                [each.position for each in batch],
+            ]
+            assert [column.tolist() for column in found] == wanted
+            dtypes = [torch.float64, torch.int64, torch.float64, *[torch.int64] * 3]
+            assert [column.dtype for column in found] == dtypes
+    once, later = choice_columns(base, 20, CPU), choice_columns(batches[-1], 20, CPU)
+    assert all(one is two for one, two in zip(once[:5], later[:5], strict=True)) and once[5] is not later[5]
 
 
 def test_the_extension_refuses_what_it_cannot_read() -> None:
