@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynskip import LLM, CausalLM, LayerPath, SamplingParams
 from dynskip.controllers import HiddenStateGate, TokenController
+from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
 from dynskip.execution.compact import CompactExecutor
@@ -30,6 +31,7 @@ from dynskip.execution.native_steps import PASS_ROWS
 from dynskip.execution.step import Step, packed_positions
 from dynskip.ops import native
 from dynskip.routing.plan import KVPolicy, Plan
+from dynskip.routing.routes import ControllerDecision, StepTokens
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the C++ extension")
 
@@ -40,8 +42,12 @@ POLICIES = [KVPolicy.EVICT, KVPolicy.PROPAGATE, KVPolicy.SHARE]
 GATE = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 32, generator=torch.Generator().manual_seed(4)))
 
 
-def plans(kv_policy: KVPolicy | None, counts: Sequence[int], seed: int) -> Plan:
+def plans(kv_policy: KVPolicy | None, counts: Sequence[int], seed: int, gate: TokenController | None = None) -> Plan:
     """Paths without a policy, else random masks: a layer without rows, and a row without layers, among them."""
+    if gate is not None:
+        assert kv_policy is not None
+        tokens = StepTokens((0,) * len(counts), tuple(counts), is_prompt=False)
+        return Plan.decided(ControllerDecision(gate, tokens), NUM_LAYERS, counts, kv_policy)
     if kv_policy is None:
         return Plan.per_sequence(PATHS, counts)
     active = torch.rand(sum(counts), NUM_LAYERS, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -50,7 +56,11 @@ def plans(kv_policy: KVPolicy | None, counts: Sequence[int], seed: int) -> Plan:
 
 
 def run_steps(
-    model: CausalLM, kv_policy: KVPolicy | None, whole: bool, counts: Sequence[Sequence[int]]
+    model: CausalLM,
+    kv_policy: KVPolicy | None,
+    whole: bool,
+    counts: Sequence[Sequence[int]],
+    gate: TokenController | None = None,
 ) -> tuple[list[Tensor], KVCache, CompactExecutor]:
     """Logits of a prompt's step and of decode steps, the cache behind them, and the executor."""
     executor = model.new_executor("compact", model.deterministic)
@@ -63,28 +73,36 @@ def run_steps(
     cache_ids = torch.tensor([3, 0, 4, 1, 2])
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, model.config.vocab_size, (sum(LENGTHS),), generator=generator)
-    prompt = Step(tokens, packed_positions(LENGTHS, model.device), cache_ids, plans(kv_policy, LENGTHS, 1), fresh=True)
+    plan = plans(kv_policy, LENGTHS, 1, gate)
+    prompt = Step(tokens, packed_positions(LENGTHS, model.device), cache_ids, plan, fresh=True)
     logits = [executor.head(executor.run(prompt, cache)).clone()]
     lengths = torch.tensor(LENGTHS)
     for seed, new in enumerate(counts, start=2):
         tokens = torch.randint(3, model.config.vocab_size, (sum(new),), generator=generator)
         positions = packed_positions(new, model.device) + lengths.repeat_interleave(torch.tensor(new))
-        step = Step(tokens, positions, cache_ids, plans(kv_policy, new, seed), decode=True)
+        step = Step(tokens, positions, cache_ids, plans(kv_policy, new, seed, gate), decode=True)
         if whole:
             assert executor.native_steps is not None and executor.native_steps.takes(step)
         logits.append(executor.logits(step, cache).clone())
         lengths += torch.tensor(new)
+    cache.settle()  # what a gate has taken is known afterwards
     return logits, cache, executor
 
 
-def assert_same(model: CausalLM, kv_policy: KVPolicy | None, counts: Sequence[Sequence[int]] = ONE_EACH) -> None:
-    whole, cache, executor = run_steps(model, kv_policy, True, counts)
-    by_op, expected, other = run_steps(model, kv_policy, False, counts)
+def assert_same(
+    model: CausalLM,
+    kv_policy: KVPolicy | None,
+    counts: Sequence[Sequence[int]] = ONE_EACH,
+    gate: TokenController | None = None,
+) -> CompactExecutor:
+    whole, cache, executor = run_steps(model, kv_policy, True, counts, gate)
+    by_op, expected, other = run_steps(model, kv_policy, False, counts, gate)
     for step, (one, two) in enumerate(zip(whole, by_op, strict=True)):
         assert one.isfinite().all(), step
         assert torch.equal(one, two), f"step {step}: {(one.float() - two.float()).abs().max()}"
     assert_same_entries(cache, expected)
     assert executor.row_counts.run == other.row_counts.run and executor.row_counts.kv == other.row_counts.kv
+    return executor
 
 
 @pytest.mark.parametrize(
@@ -328,17 +346,35 @@ def test_gates_decide_inside(name: str, kv_policy: str, prompt_depth: str) -> No
     assert min(run) < max(run) == sum(LENGTHS) + 8 * 5
 
 
+@pytest.mark.parametrize("kv_policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "variant"), [("llama", "plain"), ("gpt_neox", "plain"), ("opt", "post-norm"), ("bloom", "plain")]
+)
+def test_steps_of_a_gate_have_the_bits_of_their_ops(
+    family: str, variant: str, dtype: torch.dtype, kv_policy: KVPolicy
+) -> None:
+    """Of parallel residuals, of norms behind what they normalise, and of slopes, too."""
+    executor = assert_same(native_model(family, variant, dtype), kv_policy, gate=gates()["biases"])
+    run, num_rows = executor.row_counts.run, sum(LENGTHS) + sum(map(sum, ONE_EACH))
+    assert min(run) < num_rows and run[1] == num_rows
+
+
 def test_a_gate_of_another_size_is_refused() -> None:
     gate = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 48))
     with pytest.raises(ValueError, match=r"HiddenStateGate: weight must be \[L, 2, 32\] for this model"):
         LLM(native_model("llama", "plain")).generate([[5, 6]], SamplingParams(max_tokens=2), gate)
 
 
+@pytest.mark.parametrize("policy", ["lockstep", "cohort"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize(("family", "variant"), [("opt", "pre-norm"), ("llama", "plain")])
-def test_a_step_of_an_engine_is_one_entry_into_the_extension(family: str, variant: str, temperature: float) -> None:
-    """Drawing tokens is one more; the most likely ones come with the step."""
-    served = Engine(native_model(family, variant), policy="lockstep", batch=5)
+def test_a_step_of_an_engine_is_one_entry_into_the_extension(
+    family: str, variant: str, temperature: float, policy: str
+) -> None:
+    """A step whose tokens are drawn is two: the most likely ones come with the step, drawing is a call of its own."""
+    costs = replace(StepCosts.h200(), num_layers=NUM_LAYERS) if policy == "cohort" else None
+    served = Engine(native_model(family, variant), policy=policy, batch=5, costs=costs)
     params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=temperature, top_p=0.9)
     for prompt, path in zip(random_prompts(LENGTHS), PATHS, strict=True):
         served.add_request(prompt, params, path)
@@ -552,6 +588,7 @@ def test_a_step_beside_a_busy_process_takes_three_times_as_long_at_most() -> Non
     """
     body = """
 from dynskip import LLM, SamplingParams
+from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.closed_batch import Generation
 
 llm = LLM(backend="native")
