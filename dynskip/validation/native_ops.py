@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dynskip.controllers import HiddenStateGate
 from dynskip.execution.executor import Executor
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.native_steps import NativeSteps
@@ -23,6 +25,7 @@ from dynskip.ops import choice_reference, native
 from dynskip.ops.checks import dtype_name
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy, Plan
+from dynskip.routing.routes import ControllerDecision, StepTokens
 from dynskip.sampling import Choice, SamplingParams
 from dynskip.validation import errors
 from dynskip.validation.errors import Result, max_error
@@ -46,7 +49,54 @@ _DECODERS: dict[str, dict[str, Any]] = {
     "ALiBi, embedding norm": {"alibi": True, "embedding_norm": True, "activation": "gelu_tanh"},
     "windows": {"rotary": Rotary.plain(16, 100.0), "window": 5, "window_layers": (1, 3)},
 }
+# Tokens of each sequence by step; of prompts more than a block of rows and of keys, then what follows them.
 _COUNTS = ((7, 1, 12), (1, 1, 1), (1, 1, 1), (3, 1, 2))
+_PROMPT_COUNTS = ((40, 1, 70), (3, 1, 35), (1, 1, 1))
+_MOST_TOKENS = 128
+_ASKED = (0, 2, 3)  # the layers that gates decide for
+_POLICIES = (KVPolicy.EVICT, KVPolicy.PROPAGATE, KVPolicy.SHARE)
+
+
+class _Steps(NamedTuple):
+    """Steps of three sequences, one after the other.
+
+    kv_policy: of masks per token, or None for paths. is_prompt: several tokens of a sequence are those of a prompt.
+    begins: every other row begins in the middle, with a state. gate: decides in place of masks.
+    """
+
+    name: str
+    kv_policy: KVPolicy | None
+    is_prompt: bool = False
+    begins: bool = False
+    gate: HiddenStateGate | None = None
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], ...]:
+        return _PROMPT_COUNTS if self.is_prompt else _COUNTS
+
+    def plan(self, counts: tuple[int, ...], firsts: Sequence[int], paths: Tensor, generator: torch.Generator) -> Plan:
+        """What the layers of a step do; paths: [B, L], bool."""
+        if self.gate is not None:
+            assert self.kv_policy is not None, "a gate decides for each token"
+            tokens = StepTokens(tuple(firsts), counts, self.is_prompt)
+            return Plan.decided(ControllerDecision(self.gate, tokens), _LAYERS, counts, self.kv_policy)
+        if self.kv_policy is None:
+            active = paths.repeat_interleave(torch.tensor(counts), 0)
+        else:
+            active = torch.rand(sum(counts), _LAYERS, generator=generator) < 0.6
+        if self.begins:
+            active[::2, : _LAYERS // 2] = False
+        return Plan.per_token(active, counts, self.kv_policy or KVPolicy.EVICT)
+
+
+_STEPS = [
+    *(_Steps("paths" if policy is None else policy.value, policy) for policy in (None, *_POLICIES)),
+    *(
+        _Steps(f"prompts, {policy.value if policy else 'paths'}", policy, is_prompt=True)
+        for policy in (None, *_POLICIES)
+    ),
+    _Steps("begun rows", None, begins=True),
+]
 
 
 def validate_native_op(name: str, dtype: torch.dtype, falsify: bool) -> list[Result]:
@@ -79,45 +129,70 @@ def _decode_steps(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, floa
     for name, changes in _DECODERS.items():
         config = _config(changes)
         decoder, head = _random_decoder(config, dtype)
-        wide, wide_head = copy.deepcopy(decoder).double(), copy.deepcopy(head).double()
-        for policy in (None, KVPolicy.EVICT, KVPolicy.PROPAGATE, KVPolicy.SHARE):
-            exact = _logits(ReferenceExecutor(wide, wide_head), config, policy)
-            eager = _logits(ReferenceExecutor(decoder, head), config, policy)
+        wide = ReferenceExecutor(copy.deepcopy(decoder).double(), copy.deepcopy(head).double())
+        gated = [_Steps(f"gate, {policy.value}", policy, gate=_clear_gate(wide, policy)) for policy in _POLICIES]
+        for steps in (*_STEPS, *gated):
+            exact = _logits(wide, steps)
+            eager = _logits(ReferenceExecutor(decoder, head), steps)
             for packs in (False, True):
                 own, own_head = copy.deepcopy(decoder), copy.deepcopy(head)
                 for module in (*own.modules(), own_head) if packs else ():
                     if isinstance(module, Linear):
                         module.pack_()
-                logits = _logits(_WholeSteps(own, own_head), config, policy)
+                logits = _logits(_WholeSteps(own, own_head), steps)
                 if falsify:
                     errors.change_one_element(logits)
-                case = f"{name}, {'paths' if policy is None else policy.value}, {'packed' if packs else 'dense'}"
+                case = f"{name}, {steps.name}, {'packed' if packs else 'dense'}"
                 allowed = errors.allowed_error(exact, eager, exact.abs().max().item() * _LAYERS)
                 yield case, max_error(logits.double(), exact), allowed
 
 
+def _clear_gate(executor: ReferenceExecutor, kv_policy: KVPolicy) -> HiddenStateGate:
+    """A gate whose decisions no rounding changes: a layer's threshold lies in the widest gap above the median row."""
+    generator = torch.Generator().manual_seed(13)
+    hidden_size = executor.decoder.config.hidden_size
+    weight = torch.randn(_LAYERS, 2, hidden_size, generator=generator) * hidden_size**-0.5
+    bias = torch.zeros(_LAYERS, 2)
+    gate = HiddenStateGate(weight, bias, always=set(range(_LAYERS)) - {*_ASKED})
+    for asked in _ASKED:
+        margins: list[Tensor] = []
+
+        def look(layer: int, hidden_states: Tensor, asked: int = asked, margins: list[Tensor] = margins) -> None:
+            if layer == asked:
+                margins.append(hidden_states.float() @ (weight[asked, 1] - weight[asked, 0]))
+
+        _logits(executor, _Steps("gate", kv_policy, gate=gate), look)
+        ordered = torch.cat(margins).sort().values
+        ordered = ordered[len(ordered) // 2 : -2]
+        widest = int(ordered.diff().argmax())
+        bias[asked, 0] = ordered[widest : widest + 2].mean()
+    return gate
+
+
 def _config(changes: dict[str, Any]) -> DecoderConfig:
-    return DecoderConfig.of_sizes("case", _LAYERS, 64, 4, **{"vocab_size": _VOCAB, "max_positions": 64, **changes})
+    return DecoderConfig.of_sizes(
+        "case", _LAYERS, 64, 4, **{"vocab_size": _VOCAB, "max_positions": _MOST_TOKENS, **changes}
+    )
 
 
 class _WholeSteps(Executor[KVCache]):
-    """Runs every step whole, prompts too: as steps whose sequences bring several rows."""
+    """Runs every step whole, prompts too, on any CPU."""
 
     def __init__(self, decoder: Decoder, lm_head: Linear) -> None:
-        self.config, self.dtype = decoder.config, decoder.dtype
+        self.decoder = decoder
         self.row_counts = RowCounts(decoder.config.num_layers)
         self.steps = NativeSteps(decoder, lm_head, self.row_counts, deterministic=False)
 
     def new_cache(self, num_seqs: int, max_context_len: int, num_slots: int) -> KVCache:
         """See `Executor.new_cache`."""
-        config, device = self.config, torch.device("cpu")
+        config, device = self.decoder.config, torch.device("cpu")
         sizes = config.num_layers, num_seqs, max_context_len, num_slots, config.num_kv_heads, config.head_size
-        return KVCache(*sizes, self.dtype, device, has_positions=config.attends_by_position)
+        return KVCache(*sizes, self.decoder.dtype, device, has_positions=config.attends_by_position)
 
     def run(self, step: Step, cache: KVCache | None, on_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """[N, V]: the logits; the head comes with the step."""
-        step.decode = True
-        assert cache is not None and self.steps.takes(step), "the extension reads every matrix"
+        # Which prompts are worth a call depends on the CPU; what a call computes does not.
+        assert cache is not None and self.steps.takes(replace(step, decode=True)), "the extension reads every matrix"
         return self.steps.run(step, cache, head=True, on_layer=on_layer)
 
     def guess(self, turns: Turns, cache: KVCache) -> Guesses:
@@ -135,25 +210,34 @@ class _WholeSteps(Executor[KVCache]):
 
 
 @torch.no_grad()
-def _logits(executor: Executor[Any], config: DecoderConfig, kv_policy: KVPolicy | None) -> Tensor:
+def _logits(
+    executor: ReferenceExecutor | _WholeSteps, steps: _Steps, on_layer: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
     """[N, V]: of all rows of all steps."""
-    generator = torch.Generator().manual_seed(7)
-    cache = executor.new_cache(3, 32, 32 * 3 * _LAYERS)
-    if kv_policy is KVPolicy.SHARE and isinstance(cache, KVCache):
+    generator, decoder = torch.Generator().manual_seed(7), executor.decoder
+    num_tokens = sum(map(sum, steps.counts))
+    cache: Any = executor.new_cache(3, _MOST_TOKENS, num_tokens * _LAYERS)
+    if steps.kv_policy is KVPolicy.SHARE and isinstance(cache, KVCache):
         cache.may_repeat = True
     lengths, found = torch.zeros(3, dtype=torch.int64), []
-    masks = torch.rand(3, _LAYERS, generator=generator) < 0.6
-    for counts in _COUNTS:
+    paths = torch.rand(3, _LAYERS, generator=generator) < 0.6
+    for counts in steps.counts:
         tokens = torch.randint(_VOCAB, (sum(counts),), generator=generator)
         repeats = torch.tensor(counts)
         positions = packed_positions(counts, torch.device("cpu")) + lengths.repeat_interleave(repeats)
-        if kv_policy is None:
-            plan = Plan.per_token(masks.repeat_interleave(repeats, 0), counts, KVPolicy.EVICT)
-        else:
-            active = torch.rand(sum(counts), _LAYERS, generator=generator) < 0.6
-            plan = Plan.per_token(active, counts, kv_policy)
-        step = Step(tokens, positions, torch.arange(3), plan, decode=max(counts) == 1, fresh=not lengths.any())
-        found.append(executor.logits(step, cache))
+        step = Step(
+            tokens,
+            positions,
+            torch.arange(3),
+            steps.plan(counts, lengths.tolist(), paths, generator),
+            decode=not steps.is_prompt or max(counts) == 1,
+            fresh=not lengths.any(),
+        )
+        if steps.begins:
+            rows = torch.arange(0, sum(counts), 2)
+            states = torch.randn(len(rows), decoder.config.hidden_size, generator=generator)
+            step.begun = rows, states.bfloat16().to(decoder.dtype)
+        found.append(executor.head(executor.run(step, cache, on_layer)))
         lengths += repeats
     return torch.cat(found)
 
@@ -177,10 +261,22 @@ def _choices(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, fl
         row = torch.arange(num_rows)
         temperature = (row % 3).double()
         top_k = torch.where(row % 2 == 0, 0, 50).clamp(max=num_tokens)
-        # Tokens at the very edge of a mass below 1 may fall to either side, so top_p is left to the tests.
-        columns = temperature, top_k, torch.ones(num_rows, dtype=torch.float64), row * 977, row % 4, row * 3
-        tokens = native.choose_tokens(logits, *columns)
-        if falsify:
-            errors.change_one_element(tokens)
-        wrong = tokens != choice_reference.choose_tokens(logits, *columns)
-        yield f"{num_rows} rows of {num_tokens}", float(wrong.sum()), 0.0
+        everything = torch.ones(num_rows, dtype=torch.float64)
+        for name, top_p in (("", everything), (", top_p", _clear_top_p(logits, temperature, top_k))):
+            columns = temperature, top_k, top_p, row * 977, row % 4, row * 3
+            tokens = native.choose_tokens(logits, *columns)
+            if falsify:
+                errors.change_one_element(tokens)
+            wrong = tokens != choice_reference.choose_tokens(logits, *columns)
+            yield f"{num_rows} rows of {num_tokens}{name}", float(wrong.sum()), 0.0
+
+
+def _clear_top_p(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
+    """[R], float64: a mass near 0.7 whose last token no rounding changes: half of that token's share is missing."""
+    floats = logits.double().sort(dim=-1, descending=True, stable=True).values
+    weights = ((floats - floats[:, :1]) / torch.where(temperature > 0, temperature, 1.0)[:, None]).exp()
+    weights[torch.arange(logits.shape[1]) >= torch.where(top_k > 0, top_k, logits.shape[1])[:, None]] = 0
+    shares = weights / weights.sum(1, keepdim=True)
+    up_to = shares.cumsum(1)
+    last = (up_to < 0.7).sum(1, keepdim=True)
+    return (up_to - shares / 2).gather(1, last)[:, 0]
