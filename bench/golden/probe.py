@@ -187,7 +187,11 @@ def generation(quick: bool) -> Iterator[Case]:
 
 
 def serve(policy: str, deterministic: bool, backend: str, kv_entries: int | None) -> dict[str, Any]:
-    """Requests that come and go: per step the tokens by request and what the engine holds, and all outputs."""
+    """Requests that come and go: per step the tokens by request and what the engine holds, and all outputs.
+
+    What is drawn stands apart, under "sampled", and decides nothing else: such outputs have known lengths, and those of
+    a gate are greedy.
+    """
     model = model_of(backend=backend, deterministic=deterministic)
     kv_bytes = None if kv_entries is None else kv_entries * model.kv_entry_bytes
     options: dict[str, Any] = {"batch": 3, "max_prefill_tokens": 8, "max_context_len": 40, "kv_bytes": kv_bytes}
@@ -197,26 +201,36 @@ def serve(policy: str, deterministic: bool, backend: str, kv_entries: int | None
     shared = [draw.randrange(4, VOCAB) for _ in range(9)]
     steps: list[Any] = []
     tokens: list[Any] = []
+    drawn: list[Any] = []
+    is_drawn = {index: index % 2 == 1 and index != 7 for index in range(12)}
     ended: dict[Any, Any] = {}
+    sampled: dict[str, Any] = {"tokens": [], "ended": {}}
     with Engine(model, policy=policy, clock=lambda: len(steps), **options) as engine:
         requests = iter(range(12))
         while engine.has_unfinished or len(steps) < 20:
             for _, index in zip(range(len(steps) % 2 if steps else 5), requests, strict=False):
                 prompt = (shared if index % 3 == 0 else []) + [draw.randrange(4, VOCAB) for _ in range(1 + index % 4)]
                 n = 2 if index == 4 else 1
-                length, heat = 3 + index % 5, 0.8 * (index % 2)
-                params = SamplingParams(max_tokens=length, temperature=heat, seed=index, n=n, logprobs=1)
+                length, heat = 3 + index % 5, 0.8 * is_drawn[index]
+                common = {"seed": index, "n": n, "logprobs": 1, "ignore_eos": is_drawn[index]}
+                params = SamplingParams(max_tokens=length, temperature=heat, **common)
                 path: Any = {5: random_mask(1, 40)[0], 7: random_gate()}.get(index, PATHS[index % 3])
                 stores = {5: "evict", 7: "propagate"}.get(index)
-                note = {"request_id": index, "on_token": lambda *token: tokens.append(token)}
+                into = drawn if is_drawn[index] else tokens
+                note = {"request_id": index, "on_token": lambda *token, into=into: into.append(token)}
                 engine.add_request(prompt, params, path, kv_policy=stores, **note)
             if len(steps) == 2:
                 ended["aborted"] = output(engine.abort(4))
             for each in engine.step():
-                ended[each.request_id] = {**output(each), "preempted": each.num_preemptions}
+                known, by_noise = output(each), sampled["ended"]
+                if is_drawn[each.request_id]:
+                    by_noise[each.request_id], known = known, {}
+                ended[each.request_id] = {**known, "preempted": each.num_preemptions}
             steps.append({"tokens": list(tokens), **repeatable(engine.stats().line())})
+            sampled["tokens"].append(list(drawn))
             tokens.clear()
-    return {"steps": steps, "ended": ended}
+            drawn.clear()
+    return {"steps": steps, "ended": ended, "sampled": sampled}
 
 
 def engine(quick: bool) -> Iterator[Case]:

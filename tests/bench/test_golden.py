@@ -7,6 +7,7 @@ import json
 import math
 import random
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from bench.golden.golden import Expected, compare, known, split_expected
 from bench.golden.sides import Side, make_side
 from bench.golden.speed import Ratio, Row, abba, rows_of, write
 from dynskip import OPTForCausalLM
+from dynskip.engine.request import OutputSequence
+from dynskip.sampling import Choice
 
 VALUES = {"logits/a bits": "0f", "generate/b": [{"samples": [[[5, 6], "length"]]}], "engine/c": {"steps": [1, 2]}}
 TENSORS = {"logits/a": torch.tensor([1.0, -2.0])}
@@ -143,6 +146,26 @@ def test_the_probe_repeats_itself_and_sees_another_path(tmp_path: Path, monkeypa
     monkeypatch.setattr(probe, "PATHS", probe.PATHS[::-1])
     found, _, _ = compare(once, records(tmp_path, "other"))
     assert {name.split(" ")[0].split("/")[0] for name in found} == {"logits", "generate", "engine", "fails"}
+
+
+def test_other_noise_is_seen_in_what_is_drawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expectations of other noise name draws of engines, and nothing else of them."""
+    name = "engine/cohort/native/fast/130"
+    once = {name: probe.repeatable(probe.serve("cohort", False, "torch", 130))}
+    choice_of = OutputSequence.choice_of
+
+    def other_choice_of(self: OutputSequence, position: int) -> Choice:
+        choice = choice_of(self, position)
+        return choice._replace(seed=choice.seed + 1)
+
+    monkeypatch.setattr(OutputSequence, "choice_of", other_choice_of)
+    found, _, _ = compare((once, {}), ({name: probe.repeatable(probe.serve("cohort", False, "torch", 130))}, {}))
+    expected = json.loads((sides.ROOT / golden.EXPECTED).read_text("utf-8"))
+    patterns = [pattern for pattern in expected if pattern.startswith("engine")]
+    unnamed, named = split_expected(found, {}, {pattern: Expected("noise") for pattern in patterns})
+    assert named and not unnamed
+    for place in ("steps > 3 > tokens", "ended > 2 > samples > 0"):
+        assert not any(fnmatchcase(f"{name} > {place}", pattern) for pattern in patterns)
 
 
 @pytest.mark.parametrize(
