@@ -50,9 +50,9 @@ def most_likely(logits: Tensor) -> Tensor:
 def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.device) -> tuple[Tensor, ...]:
     """temperature, top_k, top_p, seed, output and position of `choices`, `[R]` each, as `choose_tokens` wants them.
 
-    All but positions are kept from step to step: nobody may write to them.
+    All but positions are kept from step to step, so they must not be written to.
     """
-    params, seeds, outputs, positions = zip(*choices, strict=True)
+    params, seeds, outputs, positions = zip(*choices, strict=True) if choices else ((),) * 4
     kept = _kept_columns(tuple(map(_FILTERS, params)), seeds, outputs, num_tokens, device)
     # By numpy, which reads lists of numbers several times as fast as torch.tensor does.
     return *kept, torch.from_numpy(np.array(positions, np.int64)).to(device)
@@ -67,7 +67,7 @@ def _kept_columns(
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """All columns but positions; the key is what they hold, so a row that is another in any of it has new ones."""
-    temperatures, top_ks, top_ps = zip(*filters, strict=True)
+    temperatures, top_ks, top_ps = zip(*filters, strict=True) if filters else ((),) * 3
     temperature, top_p = torch.from_numpy(np.array([temperatures, top_ps], np.float64)).to(device)
     integers = [[min(top_k or 0, num_tokens) for top_k in top_ks], seeds, outputs]
     top_k, seed, output = torch.from_numpy(np.array(integers, np.int64)).to(device)
