@@ -91,10 +91,8 @@ class _Steps(NamedTuple):
 
 _STEPS = [
     *(_Steps("paths" if policy is None else policy.value, policy) for policy in (None, *_POLICIES)),
-    *(
-        _Steps(f"prompts, {policy.value if policy else 'paths'}", policy, is_prompt=True)
-        for policy in (None, *_POLICIES)
-    ),
+    _Steps("prompts, paths", None, is_prompt=True),
+    _Steps("prompts, share", KVPolicy.SHARE, is_prompt=True),
     _Steps("begun rows", None, begins=True),
 ]
 
@@ -130,8 +128,8 @@ def _decode_steps(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, floa
         config = _config(changes)
         decoder, head = _random_decoder(config, dtype)
         wide = ReferenceExecutor(copy.deepcopy(decoder).double(), copy.deepcopy(head).double())
-        gated = [_Steps(f"gate, {policy.value}", policy, gate=_clear_gate(wide, policy)) for policy in _POLICIES]
-        for steps in (*_STEPS, *gated):
+        gated = _Steps("gate, share", KVPolicy.SHARE, gate=_clear_gate(wide, KVPolicy.SHARE))
+        for steps in (*_STEPS, gated):
             exact = _logits(wide, steps)
             eager = _logits(ReferenceExecutor(decoder, head), steps)
             for packs in (False, True):

@@ -806,7 +806,8 @@ def test_the_first_call_is_rehearsed_with_a_crash_in_one_part(tmp_path: Path, mo
 def test_the_second_call_is_rehearsed_with_a_hang_in_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "GRACE_S", 1)
     broken = parts.Part("full", "x", 0.1, (), python("import time; time.sleep(600)"))
-    verdicts = rehearse("second", tmp_path, monkeypatch, full=broken)
+    rehearsed_above = parts.Part("smoke", "x", 60, (), python("print('in the first call')"))
+    verdicts = rehearse("second", tmp_path, monkeypatch, full=broken, smoke=rehearsed_above)
     assert list(verdicts) == ["build", *re.split(r"[,+]", run.PLANS["second"].order)]
     assert verdicts.pop("full").startswith("TIME LIMIT")
     for name in [name for name in verdicts if name.startswith("table-") and name != "table-no-pdl"]:

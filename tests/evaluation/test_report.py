@@ -13,7 +13,7 @@ import pytest
 from summaries import example_summary
 
 from dynskip.cli import main
-from dynskip.evaluation.report import figures
+from dynskip.evaluation.report import drawing
 from dynskip.evaluation.report.document import Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import interval, number, percent, signed
 from dynskip.evaluation.report.paper_claims import paragraph
@@ -80,9 +80,9 @@ def test_the_page_is_whole_and_needs_nothing_else(pages: tuple[str, str]) -> Non
 def test_every_figure_is_sound_svg_and_described(pages: tuple[str, str]) -> None:
     drawings = re.findall(r"<svg.*?</svg>", pages[0], re.DOTALL)
     assert len(drawings) >= 12
-    for drawing in drawings:
-        ElementTree.fromstring(drawing)
-        assert re.match(r'<svg role="img" aria-label="[^"]{10,}"', drawing)
+    for each in drawings:
+        ElementTree.fromstring(each)
+        assert re.match(r'<svg role="img" aria-label="[^"]{10,}"', each)
 
 
 def test_both_forms_hold_the_same_sections_and_numbers(pages: tuple[str, str]) -> None:
@@ -152,7 +152,7 @@ def committed_summary() -> dict[str, Any]:
 def test_the_report_opens_with_five_sentences_of_one_number_with_its_interval(
     make: Any, num_answered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     summary = make()
     assert report_blocks(summary)[2][0] == Heading("In short")
     told = told_under("In short", summary)
@@ -169,7 +169,7 @@ def test_the_report_opens_with_five_sentences_of_one_number_with_its_interval(
 
 
 def test_the_claims_of_the_paper_stand_below_the_five_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "svg", lambda *_, **__: "<svg ></svg>")
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
     summary = example_summary()
     blocks = report_blocks(summary)[2]
     at = blocks.index(Heading("Which of the paper's claims hold here", 3))

@@ -59,12 +59,11 @@ def compiled_before(pytestconfig: pytest.Config) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def compiled(compiled_before: None) -> list[CompiledKernel]:
-    """OPT's kernels in bfloat16 for every architecture, in float32, which has entries of its own in tables, for one.
+    """OPT's kernels with every entry of the tables for one architecture, in dtypes that have entries of their own.
 
-    And those of other decoders. All together: a process takes seconds to begin.
+    And those of other decoders, of Llama for three. All together: a process takes seconds to begin.
     """
-    jobs = plan_jobs(("bfloat16",), everywhere=False)
-    jobs += plan_jobs(("float32",), (90,), everywhere=False)
+    jobs = plan_jobs(("bfloat16", "float32"), (90,), everywhere=False)
     jobs += plan_jobs(("float16",), (90,), ("linear_add_rows", "prefill_attention"), everywhere=False)
     jobs += plan_jobs(("bfloat16",), (90,), shapes=tuple(OF_ITS_OWN), rows=(8,))
     jobs += plan_jobs(("bfloat16",), (80, 100), shapes=("llama-3.2-1b",), rows=(8,))
@@ -76,29 +75,28 @@ def kernels(compiled: list[CompiledKernel]) -> list[CompiledKernel]:
     return [kernel for kernel in compiled if kernel.case.startswith("opt-")]
 
 
-def test_every_kernel_fits_every_gpu(kernels: list[CompiledKernel]) -> None:
+def test_every_entry_of_the_tables_fits(kernels: list[CompiledKernel]) -> None:
     assert [f"{kernel}: {kernel.complaint}" for kernel in kernels if kernel.complaint] == []
-    for capability, dtype in ((80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16"), (90, "float32")):
-        compiled = [kernel for kernel in kernels if (kernel.capability, kernel.dtype) == (capability, dtype)]
-        assert {kernel.op for kernel in compiled} == set(TRITON_OP_NAMES) - {"rotate_rows", "place_rows"}
+    for dtype in ("bfloat16", "float32"):
+        op_names = {kernel.op for kernel in kernels if kernel.dtype == dtype}
+        assert op_names == set(TRITON_OP_NAMES) - {"rotate_rows", "place_rows"}
     assert {kernel.config for kernel in kernels} == set(config_names())
 
 
-def test_products_run_on_tensor_cores(kernels: list[CompiledKernel]) -> None:
+def test_products_run_on_tensor_cores(compiled: list[CompiledKernel]) -> None:
     products = {"bfloat16": ("bf16",), "float16": ("f16",), "float32": ("f32",)}
-    of_products = ("linear_rows", "qkv_rows", "linear_add_rows", "prefill_attention")
-    for kernel in kernels:
+    for kernel in compiled:
         # A table may have a row or two multiplied and summed.
         assert kernel.products in ((), products[kernel.dtype]), kernel
         uses_tensor_cores = bool(kernel.products) and kernel.dtype != "float32"
         assert (kernel.tensor_core_instructions > 0) == uses_tensor_cores, kernel
     for capability in DEFAULT_CAPABILITIES:
-        multiplying = {kernel.op for kernel in kernels if kernel.capability == capability and kernel.products}
-        assert multiplying == set(of_products)
+        multiplying = {kernel.op for kernel in compiled if kernel.capability == capability and kernel.products}
+        assert multiplying >= {"linear_rows", "qkv_rows", "linear_add_rows", "prefill_attention"}
 
 
-def test_kernels_of_a_step_overlap_where_the_gpu_can(kernels: list[CompiledKernel]) -> None:
-    of_step = [kernel for kernel in kernels if kernel.op in ROW_OP_NAMES]
+def test_kernels_of_a_step_overlap_where_the_gpu_can(compiled: list[CompiledKernel]) -> None:
+    of_step = [kernel for kernel in compiled if kernel.op in ROW_OP_NAMES]
     assert {kernel.capability for kernel in of_step if kernel.num_waits and kernel.num_signals} == {90, 100}
     for kernel in of_step:
         if kernel.config == "generic":
