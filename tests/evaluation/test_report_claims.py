@@ -32,7 +32,7 @@ from dynskip.evaluation.report.evidence import (
     p_value,
 )
 from dynskip.evaluation.report.numbers import signed
-from dynskip.evaluation.report.paper_claims import _OPENINGS, paragraph, verdicts
+from dynskip.evaluation.report.paper_claims import _OPENINGS, BESIDE, paragraph, verdicts
 from dynskip.evaluation.report.rows import select
 from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.report.short import in_short
@@ -486,7 +486,7 @@ def verdict_on(part: str, summary: dict[str, Any]) -> tuple[str, str]:
             "prompt alone",
             "router",
             {"metric": "captured_share"},
-            {0.3: "does not hold", 0.0: "open", -0.3: "open"},
+            {0.3: "no claim of the paper", 0.0: "no claim of the paper"},
         ),
         (
             "response's length",
@@ -505,6 +505,22 @@ def test_the_claims_of_the_paper_follow_the_summary(
         assert found == verdict, (value, measured)
         del summary[name]
         assert verdict_on(part, summary)[0] == "untested"
+
+
+def test_what_the_paper_leaves_open_is_no_claim_of_it_and_scores_may_disagree(committed: dict[str, Any]) -> None:
+    assert verdict_on("random skipping", committed)[0] == verdict_on("prompt alone", committed)[0] == BESIDE
+    by_rouge, by_nats = (verdict_on(f"length, in {score}", committed)[1] for score in ("ROUGE-L", "log-likelihood"))
+    assert by_rouge.startswith("Pearson's r −") and by_nats.startswith("Pearson's r +")
+
+
+def test_an_oracle_stands_beside_its_controls(committed: dict[str, Any]) -> None:
+    measured = verdict_on("on fewer layers", committed)[1]
+    assert "; a choice among paths of one depth on 66.8 %" in measured and ", noise alone on 62.3 % [" in measured
+    assert ", an oracle that chose on another output at no budget" in measured
+    alone = copy.deepcopy(committed)
+    rows = alone["oracle"]["rows"]
+    rows[:] = [r for r in rows if r["metric"] != "matching_share" or r["control"] == "oracle"]
+    assert verdict_on("on fewer layers", alone)[1].endswith("seen from 2.0 %")
 
 
 def test_a_claim_that_holds_at_some_depths_holds_in_part_and_says_where() -> None:

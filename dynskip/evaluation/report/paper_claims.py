@@ -1,4 +1,4 @@
-"""Which of the paper's claims hold for a summary, which do not, and with which power: one paragraph."""
+"""Which of the paper's claims hold for a summary, which do not, what was asked beside them, and with which power."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from dynskip.evaluation.report.numbers import number, percent, signed
 from dynskip.evaluation.report.rows import Row, Summary, bounds, families_of, find, score_suffix, select
 
 HOLDS, IN_PART, FAILS, OPEN, UNTESTED = "holds", "holds in part", "does not hold", "open", "untested"
+BESIDE = "no claim of the paper"
 _OPENINGS = {
     HOLDS: "**Holds**",
     IN_PART: "**Holds in part**",
     FAILS: "**Does not hold**",
     OPEN: "**Open**, the interval is too wide for either",
     UNTESTED: "**Untested**",
+    BESIDE: "**Which the paper leaves open**",
 }
 # By the reason's name in a summary what a comparison of controllers lacks.
 _LACKS = {
@@ -105,7 +107,8 @@ def _hidden_states(summary: Summary) -> list[Verdict]:
         signs = [direction(row) for row in rows]
         where = _where({1: "closer", -1: "farther", 0: "open"}, rows, signs)
         measured = f"{where} layers; {signed(rows[0])} in cosine at {rows[0]['budget']}{_seen(rows[0], number)}"
-        found.append(Verdict(f"{claim}, of {WEIGHTS[weights]}", _of_all(signs, 1), measured))
+        verdict = _of_all(signs, 1) if strategy == "uls" else BESIDE  # the paper's figure has no random skipping
+        found.append(Verdict(f"{claim}, of {WEIGHTS[weights]}", verdict, measured))
     return found
 
 
@@ -164,12 +167,29 @@ def _oracle(summary: Summary) -> list[Verdict]:
     ends = None if row is None else bounds(row)
     if row is None or ends is None:
         return [Verdict(fewer, FAILS, f"at no budget in {score}"), Verdict(as_few, FAILS, floor)]
-    measured = f"in {score} on {percent(row, 1)}{_seen(row, _share)}"
+    measured = f"in {score} on {percent(row, 1)}{_seen(row, _share)}{_controlled(section, family, suffix)}"
     reached = HOLDS if ends[0] <= paper.MATCHING_SHARE else FAILS
     return [
         Verdict(fewer, HOLDS if ends[1] < 1 else OPEN, measured),
         Verdict(as_few, UNTESTED if cheapest > paper.MATCHING_SHARE else reached, floor),
     ]
+
+
+def _controlled(section: Row, family: str, suffix: str) -> str:
+    """On how many layers the oracle's controls match full depth."""
+    names = {
+        "equal depth, greedy": "a choice among paths of one depth",
+        "null": "noise alone",
+        "cross-fitted": "an oracle that chose on another output",
+    }
+    metric = f"matching_share{suffix}"  # without a value where most resamples reach it at no budget
+    rows = [row for row in section["rows"] if row["metric"] == metric and row.get("family") == family]
+    told = [
+        f"{names[row['control']]} {'at no budget' if row['value'] is None else f'on {percent(row, 1)}'}"
+        for row in rows
+        if row.get("control") in names
+    ]
+    return f"; {', '.join(told)}" if told else ""
 
 
 def _equal_depth(summary: Summary) -> list[Verdict]:
@@ -190,27 +210,31 @@ def _equal_depth(summary: Summary) -> list[Verdict]:
 
 
 def _router(summary: Summary) -> list[Verdict]:
-    claim = "nothing that reads the prompt alone stands in for the oracle, which the paper leaves open"
+    claim = "whether what reads the prompt alone can stand in for the oracle"
     best = findings.best_router(_section(summary, "router"))
     if best is None:
         return [Verdict(claim, UNTESTED)]
     told = f"the best of {best.num} routers captures {percent(best.row)} of its gain{_seen(best.row, _share)}"
-    return [Verdict(claim, FAILS if best.gains else OPEN, told)]
+    return [Verdict(claim, BESIDE, told)]
 
 
 def _length(summary: Summary) -> list[Verdict]:
-    section = _section(summary, "depth")
+    """By either score: the depths that it chooses need not be alike."""
+    section, found = _section(summary, "depth"), []
     claim = "the depth that the oracle chooses does not follow the response's length"
-    rows = select(section, metric=f"pearson{score_suffix(section)}", feature="response_length")
-    known = [row for row in rows if bounds(row) is not None]
-    if not known:
-        return [Verdict(claim, UNTESTED)]
-    adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in known])
-    row, p = min(zip(known, adjusted, strict=True), key=lambda pair: pair[1])
-    small = all(max(map(abs, bounds(each) or (1.0,))) < SMALL_CORRELATION for each in known)
-    low, high = paper.DEPTH_LENGTH_PEARSON
-    measured = f"Pearson's r {signed(row)}{_seen(row, number)}; the paper's is in [{number(low)}, {number(high)}]"
-    return [Verdict(claim, FAILS if p < 0.05 else HOLDS if small else OPEN, measured)]
+    for suffix, score in (("", "ROUGE-L"), ("_nats", "log-likelihood")):
+        rows = select(section, metric=f"pearson{suffix}", feature="response_length")
+        known = [row for row in rows if bounds(row) is not None]
+        if not known:
+            continue
+        adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in known])
+        row, p = min(zip(known, adjusted, strict=True), key=lambda pair: pair[1])
+        small = all(max(map(abs, bounds(each) or (1.0,))) < SMALL_CORRELATION for each in known)
+        low, high = paper.DEPTH_LENGTH_PEARSON
+        measured = f"Pearson's r {signed(row)}{_seen(row, number)}; the paper's is in [{number(low)}, {number(high)}]"
+        verdict = FAILS if p < 0.05 else HOLDS if small else OPEN
+        found.append(Verdict(f"{claim}, in {score}", verdict, measured))
+    return found or [Verdict(claim, UNTESTED)]
 
 
 _CLAIMS: tuple[Callable[[Summary], list[Verdict]], ...] = (
