@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help="compile the Triton kernels instead, and read registers, spills, shared memory and tensor-core "
-        "instructions from the machine code; exit status 1 if one does not fit its GPU",
+        "instructions from machine code and PTX; exit status 1 if one does not fit its GPU",
     )
     parser.add_argument(
         "--capability",

@@ -427,11 +427,11 @@ def test_the_headline_on_hidden_states_is_of_weights_that_were_never_trained_to_
     told = in_short(summary)[0]
     assert told.startswith("With the weights tuned at full depth only, uniform skipping ends closer to the full model")
     for each in select(summary["hidden_states"], weights="paths", **labels):
-        each.update(value=-0.5, low=-0.6, high=-0.4)  # type: ignore[attr-defined]
+        each.update(value=-0.5, low=-0.6, high=-0.4)
     assert in_short(summary)[0] == told, "trained to skip, so not asked"
     for each in select(summary["hidden_states"], weights="full-tuned", **labels):
         sign = {4: 1, 8: 0, 12: -1, 16: -1, 20: -1}[each["budget"]]
-        each.update(value=0.1 * sign, low=0.1 * sign - 0.05, high=0.1 * sign + 0.05)  # type: ignore[attr-defined]
+        each.update(value=0.1 * sign, low=0.1 * sign - 0.05, high=0.1 * sign + 0.05)
     assert in_short(summary)[0].endswith(
         "ends closer to the full model than early exit at 4 layers, farther at 12, 16, 20 layers, not told apart at 8 "
         "layers: +0.100 [+0.050, +0.150] in cosine at 4 layers."
@@ -536,7 +536,7 @@ def test_a_claim_that_holds_at_some_depths_holds_in_part_and_says_where() -> Non
 def test_a_share_of_layers_below_the_cheapest_path_is_untested() -> None:
     summary = example_summary()
     for each in select(summary["oracle"], metric="mean", family="siblings"):
-        each["budget"] += 4  # type: ignore[index]
+        each["budget"] += 4
     found, measured = verdict_on("on 23.3 % of the layers", summary)
     assert found == "untested" and measured.startswith("the cheapest path has 33.3 %")
 

@@ -1,4 +1,4 @@
-"""The process that compiles kernels for a GPU that need not be there: see `offline_compile`, which starts it.
+"""The process that compiles kernels for a GPU that need not be there: see `compile_offline`, which starts it.
 
 The launchers themselves are called, on CPU tensors of decoders' shapes that nothing reads, and each launch becomes a
 compilation: so what is compiled has the constants and the alignment hints of a real run. Triton's interpreter must be
