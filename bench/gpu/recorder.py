@@ -28,7 +28,7 @@ from dynskip.models.shapes import DEFAULT_SHAPE, SHAPES, get_shape
 # What is left of the time limit when nothing new is begun: this, or a quarter of a short limit.
 _RESERVE_S = 20
 # Environment variables that change what the kernels do: a result says which were set.
-_SWITCHES = ("DYNSKIP_PDL", "DYNSKIP_CONFIGS")
+_SWITCHES = ("DYNSKIP_PDL", "DYNSKIP_CONFIGS", "DYNSKIP_CARVEOUT")
 
 
 @dataclass(frozen=True)
