@@ -97,7 +97,7 @@ def make_steps(device: Device, dtype: torch.dtype, sizes: Sizes, rows: int) -> t
     model = CausalLM.from_hf(hf_model, backend="triton", pack=False)
     paths = [LayerPath.full(sizes.num_layers)] * rows
     workload = Workload.along(paths, sizes.context_len, 2, sizes.vocab_size, device.device)
-    truth = Truth(model, lambda: in_float64(config, dtype, device.device))
+    truth = Truth(hf_model, lambda: in_float64(config, dtype, device.device))
     return FusedSteps(device, model, workload, "triton"), truth
 
 

@@ -153,7 +153,7 @@ class DecodeBenchmark(Benchmark):
         self.config = replace(get_shape(sizes.shape), vocab_size=sizes.vocab_size)
         self.hf_model = random_hf_model(hf_config(self.config), dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=self.backend, pack=False)
-        self.truth = Truth(self.model, lambda: in_float64(self.config, recorder.dtype, device.device))
+        self.truth = Truth(self.hf_model, lambda: in_float64(self.config, recorder.dtype, device.device))
         self._complaints: dict[str, str] = {}
 
     @classmethod

@@ -64,7 +64,7 @@ class PrefillBenchmark(Benchmark):
         config = replace(get_shape(sizes.shape), vocab_size=sizes.vocab_size)
         self.hf_model = random_hf_model(hf_config(config), dtype=recorder.dtype, device=device.device)
         self.model = CausalLM.from_hf(self.hf_model, backend=timed, pack=False)
-        self.truth = Truth(self.model, lambda: in_float64(config, recorder.dtype, device.device))
+        self.truth = Truth(self.hf_model, lambda: in_float64(config, recorder.dtype, device.device))
         self.shape = ModelBytes.of(self.model.decoder_config, self.model.dtype.itemsize)
         executor = self.model.executor("compact")
         assert isinstance(executor, CompactExecutor)
