@@ -296,8 +296,8 @@ class Engine:
 
         An exception in what belongs to a request (its controller, its callback, the choice of its token) ends that
         request with finish_reason "error", and so do logits that are not finite, with a NonFiniteError. Anything
-        else that interrupts a step is raised; the next step goes on. On a GPU tokens that are chosen greedily, along a
-        path and without log-probabilities, are told one step late: while the next one runs.
+        else that interrupts a step is raised; the next step goes on. On a GPU tokens of the model's own logits,
+        along a path and without log-probabilities, are told one step late: while the next one runs.
         """
         self.advance()
         outputs = list(self._outputs.values())

@@ -8,34 +8,32 @@ import torch
 from torch import Tensor
 
 from dynskip.engine.request import OutputSequence, Span
-from dynskip.execution.step import to_device
-from dynskip.ops.choice import most_likely
+from dynskip.ops.transfer import to_device
 
 
 class TokensInFlight:
-    """The greedy tokens of one decode step, which the device knows and the host has not read.
+    """The tokens of one decode step, which the device knows and the host has not read.
 
     They stand between a step and the next one: the host reads them once the next decode step is under way, and before
-    it chooses any token in another way. So a sequence has at most one token that the host does not know, the last one
+    it takes any token in another way. So a sequence has at most one token that the host does not know, the last one
     that the scheduler has booked for it, and the next step finds it here.
 
     What a sequence ends by shows one step late; by then the step may have run one row of it for nothing. The entry of
     that row fits, because a sequence that has its last token by count leaves the scheduler when that is chosen, not
     when it is read.
 
-    sequences: whose tokens they are. logits: [R, V], one row each; they may be overwritten afterwards.
+    sequences: whose tokens they are. tokens: [R], int64, one each, `NOT_FINITE` for none.
     """
 
-    def __init__(self, sequences: Sequence[OutputSequence], logits: Tensor) -> None:
+    def __init__(self, sequences: Sequence[OutputSequence], tokens: Tensor) -> None:
         self.sequences = sequences
         self._rows = {sequence: row for row, sequence in enumerate(sequences)}
-        reported = most_likely(logits)
         # Where logits are not finite the host will see so; the device runs token 0 meanwhile.
-        self._token_ids = reported.clamp(min=0)
-        self._host, self._copied = reported, None
-        if logits.device.type == "cuda":
-            self._host = torch.empty(reported.shape, dtype=reported.dtype, pin_memory=True)
-            self._host.copy_(reported, non_blocking=True)
+        self._token_ids = tokens.clamp(min=0)
+        self._host, self._copied = tokens, None
+        if tokens.device.type == "cuda":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._copied.record()
 

@@ -13,8 +13,9 @@ from dynskip.engine.kv_pool import Cache
 from dynskip.engine.prompt_logprobs import add_prompt_logprobs
 from dynskip.engine.request import OutputSequence, Span
 from dynskip.execution.executor import Predictions
-from dynskip.execution.step import Step, packed_positions, to_device
+from dynskip.execution.step import Step, packed_positions
 from dynskip.execution.turns import Guesses, Turns, rows_step
+from dynskip.ops.transfer import to_device
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import PathRoute, StepTokens
 

@@ -19,6 +19,7 @@ from dynskip.engine.prompt_logprobs import top_logprobs
 from dynskip.engine.request import OutputSequence, Request, Span
 from dynskip.engine.text_rule import TextRule
 from dynskip.execution.executor import Predictions
+from dynskip.ops.choice import launch_choice
 from dynskip.routing.routes import PathRoute
 from dynskip.sampling import NOT_FINITE
 from dynskip.scheduler.outcome import Tally
@@ -134,7 +135,7 @@ class StepExecution:
                     continue
                 sequences = [span.sequence for span in run]
                 if len(attempts) == 1 and self._may_fly(sequences):
-                    self._launch(sequences, predictions.logits)
+                    self._launch(sequences, predictions)
                 else:
                     self._accept(sequences, predictions)
         self.drafting.end_step()
@@ -210,13 +211,12 @@ class StepExecution:
                 self._accept(accepted, predictions if are_all else predictions.of_rows(rows))
 
     def _may_fly(self, sequences: Sequence[OutputSequence]) -> bool:
-        """Whether the tokens of a decode step may be read late: the model's most likely ones are all that is asked for.
+        """Whether the tokens of a decode step may be read late: the device can choose them by itself.
 
         Not where a controller or a mask decides for each token: it would see tokens behind the last one.
         """
         return self.runner.reads_late and all(
-            sequence.params.greedy
-            and not sequence.params.changes_logits()
+            not sequence.params.changes_logits()
             and sequence.params.logprobs is None
             and sequence.path is not None
             and sequence.draft is None
@@ -224,10 +224,12 @@ class StepExecution:
             for sequence in sequences
         )
 
-    def _launch(self, sequences: list[OutputSequence], logits: Tensor) -> None:
+    def _launch(self, sequences: list[OutputSequence], predictions: Predictions) -> None:
         """Let the device choose the tokens of a decode step, and read those of the one before meanwhile."""
         begin_s = time.perf_counter()
-        before, self.in_flight = self.in_flight, TokensInFlight(sequences, logits)
+        choices = [sequence.choice_of(sequence.state.num_generated - 1) for sequence in sequences]
+        tokens = launch_choice(predictions.logits, choices, predictions.most_likely)
+        before, self.in_flight = self.in_flight, TokensInFlight(sequences, tokens)
         self.model_s += time.perf_counter() - begin_s
         if before is not None:
             self._land(before)

@@ -89,11 +89,6 @@ class RowCounts:
         self.on_device.zero_()
 
 
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """``host`` on ``device``, by a copy that is not waited for."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-
-
 def packed_positions(num_new_tokens: Sequence[int], device: torch.device) -> Tensor:
     """[N], int64: positions 0, 1, ... of each sequence, one sequence after another."""
     return torch.cat([torch.arange(count) for count in num_new_tokens]).to(device)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynskip.execution.step import Step, to_device
+from dynskip.execution.step import Step
+from dynskip.ops.transfer import to_device
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import Plan
 from dynskip.routing.routes import path_plan

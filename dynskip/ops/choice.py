@@ -1,7 +1,7 @@
 """The choice of next tokens for the rows of a batch, each by parameters of its own.
 
-On a CPU the C++ extension chooses. Where it is absent, and on other devices, the specification runs, which is the torch
-backend of this op; `resolve_backend` has warned of an absent extension by then.
+On a CPU the C++ extension chooses, on a GPU a Triton kernel. Where these are absent the specification runs, which is
+the torch backend of this op; `resolve_backend` has warned by then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dynskip.ops import choice_reference, native
+from dynskip.ops.backends import available_backends
 from dynskip.ops.checks import FLOAT_DTYPES
+from dynskip.ops.transfer import to_device
 from dynskip.sampling import Choice
 
 _FILTERS = attrgetter("temperature", "top_k", "top_p")
@@ -31,19 +33,24 @@ def choose_tokens(
 
     A row's token depends on that row and its choice alone. See `choice_reference.choose_tokens`.
     """
+    tokens: list[int] = launch_choice(logits, choices, likely, decoder).tolist()
+    return tokens
+
+
+def launch_choice(logits: Tensor, choices: Sequence[Choice], likely: Tensor | None = None, decoder: int = 0) -> Tensor:
+    """`[R], int64`: what `choose_tokens` returns, on the device of `logits`, which is not waited for."""
     if all(choice.params.greedy for choice in choices):
-        chosen = most_likely(logits) if likely is None else likely
-    else:
-        columns = choice_columns(choices, logits.shape[1], logits.device)
-        launchers, by = _launchers(logits), {"decoder": decoder} if decoder else {}
-        chosen = launchers.choose_tokens(logits, *columns, **by)
-    tokens: list[int] = chosen.tolist()
+        return most_likely(logits) if likely is None else likely
+    columns = choice_columns(choices, logits.shape[1], logits.device)
+    by = {"decoder": decoder} if decoder else {}
+    tokens: Tensor = _launchers(logits).choose_tokens(logits, *columns, **by)
     return tokens
 
 
 def most_likely(logits: Tensor) -> Tensor:
     """See `choice_reference.most_likely`."""
-    tokens: Tensor = _launchers(logits).most_likely(logits)
+    launchers = native if _is_native(logits) else choice_reference
+    tokens: Tensor = launchers.most_likely(logits)
     return tokens
 
 
@@ -55,7 +62,7 @@ def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.dev
     params, seeds, outputs, positions = zip(*choices, strict=True) if choices else ((),) * 4
     kept = _kept_columns(tuple(map(_FILTERS, params)), seeds, outputs, num_tokens, device)
     # By numpy, which reads lists of numbers several times as fast as torch.tensor does.
-    return *kept, torch.from_numpy(np.array(positions, np.int64)).to(device)
+    return *kept, to_device(torch.from_numpy(np.array(positions, np.int64)), device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -68,12 +75,27 @@ def _kept_columns(
 ) -> tuple[Tensor, ...]:
     """All columns but positions; the key is what they hold, so a row that is another in any of it has new ones."""
     temperatures, top_ks, top_ps = zip(*filters, strict=True) if filters else ((),) * 3
-    temperature, top_p = torch.from_numpy(np.array([temperatures, top_ps], np.float64)).to(device)
+    temperature, top_p = to_device(torch.from_numpy(np.array([temperatures, top_ps], np.float64)), device)
     integers = [[min(top_k or 0, num_tokens) for top_k in top_ks], seeds, outputs]
-    top_k, seed, output = torch.from_numpy(np.array(integers, np.int64)).to(device)
+    top_k, seed, output = to_device(torch.from_numpy(np.array(integers, np.int64)), device)
     return temperature, top_k, top_p, seed, output
 
 
 def _launchers(logits: Tensor) -> ModuleType:
-    on_cpu = logits.device.type == "cpu" and logits.dtype in FLOAT_DTYPES
-    return native if on_cpu and native.unavailable_reason() is None else choice_reference
+    """What draws tokens from ``logits``."""
+    if _is_native(logits):
+        return native
+    if logits.device.type == "cuda" and logits.dtype in FLOAT_DTYPES and _has_triton():
+        from dynskip.kernels import choose_tokens
+
+        return choose_tokens
+    return choice_reference
+
+
+def _is_native(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype in FLOAT_DTYPES and native.unavailable_reason() is None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return available_backends("cuda")["triton"] is None

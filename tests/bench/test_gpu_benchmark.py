@@ -342,7 +342,9 @@ def test_the_bound_of_paths_is_the_roofline_of_their_mix() -> None:
 def test_the_truth_knows_masks_and_gates() -> None:
     hf_model = random_hf_model(hf_config("tiny", 128))
     model = OPTForCausalLM.from_hf(hf_model, backend="torch", pack=False)
-    truth = Truth(hf_model, lambda: OPTForCausalLM.from_hf(copy.deepcopy(hf_model).double(), backend="torch", pack=False))
+    truth = Truth(
+        hf_model, lambda: OPTForCausalLM.from_hf(copy.deepcopy(hf_model).double(), backend="torch", pack=False)
+    )
     cpu = torch.device("cpu")
     workload = Workload.along([LayerPath.random(4, 2, seed) for seed in range(5)], 6, 2, 128, cpu)
     logits = model(workload.prompts, paths=list(workload.paths or ())).logits[:, -1]

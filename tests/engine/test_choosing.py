@@ -384,13 +384,18 @@ def test_logits_that_change_are_not_read_late() -> None:
     served = engine()
     requests = [
         served.add_route([5, 6], params, served_route(served), draft=None)
-        for params in (SamplingParams(), SamplingParams(min_tokens=2), SamplingParams(logit_bias={3: 1.0}))
+        for params in (
+            SamplingParams(),
+            SamplingParams(temperature=1.0, top_p=0.9),
+            SamplingParams(min_tokens=2),
+            SamplingParams(logit_bias={3: 1.0}),
+        )
     ]
     for request in requests:
         request.sequences[0].state.num_generated = 1  # as in a decode step
     served.runner.reads_late = True
     may_fly = StepExecution._may_fly
-    assert [may_fly(served.execution, request.sequences) for request in requests] == [True, False, False]
+    assert [may_fly(served.execution, request.sequences) for request in requests] == [True, True, False, False]
 
 
 def served_route(served: Any) -> Any:

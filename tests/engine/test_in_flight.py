@@ -54,7 +54,7 @@ def stopping(ask: Ask, place: int) -> Ask:
     return Ask(ask.prompt, plain(ask.params.max_tokens, stop_token_ids=[stop]), ask.path)
 
 
-NUM_PLAIN = 15
+NUM_PLAIN = 18
 
 
 def all_asks() -> list[Ask]:
@@ -64,6 +64,8 @@ def all_asks() -> list[Ask]:
     asks += [stopping(Ask(prompt, plain(12), PATHS[i % 4]), i + 1) for i, prompt in enumerate(PROMPTS)]
     asks += [Ask([*prefix, i], plain(7 + i), PATHS[2]) for i in (5, 6)]
     asks += [Ask(PROMPTS[0], plain(9, n=3), PATHS[1]), Ask(PROMPTS[1], plain(1), PATHS[3]), Ask([4, 5], plain(2))]
+    asks += [Ask(PROMPTS[2], drawn(8, 1, n=2, logprobs=None), PATHS[1])]
+    asks += [Ask(PROMPTS[i], drawn(7, i, logprobs=None, top_k=9, top_p=0.9), PATHS[i]) for i in (0, 3)]
     assert len(asks) == NUM_PLAIN
     asks += [Ask(PROMPTS[2], drawn(8, 1, n=2), PATHS[1]), Ask(PROMPTS[3], greedy(9), PATHS[0])]
     asks += [Ask(PROMPTS[4], plain(9), Parity(), {"kv_policy": name}) for name in ("evict", "share")]

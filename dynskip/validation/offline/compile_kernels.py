@@ -27,7 +27,7 @@ from dynskip.validation.offline.resources import complaint
 MAX_SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 DEFAULT_CAPABILITIES = (80, 90, 100)
 # Those with a kernel of Triton's.
-TRITON_OP_NAMES = OP_NAMES + tuple(name for name in ROW_OP_NAMES if name != "plan_rows")
+TRITON_OP_NAMES = (*OP_NAMES, *(name for name in ROW_OP_NAMES if name != "plan_rows"), "choose_tokens")
 # How the case of a launch ends whose lists of rows stand where those of most layers do: not at a multiple of 16 bytes.
 MISALIGNED = ", misaligned lists"
 # Bounds of rows for shapes that are compiled by name.

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from dynskip.kernels.choose_tokens import choose_tokens
 from dynskip.kernels.configs import KEYS, get_entries, use_configs
 from dynskip.kernels.launches import compile_only
 from dynskip.kernels.row_list import TUNED_BUCKETS
@@ -172,6 +173,10 @@ def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
         ("activate", {"x": draw.normal(8, 8 * size), "activation": shape.activation, "gated": shape.gated}),
     ):
         yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
+    columns = [
+        torch.zeros(4, dtype=column) for column in (torch.float64, torch.int64, torch.float64, *[torch.int64] * 3)
+    ]
+    yield Call("choose_tokens", name, functools.partial(choose_tokens, draw.normal(4, shape.vocab_size), *columns))
 
 
 def _row_op_calls(dtype: torch.dtype, name: str, max_rows: int, deterministic: bool) -> Iterator[Call]:
