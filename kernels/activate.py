@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 # tanh-GELU (arXiv 1606.08415): x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 * x ** 3), and half of one
@@ -67,11 +67,11 @@ def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     """
     num_rows, num_columns = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     out = torch.empty((num_rows, num_columns), dtype=x.dtype, device=x.device)
-    block = min(triton.next_power_of_2(max(num_columns, 1)), 1024)
+    block = min(next_power_of_2(max(num_columns, 1)), 1024)
     launch(
         "activate",
         activate_kernel,
-        (num_rows, triton.cdiv(num_columns, block)),
+        (num_rows, cdiv(num_columns, block)),
         (x, out),
         (x.stride(0), num_columns),
         ACTIVATION=activation,

@@ -12,7 +12,7 @@ from torch import Tensor
 from dynskip.kernels.attend_tokens import NO_SCORE, attend_tokens, attend_tokens_of_group, join_softmaxes
 from dynskip.kernels.configs import Config, get_config, pdl_options
 from dynskip.kernels.context_splits import LEAST_DOT, Splits, find_item, find_item_of_fixed_size, plan_splits
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import launch, next_power_of_2
 from dynskip.kernels.row_list import RowList, Workspace
 
 
@@ -285,7 +285,7 @@ def launch_attention(
         HAS_WINDOW=bias.window > 0,
         SPLIT_TOKENS=splits.split_tokens,
         TARGET_ITEMS=splits.target_items,
-        BLOCK_R=1 if splits.split_tokens else triton.next_power_of_2(max_rows),
+        BLOCK_R=1 if splits.split_tokens else next_power_of_2(max_rows),
         BLOCK_S=splits.block_s,
         BLOCK_H=splits.block_h,
         BLOCK_Q=splits.block_h if group == 1 else max(splits.block_h, LEAST_DOT),

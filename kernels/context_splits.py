@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dynskip.kernels.configs import Config, get_entries
+from dynskip.kernels.launches import cdiv, next_power_of_2
 
 LEAST_DOT = 16
 """The least size of a matrix that tensor cores multiply, along each of its sides."""
@@ -49,19 +50,19 @@ def plan_splits(
     A program has BLOCK_C values of a token: so many heads; or, where several queries share a head of keys and values,
     that head alone, and of as many tokens more.
     """
-    block_d = triton.next_power_of_2(head_size)
+    block_d = next_power_of_2(head_size)
     block_s = config["BLOCK_S"]
     if num_heads == num_kv_heads:
-        block_h = min(max(config["BLOCK_C"] // block_d, 1), triton.next_power_of_2(num_heads))
-        num_groups = triton.cdiv(num_heads, block_h)
+        block_h = min(max(config["BLOCK_C"] // block_d, 1), next_power_of_2(num_heads))
+        num_groups = cdiv(num_heads, block_h)
     else:
         block_d = max(block_d, LEAST_DOT)
-        block_h = triton.next_power_of_2(num_heads // num_kv_heads)
+        block_h = next_power_of_2(num_heads // num_kv_heads)
         num_groups = num_kv_heads
         block_s = max(block_s * max(config["BLOCK_C"] // block_d, 1), LEAST_DOT)
     target_items = max(config["TARGET_PROGRAMS"] // num_groups, 1)
     split_tokens = config["SPLIT_TOKENS"] if deterministic else 0
-    num_items = max_rows * max(triton.cdiv(max_context_len, split_tokens or block_s), 1)
+    num_items = max_rows * max(cdiv(max_context_len, split_tokens or block_s), 1)
     if not deterministic:
         num_items = min(num_items, target_items + max_rows)
     return Splits(num_groups, num_items, target_items, split_tokens, block_h, block_d, block_s)

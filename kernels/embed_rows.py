@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 from dynskip.kernels.row_list import RowList
 
 
@@ -64,11 +64,11 @@ def embed_rows(
     num_columns = out.shape[1]
     stride_position = 0 if position_table is None else position_table.stride(0)
     config = get_config("embed_rows", out.device, out.dtype, rows.max_rows)
-    block = min(triton.next_power_of_2(num_columns), 1024)
+    block = min(next_power_of_2(num_columns), 1024)
     launch(
         "embed_rows",
         embed_rows_kernel,
-        (rows.max_rows, triton.cdiv(num_columns, block)),
+        (rows.max_rows, cdiv(num_columns, block)),
         (token_ids, position_ids, rows.ids, token_table, position_table, out),
         (position_offset, token_table.stride(0), stride_position, out.stride(0), num_columns),
         BLOCK_C=block,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import launch, next_power_of_2
 from dynskip.kernels.row_list import RowList
 
 
@@ -58,7 +58,7 @@ def gate_rows(x: Tensor, rows: RowList, weight: Tensor, bias: Tensor | None, act
         (rows.max_rows,),
         (x, rows.ids, weight, bias, active),
         (x.stride(0), x.shape[1]),
-        BLOCK_C=min(triton.next_power_of_2(x.shape[1]), 2048),
+        BLOCK_C=min(next_power_of_2(x.shape[1]), 2048),
         num_warps=config["num_warps"],
         **pdl_options(config, x.device),
     )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
@@ -41,11 +41,11 @@ def kv_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """
     num_rows, num_heads, head_size = k.shape
     row_size = num_heads * head_size
-    block = min(triton.next_power_of_2(max(row_size, 1)), 1024)
+    block = min(next_power_of_2(max(row_size, 1)), 1024)
     launch(
         "kv_store",
         kv_store_kernel,
-        (num_rows, triton.cdiv(row_size, block)),
+        (num_rows, cdiv(row_size, block)),
         (k, v, k_cache, v_cache, slot_mapping),
         (k.stride(0), v.stride(0), row_size),
         BLOCK_C=block,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch
 from dynskip.kernels.one_row import launch_one_row
 from dynskip.kernels.row_list import RowList, Workspace
 from dynskip.kernels.row_tiles import find_rows, multiply_rows, tile_constants, wait_for_earlier_kernels
@@ -107,7 +107,7 @@ def linear_add_rows(
     if config["BLOCK_M"] == 1:
         launch_one_row("linear_add_rows", config, x, rows, None, weight, bias, residual, add=True)
         return
-    grid = triton.cdiv(rows.max_rows, config["BLOCK_M"]), triton.cdiv(num_columns, config["BLOCK_N"]), config["SPLIT_K"]
+    grid = cdiv(rows.max_rows, config["BLOCK_M"]), cdiv(num_columns, config["BLOCK_N"]), config["SPLIT_K"]
     num_tiles = grid[0] * grid[1]
     if config["SPLIT_K"] > 1:
         num_floats = num_tiles * config["SPLIT_K"] * config["BLOCK_M"] * config["BLOCK_N"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynskip.kernels.activate import activated
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 from dynskip.kernels.norm_rows import norm_rows, normalise_rows
 from dynskip.kernels.one_row import fuses_norm, launch_one_row
 from dynskip.kernels.row_list import RowList, RowNorm
@@ -220,14 +220,14 @@ def _launch(
     if caches is not None:
         key_size = caches.k_cache.shape[1] * caches.k_cache.shape[2]
         query_size = num_columns - 2 * key_size
-    norm_tile_rows = min(config["BLOCK_M"], triton.next_power_of_2(rows.max_rows))
-    norm_chunk = triton.next_power_of_2(depth)
+    norm_tile_rows = min(config["BLOCK_M"], next_power_of_2(rows.max_rows))
+    norm_chunk = next_power_of_2(depth)
     if norm_chunk * norm_tile_rows > MAX_NORM_TILE:
         norm_chunk = max(MAX_NORM_TILE // 2 // norm_tile_rows, 16)
     launch(
         op,
         linear_rows_kernel,
-        (triton.cdiv(rows.max_rows, config["BLOCK_M"]), triton.cdiv(num_columns, config["BLOCK_N"])),
+        (cdiv(rows.max_rows, config["BLOCK_M"]), cdiv(num_columns, config["BLOCK_N"])),
         (x, rows.ids, rows.num, norm_weight, norm_bias, normed, weight, bias, out, *(caches or [None] * 4)),
         (*strides, num_columns // 2 if gated else num_columns, depth, query_size, key_size, eps, rows.max_rows),
         RMS=rms,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import launch, next_power_of_2
 from dynskip.kernels.row_list import RowList, RowNorm
 
 
@@ -136,7 +136,7 @@ def norm_rows(x: Tensor, rows: RowList, norm: RowNorm, out: Tensor, deterministi
     """
     config = get_config("norm_rows", x.device, x.dtype, rows.max_rows, None, deterministic)
     # A thread holds 32 values at most: more of a long row would leave it without registers.
-    num_warps = max(config["num_warps"], min(triton.next_power_of_2(x.shape[1]) // 1024, 16))
+    num_warps = max(config["num_warps"], min(next_power_of_2(x.shape[1]) // 1024, 16))
     options = pdl_options(config, x.device)
     _launch("norm_rows", x, rows.ids, rows.max_rows, norm, out, PACKED=False, num_warps=num_warps, **options)
 
@@ -150,7 +150,7 @@ def gather_layer_norm(
     """
     num_rows = x.shape[0] if row_ids is None else row_ids.shape[0]
     out = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
-    num_warps = min(max(triton.next_power_of_2(x.shape[1]) // 512, 1), 16)
+    num_warps = min(max(next_power_of_2(x.shape[1]) // 512, 1), 16)
     norm = RowNorm(weight, bias, eps, rms)
     _launch("gather_layer_norm", x, row_ids, num_rows, norm, out, PACKED=True, num_warps=num_warps, USE_PDL=False)
     return out
@@ -166,6 +166,6 @@ def _launch(
         (x, ids, norm.weight, norm.bias, out),
         (x.stride(0), out.stride(0), x.shape[1], norm.eps),
         RMS=norm.rms,
-        BLOCK_C=triton.next_power_of_2(x.shape[1]),
+        BLOCK_C=next_power_of_2(x.shape[1]),
         **options,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynskip.kernels.activate import activated
 from dynskip.kernels.configs import Config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 from dynskip.kernels.row_list import RowList, RowNorm
 from dynskip.kernels.row_tiles import store_parts
 
@@ -220,7 +220,7 @@ def launch_one_row(
     x: normalised already where norm is None. Sums are float32, in an order of their own.
     """
     num_columns, depth = weight.shape
-    block_k = max(min(config["BLOCK_K"], triton.next_power_of_2(depth)), _LEAST_K)
+    block_k = max(min(config["BLOCK_K"], next_power_of_2(depth)), _LEAST_K)
     block_n = max(config["BLOCK_N"], 2) if gated else config["BLOCK_N"]
     norm_weight, norm_bias, eps, rms = norm or RowNorm(None, None, 0.0)
     query_size, key_size = 0, 0
@@ -230,7 +230,7 @@ def launch_one_row(
     launch(
         op,
         one_row_kernel,
-        (rows.max_rows, min(triton.cdiv(num_columns, block_n), max(_NUM_WARPS // config["num_warps"], 1))),
+        (rows.max_rows, min(cdiv(num_columns, block_n), max(_NUM_WARPS // config["num_warps"], 1))),
         (x, rows.ids, rows.num, norm_weight, norm_bias, weight, bias, out, *(caches or [None] * 4)),
         (x.stride(0), out.stride(0), num_columns // 2 if gated else num_columns, depth, query_size, key_size, eps),
         RMS=rms,

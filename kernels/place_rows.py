@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch
 from dynskip.kernels.row_list import RowList
 
 _BLOCK_R = 128
@@ -40,7 +40,7 @@ def place_rows(rows: RowList, slots: Tensor, position_ids: Tensor, slot_position
     launch(
         "place_rows",
         place_rows_kernel,
-        (triton.cdiv(rows.max_rows, _BLOCK_R),),
+        (cdiv(rows.max_rows, _BLOCK_R),),
         (rows.ids, slots, position_ids, slot_positions),
         (rows.max_rows,),
         BLOCK_R=_BLOCK_R,

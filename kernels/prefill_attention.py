@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynskip.kernels.attend_tokens import LOG2_E, NO_SCORE
 from dynskip.kernels.configs import get_config
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import launch, next_power_of_2
 
 # The sequences that a program looks at side by side, in search of its own: up to so many, one kernel. A loop over fewer
 # at a time would spill on sm_80 or sm_100.
@@ -198,7 +198,7 @@ def prefill_attention(
     # One config for any number of rows: a sequence does not depend on the others.
     config = get_config("prefill_attention", q.device, q.dtype, max(num_rows, 1), deterministic=True)
     block_m = config["BLOCK_M"]
-    block_d = max(triton.next_power_of_2(head_size), 16)
+    block_d = max(next_power_of_2(head_size), 16)
     launch(
         "prefill_attention",
         prefill_attention_kernel,
@@ -213,7 +213,7 @@ def prefill_attention(
         # BLOCK_N is for heads of at most 64: wider ones take as many keys fewer, in as many registers.
         BLOCK_N=max(config["BLOCK_N"] * 64 // max(block_d, 64), 16),
         BLOCK_D=block_d,
-        BLOCK_B=max(_BLOCK_B, triton.next_power_of_2(num_sequences)),
+        BLOCK_B=max(_BLOCK_B, next_power_of_2(num_sequences)),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )

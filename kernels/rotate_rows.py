@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import get_config, pdl_options
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 from dynskip.kernels.row_list import RowList
 
 # The values that a program turns: heads are taken together up to as many.
@@ -162,7 +162,7 @@ def rotate_rows(
     launch(
         "rotate_rows",
         rotate_rows_kernel,
-        (rows.max_rows, triton.cdiv(num_heads, block) + triton.cdiv(num_kv_heads, block)),
+        (rows.max_rows, cdiv(num_heads, block) + cdiv(num_kv_heads, block)),
         (q, rows.ids, k_cache, slots, position_ids, cos_sin, q_weight, k_weight),
         (q.stride(0), cos_sin.stride(0), eps),
         NUM_HEADS=num_heads,
@@ -186,7 +186,7 @@ def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | No
     launch(
         "rotate",
         rotate_kernel,
-        (num_rows, triton.cdiv(num_heads, tiles["BLOCK_H"])),
+        (num_rows, cdiv(num_heads, tiles["BLOCK_H"])),
         (x, position_ids, cos_sin, weight),
         (x.stride(0), cos_sin.stride(0), eps),
         NUM_HEADS=num_heads,
@@ -198,10 +198,10 @@ def rotate(x: Tensor, position_ids: Tensor, cos_sin: Tensor, weight: Tensor | No
 
 
 def _tiles(num_heads: int, head_size: int, rotary_size: int) -> dict[str, int]:
-    most = max(_BLOCK_C // triton.next_power_of_2(head_size), 1)
+    most = max(_BLOCK_C // next_power_of_2(head_size), 1)
     num_others = head_size - rotary_size
     return {
-        "BLOCK_H": min(most, triton.next_power_of_2(num_heads)),
-        "BLOCK_E": triton.next_power_of_2(rotary_size // 2),
-        "BLOCK_D": triton.next_power_of_2(num_others) if num_others else 0,
+        "BLOCK_H": min(most, next_power_of_2(num_heads)),
+        "BLOCK_E": next_power_of_2(rotary_size // 2),
+        "BLOCK_D": next_power_of_2(num_others) if num_others else 0,
     }

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynskip.kernels.configs import Config
+from dynskip.kernels.launches import cdiv, next_power_of_2
 
 _LEAST_PREFETCH = 64  # of 16-bit weights a line of L2
 
@@ -191,8 +192,8 @@ def prefetch_depth(config: Config, weight: Tensor, num_parts: int) -> int:
     is shared with the kernel that still runs.
     """
     num_columns, depth = weight.shape
-    part = triton.cdiv(triton.cdiv(depth, config["BLOCK_K"]), num_parts) * config["BLOCK_K"]
+    part = cdiv(cdiv(depth, config["BLOCK_K"]), num_parts) * config["BLOCK_K"]
     most = (config["PREFETCH_MIB"] << 20) // (num_columns * num_parts * weight.itemsize)
     if min(config["PREFETCH_K"], most) < _LEAST_PREFETCH:
         return 0
-    return max(min(config["PREFETCH_K"], triton.next_power_of_2(part), 1 << (most.bit_length() - 1)), _LEAST_PREFETCH)
+    return max(min(config["PREFETCH_K"], next_power_of_2(part), 1 << (most.bit_length() - 1)), _LEAST_PREFETCH)

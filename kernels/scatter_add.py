@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynskip.kernels.launches import launch
+from dynskip.kernels.launches import cdiv, launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize_on_alignment=["row_ids_ptr"])
@@ -30,11 +30,11 @@ def scatter_add(x: Tensor, row_ids: Tensor | None, y: Tensor) -> None:
     The sum is float32, rounded once. Cost: reads 2 * R * C values, writes R * C.
     """
     num_rows, num_columns = y.shape
-    block = min(triton.next_power_of_2(max(num_columns, 1)), 1024)
+    block = min(next_power_of_2(max(num_columns, 1)), 1024)
     launch(
         "scatter_add",
         scatter_add_kernel,
-        (num_rows, triton.cdiv(num_columns, block)),
+        (num_rows, cdiv(num_columns, block)),
         (x, row_ids, y),
         (x.stride(0), y.stride(0), num_columns),
         BLOCK_C=block,

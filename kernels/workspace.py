@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import triton
 
 from dynskip.kernels.configs import get_entries
 from dynskip.kernels.context_splits import workspace_sizes as attention_workspace
+from dynskip.kernels.launches import cdiv
 from dynskip.kernels.row_list import Workspace
 
 _DTYPES = (torch.bfloat16, torch.float32)  # one of each size: configs know no other difference
@@ -50,5 +50,5 @@ def _linear_add_needs(
             for entry in get_entries("linear_add_rows", device, dtype, deterministic):
                 config, rows = entry.config, min(max_rows, entry.max_rows or max_rows)
                 for num_columns, _ in sizes:
-                    num_tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(num_columns, config["BLOCK_N"])
+                    num_tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(num_columns, config["BLOCK_N"])
                     yield num_tiles * config["SPLIT_K"] * config["BLOCK_M"] * config["BLOCK_N"], num_tiles
