@@ -18,9 +18,10 @@ from dynskip import CausalLM, LayerPath, SamplingParams
 from dynskip.controllers import HiddenStateGate, TokenContext
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
+from dynskip.execution import graphs as graphs_module
 from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.fused import FusedDecode
-from dynskip.execution.graphs import WHOLE_STEP_AFTER, GraphedDecode
+from dynskip.execution.graphs import GraphedDecode
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.step_shape import StepShape
 from dynskip.execution.turns import rows_step
@@ -44,11 +45,18 @@ FUSED_VARIANTS = [
 ]
 ONE_A_FAMILY = list({family: (family, name) for family, name in reversed(FUSED_VARIANTS)}.values())
 PROMPTS = random_prompts([5, 1, 9, 3, 7])
+WHOLE_STEP_AFTER = 4
 PARAMS = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (6, 9, 1, 4, 9)]
 PATHS = [LayerPath.parse(text, NUM_LAYERS) for text in ("full", "uniform:3", "exit:2", "layers:0,5", "uniform:3")]
 MASK = torch.rand(len(PROMPTS), 20, NUM_LAYERS, generator=torch.Generator().manual_seed(3)) < 0.5
 MASK[1, :, 2] = MASK[:, 4:, 3] = False  # layers without any row in some steps
 GATE = HiddenStateGate(torch.randn(NUM_LAYERS, 2, 32, generator=torch.Generator().manual_seed(4)))
+
+
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are captured whole sooner."""
+    monkeypatch.setattr(graphs_module, "WHOLE_STEP_AFTER", WHOLE_STEP_AFTER)
 
 
 class EagerGraphs:
@@ -441,6 +449,18 @@ class TestGraphs:
     def shape(self, *paths: str) -> StepShape:
         plan = Plan.per_sequence([LayerPath.parse(f"layers:{path}", NUM_LAYERS) for path in paths], [1] * len(paths))
         return StepShape.of(plan)
+
+    def test_layers_of_the_same_bounds_are_warmed_up_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoder = self.decoder()
+        warmed: list[tuple[int, ...]] = []
+        monkeypatch.setattr(
+            decoder, "warm_up", lambda shape: warmed.append(tuple(bounds.max_run for bounds in shape.layers))
+        )
+        graphed = GraphedDecode(decoder, EagerGraphs())
+        for paths in (("0,5", "0,5"), ("0,3", "0"), ("1,2", "1,2"), ("0", "0", "0"), ("4,5", "4,5", "4,5")):
+            graphed.run(self.shape(*paths))
+        graphed.run_whole(self.shape("3", "4"))
+        assert warmed == [(2,), (1,), (4,)]
 
     def test_layers_without_rows_are_not_launched_and_graphs_are_shared(self) -> None:
         graphs = EagerGraphs()
