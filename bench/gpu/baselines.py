@@ -7,6 +7,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu.workloads import Workload
 from dynskip.causal_lm import CausalLM
@@ -124,5 +125,7 @@ def _project(layer: DecoderLayer, x: Tensor, positions: Positions) -> tuple[Tens
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, mask, scale=scale, enable_gqa=True)
+    # Not by cuDNN, which plans anew for each shape, and contexts grow.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        attended = F.scaled_dot_product_attention(q[:, :, None], keys, values, mask, scale=scale, enable_gqa=True)
     return attended.reshape(q.shape)

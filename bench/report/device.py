@@ -61,11 +61,17 @@ class DeviceReport:
 
     @property
     def latest(self) -> tuple[Run, ...]:
-        """The last run of each part and shape, in the order in which they first ran."""
-        return tuple({run.title: run for run in self.runs}.values())
+        """The last rows of each part, shape and batch, by run; parts in the order in which they first ran."""
+        last = {(run.title, row.batch): run for run in self.runs for row in run.rows}
+        titles = list(dict.fromkeys(run.title for run in self.runs))
+        kept = [
+            Run(run.conditions, tuple(row for row in run.rows if last[run.title, row.batch] is run))
+            for run in sorted(self.runs, key=lambda run: titles.index(run.title))
+        ]
+        return tuple(run for run in kept if run.rows)
 
     def page(self) -> str:
-        """What stands in ``<card>.md``: the last run of each part and shape."""
+        """What stands in ``<card>.md``: the last rows of each part, shape and batch."""
         text = f"# {self.runs[-1].conditions['gpu']}\n"
         for run in self.latest:
             header = ("rows", "what", "dynskip us", "other us", "value", "target", "verdict")

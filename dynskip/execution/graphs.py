@@ -40,8 +40,8 @@ class _Seen:
 class Graphs(Protocol):
     """Makes and launches graphs."""
 
-    def capture(self, launch: Callable[[], None]) -> Any:
-        """A graph of what ``launch`` launches; nothing runs."""
+    def capture(self, *launches: Callable[[], None]) -> list[Any]:
+        """A graph of what each of ``launches`` launches; nothing runs."""
         ...
 
     def replay(self, graphs: Sequence[Any]) -> None:
@@ -63,10 +63,15 @@ class CudaGraphs:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.num_bytes = 0
 
-    def capture(self, launch: Callable[[], None]) -> Any:
+    def capture(self, *launches: Callable[[], None]) -> list[Any]:
         """See `Graphs.capture`."""
-        graph = torch.cuda.CUDAGraph()
         free_before = self._free_bytes()
+        graphs = [self._capture(launch) for launch in launches]
+        self.num_bytes += max(free_before - self._free_bytes(), 0)
+        return graphs
+
+    def _capture(self, launch: Callable[[], None]) -> Any:
+        graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph, which waits for the device and gives torch's unused memory back to it: that takes longer
         # than the capture, and hides what the graph takes.
         with torch.cuda.stream(self.stream):
@@ -75,7 +80,6 @@ class CudaGraphs:
                 launch()
             finally:
                 graph.capture_end()
-        self.num_bytes += max(free_before - self._free_bytes(), 0)
         return graph
 
     def replay(self, graphs: Sequence[Any]) -> None:
@@ -195,14 +199,14 @@ class GraphedDecode:
             window, decides = self.fused.layers[bounds.layer].window, bounds.layer not in always
             alike.setdefault((bounds.max_run, bounds.max_kv, window, decides), bounds)
         whole = shape.max_rows, shape.kv_policy, shape.controller_id
-        new = {(*whole, *kind): bounds for kind, bounds in alike.items() if (*whole, *kind) not in self._warm}
+        new = {(whole, kind): bounds for kind, bounds in alike.items() if (whole, kind) not in self._warm}
         if new or whole not in self._warm:
             self.fused.warm_up(replace(shape, layers=tuple(new.values())))
             self._warm |= {whole, *new}
 
     def _capture_step(self, shape: StepShape, head: bool) -> Any:
         self._warm_up(shape)
-        graph = self.graphs.capture(functools.partial(self.fused.run, shape, head=head))
+        (graph,) = self.graphs.capture(functools.partial(self.fused.run, shape, head=head))
         self._steps[(shape, head)] = graph
         while len(self._steps) > self.max_step_graphs:
             dropped, _ = self._steps.popitem(last=False)
@@ -220,10 +224,10 @@ class GraphedDecode:
         parts += [(layer, functools.partial(fused.layer, shape, layer)) for layer in shape.layers]
         if head:
             parts.append((("head", shape.max_rows), lambda: fused.head(shape.max_rows)))
-        for key, launch in parts:
-            if key not in self._parts:
-                self._warm_up(shape)
-                self._parts[key] = self.graphs.capture(launch)
+        new = {key: launch for key, launch in parts if key not in self._parts}
+        if new:
+            self._warm_up(shape)
+            self._parts |= dict(zip(new, self.graphs.capture(*new.values()), strict=True))
         return [self._parts[key] for key, _ in parts]
 
 

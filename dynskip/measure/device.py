@@ -89,9 +89,9 @@ class RepeatedLaunches:
 
     num_bytes = 0
 
-    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """``launch``."""
-        return launch
+    def capture(self, *launches: Callable[[], None]) -> list[Callable[[], None]]:
+        """``launches``."""
+        return [*launches]
 
     def replay(self, graphs: Sequence[Callable[[], None]]) -> None:
         """Call ``graphs`` one after the other."""

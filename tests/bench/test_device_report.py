@@ -47,15 +47,18 @@ def test_rows_survive_their_file_run_by_run(tmp_path: Path) -> None:
     assert path.name == "nvidia-test.jsonl"
     written(tmp_path, SKIPPED, part="prefill")
     written(tmp_path, replace(ROW, value=0.9), commit="def")
+    written(tmp_path, replace(ROW, batch=77), commit="ghi")
     report = DeviceReport.read(path)
-    assert [run.part for run in report.runs] == ["decode", "prefill", "decode"]
+    assert [run.part for run in report.runs] == ["decode", "prefill", "decode", "decode"]
     first, failed = report.runs[0].rows
     assert first == ROW
     assert failed.failure == FAILED.failure and failed.value != failed.value and failed.passed is None
-    assert [run.conditions["commit"] for run in report.latest] == ["def", "abc"]
+    # A later run takes the place of rows of the same batch, and of no others.
+    assert [run.conditions["commit"] for run in report.latest] == ["abc", "def", "ghi", "abc"]
+    assert [run.rows for run in report.latest[:2]] == [report.runs[0].rows[1:], report.runs[2].rows]
     # Another shape is no later run of the same.
     latest = DeviceReport.read(written(tmp_path, ROW, shape="other")).latest
-    assert [run.title for run in latest] == ["tiny, decode", "tiny, prefill", "other, decode"]
+    assert [run.title for run in latest] == [*["tiny, decode"] * 3, "tiny, prefill", "other, decode"]
 
 
 def test_a_failed_row_is_valid_json_without_numbers(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_a_cpu_stands_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     again()
     assert calls[5:] == [2, 2]
     graphs = RepeatedLaunches()
-    graphs.replay([graphs.capture(lambda: calls.append(3)), graphs.capture(lambda: calls.append(4))])
+    graphs.replay(graphs.capture(lambda: calls.append(3), lambda: calls.append(4)))
     assert calls[7:] == [3, 4]
     samples = device.time_in_turns(cpu, {"a": lambda: None, "b": lambda: None}, num_rounds=3, num_repeats=2)
     assert [sample.num_samples for sample in samples.values()] == [3, 3]

@@ -67,9 +67,9 @@ class EagerGraphs:
         self.replays: list[int] = []
         self.num_bytes = 0
 
-    def capture(self, launch: Callable[[], None]) -> Any:
-        self.num_captured += 1
-        return launch
+    def capture(self, *launches: Callable[[], None]) -> list[Any]:
+        self.num_captured += len(launches)
+        return [*launches]
 
     def replay(self, graphs: Sequence[Any]) -> None:
         self.replays.append(len(graphs))

@@ -104,12 +104,13 @@ class FakeGpu:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.free_bytes = 1000
+        self.num_asked = 0
         fakes = {
             "graph_pool_handle": lambda: (0, 1),
             "Stream": lambda device: "side",
             "stream": self.stream,
             "CUDAGraph": lambda: self,
-            "mem_get_info": lambda device: (self.free_bytes, 2000),
+            "mem_get_info": self.mem_get_info,
             "synchronize": lambda device=None: self.events.append("wait"),
             "empty_cache": lambda: self.events.append("empty"),
         }
@@ -121,6 +122,10 @@ class FakeGpu:
         self.events.append(f"on {stream}")
         yield
         self.events.append(f"off {stream}")
+
+    def mem_get_info(self, device: object) -> tuple[int, int]:
+        self.num_asked += 1
+        return self.free_bytes, 2000
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         assert pool == (0, 1) and capture_error_mode == "thread_local"
@@ -135,9 +140,10 @@ def test_a_capture_waits_for_nothing_and_counts_what_it_took(monkeypatch: pytest
     gpu = FakeGpu(monkeypatch)
     graphs = CudaGraphs(torch.device("cuda", 0))
     for count in (1, 2):
-        assert graphs.capture(lambda: gpu.events.append("launch")) is gpu
-        assert graphs.num_bytes == 30 * count
-    assert gpu.events == ["on side", "begin", "launch", "end", "off side"] * 2
+        launches = [lambda: gpu.events.append("launch")] * count
+        assert graphs.capture(*launches) == [gpu] * count
+        assert graphs.num_bytes == (30, 90)[count - 1] and gpu.num_asked == 2 * count, "asked once for all of them"
+    assert gpu.events == ["on side", "begin", "launch", "end", "off side"] * 3
 
 
 def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
