@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import os
 import re
@@ -54,6 +55,7 @@ from dynskip.ops.row_ops import ROW_OP_NAMES, get_row_ops
 
 NO_DEVICE = ["--device", "cpu", "--tiny"]
 BESIDE = ["--shape", parts.BESIDE]
+CPU_MODEL = host.cpu_model
 LLAMA = f"tiny-{parts.BESIDE}"
 PARTS: dict[str, Callable[[Sequence[str]], int]] = {
     "kernels": time_kernels.main,
@@ -138,7 +140,7 @@ def test_the_kernels_run_in_the_parts_that_time_them(
         pytest.skip("the parts themselves run on this machine's GPU")
     for name in ("tiny", LLAMA):
         monkeypatch.setitem(SHAPES, name, replace(SHAPES[name], num_layers=2))
-    few = {"num_rounds": 1, "num_repeats": 1, "context_len": 3, "batches": (2,), "mask_batches": (2,)}
+    few = {"num_rounds": 1, "num_repeats": 1, "context_len": 3, "batches": (2,), "mask_batches": (2,), "vocab_size": 16}
     monkeypatch.setattr(time_decode, "TINY", replace(time_decode.TINY, **few))
     # Two copies, each launch made thrice: rounds and repeats are the same code with the reference's ops, above.
     few = {"num_rounds": 1, "num_repeats": 1, "movement_bytes": 2**12}
@@ -689,8 +691,8 @@ def test_a_step_that_hangs_leaves_time_for_the_others(tmp_path: Path, monkeypatc
     hangs = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
     )
-    part = parts.Part("decode", "x", 9, python(hangs, "print('two')", "print('three')", "print('four')"), ())
-    outcome = run.run_part(part, part.steps, run.Log(tmp_path / "log.txt"), 9)
+    part = parts.Part("decode", "x", 6, python(hangs, "print('two')", "print('three')", "print('four')"), ())
+    outcome = run.run_part(part, part.steps, run.Log(tmp_path / "log.txt"), 6)
     assert outcome.verdict == "TIME LIMIT" and outcome.seconds < 30
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert {"decode| begun", "decode| stopped at its time limit", "decode| two", "decode| four"} <= set(lines)
@@ -772,14 +774,30 @@ def test_a_limit_reached_becomes_a_row_with_a_reason(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def rehearse(only: str, directory: Path, monkeypatch: pytest.MonkeyPatch, **broken: parts.Part) -> dict[str, str]:
-    """The verdicts of a rehearsal of ``only``, a CPU in place of the card, with ``broken`` parts in place of theirs."""
-    make_parts = parts.make_parts
-    monkeypatch.setattr(run, "make_parts", lambda *arguments: make_parts(*arguments) | broken)
+def rehearse(
+    only: str, directory: Path, monkeypatch: pytest.MonkeyPatch, here: Sequence[str] = (), **broken: parts.Part
+) -> dict[str, str]:
+    """The verdicts of a rehearsal of ``only``, a CPU in place of the card, with ``broken`` parts in place of theirs.
+
+    here: parts whose commands run in this process: those that another part starts in one of its own, asked otherwise.
+    """
+    made: dict[str, parts.Part] = {}
+
+    def make_parts(*arguments: Any, make: Callable[..., dict[str, parts.Part]] = parts.make_parts) -> Any:
+        made.update(make(*arguments))
+        stubs = {name: replace(made[name], rehearsal=python("print('in the process of the tests')")) for name in here}
+        return made | broken | stubs
+
+    monkeypatch.setattr(run, "make_parts", make_parts)
     status = run.main(["--dry-run", "--only", only, "--out", str(directory), "--commit", "abc"])
     lines = (directory / "summary.txt").read_text().splitlines()
     found = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert status == int(any(not verdict.startswith("ok") for verdict in found.values()))
+    monkeypatch.setattr(host, "cpu_model", CPU_MODEL)  # to the files of those processes
+    for name in here:
+        for interpreter, option, module, *arguments in made[name].rehearsal:
+            assert (interpreter, option) == (sys.executable, "-m")
+            assert importlib.import_module(module).main(arguments) == 0
     files = sorted(path for path in directory.rglob("*"))
     assert len(files) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", path.name) for path in files), files
     return found
@@ -790,7 +808,7 @@ def test_the_first_call_is_rehearsed_with_a_crash_in_one_part(tmp_path: Path, mo
     """A process that dies, as after an error that its device does not survive: what it had recorded stays."""
     crash = "import os; print('begun', flush=True); os.abort()"
     broken = parts.Part("matrices", "x", 60, (), python(crash))
-    verdicts = rehearse("first", tmp_path, monkeypatch, matrices=broken)
+    verdicts = rehearse("first", tmp_path, monkeypatch, ["full-llama"], matrices=broken)
     assert list(verdicts)[:4] == ["build", "smoke", "paths", "matrices"]
     assert verdicts.pop("matrices").startswith("FAILED (-6)")
     assert all(verdict.startswith("ok") for verdict in verdicts.values()), (tmp_path / "log.txt").read_text()
@@ -809,7 +827,8 @@ def test_the_second_call_is_rehearsed_with_a_hang_in_one_part(tmp_path: Path, mo
     monkeypatch.setattr(run, "GRACE_S", 1)
     broken = parts.Part("full", "x", 0.1, (), python("import time; time.sleep(600)"))
     rehearsed_above = parts.Part("smoke", "x", 60, (), python("print('in the first call')"))
-    verdicts = rehearse("second", tmp_path, monkeypatch, full=broken, smoke=rehearsed_above)
+    here = ["mixes", "layer", "mixes-llama"]
+    verdicts = rehearse("second", tmp_path, monkeypatch, here, full=broken, smoke=rehearsed_above)
     assert list(verdicts) == ["build", *re.split(r"[,+]", run.PLANS["second"].order)]
     assert verdicts.pop("full").startswith("TIME LIMIT")
     for name in [name for name in verdicts if name.startswith("table-") and name != "table-no-pdl"]:
