@@ -13,7 +13,7 @@ import numpy as np
 
 from dynskip.evaluation.routers.gain_share import captured_share
 from dynskip.evaluation.routers.path_router import Integers, PredictorName
-from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean
+from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean, medians
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.path_families import choices, notes_on_choices
@@ -155,4 +155,4 @@ def _over_static_mix(task: Problem, chosen: Integers, cost: float) -> Interval:
 
 
 def _median(samples: Sequence[float]) -> Interval:
-    return bootstrap(np.median, np.array(samples, dtype=np.float64))
+    return bootstrap(medians, np.array(samples, dtype=np.float64), batched=True)

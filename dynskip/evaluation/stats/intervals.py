@@ -159,6 +159,11 @@ def bootstrap(
     return bca(value, *(np.asarray(np.concatenate(parts), dtype=np.float64) for parts in (drawn, left_out)))
 
 
+def medians(values: Floats) -> Any:
+    """[S]: the medians of S resamples [S, N], for `bootstrap`."""
+    return np.median(values, axis=-1)
+
+
 @lru_cache(maxsize=2)
 def resampled_counts(num_seqs: int, resamples: int, seed: int) -> Floats:
     """[resamples, N]: how often each of N sequences is drawn in each resample; rows sum to N. Not to be written to."""

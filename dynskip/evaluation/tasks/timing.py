@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dynskip.engine.closed_batch import Generation
-from dynskip.evaluation.stats.intervals import Interval, bootstrap
+from dynskip.evaluation.stats.intervals import Interval, bootstrap, medians
 from dynskip.evaluation.stats.knapsack import Integers
 from dynskip.evaluation.stats.oracle_controls import dealt
 from dynskip.evaluation.sweep.context import Context
@@ -147,6 +147,6 @@ def read_timings(store: ItemStore, item: WorkItem, baseline: str) -> dict[str, d
         "ms_saved": {label: times[baseline] - rounds for label, rounds in times.items()},
     }
     return {
-        metric: {label: bootstrap(np.median, values) for label, values in by_label.items()}
+        metric: {label: bootstrap(medians, values, batched=True) for label, values in by_label.items()}
         for metric, by_label in measured.items()
     }
