@@ -35,7 +35,7 @@ CASES_AND_WAYS = [
     )
 ]
 # Of each layer: fewer entries than the requests below want at a time.
-FEW_SLOTS = 32
+FEW_SLOTS = 28
 
 
 def model(config: Case, backend: str, dtype: torch.dtype = torch.float32, deterministic: bool = True) -> CausalLM:
@@ -50,7 +50,7 @@ def asks(num_layers: int) -> list[Ask]:
     ways = [(half, {}), (half, {}), (two, {}), (LayerPath.full(num_layers), {})]
     ways += [(Parity(), {"kv_policy": kv_policy}) for kv_policy in ("propagate", "evict", "share")]
     return [
-        Ask(prompt, drawn(8, index, n=2) if index == 2 else greedy(8), path, options)
+        Ask(prompt, drawn(6, index, n=2) if index == 2 else greedy(6), path, options)
         for index, (prompt, (path, options)) in enumerate(zip(prompts, ways, strict=True))
     ]
 
