@@ -78,22 +78,26 @@ def test_a_draft_on_the_paths_entries_sees_what_its_first_guess_sees(
     found = measured_by(DraftPass(model, texts()), PATHS)
     executor = model.executor("reference")
 
-    def step(tokens: list[int], first: int, path: LayerPath) -> Step:
-        positions = torch.arange(first, first + len(tokens))
-        return Step(torch.tensor(tokens), positions, torch.tensor([0]), Plan.per_sequence([path], [len(tokens)]))
+    paths = [PATHS[2], PATHS[7], PATHS[9], FULL]
 
-    for path in (PATHS[2], PATHS[7], PATHS[9], FULL):
-        for index, text in enumerate(texts()):
-            ids = [*text.prompt_ids, *text.response_ids]
-            nats = 0.0
-            for place in range(len(text.prompt_ids) - 1, len(ids) - 1):
-                cache = executor.new_cache(1, 64, 0)
-                with torch.no_grad():
-                    if place:
-                        executor.run(step(ids[:place], 0, FULL), cache)
-                    logits = executor.head(executor.run(step([ids[place]], place, path), cache))
-                nats += float(cross_entropy(logits, torch.tensor([ids[place + 1]])))
-            assert found[path].nats[index] == pytest.approx(nats, rel=1e-4)
+    def step(tokens: list[int], first: int, paths: list[LayerPath]) -> Step:
+        """The same tokens in a sequence for each of the paths."""
+        num, positions = len(paths), torch.arange(first, first + len(tokens))
+        plan = Plan.per_sequence(paths, [len(tokens)] * num)
+        return Step(torch.tensor(tokens * num), positions.repeat(num), torch.arange(num), plan)
+
+    for index, text in enumerate(texts()):
+        ids = [*text.prompt_ids, *text.response_ids]
+        nats = torch.zeros(len(paths))
+        for place in range(len(text.prompt_ids) - 1, len(ids) - 1):
+            cache = executor.new_cache(len(paths), 64, 0)
+            with torch.no_grad():
+                if place:
+                    executor.run(step(ids[:place], 0, [FULL] * len(paths)), cache)
+                logits = executor.head(executor.run(step([ids[place]], place, paths), cache))
+            nats += cross_entropy(logits, torch.tensor(ids[place + 1]).expand(len(paths)), reduction="none")
+        for path, expected in zip(paths, nats.tolist(), strict=True):
+            assert found[path].nats[index] == pytest.approx(expected, rel=1e-4)
     # At full depth both kinds of entries are the same; shallower they are not.
     own = measured_by(Pass(model, texts()), PATHS)
     assert found[FULL].nats == pytest.approx(own[FULL].nats, rel=1e-4)
