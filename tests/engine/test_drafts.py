@@ -39,9 +39,14 @@ from dynskip.speculation.lengths import Candidate, Choice, DraftLengths
 # Equal to the same request without a draft
 
 
-@pytest.mark.parametrize("changes_logits", [False, True])
-@pytest.mark.parametrize("num_slots", [None, 340])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "num_slots", "changes_logits"),
+    [  # each pair of the three
+        (policy, num_slots, bool((place + index) % 2))
+        for place, policy in enumerate(POLICIES)
+        for index, num_slots in enumerate((None, 340))
+    ],
+)
 def test_a_stream_with_drafts_equals_the_one_without(
     policy: str, num_slots: int | None, changes_logits: bool, random_lengths: random.Random
 ) -> None:

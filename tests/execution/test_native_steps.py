@@ -324,9 +324,14 @@ def gates() -> dict[str, TokenController]:
     }
 
 
-@pytest.mark.parametrize("prompt_depth", ["path", "full"])
-@pytest.mark.parametrize("kv_policy", ["evict", "propagate", "share"])
-@pytest.mark.parametrize("name", [*gates()])
+@pytest.mark.parametrize(
+    ("name", "kv_policy", "prompt_depth"),
+    [  # each policy with each gate, and each depth of a prompt with each gate and each policy
+        (name, kv_policy, ("path", "full")[(place + index) % 2])
+        for place, name in enumerate(gates())
+        for index, kv_policy in enumerate(("evict", "propagate", "share"))
+    ],
+)
 def test_gates_decide_inside(name: str, kv_policy: str, prompt_depth: str) -> None:
     """A prompt at full depth asks none of them, and is a call for all."""
     model = native_model("llama", "plain")
