@@ -15,7 +15,7 @@ from dynskip import LLM, OPTForCausalLM
 from dynskip.ops.backends import available_backends
 
 NUM_FILLERS = 64
-POSITIONS = 1088  # a filler's words, 1,024 at most, and its output
+POSITIONS = 448  # a filler's words, 384 at most, and its output
 VOCAB_SIZE = 101
 NEEDLE = {
     "prompt": [17, 4, 80, 33, 52, 9, 61, 28, 77, 12, 45],
@@ -47,7 +47,7 @@ def fillers() -> list[dict[str, Any]]:
     draw = random.Random(0)
     found = []
     for index in range(NUM_FILLERS):
-        prompt = [draw.randrange(4, VOCAB_SIZE) for _ in range(draw.randint(700, 1024))]
+        prompt = [draw.randrange(4, VOCAB_SIZE) for _ in range(draw.randint(256, 384))]
         path = FILLER_PATHS[index % len(FILLER_PATHS)]
         body = {"prompt": prompt, "path": path, "max_tokens": draw.randint(20, 32), "seed": index, "ignore_eos": True}
         found.append(body if index % 5 else {**body, "draft": "uniform:1"})
