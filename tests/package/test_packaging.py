@@ -233,9 +233,9 @@ def test_setup_with_cuda_torch_and_without_its_nvcc(tmp_path: Path) -> None:
         assert tried.returncode == 0, tried.stderr
         assert "built WITHOUT the CUDA part of its C++ extension (planning and graphs on a GPU)" in tried.stderr
         assert reason in tried.stderr and "DYNSKIP_BUILD_CUDA=0" in tried.stderr
-        forced = run_setup_with_cuda_torch("--version", CUDA_HOME=home, DYNSKIP_BUILD_CUDA="1")
-        assert forced.returncode != 0
-        assert "DYNSKIP_BUILD_CUDA=1, but" in forced.stderr and reason in forced.stderr
+    forced = run_setup_with_cuda_torch("--version", CUDA_HOME=home, DYNSKIP_BUILD_CUDA="1")
+    assert forced.returncode != 0
+    assert "DYNSKIP_BUILD_CUDA=1, but" in forced.stderr and reason in forced.stderr
     skipped = run_setup_with_cuda_torch("--version", CUDA_HOME=str(tmp_path / "nowhere"), DYNSKIP_BUILD_CUDA="0")
     assert skipped.returncode == 0 and "WITHOUT" not in skipped.stderr
 
