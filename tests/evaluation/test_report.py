@@ -109,6 +109,12 @@ def test_the_numbers_are_those_of_the_summary(pages: tuple[str, str]) -> None:
     assert "0.123 [" in to_markdown(*report_blocks(changed))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is said: the figures stand where they stand, and are empty."""
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
+
+
 def told_under(title: str, summary: dict[str, Any]) -> list[str]:
     """The list that follows the heading ``title``."""
     _, _, blocks = report_blocks(summary)
@@ -149,10 +155,8 @@ def committed_summary() -> dict[str, Any]:
     ],
     ids=["example", "committed", *SECTIONS, "without values", "bare"],
 )
-def test_the_report_opens_with_five_sentences_of_one_number_with_its_interval(
-    make: Any, num_answered: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
+@pytest.mark.usefixtures("undrawn")
+def test_the_report_opens_with_five_sentences_of_one_number_with_its_interval(make: Any, num_answered: int) -> None:
     summary = make()
     assert report_blocks(summary)[2][0] == Heading("In short")
     told = told_under("In short", summary)
@@ -168,14 +172,15 @@ def test_the_report_opens_with_five_sentences_of_one_number_with_its_interval(
     assert answered == num_answered
 
 
-def test_the_claims_of_the_paper_stand_below_the_five_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
+@pytest.mark.usefixtures("undrawn")
+def test_the_claims_of_the_paper_stand_below_the_five_sentences() -> None:
     summary = example_summary()
     blocks = report_blocks(summary)[2]
     at = blocks.index(Heading("Which of the paper's claims hold here", 3))
     assert at == 2 and blocks[at + 1] == Paragraph(paragraph(summary))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", SECTIONS)
 def test_every_section_opens_with_its_sentences(name: str) -> None:
     summary = example_summary()
@@ -184,12 +189,14 @@ def test_every_section_opens_with_its_sentences(name: str) -> None:
     assert section_sentences({"conditions": {}}, name) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sentences_that_a_summary_brings_along_are_not_repeated() -> None:
     summary = example_summary()
     summary["oracle"] |= {"statements": ["A claim of old."], "answers": ["A claim of old."]}
     assert "A claim of old." not in to_markdown(*report_blocks(summary))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_each_way_saves_is_told_in_milliseconds_with_intervals() -> None:
     told = told_under("Milliseconds", example_summary())
     assert told[0].startswith(
@@ -211,6 +218,7 @@ def test_what_each_way_saves_is_told_in_milliseconds_with_intervals() -> None:
     assert len(told) == 6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_small_model_says_what_it_cannot_say_and_a_large_one_need_not() -> None:
     summary = example_summary()
     title = "What this model can say about OPT-1.3B, and what not"
