@@ -122,7 +122,9 @@ def logits_of(model: Any, rows: list[list[int]]) -> list[Tensor]:
     return [logits[index] for index in range(len(rows))]
 
 
-@pytest.mark.parametrize(("path", "num_prompts"), [(LayerPath.full(30), 16), (SHORT, 8)], ids=["full", "short"])
+@pytest.mark.parametrize(
+    ("path", "num_prompts"), [(LayerPath.full(30), NUM_PROMPTS), (SHORT, 8)], ids=["full", "short"]
+)
 def test_greedy_tokens_are_those_of_transformers(
     path: LayerPath, num_prompts: int, model: CausalLM, hf_model: Any
 ) -> None:
