@@ -9,8 +9,10 @@ from torch import Tensor, empty, int64
 
 from dynskip.kernels.launches import launch
 
-_NUM_COUNTERS = 512
+_NUM_COUNTERS = 256
 _NUM_WARPS = 8
+# Left to itself ptxas may spill to make room for one program more.
+_MAX_REGISTERS = 128
 # A counter of Philox has words for four tokens, 16 apart; `choice_reference.gumbel_noise` says which.
 _LANES = tl.constexpr(16)
 _WORDS = tl.constexpr(4)
@@ -19,7 +21,11 @@ _NOT_FINITE = tl.constexpr(-1)
 _TOLERANCE = tl.constexpr(1.001)
 
 
-@triton.jit(do_not_specialize=["stride_row", "num_tokens"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        *("temperature_ptr", "top_k_ptr", "top_p_ptr", "seed_ptr", "output_ptr", "position_ptr"),
+    ]
+)
 def choose_tokens_kernel(
     logits_ptr,
     temperature_ptr,
@@ -95,14 +101,21 @@ def find_largest(logits_ptr, num_tokens, TILE: tl.constexpr):
 
 @triton.jit
 def sum_weights(logits_ptr, largest, temperature, cut, last, num_tokens, TILE: tl.constexpr):
-    """What the tokens that are left weigh together, float64, the likeliest 1."""
+    """What the tokens that are left weigh together, float64 sums of float32, the likeliest 1."""
     sums = tl.zeros([TILE], tl.float64)
     for start in tl.range(0, num_tokens, TILE):
         tokens = start + tl.arange(0, TILE)
         logits = load_logits(logits_ptr, tokens, num_tokens)
-        weights = tl.exp((logits - largest).to(tl.float64) / temperature)
-        sums += tl.where(is_left(logits, tokens, cut, last) & (logits > -float("inf")), weights, 0.0)
+        weights = tl.where(is_left(logits, tokens, cut, last), tl.exp(over(logits - largest, temperature)), 0.0)
+        sums += weights.to(tl.float64)
     return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def over(distances, temperature):
+    """Distances to the largest logit over the temperature, float32, -1e9 at least; 0 stays 0 at any temperature."""
+    factor = tl.maximum(tl.minimum(1.0 / temperature, 1e38), 1e-28).to(tl.float32)
+    return tl.maximum(distances, -1e9 / factor) * factor
 
 
 @triton.jit
@@ -193,12 +206,12 @@ def better(logits_ptr, tokens, bits, largest, temperature, cut, last, num_tokens
     """The winner among `tokens` and the one before. With noise -log(E), E = -log(1 - u), a score above `best` means
     E < exp(scaled - best), and E is at least u."""
     logits = load_logits(logits_ptr, tokens, num_tokens)
-    scaled = (logits - largest).to(tl.float64) / temperature
-    bound = tl.exp(tl.maximum(scaled, -1e9).to(tl.float32) - best.to(tl.float32)) * _TOLERANCE
+    distances = logits - largest
+    bound = tl.exp(over(distances, temperature) - best.to(tl.float32)) * _TOLERANCE
     may_win = (bits.to(tl.float32) * (1.0 / 4294967296.0) < bound) & (tokens < num_tokens)
     may_win &= is_left(logits, tokens, cut, last)
     if tl.max(may_win.to(tl.int32), axis=0) > 0:
-        scores = tl.where(may_win, scaled + noise_of(bits), -float("inf"))
+        scores = tl.where(may_win, distances.to(tl.float64) / temperature + noise_of(bits), -float("inf"))
         score = tl.max(scores, axis=0)
         token = tl.min(tl.where(may_win & (scores == score), tokens, num_tokens), axis=0)
         is_better = (score > best) | ((score == best) & (token < winner))
@@ -218,7 +231,7 @@ def choose_tokens(
     position: Tensor,
 ) -> Tensor:
     """The token of each row of `logits` `[R, V]`: `[R], int64`. See `choice_reference.choose_tokens`, whose noise and
-    formulas these are, up to the rounding of logarithms and of sums.
+    formulas these are, up to the rounding of logarithms; weights of top_p are float32.
 
     Logits are contiguous in a row. Cost: reads R * V logits once, once more for a draw, twice for each round of top_p,
     and 34 times for top_k; nothing is waited for.
@@ -232,5 +245,6 @@ def choose_tokens(
         (logits.stride(0), logits.shape[1]),
         NUM_COUNTERS=_NUM_COUNTERS,
         num_warps=_NUM_WARPS,
+        maxnreg=_MAX_REGISTERS,
     )
     return chosen

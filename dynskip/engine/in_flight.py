@@ -35,7 +35,7 @@ class TokensInFlight:
             self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._host.copy_(tokens, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def inputs(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
         """Token and position of spans of one token each, both [N], int64, on the device; nothing is waited for."""

@@ -228,7 +228,11 @@ class StepExecution:
         """Let the device choose the tokens of a decode step, and read those of the one before meanwhile."""
         begin_s = time.perf_counter()
         choices = [sequence.choice_of(sequence.state.num_generated - 1) for sequence in sequences]
-        tokens = launch_choice(predictions.logits, choices, predictions.most_likely)
+        try:
+            tokens = launch_choice(predictions.logits, choices, predictions.most_likely)
+        except Exception:
+            self._accept(sequences, predictions)  # where each row's own choice ends its request, or does not
+            return
         before, self.in_flight = self.in_flight, TokensInFlight(sequences, tokens)
         self.model_s += time.perf_counter() - begin_s
         if before is not None:

@@ -21,7 +21,7 @@ from dynskip.execution.turns import Guesses, Turns
 from dynskip.kernels.row_list import ROW_BUCKETS, row_bucket
 from dynskip.models.decoder import Decoder, DecoderLayer, Positions
 from dynskip.models.linear import Linear
-from dynskip.ops import native, varlen_attention
+from dynskip.ops import choice, native, varlen_attention
 from dynskip.ops.backends import Backend
 from dynskip.ops.row_ops import get_row_ops, why_not_triton
 from dynskip.routing.plan import KVPolicy, LayerPlan
@@ -91,12 +91,14 @@ class CompactExecutor(Executor[KVCache]):
         self._steps.clear()
 
     def warm_up(self, cache: KVCache, max_rows: int) -> None:
-        """Compile and load what fused decode steps of at most ``max_rows`` rows launch: no step waits for it later.
+        """Compile and load what fused decode steps of at most ``max_rows`` rows and draws launch, before the first.
 
         Without a GPU kernels are interpreted, and there is nothing to compile.
         """
         if self.fuses and cache.k_cache.device.type == "cuda":
-            self._steps_of(cache, max_rows).warm_up(min(max_rows, ROW_BUCKETS[-1]))
+            steps = self._steps_of(cache, max_rows)
+            steps.warm_up(min(max_rows, ROW_BUCKETS[-1]))
+            choice.warm_up(steps.fused.buffers.logits)
 
     @property
     def graph_memory(self) -> GraphMemory | None:

@@ -21,8 +21,8 @@ from dynskip.ops import native
 from dynskip.routing.plan import KVPolicy, Plan
 
 MAX_STEP_GRAPHS = 32
-# A step is captured whole when it comes for this time. On an H200 240 launches took 17 ms to capture, and save the gaps
-# between the graphs of 24 or 30 layers, 0.1 to 0.25 ms a step: a mix that comes so often has cost as much without.
+# A step is captured whole when it comes for this time. On an H200 a capture took 11 to 17 ms, and saves the
+# gaps between the graphs of 24 or 30 layers, 0.1 to 0.3 ms a step: a mix that comes so often has cost as much without.
 WHOLE_STEP_AFTER = 64
 
 # Of so many steps for each graph it is known how often they came.

@@ -19,7 +19,7 @@ from dynskip.ops import choice_reference, native
 from dynskip.ops.backends import available_backends
 from dynskip.ops.checks import FLOAT_DTYPES
 from dynskip.ops.transfer import to_device
-from dynskip.sampling import Choice
+from dynskip.sampling import Choice, SamplingParams
 
 _FILTERS = attrgetter("temperature", "top_k", "top_p")
 
@@ -47,6 +47,13 @@ def launch_choice(logits: Tensor, choices: Sequence[Choice], likely: Tensor | No
     return tokens
 
 
+def warm_up(logits: Tensor) -> None:
+    """Compile and load what draws from rows like those of ``logits`` [R, V], and from changed, float32 ones."""
+    choices = [Choice(SamplingParams(temperature=1.0), 0, 0, 0)]
+    for rows in (logits[:1], logits[:1].float()):
+        launch_choice(rows, choices)
+
+
 def most_likely(logits: Tensor) -> Tensor:
     """See `choice_reference.most_likely`."""
     launchers = native if _is_native(logits) else choice_reference
@@ -60,7 +67,9 @@ def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.dev
     All but positions are kept from step to step, so they must not be written to.
     """
     params, seeds, outputs, positions = zip(*choices, strict=True) if choices else ((),) * 4
-    kept = _kept_columns(tuple(map(_FILTERS, params)), seeds, outputs, num_tokens, device)
+    # Their copies are not waited for: what a stream made is for that stream.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _kept_columns(tuple(map(_FILTERS, params)), seeds, outputs, num_tokens, device, stream)
     # By numpy, which reads lists of numbers several times as fast as torch.tensor does.
     return *kept, to_device(torch.from_numpy(np.array(positions, np.int64)), device)
 
@@ -72,6 +81,7 @@ def _kept_columns(
     outputs: tuple[int, ...],
     num_tokens: int,
     device: torch.device,
+    _stream: int,
 ) -> tuple[Tensor, ...]:
     """All columns but positions; the key is what they hold, so a row that is another in any of it has new ones."""
     temperatures, top_ks, top_ps = zip(*filters, strict=True) if filters else ((),) * 3

@@ -1,4 +1,4 @@
-"""The choice of each row's next token from its logits, in plain PyTorch: the specification, and what runs on GPUs.
+"""The choice of each row's next token from its logits, in plain PyTorch: the specification.
 
 A token is drawn by the Gumbel-max trick: it has the largest sum of scaled logit and noise among the tokens that the
 filters keep. The noise of a token is a function of seed, output, position and token id, so a row's token depends on

@@ -31,7 +31,7 @@ def late(policy: str = "lockstep", num_slots: int | None = None, **options: Any)
 
 
 def plain(max_tokens: int, **options: Any) -> SamplingParams:
-    """The only params whose tokens are read late."""
+    """Params whose tokens are read late."""
     return greedy(max_tokens, logprobs=None, **options)
 
 
@@ -428,6 +428,20 @@ def test_an_async_llm_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [output.token_ids for output in outputs] == [output.token_ids for output in alone]
 
     asyncio.run(asyncio.wait_for(consume(), 60))
+
+
+def test_a_choice_that_cannot_be_launched_is_each_row_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr("dynskip.engine.step.launch_choice", fail)
+    served, asks = late(batch=4), ASKS[:2] + ASKS[NUM_PLAIN - 2 : NUM_PLAIN]
+    counts = num_read_late(served)
+    ids = [ask.add(served) for ask in asks]
+    outputs = {output.request_id: output for output in served.run()}
+    assert counts == [0] and all(
+        same(outputs[request_id], ask.alone()) for request_id, ask in zip(ids, asks, strict=True)
+    )
 
 
 def test_only_rows_whose_tokens_are_in_flight_take_them_from_the_device() -> None:

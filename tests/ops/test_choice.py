@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,19 @@ def assert_as_specified(logits: Tensor, choices: list[Choice], most_edges: int =
     expected, tokens = specified(logits, choices), choose_tokens(logits, choices)
     differing = [row for row, (token, wanted) in enumerate(zip(tokens, expected, strict=True)) if token != wanted]
     assert all(is_near_edge(logits[row], choices[row]) for row in differing) and len(differing) <= most_edges
+
+
+def test_what_draws_is_launched_before_the_first_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From logits as they are, and from float32, as changed ones are."""
+    launched = []
+
+    def note(logits: Tensor, *columns: Tensor) -> Tensor:
+        launched.append((logits.dtype, logits.shape, len(columns)))
+        return torch.zeros(1, dtype=torch.int64)
+
+    monkeypatch.setattr(choice, "_launchers", lambda _logits: SimpleNamespace(choose_tokens=note))
+    choice.warm_up(torch.full((4, 70), math.nan, dtype=torch.bfloat16))
+    assert launched == [(dtype, (1, 70), 6) for dtype in (torch.bfloat16, torch.float32)]
 
 
 def test_philox_gives_the_published_words() -> None:

