@@ -399,9 +399,10 @@ def test_ctrl_c_at_any_line_loses_nothing() -> None:
         served = engine("cohort", num_slots=NUM_TRACED_SLOTS, batch=6, max_prefill_tokens=16)
         return served, [ask.add(served) for ask in asks]
 
-    whole = Interrupt(-1)
-    served, _ = make()
-    assert not whole.advance(served) and served.stats().outcome.num_preempted
+    for _ in range(2):  # the first fills caches: its lines behind a miss are met by no later run
+        whole = Interrupt(-1)
+        served, _ = make()
+        assert not whole.advance(served) and served.stats().outcome.num_preempted
     assert whole.num_lines > 3000
     # A prime step meets every line of every loop sooner or later.
     places = set()
