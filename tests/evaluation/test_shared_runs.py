@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from evaluation_models import arguments, item_lines, tiny_setup
+from processes import command_of
 
 from dynskip.cli import main
 from dynskip.evaluation import run as run_module
@@ -305,15 +304,16 @@ def test_runs_of_older_versions_are_summarised_and_finished(folder: Path, tmp_pa
 @pytest.mark.skipif(sys.platform != "linux", reason="finds its processes the way Linux names them")
 def test_a_killed_worker_does_not_end_a_run(folder: Path, tmp_path: Path) -> None:
     command = arguments(folder, tmp_path / "run", "--workers", "2", experiment="depth")
-    parent = subprocess.Popen([sys.executable, "-m", "dynskip", *command], stderr=subprocess.PIPE, text=True)
-    process = psutil.Process(parent.pid)
-    deadline = time.monotonic() + 120
-    workers: list[psutil.Process] = []
-    while not workers and parent.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
-    os.kill(workers[0].pid, signal.SIGKILL)
-    _, error = parent.communicate(timeout=180)
+    with subprocess.Popen([sys.executable, "-m", "dynskip", *command], stderr=subprocess.PIPE, text=True) as parent:
+        process = psutil.Process(parent.pid)
+        deadline = time.monotonic() + 120
+        workers: list[psutil.Process] = []
+        while not workers and parent.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            workers = [child for child in process.children() if "spawn_main" in command_of(child)]
+        assert workers, "the run had no worker"
+        workers[0].kill()
+        _, error = parent.communicate(timeout=180)
     assert parent.returncode == 0, error
     assert "worker lost: BrokenProcessPool" in (tmp_path / "run" / "log.txt").read_text()
     assert summary_of(tmp_path / "run")["depth"] == summary_of(folder / "whole")["depth"]

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from evaluation_models import arguments, item_lines, save_data, tiny_setup
+from processes import command_of
 
 from dynskip.cli import main
 from dynskip.evaluation.dispatch import Dispatch
@@ -53,7 +54,7 @@ def workers_of(node: Any) -> list[psutil.Process]:
     """The processes of ``node`` that do items, or wait for some."""
     (raylet,) = [each.process.pid for each in node.all_processes["raylet"]]
     found = psutil.Process(raylet).children(recursive=True)
-    return [process for process in found if " ".join(process.cmdline()).startswith("ray::")]
+    return [process for process in found if command_of(process).startswith("ray::")]
 
 
 def test_a_killed_node_changes_nothing(cluster: Any, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import openai
 import psutil
 import pytest
 from api import events_of
+from processes import command_of
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynskip import LLM, LayerPath, SamplingParams
@@ -72,16 +73,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
     finally:
         for process in psutil.process_iter():
-            if process.pid not in before and str(folder) in " ".join(_command(process)):
+            if process.pid not in before and str(folder) in command_of(process):
                 process.kill()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # it has ended
-        return []
 
 
 @dataclass
@@ -105,7 +99,7 @@ class Running:
 
     def process_of(self, replica: str) -> psutil.Process:
         """The process of a replica."""
-        names = {each.pid: " ".join(_command(each)) for each in psutil.process_iter()}
+        names = {each.pid: command_of(each) for each in psutil.process_iter()}
         (pid,) = [pid for pid, name in names.items() if name.startswith(f"ray::ServeReplica:dynskip:{replica}")]
         return psutil.Process(pid)
 
