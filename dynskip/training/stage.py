@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import platform
 import time
@@ -33,10 +34,12 @@ def processes(use_cpu: bool) -> Any:
 def end_processes() -> None:
     """Wait for all processes of a distributed run, and take down what connects them; nothing where one runs alone.
 
-    A process that ends with its connections still up may be aborted by them, after its work is done.
+    A process that ends with its connections still up may be aborted by them, after its work is done. A model that waits
+    for the collector keeps them up.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
