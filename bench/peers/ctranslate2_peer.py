@@ -8,21 +8,23 @@ from typing import Any
 import ctranslate2
 import torch
 
+from bench.peers.streams import ClosedBatches
 from bench.peers.workload import draw_prompts
 from dynskip.benchmark.ctranslate2_runner import CTranslate2Process
 from dynskip.measure.timing import timed
 
 
-class CTranslate2Peer:
+class CTranslate2Peer(ClosedBatches):
     """The process that runs the model, of this one's process group, and one batch at a time."""
 
-    def load(self, folder: str, compute_type: str, vocab_size: int) -> dict[str, Any]:
+    def load(self, folder: str, compute_type: str, vocab_size: int, num_layers: int) -> dict[str, Any]:
         """Load the export in ``folder``."""
         num_threads = torch.get_num_threads()
-        self.vocab_size = vocab_size
+        self.vocab_size, self.num_layers = vocab_size, num_layers
         self.process = CTranslate2Process(Path(folder), num_threads, compute_type, settle_s=0.0)
         self.is_running = False
-        return {"version": ctranslate2.__version__, "settings": f"{compute_type}, {num_threads} threads"}
+        settings = f"{compute_type}, {num_threads} threads, streams in closed batches"
+        return {"version": ctranslate2.__version__, "settings": settings}
 
     def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
         """The milliseconds of a prefill, first tokens chosen."""

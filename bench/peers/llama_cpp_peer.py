@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp
 import numpy
 
-from bench.peers.workload import draw_prompts
+from bench.peers.streams import CallByCall
+from bench.peers.workload import STREAM_BATCH, STREAM_PROMPT_LEN, draw_prompts
 
 _PAD = 256  # llama.cpp rounds the entries of a sequence up to that
 
 
-class LlamaCppPeer:
+class LlamaCppPeer(CallByCall):
     """A model, and a context for one batch at a time."""
 
     def load(self, folder: str) -> dict[str, Any]:
@@ -26,9 +28,11 @@ class LlamaCppPeer:
         if not self.model:
             raise ValueError(f"LlamaCppPeer: folder must be a GGUF file that llama.cpp reads, got {folder}.")
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.num_layers = llama_cpp.llama_model_n_layer(self.model)
         self.context: Any = None
         self.num_threads = len(os.sched_getaffinity(0))
-        settings = f"{os.path.basename(folder)}, {self.num_threads} threads, weights not repacked"
+        settings = f"{os.path.basename(folder)}, {self.num_threads} threads, weights not repacked, "
+        settings += "streams as its server batches them"
         return {"version": llama_cpp.__version__, "settings": settings}
 
     def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
@@ -60,6 +64,31 @@ class LlamaCppPeer:
                 tokens += self.token_ids
             outputs.append(tokens)
         return outputs
+
+    def calls_of(self, lengths: list[int]) -> Iterator[tuple[int, float]]:
+        """Steps in which a prompt takes the place of each sequence that has ended, as in llama.cpp's server."""
+        prompts = draw_prompts(len(lengths), STREAM_PROMPT_LEN, self.vocab_size)
+        waiting = list(zip(prompts, lengths, strict=True))[::-1]
+        self._new_context(prompts[:STREAM_BATCH], max(lengths))
+        memory = llama_cpp.llama_get_memory(self.context)
+        running: dict[
+            int, tuple[int, int, int]
+        ] = {}  # of each sequence its last token, that token's place, tokens to go
+        while waiting or running:
+            begin_s = time.perf_counter()
+            rows = [(token, at, sequence) for sequence, (token, at, _) in running.items()]
+            for sequence in set(range(STREAM_BATCH)) - set(running):
+                if waiting:
+                    prompt, length = waiting.pop()
+                    rows += [(token, at, sequence) for at, token in enumerate(prompt)]
+                    running[sequence] = (0, len(prompt) - 1, length)
+            self._run(rows)
+            for (sequence, (_, at, to_go)), token in zip(list(running.items()), self.token_ids, strict=True):
+                running[sequence] = (token, at + 1, to_go - 1)
+                if to_go == 1:
+                    del running[sequence]
+                    llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
+            yield len(self.token_ids), (time.perf_counter() - begin_s) * 1e3
 
     def _new_context(self, prompts: list[list[int]], num_new: int) -> None:
         if self.context is not None:

@@ -23,7 +23,8 @@ _STEP_MS = {
 }
 _LOAD_S = {"opt-1.3b": 20.0, "llama-3.2-1b": 20.0, SMOLLM2: 12.0}
 _COMPILE_S = 45.0  # vLLM, which compiles a model when it first loads it
-_STREAM_MS = {"opt-1.3b": 31.0, "llama-3.2-1b": 31.0, SMOLLM2: 4.0}  # a token of two streams at full depth and one not
+# A token of two streams at full depth and one not, for a peer of factor 1.
+_STREAM_MS = {"opt-1.3b": 25.0, "llama-3.2-1b": 25.0, SMOLLM2: 4.0}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Peer:
     """One competitor: a class of `worker.PEERS`, and how it is started and loaded.
 
     cells: of `CELLS`, those that it is timed in. factor: how many times as long as dynskip it is expected to need, for
-    estimates only. tried: what did not make it faster, or could not be used.
+    estimates only. streams: how often its stream is timed. tried: what did not make it faster, or could not be used.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Peer:
     options: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     factor: float = 1.4
-    streams: bool = False
+    streams: int = 0
     cells: tuple[tuple[int, int], ...] = CELLS
     tried: str = ""
 
@@ -73,8 +74,14 @@ def vllm_command(environment: Path) -> list[str]:
 
 
 DYNSKIP = Peer("dynskip", "dynskip")
-_VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=True, tried="without torch.compile, slower")
-_TRANSFORMERS = Peer("transformers", "transformers", factor=2.0, tried="a static cache, no faster")
+_VLLM = Peer("vLLM", "vllm", env=vllm_env(), streams=3, tried="without torch.compile, slower")
+_TRANSFORMERS = Peer(
+    "transformers",
+    "transformers",
+    factor=2.0,
+    streams=2,
+    tried="a static cache, no faster; closed batches, a stream 1.4 times as long",
+)
 # llama.cpp would repack 4-bit weights for AMX, and then crashes (0.3.36, in ggml_backend_amx_mul_mat).
 _NOT_REPACKED = "where there is AMX weights repacked for it, a crash in ggml_backend_amx_mul_mat"
 _NO_BFLOAT16 = "bfloat16, which it does not offer on this CPU"  # 4.8.5, get_supported_compute_types
@@ -83,7 +90,13 @@ PEERS = {
         _VLLM,
         _TRANSFORMERS,
         Peer(
-            "CTranslate2 int8", "ctranslate2", {"compute_type": "int8"}, factor=2.0, cells=CELLS[:4], tried=_NO_BFLOAT16
+            "CTranslate2 int8",
+            "ctranslate2",
+            {"compute_type": "int8"},
+            factor=2.0,
+            streams=2,
+            cells=CELLS[:4],
+            tried=_NO_BFLOAT16,
         ),
         Peer(
             "CTranslate2 float32",
@@ -98,8 +111,8 @@ PEERS = {
     SMOLLM2: (
         _VLLM,
         _TRANSFORMERS,
-        Peer("llama.cpp bf16", "llama.cpp", factor=6.0, tried=_NOT_REPACKED),
-        Peer("llama.cpp Q4_1", "llama.cpp", factor=6.0, tried=_NOT_REPACKED),
+        Peer("llama.cpp bf16", "llama.cpp", factor=6.0, streams=2, tried=_NOT_REPACKED),
+        Peer("llama.cpp Q4_1", "llama.cpp", factor=6.0, streams=2, tried=_NOT_REPACKED),
     ),
 }
 
@@ -121,6 +134,5 @@ def estimate_s(shape: str, peer: Peer, rounds: int, budget_s: float, num_request
         total_ms += pair_ms * prefill_rounds(pair_ms, rounds, budget_s)
         if prompt_len == PROMPT_LEN:
             total_ms += _STEP_MS[shape][batch] * (1 + peer.factor) * (STEPS + 1) * rounds
-    if peer.streams:
-        total_ms += num_requests * MEAN_OUTPUT * _STREAM_MS[shape]
+    total_ms += num_requests * MEAN_OUTPUT * _STREAM_MS[shape] * peer.factor * peer.streams
     return total_ms / 1e3

@@ -76,21 +76,25 @@ class Pair:
         self.results.add(row)
 
     def measure_streams(self) -> None:
-        """dynskip at full and at the paper's depths, the peer at full depth: each a part of its stream at a time."""
+        """dynskip at full and at the paper's depths, the peer at full depth: an eighth of each stream at a time."""
         if all(self.results.has(peer=self.peer.name, what=what) for what in ("stream", "stream, paper's depths")):
             return
-        sides = {"full": (self.ours, "full"), "paper": (self.ours, "paper"), "theirs": (self.theirs, "full")}
+        names = {"full": "full", "paper": "paper", "theirs": "full"}
+        sides = {"full": self.ours, "paper": self.ours, "theirs": self.theirs}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
         try:
-            begun = {
-                name: side.ask("begin_stream", name=kind, num_requests=self.args.requests)
-                for name, (side, kind) in sides.items()
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for part in range(_PARTS):
-                names = list(sides)
-                for name in names[part % 3 :] + names[: part % 3]:
-                    side, kind = sides[name]
-                    seconds[name].append(side.ask("stream", name=kind, share=(part + 1) / _PARTS))
+            for _ in range(self.peer.streams):
+                begun = {
+                    name: side.ask("begin_stream", name=names[name], num_requests=self.args.requests)
+                    for name, side in sides.items()
+                }
+                parts = dict.fromkeys(sides, 0.0)
+                for part in range(_PARTS):
+                    order = list(sides)
+                    for name in order[part % 3 :] + order[: part % 3]:
+                        parts[name] += sides[name].ask("stream", name=names[name], share=(part + 1) / _PARTS)
+                for name, each in parts.items():
+                    seconds[name].append(each)
         except PeerError as error:
             for what in ("stream", "stream, paper's depths"):
                 self.results.add({"peer": self.peer.name, "what": what, "error": str(error)})
@@ -99,11 +103,11 @@ class Pair:
             pairs = numpy.array([seconds[name], seconds["theirs"]]).T
             ratio = bootstrap(lambda pairs: pairs[:, 1].sum() / pairs[:, 0].sum(), pairs)
             speeds = {
-                side: round(begun[name]["tokens"] / sum(seconds[name]), 2)
-                for side, name in (("ours", name), ("theirs", "theirs"))
+                side: round(begun[each]["tokens"] / (sum(seconds[each]) / len(pairs)), 2)
+                for side, each in (("ours", name), ("theirs", "theirs"))
             }
             row = {"peer": self.peer.name, "what": what, **speeds, "layers": begun[name]["layers"], **ratio.row()}
-            self.results.add({**row, "samples": pairs.round(3).tolist()})
+            self.results.add({**row, "repeats": len(pairs), "samples": pairs.round(3).tolist()})
 
     @property
     def _sides(self) -> tuple[PeerProcess, PeerProcess]:
@@ -119,7 +123,8 @@ def start(shape: str, peer: Peer, args: Any, results: Results) -> PeerProcess:
         if made.returncode != 0:
             raise PeerError(f"{peer.name}: its file could not be written: {made.stderr.strip().splitlines()[-1]}")
     folder = smollm2_gguf() if kind == "shipped" else str(path)
-    options = {"vocab_size": get_shape(shape).vocab_size} if peer.kind == "ctranslate2" else {}
+    sizes = get_shape(shape)
+    options = {"vocab_size": sizes.vocab_size, "num_layers": sizes.num_layers} if peer.kind == "ctranslate2" else {}
     log = args.models.parent / "logs" / f"{shape} {peer.name}.log"
     process = PeerProcess(peer.name, [sys.executable, "-m", "bench.peers.worker", peer.kind], log, peer.env)
     try:

@@ -130,8 +130,7 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
         f"bootstrap interval over turns. Decode behind prompts of {PROMPT_LEN}. Streams: {conditions['requests']} "
         f"requests with prompts of {STREAM_PROMPT_LEN} and outputs geometric with a mean of {MEAN_OUTPUT}, at most "
         f"{STREAM_BATCH} of them in a step; at the paper's depths ({depths}) against "
-        "the peer's full depth; with vLLM alone, for the others are driven batch by batch. Memory: the most that was "
-        "resident before the streams."
+        f"the peer's full depth{_repeats(rows)}. Memory: the most that was resident before the streams."
     )
     if any(row["what"] == "tokens" for row in rows):
         yield (
@@ -153,6 +152,20 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
         if "error" in row:
             about = f"{row['what']}" + (f" at batch {row['batch']}" if "batch" in row else "")
             yield f"Failed, {row['peer']}, {about}: {row['error']}"
+
+
+def _repeats(rows: Sequence[Row]) -> str:
+    """What the intervals of streams are over, and whose were not timed."""
+    streams = [row for row in rows if row["what"] == "stream" and "error" not in row]
+    if not streams:
+        return ": no stream was timed"
+    if not any("repeats" in row for row in streams):
+        return f", {' and '.join(row['peer'] for row in streams)} alone, intervals over eighths of one stream"
+    repeats = ", ".join(f"{row['repeats']} beside {row['peer']}" for row in streams if "repeats" in row)
+    return (
+        f", whole streams ({repeats}); a closed batch is {STREAM_BATCH} requests in their order, until the longest "
+        "output is there"
+    )
 
 
 def fill(readme: str, results: Path) -> str:

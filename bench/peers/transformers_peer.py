@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
-from bench.peers.workload import draw_prompts
+from bench.peers.workload import STREAM_BATCH, STREAM_PROMPT_LEN, draw_prompts, draw_requests
 from dynskip.measure.runners import TransformersRunner
 from dynskip.measure.timing import timed
 
+_PAGE = 32  # tokens
+_READY_S, _WAIT_S = 120.0, 1.0
+# Of a step: the first prompts of a stream come in one.
+_MAX_STEP_TOKENS = STREAM_BATCH * STREAM_PROMPT_LEN
+
 
 class TransformersPeer:
-    """A model, and one batch at a time."""
+    """A model, one batch at a time, and a stream by its continuous batching."""
 
     def load(self, folder: str, cache: str = "dynamic") -> dict[str, Any]:
         """Load the checkpoint in ``folder``. cache: as in `TransformersRunner`."""
         self.folder, self.cache = folder, cache
         self.model = self._model(torch.bfloat16)
-        settings = f"bf16, sdpa, {torch.get_num_threads()} threads, {cache} cache, no `generate`"
+        settings = f"bf16, sdpa, {torch.get_num_threads()} threads, {cache} cache, no `generate`; "
+        settings += "streams by its continuous batching"
         return {"version": transformers.__version__, "settings": settings}
 
     def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
@@ -45,6 +53,47 @@ class TransformersPeer:
                 tokens.append(int(runner.token_ids))
             outputs.append(tokens)
         return outputs
+
+    def begin_stream(self, name: str, num_requests: int) -> dict[str, Any]:
+        """Make ready for the requests of the stream at full depth, the only one that it knows."""
+        assert name == "full", name
+        config = self.model.config
+        self.lengths = [request.num_output for request in draw_requests(config.num_hidden_layers, False, num_requests)]
+        pages = STREAM_BATCH * -(-(STREAM_PROMPT_LEN + max(self.lengths)) // _PAGE)
+        self.batching = self.model.init_continuous_batching(
+            GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            ContinuousBatchingConfig(
+                page_size=_PAGE,
+                num_blocks=pages,
+                max_batch_tokens=_MAX_STEP_TOKENS,
+                max_requests_per_batch=STREAM_BATCH,
+                allow_block_sharing=False,  # the prompts that are timed come again
+            ),
+        )
+        self.batching.start()
+        self._hand_over([1])
+        self.batching.get_result(timeout=_READY_S)  # what it makes before its first step is there
+        self.num_done = -1
+        return {"tokens": sum(self.lengths), "layers": float(config.num_hidden_layers)}
+
+    def stream(self, name: str, share: float) -> float:
+        """The seconds to get to ``share`` of the stream's tokens; those of requests that have ended count."""
+        begin_s = time.perf_counter()
+        if self.num_done < 0:
+            self._hand_over(self.lengths)
+            self.num_done = 0
+        while self.num_done < share * sum(self.lengths):
+            output = self.batching.get_result(timeout=_WAIT_S)
+            self.num_done += len(output.generated_tokens) if output is not None and output.is_finished() else 0
+        elapsed_s = time.perf_counter() - begin_s
+        if share >= 1:
+            self.batching.stop(block=True)
+        return elapsed_s
+
+    def _hand_over(self, lengths: list[int]) -> None:
+        prompts = draw_prompts(len(lengths), STREAM_PROMPT_LEN, self.model.config.vocab_size)
+        for prompt, length in zip(prompts, lengths, strict=True):
+            self.batching.add_request(prompt, max_new_tokens=length)
 
     @torch.no_grad()
     def judge(self, prompts: list[list[int]], outputs: list[list[int]]) -> list[list[float]]:

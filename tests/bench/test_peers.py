@@ -18,6 +18,7 @@ from bench.peers import plan, run, table
 from bench.peers.plan import CELLS, DYNSKIP, PEERS, Peer, estimate_s, prefill_rounds
 from bench.peers.process import PeerError, PeerProcess
 from bench.peers.results import Results, read
+from bench.peers.streams import ClosedBatches
 from bench.peers.workload import draw_prompts, draw_requests, paper_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +117,7 @@ def test_a_package_that_is_missing_is_an_error(tmp_path: Path) -> None:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> argparse.Namespace:
     """A shape with a peer that needs twice dynskip's time and one that is not installed, and the arguments of a run."""
-    twice = Peer("vLLM", FAKE, {"ms": 2.0}, streams=True, cells=((1, 64), (8, 512)))
+    twice = Peer("vLLM", FAKE, {"ms": 2.0}, streams=3, cells=((1, 64), (8, 512)))
     gone = Peer("transformers", "no_such_engine:Peer", cells=((1, 64),))
     monkeypatch.setitem(PEERS, "opt-1.3b", (twice, gone))
     monkeypatch.setattr(run, "DYNSKIP", Peer(DYNSKIP.name, FAKE))
@@ -143,7 +144,9 @@ def test_a_run_leaves_a_row_for_everything(fakes: argparse.Namespace) -> None:
     for what in (("decode", 64), ("prefill", 64), ("prefill", 512), ("stream", None)):
         row = rows[("vLLM", *what)]
         assert row["value"] == row["low"] == row["high"] == 2.0, what
-    assert rows["vLLM", "stream, paper's depths", None]["value"] == 4.0
+    paper = rows["vLLM", "stream, paper's depths", None]
+    assert paper["value"] == 4.0 and paper["samples"] == [[0.004, 0.016]] * 3, "eighths add up, streams stand alone"
+    assert (paper["ours"], paper["theirs"]) == (8 / 0.004, 8 / 0.016)
     assert rows["vLLM", "memory", None]["theirs"] > 0
     assert ("vLLM", "decode", 512) not in rows
     assert "No module named 'no_such_engine'" in rows["transformers", "load", None]["error"]
@@ -230,6 +233,7 @@ def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) 
     assert "vLLM 1: bf16, CORES=2, LD_PRELOAD=libx.so:liby.so." in flat
     assert "Failed, vLLM, decode at batch 32: vLLM: out of memory" in flat
     assert "Not timed, for the length of the run: CTranslate2 float32 at 1 x 512 and 8 x 512." in flat
+    assert "the peer's full depth: no stream was timed. " in flat
     assert "Failed, transformers, load: No module named 'transformers'" in flat
 
 
@@ -242,6 +246,38 @@ def test_the_readme_shows_the_committed_results(tmp_path: Path) -> None:
     assert table.main(arguments) == 0
     assert table.main([*arguments, "--check"]) == 0
     assert page.read_text(encoding="utf-8").startswith("before\n") and "Not measured yet." in page.read_text("utf-8")
+
+
+class Counting(ClosedBatches):
+    """A model of 24 layers whose prefills take 100 ms and whose steps take one; it keeps what it is asked."""
+
+    num_layers = 24
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
+        """A batch begins."""
+        self.asked.append((batch, prompt_len, num_new))
+        return 100.0
+
+    def decode(self, num_steps: int) -> list[float]:
+        """Steps of the last one."""
+        self.asked.append((num_steps,))
+        return [1.0] * num_steps
+
+
+def test_closed_batches_run_until_their_longest_output() -> None:
+    peer = Counting()
+    begun = peer.begin_stream("full", 40)
+    lengths = [request.num_output for request in draw_requests(24, False, 40)]
+    assert begun == {"tokens": sum(lengths), "layers": 24.0}
+    elapsed_s = [peer.stream("full", share) for share in (0.5, 1.0)]
+    longest = [max(lengths[:32]), max(lengths[32:])]
+    steps = [[(1,)] * (each - 1) for each in longest]
+    assert peer.asked == [(32, 32, longest[0]), *steps[0], (8, 32, longest[1]), *steps[1]]
+    assert sum(elapsed_s) == pytest.approx((200 + sum(longest) - 2) / 1e3) and min(elapsed_s) > 0
+    assert peer.num_done == begun["tokens"]
 
 
 def test_every_peer_is_given_the_same_work() -> None:

@@ -49,8 +49,8 @@ class FakePeer:
         return {"tokens": num_requests, "layers": 1.0}
 
     def stream(self, name: str, share: float) -> float:
-        """Each part takes the same."""
-        return self.ms / (2 if name == "paper" else 1)
+        """Each part takes the same: so many milliseconds, and half of that at the paper's depths."""
+        return self.ms / (2e3 if name == "paper" else 1e3)
 
     def fail(self) -> None:
         """Raise."""
