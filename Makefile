@@ -1,5 +1,5 @@
 # Every target sets up what it needs first: `make test` in a fresh clone is enough. A second run starts in seconds.
-#   make demo    prompts along different paths in one batch, and the seconds saved
+#   make demo    a pretrained model asked at full depth and without layers; paths, a draft and a stream; the seconds saved
 #   make serve   the OpenAI API on port 8000       MODEL=opt-mini ARGS="--port 8001 --api-key KEY"
 #   make test    all tests                          ARGS="-k paths" is handed to pytest
 #   make lint    ruff and mypy

