@@ -17,16 +17,16 @@ class CallByCall:
         """Hand over the requests of the stream at full depth, the only one that it knows."""
         assert name == "full", name
         lengths = [request.num_output for request in draw_requests(self.num_layers, False, num_requests)]
-        self.num_tokens, self.num_done = sum(lengths), 0
+        self.stream_tokens, self.stream_done = sum(lengths), 0
         self.calls = self.calls_of(lengths)
-        return {"tokens": self.num_tokens, "layers": float(self.num_layers)}
+        return {"tokens": self.stream_tokens, "layers": float(self.num_layers)}
 
     def stream(self, name: str, share: float) -> float:
         """The seconds to get to ``share`` of the stream's tokens."""
         elapsed_ms = 0.0
-        while self.num_done < share * self.num_tokens:
+        while self.stream_done < share * self.stream_tokens:
             num_tokens, ms = next(self.calls)
-            self.num_done += num_tokens
+            self.stream_done += num_tokens
             elapsed_ms += ms
         return elapsed_ms / 1e3
 

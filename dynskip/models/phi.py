@@ -15,7 +15,7 @@ from dynskip.models.architecture import (
     rotary_of,
     size_values,
 )
-from dynskip.models.config import DecoderConfig
+from dynskip.models.config import DecoderConfig, Rotary
 
 
 def decoder_config(config: Any) -> DecoderConfig:
@@ -71,3 +71,24 @@ PHI = Architecture(
     },
     derived=("rotary_emb.inv_freq", "rotary_emb.original_inv_freq"),
 )
+
+
+def phi_shape(
+    num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, rotary_share: float = 0.5
+) -> DecoderConfig:
+    """The decoder of a published model of these sizes."""
+    head_size = hidden_size // num_heads
+    return DecoderConfig.of_sizes(
+        "phi",
+        num_layers,
+        hidden_size,
+        num_heads,
+        vocab_size=vocab_size,
+        max_positions=2048,
+        activation="gelu_tanh",
+        head_bias=True,
+        is_head_tied=False,
+        parallel=True,
+        shared_norm=True,
+        rotary=Rotary.plain(int(head_size * rotary_share), 10000),
+    )

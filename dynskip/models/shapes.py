@@ -8,6 +8,7 @@ from dynskip.models.gpt2 import gpt2_shape
 from dynskip.models.gpt_neox import gpt_neox_shape
 from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape
+from dynskip.models.phi import phi_shape
 
 # Published models; of OPT those whose layers all have one size (350m's embedding has another), and two that were not
 # published: they have opt-1.3b's depth, so that the same paths apply, and fit into less memory.
@@ -28,8 +29,10 @@ SHAPES = {
     "mistral-7b": llama_shape(
         32, 4096, 32, 8, 14336, 32000, 32768, 1e4, is_head_tied=False, architecture="mistral", window=4096
     ),
+    "qwen2.5-1.5b": llama_shape(28, 1536, 12, 2, 8960, 151936, 32768, 1e6, architecture="qwen2"),
     "qwen3-1.7b": llama_shape(28, 2048, 16, 8, 6144, 151936, 40960, 1e6, architecture="qwen3", head_size=128),
     "pythia-1.4b": gpt_neox_shape(24, 2048, 16, 8192, 50304),
+    "phi-1.5": phi_shape(24, 2048, 32, 51200),
     "bloom-1b7": bloom_shape(24, 2048, 16),
     "gpt2": gpt2_shape(12, 768, 12),
 }

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from families import cut_family, family_shape
+from families import cut_family
 from models import cpu_backend
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
@@ -37,6 +37,7 @@ from dynskip.models.gpt_neox import gpt_neox_shape
 from dynskip.models.linear import Linear
 from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape
+from dynskip.models.phi import phi_shape
 from dynskip.models.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,7 @@ OTHERS = {
     "gpt_neox": gpt_neox_shape(4, 32, 2, 64, 128),
     "bloom": bloom_shape(4, 32, 2),
     "gpt2": gpt2_shape(4, 32, 2),
-    "phi": family_shape("phi", num_hidden_layers=4),
+    "phi": phi_shape(4, 32, 2, 128),
 }
 
 
@@ -114,9 +115,11 @@ def test_a_task_may_measure_itself() -> None:
 # Products
 
 
-def test_products_are_those_of_the_model(hf_model: HFOPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["opt", *OTHERS])
+def test_products_are_those_of_the_model(name: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every multiplication of a real step is in the products, with the same rows, and no other."""
-    model = OPTForCausalLM.from_hf(hf_model, backend="torch")
+    config = hf_config(OTHERS.get(name, tiny), vocab_size=128)
+    model = CausalLM.from_hf(random_hf_model(config), backend="torch")
     prompts = torch.randint(0, 128, (5, 4))
     paths = [LayerPath.random(4, 2, seed=seed) for seed in range(5)]
     runner = DynskipRunner(model, prompts, paths, max_new_tokens=4)
@@ -370,17 +373,21 @@ def test_ctranslate2_is_skipped_by_name(tiny: str, monkeypatch: pytest.MonkeyPat
     assert "ctranslate2 is not installed. Install it: pip install" in report.skipped["ctranslate2"]
 
 
-def test_another_architecture_is_measured_without_ctranslate2(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, tiny, OTHERS["llama"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_architecture_is_measured_without_ctranslate2(
+    name: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, tiny, OTHERS[name])
     options = suite.Options(
         shape=tiny, batches=(2,), prompt_len=4, num_rounds=1, num_prefill_rounds=1, mix_batch=2, progress=False
     )
     report = suite.Suite(options).run()
     assert {row.section for row in report.rows} == {"decode", "prefill", "paths", "mix", "overhead"}
     assert report.skipped == {
-        "ctranslate2": "ctranslate2 is compared on models of type opt only, got llama. Choose a --shape of OPT."
+        "ctranslate2": f"ctranslate2 is compared on models of type opt only, got {name}. Choose a --shape of OPT."
     }
-    assert report.conditions["kv_entry_bytes"] == 2 * 2 * 8 * 2
+    shape = OTHERS[name]
+    assert report.conditions["kv_entry_bytes"] == 2 * shape.num_kv_heads * shape.head_size * 2
 
 
 def test_too_little_memory_is_said_before_it_is_taken(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

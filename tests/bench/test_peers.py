@@ -277,7 +277,7 @@ def test_closed_batches_run_until_their_longest_output() -> None:
     steps = [[(1,)] * (each - 1) for each in longest]
     assert peer.asked == [(32, 32, longest[0]), *steps[0], (8, 32, longest[1]), *steps[1]]
     assert sum(elapsed_s) == pytest.approx((200 + sum(longest) - 2) / 1e3) and min(elapsed_s) > 0
-    assert peer.num_done == begun["tokens"]
+    assert peer.stream_done == begun["tokens"]
 
 
 def test_every_peer_is_given_the_same_work() -> None:

@@ -30,7 +30,7 @@ CASES_AND_WAYS = [
     for index, case in enumerate(CASES)
     for way in (
         WAYS
-        if case.name in IN_EVERY_WAY[case.family] or case.name == deepest(case.family).name
+        if case.name in IN_EVERY_WAY.get(case.family, ()) or case.name == deepest(case.family).name
         else WAYS[index % len(WAYS) :][:1]
     )
 ]

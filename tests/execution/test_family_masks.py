@@ -34,7 +34,7 @@ CASES = [
     (case, kv_policy, case.lengths if whole else [max(case.lengths)])
     for index, case in enumerate(ALL_CASES)
     for place, kv_policy in enumerate(KV_POLICIES)
-    for whole in [case.name in (*UNDER_ALL[case.family], deepest(case.family).name) or place == index % 3]
+    for whole in [case.name in (*UNDER_ALL.get(case.family, ()), deepest(case.family).name) or place == index % 3]
 ]
 # These err up to six times as much as transformers, all others up to three times; transformers' own error depends by a
 # factor of four on where rows lie in memory, and on half a unit in the last place of a weight. A wrong key costs 1,000
