@@ -71,6 +71,9 @@ def test_what_is_timed_says_what_it_saves(name: str, label: str, tmp_path: Path)
         (own,) = rows_of(section, metric="ms_per_token", **labels)
         # A full pass takes 2.01 ms in the made-up rounds, and every round grows by as much.
         assert row["value"] == pytest.approx(2.01 - own["value"], abs=1e-6)
+        if name == "oracle" and row["family"] == "paths":
+            path = {"4": "uniform:4", "8": "uniform:8", "12": "uniform:12", "24": "full"}.get(row["mix"])
+            assert row["path"] == own["path"] == path
 
 
 def test_the_routers_answer_is_a_share_with_its_interval(tmp_path: Path) -> None:

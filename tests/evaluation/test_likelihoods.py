@@ -254,6 +254,10 @@ def test_every_section_tells_of_log_likelihoods(tmp_path: Path) -> None:
                 if row["metric"] == "gain_nats" and row["place"] == "third"
             }
             assert by_token["oracle per token"] > by_token["oracle"], "more to choose, more to gain"
+            (alike,) = section["equal_paths"]
+            assert alike == {"family": "paths", "paths": equal_paths(setup, 4)}
         if name == "router":
             predictors = {row["predictor"] for row in section["rows"] if row["metric"] == "gain_nats"}
             assert predictors == {"ridge", "boosting", "cascade"}
+            shares = [row for row in rows if row["metric"] == "captured_share_nats"]
+            assert shares and all(0 <= row["p"] <= row["q"] + 1e-6 <= 1 + 1e-6 for row in shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from dynskip import LayerPath
 from dynskip.controllers import SequenceController
-from dynskip.evaluation.routers.gain_share import captured_share
+from dynskip.evaluation.experiments.router import add_q, learning_curves
+from dynskip.evaluation.routers.gain_share import captured_share, captured_share_difference
 from dynskip.evaluation.routers.path_router import (
     PathRouter,
     RouterController,
@@ -20,6 +22,7 @@ from dynskip.evaluation.routers.path_router import (
 )
 from dynskip.evaluation.routers.prompt_features import common_prefix, head_length, prompt_features
 from dynskip.evaluation.stats.intervals import Interval
+from dynskip.evaluation.tasks.routes import Learned
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
 
@@ -122,6 +125,58 @@ def test_one_path_for_all_has_no_share() -> None:
     captured = captured_share(scores, cheapest, cheapest)
     assert "captured_share" not in captured
     assert captured["gain"].value == pytest.approx(0.0)
+
+
+def test_a_share_minus_another_is_paired_by_sequence() -> None:
+    _, scores = prompts_of_kinds(400, 3, told=True)
+    oracle = oracle_of(scores, 14.0)
+    generator = np.random.default_rng(0)
+    blind = np.where(generator.random(400) < 0.3, generator.permutation(oracle), oracle)
+    oracle_of_blind = oracle_of(scores, COSTS[blind].mean())
+    shares = [
+        captured_share(scores, *choice)["captured_share"] for choice in ((oracle, oracle), (blind, oracle_of_blind))
+    ]
+    difference = captured_share_difference(scores, oracle, oracle, blind, oracle_of_blind)
+    assert difference is not None and difference.value == pytest.approx(shares[0].value - shares[1].value)
+    assert difference.low > 0.1, "three of ten choices at random are seen"
+    # Two choices that err on the same sequences differ by less than their own errors would add up to.
+    also = blind.copy()
+    also[:4] = oracle[:4]
+    apart = captured_share_difference(scores, also, oracle_of_blind, blind, oracle_of_blind)
+    assert apart is not None and apart.high - apart.low < 0.3 * (shares[1].high - shares[1].low)
+    alike = captured_share_difference(scores, blind, oracle_of_blind, blind, oracle_of_blind)
+    assert alike == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+    cheapest = np.zeros(400, dtype=np.int64)
+    assert captured_share_difference(scores, blind, oracle_of_blind, cheapest, cheapest) is None
+
+
+def test_a_learning_curve_is_told_by_its_ends() -> None:
+    none = np.zeros(1, dtype=np.int64)
+    every = [
+        Learned(predictor, features, size, at, none, none)
+        for predictor, features, size, at in (
+            *(("ridge", "state", size, at) for size in (500, 250, 1000) for at in (8.0, 20.0)),
+            ("boosting", "state", 1000, 8.0),
+        )
+    ]
+    ends = [(few.size, many.size, many.predictor, many.at) for few, many in learning_curves(every)]
+    assert ends == [(250, 1000, "ridge", 8.0), (250, 1000, "ridge", 20.0)]
+
+
+def test_shares_stand_beside_p_and_q() -> None:
+    values = (
+        ("captured_share_nats", 0.3),
+        ("captured_share_nats", 0.1),
+        ("gain_nats", 0.3),
+        ("captured_share_nats", 0.0),
+    )
+    rows = [{"metric": metric, "value": value, "low": value - 0.098, "high": value + 0.098} for metric, value in values]
+    add_q(rows, "captured_share_nats")
+    p = [2 * NormalDist().cdf(-abs(value) / 0.05) for value in (0.3, 0.1, 0.0)]
+    tested = [row for row in rows if row["metric"] == "captured_share_nats"]
+    assert [row["p"] for row in tested] == pytest.approx(p, abs=1e-5)
+    assert [row["q"] for row in tested] == pytest.approx([3 * p[0], 1.5 * p[1], 1.0], abs=1e-5)
+    assert "p" not in rows[2] and "q" not in rows[2]
 
 
 def test_a_price_keeps_to_its_budget() -> None:

@@ -73,10 +73,13 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "curves": [],
         "null_model": [],
         "histogram": [],
+        "equal_paths": [],
         "notes": [*_notes(setup), *notes_on_choices(setup)],
     }
     for family, members in _families(setup).items():
         _add_likelihoods(setup, section, family, store, members)
+        if alike := _equal_members(setup, members):
+            section["equal_paths"].append({"family": family, "paths": [member.path for member in alike]})
         if setup.likelihood_only:
             continue
         draws = [family_generations(setup, store, members, seed).rouge_l for seed in setup.sample_seeds]
@@ -96,8 +99,9 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         _add_gains(section, family, scores)
         _add_curves(section, family, scores)
         timings = read_timings(store, _time_item(setup, store, members), str(setup.num_layers))
+        paths = {str(member.budget): member.path for member in members}
         section["rows"] += [
-            interval.row(metric=metric, family=family, mix=mix)
+            interval.row(metric=metric, family=family, mix=mix, path=paths.get(mix))
             for metric, by_mix in timings.items()
             for mix, interval in by_mix.items()
         ]

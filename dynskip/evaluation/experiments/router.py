@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dynskip.evaluation.routers.gain_share import captured_share
+from dynskip.evaluation.routers.gain_share import captured_share, captured_share_difference
 from dynskip.evaluation.routers.path_router import Integers, PredictorName
+from dynskip.evaluation.stats.decisions import false_discovery
 from dynskip.evaluation.stats.intervals import Interval, bootstrap, bootstrap_mean, medians
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
@@ -21,6 +22,7 @@ from dynskip.evaluation.tasks.router_cost import overhead_items
 from dynskip.evaluation.tasks.routes import (
     FITTED,
     TRAINED,
+    Learned,
     Problem,
     learned_routes,
     likelihood_problem,
@@ -33,6 +35,9 @@ from dynskip.evaluation.tasks.timing import Part, mixed_batch, read_timings, tim
 
 _FULL = "full"
 _TIMED = (FITTED, TRAINED)  # each in an item of its own
+# Shares of the oracle's gain, each beside the p-value of its being none: by score, and of what more prompts change.
+_CAPTURED = ("captured_share", "captured_share_nats")
+MORE_PROMPTS = "captured_share_nats - fewest prompts"
 
 
 def plan(setup: Setup, store: ItemStore) -> list[WorkItem]:
@@ -58,6 +63,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     if not setup.likelihood_only:
         rows += _text_rows(setup, store)
     rows += [row for name in choices(setup) for row in _likelihood_rows(setup, store, name)]
+    for metric in (*_CAPTURED, MORE_PROMPTS):
+        add_q(rows, metric)
     learned = f"Learned from {setup.train_prompts or setup.prompts} prompts of the {setup.learn_split} split"
     notes = [
         f"{learned}, trained once for each of {setup.seeds} seeds, which count alike.",
@@ -69,6 +76,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "pass that it takes is not among its layers.",
         "random is the expected score of the router's own depths dealt to the prompts at random; oracle is the exact "
         "knapsack on the test scores at the router's own mean cost; captured_share is the place between them.",
+        "p of a captured_share: of its being none, its error taken as normal from the interval; q: p, adjusted by "
+        "Benjamini and Hochberg for all routers of the score, of every family, size and budget.",
+        f"{MORE_PROMPTS}: the share that a router captures once it has learned from size prompts minus that from "
+        "fewest of them, paired by prompt; q among these alone.",
         "over_static is the router's score minus that of the best mix of fixed budgets of the same mean cost.",
         *notes_on_choices(setup),
     ]
@@ -117,15 +128,44 @@ def _likelihood_rows(setup: Setup, store: ItemStore, family: str) -> list[dict[s
     task = likelihood_problem(setup, store, family)
     costs = np.array(task.costs, dtype=np.float64)
     rows = []
-    for routed in learned_routes(setup, store, family):
-        labels: dict[str, Any] = {"family": family, "predictor": routed.predictor, "features": routed.features}
-        labels |= {"size": routed.size, "at": routed.at}
+    every = list(learned_routes(setup, store, family))
+    for routed in every:
+        labels: dict[str, Any] = {"family": family, **_labels(routed), "size": routed.size, "at": routed.at}
         layers = bootstrap_mean(costs[routed.chosen].mean(0), resamples=setup.resamples)
         captured = captured_share(task.test_scores, routed.chosen, routed.oracle, resamples=setup.resamples)
         captured["score"] = captured.pop("rouge_l")
         captured |= {"over_static": _over_static_mix(task, routed.chosen, layers.value), "layers": layers}
         rows += [interval.row(metric=f"{metric}_nats", **labels) for metric, interval in captured.items()]
+    for few, many in learning_curves(every):
+        difference = captured_share_difference(
+            task.test_scores, many.chosen, many.oracle, few.chosen, few.oracle, resamples=setup.resamples
+        )
+        if difference is not None:
+            labels = {"family": family, **_labels(many), "size": many.size, "fewest": few.size, "at": many.at}
+            rows.append(difference.row(metric=MORE_PROMPTS, **labels))
     return rows
+
+
+def _labels(routed: Learned) -> dict[str, str]:
+    return {"predictor": routed.predictor, "features": routed.features}
+
+
+def learning_curves(every: Sequence[Learned]) -> list[tuple[Learned, Learned]]:
+    """Of each kind of router at each budget the one that saw fewest prompts and the one that saw most, of several."""
+    curves: dict[tuple[str, str, float], list[Learned]] = {}
+    for routed in every:
+        curves.setdefault((routed.predictor, routed.features, routed.at), []).append(routed)
+    ordered = (sorted(curve, key=lambda routed: routed.size) for curve in curves.values())
+    return [(curve[0], curve[-1]) for curve in ordered if curve[0].size < curve[-1].size]
+
+
+def add_q(rows: Sequence[dict[str, Any]], metric: str) -> None:
+    """p beside each value of ``metric`` with an interval, and q, adjusted for all of them."""
+    tested = [row for row in rows if row["metric"] == metric and row.get("low") is not None]
+    for row in tested:
+        row["p"] = round(Interval(row["value"], row["low"], row["high"]).p, 8)
+    for row, q in zip(tested, false_discovery([row["p"] for row in tested]), strict=True):
+        row["q"] = round(q, 8)
 
 
 def _time_item(setup: Setup, store: ItemStore, family: str, predictors: tuple[PredictorName, ...]) -> WorkItem:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 from typing import Any
 
 from dynskip.evaluation.report.rows import Row, bounds
-from dynskip.evaluation.stats.intervals import DETECTABLE, HALF_WIDTH
-
-_NORMAL = NormalDist()
+from dynskip.evaluation.stats.intervals import DETECTABLE, HALF_WIDTH, Interval
 
 
 def direction(row: Row) -> int:
@@ -47,12 +44,8 @@ def detectable(row: Row) -> float | None:
 
 def p_value(row: Row) -> float | None:
     """The two-sided p-value of ``row`` against zero, its error taken as normal; None without an interval."""
-    error = standard_error(row)
-    if error is None:
-        return None
-    if error == 0:
-        return 1.0 if row["value"] == 0 else 0.0
-    return 2 * _NORMAL.cdf(-abs(row["value"]) / error)
+    ends = bounds(row)
+    return None if ends is None else Interval(row["value"], *ends).p
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

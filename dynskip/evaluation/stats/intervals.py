@@ -40,6 +40,14 @@ class Interval(NamedTuple):
         """The smallest true effect that an interval as wide leaves zero out of in 80 % of runs."""
         return DETECTABLE * (self.high - self.low) / (2 * HALF_WIDTH)
 
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of the statistic, a float, against zero, its error taken as normal from the width."""
+        error = float(self.high - self.low) / (2 * HALF_WIDTH)
+        if error == 0:
+            return float(self.value == 0)
+        return 2 * _NORMAL.cdf(-abs(self.value) / error)
+
     def row(self, **labels: Any) -> dict[str, Any]:
         """``labels``, the three numbers and the detectable effect, as a row of a summary."""
         bounds = {"low": tidy(self.low), "high": tidy(self.high)}
