@@ -163,6 +163,29 @@ def test_a_share_that_survives_and_one_that_need_not() -> None:
     assert f"leaves room for a ceiling of {room}" in told
 
 
+def test_how_alike_the_paths_of_the_control_are_is_counted(committed: dict[str, Any]) -> None:
+    summary = example_summary()
+    assert "near neighbours" not in text_of(summary, "oracle"), "this run does not name them"
+    uniform, swapped, other = (
+        "uniform:12",
+        "layers:1,2,4,6,8,10,12,14,16,18,20,22",
+        "layers:0,3,4,6,8,10,12,14,16,18,20,22",
+    )
+    summary["oracle"]["equal_paths"] = [{"family": "paths", "paths": [uniform, swapped, other]}]
+    (told,) = (text for text in section_sentences(summary, "oracle") if "near neighbours" in text)
+    assert told.startswith(
+        "With one set of weights, several paths, the 3 paths of one depth are near neighbours: two of"
+    )
+    # 11 layers with the uniform path each, 10 with each other; 12 of 24 at random share half of them.
+    assert "share a mean of 10.7 of their 12 layers, two drawn at random would share 6.0" in told
+    assert "puts no bound on what one among paths of one depth that differ more would gain" in told
+    (own,) = committed["oracle"]["equal_paths"]
+    layers = [set(path.removeprefix("layers:").split(",")) for path in own["paths"]]
+    shared = [len(layers[first] & layers[second]) for first in range(len(layers)) for second in range(first)]
+    told = text_of(committed, "oracle")
+    assert f"share a mean of {sum(shared) / len(shared):.1f} of their {len(layers[0])} layers" in told
+
+
 # Routers
 
 
@@ -223,6 +246,36 @@ def test_routers_by_log_likelihood_are_those_that_learned_most() -> None:
     assert alone.best is None and alone.over_static is None and alone.cascade is not None
     none = claims.RoutersInNats(section(many), "untuned")
     assert none.best is None and none.cascade is None and not none.shares
+
+
+def test_more_prompts_to_learn_from_move_a_share_or_do_not() -> None:
+    def summary_of(*moves: tuple[float, float, float]) -> dict[str, Any]:
+        rows = []
+        for place, (value, half, q) in enumerate(moves):
+            labels = {"family": "paths", "predictor": "ridge", "features": f"text {place}", "at": 20.0, "size": 1000}
+            rows.append(row(0.3, 0.1, metric="captured_share_nats", **labels))
+            rows.append(row(value, half, metric=claims.MORE_PROMPTS, fewest=250, q=q, **labels))
+        return {"conditions": {}, "router": section(rows)}
+
+    told = text_of(summary_of((0.01, 0.07, 0.9), (-0.02, 0.07, 0.9)), "router")
+    assert (
+        "From 250 to 1,000 prompts learned from, with one set of weights, several paths, the share that a router "
+        "captures moves for none of 2 after control of false discoveries; it moves most for ridge on text 1, by "
+        "−0.020 [−0.090, +0.050] of the oracle's gain; the median router could have shown a change of 0.100 (80 % "
+        "power)."
+    ) in told
+    told = text_of(summary_of((0.2, 0.07, 0.001), (-0.02, 0.07, 0.9)), "router")
+    assert "moves for 1 of 2 after" in told and "ridge on text 0, by +0.200 [+0.130, +0.270] of" in told
+    alone = summary_of((0.2, 0.07, 0.001))
+    alone["router"]["rows"] = alone["router"]["rows"][:1]
+    assert "Whether more prompts to learn from help is **untested**" in text_of(alone, "router")
+
+
+def test_routers_have_the_q_of_the_run_where_it_says_one() -> None:
+    labels = {"metric": "captured_share_nats", "family": "paths", "features": "text", "at": 20.0, "size": 1000}
+    rows = [row(0.3, 0.1, predictor=name, q=q, **labels) for name, q in (("ridge", 0.2), ("boosting", 0.04))]
+    found = claims.RoutersInNats(section(rows), "paths")
+    assert found.adjusted == [0.2, 0.04] and found.above == 1
 
 
 # Controllers
@@ -363,7 +416,8 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
     monkeypatch.setattr(drawing, "svg", lambda name, *_, **__: drawn.append(name) or "<svg ></svg>")
     page = to_markdown(*report_blocks(summary))
     assert drawn == ["controllers-nats", "skip-rates"]
-    assert "| hidden | 34,620 | 25.00 [24.90, 25.10] | 2.0000 [1.9900, 2.0100] | −0.3000 [−0.3100, −0.2900] |" in page
+    assert "| hidden | 34,620 | 25.00 [24.90, 25.10] | not measured | 2.0000 [1.9900, 2.0100] |" in page
+    assert "| 2.0000 [1.9900, 2.0100] | −0.3000 [−0.3100, −0.2900] |" in page
     assert "| static path of 3 layers | – | 3.00 [2.90, 3.10] |" in page
     assert "ROUGE-L of controllers" not in page and "skip_rate" not in page and "By the log-likelihood" not in page
     assert "sequences. This section scores references alone" in page, "no seed was drawn"
@@ -617,6 +671,24 @@ def test_correlations_without_ties_have_the_sections_own_correction() -> None:
     assert "Holm" not in told and "untested" not in told
 
 
+def test_difficulties_without_labels_are_told_with_their_n_or_are_untested() -> None:
+    def told_of(value: float, half: float, q: float, feature: str = "prefill_entropy", **more: Any) -> str:
+        summary = example_summary()
+        labels = {"metric": "spearman", "family": "paths", "at": 8.0, "feature": feature, "q": q, "num": 1949}
+        summary["depth"]["rows"].append(row(value, half, **labels, **more))
+        return "\n".join(text for text in section_sentences(summary, "depth") if text.startswith("Difficulty without"))
+
+    start = "Difficulty without labels: with one set of weights, several paths, the depth that the oracle chooses by "
+    of = "ROUGE-L at a mean of 8 layers correlates with the entropy behind the prompt by "
+    assert told_of(0.3, 0.05, 0.001) == f"{start}{of}+0.300 [+0.250, +0.350] (n = 1,949)."
+    none = "none found where one of 0.07 could have been seen (80 % power)"
+    assert told_of(0.01, 0.05, 0.7) == f"{start}{of}+0.010 [−0.040, +0.060] (n = 1,949), {none}."
+    few = "**untested**: only one of 0.29 or more could have been seen (80 % power)"
+    assert told_of(0.01, 0.2, 0.7) == f"{start}{of}+0.010 [−0.190, +0.210] (n = 1,949), {few}."
+    assert "deviation of the draws' lengths by +0.300" in told_of(0.3, 0.05, 0.001, "sd_of_draw_lengths")
+    assert told_of(0.3, 0.05, 0.001, "sd_of_draws") == "", "that one takes the reference"
+
+
 def test_what_is_equivalent_and_what_never_reaches_are_told() -> None:
     labels = {"metric": "rouge_l - full", "family": "paths", "budget": 16}
     summary = changed("static", {"verdict": "equivalent", "margin": 0.01}, **labels)
@@ -640,6 +712,33 @@ def test_log_likelihoods_have_a_table_in_each_section(monkeypatch: pytest.Monkey
     assert page.count(title) == 1
     assert "| nats - full | family paths, budget 4 | 0.5000 [0.4000, 0.6000] | 0.1400 | higher |" in page
     assert "a token of the reference costs +0.5000 [+0.4000, +0.6000] nats more at 4 layers" in page
+
+
+def test_milliseconds_stand_beside_layers_where_a_path_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
+    timed = {"metric": "ms_per_token", "family": "paths"}
+    times = [row(0.5, 0.01, mix="4", path="layers:0,1", **timed), row(0.4, 0.01, mix="a mix", path=None, **timed)]
+    static = [
+        row(2.0, 0.01, metric="nats", family=family, budget=budget, path=path)
+        for family in ("paths", "backbone")
+        for budget, path in ((4, "layers:0,1"), (6, "layers:0,2"))
+    ]
+    learned = []
+    for name, kind in (("layers:0,1", "static"), ("layers:0,2", "static"), ("hidden", "hidden")):
+        own = {"controller": name, "kind": kind, "parameters": None}
+        learned += [row(2.0, 0.01, metric="nats", **own), row(4.0, 0.1, metric="layers_nats", **own)]
+    summary = {
+        "conditions": {"num_layers": 24, "timed_batch": 32},
+        "static": section(static),
+        "oracle": section([*times, row(2.0, 0.01, metric="mean_nats", family="paths", budget=4)]),
+        "controllers": section(learned),
+    }
+    page = to_markdown(*report_blocks(summary))
+    assert page.count("| ms a token, batch of 32 |") == 2
+    assert "| 4 | 0.500 [0.490, 0.510] | 2.000 [1.990, 2.010] | 2.000 [1.990, 2.010] |" in page
+    assert "| 6 | not measured | 2.000 [1.990, 2.010] |" in page
+    assert page.count("| 4.00 [3.90, 4.10] | 0.500 [0.490, 0.510] | 2.0000 [1.9900, 2.0100] |") == 1
+    assert page.count("| 4.00 [3.90, 4.10] | not measured | 2.0000 [1.9900, 2.0100] |") == 2
 
 
 # The committed run
@@ -724,3 +823,11 @@ def test_what_was_cut_has_the_numbers_of_the_run(committed: dict[str, Any]) -> N
     for number in needed[-3:]:
         assert f"{number:,}" in cut[0]
     assert needed[-3] < 5000 < needed[-2], "all comparisons but two"
+
+
+def test_the_committed_routers_have_their_q(committed: dict[str, Any]) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
+    rows = select(committed["router"], metric="captured_share_nats")
+    adjusted = scipy_stats.false_discovery_control([each["p"] for each in rows], method="bh")
+    assert [each["q"] for each in rows] == pytest.approx(list(adjusted), abs=1e-7) and len(rows) >= 4
+    assert [each["p"] for each in rows] == pytest.approx([p_value(each) for each in rows], abs=1e-7)

@@ -115,7 +115,7 @@ def test_skip_rates_are_a_line_a_controller_and_a_column_a_layer(committed: dict
 
 def test_the_oracles_curves_mean_the_same_in_both_panels(committed: dict[str, Any], drawn: dict[str, Any]) -> None:
     report_blocks(committed)
-    greedy, sampled, chosen = drawn["oracle-paths"].axes
+    greedy, sampled, _, chosen = drawn["oracle-paths"].axes
     looks = [
         {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines if line.get_label()[0] != "_"}
         for axes in (greedy, sampled)
@@ -127,6 +127,31 @@ def test_the_oracles_curves_mean_the_same_in_both_panels(committed: dict[str, An
     (histogram,) = committed["oracle"]["histogram"]
     assert [bar.get_height() for bar in chosen.patches] == pytest.approx([71.2, 16.7, 5.5, 6.6])
     assert [text.get_text() for text in chosen.get_xticklabels()] == list(histogram["counts"])
+
+
+def test_the_papers_oracle_stands_beside_as_shares_of_full_depth(
+    committed: dict[str, Any], drawn: dict[str, Any]
+) -> None:
+    _, _, blocks = report_blocks(committed)
+    relative = drawn["oracle-paths"].axes[2]
+    shown = {line.get_label(): line for line in relative.lines}
+    oracle, fixed = shown["the paper's oracle, OPT-1.3B"], shown["the paper's fixed budgets, OPT-1.3B"]
+    full = paper.STATIC_ROUGE_L[24]
+    assert list(oracle.get_xdata()) == pytest.approx([4 / 24, paper.MATCHING_SHARE, 1.0], abs=1e-3)
+    assert list(oracle.get_ydata()) == pytest.approx([0.2493 / full, 1.0, 0.3964 / full])
+    assert list(fixed.get_ydata()) == pytest.approx([value / full for value in paper.STATIC_ROUGE_L.values()])
+    # Own curves end where they should, and no marker of the paper's is one of theirs.
+    curve = curves_of(committed["oracle"], "paths")["oracle"]
+    (mean,) = select(committed["oracle"], metric="mean", family="paths", budget=30)
+    own = shown["oracle, judged on what it chose on"]
+    assert own.get_ydata()[-1] == pytest.approx(curve["values"][-1] / mean["value"])
+    assert own.get_xdata()[[0, -1]] == pytest.approx([0.5, 1.0])
+    papers = {oracle.get_marker(), fixed.get_marker()}
+    assert len(papers) == 2 and not papers & {style["marker"] for style in drawing.STYLES}
+    labels = [text.get_text() for text in drawn["oracle-paths"].legends[0].get_texts()]
+    assert oracle.get_label() in labels and fixed.get_label() in labels
+    caption = next(block.caption for block in blocks if getattr(block, "caption", "").startswith("Mean ROUGE-L at"))
+    assert "OPT-1.3B, another model" in caption
 
 
 def test_the_null_model_has_a_band_of_as_many_sequences(committed: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from dynskip.evaluation.stats.decisions import false_discovery
 from dynskip.evaluation.stats.knapsack import smallest_budgets
 from dynskip.evaluation.stats.oracle_controls import NullModel
 from dynskip.found import FOUND_PATHS, FoundPaths
+from dynskip.paths import LayerPath
 
 # Repetitions from which on a comparison of controllers says something of their kind, not of one training or one draw.
 NUM_TRAININGS, NUM_NOISE_SEEDS = 3, 5
@@ -29,6 +31,7 @@ GRID_STEPS = 500  # mean budgets of the paper's oracle: 0.04 layers of 24
 NUM_NULL_DRAWS = 200  # draws of the null model that its band is of
 NEAR_FLOOR = 0.1  # of the way from the cheapest path to full depth: below it a budget is near the cheapest path
 SAME_DEPTH = 0.05  # a router whose mean is this near to the cheapest path's layers has chosen next to nothing
+SMALL_CORRELATION = 0.1  # intervals within it on both sides are those of no correlation that matters
 # Correlations that no question is asked of, by the score.
 YARDSTICKS = {"": "full_rouge_l", "_nats": "full_loss"}
 
@@ -259,6 +262,26 @@ class Matching:
             self.sampled_oracle = found if np.isfinite(found) else None
 
 
+class EqualPaths:
+    """The paths of one depth that a control chooses among in place of depths. num: how many. budget: their layers.
+
+    shared: how many layers two of them share, the mean over pairs; by_chance: how many two paths of that many layers
+    share that are drawn at random.
+    """
+
+    def __init__(self, paths: Sequence[str], num_layers: int) -> None:
+        layers = [set(LayerPath.parse(path, num_layers).layers) for path in paths]
+        self.num, self.budget = len(layers), len(layers[0])
+        self.shared = float(np.mean([len(first & second) for first, second in combinations(layers, 2)]))
+        self.by_chance = self.budget**2 / num_layers
+
+
+def equal_paths(section: Row, family: str, num_layers: int) -> EqualPaths | None:
+    """The paths of the control of one depth of a family; None where a run has none, or does not name them."""
+    paths = next((each["paths"] for each in section.get("equal_paths", ()) if each["family"] == family), ())
+    return EqualPaths(paths, num_layers) if len(paths) > 1 else None
+
+
 class Surviving:
     """What survives of the oracle's gain at one mean budget, and what the same data allow a better choice.
 
@@ -314,14 +337,19 @@ class RoutersInNats:
     """The routers of one family by log-likelihood, beside the cascade, which learns nothing.
 
     shares: what of the oracle's gain each captures, of those that learned from the most prompts, ``size``. adjusted:
-    the p-value of each, by Benjamini and Hochberg for all routers of the section, of every family and size. above: how
-    many capture a share above zero after that. best: the share of the one that captures most. over_static: what that
-    one gains over the best mix of fixed depths. cascade: its share.
+    the p-value of each, by Benjamini and Hochberg for all routers of the section, of every family and size: as a run
+    has it, or of an older one from the intervals. above: how many capture a share above zero after that. best: the
+    share of the one that captures most. over_static: what that one gains over the best mix of fixed depths. cascade:
+    its share. more_prompts: by how much a share moves from the fewest prompts learned from to the most, paired. moved:
+    those of which that stays after control of false discoveries.
     """
 
     def __init__(self, section: Row, family: str) -> None:
         tested = select(section, metric="captured_share_nats")
-        q = false_discovery([1.0 if (p := p_value(row)) is None else p for row in tested])
+        if all("q" in row for row in tested):
+            q = [float(row["q"]) for row in tested]
+        else:
+            q = false_discovery([1.0 if (p := p_value(row)) is None else p for row in tested])
         own = [(row, each) for row, each in zip(tested, q, strict=True) if row["family"] == family]
         self.cascade = next((row for row, _ in own if row["predictor"] == "cascade"), None)
         routers = [(row, each) for row, each in own if row["predictor"] != "cascade"]
@@ -332,8 +360,11 @@ class RoutersInNats:
         self.best = max(self.shares, key=lambda row: float(row["value"]), default=None)
         labels = {} if self.best is None else {name: self.best[name] for name in _ROUTER_LABELS}
         self.over_static = find(section, metric="over_static_nats", family=family, **labels) if labels else None
+        self.more_prompts = select(section, metric=MORE_PROMPTS, family=family)
+        self.moved = [row for row in self.more_prompts if row["q"] < 0.05]
 
 
+MORE_PROMPTS = "captured_share_nats - fewest prompts"
 _ROUTER_LABELS = ("predictor", "features", "size", "at")
 
 

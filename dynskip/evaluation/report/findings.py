@@ -87,6 +87,11 @@ class AgainstFixed:
         self.row: Row | None = known[0] if known else None
 
 
+def paths_of_one_depth(row: Row) -> str:
+    """What a control of one depth chooses among: the paths that its greedy texts ran are alike."""
+    return "paths of one depth" + (", near neighbours," if row["control"] == "equal depth, greedy" else "")
+
+
 def equal_depth(section: Row) -> list[Row]:
     """What a choice among as many paths of one depth has of an oracle's gain: by ROUGE-L and by log-likelihood."""
     found = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynskip.evaluation.report import claims
+from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Drawing
 from dynskip.evaluation.report.drawing import (
     STYLES,
@@ -20,7 +21,7 @@ from dynskip.evaluation.report.drawing import (
     points,
 )
 from dynskip.evaluation.report.figures import FEATURES
-from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, score_suffix, select
+from dynskip.evaluation.report.rows import Row, curves_of, distinct, find, mapped, score_suffix, select
 
 # What a curve is, and its name in the summary on greedy outputs and on sampled ones, empty for none.
 CURVES = (
@@ -55,16 +56,18 @@ READS = {
 @drawn(
     "oracle-{}",
     "Two charts of mean ROUGE-L by mean layers, the oracle's curve and its controls on greedy and on sampled outputs, "
-    "and the share of sequences that the oracle gives each depth, {}.",
-    11.0,
-    5.4,
+    "the oracle's as shares of full depth beside the paper's points, and the share of sequences that the oracle gives "
+    "each depth, {}.",
+    10.0,
+    9.0,
 )
 def oracle(figure: Any, section: Row, family: str) -> None:
-    """The oracle's curve over mean budgets with its controls, on greedy and on sampled outputs, and its histogram."""
+    """The oracle's curve over mean budgets with its controls, on greedy and on sampled outputs, as shares of full depth
+    beside what the paper reports, and its histogram."""
     curves = curves_of(section, family)
     if (null := claims.null_band(section, family)) is not None:
         curves["null"] = null
-    greedy, sampled, chosen = figure.subplots(1, 3, width_ratios=(3, 3, 1.5))
+    (greedy, sampled), (relative, chosen) = figure.subplots(2, 2)
     sampled.sharey(greedy)
     for axes, column, metric in ((greedy, 0, "mean"), (sampled, 1, "mean_sampled")):
         for style, (label, *names) in enumerate(CURVES, 1):
@@ -78,12 +81,50 @@ def oracle(figure: Any, section: Row, family: str) -> None:
             axes.axhline(means[-1]["value"], color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
         count_layers(axes)
         axes.set_xlabel("mean layers executed")
+    _beside_the_paper(relative, curves, select(section, metric="mean", family=family))
     greedy.set(title="greedy outputs", ylabel="mean ROUGE-L")
     sampled.set(title="sampled outputs")
     for histogram in section.get("histogram", ()):
         if histogram["family"] == family:
             _histogram(chosen, histogram)
-    legend_below(figure, (greedy, sampled), columns=3)
+    legend_below(figure, (greedy, sampled, relative), columns=2)
+
+
+# The paper's points have no line, no filling and no colour: they are of another model.
+_PAPERS = (
+    ("the paper's oracle, OPT-1.3B", "x", paper.ORACLE_ROUGE_L),
+    ("the paper's fixed budgets, OPT-1.3B", "+", paper.STATIC_ROUGE_L),
+)
+
+
+def _beside_the_paper(axes: Any, curves: Mapping[str, Row], means: Sequence[Row]) -> None:
+    """Draw the greedy curves that the paper has points of, and these, over layers and ROUGE-L of full depth."""
+    if means and means[-1]["value"]:
+        num_layers, full = means[-1]["budget"], means[-1]["value"]
+        for style, (label, name, _) in enumerate(CURVES, 1):
+            if name in _OF_THE_PAPER and name in curves:
+                band(axes, _of_full(curves[name], num_layers, full), label, style, shaded=name in SHADED)
+        own = [mapped(row, lambda value: value / full) for row in means]
+        shares = [row["budget"] / num_layers for row in means]
+        points(axes, shares, own, "each budget alone", 0, linestyle="none", markerfacecolor="w")
+    for label, marker, known in _PAPERS:
+        places = [budget / paper.NUM_LAYERS for budget in known]
+        values = [value / paper.STATIC_ROUGE_L[paper.NUM_LAYERS] for value in known.values()]
+        look = {"color": "#000000", "marker": marker, "markersize": 9, "markeredgewidth": 1.8, "linestyle": "none"}
+        axes.plot(places, values, label=label, **look)
+    axes.axhline(1.0, color="#000000", linewidth=0.9, linestyle=(0, (2, 2)))
+    axes.set(
+        title="greedy outputs, of full depth", xlabel="share of the layers", ylabel="share of full depth's ROUGE-L"
+    )
+
+
+_OF_THE_PAPER = ("oracle", "static mixture")
+
+
+def _of_full(curve: Row, num_layers: int, full: float) -> Row:
+    """``curve`` with budgets as shares of the layers, and scores of full depth's."""
+    scores = {name: [value / full for value in curve[name]] for name in ("values", "low", "high") if curve.get(name)}
+    return {**curve, **scores, "budgets": [budget / num_layers for budget in curve["budgets"]]}
 
 
 def _histogram(axes: Any, histogram: Row) -> None:

@@ -31,7 +31,8 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
                 "candidate were drawn), judged on another: what is left does not come from the luck of one draw; and "
                 "the same with means of many outputs to choose by;",
                 "**equal depth**: the same choice among as many sampled outputs of one and the same depth: what luck "
-                "alone is worth;",
+                "alone is worth; and among greedy outputs along as many paths of one depth, what a choice is worth "
+                "that has no depth in it;",
                 "**null model**: the candidates' means plus independent noise that knows nothing of the sequence.",
             ]
         ),
@@ -49,7 +50,9 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
                 oracle_figures.oracle(section, family),
                 "Mean ROUGE-L at every mean budget, on greedy outputs and on sampled ones, and the depths that the "
                 "oracle chooses where it reaches full depth's. Bands and bars are 95 % intervals over sequences, the "
-                f"null model's over {claims.NUM_NULL_DRAWS} draws of its noise; the dashed line is full depth.",
+                f"null model's over {claims.NUM_NULL_DRAWS} draws of its noise; the dashed line is full depth. Below, "
+                "as shares of each model's own full depth, the points that the paper has of OPT-1.3B, another model: "
+                "its oracle where nothing can be chosen, where it reaches full depth, and without a limit.",
             ),
             *_oracle_tables(section, family, summary["conditions"]["num_layers"]),
         ]

@@ -33,7 +33,6 @@ _LACKS = {
     "moving": "a validation loss that stands still",
 }
 _MOST = 0.5  # a control that surely has more of a gain than this, and perhaps all, refutes that the gain is another's
-SMALL_CORRELATION = 0.1  # intervals within it on both sides are those of no correlation that matters
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,9 @@ def _equal_depth(summary: Summary) -> list[Verdict]:
         else:
             verdict = FAILS if low > _MOST else OPEN
         score = "log-likelihood" if row["metric"].endswith("_nats") else "ROUGE-L"
-        measured = f"a choice among as many paths of one depth has {percent(row)} of it{_seen(row, _share)}"
+        measured = (
+            f"a choice among as many {findings.paths_of_one_depth(row)} has {percent(row)} of it{_seen(row, _share)}"
+        )
         found.append(Verdict(f"{claim}, in {score}", verdict, measured))
     return found or [Verdict(claim, UNTESTED, "no control of one depth")]
 
@@ -229,7 +230,7 @@ def _length(summary: Summary) -> list[Verdict]:
             continue
         adjusted = holm([1.0 if (p := p_value(row)) is None else p for row in known])
         row, p = min(zip(known, adjusted, strict=True), key=lambda pair: pair[1])
-        small = all(max(map(abs, bounds(each) or (1.0,))) < SMALL_CORRELATION for each in known)
+        small = all(max(map(abs, bounds(each) or (1.0,))) < claims.SMALL_CORRELATION for each in known)
         low, high = paper.DEPTH_LENGTH_PEARSON
         measured = f"Pearson's r {signed(row)}{_seen(row, number)}; the paper's is in [{number(low)}, {number(high)}]"
         verdict = FAILS if p < 0.05 else HOLDS if small else OPEN

@@ -13,8 +13,10 @@ MAX_TOKENS = 300
 # Mean ROUGE-L of separately fine-tuned models along uniform paths, and of the best of all up to that depth.
 STATIC_ROUGE_L = {4: 0.2493, 8: 0.3085, 12: 0.3208, 24: 0.3418}
 BEST_UP_TO = {4: 0.2493, 8: 0.3341, 12: 0.3688, 24: 0.3964}
-MATCHING_BUDGET = 5.6
+MATCHING_BUDGET = 5.6  # mean layers at which the oracle has full depth's ROUGE-L
 MATCHING_SHARE = 0.233
+# The oracle's mean ROUGE-L at the mean budgets where it is known: no choice, full depth's score, no limit.
+ORACLE_ROUGE_L = {4: STATIC_ROUGE_L[4], MATCHING_BUDGET: STATIC_ROUGE_L[24], 24: BEST_UP_TO[24]}
 DEPTH_LENGTH_PEARSON = (-0.015, 0.029)
 
 # Controllers, ROUGE-L against mean layers of a generated token: (name, alpha, layers or None, ROUGE-L).

@@ -13,6 +13,7 @@ from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, score_suffix, select
+from dynskip.evaluation.report.step_times import StepTimes
 
 # What a token takes and what it saves, by metric.
 TIMES = {
@@ -131,6 +132,7 @@ def _by_nats(section: Row, summary: Summary) -> list[Block]:
     families = families_of(section, metric="nats")
     budgets = sorted({row["budget"] for row in select(section, metric="nats")}, reverse=True)
     names = [figures.FAMILIES.get(family, family) for family in families]
+    times, paths = StepTimes(summary), {row["budget"]: row.get("path") for row in select(section, family="paths")}
     blocks: list[Block] = [
         Figure(
             figures.likelihoods(section),
@@ -139,12 +141,17 @@ def _by_nats(section: Row, summary: Summary) -> list[Block]:
         ),
         Table(
             "Nats a token by budget",
-            ["layers", *names],
+            ["layers", times.header, *names],
             [
-                [str(budget), *(cell(section, "nats", family=family, budget=budget) for family in families)]
+                [
+                    str(budget),
+                    times.cell(paths.get(budget)),
+                    *(cell(section, "nats", family=family, budget=budget) for family in families),
+                ]
                 for budget in budgets
             ],
         ),
+        Paragraph(_TIMES_OF_PATHS),
         Table(
             "Nats minus those at full depth, paired, and the difference that would have been seen in 80 % of runs",
             ["layers", *(text for name in names for text in (name, "seen from", "verdict"))],
@@ -173,6 +180,12 @@ def _by_nats(section: Row, summary: Summary) -> list[Block]:
         header = ["layers", *(figures.RULES[rule] for rule in rules)]
         blocks.append(Table(f"Nats a token by rule, weights: {weights}", header, cells))
     return blocks
+
+
+_TIMES_OF_PATHS = (
+    "Milliseconds are those of a decode step along the path, with one set of weights for all paths, divided by the "
+    "sequences of the batch."
+)
 
 
 def _paired(section: Row, against: str, family: str, budget: int) -> list[str]:
@@ -240,7 +253,7 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
         "with a hidden layer of the given width."
     )
     if score_suffix(section):
-        return _controllers_by_nats(section, how)
+        return _controllers_by_nats(section, how, StepTimes(summary))
     quality, cost = [], []
     found = claims.Controllers(section)
     for row in select(section, metric="rouge_l"):
@@ -281,16 +294,24 @@ def controllers(section: Row, summary: Summary) -> list[Block]:
     ]
 
 
-def _controllers_by_nats(section: Row, how: str) -> list[Block]:
-    """Experiment 3 where nothing was generated. how: what gates there are."""
+def _controllers_by_nats(section: Row, how: str, times: StepTimes) -> list[Block]:
+    """Experiment 3 where nothing was generated. how: what gates there are. times: along static paths."""
     cells = []
     for row in select(section, metric="nats"):
         name = {"controller": row["controller"]}
         layers = cell(section, "layers_nats", 2, **name)
         parameters = f"{row['parameters']:,}" if row.get("parameters") is not None else MISSING
         over = cell(section, "over_static_nats", 4, **name)
-        cells.append([_controller_name(row), parameters, layers, interval(row, 4), over])
-    header = ["controller", "parameters", "mean layers", "nats a token", "log-likelihood over static paths"]
+        ms = times.cell(str(row["controller"]) if row.get("kind") == "static" else None)
+        cells.append([_controller_name(row), parameters, layers, ms, interval(row, 4), over])
+    header = [
+        "controller",
+        "parameters",
+        "mean layers",
+        times.header,
+        "nats a token",
+        "log-likelihood over static paths",
+    ]
     return [
         Paragraph(
             "Learned gates choose the layers of each token of a reference, teacher-forced; the prompt runs all layers, "
@@ -303,6 +324,7 @@ def _controllers_by_nats(section: Row, how: str) -> list[Block]:
         ),
         *_skip_rates(section),
         Table("Nats a token under controllers", header, cells),
+        Paragraph(_TIMES_OF_PATHS),
         *_recipe_table(claims.Controllers(section)),
         *training_curves(section),
     ]

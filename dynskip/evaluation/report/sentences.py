@@ -11,6 +11,7 @@ from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES, FEATURES, RULES, WEIGHTS
 from dynskip.evaluation.report.numbers import MISSING, interval, number, percent, signed
+from dynskip.evaluation.report.oracle_figures import READS
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
 
@@ -260,10 +261,22 @@ def oracle(section: Row, summary: Summary) -> list[str]:
         if near is not None:
             lines.append(f"{of}, {_floor(near)}.")
         lines += [f"{of}, {text}." for text in _matching(claims.Matching(section, family))]
+        alike = claims.equal_paths(section, family, summary["conditions"].get("num_layers", 0))
+        if alike is not None:
+            lines.append(f"{of}, {_alike(alike)}.")
         found = claims.surviving(section, family)
         if found is not None:
             lines += [f"{of}, {text}." for text in _surviving(found)]
     return lines + oracle_in_nats(section)
+
+
+def _alike(found: claims.EqualPaths) -> str:
+    return (
+        f"the {found.num} paths of one depth are near neighbours: two of them share a mean of "
+        f"{number(found.shared, 1)} of their {found.budget} layers, two drawn at random would share "
+        f"{number(found.by_chance, 1)}; so this control says what a choice among near neighbours gains, and puts no "
+        "bound on what one among paths of one depth that differ more would gain"
+    )
 
 
 # What chooses by log-likelihood: for what, and the control that chooses among as many paths of one depth.
@@ -414,15 +427,79 @@ def router_in_nats(section: Row) -> list[str]:
                 f"By log-likelihood, with {FAMILIES.get(family, family)}, {found.above} of {len(found.shares)} routers "
                 f"that learned from {found.size:,} prompts capture a share of the oracle's gain above zero after "
                 f"control of false discoveries; the one that captures most (picked as such, so its share flatters it), "
-                f"{found.best['predictor']} on {found.best['features']}, captures {percent(found.best)} of it and "
+                f"{found.best['predictor']} on {_read(found.best)}, captures {percent(found.best)} of it and "
                 f"gains {signed(found.over_static)} nats a token over the best mix of fixed depths."
             )
+        if found.shares:
+            lines.append(_more_prompts(found, family))
         if found.cascade is not None:
             lines.append(
                 "A cascade, the shallowest path first and full depth where it is unsure, captures "
                 f"{percent(found.cascade)}."
             )
     return lines
+
+
+def _read(row: Row) -> str:
+    return str(READS.get(row["features"], row["features"]))
+
+
+def _more_prompts(found: claims.RoutersInNats, family: str) -> str:
+    """Whether routers capture more once they have learned from more prompts, and which change would have been seen."""
+    of = f"with {FAMILIES.get(family, family)}"
+    if not found.more_prompts:
+        return (
+            f"Whether more prompts to learn from help is **untested** {of}: the run has no paired "
+            "comparison of shares at two numbers of them."
+        )
+    fewest = min(row["fewest"] for row in found.more_prompts)
+    most = max(found.more_prompts, key=lambda row: abs(row["value"]))
+    seen = [size for row in found.more_prompts if (size := detectable(row)) is not None]
+    power = f"; the median router could have shown a change of {number(median(seen))} (80 % power)" if seen else ""
+    return (
+        f"From {fewest:,} to {found.size:,} prompts learned from, {of}, the share that a router captures moves for "
+        f"{len(found.moved) or 'none'} of {len(found.more_prompts)} after control of false discoveries; it moves most "
+        f"for {most['predictor']} on {_read(most)}, by {signed(most)} of the "
+        f"oracle's gain{power}."
+    )
+
+
+# Difficulties that are known before any reference is, and the one that takes a reference to score the draws.
+_WITHOUT_LABELS = ("prefill_entropy", "sd_of_draw_lengths")
+_WITH_LABELS = "sd_of_draws"
+
+
+def difficulties(section: Row) -> list[str]:
+    """By family and score how depth follows the difficulties that take no label, beside the one that takes it."""
+    lines = []
+    for suffix, score in (("", "ROUGE-L"), ("_nats", "log-likelihood")):
+        rows = [row for row in select(section, metric=f"spearman{suffix}") if row["feature"] in _WITHOUT_LABELS]
+        for family, at in dict.fromkeys((row["family"], row["at"]) for row in rows):
+            own = [row for row in rows if (row["family"], row["at"]) == (family, at)]
+            labelled = find(section, metric=f"spearman{suffix}", feature=_WITH_LABELS, family=family, at=at)
+            told = "; ".join(f"with the {FEATURES[row['feature']]} {_correlation(row)}" for row in own)
+            beside = (
+                ""
+                if labelled is None
+                else f"; with the {FEATURES[_WITH_LABELS]}, which takes the reference, {_correlation(labelled)}"
+            )
+            lines.append(
+                f"Difficulty without labels: with {FAMILIES.get(family, family)}, the depth that the oracle chooses by "
+                f"{score} at a mean of {at:g} layers correlates {told}{beside}."
+            )
+    return lines
+
+
+def _correlation(row: Row) -> str:
+    """A rank correlation with its interval and its n, and what it is: found, none that matters, or untested."""
+    seen, q, num = detectable(row), row.get("q"), row.get("num")
+    told = f"by {signed(row)}" + ("" if num is None else f" (n = {num:,})")
+    found = direction(row) != 0 if q is None else q < 0.05
+    if found or seen is None:
+        return told
+    if seen > claims.SMALL_CORRELATION:
+        return f"{told}, **untested**: only one of {number(seen, 2)} or more could have been seen (80 % power)"
+    return f"{told}, none found where one of {number(seen, 2)} could have been seen (80 % power)"
 
 
 def depth(section: Row, summary: Summary) -> list[str]:
@@ -453,6 +530,7 @@ def depth(section: Row, summary: Summary) -> list[str]:
                 f"Its sign depends on the budget: {signed(turned[0], 2)} at a mean of {turned[0]['at']:g} layers, with "
                 f"{FAMILIES.get(turned[0]['family'], turned[0]['family'])}, uncorrected."
             )
+    lines += difficulties(section)
     if not found.ties:
         return [*lines, "Sequences that score alike on every path, and so tell nothing, are left out of them."]
     lines.append(

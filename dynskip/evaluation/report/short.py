@@ -93,8 +93,8 @@ def _oracle(section: Row, summary: Summary) -> str | None:
     row = found[-1]
     score = "log-likelihood" if row["metric"].endswith("_nats") else "ROUGE-L"
     return (
-        f"In {score}, with {FAMILIES.get(row['family'], row['family'])}, a choice among as many paths of one depth "
-        f"gains {percent(row)} of what an oracle over depths gains."
+        f"In {score}, with {FAMILIES.get(row['family'], row['family'])}, a choice among as many "
+        f"{findings.paths_of_one_depth(row)} gains {percent(row)} of what an oracle over depths gains."
     )
 
 
