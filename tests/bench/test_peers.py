@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -278,6 +280,57 @@ def test_closed_batches_run_until_their_longest_output() -> None:
     assert peer.asked == [(32, 32, longest[0]), *steps[0], (8, 32, longest[1]), *steps[1]]
     assert sum(elapsed_s) == pytest.approx((200 + sum(longest) - 2) / 1e3) and min(elapsed_s) > 0
     assert peer.stream_done == begun["tokens"]
+
+
+def test_a_prompt_takes_the_place_of_a_sequence_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[int] = []
+    library = SimpleNamespace(
+        llama_get_memory=lambda context: context,
+        llama_memory_seq_rm=lambda memory, sequence, *_: removed.append(sequence),
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    llama_cpp_peer = importlib.import_module("bench.peers.llama_cpp_peer")
+    del sys.modules[llama_cpp_peer.__name__]  # whoever imports it next has the real library
+    steps: list[list[tuple[int, int, int]]] = []
+
+    class Recording(llama_cpp_peer.LlamaCppPeer):  # type: ignore[misc, name-defined]
+        """Chooses the place of each step's last row of a sequence, and counts positions as the real one does."""
+
+        vocab_size, num_layers, context = 100, 24, None
+
+        def _new_context(self, prompts: list[list[int]], num_new: int) -> None:
+            self.num_tokens = 0
+
+        def _run(self, rows: list[tuple[int, int, int]]) -> None:
+            steps.append(rows)
+            self.num_tokens = rows[-1][1] + 1
+            last = {sequence: at for _, at, sequence in rows}
+            self.token_ids = [at + 1000 for at in last.values()]
+
+    peer = Recording()
+    begun = peer.begin_stream("full", 40)
+    assert peer.stream("full", 0.5) > 0 and peer.stream_done < begun["tokens"]
+    peer.stream("full", 1.0)
+    lengths = [request.num_output for request in draw_requests(24, False, 40)]
+    assert peer.stream_done == begun["tokens"] == sum(lengths)
+    assert len(removed) == 40 and len({sequence for rows in steps for _, _, sequence in rows}) == 32
+    # Row by row of each sequence: whole prompts in their order, then each token that was chosen, at the next place.
+    waiting = iter(zip(draw_prompts(40, 32, 100), lengths, strict=True))
+    to_go: dict[int, tuple[int, int]] = {}
+    for rows in steps:
+        for sequence in dict.fromkeys(sequence for _, _, sequence in rows):
+            own = [(token, at) for token, at, each in rows if each == sequence]
+            if sequence not in to_go:
+                prompt, length = next(waiting)
+                assert own == [(token, at) for at, token in enumerate(prompt)]
+                to_go[sequence] = (32, length - 1)
+            else:
+                at, left = to_go[sequence]
+                assert own == [(at - 1 + 1000, at)]
+                to_go[sequence] = (at + 1, left - 1)
+            if to_go[sequence][1] == 0:
+                del to_go[sequence]
+    assert not to_go and next(waiting, None) is None
 
 
 def test_every_peer_is_given_the_same_work() -> None:
