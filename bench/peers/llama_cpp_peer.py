@@ -69,7 +69,8 @@ class LlamaCppPeer(CallByCall):
         """Steps in which a prompt takes the place of each sequence that has ended, as in llama.cpp's server."""
         prompts = draw_prompts(len(lengths), STREAM_PROMPT_LEN, self.vocab_size)
         waiting = list(zip(prompts, lengths, strict=True))[::-1]
-        self._new_context(prompts[:STREAM_BATCH], max(lengths))
+        # With entries by sequence, a step of prompts and single tokens would run in several pieces.
+        self._new_context(prompts[:STREAM_BATCH], max(lengths), unified=True)
         memory = llama_cpp.llama_get_memory(self.context)
         running: dict[
             int, tuple[int, int, int]
@@ -90,7 +91,7 @@ class LlamaCppPeer(CallByCall):
                     llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
             yield len(self.token_ids), (time.perf_counter() - begin_s) * 1e3
 
-    def _new_context(self, prompts: list[list[int]], num_new: int) -> None:
+    def _new_context(self, prompts: list[list[int]], num_new: int, unified: bool = False) -> None:
         if self.context is not None:
             llama_cpp.llama_batch_free(self.batch)
             llama_cpp.llama_free(self.context)
@@ -99,6 +100,7 @@ class LlamaCppPeer(CallByCall):
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = per_sequence * len(prompts), len(prompts)
         params.n_batch = num_rows
+        params.kv_unified = unified
         params.n_threads = params.n_threads_batch = self.num_threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.batch = llama_cpp.llama_batch_init(num_rows, 0, 1)

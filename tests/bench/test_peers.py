@@ -298,7 +298,7 @@ def test_a_prompt_takes_the_place_of_a_sequence_that_has_ended(monkeypatch: pyte
 
         vocab_size, num_layers, context = 100, 24, None
 
-        def _new_context(self, prompts: list[list[int]], num_new: int) -> None:
+        def _new_context(self, prompts: list[list[int]], num_new: int, unified: bool = False) -> None:
             self.num_tokens = 0
 
         def _run(self, rows: list[tuple[int, int, int]]) -> None:
