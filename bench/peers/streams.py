@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 from bench.peers.workload import STREAM_BATCH, STREAM_PROMPT_LEN, draw_requests
 
 
-class CallByCall:
+class CallByCall(ABC):
     """The stream at full depth, made of calls. A class that takes this has ``num_layers`` behind ``load``."""
 
     num_layers: int
@@ -30,21 +31,21 @@ class CallByCall:
             elapsed_ms += ms
         return elapsed_ms / 1e3
 
+    @abstractmethod
     def calls_of(self, lengths: list[int]) -> Iterator[tuple[int, float]]:
         """Of each call the tokens that it gave and that were asked for, and its milliseconds; lengths: of outputs."""
-        raise NotImplementedError
 
 
 class ClosedBatches(CallByCall):
     """Batches of requests in their order, each until its longest output is there; a row that has ended stays."""
 
+    @abstractmethod
     def prefill(self, batch: int, prompt_len: int, num_new: int) -> float:
         """The milliseconds of a prefill, first tokens chosen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, num_steps: int) -> list[float]:
         """The milliseconds of each of the next steps."""
-        raise NotImplementedError
 
     def calls_of(self, lengths: list[int]) -> Iterator[tuple[int, float]]:
         """A prefill and decode steps, batch by batch."""
