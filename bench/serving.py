@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dynskip.causal_lm import CausalLM
@@ -29,6 +30,7 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, cost_keys, load_cached
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.engine import Engine
+from dynskip.evaluation.stats.intervals import bootstrap
 from dynskip.llm import LLM
 from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
@@ -203,24 +205,26 @@ def measure_closed(
 
 
 def measure_queues(
-    model: CausalLM, jobs: Sequence[Job], calibrated: StepCosts, batch: int, num_rounds: int = 3
+    model: CausalLM, jobs: Sequence[Job], calibrated: StepCosts, batch: int, num_rounds: int = 3, least_s: float = 2.0
 ) -> list[dict[str, Any]]:
     """Queues that run empty, from as many requests as a batch has to many more: how much sooner `cohort` ends them.
 
-    Under calibrated costs, and under those that are taken where nothing was calibrated.
+    Under calibrated costs, and under those that are taken where nothing was calibrated. At least so many rounds, and
+    seconds of each policy.
     """
     lines = []
     for kind, costs in (("calibrated", calibrated), ("predicted", predicted_costs(model))):
         for queue in QUEUES:
             seconds: dict[str, list[float]] = {"lockstep": [], "cohort": []}
-            for turn in range(num_rounds):
-                for policy in ("lockstep", "cohort") if turn % 2 else ("cohort", "lockstep"):
+            while min(map(len, seconds.values())) < num_rounds or min(map(sum, seconds.values())) < least_s:
+                for policy in [*seconds] if len(seconds["cohort"]) % 2 else [*seconds][::-1]:
                     served = Served(policy, model, jobs[:queue], costs, policy=policy, batch=batch)
                     while served.progress < 1:
                         served.advance()
                     seconds[policy].append(served.outcome.decode_s + served.outcome.prefill_s)
                     served.engine.close()
-            ratios = sorted(other / own for other, own in zip(*seconds.values(), strict=True))
+            ratios = np.divide(seconds["lockstep"], seconds["cohort"])
+            interval = bootstrap(np.median, ratios)
             lines.append(
                 {
                     "part": "queues",
@@ -228,10 +232,13 @@ def measure_queues(
                     "name": f"{queue}, {kind}",
                     "requests": queue,
                     "costs": kind,
-                    "cohort_s": sorted(seconds["cohort"])[num_rounds // 2],
-                    "lockstep_s": sorted(seconds["lockstep"])[num_rounds // 2],
-                    "over_lockstep": ratios[num_rounds // 2],
-                    "lowest": ratios[0],
+                    "rounds": len(ratios),
+                    "cohort_s": float(np.median(seconds["cohort"])),
+                    "lockstep_s": float(np.median(seconds["lockstep"])),
+                    "over_lockstep": float(interval.value),
+                    "lowest": float(ratios.min()),
+                    "low": float(interval.low),
+                    "high": float(interval.high),
                 }
             )
             print(lines[-1], file=sys.stderr)

@@ -16,10 +16,9 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
   m.def("activate(Tensor x, int activation, bool gated=False) -> Tensor");
   m.def("most_likely(Tensor logits) -> Tensor");
   m.def(
-      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor output, "
-      "Tensor position, int decoder=0) -> Tensor");
+      "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
+      "Tensor output, Tensor position, int decoder=0) -> Tensor");
   m.def("float_rows(Tensor logits, Tensor rows, int decoder=0) -> Tensor");
-  m.def("cut_below_max_(Tensor(a!) logits, Tensor margins, int decoder=0) -> ()");
   m.def(
       "plan_rows(Tensor active, int first_layer, int kv_policy, Tensor cache_ids, Tensor(a!) context_lens, "
       "Tensor(b!) slot_tables, Tensor free_slots, Tensor(c!) slot_cursor, Tensor(d!) row_slots, Tensor(e!) run_ids, "
@@ -68,7 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(dynskip_native, CPU, m) {
   m.impl("most_likely", TORCH_BOX(&dynskip::most_likely));
   m.impl("choose_tokens", TORCH_BOX(&dynskip::choose_tokens));
   m.impl("float_rows", TORCH_BOX(&dynskip::float_rows));
-  m.impl("cut_below_max_", TORCH_BOX(&dynskip::cut_below_max_));
   m.impl("plan_rows", TORCH_BOX(&dynskip::plan_rows));
   m.impl("packed_panel_outputs", TORCH_BOX(&dynskip::packed_panel_outputs));
   m.impl("decode_step", TORCH_BOX(&dynskip::decode_step));

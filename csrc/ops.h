@@ -64,6 +64,7 @@ torch::stable::Tensor choose_tokens(
     const torch::stable::Tensor& temperature,
     const torch::stable::Tensor& top_k,
     const torch::stable::Tensor& top_p,
+    const torch::stable::Tensor& min_p,
     const torch::stable::Tensor& seed,
     const torch::stable::Tensor& output,
     const torch::stable::Tensor& position,
@@ -71,10 +72,6 @@ torch::stable::Tensor choose_tokens(
 
 // [R, V], float32: the rows of logits [N, V] that rows [R], int64, name. On the threads of a decoder, as choose_tokens.
 torch::stable::Tensor float_rows(const torch::stable::Tensor& logits, const torch::stable::Tensor& rows, int64_t decoder);
-
-// Logits [R, V], float32, that lie below a row's largest plus its margin become -inf; rows with NaN stay. On the threads of
-// a decoder, as choose_tokens.
-void cut_below_max_(const torch::stable::Tensor& logits, const torch::stable::Tensor& margins, int64_t decoder);
 
 // Whether the extension was built with its CUDA sources: the CUDA part of plan_rows, and replay.
 bool has_cuda();

@@ -192,11 +192,6 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @cached_property
-    def filters_min_p(self) -> bool:
-        """Whether min_p leaves tokens out."""
-        return self.min_p > 0 and not self.greedy
-
-    @cached_property
     def processors(self) -> tuple[tuple[Callable[..., Any], bool], ...]:
         """The logits_processors, and whether they take the prompt, too."""
         return tuple((processor, bool(takes_prompt(processor))) for processor in self.logits_processors or ())
@@ -209,12 +204,12 @@ class SamplingParams:
 
     @cached_property
     def _always_changes_logits(self) -> bool:
-        return self.penalizes or self.filters_min_p or bool(self.logit_bias) or bool(self.logits_processors)
+        return self.penalizes or bool(self.logit_bias) or bool(self.logits_processors)
 
     def changes_logits(self, position: int = 0) -> bool:
         """Whether token number ``position`` of an output is chosen from other logits than the model's.
 
-        Where it is not, temperature, top_k and top_p are all that the choice depends on.
+        Where it is not, temperature, min_p, top_k and top_p are all that the choice depends on.
         """
         return self._always_changes_logits or position < self.min_tokens
 

@@ -23,7 +23,7 @@ _TOLERANCE = tl.constexpr(1.001)
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        *("temperature_ptr", "top_k_ptr", "top_p_ptr", "seed_ptr", "output_ptr", "position_ptr"),
+        *("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "output_ptr", "position_ptr"),
     ]
 )
 def choose_tokens_kernel(
@@ -31,6 +31,7 @@ def choose_tokens_kernel(
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
+    min_p_ptr,
     seed_ptr,
     output_ptr,
     position_ptr,
@@ -48,10 +49,14 @@ def choose_tokens_kernel(
     temperature = tl.load(temperature_ptr + row)
     if is_finite & (temperature > 0):
         cut, last = largest * 0.0 - float("inf"), num_tokens
-        top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
         seed, output, position = tl.load(seed_ptr + row), tl.load(output_ptr + row), tl.load(position_ptr + row)
         if (top_k > 0) & (top_k < num_tokens):
             cut, last = find_kth(logits_ptr, top_k.to(tl.int32), num_tokens, NUM_COUNTERS * _WORDS)
+        if min_p > 0:
+            least = largest + (temperature * tl.log(min_p)).to(tl.float32)
+            last = tl.where(least > cut, num_tokens, last)
+            cut = tl.maximum(least, cut)
         token, logit = find_winner(
             *(logits_ptr, largest, first, temperature, cut, last, seed, output, position, num_tokens, NUM_COUNTERS)
         )
@@ -226,6 +231,7 @@ def choose_tokens(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     output: Tensor,
     position: Tensor,
@@ -241,7 +247,7 @@ def choose_tokens(
         "choose_tokens",
         choose_tokens_kernel,
         (len(logits),),
-        (logits, temperature, top_k, top_p, seed, output, position, chosen),
+        (logits, temperature, top_k, top_p, min_p, seed, output, position, chosen),
         (logits.stride(0), logits.shape[1]),
         NUM_COUNTERS=_NUM_COUNTERS,
         num_warps=_NUM_WARPS,

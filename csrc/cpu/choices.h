@@ -16,6 +16,7 @@ std::vector<Choice> checked_choices(
     const torch::stable::Tensor& temperature,
     const torch::stable::Tensor& top_k,
     const torch::stable::Tensor& top_p,
+    const torch::stable::Tensor& min_p,
     const torch::stable::Tensor& seed,
     const torch::stable::Tensor& output,
     const torch::stable::Tensor& position,

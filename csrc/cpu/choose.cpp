@@ -72,11 +72,12 @@ const Value* checked_column(
 } // namespace
 
 std::vector<Choice> checked_choices(
-    const char* op, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p, const Tensor& seed,
-    const Tensor& output, const Tensor& position, int64_t num_rows) {
+    const char* op, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
+    const Tensor& seed, const Tensor& output, const Tensor& position, int64_t num_rows) {
   const auto* temperatures = checked_column<double>(op, "temperature", temperature, ScalarType::Double, num_rows);
   const auto* top_ks = checked_column<int64_t>(op, "top_k", top_k, ScalarType::Long, num_rows);
   const auto* top_ps = checked_column<double>(op, "top_p", top_p, ScalarType::Double, num_rows);
+  const auto* min_ps = checked_column<double>(op, "min_p", min_p, ScalarType::Double, num_rows);
   const auto* seeds = checked_column<int64_t>(op, "seed", seed, ScalarType::Long, num_rows);
   const auto* outputs = checked_column<int64_t>(op, "output", output, ScalarType::Long, num_rows);
   const auto* positions = checked_column<int64_t>(op, "position", position, ScalarType::Long, num_rows);
@@ -85,6 +86,7 @@ std::vector<Choice> checked_choices(
     choices[row].temperature = temperatures[row];
     choices[row].top_k = top_ks[row];
     choices[row].top_p = top_ps[row];
+    choices[row].min_p = min_ps[row];
     choices[row].seed = static_cast<uint64_t>(seeds[row]);
     choices[row].output = static_cast<uint32_t>(outputs[row]);
     choices[row].position = static_cast<uint32_t>(positions[row]);
@@ -116,6 +118,7 @@ Tensor choose_tokens(
     const Tensor& temperature,
     const Tensor& top_k,
     const Tensor& top_p,
+    const Tensor& min_p,
     const Tensor& seed,
     const Tensor& output,
     const Tensor& position,
@@ -124,7 +127,7 @@ Tensor choose_tokens(
   const int64_t num_rows = logits.size(0);
   const int64_t num_logits = logits.size(1);
   const std::vector<Choice> choices =
-      checked_choices("choose_tokens", temperature, top_k, top_p, seed, output, position, num_rows);
+      checked_choices("choose_tokens", temperature, top_k, top_p, min_p, seed, output, position, num_rows);
   Tensor tokens = torch::stable::empty({num_rows}, ScalarType::Long);
   auto* results = static_cast<int64_t*>(tokens.data_ptr());
   for_element_type(logits.scalar_type(), "choose_tokens", [&](auto element) {

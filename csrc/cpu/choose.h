@@ -15,6 +15,7 @@ struct Choice {
   double temperature; // 0 for the most likely token
   int64_t top_k; // 0 for all
   double top_p; // 1 for all
+  double min_p; // 0 for all
   uint64_t seed;
   uint32_t output; // which output of its prompt the row is
   uint32_t position; // tokens of the output before this one

@@ -502,17 +502,23 @@ int64_t choose_token(const ChoiceRow<Element>& row) {
   const Scale scale = {largest.value, factor < 0x1p127 ? static_cast<float>(factor) : 0x1p127f, choice.temperature};
   const Philox philox(choice);
   Cut cut;
+  const bool has_min_p = choice.min_p > 0;
+  if (has_min_p) {
+    cut.value = largest.value + static_cast<float>(choice.temperature * std::log(choice.min_p));
+  }
   const bool has_top_k = choice.top_k > 0 && choice.top_k < row.num_logits;
   if (has_top_k) {
-    cut = cut_behind(row, choice.top_k);
+    const Cut behind = cut_behind(row, choice.top_k);
+    cut = behind.value < cut.value ? cut : behind;
   }
+  const bool has_cut = has_min_p || has_top_k;
   if (choice.top_p >= 1) {
-    return has_top_k ? find_winner<true, false>(row, scale, philox, cut, largest.token, nullptr).token
-                     : find_winner<false, false>(row, scale, philox, cut, largest.token, nullptr).token;
+    return has_cut ? find_winner<true, false>(row, scale, philox, cut, largest.token, nullptr).token
+                   : find_winner<false, false>(row, scale, philox, cut, largest.token, nullptr).token;
   }
   double mass = 0.0;
-  int64_t token = has_top_k ? find_winner<true, true>(row, scale, philox, cut, largest.token, &mass).token
-                            : find_winner<false, true>(row, scale, philox, cut, largest.token, &mass).token;
+  int64_t token = has_cut ? find_winner<true, true>(row, scale, philox, cut, largest.token, &mass).token
+                          : find_winner<false, true>(row, scale, philox, cut, largest.token, &mass).token;
   // Ends: nothing is ahead of the most likely token.
   while (token != largest.token && mass_ahead(row, scale, token) >= choice.top_p * mass) {
     cut = {logit_at(row.logits, token), static_cast<int32_t>(token) - 1};

@@ -112,13 +112,13 @@ std::tuple<Tensor, Tensor> guess_tokens(
   std::vector<Guesser> guessers = guessers_of(decoder, first, num_guesses);
   const int64_t num_seqs = guessers.size();
   DYNSKIP_CHECK(
-      choice_columns.empty() || choice_columns.size() == 6, "guess_tokens: choices must be six columns or none, got ",
+      choice_columns.empty() || choice_columns.size() == 7, "guess_tokens: choices must be seven columns or none, got ",
       choice_columns.size(), ".");
   std::vector<Choice> choices;
   if (!choice_columns.empty()) {
     choices = checked_choices(
         "guess_tokens", choice_columns[0], choice_columns[1], choice_columns[2], choice_columns[3], choice_columns[4],
-        choice_columns[5], num_seqs);
+        choice_columns[5], choice_columns[6], num_seqs);
   }
   if (num_common.has_value()) {
     const int64_t num_layers = decoder.layers.size();

@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -39,36 +37,6 @@ Tensor float_rows(const Tensor& logits, const Tensor& rows, int64_t decoder) {
     });
   });
   return result;
-}
-
-void cut_below_max_(const Tensor& logits, const Tensor& margins, int64_t decoder) {
-  DYNSKIP_CHECK(
-      logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == ScalarType::Float,
-      "cut_below_max_: logits must be contiguous [R, V] float32, got ", shape_of(logits), ".");
-  const int64_t num_rows = logits.size(0);
-  const int64_t size = logits.size(1);
-  DYNSKIP_CHECK(
-      margins.dim() == 1 && margins.numel() == num_rows && margins.is_contiguous() &&
-          margins.scalar_type() == ScalarType::Float,
-      "cut_below_max_: margins must be contiguous [", num_rows, "] float32, got ", shape_of(margins), ".");
-  const auto* below = static_cast<const float*>(margins.data_ptr());
-  auto* values = static_cast<float*>(logits.data_ptr());
-  for_each_row_on(decoder, num_rows, 0, [&](int64_t row, ChoiceScratch&) {
-    float* own = values + row * size;
-    float largest = -std::numeric_limits<float>::infinity();
-    bool has_nan = false;
-    for (int64_t i = 0; i < size; ++i) {
-      has_nan |= std::isnan(own[i]);
-      largest = std::max(largest, own[i]);
-    }
-    const float least = largest + below[row];
-    if (has_nan || std::isnan(least)) {
-      return;
-    }
-    for (int64_t i = 0; i < size; ++i) {
-      own[i] = own[i] < least ? -std::numeric_limits<float>::infinity() : own[i];
-    }
-  });
 }
 
 } // namespace dynskip

@@ -185,7 +185,7 @@ class Suite:
         if "prefill" in options.sections:
             self._measure_long_prefill(size, model, hf_model)
         if "overhead" in options.sections:
-            for name in ("full", "mix") if self._has_mix(size) else ("full",):
+            for name in batch.paths:
                 self._measure_overhead(batch, name)
         return batch
 
@@ -323,7 +323,8 @@ class Suite:
             parts = measure_parts(runner, num_steps, lambda _: bar.update())
         detail = {part: round(parts.ms(part), 2) for part in parts.parts}
         self.conditions.setdefault("parts_ms", {})[f"{name} {batch.size}"] = detail
-        what = "all but products and attention" + (", independent paths" if name == "mix" else ", full depth")
+        which = {"full": "full depth", "mix": "independent paths"}.get(name, f"shared {name} path")
+        what = f"all but products and attention, {which}"
         step = Samples([[one["step"] for one in parts.steps]])
         overhead = Samples([[parts.overhead_ms] * len(parts.steps)])
         self._append("overhead", batch.size, what, parts.overhead_share, None, False, overhead, step)

@@ -61,7 +61,7 @@ def _chosen_behind_changes(predictions: Predictions, places: list[int], rows: Se
     for row, (sequence, position) in enumerate(rows):
         if sequence.params.processors:
             _process_(own[row], sequence, position)
-    change_logits_(own, [_change(sequence, position) for sequence, position in rows], predictions.decoder)
+    change_logits_(own, [_change(sequence, position) for sequence, position in rows])
     choices = [sequence.choice_of(position) for sequence, position in rows]
     tokens: list[int | Exception] = [*choose_tokens(own, choices, decoder=predictions.decoder)]
     lost = [row for row, token in enumerate(tokens) if token == NOT_FINITE]

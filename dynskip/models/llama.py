@@ -27,7 +27,8 @@ def decoder_config(config: Any) -> DecoderConfig:
     kind = config.model_type
     if kind == "mistral":
         refuse(config, layer_types=None)  # with them transformers loads another architecture, ministral
-    has_bias = getattr(config, "attention_bias", False)
+    # Keys that a type does not know are not read, as in transformers.
+    has_bias = kind in ("llama", "qwen3") and getattr(config, "attention_bias", False)
     window = (getattr(config, "sliding_window", None) or 0) if kind != "llama" else 0
     layer_types = _window_layers(getattr(config, "layer_types", None)) if kind in ("qwen2", "qwen3") else None
     if layer_types and not window:
@@ -46,8 +47,8 @@ def decoder_config(config: Any) -> DecoderConfig:
         activation=activation_of(config, "hidden_act"),
         gated=True,
         qkv_bias=kind == "qwen2" or has_bias,
-        out_bias=kind != "qwen2" and has_bias,
-        mlp_bias=getattr(config, "mlp_bias", False),
+        out_bias=has_bias,
+        mlp_bias=kind == "llama" and getattr(config, "mlp_bias", False),
         qk_norm=kind == "qwen3",
         is_head_tied=config.tie_word_embeddings,
         rotary=rotary,

@@ -21,7 +21,7 @@ from dynskip.ops.checks import FLOAT_DTYPES
 from dynskip.ops.transfer import to_device
 from dynskip.sampling import Choice, SamplingParams
 
-_FILTERS = attrgetter("temperature", "top_k", "top_p")
+_FILTERS = attrgetter("temperature", "top_k", "top_p", "min_p")
 
 
 def choose_tokens(
@@ -62,7 +62,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """temperature, top_k, top_p, seed, output and position of `choices`, `[R]` each, as `choose_tokens` wants them.
+    """temperature, top_k, top_p, min_p, seed, output and position of `choices`, `[R]` each, for `choose_tokens`.
 
     All but positions are kept from step to step, so they must not be written to.
     """
@@ -76,7 +76,7 @@ def choice_columns(choices: Sequence[Choice], num_tokens: int, device: torch.dev
 
 @functools.lru_cache(maxsize=16)
 def _kept_columns(
-    filters: tuple[tuple[float, int | None, float], ...],
+    filters: tuple[tuple[float, int | None, float, float], ...],
     seeds: tuple[int, ...],
     outputs: tuple[int, ...],
     num_tokens: int,
@@ -84,11 +84,12 @@ def _kept_columns(
     _stream: int,
 ) -> tuple[Tensor, ...]:
     """All columns but positions; the key is what they hold, so a row that is another in any of it has new ones."""
-    temperatures, top_ks, top_ps = zip(*filters, strict=True) if filters else ((),) * 3
-    temperature, top_p = to_device(torch.from_numpy(np.array([temperatures, top_ps], np.float64)), device)
+    temperatures, top_ks, top_ps, min_ps = zip(*filters, strict=True) if filters else ((),) * 4
+    floats = np.array([temperatures, top_ps, min_ps], np.float64)
+    temperature, top_p, min_p = to_device(torch.from_numpy(floats), device)
     integers = [[min(top_k or 0, num_tokens) for top_k in top_ks], seeds, outputs]
     top_k, seed, output = to_device(torch.from_numpy(np.array(integers, np.int64)), device)
-    return temperature, top_k, top_p, seed, output
+    return temperature, top_k, top_p, min_p, seed, output
 
 
 def _launchers(logits: Tensor) -> ModuleType:

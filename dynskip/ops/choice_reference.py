@@ -45,6 +45,7 @@ def choose_tokens(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     output: Tensor,
     position: Tensor,
@@ -52,30 +53,34 @@ def choose_tokens(
     """The token of each row of `logits` `[R, V]`: `[R], int64`; `NOT_FINITE` as in `most_likely`.
 
     temperature: `[R], float64`, 0 for the most likely token; otherwise logits are divided by it. top_k: `[R], int64`,
-    0 for all. top_p: `[R], float64`, 1 for all. seed, output, position: `[R], int64`, what the noise depends on
-    besides the token id. Distances to the largest logit are float32, all else is float64.
+    0 for all. top_p, min_p: `[R], float64`, 1 and 0 for all. seed, output, position: `[R], int64`, what the noise
+    depends on besides the token id. Distances to the largest logit are float32, all else is float64.
     """
     tokens = most_likely(logits)
     floats = logits.float()
-    scaled = (floats - floats.amax(-1, keepdim=True)).double()
+    largest = floats.amax(-1, keepdim=True)
+    scaled = (floats - largest).double()
     scaled = scaled / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    # p_i < min_p * p_max where x_i < x_max + temperature * log(min_p).
+    least = largest + (temperature * min_p.log()).float()[:, None]
     scores = scaled + gumbel_noise(seed, output, position, logits.shape[1])
-    scores = scores.masked_fill(~kept(floats, scaled, top_k, top_p), -math.inf)
+    scores = scores.masked_fill(~kept(floats, scaled, top_k, top_p, least), -math.inf)
     # The first of the largest: torch.max says so, torch.argmax does not.
     return torch.where((temperature > 0) & (tokens != NOT_FINITE), scores.max(-1).indices, tokens)
 
 
-def kept(logits: Tensor, scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Which tokens top_k and then top_p leave, `[R, V], bool`: the first ones in the order of falling logits.
+def kept(logits: Tensor, scaled: Tensor, top_k: Tensor, top_p: Tensor, least: Tensor) -> Tensor:
+    """Which tokens min_p, top_k and then top_p leave, `[R, V], bool`: the first ones in the order of falling logits.
 
-    Of equal logits the lower token id comes first. A token stays if fewer than `top_k` come before it, and if the
-    probabilities of those before it, as shares of what top_k leaves, do not yet reach `top_p`: the first always stays.
-    scaled: `[R, V], float64`, the logits from the largest on, over the temperature.
+    Of equal logits the lower token id comes first. A token stays if its logit is not below `least`, if fewer than
+    `top_k` come before it, and if the probabilities of those before it, as shares of what these two leave, do not yet
+    reach `top_p`: the first always stays.
+    scaled: `[R, V], float64`, the logits from the largest on, over the temperature. least: `[R, 1]`.
     """
     num_tokens = logits.shape[1]
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     most = torch.where(top_k > 0, top_k, num_tokens)[:, None]
-    is_kept = torch.arange(num_tokens, device=logits.device) < most
+    is_kept = (torch.arange(num_tokens, device=logits.device) < most) & ~(logits.gather(1, order) < least)
     weights = scaled.exp().gather(1, order).masked_fill(~is_kept, 0)
     up_to = weights.cumsum(-1)
     before = up_to.roll(1, -1)

@@ -1,7 +1,7 @@
-"""What changes the logits of a row before its token is chosen: bias, tokens that are withheld, penalties, min_p.
+"""What changes the logits of a row before its token is chosen: bias, tokens that are withheld, penalties.
 
 Arithmetic is that of vLLM, in float32 and in its order. A row's bits depend on that row alone. Only the places of a
-row that change are read and written, but by min_p.
+row that change are read and written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_TOKENS: NDArray[np.int64] = np.empty(0, np.int64)
 class LogitChange(NamedTuple):
     """How the logits of one row change. Token ids are different ones, each [K], int64.
 
-    params: its logit_bias, penalties, temperature and min_p hold. withheld: tokens that must not come.
+    params: its logit_bias and penalties hold. withheld: tokens that must not come.
     seen: tokens of prompt and output. counts: [K], int64, how often the output has each.
     """
 
@@ -52,11 +52,10 @@ def _is_native(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype in FLOAT_DTYPES and native.unavailable_reason() is None
 
 
-def change_logits_(logits: Tensor, changes: Sequence[LogitChange], decoder: int = 0) -> None:
+def change_logits_(logits: Tensor, changes: Sequence[LogitChange]) -> None:
     """Change ``logits`` [R, V], float32, contiguous, in place; one of ``changes`` a row.
 
-    Bias is added first; logits of tokens that are withheld become -inf; penalties follow, and min_p behind the
-    temperature, which itself is not applied. decoder: as in `float_rows`.
+    Bias is added first; logits of tokens that are withheld become -inf; penalties follow.
     """
     if logits.dtype != torch.float32 or not logits.is_contiguous() or logits.dim() != 2:
         raise ValueError(
@@ -74,7 +73,6 @@ def change_logits_(logits: Tensor, changes: Sequence[LogitChange], decoder: int 
     places = _places([change.seen for change in changes], logits)
     if places is not None:
         flat[places] = _penalized(flat[places], changes)
-    _cut_min_p_(logits, changes, decoder)
 
 
 def _penalized(values: Tensor, changes: Sequence[LogitChange]) -> Tensor:
@@ -90,23 +88,6 @@ def _penalized(values: Tensor, changes: Sequence[LogitChange]) -> Tensor:
     values = torch.where(values > 0, values / repetition, values * repetition)
     values = values - column("frequency_penalty") * counts.float()
     return values - column("presence_penalty") * (counts > 0).float()
-
-
-def _cut_min_p_(logits: Tensor, changes: Sequence[LogitChange], decoder: int) -> None:
-    """-inf for tokens less than min_p times as likely as the likeliest, by the temperature of their rows."""
-    rows = [row for row, change in enumerate(changes) if change.params.filters_min_p]
-    if not rows:
-        return
-    # p_i < min_p * p_max where x_i < x_max + temperature * log(min_p). Nothing is below NaN, or below -inf.
-    margins = torch.full((len(logits),), -math.inf, dtype=torch.float64)
-    for row in rows:
-        params = changes[row].params
-        margins[row] = params.temperature * math.log(params.min_p)
-    margins = margins.float()
-    if _is_native(logits):
-        native.cut_below_max_(logits, margins, decoder)
-    else:
-        logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + margins.to(logits.device)[:, None], -math.inf)
 
 
 def _places(tokens: Sequence[NDArray[np.int64]], logits: Tensor) -> Tensor | None:

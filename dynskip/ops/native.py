@@ -64,7 +64,6 @@ _OPS = (
     "most_likely",
     "choose_tokens",
     "float_rows",
-    "cut_below_max_",
     "plan_rows",
     "has_cuda",
     "replay",
@@ -115,9 +114,6 @@ float32: a token at its edge, within 2e-6 of `top_p`, may fall to the other side
 alone. decoder: the handle of one whose threads draw; without it the calling thread does."""
 float_rows = _launcher("float_rows")
 """`[R, V], float32`: the rows of logits `[N, V]` that `rows` `[R], int64` names; decoder as in `choose_tokens`."""
-cut_below_max_ = _launcher("cut_below_max_")
-"""Makes what lies below the largest of a row plus its margin -inf: logits `[R, V]`, margins `[R]`, float32; rows with
-NaN stay; decoder as in `choose_tokens`."""
 
 
 def panel_outputs(weight: Tensor, packed_weight: Tensor) -> int:

@@ -261,7 +261,7 @@ def _choices(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, fl
         top_k = torch.where(row % 2 == 0, 0, 50).clamp(max=num_tokens)
         everything = torch.ones(num_rows, dtype=torch.float64)
         for name, top_p in (("", everything), (", top_p", _clear_top_p(logits, temperature, top_k))):
-            columns = temperature, top_k, top_p, row * 977, row % 4, row * 3
+            columns = temperature, top_k, top_p, 0.001 * (row % 5).double(), row * 977, row % 4, row * 3
             tokens = native.choose_tokens(logits, *columns)
             if falsify:
                 errors.change_one_element(tokens)

@@ -342,7 +342,7 @@ def test_the_suite_answers_every_question(tiny: str) -> None:
     questions = [(row.section, row.batch, row.what) for row in report.rows]
     assert len(set(questions)) == len(questions)
     is_one_call = report.conditions["backend"] == "native"  # which counts what is in it
-    per_batch = {"decode": 2 + is_one_call, "prefill": 3, "paths": 8, "overhead": 1, "ctranslate2": int(reason is None)}
+    per_batch = {"decode": 2 + is_one_call, "prefill": 3, "paths": 8, "overhead": 3, "ctranslate2": int(reason is None)}
     for size in (1, 3):
         for section, count in per_batch.items():
             extra = int((section, size) in (("decode", 1), ("overhead", 3)))  # reading the weights; the mix's overhead

@@ -76,7 +76,9 @@ def by_the_whole_text(ask: Ask, output: int = 0, ends: tuple[int, ...] = ()) -> 
             warped = MinPLogitsWarper(params.min_p)(torch.tensor([text]), logits / params.temperature)
             logits = logits.masked_fill(warped == -math.inf, -math.inf)
         columns = choice_columns(
-            [Choice(params, params.seed or 0, output, len(text) - num_prompt)], VOCAB_SIZE, torch.device("cpu")
+            [Choice(replace(params, min_p=0.0), params.seed or 0, output, len(text) - num_prompt)],
+            VOCAB_SIZE,
+            torch.device("cpu"),
         )
         text.append(int(choice_reference.choose_tokens(logits, *columns)))
         if text[-1] in params.stop_token_ids:
@@ -136,7 +138,7 @@ def test_rows_that_change_nothing_are_chosen_as_ever(monkeypatch: pytest.MonkeyP
 
     plain = [Ask(prompt, greedy(9), FULL) for prompt in random_prompts([3, 7])]
     plain.append(Ask([5, 6], greedy(9, min_p=0.9), FULL))  # the likeliest is the likeliest
-    plain.append(Ask([5, 6], drawn(9, 4, top_p=0.9, top_k=50), FULL))
+    plain.append(Ask([5, 6], drawn(9, 4, top_p=0.9, top_k=50, min_p=0.02), FULL))
     expected = [ask.alone() for ask in plain]
     asks = [*plain, Ask([7, 8], greedy(9, presence_penalty=1.0), FULL)]
     assert all(map(same, serve(engine(batch=8), asks), expected))
@@ -494,8 +496,7 @@ def test_parameters_are_equal_hashed_and_pickled() -> None:
 
 def test_which_parameters_change_logits() -> None:
     assert not SamplingParams(temperature=1.0, top_k=4, top_p=0.5, seed=1, logprobs=3).changes_logits()
-    assert not SamplingParams(min_p=0.5).changes_logits(), "the likeliest token is the likeliest"
-    assert SamplingParams(min_p=0.5, temperature=1.0).changes_logits()
+    assert not SamplingParams(min_p=0.5, temperature=1.0).changes_logits(), "it filters, as top_p does"
     assert [SamplingParams(min_tokens=2).changes_logits(position) for position in range(4)] == [
         True,
         True,

@@ -268,9 +268,9 @@ def test_states_are_kept_behind_layers_of_the_decoder() -> None:
         raw_guess(case, num_common=[0, 6, 7, 0, 0])
 
 
-def test_choices_are_six_columns_or_none() -> None:
+def test_choices_are_seven_columns_or_none() -> None:
     case = Case(native_model("llama", "plain"))
-    with pytest.raises(RuntimeError, match="choices must be six columns or none, got 1"):
+    with pytest.raises(RuntimeError, match="choices must be seven columns or none, got 1"):
         raw_guess(case, (torch.zeros(5),))
     with pytest.raises(RuntimeError, match=r"guess_tokens: temperature must be contiguous \[5\] float64"):
-        raw_guess(case, (torch.zeros(5),) * 6)
+        raw_guess(case, (torch.zeros(5),) * 7)

@@ -284,3 +284,20 @@ def test_pickled_weights_in_one_file_or_in_shards(family: str, tmp_path: Path) -
     hf_model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     same_logits(load(tmp_path), hf_model)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen3", {"mlp_bias": True}),
+    ],
+)
+def test_keys_that_a_type_does_not_know_are_not_read(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Transformers makes no biases of them either."""
+    family_hf(family).save_pretrained(tmp_path)
+    expected = CausalLM.from_pretrained(tmp_path, dtype="float32")(INPUT_IDS).logits
+    change_json(tmp_path / "config.json", **changes)
+    found = CausalLM.from_pretrained(tmp_path, dtype="float32")(INPUT_IDS).logits
+    assert torch.equal(found, expected)

@@ -265,8 +265,6 @@ def test_several_ends(tmp_path: Path) -> None:
     [
         ({"general__architecture": "gemma3"}, "of architecture llama, qwen2, qwen3, got 'gemma3'"),
         ({"split__count": 2}, "must hold a whole model, got one of 2 parts. Merge them with llama-gguf-split"),
-        ({"llama__expert_count": 8}, "must hold llama.expert_count 0 or none, got 8. It is not supported"),
-        ({"llama__attention__sliding_window": 64}, "must hold llama.attention.sliding_window 0 or none, got 64"),
         ({"llama__attention__head_count": [4, 2]}, r"llama.attention.head_count of .* must be int, got \[4, 2\]"),
         ({"llama__attention__head_count": 0}, "num_attention_heads of .* must be at least 1, got 0"),
         ({"llama__attention__head_count_kv": 3}, "heads of an even size, as many or a multiple .* got 4 of 32 and 3"),
@@ -295,6 +293,34 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
     named = {key.replace("__", "."): value for key, value in changes.items()}
     path = write_gguf(tmp_path / "model.gguf", architecture, {**metadata(model), **named}, stored_tensors(model))
     with pytest.raises(ValueError, match=f"^test: .*{message}"):
+        read_gguf(path, "test")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.causal", False),
+        ("attention.scale", 0.5),
+        ("attention.sliding_window", 64),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("embedding_scale", 12.0),
+        ("residual_scale", 0.25),
+        ("logit_scale", 0.125),
+        ("expert_count", 8),
+        ("rope.scaling.alpha", 1000.0),
+        ("rope.scaling.attn_factor", 0.5),
+        ("rope.scaling.yarn_ext_factor", 0.5),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+    ],
+)
+def test_values_that_would_change_results_are_refused(key: str, value: float | bool, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    path = write_gguf(
+        tmp_path / "model.gguf", "llama", {**metadata(model), f"llama.{key}": value}, stored_tensors(model)
+    )
+    with pytest.raises(ValueError, match=rf"must hold llama\.{key} .* or none, got .*\. It is not supported"):
         read_gguf(path, "test")
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MinPLogitsWarper
 
 from dynskip import SamplingParams
 from dynskip.ops import choice, choice_reference, native
@@ -58,12 +59,14 @@ def draw_of(seed: int = 0, output: int = 0, position: int = 0, **params: Any) ->
     return Choice(SamplingParams(**{"temperature": 1.0, "seed": seed, **params}), seed, output, position)
 
 
-def exact_probabilities(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
-    """The rule on plain lists: temperature, then the top_k best, then the fewest that reach top_p."""
+def exact_probabilities(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float, min_p: float = 0.0
+) -> list[float]:
+    """The rule on plain lists: temperature, min_p, then the top_k best, then the fewest that reach top_p."""
     best = max(logits)
     weights = [math.exp((logit - best) / temperature) for logit in logits]
     order = sorted(range(len(logits)), key=lambda token: -logits[token])  # stable: of equal ones the first
-    kept = order[: top_k or len(order)]
+    kept = [token for token in order if weights[token] >= min_p][: top_k or len(order)]
     total = sum(weights[token] for token in kept)
     chosen, mass = [], 0.0
     for token in kept:
@@ -84,6 +87,8 @@ def is_near_edge(logits: Tensor, row_choice: Choice) -> bool:
     """Whether the mass of some first tokens of a row [V] is its top_p, within `EDGE`."""
     params = row_choice.params
     floats = logits.float().sort(descending=True, stable=True).values[: params.top_k]
+    if params.min_p:
+        floats = floats[floats >= floats[0] + params.temperature * math.log(params.min_p)]
     mass = ((floats - floats[0]).double() / params.temperature).exp().cumsum(0)
     return params.top_p < 1 and bool(((mass / mass[-1] - params.top_p).abs() < EDGE).any())
 
@@ -105,7 +110,7 @@ def test_what_draws_is_launched_before_the_first_draw(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(choice, "_launchers", lambda _logits: SimpleNamespace(choose_tokens=note))
     choice.warm_up(torch.full((4, 70), math.nan, dtype=torch.bfloat16))
-    assert launched == [(dtype, (1, 70), 6) for dtype in (torch.bfloat16, torch.float32)]
+    assert launched == [(dtype, (1, 70), 7) for dtype in (torch.bfloat16, torch.float32)]
 
 
 def test_philox_gives_the_published_words() -> None:
@@ -150,16 +155,20 @@ def test_noise_is_that_of_its_key_and_its_ends_are_finite(monkeypatch: pytest.Mo
     st.sampled_from([0.3, 1.0, 1.7]),
     st.none() | st.integers(1, 70),
     st.sampled_from([0.05, 0.5, 0.83, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.4, 1.0]),
 )
 def test_filters_keep_what_the_rule_keeps(
-    order: list[int], temperature: float, top_k: int | None, top_p: float
+    order: list[int], temperature: float, top_k: int | None, top_p: float, min_p: float
 ) -> None:
     # Two of each logit: of equal ones the first comes first.
     logits = [(place // 2) * 0.137 for place in order]
     row = torch.tensor([logits])
     scaled = (row - row.max()).double() / temperature
-    kept = choice_reference.kept(row, scaled, torch.tensor([top_k or 0]), torch.tensor([top_p], dtype=torch.float64))
-    expected = exact_probabilities(row[0].tolist(), temperature, top_k, top_p)
+    least = row.max() + temperature * torch.tensor([[min_p]]).log()
+    kept = choice_reference.kept(
+        row, scaled, torch.tensor([top_k or 0]), torch.tensor([top_p], dtype=torch.float64), least
+    )
+    expected = exact_probabilities(row[0].tolist(), temperature, top_k, top_p, min_p)
     assert kept[0].tolist() == [probability > 0 for probability in expected]
 
 
@@ -172,10 +181,25 @@ def test_filters_by_hand() -> None:
     assert kept() == {0, 1, 2, 3} and kept(top_k=1) == {3} and kept(top_p=0.6) == {2, 3}
     # top_p counts the share among the top_k: 4/7 reaches 0.5.
     assert kept(top_k=2, top_p=0.5) == {3} and kept(top_k=2, top_p=0.6) == {2, 3}
+    # min_p counts from the likeliest: 0.2 is half of it. What it leaves is what shares are of: 4/7 does not reach 0.6.
+    assert kept(min_p=0.49) == {1, 2, 3} and kept(min_p=0.51) == kept(min_p=0.51, top_p=0.6) == {2, 3}
+    assert kept(min_p=0.51, top_p=0.57) == {3} == kept(min_p=1.0) and kept(min_p=0.3, top_k=2) == {2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("min_p", [1e-9, 0.02, 0.3, 1.0])
+def test_min_p_is_that_of_transformers(min_p: float, temperature: float) -> None:
+    logits = 3 * torch.randn(40, 97, generator=torch.Generator().manual_seed(0))
+    scaled = (logits - logits.amax(1, keepdim=True)).double() / temperature
+    least = logits.amax(1, keepdim=True) + temperature * math.log(min_p)
+    zeros, ones = torch.zeros(40, dtype=torch.int64), torch.ones(40, dtype=torch.float64)
+    kept = choice_reference.kept(logits, scaled, zeros, ones, least)
+    expected = MinPLogitsWarper(min_p)(torch.tensor([[1]] * 40), logits / temperature)
+    assert torch.equal(kept, expected > -math.inf) and 0 < int(kept.sum()) <= kept.numel()
 
 
 def test_draws_follow_the_probabilities(runs_on: str) -> None:
-    # 4 settings of a small vocabulary in each batch, whose rows differ in seed, output or position.
+    # 7 settings of a small vocabulary in each batch, whose rows differ in seed, output or position.
     logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(1)) * 1.5
     logits[0, 4] = logits[0, 2]
     settings: list[dict[str, Any]] = [
@@ -183,9 +207,12 @@ def test_draws_follow_the_probabilities(runs_on: str) -> None:
         {"temperature": 0.6, "top_k": 5},
         {"temperature": 1.4, "top_p": 0.8},
         {"temperature": 2.5, "top_k": 7, "top_p": 0.7},
+        {"temperature": 1.5, "min_p": 0.3},
+        {"temperature": 1.0, "min_p": 0.1, "top_k": 4},
+        {"temperature": 2.0, "min_p": 0.25, "top_p": 0.6},
     ]
     num_draws = 5000
-    counts = torch.zeros(4, 9)
+    counts = torch.zeros(len(settings), 9)
     for key in range(3):
         names = [
             {"seed": draw} if key == 0 else {"output": draw} if key == 1 else {"position": draw}
@@ -195,7 +222,8 @@ def test_draws_follow_the_probabilities(runs_on: str) -> None:
             tokens = choose_tokens(logits.expand(num_draws, -1), [draw_of(**name, **setting) for name in names])
             counts[place] = torch.bincount(torch.tensor(tokens), minlength=9).float()
             params = SamplingParams(**setting)
-            probabilities = exact_probabilities(logits[0].tolist(), params.temperature, params.top_k, params.top_p)
+            rule = params.temperature, params.top_k, params.top_p, params.min_p
+            probabilities = exact_probabilities(logits[0].tolist(), *rule)
             expected = torch.tensor(probabilities) * num_draws
             possible = expected > 0
             assert int(counts[place][~possible].sum()) == 0
@@ -212,12 +240,17 @@ def test_what_the_extension_leaves_out_could_not_have_been_drawn(extension: str)
         {"temperature": 1.0},
         {"temperature": 1.0, "top_p": 0.7},
         {"temperature": 1.5, "top_k": 900},
+        {"temperature": 2.0, "min_p": 0.02},
     ]
     for params in settings:
         tokens = choose_tokens(logits.expand(num_draws, -1), [draw_of(seed, **params) for seed in range(num_draws)])
         given_params = SamplingParams(**params)
         exact = exact_probabilities(
-            logits[0].tolist(), given_params.temperature, given_params.top_k, given_params.top_p
+            logits[0].tolist(),
+            given_params.temperature,
+            given_params.top_k,
+            given_params.top_p,
+            given_params.min_p,
         )
         expected = (
             torch.zeros(40, dtype=torch.float64).index_add_(0, groups, torch.tensor(exact, dtype=torch.float64))
@@ -253,6 +286,12 @@ def test_the_extension_chooses_as_specified(num_tokens: int, dtype: torch.dtype,
         {"top_p": 0.9, "temperature": 3.0},
         {"top_k": 40, "top_p": 0.9},
         {"top_k": max(num_tokens // 3, 1), "top_p": 0.6, "temperature": 1.7},
+        {"min_p": 0.05},
+        {"min_p": 1.0, "temperature": 2.0},
+        {"min_p": 1e-300, "temperature": 1e308},
+        {"min_p": 0.02, "top_k": 5},
+        {"min_p": 0.5, "top_k": 40, "top_p": 0.9},
+        {"min_p": 0.01, "top_p": 0.7, "temperature": 3.0},
     ]
     for num_rows in (0, 1, 2, 7, 64):
         for spread in (0.0, 0.5, 4.0):
@@ -278,7 +317,15 @@ def test_extreme_logits_are_chosen_as_specified(dtype: torch.dtype, extension: s
         [-88.0, -90.0, -87.0, -100.0, -103.0],
     ]
     logits = torch.tensor(rows, dtype=torch.float64).to(dtype).repeat(1, 40)
-    for params in ({}, {"temperature": 1e-6}, {"temperature": 1e6}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 90}):
+    for params in (
+        {},
+        {"temperature": 1e-6},
+        {"temperature": 1e6},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"top_k": 90},
+        {"min_p": 0.3},
+    ):
         for seed in range(20):
             choices = [draw_of(seed, **params) for _ in rows]
             assert_as_specified(logits, choices)
@@ -309,8 +356,9 @@ def test_a_row_depends_on_itself_alone(dtype: torch.dtype, runs_on: str) -> None
         {"top_p": 0.8},
         {"top_k": 20},
         {"top_k": 300, "top_p": 0.5},
+        {"min_p": 0.01, "top_p": 0.9},
     ]
-    choices = [draw_of(7, row // 5, 3, **params[row % 5]) for row in range(32)]
+    choices = [draw_of(7, row // 6, 3, **params[row % 6]) for row in range(32)]
     together = choose_tokens(logits, choices)
     assert together == [choose_tokens(logits[row : row + 1], [choices[row]])[0] for row in range(32)]
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()
@@ -347,7 +395,7 @@ def test_a_row_whose_largest_logit_is_not_finite_has_no_token(
         draw_of(temperature=0.0),
         draw_of(1),
         draw_of(1),
-        draw_of(1, top_p=0.5, top_k=9),
+        draw_of(1, top_p=0.5, top_k=9, min_p=0.2),
     ]
     tokens, expected = choose_tokens(logits, choices), choose_tokens(sound, choices)
     assert tokens[1] == tokens[2] == NOT_FINITE
@@ -384,7 +432,14 @@ def test_kept_columns_follow_any_row_that_changes() -> None:
     changes: list[tuple[int, dict[str, Any]]] = [
         (row, change)
         for row in range(3)
-        for change in ({"temperature": 0.2}, {"top_k": 3}, {"top_k": 30}, {"top_p": 0.4}, {"temperature": 0.0})
+        for change in (
+            {"temperature": 0.2},
+            {"top_k": 3},
+            {"top_k": 30},
+            {"top_p": 0.4},
+            {"min_p": 0.2},
+            {"temperature": 0.0},
+        )
     ]
     batches = [[*base], base[::-1], base[:2], [*base, base[0]]]
     for row, change in changes:
@@ -400,15 +455,16 @@ def test_kept_columns_follow_any_row_that_changes() -> None:
                 [each.params.temperature for each in batch],
                 [min(each.params.top_k or 0, num_tokens) for each in batch],
                 [each.params.top_p for each in batch],
+                [each.params.min_p for each in batch],
                 [each.seed for each in batch],
                 [each.output for each in batch],
                 [each.position for each in batch],
             ]
             assert [column.tolist() for column in found] == wanted
-            dtypes = [torch.float64, torch.int64, torch.float64, *[torch.int64] * 3]
+            dtypes = [torch.float64, torch.int64, *[torch.float64] * 2, *[torch.int64] * 3]
             assert [column.dtype for column in found] == dtypes
     once, later = choice_columns(base, 20, CPU), choice_columns(batches[-1], 20, CPU)
-    assert all(one is two for one, two in zip(once[:5], later[:5], strict=True)) and once[5] is not later[5]
+    assert all(one is two for one, two in zip(once[:6], later[:6], strict=True)) and once[6] is not later[6]
 
 
 def test_the_extension_refuses_what_it_cannot_read() -> None:
@@ -422,7 +478,7 @@ def test_the_extension_refuses_what_it_cannot_read() -> None:
         native.choose_tokens(logits[:, :0], *columns)
     with pytest.raises(RuntimeError, match="choose_tokens: tensors must be float32, bfloat16 or float16"):
         native.choose_tokens(logits.double(), *columns)
-    for place, name in enumerate(("temperature", "top_k", "top_p", "seed", "output", "position")):
+    for place, name in enumerate(("temperature", "top_k", "top_p", "min_p", "seed", "output", "position")):
         for wrong in (columns[place][:1], columns[place].float(), columns[place].repeat(2)[::2]):
             arguments = [*columns[:place], wrong, *columns[place + 1 :]]
             with pytest.raises(RuntimeError, match=rf"choose_tokens: {name} must be contiguous \[2\] (float|int)64"):

@@ -23,7 +23,7 @@ SIZES = [1, 2, 63, 65, 200, 2048, 2049, 5000]
 
 
 def columns(logits: Tensor, seed: int) -> list[Tensor]:
-    """Choices of all kinds: every third row has no top_k, every second no top_p, one the most likely token."""
+    """Choices of all kinds: rows without top_k, top_p or min_p, and one that takes the most likely token."""
     num_rows, num_tokens = logits.shape
     generator = torch.Generator().manual_seed(seed)
     temperature = 0.1 + 1.5 * torch.rand(num_rows, generator=generator, dtype=torch.float64)
@@ -31,8 +31,9 @@ def columns(logits: Tensor, seed: int) -> list[Tensor]:
     top_k = torch.randint(1, min(num_tokens + 3, 60), (num_rows,), generator=generator)
     seeds = torch.randint(-(2**62), 2**62, (num_rows,), generator=generator)
     outputs, positions = (torch.randint(0, 2**20, (num_rows,), generator=generator) for _ in range(2))
-    top_k[::3], top_p[::2], temperature[3] = 0, 1, 0
-    return [column.to(DEVICE) for column in (temperature, top_k, top_p, seeds, outputs, positions)]
+    min_p = 0.2 * torch.rand(num_rows, generator=generator, dtype=torch.float64)
+    top_k[::3], top_p[::2], temperature[3], min_p[:2] = 0, 1, 0, 0
+    return [column.to(DEVICE) for column in (temperature, top_k, top_p, min_p, seeds, outputs, positions)]
 
 
 @pytest.mark.parametrize("spread", [0.3, 6.0], ids=["flat", "steep"])
@@ -58,6 +59,7 @@ def test_equal_logits_are_cut_in_the_order_of_tokens() -> None:
     choices[0].fill_(1)
     choices[1].fill_(23)
     choices[2].fill_(1)
+    choices[3].zero_()
     tokens = choose_tokens(logits, *choices).tolist()
     assert tokens == choice_reference.choose_tokens(logits, *choices).tolist()
     assert 2048 < max(tokens) < 2300
@@ -82,6 +84,7 @@ def test_temperatures_at_both_ends() -> None:
     choices[0][:] = torch.tensor([1e-300, 1e-300, 1e-300, 1e300, 1e300, 1e300], dtype=torch.float64)
     choices[1].zero_()
     choices[2].fill_(1)
+    choices[3].zero_()
     tokens = choose_tokens(logits, *choices).tolist()
     assert tokens == choice_reference.choose_tokens(logits, *choices).tolist()
     assert set(tokens[:3]) <= {1, 3}

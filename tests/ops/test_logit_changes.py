@@ -10,17 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 from torch import Tensor
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
 
 from dynskip import SamplingParams
-from dynskip.ops import choice, choice_reference, native
+from dynskip.ops import native
 from dynskip.ops.choice import choose_tokens
 from dynskip.ops.logit_changes import LogitChange, change_logits_, float_rows
 from dynskip.sampling import NOT_FINITE, Choice
@@ -94,32 +92,17 @@ def test_withheld_tokens_are_those_of_transformers() -> None:
     assert torch.equal(found[1], logits[1])
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("min_p", [1e-9, 0.02, 0.3, 1.0])
-def test_min_p_is_that_of_transformers(min_p: float, temperature: float) -> None:
-    logits = random_logits(40)
-    found = changed(logits, [change_of([], [], min_p=min_p, temperature=temperature) for _ in range(40)])
-    expected = MinPLogitsWarper(min_p)(torch.tensor([[1]] * 40), logits / temperature)
-    is_kept = found > -math.inf
-    assert torch.equal(is_kept, expected > -math.inf)
-    assert torch.equal(found[is_kept], logits[is_kept])
-    assert 0 < int(is_kept.sum()) <= is_kept.numel()
-
-
-def test_the_order_is_bias_withheld_penalties_min_p() -> None:
+def test_the_order_is_bias_withheld_penalties() -> None:
     logits = torch.tensor([[1.0, -1.0, 2.0, 0.5]])
     params = {
         "logit_bias": {0: 1.0, 1: 3.0, 2: 5.0},
         "repetition_penalty": 2.0,
         "frequency_penalty": 0.25,
         "presence_penalty": 0.5,
-        "temperature": 1.0,
-        "min_p": 0.6,
     }
     # Token 0: (1 + 1) / 2 - 2 * 0.25 - 0.5, token 1: (-1 + 3) / 2, token 2: withheld whatever its bias.
     found = changed(logits, [change_of([1], [0, 0], [2], **params)])
-    assert found.tolist() == [[-math.inf, 1.0, -math.inf, 0.5]]
-    assert math.exp(0.5 - 1.0) > 0.6 > math.exp(0.0 - 1.0)
+    assert found.tolist() == [[0.0, 1.0, -math.inf, 0.5]]
 
 
 def test_minus_infinity_stays_and_huge_penalties_make_no_nan() -> None:
@@ -131,31 +114,21 @@ def test_minus_infinity_stays_and_huge_penalties_make_no_nan() -> None:
         {"logit_bias": dict.fromkeys(range(NUM_TOKENS), 3e38), "repetition_penalty": 3e38},
         {"logit_bias": dict.fromkeys(range(NUM_TOKENS), -3e38)},
     ):
-        found = changed(logits, [change_of(list(range(NUM_TOKENS)), [1, 50], temperature=1.0, min_p=0.5, **params)])
+        found = changed(logits, [change_of(list(range(NUM_TOKENS)), [1, 50], **params)])
         assert not bool(found.isnan().any()) and bool((found[0, :40] == -math.inf).all())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_min_p_hides_no_bad_logit(bad: float) -> None:
-    logits = random_logits(2)
-    logits[1, 7] = bad
-    found = changed(logits, [change_of([], [], min_p=0.9, temperature=1.0)] * 2)
-    choices = [Choice(SamplingParams(temperature=1.0), 0, 0, 0)] * 2
-    tokens = choose_tokens(found, choices)
-    assert tokens[0] >= 0 and tokens[1] == NOT_FINITE
-
-
 def test_a_row_of_minus_infinity_has_no_token() -> None:
-    found = changed(random_logits(1), [change_of([], [], list(range(NUM_TOKENS)), min_p=0.9, temperature=1.0)])
-    assert choose_tokens(found, [Choice(SamplingParams(temperature=1.0), 0, 0, 0)]) == [NOT_FINITE]
+    found = changed(random_logits(1), [change_of([], [], list(range(NUM_TOKENS)))])
+    assert choose_tokens(found, [Choice(SamplingParams(temperature=1.0, min_p=0.9), 0, 0, 0)]) == [NOT_FINITE]
 
 
 PARAMS: list[dict[str, Any]] = [
     {},
     {"repetition_penalty": 1.4},
-    {"min_p": 0.2, "temperature": 0.7},
+    {"repetition_penalty": 0.7, "presence_penalty": 0.3},
     {"frequency_penalty": 1.0, "logit_bias": {3: 1.0, 4: -math.inf}},
-    {"presence_penalty": -1.0, "min_p": 0.9, "temperature": 2.0},
+    {"presence_penalty": -1.0, "temperature": 2.0},
     {"logit_bias": {0: 0.5, 96: 0.25}},
 ]
 
@@ -169,37 +142,6 @@ def test_a_row_depends_on_itself_alone(rows: list[int]) -> None:
     ]
     together = changed(logits, changes)
     assert torch.equal(changed(logits[rows], [changes[row] for row in rows]), together[rows])
-
-
-@pytest.mark.parametrize("runs_on", ["extension", "torch"])
-def test_draws_follow_the_probabilities_of_min_p(runs_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if runs_on == "torch":
-        monkeypatch.setattr(choice, "_launchers", lambda _logits: choice_reference)
-    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(4)) * 1.5
-    num_draws = 6000
-    settings: list[dict[str, Any]] = [
-        {"temperature": 1.0, "min_p": 0.05},
-        {"temperature": 1.5, "min_p": 0.3},
-        {"temperature": 1.0, "min_p": 0.1, "top_k": 4},
-        # Shares of top_p are those of what min_p leaves.
-        {"temperature": 2.0, "min_p": 0.25, "top_p": 0.6},
-    ]
-    for setting in settings:
-        params = SamplingParams(**setting)
-        weights = (logits[0].double() / params.temperature).exp()
-        weights = weights.where(weights >= params.min_p * weights.max(), 0.0)
-        order = weights.argsort(descending=True)
-        kept = order[: params.top_k or 12]
-        shares = weights[kept] / weights[kept].sum()
-        kept = kept[shares.cumsum(0) - shares < params.top_p]
-        expected = torch.zeros(12, dtype=torch.float64)
-        expected[kept] = weights[kept] / weights[kept].sum() * num_draws
-        own = changed(logits, [LogitChange(params)]).expand(num_draws, -1)
-        tokens = torch.tensor(choose_tokens(own, [Choice(params, draw, 0, 0) for draw in range(num_draws)]))
-        counts = torch.bincount(tokens, minlength=12)
-        possible = expected > 0
-        assert 1 < int(possible.sum()) < 12 and int(counts[~possible].sum()) == 0
-        assert chisquare(counts[possible].numpy(), expected[possible].numpy()).pvalue > 1e-4, setting
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -216,17 +158,6 @@ def test_copies_of_rows_are_those_of_pytorch(dtype: torch.dtype, monkeypatch: py
             float_rows(wide, [0, 6])
     monkeypatch.setattr(native, "unavailable_reason", lambda: "not here")
     assert torch.equal(float_rows(wide, [5, 0]), wide[[5, 0]].float())
-
-
-def test_the_extension_cuts_by_min_p_what_the_specification_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = random_logits(7)
-    logits[1, 3], logits[2, 4], logits[3, :5], logits[4] = math.nan, math.inf, -math.inf, -math.inf
-    changes = [LogitChange(SamplingParams(min_p=0.1, temperature=row / 3)) for row in range(6)]
-    changes.append(LogitChange(SamplingParams()))
-    found = changed(logits, changes)
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "not here")
-    assert torch.equal(found.view(torch.int32), changed(logits, changes).view(torch.int32))
-    assert torch.equal(found[6], logits[6]) and int((found[5] == -math.inf).sum()) > 0
 
 
 def test_nothing_is_changed_where_nothing_is_asked_for() -> None:

@@ -173,9 +173,8 @@ def _op_calls(dtype: torch.dtype, name: str) -> Iterator[Call]:
         ("activate", {"x": draw.normal(8, 8 * size), "activation": shape.activation, "gated": shape.gated}),
     ):
         yield Call(op, name, functools.partial(getattr(backend, op), *arguments.values()))
-    columns = [
-        torch.zeros(4, dtype=column) for column in (torch.float64, torch.int64, torch.float64, *[torch.int64] * 3)
-    ]
+    dtypes = (torch.float64, torch.int64, *[torch.float64] * 2, *[torch.int64] * 3)
+    columns = [torch.zeros(4, dtype=dtype) for dtype in dtypes]
     yield Call("choose_tokens", name, functools.partial(choose_tokens, draw.normal(4, shape.vocab_size), *columns))
 
 
