@@ -307,13 +307,18 @@ OPTForCausalLM = CausalLM
 """The class by a name of transformers'."""
 
 
+def check_ids(token_ids: Sequence[int], vocab_size: int, what: str) -> None:
+    """Raise ValueError, beginning with ``what``, unless all are ids of a vocabulary."""
+    for token_id in (min(token_ids), max(token_ids)) if len(token_ids) else ():
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"{what} must hold token ids in 0..{vocab_size - 1}, got {shown(token_id)}.")
+
+
 def check_tokens(token_ids: Sequence[int], num_new_tokens: int, config: DecoderConfig, what: str) -> None:
     """Raise ValueError, beginning with ``what``, where a prompt and its new tokens do not fit the model."""
     if not len(token_ids):
         raise ValueError(f"{what} must hold at least one token, got none.")
-    for token_id in (min(token_ids), max(token_ids)):
-        if not 0 <= token_id < config.vocab_size:
-            raise ValueError(f"{what} must hold token ids in 0..{config.vocab_size - 1}, got {shown(token_id)}.")
+    check_ids(token_ids, config.vocab_size, what)
     total = len(token_ids) + num_new_tokens
     if total > config.max_positions:
         new = f" prompt and {shown(num_new_tokens)} new" if num_new_tokens else ""

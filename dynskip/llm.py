@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynskip.arguments import as_token_ids, is_array
 from dynskip.assets import find_model, opt_mini_directory
-from dynskip.causal_lm import CausalLM, ExecutorName
+from dynskip.causal_lm import CausalLM, ExecutorName, check_ids
 from dynskip.engine.closed_batch import Generation
 from dynskip.engine.request import RequestOutput
 from dynskip.engine.text_rule import TextRule
@@ -172,7 +172,10 @@ class LLM:
 
         stop: the parameters of its request, or texts before the first of which it is cut; special tokens are left out.
         """
-        return None if self.tokenizer is None else TextRule.of(stop).text(self.tokenizer, token_ids)
+        if self.tokenizer is None:
+            return None
+        check_ids(token_ids, self.model.decoder_config.vocab_size, "text: token_ids")
+        return TextRule.of(stop).text(self.tokenizer, token_ids)
 
     def _params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int

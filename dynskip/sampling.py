@@ -98,7 +98,7 @@ class SamplingParams:
         self._take_int("min_tokens", 0, None, "be an integer of at least 0", may_be_none=False)
         fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
         self._take("min_tokens", self.min_tokens, fits, f"be at most max_tokens, {shown(self.max_tokens)}")
-        self._take_float("temperature", lambda value: 0 <= value < math.inf, "be at least 0")
+        self._take_float("temperature", lambda value: 0 <= value < math.inf, "be at least 0, and finite")
         self._take_float("top_p", lambda value: 0 < value <= 1, "lie in (0, 1]")
         self._take_float("min_p", lambda value: 0 <= value <= 1, "lie in 0..1")
         self._take_float(

@@ -15,6 +15,8 @@ PACKAGED = {
 }
 # By its name, which is that of its adapter's folder here: the model of ``PACKAGED`` that the adapter is merged into.
 ADAPTED = {"smollm2-135m-paths": "smollm2-135m-instruct"}
+# All names.
+NAMES = (OPT_MINI, *PACKAGED, *ADAPTED)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynskip.arguments import is_own_error
+from dynskip.assets import NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ def add_model_options(
         group.add_argument(
             "--model",
             metavar="NAME",
-            help=f"folder, GGUF file, hub id, or opt-mini (default: {model_default})",
+            help=f"folder, GGUF file, hub id, or one of {', '.join(NAMES)} (default: {model_default})",
         )
     add_adapter_option(group)
     group.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16)")

@@ -52,7 +52,11 @@ _SHARES = {"loss": (5 / 6, 2 / 3, 1 / 2), "speed": (5 / 6, 2 / 3, 1 / 2, 1 / 3, 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``search``."""
     parser.add_argument(
-        "--data", required=True, type=file_path, metavar="FILE", help="Alpaca as *.json[.xz] or T0 as *.jsonl[.xz]"
+        "--data",
+        required=True,
+        type=file_path,
+        metavar="FILE",
+        help="Alpaca as *.json[.xz], T0 or your own as *.jsonl[.xz]",
     )
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--budget", metavar="B,B,...", help="layers of the paths (default: 5/6, 2/3 and 1/2 of them)")

@@ -26,8 +26,8 @@ EXAMPLES = """examples:
   dynskip simulate --device this                on this machine, from what `dynskip calibrate` measured
   dynskip simulate --paths uniform:6=1,full=1 --kv-slots 100000 --json
 
-Figures for an H200 are predicted: its costs are a roofline, no card was timed. "of ideal" holds the gain over the same
-requests at full depth against batches that are always full and of one path.
+Figures for an H200 are predicted: its costs are a roofline, not what a card took. "of ideal" holds the gain over the
+same requests at full depth against batches that are always full and of one path.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,7 +134,7 @@ class ModelRunner:
         tokens = [token for span in spans for token in span.sequence.tokens(span.first, span.num_tokens)]
         positions = packed_positions(counts, torch.device("cpu"))
         if any(firsts):
-            positions += torch.tensor(firsts).repeat_interleave(torch.tensor(counts))
+            positions += torch.from_numpy(np.repeat(np.array(firsts), counts))
         routes = [span.sequence.route for span in spans]
         device = self.model.device
         token_ids, position_ids = to_device(torch.stack([torch.tensor(tokens), positions]), device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -364,6 +365,10 @@ class KVCache:
 
     def _entries_of(self, cache_ids: Tensor) -> Tensor:
         """[N], int32: the slots of all entries of some sequences ([B], int64)."""
+        if cache_ids.device.type == "cpu":  # not by PyTorch's loops, see `slot_pool`
+            ids, lens = cache_ids.numpy(), self.context_lens.numpy()[:, cache_ids.numpy()]
+            entries = self.slot_tables.numpy()[:, ids, : lens.max(initial=0)]
+            return torch.from_numpy(entries[np.arange(entries.shape[2]) < lens[:, :, None]])
         context_lens = self.context_lens.index_select(1, cache_ids)
         longest = int(context_lens.max()) if context_lens.numel() else 0
         tables = self.slot_tables[:, cache_ids, :longest]

@@ -1,7 +1,12 @@
-"""The slots of a key-value cache: which are free, and by how many sequences each of the others is owned."""
+"""The slots of a key-value cache: which are free, and by how many sequences each of the others is owned.
+
+On a CPU what is done in each step, or for each request, is numpy's: a parallel loop of PyTorch's, however short, leaves
+OpenMP's threads spinning for milliseconds, in which they take a core from the step that follows.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +51,14 @@ class SlotPool:
 
     def clear(self) -> None:
         """Take all slots back; they are given out as at the beginning."""
-        torch.arange(self.num_slots, out=self.free_slots)
-        self.num_extra_owners.zero_()
-        self.is_kept.zero_()
+        if self.free_slots.device.type == "cpu":
+            self.free_slots.numpy()[:] = np.arange(self.num_slots, dtype=np.int32)
+            self.num_extra_owners.numpy()[:] = 0
+            self.is_kept.numpy()[:] = False
+        else:
+            torch.arange(self.num_slots, out=self.free_slots)
+            self.num_extra_owners.zero_()
+            self.is_kept.zero_()
         self.cursor.zero_()
         self.num_used = 0
         self.may_share = False

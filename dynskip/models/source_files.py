@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from dynskip.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter, find_model
+from dynskip.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMES, find_adapter, find_model
 from dynskip.models.adapter import merge, read_adapter
 from dynskip.models.gguf import read_gguf
 from dynskip.models.registry import ARCHITECTURES, decoder_config
@@ -95,6 +95,8 @@ def _check_name(source: str | Path, function: str) -> str:
         raise NotADirectoryError(
             f"{function}: {name} must be a directory or a GGUF file, got another file. Name the folder around it."
         )
+    elif not path.is_file() and path.suffix == GGUF:
+        raise FileNotFoundError(f"{function}: {name!r} must be a GGUF file, got no such file.")
     elif not path.is_file() and (looks_local or not name):
         raise FileNotFoundError(f"{function}: {name!r} must be a directory, got no such directory.")
     return name
@@ -114,7 +116,8 @@ def _read_config(name: str, function: str) -> Any:
         if Path(name).is_dir():
             raise ValueError(f"{function}: {name} must hold a config, got: {one_line(error)}") from error
         raise FileNotFoundError(
-            f"{function}: {name} must be a directory, or a hub id within reach, got neither: {one_line(error)}"
+            f"{function}: {name} must be a directory, or a hub id within reach, got neither: {one_line(error)} "
+            f"Name the folder of a model that was downloaded, or one of {', '.join(NAMES)}."
         ) from error
     check_keys(function, name, values)
     return make_config(values, name, function)

@@ -14,6 +14,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +114,7 @@ class Rows:
     @cached_property
     def seq_ids(self) -> Tensor:
         """[N], int32: the sequence of each row."""
-        return torch.arange(self.num_seqs, dtype=torch.int32).repeat_interleave(torch.tensor(self.num_new_tokens))
+        return torch.from_numpy(np.repeat(np.arange(self.num_seqs, dtype=np.int32), self.num_new_tokens))
 
     @cached_property
     def ranks(self) -> Tensor:
@@ -209,7 +210,8 @@ class Plan:
         """The plan of a step in which sequence b brings ``num_new_tokens[b]`` rows along ``paths[b]``."""
         rows = Rows(tuple(num_new_tokens))
         masks = torch.stack([_mask(path) for path in paths], dim=1)
-        return Plan(rows, paths[0].num_layers, KVPolicy.ABSENT, active=masks[:, rows.seq_ids.long()])
+        active = torch.from_numpy(masks.numpy().take(rows.seq_ids.numpy(), axis=1))
+        return Plan(rows, paths[0].num_layers, KVPolicy.ABSENT, active=active)
 
     @staticmethod
     def per_token(active: Tensor, num_new_tokens: Sequence[int], kv_policy: KVPolicy) -> Plan:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dynskip.arguments import shown
 from dynskip.controllers import SequenceController, TokenContext, TokenController
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy, Plan
@@ -264,9 +265,13 @@ def resolve(
     if isinstance(paths, Tensor):
         paths = _paths_of_mask(_check_mask(paths, num_layers, num_seqs, function), function)
     if isinstance(paths, str) or not isinstance(paths, Sequence) or not all(isinstance(p, LayerPath) for p in paths):
+        found = type(paths).__name__
+        if isinstance(paths, Sequence) and not isinstance(paths, str):
+            place, other = next((i, p) for i, p in enumerate(paths) if not isinstance(p, LayerPath))
+            found += f", whose element {place} is {shown(other)}"
         raise TypeError(
             f"{function}: paths must be a LayerPath, a list of them, a bool tensor [B, L] or [B, T, L], a controller "
-            f"or None, got {type(paths).__name__}. LayerPath.parse reads texts such as 'uniform:8'."
+            f"or None, got {found}. LayerPath.parse reads texts such as 'uniform:8'."
         )
     if len(paths) != num_seqs:
         raise ValueError(f"{function}: paths must be one per sequence, got {len(paths)} for {num_seqs} sequences.")

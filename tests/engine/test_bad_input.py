@@ -132,7 +132,11 @@ GENERATE_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "paths must be one per sequence, got 1 for 2 sequences",
     ),
     "too many paths": ({"paths": [FULL, FULL]}, ValueError, "paths must be one per sequence, got 2 for 1 sequences"),
-    "paths of another type": ({"paths": [[0, 1]]}, TypeError, "paths must be a LayerPath, a list of them.* got list"),
+    "paths of another type": (
+        {"paths": [[0, 1]]},
+        TypeError,
+        r"paths must be .* got list, whose element 0 is \[0, 1\]",
+    ),
     "a path as text": ({"paths": "uniform:4"}, TypeError, "got str. LayerPath.parse reads texts such as 'uniform:8'"),
     "a path of no layer in a mask": (
         {"paths": torch.zeros(1, NUM_LAYERS, dtype=torch.bool)},
@@ -468,6 +472,11 @@ LOAD_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         FileNotFoundError,
         "'nowhere' must be a directory, got no such directory",
     ),
+    "missing GGUF file": (
+        {"directory_or_hub_id": "/nowhere/model.gguf"},
+        FileNotFoundError,
+        "'/nowhere/model.gguf' must be a GGUF file, got no such file",
+    ),
     "empty name": ({"directory_or_hub_id": ""}, FileNotFoundError, "'' must be a directory, got no such directory"),
     "a file": (
         {"directory_or_hub_id": __file__},
@@ -477,7 +486,7 @@ LOAD_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown hub id": (
         {"directory_or_hub_id": "nobody/nothing"},
         FileNotFoundError,
-        "nobody/nothing must be a directory, or a hub id within reach, got neither",
+        "nobody/nothing must be a directory, or a hub id within reach.* one of opt-mini, smollm2-135m-",
     ),
     "a number": ({"directory_or_hub_id": 3}, TypeError, "the model must be a directory or a hub id, got int"),
     "dtype": ({"dtype": torch.float64}, ValueError, "dtype must be float32, bfloat16 or float16, got torch.float64"),
