@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import pytest
 import schemathesis
 from api import on_loopback, tiny_llm
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
@@ -65,3 +67,32 @@ def test_no_request_makes_it_fail(url: str, path: str, method: str, mode: Genera
     check()
     assert mode.is_positive or max(statuses) >= 400, "what does not fit the page is refused"
     assert httpx2.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "w5 w6 w7"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w5 w6 w7"}]}),
+    ],
+)
+def test_some_fields_of_a_request_that_is_answered(url: str, path: str, asked: dict[str, Any]) -> None:
+    """Requests that reach the engine: of what is drawn some fields stay, beside a model and a prompt that there are."""
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
+    statuses = []
+
+    @settings(
+        max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(case=schema[path]["POST"].as_strategy(GenerationMode.POSITIVE), data=st.data())
+    def check(case: schemathesis.Case, data: st.DataObject) -> None:
+        fields = sorted(case.body.keys() - {"model", "max_tokens", "max_completion_tokens", *asked})
+        kept = data.draw(st.sets(st.sampled_from(fields), max_size=2)) if fields else set()
+        case.body = {field: case.body[field] for field in kept} | {"model": name, "max_tokens": 3} | asked
+        response = case.call()
+        case.validate_response(response, checks=[not_a_server_error])
+        statuses.append(response.status_code)
+
+    check()
+    assert statuses.count(200) >= 10 and {*statuses} <= {200, 400, 404}
