@@ -94,7 +94,7 @@ class ModelRunner:
         firsts = [span.first for span in spans]
         if in_flight is None:
             tokens = [span.sequence.tokens(span.first, 1)[0] for span in spans]
-            token_ids, position_ids = to_device(torch.tensor([tokens, firsts]), self.model.device)
+            token_ids, position_ids = to_device(torch.from_numpy(np.array([tokens, firsts])), self.model.device)
         else:
             token_ids, position_ids = in_flight.inputs(spans)
         routes = [sequence.route for sequence, _ in places]
@@ -102,7 +102,7 @@ class ModelRunner:
             old = self._decode[1]
             return Step(token_ids, position_ids, old.cache_ids, old.plan, decode=True)
         plan = routes[0].plan(routes, StepTokens(tuple(firsts), (1,) * len(spans), is_prompt=False))
-        cache_ids = to_device(torch.tensor([cache_id for _, cache_id in places]), self.model.device)
+        cache_ids = to_device(torch.from_numpy(np.array([cache_id for _, cache_id in places])), self.model.device)
         step = Step(token_ids, position_ids, cache_ids, plan, decode=True)
         self._decode = (places, step)
         return step

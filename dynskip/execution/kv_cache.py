@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynskip.execution.cgroup import cgroup_memory
-from dynskip.execution.slot_pool import BYTES_PER_SLOT, KVCacheMemoryError, SlotPool
+from dynskip.execution.slot_pool import BYTES_PER_SLOT, KVCacheMemoryError, SlotPool, by_numpy
 from dynskip.execution.threads import check_fork
 from dynskip.host import ask_for_huge_pages
 from dynskip.routing.flat_rows import FlatRows
@@ -265,7 +265,10 @@ class KVCache:
 
         For sequences with a fixed path, that of ``layers``, whose slots there are not kept.
         """
-        slots = self.slot_tables[self._layer_ids(layers), cache_id, first:end]
+        if by_numpy(self.slot_tables.device):
+            slots = torch.from_numpy(self.slot_tables.numpy()[[*layers], cache_id, first:end])
+        else:
+            slots = self.slot_tables[self._layer_ids(layers), cache_id, first:end]
         self.pool.keep(slots.reshape(-1))
         return slots
 
@@ -276,9 +279,13 @@ class KVCache:
 
     def begin(self, cache_id: int, layers: Sequence[int], slots: Tensor) -> None:
         """Make an empty sequence begin with the entries at ``slots`` ([len(layers), T], int32): shared, not copied."""
-        layer_ids = self._layer_ids(layers)
-        self.slot_tables[layer_ids, cache_id, : slots.shape[1]] = slots
-        self.context_lens[layer_ids, cache_id] = slots.shape[1]
+        if by_numpy(self.slot_tables.device):
+            self.slot_tables.numpy()[[*layers], cache_id, : slots.shape[1]] = slots.numpy()
+            self.context_lens.numpy()[[*layers], cache_id] = slots.shape[1]
+        else:
+            layer_ids = self._layer_ids(layers)
+            self.slot_tables[layer_ids, cache_id, : slots.shape[1]] = slots
+            self.context_lens[layer_ids, cache_id] = slots.shape[1]
         self.pool.add_owner(slots.reshape(-1))
 
     def truncate(
@@ -365,7 +372,7 @@ class KVCache:
 
     def _entries_of(self, cache_ids: Tensor) -> Tensor:
         """[N], int32: the slots of all entries of some sequences ([B], int64)."""
-        if cache_ids.device.type == "cpu":  # not by PyTorch's loops, see `slot_pool`
+        if by_numpy(cache_ids.device):
             ids, lens = cache_ids.numpy(), self.context_lens.numpy()[:, cache_ids.numpy()]
             entries = self.slot_tables.numpy()[:, ids, : lens.max(initial=0)]
             return torch.from_numpy(entries[np.arange(entries.shape[2]) < lens[:, :, None]])

@@ -18,6 +18,11 @@ class KVCacheMemoryError(MemoryError):
     """The key-value cache does not fit in memory, or has no slot left."""
 
 
+def by_numpy(device: torch.device) -> bool:
+    """Whether numpy keeps the books of caches on ``device``."""
+    return device.type == "cpu"
+
+
 class SlotPool:
     """Slots 0..num_slots-1, given out and taken back. Its tensors are changed in place: graphs hold their addresses.
 
@@ -51,7 +56,7 @@ class SlotPool:
 
     def clear(self) -> None:
         """Take all slots back; they are given out as at the beginning."""
-        if self.free_slots.device.type == "cpu":
+        if by_numpy(self.free_slots.device):
             self.free_slots.numpy()[:] = np.arange(self.num_slots, dtype=np.int32)
             self.num_extra_owners.numpy()[:] = 0
             self.is_kept.numpy()[:] = False
@@ -94,8 +99,13 @@ class SlotPool:
 
     def distinct(self, slots: Tensor) -> Tensor:
         """``slots`` ([N], int32), each once."""
-        order = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device)
         # Duplicates race for one cell; the entry that reads back its own index is kept. No sort, and no table to clear.
+        if by_numpy(slots.device):
+            ids, seen_at = slots.numpy(), self._seen_at.numpy()
+            seen_at[ids] = places = np.arange(len(ids), dtype=np.int32)
+            is_first = seen_at[ids] == places
+            return slots if is_first.all() else torch.from_numpy(ids[is_first])
+        order = torch.arange(slots.numel(), dtype=torch.int32, device=slots.device)
         self._seen_at.scatter_(0, slots.long(), order)
         has_won = self._seen_at.index_select(0, slots) == order
         return slots if bool(has_won.all()) else slots.masked_select(has_won)
@@ -103,11 +113,20 @@ class SlotPool:
     def add_owner(self, slots: Tensor) -> None:
         """Count one more owner of each of the distinct, taken ``slots`` ([N], int32)."""
         self.may_share = True
-        self.num_extra_owners.index_add_(0, slots, torch.ones_like(slots))
+        if by_numpy(slots.device):
+            self.num_extra_owners.numpy()[slots.numpy()] += 1
+        else:
+            self.num_extra_owners.index_add_(0, slots, torch.ones_like(slots))
 
     def drop_owner(self, slots: Tensor) -> int:
         """Count one owner less of each of the distinct, taken ``slots`` ([N], int32); how many became free by it."""
-        if self.may_share and bool((num_extra := self.num_extra_owners.index_select(0, slots)).any()):
+        if self.may_share and by_numpy(slots.device):
+            ids, owners = slots.numpy(), self.num_extra_owners.numpy()
+            others = owners[ids]
+            if others.any():
+                owners[ids] = np.maximum(others - 1, 0)
+                slots = torch.from_numpy(ids[others == 0])
+        elif self.may_share and bool((num_extra := self.num_extra_owners.index_select(0, slots)).any()):
             self.num_extra_owners.index_copy_(0, slots.long(), (num_extra - 1).clamp_(min=0))
             slots = slots.masked_select(num_extra == 0)
         self._free(slots)
@@ -115,12 +134,12 @@ class SlotPool:
 
     def keep(self, slots: Tensor) -> None:
         """Own the distinct, taken ``slots`` ([N], int32), none of which is kept, beside the sequences that do."""
-        self.is_kept.index_fill_(0, slots.long(), True)
+        self._mark(slots, True)
         self.add_owner(slots)
 
     def let_go(self, slots: Tensor) -> int:
         """Own the kept ``slots`` ([N], int32) no more; how many became free by it."""
-        self.is_kept.index_fill_(0, slots.long(), False)
+        self._mark(slots, False)
         return self.drop_owner(slots)
 
     def rebuild(self, num_owners: Tensor) -> None:
@@ -135,6 +154,12 @@ class SlotPool:
         torch.clamp(num_owners - 1, min=0, out=self.num_extra_owners)
         self.may_share = bool(self.num_extra_owners.any())
         self._cursor_is_current, self._is_num_used_exact = False, True
+
+    def _mark(self, slots: Tensor, is_kept: bool) -> None:
+        if by_numpy(slots.device):
+            self.is_kept.numpy()[slots.numpy()] = is_kept
+        else:
+            self.is_kept.index_fill_(0, slots.long(), is_kept)
 
     def _use(self, num_slots: int, function: str) -> None:
         if num_slots > self.num_slots - self.num_used:

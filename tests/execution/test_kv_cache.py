@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,13 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynskip import LayerPath, host
-from dynskip.execution import kv_cache
+from dynskip.execution import kv_cache, slot_pool
 from dynskip.execution.kv_cache import EntryIndex, KVCache, KVCacheMemoryError
 from dynskip.execution.reference import ReferenceCache
 from dynskip.host import ask_for_huge_pages
 from dynskip.routing.plan import KVPolicy, Plan
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["numpy", "torch"], autouse=True)
+def books(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kept by numpy, as on a CPU, and by torch, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (slot_pool, kv_cache):
+            patch.setattr(module, "by_numpy", lambda _: request.param == "numpy")
+        yield
 
 
 def new_cache(num_layers: int = 3, num_seqs: int = 3, max_context_len: int = 8, num_slots: int = 64) -> KVCache:
