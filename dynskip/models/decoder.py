@@ -234,6 +234,11 @@ class DecoderLayer(nn.Module):
         return rows.view(rows.shape[0], rows.shape[1] // head_size, head_size)
 
 
+def _embedding(num_rows: int, size: int) -> nn.Embedding:
+    """One whose values are still to come: drawing them on the meta device would import PyTorch's compiler."""
+    return nn.Embedding(num_rows, size, _weight=torch.empty(num_rows, size))
+
+
 class Decoder(nn.Module):
     """A decoder without its head: embedding of tokens and positions, layers, final norm."""
 
@@ -242,10 +247,9 @@ class Decoder(nn.Module):
         embed_size, size = config.embedding_size, config.hidden_size
         projected = embed_size != size
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, embed_size)
-        self.embed_positions = (
-            nn.Embedding(config.max_positions + config.position_offset, size) if config.has_position_table else None
-        )
+        self.embed_tokens = _embedding(config.vocab_size, embed_size)
+        num_positions = config.max_positions + config.position_offset
+        self.embed_positions = _embedding(num_positions, size) if config.has_position_table else None
         self.project_out = Linear(size, embed_size, bias=False) if projected else None
         self.project_in = Linear(embed_size, size, bias=False) if projected else None
         self.embed_norm = Norm(config, size) if config.embedding_norm else None

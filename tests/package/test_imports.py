@@ -198,6 +198,17 @@ def test_the_facade_has_what_it_names_and_loads_it_late() -> None:
         assert getattr(dynskip, name) is importlib.import_module(home)
 
 
+def test_neither_a_model_nor_its_steps_load_a_compiler() -> None:
+    """PyTorch's takes a second and more, and Triton, which comes with it, reports leaks of its own at the end."""
+    code = (
+        "import sys; from dynskip import Engine, LLM, SamplingParams; llm = LLM('opt-mini', backend='torch');"
+        "llm.generate(['a'], SamplingParams(max_tokens=2, temperature=1.0)); Engine(llm.model, policy='cohort');"
+        "print({'torch._dynamo', 'triton'} & {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_structures_names_every_folder() -> None:
     page = (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
     folders = {name.rpartition(".")[0].replace(".", "/") for name in sources() if "." in name}
