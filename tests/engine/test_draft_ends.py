@@ -214,3 +214,20 @@ def test_known_tokens_of_a_preempted_request_run_several_at_a_time() -> None:
     assert served.tally.num_decode_steps < 14 * 4 + num_preempted * num_known
     for ask, output in zip(asks, outputs, strict=True):
         assert same(output, ask.alone())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_drafts_up_to_the_last_place_of_a_context(policy: str, random_lengths: random.Random) -> None:
+    """Tables hold max_context_len entries of a sequence: the last verifications have no room for a whole draft."""
+    num_longest = 19
+    served, asks, ids = engine(policy, batch=4, max_context_len=num_longest), [], []
+    for index, prompt in enumerate(random_prompts([3, 7, 11, 16, 18, 5, 9, 14])):
+        ask = Ask(prompt, greedy(num_longest - len(prompt)), FULL)
+        asks.append(ask)
+        ids.append(with_draft(ask, DRAFTS[index % len(DRAFTS)]).add(served))
+    outputs = {output.request_id: output for output in served.run()}
+    assert_empty(served)
+    for request_id, ask in zip(ids, asks, strict=True):
+        assert same(outputs[request_id], ask.alone())
+        assert len(outputs[request_id].token_ids) == num_longest - len(ask.prompt)
+    assert sum(output.num_accepted for output in outputs.values()) > 0
