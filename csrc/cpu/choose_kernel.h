@@ -504,7 +504,8 @@ int64_t choose_token(const ChoiceRow<Element>& row) {
   Cut cut;
   const bool has_min_p = choice.min_p > 0;
   if (has_min_p) {
-    cut.value = largest.value + static_cast<float>(choice.temperature * std::log(choice.min_p));
+    const double margin = choice.temperature * std::log(choice.min_p);
+    cut.value = margin < -3e38 ? -INFINITY : largest.value + static_cast<float>(margin);
   }
   const bool has_top_k = choice.top_k > 0 && choice.top_k < row.num_logits;
   if (has_top_k) {

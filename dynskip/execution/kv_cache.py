@@ -275,7 +275,11 @@ class KVCache:
     def let_go(self, slots: Sequence[Tensor]) -> int:
         """Keep ``slots`` no more; how many became free. Those that sequences own stay taken. Settles first."""
         self.settle()
-        return self.pool.let_go(torch.cat([each.reshape(-1) for each in slots])) if slots else 0
+        if not slots:
+            return 0
+        if by_numpy(self.slot_tables.device):
+            return self.pool.let_go(torch.from_numpy(np.concatenate([each.numpy().ravel() for each in slots])))
+        return self.pool.let_go(torch.cat([each.reshape(-1) for each in slots]))
 
     def begin(self, cache_id: int, layers: Sequence[int], slots: Tensor) -> None:
         """Make an empty sequence begin with the entries at ``slots`` ([len(layers), T], int32): shared, not copied."""
@@ -361,7 +365,11 @@ class KVCache:
     def _begin(self, source: int, target: int, context_lens: Tensor) -> None:
         assert source >= 0 and target >= 0, "both have a place in the tables"
         assert not self.context_lens[:, target].any(), "the target of a fork holds entries"
-        self.slot_tables[:, target] = self.slot_tables[:, source]
+        if by_numpy(self.slot_tables.device):
+            tables, longest = self.slot_tables.numpy(), int(self.context_lens[:, source].max())
+            tables[:, target, :longest] = tables[:, source, :longest]
+        else:
+            self.slot_tables[:, target] = self.slot_tables[:, source]
         self.context_lens[:, target] = context_lens
         self.pool.add_owner(self._slots_of(torch.tensor([target], device=self.context_lens.device)))
 

@@ -1,7 +1,7 @@
 """The slots of a key-value cache: which are free, and by how many sequences each of the others is owned.
 
-On a CPU what is done in each step, or for each request, is numpy's: a parallel loop of PyTorch's, however short, leaves
-OpenMP's threads spinning for milliseconds, in which they take a core from the step that follows.
+On a CPU the books are kept by numpy: a parallel loop of PyTorch's leaves OpenMP's threads spinning for milliseconds, in
+which they take a core from the step that follows. Some of its loops are parallel however short, others from 32,768 on.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class SlotPool:
         first = self.num_used
         self._use(num_slots, function)
         self._cursor_is_current = False
+        if by_numpy(self.free_slots.device):
+            return torch.from_numpy(self.free_slots.numpy()[first : self.num_used].copy())
         return self.free_slots[first : self.num_used].clone()
 
     def reserve(self, num_slots: int, function: str, exact: bool) -> None:
@@ -177,5 +179,8 @@ class SlotPool:
         assert self._is_num_used_exact, "slots come back once it is known which were taken"
         end = self.num_used
         self.num_used -= slots.numel()
-        self.free_slots[self.num_used : end] = slots
+        if by_numpy(slots.device):
+            self.free_slots.numpy()[self.num_used : end] = slots.numpy()
+        else:
+            self.free_slots[self.num_used : end] = slots
         self._cursor_is_current = False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ class ControllerDecision:
     def _make_context(self, device: torch.device) -> TokenContext:
         counts = torch.tensor(self.tokens.num_new_tokens)
         firsts = torch.tensor(self.tokens.first_positions)
-        seq_ids = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+        seq_ids = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), self.tokens.num_new_tokens))
         starts = counts.cumsum(0) - counts
         position_ids = torch.arange(len(seq_ids)) - starts[seq_ids.long()] + firsts[seq_ids.long()]
         is_prompt = torch.full((len(seq_ids),), self.tokens.is_prompt)

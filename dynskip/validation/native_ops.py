@@ -260,8 +260,9 @@ def _choices(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, fl
         temperature = (row % 3).double()
         top_k = torch.where(row % 2 == 0, 0, 50).clamp(max=num_tokens)
         everything = torch.ones(num_rows, dtype=torch.float64)
-        for name, top_p in (("", everything), (", top_p", _clear_top_p(logits, temperature, top_k))):
-            columns = temperature, top_k, top_p, 0.001 * (row % 5).double(), row * 977, row % 4, row * 3
+        min_p = 0.001 * (row % 5).double()
+        for name, top_p in (("", everything), (", top_p", _clear_top_p(logits, temperature, top_k, min_p))):
+            columns = temperature, top_k, top_p, min_p, row * 977, row % 4, row * 3
             tokens = native.choose_tokens(logits, *columns)
             if falsify:
                 errors.change_one_element(tokens)
@@ -269,11 +270,12 @@ def _choices(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, float, fl
             yield f"{num_rows} rows of {num_tokens}{name}", float(wrong.sum()), 0.0
 
 
-def _clear_top_p(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
+def _clear_top_p(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
     """[R], float64: a mass near 0.7 whose last token no rounding changes: half of that token's share is missing."""
     floats = logits.double().sort(dim=-1, descending=True, stable=True).values
     weights = ((floats - floats[:, :1]) / torch.where(temperature > 0, temperature, 1.0)[:, None]).exp()
     weights[torch.arange(logits.shape[1]) >= torch.where(top_k > 0, top_k, logits.shape[1])[:, None]] = 0
+    weights[weights < min_p[:, None]] = 0
     shares = weights / weights.sum(1, keepdim=True)
     up_to = shares.cumsum(1)
     last = (up_to < 0.7).sum(1, keepdim=True)

@@ -25,7 +25,8 @@ SCRIPT = textwrap.dedent(
         time.sleep(0.05)  # it spins no longer than that
         return int(open(f"/proc/self/task/{worker}/schedstat").read().split()[2])
 
-    from dynskip import LLM, Engine, LayerPath, SamplingParams
+    from dynskip import LLM, CausalLM, Engine, LayerPath, SamplingParams
+    from transformers import OPTConfig, OPTForCausalLM
 
     model = LLM("opt-mini", dtype="bfloat16").model
     for policy in ("cohort", "lockstep"):
@@ -40,6 +41,17 @@ SCRIPT = textwrap.dedent(
         while engine.has_unfinished:
             engine.step()
         print(policy, num_wakes() - asleep)
+    # Entries beyond 32,768, from which on most loops are parallel, by single tokens: long prompts may run op by op.
+    config = OPTConfig(num_hidden_layers=24, hidden_size=32, ffn_dim=32, num_attention_heads=1, vocab_size=128)
+    model = CausalLM.from_hf(OPTForCausalLM(config).bfloat16())
+    engine = Engine(model, policy="lockstep", batch=4)
+    for n in (1, 2):
+        engine.add_request([2, 9, 8], SamplingParams(max_tokens=1500, ignore_eos=True, temperature=1.0, seed=n, n=n))
+    engine.step()
+    asleep = num_wakes()
+    while engine.has_unfinished:
+        engine.step()
+    print("long", num_wakes() - asleep)
     asleep = num_wakes()
     torch.ones(2).repeat_interleave(torch.tensor([2, 2]))
     print("control", num_wakes() - asleep)
@@ -58,4 +70,4 @@ def test_no_step_wakes_the_threads_of_pytorch() -> None:
     )
     wakes = {name: int(count) for name, count in map(str.split, done.stdout.splitlines())}
     assert wakes["control"] > 0, "it would be seen"
-    assert wakes["cohort"] == wakes["lockstep"] == 0
+    assert wakes["cohort"] == wakes["lockstep"] == wakes["long"] == 0

@@ -36,7 +36,7 @@ DRAWN = [
     SamplingParams(temperature=1.3, seed=5),
     GREEDY,
     SamplingParams(temperature=0.8, top_k=7, top_p=0.9),
-    SamplingParams(temperature=2.0, top_p=0.8),
+    SamplingParams(temperature=2.0, top_p=0.8, min_p=0.2),
     SamplingParams(temperature=1.0, top_k=40),
 ]
 

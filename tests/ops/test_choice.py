@@ -325,6 +325,8 @@ def test_extreme_logits_are_chosen_as_specified(dtype: torch.dtype, extension: s
         {"top_p": 0.5},
         {"top_k": 90},
         {"min_p": 0.3},
+        {"min_p": 1.0, "top_k": 3},
+        {"min_p": 0.5, "temperature": 1e300},
     ):
         for seed in range(20):
             choices = [draw_of(seed, **params) for _ in rows]
