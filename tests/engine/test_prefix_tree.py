@@ -207,7 +207,7 @@ def test_a_tree_of_prefixes_is_one_of_chunks() -> None:
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         ),
     )
-    assert machine.num_evicted > 20 and machine.num_shared > 20  # what examples are drawn is not ours to say
+    assert machine.num_evicted > 5 and machine.num_shared > 5  # what examples are drawn is not ours to say
 
 
 def put(tree: PrefixTree, path: LayerPath, tokens: list[int]) -> None:
