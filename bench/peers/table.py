@@ -143,7 +143,9 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
             # Of libraries the name, without where they are.
             variables = "".join(f", {key}={re.sub('[^:]*/', '', value)}" for key, value in row["env"].items())
             tried = f" Tried: {row['tried']}." if row["tried"] else ""
-            yield f"{name} {row['version']}: {row['settings']}{variables}.{tried}"
+            # Rows that do not say so come from runs in which it had its default.
+            caching = "" if name != DYNSKIP.name or "prefix caching" in row["settings"] else ", prefix caching on"
+            yield f"{name} {row['version']}: {row['settings']}{caching}{variables}.{tried}"
     for peer in PEERS[conditions["shape"]]:
         left_out = [f"{batch} x {prompt_len}" for batch, prompt_len in CELLS if (batch, prompt_len) not in peer.cells]
         if peer.name in names and left_out:

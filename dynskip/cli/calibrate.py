@@ -29,6 +29,8 @@ EXAMPLES = """examples:
   dynskip calibrate --model runs/base --rows 32 --context 64
   dynskip simulate --device this                        what the result is for
 """
+# Sequences whose guesses are timed; beyond them guesses seldom pay on a CPU.
+_DRAFTED_BATCHES = (1, 2, 4, 8, 16)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,13 @@ def run(args: argparse.Namespace) -> int:
 
     from dynskip.costs.store import cached_path, cost_keys
     from dynskip.measure import machine
-    from dynskip.measure.calibration import add_stream_costs, check_context, measure_step_costs, num_new_tokens
+    from dynskip.measure.calibration import (
+        add_draft_costs,
+        add_stream_costs,
+        check_context,
+        measure_step_costs,
+        num_new_tokens,
+    )
 
     if args.model is None:  # random weights take their time
         positions = get_shape(args.shape or DEFAULT_SHAPE).max_positions
@@ -87,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         bar.set_description("streams")
         batches = sorted({max(args.rows // 2, 1), args.rows})
         costs = add_stream_costs(model, costs, batches, args.prompt_len, args.prefill, on_call)
+        bar.set_description("drafts")
+        costs = add_draft_costs(model, costs, _DRAFTED_BATCHES, args.prompt_len, on_call)
     print(f"{device}, {shape}")
     print(f"{'rows':>6}{'layer ms':>12}{'rest ms':>12}{'full depth ms':>16}")
     layer, rest = costs.decode.layer, costs.decode.head
@@ -100,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         f"in a stream a step takes {costs.step_ms:.4f} ms besides, and each row {costs.step_row_ms:.4f} ms; a prefill "
         f"{costs.prefill_step_ms:.4f} ms"
     )
+    for num_seqs, (guess, verify) in costs.draft_ratios.items():
+        print(f"guesses of {num_seqs} take {guess:.2f} times what layers let expect, their verifications {verify:.2f}")
     for path in written:
         costs.write(path)
     print(f"written: {', '.join(map(str, written))}")

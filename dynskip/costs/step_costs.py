@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class StepCosts:
     prefill: a layer and the head by the packed tokens of prompts, attention included.
     step_ms, step_row_ms: what a decode step of a stream takes besides, and what each of its rows does; prefill_step_ms:
         what a prefill takes besides. Requests that come and go, and caches that hold more of them than step at once.
+    draft_ratios: by the number of sequences, how many times as long as predicted the guesses of drafts take, and steps
+        that verify them, where steps without guesses take what is predicted; empty where that was not measured.
     device: where the figures are from. predicted: True where they are arithmetic and nothing was measured.
     conditions: what else a reader needs to judge the figures.
     """
@@ -39,6 +41,7 @@ class StepCosts:
     step_ms: float = 0.0
     step_row_ms: float = 0.0
     prefill_step_ms: float = 0.0
+    draft_ratios: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     device: str = "unknown"
     predicted: bool = False
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +115,8 @@ class StepCosts:
             for name in ("decode", "prefill"):
                 layer, head = (Curve(**{k: tuple(v) for k, v in values[name][c].items()}) for c in ("layer", "head"))
                 values[name] = LayerCosts(layer, head, values[name]["kv_ms_per_entry"])
+            ratios = values.get("draft_ratios", {})
+            values["draft_ratios"] = {int(num_seqs): tuple(ratios[num_seqs]) for num_seqs in ratios}
             costs = StepCosts(**values)
             costs._check_numbers()
             return costs
@@ -132,6 +137,9 @@ class StepCosts:
                 raise ValueError("a row count is no integer")
         if not all(math.isfinite(ms) and ms >= 0 for ms in times):
             raise ValueError("a time is no number of milliseconds")
+        for num_seqs, ratios in self.draft_ratios.items():
+            if num_seqs < 1 or len(ratios) != 2 or not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
+                raise ValueError(f"the ratios of {num_seqs} sequences are {ratios!r}")
 
     def _layers_ms(self, cohort: Sequence[tuple[LayerPath, int]], curve: Curve, table: list[float] | None) -> float:
         rows = [0] * self.num_layers

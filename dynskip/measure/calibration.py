@@ -14,22 +14,33 @@ from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cost_keys, load_cached
+from dynskip.engine.drafting import forget_drafts
+from dynskip.engine.engine import Engine
 from dynskip.measure.products import row_counts_up_to
 from dynskip.measure.runners import DynskipRunner
 from dynskip.measure.streams import Job, Served
 from dynskip.measure.timing import Samples, Task, interleave
 from dynskip.paths import LayerPath
+from dynskip.sampling import SamplingParams
 from dynskip.scheduler.outcome import Outcome
 from dynskip.simulation.simulate import EngineOptions, simulate
 from dynskip.simulation.workload import Workload
+from dynskip.speculation.acceptance import Acceptance, Rate
+from dynskip.speculation.draft import Draft
 
 _LEAST_MS = 1e-6  # noise may make a difference negative; time is not
 # Steps at the beginning of each turn that do not count: until then the threads of the task before may spin.
 _LEAD_INS = 2
+# Rows whose longer contexts say what an entry takes to read: on a CPU their prompts take longer than all the steps.
+_LONG_ROWS = {"cpu": 16, "cuda": 64}
 # Streams: so many requests for each row of a batch, so many rounds, but none that begins after so many seconds.
 _REQUESTS_PER_ROW = 8
 _STREAM_ROUNDS = 5
 _STREAM_S = 20.0
+# What is believed of each guess while they are timed, right or wrong: often enough right that guessing seems to pay.
+_BELIEVED = 0.9
+# Tokens of a request whose guesses are timed: those of wrong guesses are one a step.
+_DRAFTED_TOKENS = 40
 
 
 def check_context(num_positions: int, prompt_len: int, context_len: int, num_rounds: int) -> None:
@@ -79,12 +90,13 @@ def measure_step_costs(
             runner = _runner(model, path, rows, prompt_len, num_new_tokens(num_rounds))
             runner.prefill()
             decode[f"decode {path.budget} {rows}"] = _planned(runner)
-    long = _runner(model, full, num_rows, prompt_len + context_len, num_new_tokens(num_rounds))
+    num_long = max(rows for rows in counts if rows <= _LONG_ROWS[model.device.type])
+    long = _runner(model, full, num_long, prompt_len + context_len, num_new_tokens(num_rounds))
     long.prefill()
     decode["long"] = _planned(long)
     samples = interleave(decode, num_rounds, on_call=on_call, num_lead_ins=_LEAD_INS)
-    entries = num_rows * num_layers
-    base_ms = samples[f"decode {num_layers} {num_rows}"].ms
+    entries = num_long * num_layers
+    base_ms = samples[f"decode {num_layers} {num_long}"].ms
     kv_ms = max(samples["long"].ms - base_ms, 0.0) / (entries * context_len)
     del decode, long
     layers, heads = _split(samples, "decode", counts, num_layers)
@@ -140,6 +152,54 @@ def add_stream_costs(
         decode.append((measured.rows, median(excess)))
     step_ms, row_ms = _rising_line(decode)
     return replace(costs, step_ms=step_ms, step_row_ms=row_ms, prefill_step_ms=max(median(prefill_ms), 0.0))
+
+
+def add_draft_costs(
+    model: CausalLM,
+    costs: StepCosts,
+    batches: Sequence[int],
+    prompt_len: int = 32,
+    on_call: Callable[[str], None] | None = None,
+) -> StepCosts:
+    """``costs`` with what guesses and their verifications take longer than they predict, over steps without any.
+
+    Closed batches of each of ``batches`` sequences along all layers, guessed by a quarter of them with entries of their
+    own; nothing of a batch in which guesses cost more than they could gain. What was learnt of the model's drafts
+    before is forgotten.
+    """
+    draft = LayerPath.uniform(model.num_layers, -(-model.num_layers // 4))
+    num_new = min(_DRAFTED_TOKENS, model.decoder_config.max_positions - prompt_len)
+    params = SamplingParams(max_tokens=num_new, ignore_eos=True)
+    generator = torch.Generator().manual_seed(0)
+    costs = replace(costs, draft_ratios={})
+    ratios: dict[int, tuple[float, float]] = {}
+    for batch in batches:
+        forget_drafts(model)
+        engine = Engine(model, costs=costs, batch=batch, max_context_len=prompt_len + num_new)
+        engine.execution.drafting.acceptance = _Believed()
+        for prompt in torch.randint(0, model.decoder_config.vocab_size, (batch, prompt_len), generator=generator):
+            engine.add_request(prompt.tolist(), params, draft=draft)
+        while engine.has_unfinished:
+            engine.step()
+        lengths = engine.execution.drafting.lengths
+        engine.close()
+        found = None if lengths is None else lengths.learnt_ratios(batch)
+        if found is not None:
+            ratios[batch] = (found.guess, found.verify)
+        if on_call is not None:
+            on_call(f"drafts {batch}")
+    forget_drafts(model)
+    return replace(costs, draft_ratios=ratios)
+
+
+class _Believed(Acceptance):
+    """Guesses that count as right as often as `_BELIEVED`, whatever they are."""
+
+    def of(self, path: LayerPath, draft: Draft, own: Rate) -> float:
+        return _BELIEVED
+
+    def add(self, path: LayerPath, draft: Draft, own: Rate, accepted: int, drafted: int) -> None:
+        pass
 
 
 def known_step_costs(model: CausalLM, num_rows: int, prompt_len: int) -> StepCosts:

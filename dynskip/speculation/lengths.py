@@ -22,8 +22,9 @@ _RATE_STEPS = 32
 _MOST_KNOWN = 1024
 # Steps that the ratio of measured to predicted times is the lower quartile of.
 _REMEMBERED = 31
-# Steps of a kind before their ratio counts; one without guesses comes again after so many with some.
-_FIRST_STEPS, _PLAIN_EVERY = 10, 32
+# Steps of a kind before their ratio counts; one without guesses comes again after so many with some, sooner as long as
+# its ratio does not count.
+_FIRST_STEPS, _PLAIN_EVERY, _PLAIN_EVERY_AT_FIRST = 10, 32, 8
 # The first steps of a kind and size are slow, and say nothing: memory is new, threads are not awake yet.
 _UNSEEN_STEPS = 4
 # The ratio of two such comparisons is rounded to steps of so many percent.
@@ -107,16 +108,19 @@ class _Learnt:
     plain: _Times = field(default_factory=_Times)
     num_since_plain: int = 0
     ratios: Ratios | None = None  # None as long as too little was seen
+    was_measured: bool = False  # whether they began as what `dynskip calibrate` has seen
 
     @property
     def wants_plain(self) -> bool:
         """Whether a step without guesses is due: what they gain is known beside such steps only.
 
-        At first they take turns: what disturbs the machine for a while disturbs both kinds alike.
+        At first they take turns, unless they were measured before: what disturbs the machine for a while disturbs both
+        kinds alike.
         """
-        is_known = self.plain.is_known and self.guesses.is_known
+        is_known = self.was_measured or (self.plain.is_known and self.guesses.is_known)
         takes_turn = not is_known and self.plain.num_seen <= self.guesses.num_seen
-        return takes_turn or self.num_since_plain >= _PLAIN_EVERY
+        every = _PLAIN_EVERY if self.plain.is_known else _PLAIN_EVERY_AT_FIRST
+        return takes_turn or self.num_since_plain >= every
 
     def compare(self) -> None:
         """See how guesses and verifications compare with their predictions, over how plain steps do with theirs."""
@@ -142,6 +146,8 @@ class DraftLengths:
 
     def __post_init__(self) -> None:
         self._model_costs = self.costs.of_model()
+        for num_seqs, (guess, verify) in self.costs.draft_ratios.items():
+            self._learnt[num_seqs.bit_length()] = _Learnt(ratios=Ratios(guess, verify), was_measured=True)
 
     def choose(self, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Choice:
         """How many tokens each of ``candidates`` guesses in a step in which ``others`` have one row each."""
@@ -186,11 +192,15 @@ class DraftLengths:
     def ratios(self, num_seqs: int) -> Ratios:
         """Those of steps of about ``num_seqs`` sequences; of the nearest number with any, where they have none yet."""
         size = num_seqs.bit_length()
-        own = self._of(num_seqs).ratios
+        own = self.learnt_ratios(num_seqs)
         if own is not None:
             return own
         known = {other: found for other, each in self._learnt.items() if (found := each.ratios) is not None}
         return known[min(known, key=lambda other: (abs(other - size), other))] if known else Ratios()
+
+    def learnt_ratios(self, num_seqs: int) -> Ratios | None:
+        """Those of steps of about ``num_seqs`` sequences alone; None where too few were seen."""
+        return self._of(num_seqs).ratios
 
     def lost_ms(
         self, choice: Choice, num_seqs: int, num_tokens: float | None = None, measured_ms: float | None = None

@@ -19,7 +19,7 @@ from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import CostCacheWarning, cached_path, device_key, load_cached, shape_key
 from dynskip.files import cache_folder
 
-COSTS = replace(StepCosts.h200(), num_layers=NUM_LAYERS)
+COSTS = replace(StepCosts.h200(), num_layers=NUM_LAYERS, draft_ratios={4: (1.5, 1.25)})
 DEVICE, SHAPE = "a-device", f"l{NUM_LAYERS}-c32-f64-v101-float32"
 CALIBRATE = ["calibrate", "--model", "opt-mini", "--rows", "1", "--prompt-len", "2", "--context", "4", "--prefill", "4"]
 
@@ -90,6 +90,10 @@ def test_a_foreign_file_is_named_and_passed_over(text: bytes, kept: Path) -> Non
         ("step_ms", None),
         ("step_ms", float("nan")),
         ("prefill_step_ms", -1.0),
+        ("draft_ratios", {"4": [1.0]}),
+        ("draft_ratios", {"4": [1.0, 0.0]}),
+        ("draft_ratios", {"four": [1.0, 1.0]}),
+        ("draft_ratios", {"0": [1.0, 1.0]}),
         ("decode", {}),
         ("prefill", {"layer": {"num_rows": [1.5], "ms": [1]}, "head": {"num_rows": [1], "ms": [1]}}),
         ("unheard_of", 1),

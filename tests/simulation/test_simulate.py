@@ -17,11 +17,13 @@ from dynskip.cli import main
 from dynskip.costs.layer_costs import Curve, LayerCosts, MachineSpeed, PathMix
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cached_path, device_key, load_cached, shape_key
+from dynskip.engine.engine import Engine
 from dynskip.measure import calibration
 from dynskip.measure.streams import Job
 from dynskip.models.registry import decoder_config
 from dynskip.models.shapes import SHAPES
 from dynskip.paths import LayerPath
+from dynskip.sampling import SamplingParams
 from dynskip.scheduler.outcome import Outcome, Tally, percentiles
 from dynskip.scheduler.policies.make import POLICIES
 from dynskip.simulation.comparison import compare
@@ -321,6 +323,7 @@ def test_calibrate_measures_keeps_and_simulates(
     assert costs.decode.layer.num_rows == (1, 2, 3, 4) and costs.prefill.layer.num_rows == (4, 8, 16)
     assert 0 < costs.decode.layer.ms[0] <= costs.decode.layer.ms[-1]
     assert costs.conditions["backend"] == "torch"
+    assert all(f"guesses of {num_seqs} take" in out for num_seqs in costs.draft_ratios)
     besides = f"takes {costs.step_ms:.4f} ms besides, and each row {costs.step_row_ms:.4f} ms; a prefill "
     assert besides + f"{costs.prefill_step_ms:.4f} ms" in out
     paths = ["--paths", "full=1,uniform:2=3"]
@@ -442,6 +445,25 @@ def test_what_streams_take_longer_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.step_ms, found.step_row_ms) == pytest.approx((0.5, 0.25))
     with pytest.raises(ValueError, match="batches must hold at least one size, got none"):
         calibration.add_stream_costs(model, costs, [])
+
+
+def test_what_guesses_take_longer_is_found_and_forgotten_by_the_model() -> None:
+    """Of batches in which they could pay by the costs; an engine with these costs begins with what was found."""
+    from models import tiny_model
+
+    model = tiny_model()
+    flat, steep = Curve((1, 64), (1.0, 1.0)), Curve((1, 8), (1.0, 8.0))
+    costs = StepCosts(model.num_layers, LayerCosts(flat, flat), LayerCosts(flat, flat), draft_ratios={4: (9.0, 9.0)})
+    found = calibration.add_draft_costs(model, costs, [1, 2], prompt_len=4)
+    assert found.decode == costs.decode and set(found.draft_ratios) == {1, 2}
+    assert all(0 < ratio < 100 and ratio != 1 for ratios in found.draft_ratios.values() for ratio in ratios)
+    engine = Engine(model, costs=found, batch=1)
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=6), draft=LayerPath.uniform(model.num_layers, 1))
+    engine.run()
+    lengths = engine.execution.drafting.lengths
+    assert lengths is not None and lengths.ratios(1) == found.draft_ratios[1], "the model has forgotten the calibration"
+    dear = replace(costs, decode=LayerCosts(steep, flat))
+    assert calibration.add_draft_costs(model, dear, [2], prompt_len=4).draft_ratios == {}
 
 
 def test_calibrate_fits_its_context_to_the_model(

@@ -138,6 +138,22 @@ def test_what_was_learnt_of_one_size_counts_for_others_until_they_know_better() 
     assert lengths.ratios(40) == lengths.ratios(4)
 
 
+def test_what_was_measured_before_is_believed_until_steps_are_seen() -> None:
+    lengths = DraftLengths(costs(), most_rows=48)
+    one = candidate(0.8)
+    choice = lengths.choose([one])
+    assert any(choice.lengths) and lengths.plain([one], []) is not None, "both kinds take turns at first"
+    told = DraftLengths(replace(costs(), draft_ratios={1: (20.0, 1.0), 4: (1.0, 1.25)}), most_rows=48)
+    assert told.choose([one]).lengths == (0,) and told.ratios(4) == Ratios(1.0, 1.25)
+    assert told.learnt_ratios(2) is None and told.ratios(2) == Ratios(20.0, 1.0), "of two as near, the smaller"
+    assert told.plain([one], []) is None and told.plain([one] * 2, []) is not None, "what is known needs no turns"
+    for _ in range(8):
+        told.observe(choice, 1, choice.guess_ms, choice.verify_ms)
+    assert told.plain([one], []) is not None, "a step without guesses is due sooner where none has been seen"
+    observe(told, choice, 1, 1.0, 1.0)
+    assert told.ratios(1) == Ratios() and told.choose([one]) == choice, "what steps take counts more"
+
+
 def test_a_step_loses_what_it_took_beyond_what_its_tokens_are_worth() -> None:
     lengths = DraftLengths(WIDE, most_rows=48)
     choice = lengths.choose([candidate(0.8)] * 2)
