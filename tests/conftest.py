@@ -40,7 +40,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 # Each is one test or a few, and takes minutes: begun last, it would keep one process busy when the others have ended.
 LONG_FILES = (
-    *("test_offline_compile.py", "test_prefixes.py", "test_gpu_benchmark.py", "test_smollm2.py"),
+    *("test_offline_compile.py", "test_prefixes.py", "test_gpu_parts.py", "test_gpu_command.py"),
+    *("test_gpu_smoke.py", "test_smollm2.py"),
     *("test_engine_machine.py", "test_in_flight.py", "test_evaluation_run.py", "test_fine_tune.py"),
     *("test_report.py", "test_paper_pipeline.py"),
 )

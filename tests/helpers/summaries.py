@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dynskip.evaluation.report.sentences import section_sentences
+
 BUDGETS = (4, 8, 12, 16, 20, 24)
 
 
@@ -160,6 +162,34 @@ def _oracle() -> dict[str, Any]:
         {"family": f, "at": 5.9, "counts": {"4": 300, "8": 150, "12": 40, "24": 10}} for f in ("siblings", "paths")
     ]
     return section(rows, curves=curves, null_model=nulls, histogram=histogram, draws=12)
+
+
+def changed(name: str, change: dict[str, Any], **labels: Any) -> dict[str, Any]:
+    """The example summary, the rows of one section with ``labels`` changed."""
+    summary = example_summary()
+    rows = [r for r in summary[name]["rows"] if all(r.get(label) == wanted for label, wanted in labels.items())]
+    assert rows
+    for each in rows:
+        each.update(change)
+    return summary
+
+
+def text_of(summary: dict[str, Any], name: str) -> str:
+    """What a section says in sentences."""
+    return "\n".join(section_sentences(summary, name))
+
+
+def recipe_rows(*verdicts: str, reasons: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A section of recipes, one for each verdict, by both scores."""
+    rows = []
+    for place, verdict in enumerate(verdicts):
+        for metric in ("over_fixed", "over_fixed_nats"):
+            labels = {"recipe": f"hidden, alpha {place}", "trainings": 3, "runs": 15, "layers": 9.0, "inside": 1.0}
+            own = list(reasons) if verdict == "untested" else []
+            tested = {"p": 0.01, "q": 0.02 + place, "reasons": own, "verdict": verdict}
+            rows.append(row(0.01, 0.005, metric=metric, **labels, **tested))
+    rows.append(row(0.3, 0.01, metric="rouge_l", controller="hidden", kind="hidden", choice="argmax"))
+    return {"conditions": {}, "controllers": section(rows, noise="by sequence")}
 
 
 def _router() -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""The committed run: its report is what the command writes, and says what it was told by."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import lzma
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynskip.evaluation.report import claims, drawing
+from dynskip.evaluation.report.document import to_html, to_markdown
+from dynskip.evaluation.report.evidence import (
+    p_value,
+)
+from dynskip.evaluation.report.numbers import signed
+from dynskip.evaluation.report.paper_claims import paragraph
+from dynskip.evaluation.report.rows import select
+from dynskip.evaluation.report.short import in_short
+from dynskip.evaluation.report.write import report_blocks
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "bench" / "results" / "paper-smollm2"
+
+
+def test_the_committed_report_is_what_the_command_writes(
+    committed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the drawings, whose bytes are matplotlib's own."""
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
+    written = report_blocks(committed)
+    again = f"run `dynskip report {RUN.relative_to(ROOT)}`"
+    assert to_markdown(*written) == (RUN / "report.md").read_text(encoding="utf-8"), again
+    linked = re.findall(r"\]\((figures/[^)]+)\)", to_markdown(*written))
+    assert sorted(linked) == sorted(file.relative_to(RUN).as_posix() for file in RUN.glob("figures/*")), again
+    html = (RUN / "report.html").read_text(encoding="utf-8")
+    pages = [re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL) for page in (to_html(*written), html)]
+    assert pages[0] == pages[1], again
+
+
+def test_the_readme_tells_what_the_committed_report_opens_with() -> None:
+    spec = importlib.util.spec_from_file_location("table", ROOT / "bench" / "table.py")
+    assert spec is not None and spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert RUN.name == table.PAPER_RUN
+    summary = json.loads((RUN / "summary.json").read_text(encoding="utf-8"))
+    block = readme.split(table.PAPER_BEGIN)[1].split(table.PAPER_END)[0]
+    assert " ".join(block.split()) == " ".join(
+        [*(f"- {text}" for text in in_short(summary)), f"Of the paper's claims: {paragraph(summary)}"]
+    )
+
+
+def test_the_committed_times_are_of_the_machine_that_is_named(committed: dict[str, Any]) -> None:
+    timed_on = json.loads((RUN / "config.json").read_text(encoding="utf-8"))["timed_on"]
+    assert committed["conditions"]["timed_on"] == timed_on and timed_on.keys() == {"host", "machine", "isa"}
+    with lzma.open(RUN / "items.jsonl.xz", "rt", encoding="utf-8") as file:
+        lines = [line for line in map(json.loads, file) if "machine" in line["item"]["options"]]
+    assert {(line["host"], line["item"]["options"]["machine"], line["isa"]) for line in lines} == {
+        tuple(timed_on.values())
+    }
+    medians = {label: np.median(ms) for line in lines for label, ms in line["result"]["ms_per_token"].items()}
+    told = {r["mix"]: r["value"] for r in committed["oracle"]["rows"] if r["metric"] == "ms_per_token"}
+    assert told == {label: pytest.approx(value, rel=0.01) for label, value in medians.items()}
+
+
+def test_the_committed_controllers_are_untested_and_their_trainings_beside_them(committed: dict[str, Any]) -> None:
+    section = committed["controllers"]
+    found = claims.Controllers(section)
+    assert (found.verdict, found.reasons) == ("untested", ["rows", "moving"])
+    short = in_short({"conditions": {}, "controllers": section})[2]
+    assert signed(found.recipes[0], 4) in short and "**untested**" in short
+    with (RUN / "curves.csv").open(encoding="utf-8", newline="") as file:
+        logged = list(csv.DictReader(file))
+    for each in section["trained"]:
+        own = [line for line in logged if line["controller"] == each["controller"]]
+        for name, column in (("training", "loss"), ("validation", "eval_loss")):
+            losses = [[int(line["step"]), pytest.approx(float(line[column]), abs=1e-5)] for line in own if line[column]]
+            assert each[name] == losses and losses
+    assert {line["controller"] for line in logged} == {each["controller"] for each in section["trained"]}
+
+
+def test_the_committed_depths_are_held_against_the_variance_of_draws(committed: dict[str, Any]) -> None:
+    features = {r["feature"] for r in select(committed["depth"], metric="spearman") if r.get("q") is not None}
+    assert {"sd_of_draws", "sd_of_draw_lengths", "prefill_entropy"} <= features
+
+
+def test_what_was_cut_has_the_numbers_of_the_run(committed: dict[str, Any]) -> None:
+    cut = (RUN / "cut.txt").read_text(encoding="utf-8").splitlines()
+    assert committed["cut"] == cut
+    rows = select(committed["static"])
+    paired = [r for r in rows if r["metric"].startswith("nats - ") and r.get("detectable")]
+    needed = sorted(math.ceil(2000 * (r["detectable"] / r["margin"]) ** 2) for r in paired)
+    assert committed["static"]["n_nats"] == 2000
+    for number in needed[-3:]:
+        assert f"{number:,}" in cut[0]
+    assert needed[-3] < 5000 < needed[-2], "all comparisons but two"
+
+
+def test_the_committed_routers_have_their_q(committed: dict[str, Any]) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
+    rows = select(committed["router"], metric="captured_share_nats")
+    adjusted = scipy_stats.false_discovery_control([each["p"] for each in rows], method="bh")
+    assert [each["q"] for each in rows] == pytest.approx(list(adjusted), abs=1e-7) and len(rows) >= 4
+    assert [each["p"] for each in rows] == pytest.approx([p_value(each) for each in rows], abs=1e-7)
