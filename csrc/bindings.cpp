@@ -33,8 +33,8 @@ STABLE_TORCH_LIBRARY(dynskip_native, m) {
       "decode_step(int decoder, Tensor token_ids, Tensor position_ids, Tensor cache_ids, Tensor active, int kv_policy, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? slot_positions, Tensor(d!) context_lens, Tensor(e!) slot_tables, "
       "Tensor free_slots, Tensor(f!) slot_cursor, Tensor(g!) counts, Tensor? gate_weight, Tensor? gate_bias, "
-      "Tensor? gate_asks, bool with_head, Tensor? head_rows, bool is_prompt, bool is_timed, Tensor? begun_rows=None, "
-      "Tensor? begun_states=None) -> (Tensor, Tensor)");
+      "Tensor? gate_asks, bool with_head, Tensor? head_rows, bool is_prompt, bool is_timed, Tensor? begun_rows, "
+      "Tensor? begun_states, Tensor[] choices) -> (Tensor, Tensor)");
   m.def(
       "guess_tokens(int decoder, Tensor token_ids, Tensor position_ids, Tensor cache_ids, Tensor active, "
       "Tensor num_guesses, Tensor[] choices, Tensor? num_common, Tensor(a!) k_cache, Tensor(b!) v_cache, "

@@ -126,7 +126,8 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> decode_step(
     bool is_prompt,
     bool is_timed,
     const std::optional<torch::stable::Tensor>& begun_rows,
-    const std::optional<torch::stable::Tensor>& begun_states);
+    const std::optional<torch::stable::Tensor>& begun_states,
+    std::vector<torch::stable::Tensor> choices);
 
 // Some decode steps, one after the other; see dynskip.ops.native.guess_tokens.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> guess_tokens(

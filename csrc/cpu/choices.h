@@ -22,4 +22,8 @@ std::vector<Choice> checked_choices(
     const torch::stable::Tensor& position,
     int64_t num_rows);
 
+// The same of callers that hand over all seven columns in this order, or none for the most likely tokens.
+std::vector<Choice> checked_choices(
+    const char* op, const std::vector<torch::stable::Tensor>& columns, int64_t num_rows);
+
 } // namespace dynskip

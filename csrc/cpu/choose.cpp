@@ -94,6 +94,16 @@ std::vector<Choice> checked_choices(
   return choices;
 }
 
+std::vector<Choice> checked_choices(const char* op, const std::vector<Tensor>& columns, int64_t num_rows) {
+  DYNSKIP_CHECK(
+      columns.empty() || columns.size() == 7, op, ": choices must be seven columns or none, got ", columns.size(), ".");
+  if (columns.empty()) {
+    return {};
+  }
+  return checked_choices(
+      op, columns[0], columns[1], columns[2], columns[3], columns[4], columns[5], columns[6], num_rows);
+}
+
 Tensor most_likely(const Tensor& logits) {
   check_logits("most_likely", logits);
   const int64_t num_rows = logits.size(0);

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
+#include "choices.h"
 #include "dispatch.h"
 #include "ops.h"
 #include "step_phases.h"
@@ -241,7 +242,8 @@ std::tuple<Tensor, Tensor> decode_step(
     bool is_prompt,
     bool is_timed,
     const std::optional<Tensor>& begun_rows,
-    const std::optional<Tensor>& begun_states) {
+    const std::optional<Tensor>& begun_states,
+    std::vector<Tensor> choice_columns) {
   const std::shared_ptr<Decoder> held = decoder_at(handle);
   Decoder& decoder = *held;
   const std::lock_guard<std::mutex> lock(decoder.mutex);
@@ -276,6 +278,9 @@ std::tuple<Tensor, Tensor> decode_step(
         rows.num_head_rows <= rows.num_rows, "decode_step: head_rows must be at most ", rows.num_rows, " rows.");
     rows.head_rows = checked_ids("decode_step", "head_rows", *head_rows, rows.num_head_rows, rows.num_rows);
   }
+  DYNSKIP_CHECK(with_head || choice_columns.empty(), "decode_step: choices must be none without a head.");
+  const std::vector<Choice> choices = checked_choices("decode_step", choice_columns, rows.num_head_rows);
+  rows.choices = choices.empty() ? nullptr : choices.data();
   const std::vector<const void*> begun = checked_begun(decoder, rows.num_rows, begun_rows, begun_states);
   rows.begun = begun.empty() ? nullptr : begun.data();
   int64_t* counted = checked_counts("decode_step", decoder, counts);

@@ -111,15 +111,7 @@ std::tuple<Tensor, Tensor> guess_tokens(
   first.is_timed = is_timed;
   std::vector<Guesser> guessers = guessers_of(decoder, first, num_guesses);
   const int64_t num_seqs = guessers.size();
-  DYNSKIP_CHECK(
-      choice_columns.empty() || choice_columns.size() == 7, "guess_tokens: choices must be seven columns or none, got ",
-      choice_columns.size(), ".");
-  std::vector<Choice> choices;
-  if (!choice_columns.empty()) {
-    choices = checked_choices(
-        "guess_tokens", choice_columns[0], choice_columns[1], choice_columns[2], choice_columns[3], choice_columns[4],
-        choice_columns[5], choice_columns[6], num_seqs);
-  }
+  std::vector<Choice> choices = checked_choices("guess_tokens", choice_columns, num_seqs);
   if (num_common.has_value()) {
     const int64_t num_layers = decoder.layers.size();
     const int64_t* depths = checked_ids("guess_tokens", "num_common", *num_common, num_seqs, num_layers + 1);

@@ -24,6 +24,7 @@ def choose(predictions: Predictions, rows: Sequence[Row]) -> list[int | Exceptio
     """The token of each row of ``predictions``, `NOT_FINITE` for none, or what its choice raises.
 
     Of the tokens before a row's, those that are not chosen yet are guesses of its sequence. Logits stay as they are.
+    Tokens that were drawn with ``predictions`` are these, by the same choices: see `request.choices_of`.
     """
     choices = [sequence.choice_of(position) for sequence, position in rows]
     changed = [row for row, choice in enumerate(choices) if choice.params.changes_logits(choice.position)]
@@ -52,6 +53,8 @@ def _each_or_all(choose_some: Callable[[list[int]], list[int | Exception]], rows
 def _chosen(predictions: Predictions, choices: Sequence[Choice], rows: list[int]) -> list[int | Exception]:
     if len(rows) < len(choices):
         predictions, choices = predictions.of_rows(rows), [choices[row] for row in rows]
+    if predictions.drawn is not None:
+        return [*predictions.drawn.tolist()]
     return [*choose_tokens(predictions.logits, choices, predictions.most_likely, predictions.decoder)]
 
 

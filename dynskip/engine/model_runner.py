@@ -12,7 +12,7 @@ from dynskip.causal_lm import CausalLM, ExecutorName
 from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import Cache
 from dynskip.engine.prompt_logprobs import add_prompt_logprobs
-from dynskip.engine.request import OutputSequence, Span
+from dynskip.engine.request import OutputSequence, Span, choices_of
 from dynskip.execution.executor import Predictions
 from dynskip.execution.step import Step, packed_positions
 from dynskip.execution.turns import Guesses, Turns, rows_step
@@ -66,13 +66,16 @@ class ModelRunner:
 
         in_flight: holds the tokens of those spans whose tokens the host does not know.
         """
+        # A device that reads late chooses behind the step.
+        choices = None if self.reads_late else choices_of(spans)
         if all(span.num_tokens == 1 for span in spans):
-            return self.executor.predict(self.decode_step(spans, in_flight), cache)
+            return self.executor.predict(self.decode_step(spans, in_flight), cache, choices=choices)
         tokens = [sequence.tokens(first, count) for sequence, first, count in spans]
         firsts, ids = [span.first for span in spans], [span.sequence.state.cache_id for span in spans]
         paths = [span.sequence.route.layers for span in spans]
         begun = [span.sequence.begun for span in spans]
-        return self.executor.predict(rows_step(tokens, firsts, ids, paths, self.model.device, begun=begun), cache)
+        step = rows_step(tokens, firsts, ids, paths, self.model.device, begun=begun)
+        return self.executor.predict(step, cache, choices=choices)
 
     @torch.no_grad()
     def guess(self, turns: Turns, cache: Cache) -> Guesses:

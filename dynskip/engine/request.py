@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -244,3 +244,18 @@ class RequestOutput:
             num_accepted=sum(sequence.num_accepted for sequence in request.sequences),
             num_cached_tokens=request.num_cached_tokens,
         )
+
+
+def choices_of(spans: Sequence[Span]) -> list[Choice] | None:
+    """How the token behind each row of ``spans``, the last of their sequences, is chosen, for `Executor.predict`.
+
+    None where all are the most likely ones, or logits of a sequence change first.
+    """
+    params = [span.sequence.params for span in spans]
+    if all(own.greedy for own in params) or any(own.changes_logits() for own in params):
+        return None
+    return [
+        sequence.choice_of(sequence.state.num_generated - 1 + rank)
+        for sequence, _, num_tokens in spans
+        for rank in range(num_tokens)
+    ]

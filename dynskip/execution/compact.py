@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from dynskip.ops import choice, native, varlen_attention
 from dynskip.ops.backends import Backend
 from dynskip.ops.row_ops import get_row_ops, why_not_triton
 from dynskip.routing.plan import KVPolicy, LayerPlan
+from dynskip.sampling import Choice
 
 
 class CompactExecutor(Executor[KVCache]):
@@ -117,11 +118,13 @@ class CompactExecutor(Executor[KVCache]):
         """[N, V]: the logits of a decode step; the next one may overwrite them."""
         return self.predict(step, cache).logits
 
-    def predict(self, step: Step, cache: KVCache, rows: Tensor | None = None) -> Predictions:
+    def predict(
+        self, step: Step, cache: KVCache, rows: Tensor | None = None, choices: Sequence[Choice] | None = None
+    ) -> Predictions:
         """See `Executor.predict`."""
         steps = self._decode_steps(step, cache)
         if isinstance(steps, NativeSteps):
-            return steps.predict(step, cache, rows)
+            return steps.predict(step, cache, rows, choices)
         if steps is not None:
             logits = steps.run(step, cache, head=True)
             return Predictions(logits if rows is None else logits[rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from dynskip.execution.step import RowCounts, Step
 from dynskip.execution.turns import Guesses, Turns
 from dynskip.ops.choice import choose_tokens
 from dynskip.ops.logit_changes import float_rows
+from dynskip.sampling import Choice
 
 CacheT = TypeVar("CacheT")
 
@@ -20,16 +21,18 @@ class Predictions(NamedTuple):
 
     logits: [R, V]. most_likely: [R], int64, as `choice_reference.most_likely` says; None: nobody has looked yet.
     decoder: whose threads may draw tokens, as `native.choose_tokens` names it; 0 for none.
+    drawn: [R], int64, the tokens by the choices that the step was given; None: they are still to be drawn.
     """
 
     logits: Tensor
     most_likely: Tensor | None = None
     decoder: int = 0
+    drawn: Tensor | None = None
 
     def of_rows(self, rows: list[int]) -> Predictions:
         """A copy of those of some rows, in float32: the same tokens follow."""
-        likely = None if self.most_likely is None else self.most_likely[rows]
-        return Predictions(float_rows(self.logits, rows, self.decoder), likely, self.decoder)
+        likely, drawn = (None if tokens is None else tokens[rows] for tokens in (self.most_likely, self.drawn))
+        return Predictions(float_rows(self.logits, rows, self.decoder), likely, self.decoder, drawn)
 
 
 class Executor(Protocol[CacheT]):
@@ -69,8 +72,13 @@ class Executor(Protocol[CacheT]):
         """[N, V]: the logits of the rows of a decode step; the next step may overwrite them."""
         return self.head(self.run(step, cache))
 
-    def predict(self, step: Step, cache: CacheT, rows: Tensor | None = None) -> Predictions:
-        """What follows ``rows`` ([R], int64) of ``step``, or each row; most likely tokens where they come with it."""
+    def predict(
+        self, step: Step, cache: CacheT, rows: Tensor | None = None, choices: Sequence[Choice] | None = None
+    ) -> Predictions:
+        """What follows ``rows`` ([R], int64) of ``step``, or each row; tokens where they come with it.
+
+        choices: [R], how tokens will be chosen; None where that is the most likely ones, or not known.
+        """
         return Predictions(self.logits(step, cache) if rows is None else self.head(self.run(step, cache)[rows]))
 
     def guess(self, turns: Turns, cache: CacheT) -> Guesses:

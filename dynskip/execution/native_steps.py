@@ -26,7 +26,7 @@ from dynskip.ops.reference import ACTIVATIONS
 from dynskip.ops.row_reference import KV_POLICY_CODES
 from dynskip.routing.plan import Plan
 from dynskip.routing.routes import ControllerDecision
-from dynskip.sampling import NOT_FINITE
+from dynskip.sampling import NOT_FINITE, Choice
 
 # Rows of one call: the memory that calls work in stays, and grows with them. More rows than that read the matrices from
 # memory no less often.
@@ -82,10 +82,16 @@ class NativeSteps:
         assert on_layer is None, "inside of a call nobody looks at the layers' inputs"
         return self._run(step, cache, head)[0]
 
-    def predict(self, step: Step, cache: KVCache, rows: Tensor | None = None) -> Predictions:
-        """Run ``step``: the logits and the most likely token of ``rows`` ([R], int64), None for all."""
-        logits, likely = self._run(step, cache, head=True, head_rows=rows)
-        return Predictions(logits, likely, self._handle)
+    def predict(
+        self, step: Step, cache: KVCache, rows: Tensor | None = None, choices: Sequence[Choice] | None = None
+    ) -> Predictions:
+        """See `Executor.predict`. A prompt's step, which may take several calls, gives the most likely tokens."""
+        if choices is None or not step.decode:
+            logits, likely = self._run(step, cache, head=True, head_rows=rows)
+            return Predictions(logits, likely, self._handle)
+        columns = choice_columns(choices, self.decoder.config.vocab_size, step.token_ids.device)
+        logits, drawn = self._run(step, cache, head=True, head_rows=rows, columns=columns)
+        return Predictions(logits, decoder=self._handle, drawn=drawn)
 
     @torch.no_grad()
     def guess(self, turns: Turns, cache: KVCache) -> Guesses:
@@ -116,8 +122,15 @@ class NativeSteps:
         return Guesses(guesses, None if turns.num_common is None else states)
 
     @torch.no_grad()
-    def _run(self, step: Step, cache: KVCache, head: bool, head_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What `native.decode_step` returns.
+    def _run(
+        self,
+        step: Step,
+        cache: KVCache,
+        head: bool,
+        head_rows: Tensor | None = None,
+        columns: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """What `native.decode_step` returns. columns: of choices, for a decode step.
 
         A sequence may bring several tokens, one after the other: each attends to those before it.
         """
@@ -157,7 +170,8 @@ class NativeSteps:
                 head_rows,
                 not step.decode,
                 self.is_timed,
-                *(step.begun or ()),
+                *(step.begun or (None, None)),
+                columns,
             )
 
         if step.decode or num_rows <= self.pass_rows:

@@ -197,8 +197,9 @@ def decode_step(
     is_timed: bool,
     begun_rows: Tensor | None = None,
     begun_states: Tensor | None = None,
+    choices: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Runs a decode step of N rows: `[R, V]`, the logits, and `[R], int64`, what `most_likely` says of them.
+    """Runs a decode step of N rows: `[R, V]`, the logits, and `[R], int64`, the tokens that are chosen from them.
 
     They are those of the rows in head_rows, `[R], int64`; None for all. Without head it returns `[N, C]`, the last
     layer's output, and an empty tensor.
@@ -208,7 +209,8 @@ def decode_step(
     int64`, to which the rows that ran each layer, and that computed a key and a value, are added. gate_weight: `[L, 2,
     C]`, gate_bias: `[L, 2]`, float32, gate_asks: `[L], bool`: as in `row_reference.gate_rows`, where gate_asks holds.
     is_prompt: rows of a sequence attend in blocks where the extension can, summed in another order than one by one.
-    begun_rows: `[R'], int64`, rows that begin with begun_states, `[R', C]`, in place of their embeddings.
+    begun_rows: `[R'], int64`, rows that begin with begun_states, `[R', C]`, in place of their embeddings. choices: the
+    columns of `choice_reference.choose_tokens`, each `[R]`; none for what `most_likely` says.
     The interpreter's lock is free meanwhile; steps of one decoder wait for each other.
 
     Cost: reads the matrices of the layers that have rows once, and the keys and values of their rows.
@@ -237,6 +239,7 @@ def decode_step(
         is_timed,
         begun_rows,
         begun_states,
+        choices,
     )
     return rows, tokens
 

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from drafts import draw_lengths
+from drafts import asks_of as random_asks
+from drafts import draw_lengths, random_draft, with_draft
 from families import native_model
-from models import NUM_LAYERS, random_prompts, tiny_model
+from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model
 from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, random_changes, same, serve
 
 from dynskip import CausalLM, LayerPath
 from dynskip.engine.drafting import DraftWarning
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import Span
+from dynskip.measure.agreement import Gate, NearTies
 from dynskip.models.linear import NATIVE_ROWS
 from dynskip.ops import native
+from dynskip.scheduler.policies.make import POLICIES
 from dynskip.speculation.draft import Draft
 from dynskip.speculation.lengths import Candidate, DraftLengths
 
@@ -62,6 +65,18 @@ def asks_of(count: int, is_drafted: bool) -> list[Ask]:
     return asks
 
 
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each decode step to come."""
+    decode, num_rows = ModelRunner.decode, []
+
+    def counted(self: ModelRunner, spans: Sequence[Span], *others: Any) -> Any:
+        num_rows.append(sum(span.num_tokens for span in spans))
+        return decode(self, spans, *others)
+
+    monkeypatch.setattr(ModelRunner, "decode", counted)
+    return num_rows
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_guesses_know_nothing_of_what_changes_logits(dtype: torch.dtype) -> None:
     own, draw = model("llama", dtype), random.Random(2)
@@ -95,23 +110,57 @@ def test_without_determinism_bf16_is_equal_to_the_bit_up_to_48_rows(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = native_model(family, "pre-norm" if family == "opt" else "plain", torch.bfloat16)
-    choose, decode, num_rows = DraftLengths.choose, ModelRunner.decode, []
+    choose = DraftLengths.choose
 
     def seven(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
         return replace(choose(self, candidates, others), lengths=tuple(min(7, each.most) for each in candidates))
 
-    def counted(self: ModelRunner, spans: Sequence[Span], *others: Any) -> Any:
-        num_rows.append(sum(span.num_tokens for span in spans))
-        return decode(self, spans, *others)
-
     monkeypatch.setattr(DraftLengths, "choose", seven)
-    monkeypatch.setattr(ModelRunner, "decode", counted)
+    num_rows = count_rows(monkeypatch)
     served = engine(model=own, batch=6)
     outputs = serve(served, [replace(ask, params=greedy(30)) for ask in asks_of(10, True)])
     assert max(num_rows) == NATIVE_ROWS == 48 and len({*num_rows}) > 6
     for output, ask in zip(outputs, asks_of(10, False), strict=True):
         assert same(output, replace(ask, params=greedy(30)).alone(model=own))
     assert served.tally.num_drafted > served.tally.num_accepted > 0
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 4), (torch.bfloat16, 16)])
+def test_elsewhere_the_first_token_that_differs_is_a_near_tie(
+    dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loose = CausalLM.from_hf(tiny_hf(dtype=dtype), backend="native")
+    ties = NearTies(loose, Gate(tiny_hf(dtype=dtype), [FULL]))
+    asks = [Ask(prompt, greedy(20), FULL) for prompt in random_prompts([9] * batch)]
+    num_rows = count_rows(monkeypatch)
+    outputs = serve(
+        engine(model=loose, batch=batch),
+        [with_draft(ask, DRAFTS[index % 3]) for index, ask in enumerate(asks)],
+    )
+    assert dtype == torch.float32 or max(num_rows) > NATIVE_ROWS
+    for ask, output in zip(asks, outputs, strict=True):
+        assert output.num_drafted > 0
+        ties.num_equal("drafts", ask.prompt, output.token_ids, ask.alone(model=loose).token_ids)
+
+
+@pytest.mark.parametrize("num_slots", [None, 340])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_streams_of_all_paths_and_drafts_equal_those_without(policy: str, num_slots: int | None) -> None:
+    own, draw = model("llama", torch.bfloat16), random.Random(3)
+    asks = random_asks(24, 5, changes_logits=True)
+    served = engine(policy, num_slots, batch=6, model=own)
+    ids, outputs = [], {}
+    for index, ask in enumerate(asks):
+        told = ask if index % 5 == 4 else with_draft(ask, random_draft(draw, ask.path))
+        ids.append(told.add(served))
+        for _ in range(draw.choice([0, 0, 1, 2])):
+            outputs.update({output.request_id: output for output in served.step()})
+    outputs.update({output.request_id: output for output in served.run()})
+    assert_empty(served)
+    for request_id, ask in zip(ids, asks, strict=True):
+        assert same(outputs[request_id], ask.alone(model=own))
+    assert served.tally.num_drafted > served.tally.num_accepted > 0
+    assert bool(served.stats().outcome.num_preempted) == (num_slots is not None)
 
 
 def test_all_guesses_of_a_step_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

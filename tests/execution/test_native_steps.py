@@ -377,7 +377,7 @@ def test_a_gate_of_another_size_is_refused() -> None:
 def test_a_step_of_an_engine_is_one_entry_into_the_extension(
     family: str, variant: str, temperature: float, policy: str
 ) -> None:
-    """A step whose tokens are drawn is two: the most likely ones come with the step, drawing is a call of its own."""
+    """Tokens that are drawn come with the step, as the most likely ones do."""
     costs = replace(StepCosts.h200(), num_layers=NUM_LAYERS) if policy == "cohort" else None
     served = Engine(native_model(family, variant), policy=policy, batch=5, costs=costs)
     params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=temperature, top_p=0.9)
@@ -387,7 +387,7 @@ def test_a_step_of_an_engine_is_one_entry_into_the_extension(
     with Entries() as entries:
         for _ in range(4):
             served.step()
-    assert entries.names == ["decode_step.default", *(["choose_tokens.default"] if temperature else [])] * 4
+    assert entries.names == ["decode_step.default"] * 4
 
 
 def test_the_threads_of_a_step_draw_what_the_calling_thread_draws(three_threads: None) -> None:
