@@ -54,11 +54,11 @@ NOT_PACKED = frozenset(("features",))
 
 
 def setup_of(
-    data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, text_rows: int = 0, **controllers: Any
+    data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, text_rows: int = 0, **more: Any
 ) -> Setup:
     """The run: the tuned model along searched paths, beside the same weights before any tuning.
 
-    controllers: fields of `Setup` that say which, drawn how often, judged on how many rows.
+    more: fields of `Setup`: which controllers, drawn how often, judged on how many rows; labels; the device.
     """
     options: dict[str, Any] = {
         "budgets": (27, 25, 20, 15),
@@ -75,7 +75,7 @@ def setup_of(
         "state_prompts": state_rows,
         "train_prompts": learn_rows,
         "shard_size": 50,
-        **controllers,
+        **more,
     }
     return Setup.of(TUNED, data, {}, **options)
 
@@ -191,6 +191,9 @@ def main() -> int:
     )
     parser.add_argument("--controller-rows", type=int, default=0, metavar="N", help="rows under each (all of --rows)")
     parser.add_argument("--controller-seeds", type=int, default=0, metavar="N", help="draws of its decisions, too (0)")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="T0 as *.jsonl[.xz]: labels as a third score")
+    parser.add_argument("--label-rows", type=int, default=500, metavar="N", help="rows with closed labels (500)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (cpu)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the items (1)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the items are committed")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper-smollm2", help="the run folder")
@@ -210,6 +213,9 @@ def main() -> int:
         controllers=args.controller,
         controller_prompts=args.controller_rows,
         controller_seeds=args.controller_seeds,
+        labels=args.labels,
+        label_prompts=args.label_rows,
+        device=args.device,
     )
     summary = run(
         setup,

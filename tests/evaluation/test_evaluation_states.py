@@ -12,10 +12,11 @@ from models import cut, tiny_hf, tiny_model, word_tokenizer
 from dynskip import LLM, LayerPath
 from dynskip.data.corpus import Instruction
 from dynskip.evaluation.experiments import hidden_states
-from dynskip.evaluation.experiments.hidden_states import compare_states, strategy_path
+from dynskip.evaluation.experiments.hidden_states import compare_states
 from dynskip.evaluation.report.sentences import section_sentences
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.store import ItemStore
+from dynskip.evaluation.tasks.strategies import strategy_path
 
 ROW = Instruction("", "", "")
 ROWS = [

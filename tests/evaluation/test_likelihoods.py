@@ -21,6 +21,7 @@ from dynskip.evaluation.tasks.path_families import equal_paths, families
 from dynskip.evaluation.tasks.prompt_facts import feature_items, read_features
 from dynskip.evaluation.tasks.rivals import influence_items, read_influence, rival_paths
 from dynskip.evaluation.tasks.routes import cascade, sizes
+from dynskip.evaluation.tasks.strategies import drawn_name, drawn_path, is_drawn, strategy_path
 
 pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
@@ -144,6 +145,36 @@ def test_features_hold_what_the_head_reads_at_the_prompts_end(tmp_path: Path) ->
     assert np.array_equal(both, np.concatenate([embedding, state], axis=1))
 
 
+def test_random_layers_are_drawn_for_each_reference(tmp_path: Path) -> None:
+    """An interval over references is then one over their paths, too."""
+    setup = tiny_setup(tmp_path, likelihood_prompts=7)
+    context = Context(setup)
+    names = [drawn_name("rls", 3, 1), "uniform:3", drawn_name("rls-first", 2, 2)]
+    items = likelihood_items(setup, setup.checkpoint, names)
+    with ItemStore(tmp_path / "items.jsonl") as store:
+        for item in items:
+            store.add(item, run_item(item, context), 1.0)
+        found = read_likelihoods(store, items)
+    rows = context.prompts(setup.checkpoint.hash, "test", 7).rows
+    model = context.llm(setup.checkpoint.hash).model
+    paths = [
+        [
+            strategy_path("rls", 3, 6, 1, row.index),
+            LayerPath.uniform(6, 3),
+            strategy_path("rls-first", 2, 6, 2, row.index),
+        ]
+        for row in rows
+    ]
+    assert len({own[0] for own in paths}) > 3 and all(own[2].layers[0] == 0 for own in paths)
+    for place, (row, own) in enumerate(zip(rows, paths, strict=True)):
+        ids, start = torch.tensor([row.prompt_ids + row.response_ids]), len(row.prompt_ids) - 1
+        for column, path in enumerate(own):
+            with torch.no_grad():
+                logits = model(ids, paths=[path]).logits[0, start:-1].double()
+            nats = float(cross_entropy(logits, torch.tensor(row.response_ids), reduction="sum"))
+            assert found.nats[place, column] == pytest.approx(nats, abs=1e-4)
+
+
 def test_rules_have_their_budget_and_influence_is_measured_apart(tmp_path: Path) -> None:
     setup = tiny_setup(tmp_path, budgets=(2, 4), seeds=2, train_prompts=5, searched=None)
     items = influence_items(setup, setup.checkpoint)
@@ -157,12 +188,15 @@ def test_rules_have_their_budget_and_influence_is_measured_apart(tmp_path: Path)
     rules = rival_paths(setup, influence)
     assert list(rules) == ["uniform", "exit", "random", "random-first", "influence"], "nothing was searched"
     budgets = {
-        (rule, budget): {LayerPath.parse(path, 6).budget for path in paths}
+        (rule, budget): {
+            (drawn_path(path, 6, 0) if is_drawn(path) else LayerPath.parse(path, 6)).budget for path in paths
+        }
         for rule, by_budget in rules.items()
         for budget, paths in by_budget.items()
     }
     assert all(found == {budget} for (_, budget), found in budgets.items()) and len(budgets) == 10
     assert rules["exit"][2] == ["layers:0,1"] and len(rules["random"][4]) == 2
+    assert all(map(is_drawn, rules["random"][4])) and not is_drawn(rules["influence"][4][0])
     kept = {int(layer) for layer in rules["influence"][2][0].removeprefix("layers:").split(",")}
     assert kept == set(np.argsort(influence)[-2:].tolist())
 

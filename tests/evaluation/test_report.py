@@ -345,7 +345,9 @@ def test_blocks_in_both_forms() -> None:
     assert "<strong>bold</strong> <code>x &lt; 1</code>" in html
     assert "<p>−2% [−10%, 6%] of 2024-11-22, opt-1.3b</p>" in html
     assert '<td class="text">a|b</td><td>1.0 [0.5, 2.0]</td>' in html
-    assert markdown.startswith("# title\n\nsubtitle\n\n## A & B\n\n**bold** `x < 1`\n\n- one\n- two\n\n**T**\n\n")
+    begin = "# title\n\nsubtitle\n\n## A & B\n\n**bold** `x < 1`\n\n- one\n- two\n\n<details><summary>T</summary>\n\n"
+    assert markdown.startswith(begin)
+    assert "|\n\n</details>\n" in markdown and "**T**" not in markdown, "a folded table is folded in Markdown, too"
     assert r"| a\|b | 1.0 [0.5, 2.0] |" in markdown
 
 

@@ -16,6 +16,7 @@ from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.generations import stable_seed
+from dynskip.evaluation.tasks.strategies import drawn_path, is_drawn
 from dynskip.paths import LayerPath
 
 NUM_LAYERS = 24
@@ -63,7 +64,7 @@ def _generator(item: WorkItem, *more: object) -> np.random.Generator:
 
 def budget_of(path: str) -> int:
     """How many layers a path runs."""
-    return LayerPath.parse(path, NUM_LAYERS).budget
+    return (drawn_path(path, NUM_LAYERS, 0) if is_drawn(path) else LayerPath.parse(path, NUM_LAYERS)).budget
 
 
 def _generate(setup: Setup, item: WorkItem) -> dict[str, Any]:

@@ -22,29 +22,16 @@ from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
-from dynskip.evaluation.tasks.generations import stable_seed
 from dynskip.evaluation.tasks.prompt_facts import TOKENS_PER_BATCH, padded
+from dynskip.evaluation.tasks.strategies import DRAWN, FIXED, strategy_path
 from dynskip.llm import LLM
 from dynskip.paths import LayerPath
 
-FIXED, DRAWN = ("uls", "exit"), ("rls", "rls-first")
 METRICS = ("cosine_final", "cosine_layers", "log_distance", "kl", "nats", "same_token")
 PAIRS = tuple(combinations(("uls", "rls", "rls-first", "exit"), 2))
 # Cosines of float32 states are no nearer to 1 than this.
 _LEAST_DISTANCE = 1e-7
 _SHARD_SIZE = 50
-
-
-def strategy_path(strategy: str, budget: int, num_layers: int, seed: int, row: int) -> LayerPath:
-    """The path of the prompt at ``row`` under a strategy; for a drawn one it depends on seed and row."""
-    if strategy == "uls":
-        return LayerPath.uniform(num_layers, budget=budget)
-    if strategy == "exit":
-        return LayerPath.early_exit(num_layers, budget=budget)
-    if strategy not in DRAWN:
-        raise ValueError(f"strategy_path: strategy must be one of {', '.join(FIXED + DRAWN)}, got {strategy!r}.")
-    drawn = stable_seed(strategy, budget, seed, row)
-    return LayerPath.random(num_layers, budget=budget, seed=drawn, keep_first=strategy == "rls-first")
 
 
 def plan(setup: Setup, _: ItemStore) -> list[WorkItem]:

@@ -26,6 +26,7 @@ from dynskip.evaluation.tasks.likelihoods import (
 )
 from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, Member, families, family_generations, family_items
 from dynskip.evaluation.tasks.rivals import influence_items, read_influence, rival_paths
+from dynskip.evaluation.tasks.strategies import is_drawn
 from dynskip.evaluation.tasks.timing import batches_alone, read_timings, time_item
 
 
@@ -72,9 +73,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "verdict: equivalent where it is below "
         "0.05, else lower or higher where the interval leaves zero out, else open.",
         "Rules for the layers of a budget (rule_nats, and rule_nats - uniform, paired): early exit, random layers "
-        f"(random-first keeps layer 0; means over {setup.seeds} paths), the layers of most influence (1 - cosine of "
-        "input and output, measured on rows of the validation split), a searched path where one was given. q: p of "
-        "the difference, adjusted by Benjamini and Hochberg for all rules, budgets and weights.",
+        f"(random-first keeps layer 0; drawn for each reference anew, the mean of {setup.seeds} draws), the layers of "
+        "most influence (1 - cosine of input and output, measured on rows of the validation split), a searched path "
+        "where one was given. q: p of the difference, adjusted by Benjamini and Hochberg for all rules, budgets and "
+        "weights.",
         f"ms_per_token is the time of a decode step of {setup.timed_batch} sequences over {setup.timed_batch}; "
         "ms_per_token_single that of one sequence. Prompts are not in it. Paths are timed in turns.",
         "nats - backbone: minus the nats of the weights before any tuning along the same path, paired.",
@@ -173,8 +175,18 @@ def _loss(setup: Setup, differences: Floats, weights: Floats | None, margin: flo
 
 
 def _rival_items(setup: Setup, store: ItemStore, checkpoint: Checkpoint) -> list[WorkItem]:
-    paths = _distinct(_rivals(setup, store, checkpoint))
-    return likelihood_items(setup, checkpoint, paths, num_rows=num_rule_prompts(setup))
+    names = _distinct(_rivals(setup, store, checkpoint))
+    return [item for some in _apart(names) for item in _items_along(setup, checkpoint, some)]
+
+
+def _items_along(setup: Setup, checkpoint: Checkpoint, names: Sequence[str]) -> list[WorkItem]:
+    return likelihood_items(setup, checkpoint, names, num_rows=num_rule_prompts(setup))
+
+
+def _apart(names: Sequence[str]) -> list[list[str]]:
+    """Paths that all references run, and those that each draws: items of their own, for they share no states."""
+    drawn = [name for name in names if is_drawn(name)]
+    return [[name for name in names if not is_drawn(name)], drawn]
 
 
 def num_rule_prompts(setup: Setup) -> int:
@@ -193,8 +205,10 @@ def _distinct(rules: dict[str, dict[int, list[str]]]) -> list[str]:
 
 def _rival_rows(setup: Setup, store: ItemStore, weights: str, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     rules = _rivals(setup, store, checkpoint)
-    found = read_likelihoods(store, _rival_items(setup, store, checkpoint))
-    columns = dict(zip(_distinct(rules), (found.nats / found.num_tokens[:, None]).T, strict=True))
+    columns: dict[str, Floats] = {}
+    for names in _apart(_distinct(rules)):
+        found = read_likelihoods(store, _items_along(setup, checkpoint, names))
+        columns |= dict(zip(names, (found.nats / found.num_tokens[:, None]).T, strict=True))
     tokens = found.num_tokens
     rows = [
         bootstrap_mean(columns["full"], tokens, resamples=setup.resamples).row(

@@ -63,7 +63,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; ``folded`` hides it in HTML until it is asked for, under its ``title``."""
+    """A table of texts; ``folded`` hides it until it is asked for, under its ``title``."""
 
     title: str
     header: Sequence[str]
@@ -113,7 +113,7 @@ def to_html(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
 
 
 def to_markdown(title: str, subtitle: str, blocks: Sequence[Block]) -> str:
-    """The same in Markdown: tables in full, figures as links to their files."""
+    """The same in Markdown: figures are links to their files."""
     return "\n\n".join([f"# {title}", subtitle, *map(_markdown_block, blocks)]) + "\n"
 
 
@@ -157,8 +157,10 @@ def _markdown_block(block: Block) -> str:
             return "\n".join(f"- {text}" for text in texts)
         case Figure(drawing, caption):
             return f"![{drawing.alt}]({drawing.path})\n\n*{caption}*"
-        case Table(title, header, rows, _):
+        case Table(title, header, rows, folded):
             lines = [_markdown_row(header), f"|{'---|' * len(header)}", *map(_markdown_row, rows)]
+            if folded:
+                return "\n".join([f"<details><summary>{_inline(title)}</summary>\n", *lines, "\n</details>"])
             return "\n".join([f"**{title}**\n", *lines] if title else lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -253,6 +253,12 @@ _ADJUSTED = {
 }
 
 
+def _within(rows: Mapping[tuple[str, float, str], Row], row: Row) -> list[str]:
+    """The correlation of ``row`` within types of task, and its q; nothing where a run has no such rows."""
+    own = rows.get((row["family"], row["at"], row["feature"]))
+    return [interval(own), number((own or {}).get("q"))] if rows else []
+
+
 def depth(section: Row, summary: Summary) -> list[Block]:
     """Experiment 6."""
     blocks: list[Block] = [
@@ -271,6 +277,9 @@ def depth(section: Row, summary: Summary) -> list[Block]:
         (row["family"], row["at"], row["feature"]): number(p)
         for row, p in zip(tested.rows, tested.adjusted, strict=True)
     }
+    within = {
+        (row["family"], row["at"], row["feature"]): row for row in select(section, metric=f"spearman_within{score}")
+    }
     for family in families_of(section):
         spearman = select(section, metric=f"spearman{score}", family=family)
         tasks = select(section, metric=f"mean_depth{score}", family=family)
@@ -286,7 +295,15 @@ def depth(section: Row, summary: Summary) -> list[Block]:
             ),
             Table(
                 "Correlations with the chosen depth",
-                ["feature", "mean budget", "Pearson", "Spearman", "p (Holm)" if tested.ties else "q", "seen from"],
+                [
+                    "feature",
+                    "mean budget",
+                    "Pearson",
+                    "Spearman",
+                    "p (Holm)" if tested.ties else "q",
+                    "seen from",
+                    *(["Spearman within types of task", "q within"] if within else []),
+                ],
                 [
                     [
                         str(figures.FEATURES.get(row["feature"], row["feature"])),
@@ -295,6 +312,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
                         interval(row),
                         adjusted.get((family, row["at"], row["feature"]), MISSING),
                         _seen_from(row, 2),
+                        *_within(within, row),
                     ]
                     for row in spearman
                 ],

@@ -10,7 +10,7 @@ from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.evidence import detectable, direction, holm, p_value
 from dynskip.evaluation.report.figures import WEIGHTS
 from dynskip.evaluation.report.numbers import number, percent, signed
-from dynskip.evaluation.report.rows import Row, Summary, bounds, families_of, find, score_suffix, select
+from dynskip.evaluation.report.rows import Row, Summary, bounds, families_of, find, select
 
 HOLDS, IN_PART, FAILS, OPEN, UNTESTED = "holds", "holds in part", "does not hold", "open", "untested"
 BESIDE = "no claim of the paper"
@@ -32,6 +32,17 @@ _LACKS = {
     "rows": "rows trained on",
     "moving": "a validation loss that stands still",
 }
+_FEWER = "an oracle over depths matches full depth on fewer layers"
+_AS_FEW = f"an oracle over depths matches full depth on {100 * paper.MATCHING_SHARE:.1f} % of the layers"
+# Controls of the oracle, in words; those that know nothing of how deep a sequence has to go.
+_CONTROLS = {
+    "equal depth, greedy": "a choice among paths of one depth",
+    "null": "noise alone",
+    "cross-fitted": "an oracle that chose on another output",
+}
+_IGNORANT = ("equal depth, greedy", "null")
+# The endings of metrics, and what they score by.
+SCORES = (("", "ROUGE-L"), ("_nats", "log-likelihood"))
 _MOST = 0.5  # a control that surely has more of a gain than this, and perhaps all, refutes that the gain is another's
 
 
@@ -151,44 +162,46 @@ def _controllers(summary: Summary) -> list[Verdict]:
 
 
 def _oracle(summary: Summary) -> list[Verdict]:
-    section, num_layers = _section(summary, "oracle"), summary["conditions"].get("num_layers")
-    suffix = score_suffix(section)
-    score = "log-likelihood" if suffix else "ROUGE-L"
-    fewer = "an oracle over depths matches full depth on fewer layers"
-    as_few = f"an oracle over depths matches full depth on {_share(paper.MATCHING_SHARE)} of the layers"
-    noise = f"noise on the paper's own means does on {_share(claims.paper_null().matching_share)}"
-    family = next(iter(families_of(section, metric=f"mean{suffix}")), None)
-    if family is None:
-        return [Verdict(fewer, UNTESTED), Verdict(as_few, UNTESTED, noise)]
+    """By either score: how much an oracle could choose by differs between them."""
+    section, found = _section(summary, "oracle"), []
+    for suffix, score in SCORES:
+        family = next(iter(families_of(section, metric=f"mean{suffix}")), None)
+        if family is not None:
+            found += _matched(section, summary["conditions"]["num_layers"], family, suffix, score)
+    return found or [Verdict(_FEWER, UNTESTED), Verdict(_AS_FEW, UNTESTED, _noise())]
+
+
+def _noise() -> str:
+    return f"noise on the paper's own means does on {_share(claims.paper_null().matching_share)}"
+
+
+def _matched(section: Row, num_layers: int, family: str, suffix: str, score: str) -> list[Verdict]:
+    """Whether it matches full depth; in part, where what knows nothing of depths does so, too."""
     cheapest = min(row["budget"] for row in select(section, metric=f"mean{suffix}", family=family)) / num_layers
-    floor = f"the cheapest path has {_share(cheapest)}; {noise}"
+    floor = f"the cheapest path has {_share(cheapest)}; {_noise()}"
+    fewer, as_few = f"{_FEWER}, in {score}", f"{_AS_FEW}, in {score}"
     row = find(section, metric=f"matching_share{suffix}", family=family, control="oracle")
     ends = None if row is None else bounds(row)
     if row is None or ends is None:
-        return [Verdict(fewer, FAILS, f"at no budget in {score}"), Verdict(as_few, FAILS, floor)]
-    measured = f"in {score} on {percent(row, 1)}{_seen(row, _share)}{_controlled(section, family, suffix)}"
+        return [Verdict(fewer, FAILS, "at no budget"), Verdict(as_few, FAILS, floor)]
+    controls = _controls(section, family, suffix)
+    is_matched = any(control["control"] in _IGNORANT and control["value"] is not None for control in controls)
+    told = "".join(
+        f", {_CONTROLS[each['control']]} {'at no budget' if each['value'] is None else f'on {percent(each, 1)}'}"
+        for each in controls
+    )
+    measured = f"on {percent(row, 1)}{_seen(row, _share)}{told.replace(',', ';', 1)}"
     reached = HOLDS if ends[0] <= paper.MATCHING_SHARE else FAILS
     return [
-        Verdict(fewer, HOLDS if ends[1] < 1 else OPEN, measured),
+        Verdict(fewer, OPEN if ends[1] >= 1 else IN_PART if is_matched else HOLDS, measured),
         Verdict(as_few, UNTESTED if cheapest > paper.MATCHING_SHARE else reached, floor),
     ]
 
 
-def _controlled(section: Row, family: str, suffix: str) -> str:
-    """On how many layers the oracle's controls match full depth."""
-    names = {
-        "equal depth, greedy": "a choice among paths of one depth",
-        "null": "noise alone",
-        "cross-fitted": "an oracle that chose on another output",
-    }
-    metric = f"matching_share{suffix}"  # without a value where most resamples reach it at no budget
-    rows = [row for row in section["rows"] if row["metric"] == metric and row.get("family") == family]
-    told = [
-        f"{names[row['control']]} {'at no budget' if row['value'] is None else f'on {percent(row, 1)}'}"
-        for row in rows
-        if row.get("control") in names
-    ]
-    return f"; {', '.join(told)}" if told else ""
+def _controls(section: Row, family: str, suffix: str) -> list[Row]:
+    """On how many layers they match full depth; without a value where most resamples reach it at no budget."""
+    rows = [row for row in section["rows"] if row["metric"] == f"matching_share{suffix}"]
+    return [row for row in rows if row.get("family") == family and row.get("control") in _CONTROLS]
 
 
 def _equal_depth(summary: Summary) -> list[Verdict]:
@@ -223,7 +236,7 @@ def _length(summary: Summary) -> list[Verdict]:
     """By either score: the depths that it chooses need not be alike."""
     section, found = _section(summary, "depth"), []
     claim = "the depth that the oracle chooses does not follow the response's length"
-    for suffix, score in (("", "ROUGE-L"), ("_nats", "log-likelihood")):
+    for suffix, score in SCORES:
         rows = select(section, metric=f"pearson{suffix}", feature="response_length")
         known = [row for row in rows if bounds(row) is not None]
         if not known:

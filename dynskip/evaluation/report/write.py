@@ -133,7 +133,7 @@ def _limits(summary: Mapping[str, Any]) -> list[Block]:
                 "where its numbers are repeated on another model by the same protocol.",
                 "It **cannot** say how large an effect is on OPT-1.3B, which budget is enough there, or from which "
                 "capacity on a hidden state would help: a larger model has more to lose with a layer, and weights "
-                "trained along paths, as those of opt-mini are, are made to be skipped.",
+                "trained along paths are made to be skipped.",
                 "Milliseconds are those of this machine. Matrices as small as these leave more of a step to what is no "
                 "matrix product; the larger the model, the nearer time comes to layers.",
             ]

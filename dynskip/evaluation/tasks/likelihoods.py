@@ -17,6 +17,7 @@ from dynskip.evaluation.sweep.dataset import Row
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, Option, WorkItem
 from dynskip.evaluation.tasks.path_families import Member, families
+from dynskip.evaluation.tasks.strategies import drawn_path, is_drawn
 from dynskip.measure.passes import TokenMeasured, TokenPass, in_parts, run_paths
 from dynskip.paths import LayerPath
 
@@ -59,6 +60,8 @@ def likelihood_items(
     num_rows: int | None = None,
 ) -> list[WorkItem]:
     """The items that score the references of ``split`` along ``paths``, distinct; tokens: each token by itself.
+
+    A path may be a name of `strategies.drawn_name`: each reference runs its own.
 
     num_rows: how many references (default: as the setup says).
     """
@@ -112,19 +115,28 @@ def run_likelihood(item: WorkItem, context: Context) -> dict[str, Any]:
     llm = context.llm(item.checkpoint)
     rows = context.shard(item)
     names = item.path.split()
-    paths = [LayerPath.parse(name, llm.model.num_layers, llm.model) for name in names]
-    by_path: dict[LayerPath, list[TokenMeasured]] = {path: [] for path in paths}
+    num_layers = llm.model.num_layers
+    drawn = [name for name in names if is_drawn(name)]
+    measured: dict[str, list[TokenMeasured]] = {name: [] for name in names}
 
-    def keep(path: LayerPath, measured: Any) -> None:
-        by_path[path].append(measured)
+    def run(texts: Sequence[Example], paths: dict[str, LayerPath]) -> None:
+        def keep(path: LayerPath, found: Any) -> None:
+            for name in paths:
+                if paths[name] == path:
+                    measured[name].append(found)
+
+        if paths:
+            run_paths(TokenPass(llm.model, texts), [*dict.fromkeys(paths.values())], keep)
 
     for part in in_parts(examples(rows)):
-        run_paths(TokenPass(llm.model, part), paths, keep)
+        run(part, {name: LayerPath.parse(name, num_layers, llm.model) for name in names if name not in drawn})
+    for row in rows:
+        run(examples([row]), {name: drawn_path(name, num_layers, row.index) for name in drawn})
     with_tokens = bool(dict(item.options).get("tokens"))
     return {
         "rows": [row.index for row in rows],
         "num_tokens": [len(row.response_ids) for row in rows],
-        "paths": {name: _result(by_path[path], with_tokens) for name, path in zip(names, paths, strict=True)},
+        "paths": {name: _result(measured[name], with_tokens) for name in names},
     }
 
 

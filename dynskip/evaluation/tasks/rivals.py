@@ -11,10 +11,13 @@ from dynskip.evaluation.sweep.context import Context, shard_items
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 from dynskip.evaluation.tasks.likelihoods import examples, likelihood_rows
+from dynskip.evaluation.tasks.strategies import drawn_name
 from dynskip.measure.passes import block_influence, by_influence, in_parts
 from dynskip.paths import LayerPath
 
 _MOST_ROWS = 256  # an influence is a mean over all tokens: more rows change its last digits
+# What draws the layers of a rule.
+_STRATEGIES = {"random": "rls", "random-first": "rls-first"}
 RULES = ("uniform", "exit", "random", "random-first", "influence", "searched")
 
 
@@ -41,27 +44,22 @@ def read_influence(store: ItemStore, items: list[WorkItem]) -> list[float]:
 
 
 def rival_paths(setup: Setup, influence: list[float]) -> dict[str, dict[int, list[str]]]:
-    """By rule and budget the paths that it gives: one, or one for each seed; searched ones where there are any."""
+    """By rule and budget the paths that it gives: one, or of random layers by each seed one for each reference."""
     num_layers = setup.num_layers
     budgets = [budget for budget in setup.budgets if budget < num_layers]
     influential = by_influence(influence, min(budgets))
     searched = dict(setup.searched)
-    rules: dict[str, dict[int, list[LayerPath]]] = {
-        "uniform": {budget: [LayerPath.uniform(num_layers, budget)] for budget in budgets},
-        "exit": {budget: [LayerPath.early_exit(num_layers, budget)] for budget in budgets},
-        "influence": {budget: [influential[budget]] for budget in budgets},
-        "searched": {b: [LayerPath.parse(searched[b], num_layers)] for b in budgets if b in searched},
+    fixed: dict[str, dict[int, LayerPath]] = {
+        "uniform": {budget: LayerPath.uniform(num_layers, budget) for budget in budgets},
+        "exit": {budget: LayerPath.early_exit(num_layers, budget) for budget in budgets},
+        "influence": {budget: influential[budget] for budget in budgets},
+        "searched": {b: LayerPath.parse(searched[b], num_layers) for b in budgets if b in searched},
     }
-    for name, keep_first in (("random", False), ("random-first", True)):
-        rules[name] = {
-            budget: [LayerPath.random(num_layers, budget, seed, keep_first) for seed in range(1, setup.seeds + 1)]
-            for budget in budgets
-        }
-    return {
-        name: {budget: [layers_text(path) for path in paths] for budget, paths in rules[name].items()}
-        for name in RULES
-        if rules[name]
-    }
+    rules = {name: {budget: [layers_text(path)] for budget, path in fixed[name].items()} for name in fixed}
+    for name, strategy in _STRATEGIES.items():
+        seeds = range(1, setup.seeds + 1)
+        rules[name] = {budget: [drawn_name(strategy, budget, seed) for seed in seeds] for budget in budgets}
+    return {name: rules[name] for name in RULES if rules[name]}
 
 
 def layers_text(path: LayerPath) -> str:
