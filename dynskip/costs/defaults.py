@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from dynskip.assets import OPT_MINI, opt_mini_directory
+from dynskip.assets import known_name
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import LayerCosts, MachineSpeed, ModelBytes
 from dynskip.costs.step_costs import StepCosts
@@ -57,7 +57,7 @@ def calibrate_command(model: CausalLM, name: str | None = None) -> str:
     source = model.config.name_or_path if name is None else name
     if not source:
         raise ValueError("calibrate_command: name must be given for a model that was not loaded, got None. Save it.")
-    words = ["dynskip", "calibrate", "--model", OPT_MINI if source == str(opt_mini_directory()) else source]
+    words = ["dynskip", "calibrate", "--model", known_name(source)[0]]
     if model.dtype != torch.bfloat16:
         words += ["--dtype", str(model.dtype).removeprefix("torch.")]
     if model.device.type == "cpu":

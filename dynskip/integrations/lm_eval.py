@@ -1,4 +1,4 @@
-"""The model ``dynskip`` of lm-eval: tasks along a path, by ``lm_eval --model dynskip``. lm-eval alone imports this."""
+"""The model ``dynskip`` of lm-eval: tasks along a path, by ``dynskip lm_eval``. lm-eval alone imports this."""
 
 from __future__ import annotations
 

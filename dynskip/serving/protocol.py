@@ -25,8 +25,8 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    include_usage: bool = Field(default=False, description="A last chunk with usage and no choices.")
-    continuous_usage_stats: bool = Field(default=False, description="Usage so far with each chunk.")
+    include_usage: bool | None = Field(default=None, description="A last chunk with usage and no choices.")
+    continuous_usage_stats: bool | None = Field(default=None, description="Usage so far with each chunk.")
     include_obfuscation: bool | None = Field(default=None, description="Passes; no chunk is padded.")
 
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ from checkpoints import PEFT_WARNS
 from models import stored_state, tiny_hf, tiny_model, word_tokenizer
 
 from dynskip import LLM, CausalLM, Engine, LayerPath, OPTForCausalLM, assets
-from dynskip.assets import ADAPTED, PACKAGED, find_adapter, find_model, opt_mini_directory, packaged_file
+from dynskip.assets import (
+    ADAPTED,
+    NAMES,
+    PACKAGED,
+    find_adapter,
+    find_model,
+    known_name,
+    opt_mini_directory,
+    packaged_file,
+)
 from dynskip.cli import main
 from dynskip.costs.defaults import UnmeasuredCostsWarning, calibrate_command, default_costs
 from dynskip.costs.store import cached_path, device_key, shape_key
@@ -187,6 +197,24 @@ def test_the_warning_names_the_command_that_ends_it(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not default_costs(loaded).predicted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_messages_call_a_model_by_its_name(name: str) -> None:
+    package = PACKAGED.get(ADAPTED.get(name, name))
+    if package is not None and find_spec(package[1]) is None:
+        pytest.skip(f"needs the package {package[0]}")
+    adapter = find_adapter(name)
+    source = str(find_model(name))
+    assert known_name(source, None if adapter is None else str(adapter)) == (name, None)
+    assert known_name(source, "mine")[1] == "mine", "an adapter of the user's own"
+
+
+@pytest.mark.parametrize("source", ["", "None", "mine", "SmolLM2-135M-Instruct.Q4_1.gguf"])
+def test_other_models_are_called_as_they_are(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known_name(source, "adapter") == (source, "adapter")
+    monkeypatch.setattr("dynskip.assets.find_spec", lambda _: None)
+    assert known_name(source) == (source, None)
 
 
 def test_a_model_made_in_memory_is_to_be_saved_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ ORDER = [
     "arguments",
     "files",
     "host",
+    "assets",
     "found",
     "paths",
     "sampling",
@@ -32,7 +33,6 @@ ORDER = [
     # what is computed, and by whom
     "kernels",
     "ops",
-    "assets",
     "models",
     "execution",
     "causal_lm",

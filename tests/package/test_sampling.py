@@ -51,9 +51,9 @@ def test_a_seed_is_kept_or_drawn_from_torch_and_greedy_params_have_none() -> Non
         ("top_p", -0.5, r"lie in \(0, 1\]"),
         ("top_p", math.nan, r"lie in \(0, 1\]"),
         ("top_p", None, r"lie in \(0, 1\]"),
-        ("top_k", -2, "be at least 1 or None"),
-        ("top_k", False, "be at least 1 or None"),
-        ("top_k", 2.5, "be at least 1 or None"),
+        ("top_k", -2, "be at least 1, or None, 0 or -1 for all"),
+        ("top_k", False, "be at least 1, or None, 0 or -1 for all"),
+        ("top_k", 2.5, "be at least 1, or None, 0 or -1 for all"),
         ("logprobs", -1, "be at least 0 or None"),
         ("logprobs", True, "be at least 0 or None"),
         ("stop", "", "be text that is not empty"),
@@ -70,9 +70,9 @@ def test_a_seed_is_kept_or_drawn_from_torch_and_greedy_params_have_none() -> Non
         ("stop_token_ids", 3, "be token ids"),
         ("stop_token_ids", b"a", "be token ids"),
         ("stop_token_ids", [True], "be token ids"),
-        ("seed", -1, r"lie in 0\.\.2\*\*63-1 or be None"),
-        ("seed", 2**63, r"lie in 0\.\.2\*\*63-1 or be None"),
-        ("seed", 0.5, r"lie in 0\.\.2\*\*63-1 or be None"),
+        ("seed", -2, r"lie in 0\.\.2\*\*63-1, or be None or -1"),
+        ("seed", 2**63, r"lie in 0\.\.2\*\*63-1, or be None or -1"),
+        ("seed", 0.5, r"lie in 0\.\.2\*\*63-1, or be None or -1"),
         ("ignore_eos", "no", "be True or False"),
         ("ignore_eos", None, "be True or False"),
     ],
@@ -84,6 +84,7 @@ def test_params_out_of_range(option: str, value: Any, requirement: str) -> None:
 
 
 def test_all_tokens_may_be_sampled_by_any_of_its_names() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None) == SamplingParams()
     assert SamplingParams(top_k=0) == SamplingParams(top_k=-1) == SamplingParams(top_k=None) == SamplingParams()
 
 

