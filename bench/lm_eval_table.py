@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ from dynskip.measure.machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench/results/lm-eval"
 MODEL = "smollm2-135m-paths"
+# Who answers without a model, for scale.
+CONSTANT = "most frequent label"
 # What a task is told by.
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match", "loglikelihood_rolling": "word_perplexity"}
 BATCH = 16
@@ -90,16 +94,19 @@ class Table:
 
     def fill(self) -> None:
         """Find what is missing."""
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
         write_tasks(self.args.data, self.args.work / "tasks")
-        manager = TaskManager(include_path=str(self.args.work / "tasks"), include_defaults=False)
         shared = {"data_hash": file_hash(self.args.data), "batch": BATCH, "lm_eval": package_version("lm-eval")}
+        self._add_constant(shared)
         for contender in contenders(self.args.paths):
             labels = contender.labels(self.args)
             missing = [task for task in TASKS if find(self.rows, task=task.name, **labels) is None]
-            lm = contender.make(self.args) if missing else None
+            if not missing:
+                continue
+            from lm_eval import simple_evaluate
+            from lm_eval.tasks import TaskManager
+
+            manager = TaskManager(include_path=str(self.args.work / "tasks"), include_defaults=False)
+            lm = contender.make(self.args)
             for task in missing:
                 begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
                 found = simple_evaluate(
@@ -121,6 +128,21 @@ class Table:
                 self.add({**row, **shared, **describe()})
             del lm
             gc.collect()
+
+    def _add_constant(self, shared: dict[str, Any]) -> None:
+        """What is right of the label that most of the documents have, for each task with labels."""
+        labels = {"model": CONSTANT, "path": "", "dtype": "", "limit": self.args.limit}
+        for task in TASKS:
+            if not task.labels or find(self.rows, task=task.name, **labels) is not None:
+                continue
+            lines = (self.args.work / "tasks" / f"{task.name}.jsonl").read_text().splitlines()[: self.args.limit]
+            counts = Counter(json.loads(line)["label"] for line in lines)
+            share = max(counts.values()) / len(lines)
+            found = {"metric": METRICS[task.kind], "value": share, "num_documents": len(lines)}
+            # The same error as that of lm-eval's scores: of the mean of zeros and ones.
+            error = math.sqrt(share * (1 - share) / (len(lines) - 1)) if len(lines) > 1 else None
+            seconds = {"stderr": error, "seconds": 0.0, "cpu_seconds": 0.0}
+            self.add({**labels, "task": task.name, **found, **seconds, **shared, **describe()})
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row."""
@@ -145,15 +167,21 @@ def page(rows: Sequence[dict[str, Any]], model: str) -> str:
     body = [[*_key(kept_rows[0])[:3], *_cells(kept_rows, names)] for kept_rows in _by_contender(kept)]
     head = ["model", "path", "dtype", *(f"{name}: {metrics[name]}" for name in names), "CPU seconds"]
     count = {row["num_documents"] for row in kept}
-    machine = kept[-1]
+    machine = [row for row in kept if row["model"] != CONSTANT][-1]
     sums = "\n".join(f"- {line}" for line in _conditions(kept))
     return (
         f"# {model} in lm-eval\n\nWritten by `python -m bench.lm_eval_table`. {_range(count)} documents a task of "
         f"bench/lm_eval_tasks.py, {BATCH} sequences a batch, {machine['num_threads']} thread(s) on {machine['cpu']}; "
         "behind each score its standard error. `hf` is lm-eval's own model, at full depth, on the same weights; "
-        "CPU seconds are those of all tasks, without loading.\n\n"
+        f"CPU seconds are those of all tasks, without loading. {_chance(names)}\n\n"
         f"{markdown_table(head, body, set(range(3, len(head))))}\n{sums}\n"
     )
+
+
+def _chance(names: Sequence[str]) -> str:
+    """What guessing comes to."""
+    shares = [f"{1 / len(task.labels):.3f} of {task.name}" for task in TASKS if task.labels and task.name in names]
+    return f"Guessing is right in {', '.join(shares)}; `{CONSTANT}` is what its label alone is right in." * bool(shares)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str, Any]:
@@ -182,6 +210,8 @@ def _conditions(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Under which versions and when rows were found."""
     groups: dict[str, list[str]] = {}
     for row in rows:
+        if row["model"] == CONSTANT:
+            continue
         versions = {**row["versions"], "lm-eval": row["lm_eval"]}
         shown = ", ".join(f"{name} {versions[name]}" for name in ("lm-eval", "dynskip", "torch", "transformers"))
         groups.setdefault(f"commit {row['commit']}, {row['date'][:10]}, {shown}", []).append(

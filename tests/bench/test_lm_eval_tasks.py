@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.lm_eval_table import contenders, find, page
+from bench.lm_eval_table import CONSTANT, Table, contenders, find, page
 from bench.lm_eval_tasks import TASKS, write_tasks
 
 
@@ -115,3 +116,25 @@ def test_rows_are_known_by_their_labels() -> None:
     names = [(each.model, each.path, each.dtype) for each in contenders(["found:20"])]
     assert len(set(names)) == len(names) and ("dynskip", "found:20", "bfloat16") in names
     assert {("hf", "full", "float32"), ("hf", "full", "bfloat16")} <= set(names)
+
+
+def test_an_answer_that_is_always_the_same_stands_beside_the_models(
+    t0_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.lm_eval_table.contenders", lambda _: [])
+    same = TASKS[0]
+    data = t0_file(6, **{same.template: same.labels[1]})
+    args = Namespace(data=data, work=tmp_path, out=tmp_path, model="tiny", fresh=False, limit=100, paths=[])
+    table = Table(args)
+    table.fill()
+    found = {row["task"]: row for row in table.rows}
+    assert set(found) == {task.name for task in TASKS if task.labels}
+    assert (found[same.name]["value"], found[same.name]["stderr"]) == (1.0, 0.0)
+    social = next(task for task in TASKS if len(task.labels) == 3)
+    assert found[social.name]["value"] == pytest.approx(2 / 6) and found[social.name]["num_documents"] == 6
+    assert found[social.name]["stderr"] == pytest.approx((2 / 6 * 4 / 6 / 5) ** 0.5)
+    Table(args).fill()
+    assert len(Table(args).rows) == 3, "found once"
+    text = page([*table.rows, made_up("hf", "full", same.name, 0.5)], "tiny")
+    assert f"0.500 of {same.name}, 0.333 of {social.name}" in text and f"| {CONSTANT} |" in text
+    assert text.count("- commit") == 1, "it has no versions"
