@@ -153,6 +153,8 @@ class NativeSteps:
         counts = self.row_counts.on_device
         assert counts is not None, "made with this object"
 
+        begun_rows, begun_states = step.begun or (None, None)
+
         def call(rows: slice | None, head: bool, head_rows: Tensor | None) -> tuple[Tensor, Tensor]:
             return native.decode_step(
                 self._handle,
@@ -170,7 +172,8 @@ class NativeSteps:
                 head_rows,
                 not step.decode,
                 self.is_timed,
-                *(step.begun or (None, None)),
+                begun_rows,
+                begun_states,
                 columns,
             )
 

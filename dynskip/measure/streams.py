@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
+from dynskip.execution.kv_cache import KVCache
 from dynskip.sampling import SamplingParams
 from dynskip.scheduler.outcome import Outcome
 from dynskip.simulation.workload import Request
@@ -49,6 +50,9 @@ class Job:
 class Served:
     """The engine under one policy, with all requests there at the beginning.
 
+    All memory of keys and values is written once before, as by requests of an hour ago: new pages take longer than what
+    is stored there, and a policy that keeps more requests has more of them.
+
     token_ids: the outputs of those that have ended, by their numbers.
     """
 
@@ -61,6 +65,10 @@ class Served:
         self._own_s = 0.0
         self._begin_s: float | None = None
         self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
+        cache = self.engine.kv.cache
+        assert isinstance(cache, KVCache), "of the executor that engines have unless they are told another"
+        cache.k_cache.zero_()
+        cache.v_cache.zero_()
         self.num_tokens = sum(job.request.num_output for job in jobs)
         self.token_ids: dict[Hashable, list[int]] = {}
         for job in jobs:
