@@ -17,7 +17,8 @@ class Tally:
     by the tokens after the first; requests of one token have none. An engine keeps the last thousands of each.
     num_drafted, num_accepted: tokens that drafts guessed, and that were right. num_verifications: of one sequence each.
     first_s, last_s: when the first request arrived, and the last step ended.
-    bookkeeping_s: what of the decode time scheduling took. num_shared_tokens: prompt tokens that another sequence ran.
+    bookkeeping_s: what of the time of all steps scheduling took.
+    num_shared_tokens: prompt tokens that another sequence ran.
     """
 
     num_requests: int = 0

@@ -17,12 +17,13 @@ from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.reference import ReferenceExecutor
 from dynskip.execution.step import RowCounts, Step, packed_positions
-from dynskip.execution.turns import Guesses, Turns
+from dynskip.execution.turns import Guesses, Turns, rows_step
 from dynskip.models.config import DecoderConfig, Rotary
 from dynskip.models.decoder import Decoder
 from dynskip.models.linear import Linear
 from dynskip.ops import choice_reference, native
 from dynskip.ops.checks import dtype_name
+from dynskip.ops.choice import choice_columns
 from dynskip.paths import LayerPath
 from dynskip.routing.plan import KVPolicy, Plan
 from dynskip.routing.routes import ControllerDecision, StepTokens
@@ -143,6 +144,24 @@ def _decode_steps(dtype: torch.dtype, falsify: bool) -> Iterator[tuple[str, floa
                 case = f"{name}, {steps.name}, {'packed' if packs else 'dense'}"
                 allowed = errors.allowed_error(exact, eager, exact.abs().max().item() * _LAYERS)
                 yield case, max_error(logits.double(), exact), allowed
+        drawn, expected = _drawn(_WholeSteps(decoder, head))
+        if falsify:
+            errors.change_one_element(drawn)
+        yield f"{name}, drawn", float((drawn != expected).sum()), 0.0
+
+
+def _drawn(executor: _WholeSteps) -> tuple[Tensor, Tensor]:
+    """The tokens that a step draws, several rows a sequence, and those that the specification draws from its logits."""
+    step = rows_step([[5, 9], [3], [7, 1, 8]], [0] * 3, range(3), [LayerPath.full(_LAYERS)] * 3, torch.device("cpu"))
+    choices = [
+        Choice(SamplingParams(temperature=temperature, top_k=50), 977, row, 3 * row)
+        for row, temperature in enumerate((0.0, 1.5, 1.0, 0.0, 1.5, 1.0))
+    ]
+    assert executor.steps.takes(step), "the extension reads every matrix"
+    predictions = executor.steps.predict(step, executor.new_cache(3, 32, 32 * 3 * _LAYERS), choices=choices)
+    assert predictions.drawn is not None, "choices were given"
+    columns = choice_columns(choices, _VOCAB, torch.device("cpu"))
+    return predictions.drawn, choice_reference.choose_tokens(predictions.logits, *columns)
 
 
 def _clear_gate(executor: ReferenceExecutor, kv_policy: KVPolicy) -> HiddenStateGate:

@@ -143,11 +143,15 @@ def test_elsewhere_the_first_token_that_differs_is_a_near_tie(
         ties.num_equal("drafts", ask.prompt, output.token_ids, ask.alone(model=loose).token_ids)
 
 
+@pytest.mark.parametrize("changes_logits", [False, True])
 @pytest.mark.parametrize("num_slots", [None, 340])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_streams_of_all_paths_and_drafts_equal_those_without(policy: str, num_slots: int | None) -> None:
+def test_streams_of_all_paths_and_drafts_equal_those_without(
+    policy: str, num_slots: int | None, changes_logits: bool
+) -> None:
+    """Where no logits change tokens are drawn in the call of the step, else behind it."""
     own, draw = model("llama", torch.bfloat16), random.Random(3)
-    asks = random_asks(24, 5, changes_logits=True)
+    asks = random_asks(24, 5, changes_logits)
     served = engine(policy, num_slots, batch=6, model=own)
     ids, outputs = [], {}
     for index, ask in enumerate(asks):
@@ -161,6 +165,27 @@ def test_streams_of_all_paths_and_drafts_equal_those_without(policy: str, num_sl
         assert same(outputs[request_id], ask.alone(model=own))
     assert served.tally.num_drafted > served.tally.num_accepted > 0
     assert bool(served.stats().outcome.num_preempted) == (num_slots is not None)
+
+
+def test_drawn_tokens_of_a_step_that_fails_are_those_of_its_sequences_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, calls = ModelRunner.decode, []
+
+    def fails(self: ModelRunner, spans: Sequence[Span], *others: Any) -> Any:
+        predictions = decode(self, spans, *others)
+        calls.append(predictions.drawn is not None)
+        if len(calls) in (3, 4):
+            raise MemoryError("fails behind the step")
+        return predictions
+
+    monkeypatch.setattr(ModelRunner, "decode", fails)
+    asks = [replace(ask, params=drawn(12, index, top_p=0.8)) for index, ask in enumerate(asks_of(6, False))]
+    served = engine(model=model(), batch=6)
+    outputs = serve(served, asks)
+    assert all(calls) and len(calls) > 12
+    expected = [ask.alone(model=model()) for ask in asks]
+    assert [output.finish_reason for output in outputs].count("error") == 1, "the one that failed alone, too"
+    for output, alone in zip(outputs, expected, strict=True):
+        assert output.finish_reason == "error" or same(output, alone)
 
 
 def test_all_guesses_of_a_step_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,12 @@ from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.native_steps import PASS_ROWS
 from dynskip.execution.step import Step, packed_positions
-from dynskip.ops import native
+from dynskip.execution.turns import rows_step
+from dynskip.ops import choice_reference, native
+from dynskip.ops.choice import choice_columns
 from dynskip.routing.plan import KVPolicy, Plan
 from dynskip.routing.routes import ControllerDecision, StepTokens
+from dynskip.sampling import Choice
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the C++ extension")
 
@@ -292,6 +295,49 @@ def test_the_head_sees_its_rows_in_every_call() -> None:
         assert torch.equal(everything.logits[order], some.logits)
         assert torch.equal(some.most_likely, some.logits.argmax(1))
         assert torch.equal(everything.most_likely, everything.logits.argmax(1))
+
+
+MIXED = [
+    SamplingParams(temperature=t, top_k=k, min_p=p) for t, k, p in ((0.0, None, 0.0), (0.9, 7, 0.0), (1.3, 50, 0.02))
+]
+
+
+@pytest.mark.parametrize("rows", [None, [5, 0, 3]])
+@pytest.mark.parametrize(("family", "dtype"), [("opt", torch.float32), ("llama", torch.bfloat16)])
+def test_tokens_come_with_the_step(family: str, dtype: torch.dtype, rows: list[int] | None) -> None:
+    """Those that are drawn from its logits by the specification, of several rows a sequence, greedy ones among them."""
+    model = native_model(family, "pre-norm" if family == "opt" else "plain", dtype)
+    executor, cpu = model.new_executor("compact", False), torch.device("cpu")
+    step = rows_step([[20, 21], [22], [23, 24, 25]], [0] * 3, range(3), PATHS[:3], cpu)
+    places = [*range(6)] if rows is None else rows
+    choices = [Choice(MIXED[row % 3], 11, row % 2, row) for row in places]
+    cache = executor.new_cache(3, 12, 18 * NUM_LAYERS)
+    found = executor.predict(step, cache, None if rows is None else torch.tensor(rows), choices)
+    columns = choice_columns(choices, found.logits.shape[1], cpu)
+    assert found.most_likely is None and found.drawn is not None and len(found.drawn) == len(places)
+    assert torch.equal(found.drawn, choice_reference.choose_tokens(found.logits, *columns))
+    assert torch.equal(found.of_rows([2, 0]).drawn, found.drawn[[2, 0]])
+    likely = executor.predict(step, executor.new_cache(3, 12, 18 * NUM_LAYERS))
+    assert likely.drawn is None and likely.most_likely is not None
+
+
+def test_choices_that_fit_no_step_are_refused() -> None:
+    model = native_model("llama", "plain")
+    executor, cpu = model.new_executor("compact", False), torch.device("cpu")
+    step = rows_step([[20], [21]], [0] * 2, range(2), PATHS[:2], cpu)
+    columns = choice_columns([Choice(MIXED[1], 0, 0, 0)] * 2, 101, cpu)
+    steps = executor.native_steps
+    assert steps.takes(step)
+
+    def run(head: bool, columns: Sequence[Tensor]) -> None:
+        steps._run(step, executor.new_cache(2, 4, 8 * NUM_LAYERS), head, columns=columns)
+
+    with pytest.raises(RuntimeError, match="decode_step: choices must be seven columns or none, got 6"):
+        run(True, columns[:6])
+    with pytest.raises(RuntimeError, match="decode_step: choices must be none without a head"):
+        run(False, columns)
+    with pytest.raises(RuntimeError, match=r"decode_step: temperature must be contiguous \[2\] float64"):
+        run(True, [columns[0][:1], *columns[1:]])
 
 
 class Entries(TorchDispatchMode):
