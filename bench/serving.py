@@ -370,7 +370,7 @@ Written by `python bench/serving.py`. {model}, {dtype}, {cpu}, {num_cores} cores
 {requests} requests, all there at the beginning, {prompts}, output lengths geometric with mean {mean_output:g}, \
 greedy. Depths: {mix} (mean {mean_layers:.2f} of {num_layers} layers).
 Checked before anything was timed: {gate}. Competitors take turns of a quarter of a second, whoever is furthest behind \
-first.
+first. All memory of keys and values is written once before.
 """
 _STREAM = """\
 ## A stream of requests, batch {batch}, pool {pool} for cohort
