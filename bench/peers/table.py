@@ -146,6 +146,9 @@ def _notes(conditions: Row, rows: Sequence[Row], names: Sequence[str], found: An
             # Rows that do not say so come from runs in which it had its default.
             caching = "" if name != DYNSKIP.name or "prefix caching" in row["settings"] else ", prefix caching on"
             yield f"{name} {row['version']}: {row['settings']}{caching}{variables}.{tried}"
+    absent = [peer.name for peer in PEERS[conditions["shape"]] if peer.name not in names]
+    if absent:
+        yield f"Not timed on this machine: {' and '.join(absent)}."
     for peer in PEERS[conditions["shape"]]:
         left_out = [f"{batch} x {prompt_len}" for batch, prompt_len in CELLS if (batch, prompt_len) not in peer.cells]
         if peer.name in names and left_out:
