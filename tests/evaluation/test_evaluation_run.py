@@ -195,7 +195,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_rest_is_done_later(
     monkeypatch.undo()
     assert len(lines(tmp_path / "run")) == 3
     assert main(arguments(folder, tmp_path / "run")) == 0
-    assert len({line["key"] for line in lines(tmp_path / "run")}) == len(lines(tmp_path / "run")) == 26
+    assert len({line["key"] for line in lines(tmp_path / "run")}) == len(lines(tmp_path / "run")) == 32
 
 
 def test_seeds_repeat_and_differ(folder: Path) -> None:
