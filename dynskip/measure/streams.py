@@ -7,10 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.step_costs import StepCosts
 from dynskip.engine.engine import Engine
 from dynskip.execution.kv_cache import KVCache
+from dynskip.execution.slot_pool import by_numpy
 from dynskip.sampling import SamplingParams
 from dynskip.scheduler.outcome import Outcome
 from dynskip.simulation.workload import Request
@@ -67,8 +70,11 @@ class Served:
         self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
         cache = self.engine.kv.cache
         assert isinstance(cache, KVCache), "of the executor that engines have unless they are told another"
-        cache.k_cache.zero_()
-        cache.v_cache.zero_()
+        for entries in (cache.k_cache, cache.v_cache):
+            if by_numpy(entries.device):  # PyTorch's threads would spin for the first milliseconds that are timed
+                entries.view(torch.uint8).numpy().fill(0)
+            else:
+                entries.zero_()
         self.num_tokens = sum(job.request.num_output for job in jobs)
         self.token_ids: dict[Hashable, list[int]] = {}
         for job in jobs:
