@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafts import DRAFTS, FULL, asks_of, random_draft, random_path, with_draft
+from drafts import DRAFTS, FULL, asks_of, random_draft, random_path, serve_with_drafts, with_draft
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model
 from streams import (
     PATHS,
@@ -60,17 +60,10 @@ def test_a_stream_with_drafts_equals_the_one_without(
         asks[index] = Ask(asks[index].prompt, params, asks[index].path)
         alone[index] = asks[index].alone()
     served = engine(policy, num_slots, batch=6)
-    ids, outputs = [], {}
-    for index, ask in enumerate(asks):
-        told = ask if index % 5 == 4 else with_draft(ask, random_draft(random_lengths, ask.path))
-        ids.append(told.add(served))
-        for _ in range(random_lengths.choice([0, 0, 1, 2])):
-            outputs.update({output.request_id: output for output in served.step()})
-    outputs.update({output.request_id: output for output in served.run()})
+    found = serve_with_drafts(served, asks, random_lengths)
     assert_empty(served)
-    for request_id, expected in zip(ids, alone, strict=True):
-        assert same(outputs[request_id], expected)
-    found = [outputs[request_id] for request_id in ids]
+    for output, expected in zip(found, alone, strict=True):
+        assert same(output, expected)
     assert sum(output.num_drafted for output in found) == served.tally.num_drafted > 100
     assert 0 < served.tally.num_accepted < served.tally.num_drafted
     assert all(output.num_drafted == 0 for output in found[4::5])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from drafts import asks_of as random_asks
-from drafts import draw_lengths, random_draft, with_draft
+from drafts import draw_lengths, serve_with_drafts, with_draft
 from families import native_model
 from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model
 from streams import PATHS, Ask, assert_empty, drawn, engine, greedy, random_changes, same, serve
@@ -153,16 +153,10 @@ def test_streams_of_all_paths_and_drafts_equal_those_without(
     own, draw = model("llama", torch.bfloat16), random.Random(3)
     asks = random_asks(24, 5, changes_logits)
     served = engine(policy, num_slots, batch=6, model=own)
-    ids, outputs = [], {}
-    for index, ask in enumerate(asks):
-        told = ask if index % 5 == 4 else with_draft(ask, random_draft(draw, ask.path))
-        ids.append(told.add(served))
-        for _ in range(draw.choice([0, 0, 1, 2])):
-            outputs.update({output.request_id: output for output in served.step()})
-    outputs.update({output.request_id: output for output in served.run()})
+    outputs = serve_with_drafts(served, asks, draw)
     assert_empty(served)
-    for request_id, ask in zip(ids, asks, strict=True):
-        assert same(outputs[request_id], ask.alone(model=own))
+    for output, ask in zip(outputs, asks, strict=True):
+        assert same(output, ask.alone(model=own))
     assert served.tally.num_drafted > served.tally.num_accepted > 0
     assert bool(served.stats().outcome.num_preempted) == (num_slots is not None)
 

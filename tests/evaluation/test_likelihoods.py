@@ -16,7 +16,13 @@ from dynskip.evaluation.registry import EXPERIMENTS, run_item
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.likelihoods import likelihood_items, member_items, member_likelihoods, read_likelihoods
+from dynskip.evaluation.tasks.likelihoods import (
+    Likelihoods,
+    likelihood_items,
+    member_items,
+    member_likelihoods,
+    read_likelihoods,
+)
 from dynskip.evaluation.tasks.path_families import equal_paths, families
 from dynskip.evaluation.tasks.prompt_facts import feature_items, read_features
 from dynskip.evaluation.tasks.rivals import influence_items, read_influence, rival_paths
@@ -27,16 +33,21 @@ pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install dynskip[eval]")
 
 
+def likelihoods_of(items: list[WorkItem], context: Context, folder: Path) -> Likelihoods:
+    """What ``items`` give."""
+    with ItemStore(folder / "items.jsonl") as store:
+        for item in items:
+            store.add(item, run_item(item, context), 1.0)
+        return read_likelihoods(store, items)
+
+
 def test_references_have_the_nats_of_plain_passes(tmp_path: Path) -> None:
     setup = tiny_setup(tmp_path, likelihood_prompts=7)
     context = Context(setup)
     paths = ["uniform:2", "full", "layers:0,1,5"]
     items = likelihood_items(setup, setup.checkpoint, paths, tokens=True)
     assert [item.shard for item in items] == [0, 1]
-    with ItemStore(tmp_path / "items.jsonl") as store:
-        for item in items:
-            store.add(item, run_item(item, context), 1.0)
-        found = read_likelihoods(store, items)
+    found = likelihoods_of(items, context, tmp_path)
     rows = context.prompts(setup.checkpoint.hash, "test", 7).rows
     model = context.llm(setup.checkpoint.hash).model
     first = 0
@@ -151,10 +162,7 @@ def test_random_layers_are_drawn_for_each_reference(tmp_path: Path) -> None:
     context = Context(setup)
     names = [drawn_name("rls", 3, 1), "uniform:3", drawn_name("rls-first", 2, 2)]
     items = likelihood_items(setup, setup.checkpoint, names)
-    with ItemStore(tmp_path / "items.jsonl") as store:
-        for item in items:
-            store.add(item, run_item(item, context), 1.0)
-        found = read_likelihoods(store, items)
+    found = likelihoods_of(items, context, tmp_path)
     rows = context.prompts(setup.checkpoint.hash, "test", 7).rows
     model = context.llm(setup.checkpoint.hash).model
     paths = [

@@ -11,8 +11,9 @@ import pytest
 from models import NUM_LAYERS, random_prompts
 from streams import PATHS, Ask, drawn, greedy, random_changes
 
-from dynskip import LayerPath
+from dynskip import Engine, LayerPath
 from dynskip.engine.drafting import Drafting
+from dynskip.engine.request import RequestOutput
 from dynskip.speculation.draft import ENTRIES, Draft
 from dynskip.speculation.lengths import Candidate, DraftLengths
 
@@ -70,6 +71,18 @@ def random_draft(draw: random.Random, path: LayerPath) -> Draft:
     layers = path.layers if entries == "path" else range(path.num_layers)
     chosen = draw.sample(layers, draw.randint(0, len(layers)))
     return Draft(LayerPath.of(path.num_layers, chosen, allow_empty=True), entries)
+
+
+def serve_with_drafts(served: Engine, asks: Sequence[Ask], draw: random.Random) -> list[RequestOutput]:
+    """The outputs of ``asks``, which come a few steps apart, four of five with any draft; in their order."""
+    ids, outputs = [], {}
+    for index, ask in enumerate(asks):
+        told = ask if index % 5 == 4 else with_draft(ask, random_draft(draw, ask.path))
+        ids.append(told.add(served))
+        for _ in range(draw.choice([0, 0, 1, 2])):
+            outputs.update({output.request_id: output for output in served.step()})
+    outputs.update({output.request_id: output for output in served.run()})
+    return [outputs[request_id] for request_id in ids]
 
 
 def asks_of(count: int, seed: int, changes_logits: bool = False) -> list[Ask]:
