@@ -164,7 +164,7 @@ def add_draft_costs(
     """``costs`` with what guesses and their verifications take longer than they predict, over steps without any.
 
     Closed batches of each of ``batches`` sequences along all layers, guessed by a quarter of them with entries of their
-    own; nothing of a batch in which guesses cost more than they could gain. What was learnt of the model's drafts
+    own; 1.0 for a batch in which guesses cost more than they could gain. What was learnt of the model's drafts
     before is forgotten.
     """
     draft = LayerPath.uniform(model.num_layers, -(-model.num_layers // 4))
@@ -184,8 +184,9 @@ def add_draft_costs(
         lengths = engine.execution.drafting.lengths
         engine.close()
         found = None if lengths is None else lengths.learnt_ratios(batch)
-        if found is not None:
-            ratios[batch] = (found.guess, found.verify)
+        # A batch in which guesses cost more than they could gain has shown nothing: they take what is predicted there,
+        # not what they take in the nearest batch that has shown something.
+        ratios[batch] = (1.0, 1.0) if found is None else (found.guess, found.verify)
         if on_call is not None:
             on_call(f"drafts {batch}")
     forget_drafts(model)

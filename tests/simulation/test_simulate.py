@@ -463,7 +463,7 @@ def test_what_guesses_take_longer_is_found_and_forgotten_by_the_model() -> None:
     lengths = engine.execution.drafting.lengths
     assert lengths is not None and lengths.ratios(1) == found.draft_ratios[1], "the model has forgotten the calibration"
     dear = replace(costs, decode=LayerCosts(steep, flat))
-    assert calibration.add_draft_costs(model, dear, [2], prompt_len=4).draft_ratios == {}
+    assert calibration.add_draft_costs(model, dear, [2], prompt_len=4).draft_ratios == {2: (1.0, 1.0)}
 
 
 def test_calibrate_fits_its_context_to_the_model(
