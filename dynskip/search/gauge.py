@@ -62,7 +62,7 @@ class Gauge:
     def measure(self, kind: Kind, paths: Iterable[LayerPath], is_planned: bool = False) -> list[Measured]:
         """What ``kind`` says of ``paths`` on all texts. is_planned: the bar knows of them."""
         wanted = list(paths)
-        parts = in_parts(self.references if kind == "loss" else self.answers)
+        parts = self._parts(kind)
         missing = [
             [path for path in dict.fromkeys(wanted) if self._item(kind, path, part) not in self.store]
             for part in range(len(parts))
@@ -73,6 +73,10 @@ class Gauge:
             self._run(kind, part, texts, left)
         results = [[self.store.result(self._item(kind, path, part)) for part in range(len(parts))] for path in wanted]
         return [_joined(each) for each in results]
+
+    def num_parts(self, kind: Kind) -> int:
+        """How many batches of texts each path of ``kind`` runs over."""
+        return len(self._parts(kind))
 
     def influence(self) -> list[float]:
         """[L]: the influence of each layer; see `block_influence`."""
@@ -87,6 +91,9 @@ class Gauge:
             self.store.add(item, {"influence": mean}, time.monotonic() - start)
         influence: list[float] = self.store.result(item)["influence"]
         return influence
+
+    def _parts(self, kind: Kind) -> list[list[Example]]:
+        return in_parts(self.references if kind == "loss" else self.answers)
 
     @cached_property
     def answers(self) -> list[Example]:

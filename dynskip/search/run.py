@@ -154,7 +154,7 @@ class PathSearch:
         if method == "influence":
             found = by_influence(gauge.influence(), least)
         else:
-            gauge.bar.plan(num_removal_runs(num_layers, least))
+            gauge.bar.plan(num_removal_runs(num_layers, least) * gauge.num_parts(kind))
             found = greedily(num_layers, least, lambda paths: evaluate(paths, is_planned=True))
             if method == "swap":
                 found |= by_swaps({budget: found[budget] for budget in self.options.budgets}, evaluate)

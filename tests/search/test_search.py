@@ -206,6 +206,33 @@ def test_texts_of_several_batches_are_measured_as_those_of_one(tmp_path: Path, m
     assert (found[0].found.layers, found[0].rows) == (found[1].found.layers, found[1].rows)
 
 
+@pytest.mark.parametrize("score", ["loss", "speed"])
+@pytest.mark.parametrize("method", ["influence", "greedy", "swap"])
+def test_the_bar_ends_where_it_said(score: Any, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, done = [], []
+
+    class Counted(gauge_module.Bar):
+        def plan(self, count: int) -> None:
+            planned.append(count)
+
+        def done(self, count: int) -> None:
+            done.append(count)
+            assert sum(done) <= sum(planned)
+
+    monkeypatch.setattr(passes, "PASS_TOKENS", 50)  # several batches of texts
+    monkeypatch.setattr(run_module, "Bar", Counted)
+    model = tiny_model(deterministic=True)
+    one = search(model, tmp_path, dataclasses.replace(OPTIONS, score=score, method=method))
+    one.run()
+    assert sum(done) == sum(planned) > 0
+    with ItemStore(tmp_path / "run" / MEASUREMENTS) as store:
+        assert gauge_module.Gauge(model, one.searched, store, one.items["search"], Counted(False)).num_parts("loss") > 1
+    planned.clear()
+    done.clear()
+    search(model, tmp_path, dataclasses.replace(OPTIONS, score=score, method=method)).run()
+    assert sum(done) == sum(planned) == 0, "all is there"
+
+
 def test_the_frontier_stands_beside_static_rules(tmp_path: Path) -> None:
     model = with_useless_layer(3)
     one = search(model, tmp_path, dataclasses.replace(OPTIONS, budgets=(5, 2), score="agreement"))
