@@ -188,7 +188,8 @@ class AsyncLLM:
         try:
             known_id = await asyncio.wrap_future(ticket.added)
             tokenizer = self.llm.tokenizer
-            texts = [None if tokenizer is None else TextStream(tokenizer, params) for _ in range(params.n)]
+            eos_ids = self.llm.model.eos_token_ids
+            texts = [None if tokenizer is None else TextStream(tokenizer, params, eos_ids) for _ in range(params.n)]
             output = None
             while output is None:
                 tokens, output = await ticket.next()

@@ -175,7 +175,7 @@ class LLM:
         if self.tokenizer is None:
             return None
         check_ids(token_ids, self.model.decoder_config.vocab_size, "text: token_ids")
-        return TextRule.of(stop).text(self.tokenizer, token_ids)
+        return TextRule.of(stop, self.model.eos_token_ids).text(self.tokenizer, token_ids)
 
     def _params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int

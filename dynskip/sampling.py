@@ -59,7 +59,7 @@ class SamplingParams:
         finite logit, ends its request. They must be pure: a draft's guesses and preempted tokens ask them again.
     min_tokens: before so many tokens neither the end-of-sequence token nor one of stop_token_ids comes, and a stop text
         that is complete by then ends nothing.
-    include_stop_str_in_output: the text is cut behind the stop text.
+    include_stop_str_in_output: the text is cut behind the stop text, and has that of a token which ends the output.
     skip_special_tokens: the text, also that in which stop texts are sought, leaves special tokens out.
     prompt_logprobs: also report the log-probabilities of this many most likely tokens in the place of each token of the
         prompt, and its own; None for none. Such a prompt is run whole: it takes over no entries of another.

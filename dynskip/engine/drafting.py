@@ -228,9 +228,7 @@ class Drafting:
             num_right = min(num_kept - 1, num_guesses)
             self.acceptance.add(sequence.path, sequence.draft, sequence.rate, num_right, num_guesses)
             sequence.num_drafted += num_guesses
-            sequence.num_accepted += num_right
             self.tally.num_drafted += num_guesses
-            self.tally.num_accepted += num_right
             self.tally.num_verifications += 1
             place = self.kv.draft_place(sequence.state)
             # The last guess was never run by the draft itself.
@@ -246,7 +244,7 @@ class Drafting:
         """Take back the guesses of a step that could not run with them."""
         if sequence.begun is not None and sequence.state.cache_id >= 0:
             num_begun = len(sequence.begun.states)
-            self.kv.cache.truncate([sequence.state.cache_id], [sequence.num_tokens - 1], num_begun)
+            self.kv.cache.truncate([sequence.state.cache_id], [sequence.num_tokens - 1], [num_begun])
         sequence.guesses, sequence.begun = [], None
         self.kv.drop_draft(sequence.state)
 
@@ -254,7 +252,7 @@ class Drafting:
         """Give back the entries of wrong guesses, and learn from how long the step took."""
         if self._dropped:
             cache_ids, num_tokens, num_dropped = zip(*self._dropped, strict=True)
-            self.kv.cache.truncate(cache_ids, num_tokens, max(num_dropped))
+            self.kv.cache.truncate(cache_ids, num_tokens, num_dropped)
             self._dropped = []
         if self._choice is None or self._lengths is None:
             return
@@ -277,7 +275,9 @@ class Drafting:
         draft, most = sequence.draft, min(num_left - 1, MOST_GUESSES)
         if draft is not None:
             return Candidate(path, draft, self.acceptance.of(path, draft, sequence.rate), most)
-        own = _draft_of_its_own(path) if self.runner.executor.resumes else None
+        if not self.runner.executor.resumes or sequence.params.changes_logits(len(sequence.token_ids)):
+            return None  # guessed from logits that nothing has changed, its tokens would not be sure
+        own = _draft_of_its_own(path)
         return None if own is None else Candidate(path, own, 1.0, most, rides=True)
 
     def _entries_ms(self, sequence: OutputSequence, candidate: Candidate) -> float:
@@ -431,7 +431,7 @@ class Drafting:
             cache.truncate(
                 [row.cache_id for row in own_paths],
                 [row.span.first for row in own_paths],
-                max(row.num_run for row in own_paths),
+                [row.num_run for row in own_paths],
                 [0 if row.sequence.begun is None else row.sequence.begun.num_layers for row in own_paths],
             )
 

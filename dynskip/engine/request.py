@@ -37,7 +37,8 @@ class OutputSequence:
     guesses: tokens behind its last one that its draft expects, until the step that verifies them ends. rate: how often
         they are right. num_drafted, num_accepted: how many were made, and were right.
     begun: what the draft has run of the step that verifies its guesses, if it has.
-    token_ids, logprobs: as chosen so far. was_guessed: of each token, whether the draft had guessed it.
+    token_ids, logprobs: as chosen so far. times_s: of each token, when it was chosen, by the engine's clock.
+    was_guessed: of each token, whether the draft had guessed it.
     prompt_logprobs: of the prompt's tokens so far, None for the first; None where they are not asked for, or of another
         output. counts: of its tokens, where penalties have asked for them.
     finish_reason: None until it has ended, see `RequestOutput`.
@@ -50,6 +51,7 @@ class OutputSequence:
     index: int = 0
     draft: Draft | None = None
     token_ids: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
     was_guessed: list[bool] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
     begun: BegunRows | None = None
@@ -146,6 +148,8 @@ class SequenceOutput:
     """One output of a request; the fields are those of `RequestOutput`.
 
     was_guessed: of each token, whether the draft had guessed it; None without a draft.
+    token_times_s: of each token, the seconds from the request's arrival until it was chosen. Those of one step share
+        theirs.
     """
 
     token_ids: list[int]
@@ -153,6 +157,7 @@ class SequenceOutput:
     logprobs: list[dict[int, float]] | None
     text: str | None = None
     was_guessed: list[bool] | None = field(default=None, compare=False)
+    token_times_s: list[float] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ class RequestOutput:
     prompt_ids: the prompt as the model saw it.
     path: the layers that prompt and output ran, or None where each token had its own.
     token_ids: the new tokens, with the end-of-sequence token if it came.
-    text: the new text without special tokens and without the stop text; None without a tokenizer, and of an `Engine`.
+    text: the new text without special tokens and without what ended it, a stop text or a token; None without a
+        tokenizer, and of an `Engine`.
     finish_reason: "stop" (end of sequence, stop token or stop text), "length", "abort", or "error".
     logprobs: per new token its log-probability and those of the most likely ones, by token id; None unless asked for.
     prompt_logprobs: the same per token of the prompt, None for the first; fewer where the request ended before its
@@ -213,15 +219,16 @@ class RequestOutput:
     @staticmethod
     def of(request: Request, end_s: float) -> RequestOutput:
         """What ``request``, all of whose outputs have ended, became by ``end_s``."""
-        samples = []
+        samples, arrival_s = [], request.arrival_s
         for sequence in request.sequences:
             assert sequence.finish_reason is not None, "its outputs have ended"
             logprobs = None if sequence.params.logprobs is None else sequence.logprobs
             was_guessed = None if request.draft is None else sequence.was_guessed
+            times_s = [time_s - arrival_s for time_s in sequence.times_s]
             samples.append(
-                SequenceOutput(sequence.token_ids, sequence.finish_reason, logprobs, was_guessed=was_guessed)
+                SequenceOutput(sequence.token_ids, sequence.finish_reason, logprobs, None, was_guessed, times_s)
             )
-        first, arrival_s, first_s = request.sequences[0], request.arrival_s, request.first_s
+        first, first_s = request.sequences[0], request.first_s
         num_later = max(len(sample.token_ids) for sample in samples) - 1
         return RequestOutput(
             request_id=request.request_id,

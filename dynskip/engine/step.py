@@ -340,6 +340,10 @@ class StepExecution:
                 sequence.logprobs += top_logprobs(logits[None], [token], params.logprobs)
             sequence.was_guessed.append(was_guessed)
             sequence.token_ids.append(token)
+            sequence.times_s.append(now_s)
+            if was_guessed and sequence.draft is not None:  # else it rode along with the guesses of others
+                sequence.num_accepted += 1
+                self.tally.num_accepted += 1
             self.tally.num_tokens += 1
             if request.first_s is None:
                 request.first_s = now_s

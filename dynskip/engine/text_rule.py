@@ -20,24 +20,28 @@ class TextRule(NamedTuple):
     """How tokens become text; the fields are those of `SamplingParams`.
 
     A stop text counts from the token on that comes behind the first ``min_tokens``: it ends with a character of theirs.
+    end_ids: tokens that end an output and are left out of its text, as stop texts are.
     """
 
     stop: tuple[str, ...] = ()
     min_tokens: int = 0
     include_stop: bool = False
     skip_special_tokens: bool = True
+    end_ids: frozenset[int] = frozenset()
 
     @staticmethod
-    def of(stop: Sequence[str] | SamplingParams) -> TextRule:
-        """That of parameters, or of nothing but stop texts."""
-        if isinstance(stop, SamplingParams):
-            return TextRule(
-                tuple(stop.stop), stop.min_tokens, stop.include_stop_str_in_output, stop.skip_special_tokens
-            )
-        return TextRule(tuple(stop))
+    def of(stop: Sequence[str] | SamplingParams, eos_token_ids: Sequence[int] = ()) -> TextRule:
+        """That of parameters, for a model with these end-of-sequence tokens, or of nothing but stop texts."""
+        if not isinstance(stop, SamplingParams):
+            return TextRule(tuple(stop))
+        includes = stop.include_stop_str_in_output
+        ends = () if includes else (*stop.stop_token_ids, *(() if stop.ignore_eos else eos_token_ids))
+        return TextRule(tuple(stop.stop), stop.min_tokens, includes, stop.skip_special_tokens, frozenset(ends))
 
     def decode(self, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
         """The text of ``token_ids``, wherever it ends."""
+        if token_ids and token_ids[-1] in self.end_ids:
+            token_ids = token_ids[:-1]
         text = tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
         assert isinstance(text, str), "one sequence decodes to one text"
         return text
@@ -50,14 +54,18 @@ class TextRule(NamedTuple):
     def end(self, text: str, num_free: int = 0) -> int | None:
         """Where the first stop text cuts ``text``; None for nowhere.
 
-        One within the first ``num_free`` characters does not count. Of two at one place the shorter is the first.
+        The first is the one that ends first, and of two that end at one place the one that was given first. One within
+        the first ``num_free`` characters does not count.
         """
         found = [
-            (start, start + len(stop))
+            (start + len(stop), start)
             for stop in self.stop
             if (start := text.find(stop, max(num_free - len(stop) + 1, 0))) >= 0
         ]
-        return min(found)[self.include_stop] if found else None
+        if not found:
+            return None
+        end, start = min(found, key=lambda places: places[0])
+        return end if self.include_stop else start
 
     def has_stopped(self, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> bool:
         """Whether the last of the tokens of an output completes a stop text; only the last ones are decoded."""

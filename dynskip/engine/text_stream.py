@@ -20,12 +20,18 @@ class TextStream:
     """Turns new tokens into new text. Its pieces together are the text of all tokens, cut where a stop text ends it.
 
     A piece never ends within a character, and holds nothing that could become the beginning of a stop text.
-    stop: texts, or the parameters of the request, which say more of how text is made; see `TextRule`.
+    stop, eos_token_ids: texts, or the parameters of the request, which say more of how text is made, and the tokens
+        that end a sequence of the model; see `TextRule`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] | SamplingParams = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] | SamplingParams = (),
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._rule = TextRule.of(stop)
+        self._rule = TextRule.of(stop, eos_token_ids)
         self._window: list[int] = []
         self._num_taken = 0  # characters of the window's text that are known already
         self._held = ""  # known, and not given out

@@ -296,13 +296,13 @@ class KVCache:
         self,
         cache_ids: Sequence[int],
         num_tokens: Sequence[int],
-        most: int,
+        num_more: Sequence[int],
         first_layers: Sequence[int] | None = None,
     ) -> None:
-        """Keep the first ``num_tokens`` entries of these sequences in each layer, which hold at most ``most`` more.
+        """Keep the first ``num_tokens`` entries of these sequences in each layer, which hold at most ``num_more`` more.
 
         first_layers: of each sequence, the layer from which on that holds; None for all layers.
-        For sequences with a fixed path. Settles first. Cost: linear in ``most`` for each sequence and layer.
+        For sequences with a fixed path. Settles first. Cost: linear in the sum of ``num_more``, for each layer.
         """
         self.settle()
         device = self.context_lens.device
@@ -312,11 +312,13 @@ class KVCache:
         if first_layers is not None:
             is_before = torch.arange(len(kept), device=device)[:, None] < torch.tensor(first_layers, device=device)
             kept = torch.where(is_before, context_lens, kept)
-        places = kept[:, :, None] + self._places[:most]
-        layers = torch.arange(len(places), device=device)[:, None, None]
-        inside = places.clamp(max=self.slot_tables.shape[2] - 1).long()
-        slots = self.slot_tables[layers, ids[None, :, None], inside]
-        self.pool.drop_owner(slots.masked_select(places < context_lens[:, :, None]))
+        # One column an entry: whose it is, and which of those behind the kept ones.
+        owners = torch.tensor([index for index, count in enumerate(num_more) for _ in range(count)], device=device)
+        places = kept[:, owners] + torch.tensor([place for count in num_more for place in range(count)], device=device)
+        layers = torch.arange(len(places), device=device)[:, None]
+        inside = places.clamp(max=self.slot_tables.shape[2] - 1)
+        slots = self.slot_tables[layers, ids[owners], inside]
+        self.pool.drop_owner(slots[places < context_lens[:, owners]])
         self.context_lens[:, ids] = kept
 
     def add_sequences(self, num_seqs: int) -> None:

@@ -74,7 +74,7 @@ class ReferenceCache:
         self,
         cache_ids: Sequence[int],
         num_tokens: Sequence[int],
-        most: int,
+        num_more: Sequence[int],
         first_layers: Sequence[int] | None = None,
     ) -> None:
         """See `KVCache.truncate`."""

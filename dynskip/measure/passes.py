@@ -151,7 +151,7 @@ class DraftPass(Pass):
         step = self._step(layers)
         step.fresh, step.decode = False, True
         self.executor.run_layers_(states, step, self._cache)
-        self._cache.truncate(self.cache_ids.tolist(), self._held, 1)
+        self._cache.truncate(self.cache_ids.tolist(), self._held, [1] * len(self._held))
 
 
 def in_parts(texts: Sequence[Example]) -> list[list[Example]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -122,10 +123,9 @@ class ServerMetrics:
         for histogram, seconds in (*waits, (self._tpot_s, output.tpot_s)):
             if seconds is not None:
                 histogram.observe(seconds)
-        if output.tpot_s is not None:
-            # Each token by the mean of its request: when single ones came is not kept.
-            for _ in range(sum(max(len(sample.token_ids) - 1, 0) for sample in output.samples)):
-                self._token_s.observe(output.tpot_s)
+        for sample in output.samples:
+            for before_s, time_s in pairwise(sample.token_times_s):
+                self._token_s.observe(time_s - before_s)
 
     def ended(self, reason: str, num_outputs: int) -> None:
         """Outputs have ended of which no more is known: "abort" where the client went away, or "error"."""

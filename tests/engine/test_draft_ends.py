@@ -92,9 +92,13 @@ def test_a_callback_sees_each_token_once_and_none_behind_the_end(random_lengths:
     assert seen == output.token_ids == expected.token_ids[: expected.token_ids.index(stop) + 1]
 
 
-def test_a_request_that_is_aborted_inside_of_a_verification(random_lengths: random.Random) -> None:
+@pytest.mark.parametrize("draft", [DRAFTS[6], DRAFTS[3]], ids=["always right", "own entries"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_that_is_aborted_inside_of_a_verification(
+    policy: str, draft: Draft, random_lengths: random.Random
+) -> None:
     for at in range(1, 12):
-        served = engine(batch=4)
+        served = engine(policy, batch=4)
         ask = Ask(*random_prompts([6]), greedy(20), FULL)
         other = Ask(*random_prompts([4], 1), greedy(20), FULL)
         seen = []
@@ -104,7 +108,7 @@ def test_a_request_that_is_aborted_inside_of_a_verification(random_lengths: rand
             if len(seen) == at:
                 served.abort(request_id)  # noqa: B023  # called before the next turn
 
-        with_draft(ask, DRAFTS[6]).add(served, on_token=on_token)
+        with_draft(ask, draft).add(served, on_token=on_token)
         with_draft(other, DRAFTS[3]).add(served, request_id="other")
         outputs = {output.request_id: output for output in served.run()}
         assert same(outputs["other"], other.alone())

@@ -22,6 +22,7 @@ from streams import (
 from torch import Tensor
 
 from dynskip import CausalLM, SamplingParams
+from dynskip.ops.backends import available_backends
 from dynskip.speculation.draft import ENTRIES, DraftEntries
 
 
@@ -61,19 +62,29 @@ def test_what_a_processor_makes_of_wrong_guesses_ends_nothing(random_lengths: ra
 @pytest.mark.parametrize("entries", ENTRIES)
 @pytest.mark.parametrize(
     "chosen",
-    [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 0.8, "top_k": 7}, {"temperature": 1.3, "top_p": 0.8}],
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 0.8, "top_k": 7},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.3, "min_p": 0.15},
+    ],
     ids=str,
 )
+@pytest.mark.parametrize("backend", ["torch", "native"])
 def test_tokens_are_drawn_with_the_probabilities_of_the_path(
-    chosen: dict[str, Any], entries: DraftEntries, random_lengths: random.Random
+    backend: str, chosen: dict[str, Any], entries: DraftEntries, random_lengths: random.Random
 ) -> None:
     """Of all second tokens together, which were guessed: each under the probabilities behind its own first."""
     from scipy.stats import chisquare
 
-    tiny = CausalLM.from_hf(tiny_hf(vocab_size=12), backend="torch", deterministic=True)
+    reason = available_backends("cpu")[backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    tiny = CausalLM.from_hf(tiny_hf(vocab_size=12), backend=backend, deterministic=True)
     prompt = [5, 6, 7, 8]
     params = SamplingParams(max_tokens=3, seed=11, n=600, ignore_eos=True, **chosen)
-    served = engine(model=tiny, batch=64)
+    served = engine(model=tiny, batch=12)  # with three guesses each as many rows as native steps take of guesses
     served.add_request(prompt, params, FULL, draft=DRAFTS[3].path, draft_entries=entries)
     (output,) = served.run()
     assert output.num_accepted > 100, "tokens whose place was guessed are among them"
@@ -86,6 +97,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_path(
         ordered[:, chosen["top_k"] :] = 0
     if "top_p" in chosen:  # the most likely tokens up to the one with which they reach it
         ordered[ordered.cumsum(1) - ordered >= chosen["top_p"]] = 0
+    if "min_p" in chosen:
+        ordered[ordered < chosen["min_p"] * ordered[:, :1]] = 0
     kept = torch.zeros_like(probabilities).scatter(1, order, ordered / ordered.sum(1, keepdim=True))
     assert bool((kept == 0).any()) == (len(chosen) > 1) and bool((kept[which, seconds] > 0).all())
     counts, expected = torch.bincount(seconds, minlength=12).double(), kept[which].sum(0)

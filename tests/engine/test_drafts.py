@@ -64,6 +64,10 @@ def test_a_stream_with_drafts_equals_the_one_without(
     assert_empty(served)
     for output, expected in zip(found, alone, strict=True):
         assert same(output, expected)
+    for output in found:
+        came = sum(sum(sample.was_guessed or ()) for sample in output.samples)
+        assert output.num_accepted == came, "guesses behind an end are not accepted"
+    assert sum(output.num_accepted for output in found) == served.tally.num_accepted
     assert sum(output.num_drafted for output in found) == served.tally.num_drafted > 100
     assert 0 < served.tally.num_accepted < served.tally.num_drafted
     assert all(output.num_drafted == 0 for output in found[4::5])
@@ -295,6 +299,26 @@ def test_a_shallow_request_runs_along_with_the_guesses_of_deep_ones(
         assert all(sample.was_guessed is None for sample in output.samples)
     # Four tokens of a shallow request a step, as long as others guess in it.
     assert (served.tally.num_decode_steps < 24) == (policy != "by_path")
+
+
+def test_a_request_whose_logits_change_does_not_ride(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others guess for it from logits that nothing has changed, so that it would not get each of these tokens."""
+    asked: list[Candidate] = []
+    choose = DraftLengths.choose
+
+    def noted(self: DraftLengths, candidates: Sequence[Candidate], others: Sequence[LayerPath] = ()) -> Any:
+        asked.extend(candidates)
+        return replace(choose(self, candidates, others), lengths=tuple(min(3, each.most) for each in candidates))
+
+    monkeypatch.setattr(DraftLengths, "choose", noted)
+    monkeypatch.setattr(DraftLengths, "plain", lambda *_: None)
+    for params, num_later in ((greedy(24, frequency_penalty=1.0), 0), (greedy(24, min_tokens=8), 16)):
+        asked.clear()
+        deep, shallow = Ask(*random_prompts([6]), greedy(24), FULL), Ask([5, 6, 7], params, SHALLOW)
+        outputs = serve(engine(batch=4), [with_draft(deep, DRAFTS[1]), shallow])
+        assert same(outputs[0], deep.alone()) and same(outputs[1], shallow.alone())
+        riding = [each for each in asked if each.rides]
+        assert len(riding) <= num_later and bool(riding) == bool(num_later)
 
 
 def test_rows_that_ride_run_each_of_their_layers_once(random_lengths: random.Random) -> None:

@@ -562,6 +562,7 @@ def test_figures_are_those_counted_by_hand() -> None:
     assert [by_id[i].queue_s for i in range(3)] == [1, 1, 3]
     assert [by_id[i].ttft_s for i in range(3)] == [1, 1, 3]
     assert [by_id[i].tpot_s for i in range(3)] == [1, 1, 1]
+    assert [by_id[i].samples[0].token_times_s for i in range(3)] == [[1, 2, 3], [1, 2], [3, 4]]
     assert [by_id[i].latency_s for i in range(3)] == [3, 2, 4]
     stats = served.stats()
     assert (stats.num_finished, stats.num_aborted, stats.num_shared_tokens) == (3, 0, 0)

@@ -73,7 +73,7 @@ def test_nothing_of_a_stop_text_is_given_out(byte_tokenizer: Any, text: str, sto
             text = text[: end + 1]
             break
     given_out += stream.finish()
-    assert given_out == text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+    assert given_out == text[: next((text.find(s) for s in stop if s in text), len(text))], "all of them end there"
 
 
 @given(
@@ -102,7 +102,8 @@ def test_pieces_are_the_text_that_the_parameters_ask_for(
         for start in range(len(everything))
         if everything.startswith(each, start) and start + len(each) > len(free)
     ]
-    assert whole == (everything[: min(found)[includes]] if found else everything)
+    first = min(found, key=lambda places: places[1], default=(len(everything),) * 2)
+    assert whole == everything[: first[includes]]
 
 
 def test_special_tokens_are_shown_where_they_are_asked_for() -> None:
@@ -119,6 +120,31 @@ def test_text_that_could_begin_a_stop_text_waits() -> None:
     assert stream.add([8]) == " "
     assert stream.add([9]) == ""
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("includes", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_token_that_ends_an_output_has_text_where_a_stop_text_would(includes: bool, skips: bool) -> None:
+    tokenizer, options = word_tokenizer(), {"include_stop_str_in_output": includes, "skip_special_tokens": skips}
+    for last, params in (
+        (8, SamplingParams(stop_token_ids=[8], **options)),
+        (2, SamplingParams(**options)),
+        (2, SamplingParams(ignore_eos=True, stop_token_ids=[2], **options)),
+    ):
+        stream = TextStream(tokenizer, params, [2])
+        shown = includes and (last == 8 or not skips)
+        text = "".join([stream.add([7]), stream.add([last]), stream.finish()])
+        assert text == ("w007 " + {8: "w008", 2: "</s>"}[last] if shown else "w007")
+        assert TextRule.of(params, [2]).text(tokenizer, [7, last]) == text
+    # A token that would end another request is one like others.
+    shown = TextStream(tokenizer, SamplingParams(ignore_eos=True, **options), [2])
+    assert "".join([shown.add([7, 2, 8]), shown.finish()]) == ("w007 w008" if skips else "w007 </s> w008")
+
+
+def test_of_two_stop_texts_the_one_that_ends_first_counts() -> None:
+    for stop, whole in ((["abcdef", "cd"], "ab"), (["bcd", "cd"], "a"), (["cd", "bcd"], "ab")):
+        assert "abcdef"[: TextRule(tuple(stop)).end("abcdef")] == whole
+        assert "abcdef"[: TextRule(tuple(stop), include_stop=True).end("abcdef")] == "abcd"
 
 
 def test_special_tokens_have_no_text() -> None:

@@ -54,7 +54,7 @@ def verify(model: CausalLM, executor_name: Any, resumes: bool) -> tuple[Tensor, 
                 BegunRows(common, states[: NUM_GUESSES[index], index]) if common else None
                 for index, common in enumerate(num_common)
             ]
-        cache.truncate(CACHE_IDS, LENGTHS, max(NUM_GUESSES), num_common if resumes else None)
+        cache.truncate(CACHE_IDS, LENGTHS, NUM_GUESSES, num_common if resumes else None)
         rows = [[*old, *new] for old, new in zip(last, tokens, strict=True)]
         step = rows_step(rows, LENGTHS, CACHE_IDS, PATHS, device, begun=begun)
         logits = executor.predict(step, cache).logits.clone()
@@ -147,9 +147,9 @@ def test_entries_of_some_layers_are_kept() -> None:
     cache = executor.new_cache(2, 8, 100)
     with torch.no_grad():
         executor.run(rows_step([[5, 6, 7], [8, 9]], [0, 0], [0, 1], [PATHS[0]] * 2, model.device, decode=False), cache)
-    cache.truncate([0, 1], [1, 1], 2, [4, 0])
+    cache.truncate([0, 1], [1, 1], [2, 2], [4, 0])
     assert cache.context_lens[:, 0].tolist() == [3, 3, 3, 3, 1, 1]
     assert cache.context_lens[:, 1].tolist() == [1] * 6
     assert cache.num_slots_used == 3 * 4 + 2 + 6
-    cache.truncate([0], [1], 2, [NUM_LAYERS])
+    cache.truncate([0], [1], [2], [NUM_LAYERS])
     assert cache.num_slots_used == 3 * 4 + 2 + 6, "nothing is behind the last layer"

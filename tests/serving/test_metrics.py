@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from api import NAME, Brake, Exchange, local, run, tiny_llm
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynskip import LLM
+from dynskip import LLM, Engine, SamplingParams
 from dynskip.serving import fields, protocol
+from dynskip.serving.metrics import ServerMetrics
 
 ROOT = Path(__file__).parents[2]
 VLLM = {
@@ -94,6 +96,21 @@ def test_values_are_those_of_the_requests(llm: LLM) -> None:
             assert value(found, "dynskip_ttft_s", percentile="50") == pytest.approx(stats.outcome.ttft_s[0])
 
     run(main())
+
+
+def test_each_wait_for_a_token_is_counted_as_long_as_it_was(llm: LLM) -> None:
+    (output,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(output.samples[0].token_times_s) == 4
+    # A step that gave two tokens, and then another request's prompt.
+    paused = replace(output.samples[0], token_times_s=[1.0, 1.5, 1.5, 4.0])
+    metrics = ServerMetrics(NAME)
+    metrics.finished(replace(output, samples=(paused,)))
+    page = metrics.page(Engine(llm.model, policy="lockstep").stats(), 0, 0).decode()
+    found = {family.name: family for family in text_string_to_metric_families(page)}
+    name = "vllm:inter_token_latency_seconds"
+    assert (value(found, name, f"{name}_sum"), value(found, name, f"{name}_count")) == (3.0, 3)
+    below = [value(found, name, f"{name}_bucket", le=bound) for bound in ("0.001", "0.25", "0.5", "1.0", "2.5")]
+    assert below == [1, 1, 2, 2, 3]
 
 
 def test_prompts_that_come_again_are_hits(llm: LLM) -> None:

@@ -93,9 +93,22 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def llm_of_a_server() -> LLM:
+    """The packaged model in the deterministic mode."""
+    return LLM(deterministic=True)
+
+
 @pytest.mark.parametrize(("path", "policy"), [("full", "lockstep"), ("uniform:3", "cohort")])
 def test_a_needle_is_the_same_to_the_bit_among_fillers_of_other_depths(backend: str, path: str, policy: str) -> None:
     alone, among = alone_and_among(make_llm(backend, deterministic=True), path, policy)
+    assert len(alone["logprobs"]["token_logprobs"]) == NEEDLE["max_tokens"]
+    assert among == alone
+
+
+def test_a_needle_is_the_same_on_the_model_that_is_served(llm_of_a_server: LLM) -> None:
+    """opt-mini, 24 layers of trained weights in bfloat16, where its path is one that it was trained along."""
+    alone, among = alone_and_among(llm_of_a_server, "uniform:4", "lockstep")
     assert len(alone["logprobs"]["token_logprobs"]) == NEEDLE["max_tokens"]
     assert among == alone
 
