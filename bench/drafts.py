@@ -34,7 +34,7 @@ import torch
 
 from bench.report.drafts import page
 from bench.speculation.beside_transformers import CONSTANT_LENGTHS, TransformersDrafts
-from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
+from bench.speculation.cells import LEAST_ROUNDS, Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.predicted import predicted_gain
 from bench.speculation.scaled import Scaled, measured_agreements
 from dynskip.causal_lm import CausalLM
@@ -58,7 +58,9 @@ from dynskip.speculation.draft import Draft
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_LEN = 32
-_MINI_ROUNDS = 3  # times as many of opt-mini, whose rounds take a second
+_MINI_ROUNDS = 5  # times as many of opt-mini, whose rounds take a second
+# Runs before anything is timed: what an engine learns of a single one is what that moment was like.
+_LEARNING_ROUNDS = 3
 _COLD_ROUNDS = 3  # times as many of first runs, in each of which chance decides anew what is learnt
 # Of rehearsals; heads as heavy beside a layer as in the models that they stand for.
 QUICK_SHAPES = {
@@ -117,17 +119,18 @@ def measure(
 ) -> dict[str, Any]:
     """A row: the gain of decode steps, its rounds, acceptance, lengths, and what was predicted.
 
-    rates: how often the draft agrees on each text; None: as the engine has seen it. Once before they are timed, and in
-    each round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
+    rates: how often the draft agrees on each text; None: as the engine has seen it. Before they are timed, and in each
+    round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
     rows than have the same bits. What the engine has learnt of its steps before they are timed, the prediction knows.
-    A cold cell keeps nothing of a run for the next, is not predicted, and has the 95 % interval of its median.
+    A cold cell keeps nothing of a run for the next, and is not predicted. The interval is that of the median, 95 %, of
+    `LEAST_ROUNDS` and more; else the lowest and the highest.
     """
     num_rounds *= _COLD_ROUNDS if cell.is_cold else 1
     costs, prompts = known_costs(model), prompts[: cell.num_requests]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     tokens: dict[bool, list[list[int]]] = {}
     engine = learnt = None
-    for turn in range(-1, num_rounds):
+    for turn in range(-1 if cell.is_cold else -_LEARNING_ROUNDS, num_rounds):
         for with_draft in (False, True) if turn % 2 else (True, False):
             if cell.is_cold:
                 forget_drafts(model)
@@ -135,7 +138,7 @@ def measure(
             if turn >= 0:
                 seconds[with_draft].append(took)
             engine = made if with_draft else engine
-        if turn < 0 and engine is not None:
+        if turn == -1 and engine is not None:
             learnt = copy.deepcopy(engine.execution.drafting.lengths)
         assert engine is not None, "there is a run with a draft"
         same = sum(ours == theirs for ours, theirs in zip(tokens[True], tokens[False], strict=True))
@@ -147,7 +150,7 @@ def measure(
             )
     gains = sorted(plain / own for plain, own in zip(seconds[False], seconds[True], strict=True))
     low, high = gains[0], gains[-1]
-    if cell.is_cold:
+    if num_rounds >= LEAST_ROUNDS:
         interval = bootstrap(np.median, np.array(gains))
         low, high = float(interval.low), float(interval.high)
     mean_len = sum(map(len, prompts)) // len(prompts)
@@ -171,6 +174,7 @@ def measure(
         "gain": statistics.median(gains),
         "low": low,
         "high": high,
+        "gains": [round(gain, 4) for gain in gains],
         "predicted_of": "run",
         "predicted": None if cell.is_cold else predicted_gain(model, costs, cell, rates, mean_len, learnt),
         "plain_ms": 1e3 * statistics.median(seconds[False]) / cell.num_tokens,

@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.speculation.cells import NO_LOSS
+from bench.speculation.cells import LEAST_ROUNDS, NO_LOSS
 from dynskip.benchmark.report import markdown_table
 
 _HEADER = (
     "row", "model", "draft", "entries", "batch", "requests", "acceptance", "seen by the engine", "guesses",
-    "tokens given", "gain (lowest, highest)", "target", "predicted", "over measured", "same outputs",
+    "tokens given", "gain (interval)", "rounds", "target", "predicted", "over measured", "same outputs",
 )  # fmt: skip
 _BESIDE_HEADER = (
     "model", "first layers", "acceptance, ours and theirs", "guesses, ours and theirs", "over transformers with drafts",
@@ -31,8 +31,10 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         "Gains are decode seconds without a draft over those with one, medians of interleaved rounds; greedy.\n"
         "Acceptance is how often the draft's most likely token is the path's, on the path's own texts; beside it what\n"
         "the engine has seen, - where nothing was guessed. At batch 1 one request follows the other.\n"
-        f"A target of {NO_LOSS}x (no loss) is met where the interval of the rounds reaches it, others by the\n"
-        "median. Predicted is the gain of a whole run, by acceptance and by costs of steps as the engine has learnt\n"
+        f"In brackets: of {LEAST_ROUNDS} rounds and more the 95 % interval of the median (bootstrap over the rounds);\n"
+        "of fewer, and in older rows, the lowest to the highest round.\n"
+        f"A target of {NO_LOSS}x (no loss) is met where the bracket reaches it, others by the median.\n"
+        "Predicted is the gain of a whole run, by acceptance and by costs of steps as the engine has learnt\n"
         "to correct them before anything was timed; with (steps), in older rows, that of the mean step over one of\n"
         "the same sequences without guesses, by costs alone: but a batch ends with its slowest sequence. It is missed\n"
         f"outside of {_NEAR[0]} to {_NEAR[1]} times the measured one.\n"
@@ -40,9 +42,9 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     if any(row.get("is_cold") for row in rows):
         text += (
             "Rows that end in cold are first runs: nothing learnt of the model's drafts is kept from one run to the\n"
-            "next, nothing is predicted, and behind the median stands its 95 % interval (bootstrap over the rounds).\n"
+            "next, and nothing is predicted.\n"
         )
-    text += "\n" + markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9})
+    text += "\n" + markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9, 11})
     beside = [row for row in rows if "over_transformers" in row]
     if beside:
         text += (
@@ -97,6 +99,11 @@ def _is_met(row: Mapping[str, Any]) -> bool:
     return bool((row["high"] if row["target"] == NO_LOSS else row["gain"]) >= row["target"])
 
 
+def _has_interval(row: Mapping[str, Any]) -> bool:
+    """Whether the bounds are those of an interval of the median, not the lowest and the highest round."""
+    return bool(row.get("is_cold")) or len(row.get("gains", ())) >= LEAST_ROUNDS
+
+
 def _verdict(is_met: bool) -> str:
     return "" if is_met else " (missed)"
 
@@ -120,7 +127,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "-" if seen is None or not row["guesses"] else f"{seen:.2f}",
         f"{row['guesses']:.1f}",
         f"{row['given']:.2f}",
-        f"{row['gain']:.2f}x ({row['low']:.2f}, {row['high']:.2f})",
+        f"{row['gain']:.2f}x ({row['low']:.2f}{', ' if _has_interval(row) else ' to '}{row['high']:.2f})",
+        str(row["rounds"]),
         f">= {row['target']:.2f}x" + _verdict(_is_met(row)),
         *predicted,
         f"{row['same_outputs']} of {row['requests']}",

@@ -259,7 +259,7 @@ def _row(cell: Cell) -> dict[str, Any]:
         "draft": str(cell.draft.path), "entries": cell.draft.entries, "batch": cell.batch,
         "requests": cell.num_requests, "same_outputs": cell.num_requests, "target": cell.target, "acceptance": 0.5,
         "guesses": 2.0, "given": 1.5, "gain": 1.1, "low": 1.0, "high": 1.2, "predicted": 1.1,
-        "predicted_of": "run",
+        "predicted_of": "run", "rounds": 3,
     }  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def test_a_first_run_knows_nothing_of_those_before(
     monkeypatch.setattr(drafts, "run", noted)
     row = drafts.measure(model, Cell("random", "all", begin, 1, 1, 12, 0.0, is_cold), prompts(1), 2, None)
     assert row["rounds"] == (6 if is_cold else 2)
-    assert began == ([True] * 7 if is_cold else [True, False, False]), "once before anything is timed"
+    assert began == ([True] * 7 if is_cold else [True, *[False] * 4]), "three runs before any is timed, or one"
     assert (row["predicted"] is None) == row["is_cold"] == is_cold
     assert 0 < row["low"] <= row["gain"] <= row["high"]
 
@@ -311,6 +311,7 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
         row | reached | {"row": "reached", "predicted": 1.0, "guesses": 0.0},
         row | reached | {"row": "below", "high": 0.979, "predicted": 0.8},
         row | reached | {"row": "first-cold", "predicted": None, "is_cold": True},
+        row | {"row": "many", "rounds": 5, "gains": [1.0, 1.1, 1.1, 1.1, 1.2]},
     ]
     with pytest.raises(SystemExit, match=r"drafts: --out must hold rows for --page, got none"):
         drafts.main(["--page", "--out", str(out)])
@@ -330,8 +331,14 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
         ["reached", "-", ">= 0.98x", "1.00x", "1.04"],
         ["below", "0.75", ">= 0.98x (missed)", "0.80x", "0.83 (missed)"],
         ["first-cold", "0.75", ">= 0.98x", "-", "-"],
+        ["many", "0.75", ">= 1.30x (missed)", "1.10x", "1.00"],
     ]
-    assert "its 95 % interval" in text and "its 95 % interval" not in page(conditions, rows[:4])
+    assert "first runs" in text and "first runs" not in page(conditions, rows[:4])
+    gains = [line[header.index("gain (interval)")] for line in found]
+    brackets = (
+        ["1.10x (1.00 to 1.20)"] * 2 + ["0.96x (0.90 to 0.98)"] * 2 + ["0.96x (0.90, 0.98)", "1.10x (1.00, 1.20)"]
+    )
+    assert gains == brackets, "an interval, or the lowest and the highest round"
 
 
 @pytest.mark.parametrize(
