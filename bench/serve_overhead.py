@@ -8,8 +8,9 @@ python -m bench.serve_overhead --rehearse --out rehearsal opt-mini for some seco
 
 Overhead: engine and server are loaded at the same time, one is stopped while the other runs, and they take turns on the
 same requests, all there at once. Latency: requests arrive at random (Poisson), at a share of what the server has just
-been seen to serve. The client is this process. A run that was broken off goes on where it stopped. SmolLM2's depths are
-the paths that it was trained along, those of other shapes are uniform.
+been seen to serve, and at the greatest share of what slower servers can. The client is this process. A run that was
+broken off goes on where it stopped. SmolLM2's depths are the paths that it was trained along, those of other shapes are
+uniform.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Measurement:
 
     def latency(self, name: str) -> None:
         """What a server can do, and how long its clients wait at shares of that."""
-        rows = ["capacity", *(f"latency, {load}%" for load in LOADS)]
+        rows = ["capacity", *self._rates(name)]
         if all(self.results.has(peer=name, what=row) for row in rows):
             return
         with self._failure(name, rows), self._server(name) as server:
@@ -141,19 +142,33 @@ class Measurement:
                 speed = {"requests_per_s": round(len(asks) / took.seconds, 4)}
                 speed["tokens_per_s"] = round(sum(ask["max_tokens"] for ask in asks) / took.seconds, 2)
                 self.results.add({"peer": name, "what": "capacity", **speed, **took.line()})
-            found = [row for row in self.results.rows if (row["peer"], row["what"]) == (name, "capacity")]
-            capacity = next(row for row in found if "error" not in row)
-            for load in LOADS:
-                if not self.results.has(peer=name, what=f"latency, {load}%"):
-                    self._arrive(server, name, load, capacity["requests_per_s"] * load / 100, is_deep)
+            for what, rate in self._rates(name).items():
+                if not self.results.has(peer=name, what=what):
+                    self._arrive(server, name, what, rate, is_deep)
 
-    def _arrive(self, server: ServerProcess, name: str, load: int, rate: float, is_deep: bool) -> None:
+    def _rates(self, name: str) -> dict[str, float]:
+        """By row, requests a second: shares of what the server can do, and the greatest share of those that can less.
+
+        0.0 as long as it is not known what it can do.
+        """
+        can = {
+            row["peer"]: row["requests_per_s"]
+            for row in self.results.rows
+            if row["what"] == "capacity" and "error" not in row
+        }
+        own = can.get(name, 0.0)
+        rates = {f"latency, {load}%": own * load / 100 for load in LOADS}
+        return rates | {
+            f"latency, {LOADS[-1]}% of {other}": rate * LOADS[-1] / 100 for other, rate in can.items() if rate < own
+        }
+
+    def _arrive(self, server: ServerProcess, name: str, what: str, rate: float, is_deep: bool) -> None:
         asks = self._draw(max(10, round(rate * self.args.seconds)), not is_deep, rate)
         calls = [self._call(ask, True, is_deep) for ask in asks]
         took = arrive(server, calls)
         counted = calls[int(_WARM_UP * len(calls)) :]
         num_tokens = sum(call.num_tokens for call in calls)
-        row = {"peer": name, "what": f"latency, {load}%", "rate": round(rate, 4), "requests": len(counted)}
+        row = {"peer": name, "what": what, "rate": round(rate, 4), "requests": len(counted)}
         self.results.add({**row, "tokens_per_s": round(num_tokens / took.seconds, 2), **took.line(), **waits(counted)})
 
     def _draw(self, num_requests: int, paper_depths: bool, rate: float | None = None) -> list[Ask]:
@@ -253,7 +268,7 @@ def estimate_s(shape: str, args: argparse.Namespace) -> float:
             if args.server.lower() in name.lower():
                 speed = deep if name == VLLM else paper
                 total_s += (_VLLM_LOAD_S if name == VLLM else load_s) + 1.25 * num_tokens / speed
-                total_s += len(LOADS) * (args.seconds + 3)
+                total_s += (len(LOADS) + (name != VLLM) + (name == POLICIES[0])) * (args.seconds + 3)
     return total_s
 
 
@@ -280,7 +295,10 @@ def measure_shape(shape: str, args: argparse.Namespace) -> None:
     try:
         if "overhead" in args.part:
             measurement.overhead()
-        for name in (*POLICIES, VLLM):
+        for name in (
+            VLLM,
+            *reversed(POLICIES),
+        ):  # those that can most last: they are asked for what the others can, too
             if "latency" in args.part and args.server.lower() in name.lower():
                 measurement.latency(name)
     finally:

@@ -10,16 +10,25 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from bench.serve.client import Client, Connection, post_of
-from bench.serve.process import ServerProcess
 
 PERCENTILES = (50, 90, 99)
 ROUTE = "/v1/completions"
 _DONE, _NO_CHOICES = b"data: [DONE]", b'"choices":[]'
+
+
+class Loaded(Protocol):
+    """What load is sent to: a server at an address, and the processor time that it has used."""
+
+    host: str
+    port: int
+
+    def cpu_s(self) -> float:
+        """Of all of its processes."""
 
 
 @dataclass
@@ -86,7 +95,7 @@ class Spent:
         }
 
 
-def burst(server: ServerProcess, calls: Sequence[Call]) -> Spent:
+def burst(server: Loaded, calls: Sequence[Call]) -> Spent:
     """Send all of ``calls`` at once, each on a connection of its own, open before."""
 
     async def main() -> Spent:
@@ -108,7 +117,7 @@ def burst(server: ServerProcess, calls: Sequence[Call]) -> Spent:
     return asyncio.run(main())
 
 
-def arrive(server: ServerProcess, calls: Sequence[Call]) -> Spent:
+def arrive(server: Loaded, calls: Sequence[Call]) -> Spent:
     """Send each of ``calls`` when it is due, whether or not those before it have ended."""
 
     async def main() -> Spent:

@@ -131,10 +131,12 @@ def _notes(conditions: Row, rows: Sequence[Row]) -> Iterator[str]:
             for row in rows
             if row["what"] == "capacity" and "error" not in row
         )
+        by_name = ", or of what the named server has" if any("% of " in row["what"] for row in rows) else ""
         yield (
             "Waits: percentiles 50 / 90 / 99 of requests that arrive at random (Poisson) for "
             f"{conditions['budget_s']:g} s at that share of what the server has served in a burst (requests/s: "
-            f"{shares}), streamed; the first tenth is not counted. vLLM runs full depth, the others the paper's."
+            f"{shares}){by_name}, streamed; the first tenth is not counted. vLLM runs full depth, the others the "
+            "paper's."
         )
     for row in rows:
         if row["what"] == "load":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import dataclasses
@@ -19,12 +20,13 @@ from models import NUM_LAYERS, VOCAB_SIZE
 from bench.peers.results import Results, read
 from bench.serve.asks import ROUTES, Ask, Asks, library_answer, served_answer
 from bench.serve.client import Broken, Client, post_of
+from bench.serve.folders import REHEARSAL
 from bench.serve.load import Call, arrive, burst, waits
 from bench.serve.page import page, short, tables
 from bench.serve.soak_clients import Ledger, SoakClient
 from bench.serve.soak_report import Sample, Soaked, slope
 from bench.serve.soak_report import page as soak_page
-from bench.serve_overhead import mix_of
+from bench.serve_overhead import Measurement, estimate_s, mix_of
 from bench.soak_serve import errors_in
 from dynskip import LLM, Engine, LayerPath
 from dynskip.assets import find_adapter
@@ -314,6 +316,19 @@ def test_an_output_that_is_short_ends_the_measurement(server: Any) -> None:
         burst(server, [wrong])
 
 
+def test_a_server_is_asked_for_its_own_shares_and_for_what_slower_ones_can(tmp_path: Any) -> None:
+    args = argparse.Namespace(models=tmp_path, requests=1)
+    results = Results(tmp_path / "rows.jsonl", {"shape": REHEARSAL})
+    measured = Measurement(REHEARSAL, args, (), results)
+    assert measured._rates("cohort") == {"latency, 25%": 0.0, "latency, 50%": 0.0, "latency, 80%": 0.0}
+    for peer, rate in (("vLLM", 5.0), ("lockstep", 10.0), ("cohort", 20.0)):
+        results.add({"peer": peer, "what": "capacity", "requests_per_s": rate})
+    own = {"latency, 25%": 5.0, "latency, 50%": 10.0, "latency, 80%": 16.0}
+    assert measured._rates("cohort") == {**own, "latency, 80% of vLLM": 4.0, "latency, 80% of lockstep": 8.0}
+    assert len(measured._rates("vLLM")) == 3
+    assert estimate_s("opt-1.3b", argparse.Namespace(part=["latency"], server="", seconds=60.0, requests=1)) > 12 * 60
+
+
 # Its table
 
 
@@ -343,7 +358,12 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     assert "cohort 20.00" in said and "Failed, vLLM, capacity: not installed" in said
     assert tables(tmp_path) == "Not measured yet.\n"
     (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
-    assert tables(tmp_path) == text
+    assert tables(tmp_path) == text and "the named server" not in text
+    shared = {**rows[4], "what": "latency, 80% of vLLM"}
+    text = page(conditions, [*rows, shared])
+    assert "| cohort   | 80% of vLLM |" in text and "or of what the named server has, streamed" in " ".join(
+        text.split()
+    )
     rows[3]["tokens_per_s"] = 321.0
     rows[4]["what"] = "latency, 80%"
     (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
