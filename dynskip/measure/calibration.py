@@ -40,7 +40,7 @@ _STREAM_S = 20.0
 # What is believed of each guess while they are timed, right or wrong: often enough right that guessing seems to pay.
 _BELIEVED = 0.9
 # Tokens of a request whose guesses are timed: those of wrong guesses are one a step.
-_DRAFTED_TOKENS = 40
+_DRAFTED_TOKENS = 56
 
 
 def check_context(num_positions: int, prompt_len: int, context_len: int, num_rounds: int) -> None:

@@ -7,6 +7,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import NamedTuple
 
 from dynskip.costs.step_costs import StepCosts
@@ -20,14 +21,16 @@ _LEAST_GAIN = 1.03
 # Rates are rounded to such steps: the same question comes again and again.
 _RATE_STEPS = 32
 _MOST_KNOWN = 1024
-# Steps that the ratio of measured to predicted times is the lower quartile of.
+# Plain steps that the ratio of measured to predicted times is the lower quartile of.
 _REMEMBERED = 31
-# Steps of a kind before their ratio counts; one without guesses comes again after so many with some, sooner as long as
-# its ratio does not count.
-_FIRST_STEPS, _PLAIN_EVERY, _PLAIN_EVERY_AT_FIRST = 10, 32, 8
+# Pairs of a plain step and the guesses just before it: so many are compared, so few are enough.
+_PAIRS, _FIRST_PAIRS = 9, 6
+# A plain step comes again after so many with guesses; sooner as long as pairs do not count, or where the last guesses
+# differ from them by so much.
+_PLAIN_EVERY, _PLAIN_EVERY_AT_FIRST, _FAR_OFF = 32, 8, 1.5
 # The first steps of a kind and size are slow, and say nothing: memory is new, threads are not awake yet.
 _UNSEEN_STEPS = 4
-# The ratio of two such comparisons is rounded to steps of so many percent.
+# What pairs say is rounded to steps of so many percent.
 _RATIO_STEP = 1.05
 
 
@@ -73,60 +76,65 @@ class Choice:
 
 
 @dataclass(slots=True)
-class _Times:
-    """How long something takes as a multiple of what is predicted: the lower quartile of the last steps.
+class _Learnt:
+    """What was seen of steps of about as many sequences: of plain ones, and of guesses and verifications beside them.
 
-    What disturbs a step makes it longer: the first behind a prompt share their cores with threads that still spin.
+    A machine may be slower for seconds or minutes, and then all of its steps are: steps that stand side by side are
+    compared. plain: how long plain steps take as a multiple of what is predicted, the lower quartile of the last ones;
+    what disturbs a step makes it longer.
     """
 
-    ratio: float = 1.0
-    num_seen: int = 0
-    _last: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-
-    @property
-    def is_known(self) -> bool:
-        """Whether enough steps were seen: a few say little."""
-        return self.num_seen >= _FIRST_STEPS
-
-    def add(self, predicted_ms: float, measured_ms: float) -> None:
-        """Count a step; the very first are forgotten."""
-        if predicted_ms <= 0 or measured_ms <= 0:
-            return
-        self.num_seen += 1
-        if self.num_seen == _UNSEEN_STEPS + 1:
-            self._last.clear()
-        self._last.append(measured_ms / predicted_ms)
-        self.ratio = sorted(self._last)[len(self._last) // 4]
-
-
-@dataclass(slots=True)
-class _Learnt:
-    """What was seen of steps of about as many sequences: of guesses, of steps that verify, and of steps without any."""
-
-    guesses: _Times = field(default_factory=_Times)
-    verifications: _Times = field(default_factory=_Times)
-    plain: _Times = field(default_factory=_Times)
-    num_since_plain: int = 0
+    plain: float = 1.0
     ratios: Ratios | None = None  # None as long as too little was seen
     was_measured: bool = False  # whether they began as what `dynskip calibrate` has seen
+    num_since_plain: int = 0
+    _num_pairs: int = 0
+    _pairs: deque[Ratios] = field(default_factory=lambda: deque(maxlen=_PAIRS))
+    _recent: deque[Ratios] = field(default_factory=lambda: deque(maxlen=_PLAIN_EVERY_AT_FIRST))  # since the last plain
+    _plain_steps: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     @property
     def wants_plain(self) -> bool:
         """Whether a step without guesses is due: what they gain is known beside such steps only.
 
-        At first they take turns, unless they were measured before: what disturbs the machine for a while disturbs both
-        kinds alike.
+        At first one stands behind each step with some, unless they were measured before.
         """
-        is_known = self.was_measured or (self.plain.is_known and self.guesses.is_known)
-        takes_turn = not is_known and self.plain.num_seen <= self.guesses.num_seen
-        every = _PLAIN_EVERY if self.plain.is_known else _PLAIN_EVERY_AT_FIRST
-        return takes_turn or self.num_since_plain >= every
+        are_known = len(self._pairs) >= _FIRST_PAIRS
+        if not are_known and not self.was_measured:
+            return self.num_since_plain > 0
+        every = _PLAIN_EVERY if are_known and not self._is_far_off() else _PLAIN_EVERY_AT_FIRST
+        return self.num_since_plain >= every
 
-    def compare(self) -> None:
-        """See how guesses and verifications compare with their predictions, over how plain steps do with theirs."""
-        if self.plain.is_known and self.verifications.is_known and self.guesses.is_known:
-            unit = self.plain.ratio
-            self.ratios = Ratios(_rounded(self.guesses.ratio / unit), _rounded(self.verifications.ratio / unit))
+    def add_guesses(self, guess: float, verify: float) -> None:
+        """Count a step with guesses, which took so many times what is predicted."""
+        self._recent.append(Ratios(guess, verify))
+        self.num_since_plain += 1
+
+    def add_plain(self, ratio: float) -> None:
+        """Count a plain step, and compare those with guesses just before it."""
+        self._plain_steps.append(ratio)
+        self.plain = sorted(self._plain_steps)[len(self._plain_steps) // 4]
+        if self._recent:
+            self._num_pairs += 1
+            if self._num_pairs > _UNSEEN_STEPS:
+                self._pairs.append(self._beside(ratio))
+            self._recent.clear()
+        self.num_since_plain = 0
+        if len(self._pairs) >= _FIRST_PAIRS:
+            guess, verify = map(median, zip(*self._pairs, strict=True))
+            self.ratios = Ratios(_rounded(guess), _rounded(verify))
+
+    def _beside(self, plain: float) -> Ratios:
+        """What the last guesses took, over a plain step."""
+        guess, verify = map(median, zip(*self._recent, strict=True))
+        return Ratios(guess / plain, verify / plain)
+
+    def _is_far_off(self) -> bool:
+        """Whether the last guesses differ from what is believed of them."""
+        if len(self._recent) < _PLAIN_EVERY_AT_FIRST or self.ratios is None:
+            return False
+        now = self._beside(self._plain_steps[-1])
+        return any(max(new / old, old / new) > _FAR_OFF for new, old in zip(now, self.ratios, strict=True))
 
 
 @dataclass
@@ -181,13 +189,10 @@ class DraftLengths:
         """Learn from a step of ``num_seqs`` sequences: guesses took ``guessed_ms``, all else ``stepped_ms``."""
         learnt = self._of(num_seqs)
         if any(choice.lengths):
-            learnt.guesses.add(choice.guess_ms, guessed_ms)
-            learnt.verifications.add(choice.verify_ms, stepped_ms)
-            learnt.num_since_plain += 1
-        else:
-            learnt.plain.add(choice.verify_ms, stepped_ms)
-            learnt.num_since_plain = 0
-        learnt.compare()
+            if min(choice.guess_ms, choice.verify_ms, guessed_ms, stepped_ms) > 0:
+                learnt.add_guesses(guessed_ms / choice.guess_ms, stepped_ms / choice.verify_ms)
+        elif min(choice.verify_ms, stepped_ms) > 0:
+            learnt.add_plain(stepped_ms / choice.verify_ms)
 
     def ratios(self, num_seqs: int) -> Ratios:
         """Those of steps of about ``num_seqs`` sequences; of the nearest number with any, where they have none yet."""
@@ -224,7 +229,7 @@ class DraftLengths:
 
     def slowness(self, num_seqs: int) -> float:
         """How many times as long as predicted plain steps of about ``num_seqs`` sequences take."""
-        return self._of(num_seqs).plain.ratio
+        return self._of(num_seqs).plain
 
     def _of(self, num_seqs: int) -> _Learnt:
         return self._learnt.setdefault(num_seqs.bit_length(), _Learnt())

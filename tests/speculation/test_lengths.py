@@ -99,6 +99,8 @@ def test_costs_are_corrected_by_what_steps_take() -> None:
     one = candidate(0.8)
     before = lengths.choose([one])
     assert before.gain > 1.2
+    assert lengths.plain([one], []) is None
+    lengths.observe(before, 1, before.guess_ms, before.verify_ms)
     plain = lengths.plain([one], [])
     assert plain is not None and plain.lengths == (0,), "nothing is known yet of steps without guesses"
     for _ in range(50):
@@ -106,11 +108,40 @@ def test_costs_are_corrected_by_what_steps_take() -> None:
         lengths.observe(plain, 1, 0.0, 2 * plain.plain_ms)
     assert lengths.choose([one]) == before, "all of it takes twice as long"
     assert lengths.plain([one], []) is None
-    for _ in range(100):
-        lengths.observe(before, 1, 20 * before.guess_ms, 2 * before.verify_ms)
-    assert lengths.choose([one]).lengths == (0,)
-    assert lengths.plain([one] * 4, []) is not None, "of as many sequences nothing is known"
-    assert lengths.plain([one], []) is not None, "after so many steps it is time for one without guesses"
+    num_steps = 0
+    while lengths.choose([one]) == before:
+        if lengths.plain([one], []) is None:
+            lengths.observe(before, 1, 20 * before.guess_ms, 2 * before.verify_ms)
+        else:
+            lengths.observe(plain, 1, 0.0, 2 * plain.plain_ms)
+        num_steps += 1
+    assert lengths.choose([one]).lengths == (0,) and num_steps < 50, "where they differ by far, they are compared soon"
+
+
+def test_a_step_without_guesses_comes_now_and_then() -> None:
+    lengths = DraftLengths(costs(), most_rows=48)
+    one = candidate(0.8)
+    choice = lengths.choose([one])
+    observe(lengths, choice, 1, 1.0, 1.0)
+    for _ in range(32):
+        assert lengths.plain([one], []) is None
+        lengths.observe(choice, 1, choice.guess_ms, choice.verify_ms)
+    assert lengths.plain([one], []) is not None
+
+
+def test_a_machine_that_is_slow_for_a_while_changes_nothing() -> None:
+    """Guesses are compared with the plain step behind them, not with plain steps of another time."""
+    lengths = DraftLengths(costs(), most_rows=48)
+    one = candidate(0.8)
+    choice = lengths.choose([one])
+    for turn in range(60):
+        slow = 3.0 if turn // 7 % 2 else 1.0
+        for _ in range(8):
+            lengths.observe(choice, 1, slow * choice.guess_ms, slow * 1.1 * choice.verify_ms)
+        plain = lengths._evaluate([one], [0], (), Ratios())
+        lengths.observe(plain, 1, 0.0, slow * plain.plain_ms)
+        assert lengths.learnt_ratios(1) in (None, Ratios(1.0, 1.05**2))
+    assert lengths.learnt_ratios(1) == Ratios(1.0, 1.05**2)
 
 
 def test_the_first_steps_of_a_size_say_nothing() -> None:
@@ -142,12 +173,15 @@ def test_what_was_measured_before_is_believed_until_steps_are_seen() -> None:
     lengths = DraftLengths(costs(), most_rows=48)
     one = candidate(0.8)
     choice = lengths.choose([one])
-    assert any(choice.lengths) and lengths.plain([one], []) is not None, "both kinds take turns at first"
+    assert any(choice.lengths)
+    lengths.observe(choice, 1, choice.guess_ms, choice.verify_ms)
+    assert lengths.plain([one], []) is not None, "both kinds take turns at first"
     told = DraftLengths(replace(costs(), draft_ratios={1: (20.0, 1.0), 4: (1.0, 1.25)}), most_rows=48)
     assert told.choose([one]).lengths == (0,) and told.ratios(4) == Ratios(1.0, 1.25)
     assert told.learnt_ratios(2) is None and told.ratios(2) == Ratios(20.0, 1.0), "of two as near, the smaller"
-    assert told.plain([one], []) is None and told.plain([one] * 2, []) is not None, "what is known needs no turns"
-    for _ in range(8):
+    told.observe(choice, 1, choice.guess_ms, choice.verify_ms)
+    assert told.plain([one], []) is None, "what is known needs no turns"
+    for _ in range(7):
         told.observe(choice, 1, choice.guess_ms, choice.verify_ms)
     assert told.plain([one], []) is not None, "a step without guesses is due sooner where none has been seen"
     observe(told, choice, 1, 1.0, 1.0)
