@@ -116,7 +116,7 @@ class RunFolder:
         differences = [
             f"{name} {old['setup'][name]!r}, not {value!r}"
             for name, value in guarded.items()
-            if name in old["setup"] and old["setup"][name] != value
+            if name in old["setup"] and old["setup"][name] != value and not _has_grown(name, old["setup"], value)
         ]
         if differences:
             raise ValueError(
@@ -145,6 +145,15 @@ class RunFolder:
         with contextlib.suppress(FileExistsError):
             os.link(own, path)
         own.unlink()
+
+
+def _has_grown(name: str, old: dict[str, Any], value: Any) -> bool:
+    """Whether ``value`` is that of ``old`` with more in it: budgets, their searched paths and labels may come."""
+    if name == "budgets":
+        return set(old[name]) <= set(value)
+    if name == "searched":
+        return bool(old[name].items() <= value.items())
+    return name in ("labels_hash", "label_prompts") and old.get("labels_hash") is None
 
 
 def _timed_machine(device: str) -> dict[str, str]:

@@ -155,6 +155,24 @@ def test_a_run_of_another_setup_is_refused(folder: Path, tmp_path: Path, capsys:
         pass
 
 
+def test_budgets_and_labels_may_come_and_none_goes(folder: Path, tmp_path: Path) -> None:
+    out, labels = tmp_path / "run", tmp_path / "labels.jsonl"
+    labels.write_text("{}\n", encoding="utf-8")
+    (tmp_path / "other.jsonl").write_text("[]\n", encoding="utf-8")
+    for options in ({"budgets": (2,)}, {"budgets": (2, 3), "labels": labels, "label_prompts": 7}):
+        with EvalRun(tiny_setup(folder, **options), out, progress=False):
+            pass
+    for changes, difference in (
+        ({"budgets": (3,)}, "the run has budgets [2, 3], not [3]"),
+        ({"labels": None}, "not None"),
+        ({"labels": tmp_path / "other.jsonl"}, "the run has labels_hash"),
+        ({"label_prompts": 8}, "the run has label_prompts 7, not 8"),
+    ):
+        with pytest.raises(ValueError, match="the setup must be that of the run") as caught:
+            EvalRun(tiny_setup(folder, **{**options, **changes}), out)
+        assert difference in str(caught.value)
+
+
 def test_items_without_their_config_are_refused(folder: Path, tmp_path: Path) -> None:
     setup = tiny_setup(folder)
     with EvalRun(setup, tmp_path, progress=False) as evaluation:

@@ -269,7 +269,8 @@ class Setup:
         """What must not change within a run folder, as JSON holds it; where files lie may, and controllers may come.
 
         So may more references, more prompts to learn from, and, of a run that says its draws, more of these and more
-        prompts: the items of fewer are among theirs.
+        prompts: the items of fewer are among theirs. A folder takes more budgets, searched paths for them and labels,
+        too, and from then on no setup without them.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("data", "labels", "controllers", "controller_seeds", "timed_on", "likelihood_only", *GROWING):
