@@ -149,6 +149,10 @@ class AsyncLLM:
         """
         return await asyncio.wrap_future(self._worker.abort(request_id))
 
+    def check(self) -> None:
+        """Raise RequestError where the engine takes no request any more; waits for nothing."""
+        self._worker.check()
+
     async def stats(self) -> EngineStats:
         """What the engine did since it was made, and what it holds now."""
         return await asyncio.wrap_future(self._worker.call(Engine.stats))

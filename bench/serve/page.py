@@ -37,6 +37,10 @@ def short(results: Path) -> str:
                 figures = [_percentiles(waits[name]) for name in ("ttft_ms", "tpot_ms")]
                 about = [conditions["shape"], conditions["cpu"], peer, depth]
                 lines.append([*about, f"{capacity['tokens_per_s']:.0f}", *figures])
+        deep = found.get(("server", "overhead, full depth, streams"))
+        if deep is not None:  # what vLLM does, too
+            about = [conditions["shape"], conditions["cpu"], "cohort", "full depth"]
+            lines.append([*about, f"{deep['ours']:.0f}", "", ""])
         costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]
         target = TARGETS.get(conditions["shape"])
         told = ", ".join(

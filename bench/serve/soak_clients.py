@@ -149,7 +149,8 @@ class SoakClient:
 
     async def _ask_other(self) -> None:
         client = self._client
-        match self._draw.choice(["models", "tokenize", "health", "metrics", "version"]):
+        routes = ["v1/models", "v1/depths", "v1/engine", "health", "metrics", "version", ""]
+        match self._draw.choice(["tokenize", *routes]):
             case "tokenize":
                 answer = await client.post("/tokenize", {"prompt": _TEXT, "add_special_tokens": False})
                 tokens = answer.json()["tokens"]
@@ -157,8 +158,6 @@ class SoakClient:
                 answer = await client.post("/tokenize", {"prompt": text, "add_special_tokens": False})
                 if answer.json()["tokens"] != tokens:
                     raise ValueError(f"the text of {tokens} must have these tokens, got {answer.body[:200]!r}")
-            case "models":
-                answer = await client.get("/v1/models")
             case other:
                 answer = await client.get(f"/{other}")
         if answer.status != 200:

@@ -152,7 +152,8 @@ def page(run: Soaked) -> str:
     kinds = ", ".join(f"{name} {run.checked_kinds.get(name, 0)}" for name in sorted(run.answered_kinds))
     refused = ", ".join(f"{name} {count}" for name, count in sorted(run.refused.items()))
     wrong = run.verdict()
-    held = f"resident memory {run.rss_growth:+.2%} of {RSS_SHARE:.0%} allowed"
+    grew = ", and still growing" if rss.low > 0 else ""
+    held = f"resident memory {run.rss_growth:+.2%} of {RSS_SHARE:.0%} allowed{grew}"
     return f"""# A server under random requests, {told["minutes"]:g} minutes
 
 Written by `make soak-serve`. {told["cpu"]}, {told["num_cores"]} cores, torch {told["versions"]["torch"]}, commit \

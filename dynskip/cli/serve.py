@@ -110,6 +110,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes; exit status 0 where all requests were answered, 1 where some were cut off."""
+    if args.api_key is not None and (not args.api_key or args.api_key != args.api_key.strip()):
+        raise UserError("--api-key must be a text without spaces around it, got one that is empty or has some")
     if args.ray_address is not None and args.replicas is None:
         raise UserError("--ray-address must be left out without --replicas, got one")
     try:

@@ -124,6 +124,12 @@ class EngineWorker:
         self._queue(_Command(function, future))
         return future
 
+    def check(self) -> None:
+        """Raise RequestError where `call` would, without waiting for a step."""
+        self._check_process()
+        with self._changed:
+            self._check_open()
+
     def submit(self, add: Add, streams: bool) -> Ticket:
         """The ticket of the request that ``add`` adds, to be given back with `abandon`; called in an event loop.
 
@@ -184,17 +190,23 @@ class EngineWorker:
         """Whether a fork made this: its thread is not here, and its lock may never be released."""
         return os.getpid() != self._process_id
 
-    def _queue(self, command: _Command) -> None:
+    def _check_process(self) -> None:
         if self._is_copy():
             raise RequestError(
                 f"AsyncLLM: it must be used in the process that made it, {self._process_id}, got a copy in "
                 f"{os.getpid()}, which was forked. Make another."
             )
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise _gone(self._failure)
+        if self._is_closing:
+            raise EngineStoppedError("AsyncLLM: it must be open, got one that was closed. Make another.")
+
+    def _queue(self, command: _Command) -> None:
+        self._check_process()
         with self._changed:
-            if self._failure is not None:
-                raise _gone(self._failure)
-            if self._is_closing:
-                raise EngineStoppedError("AsyncLLM: it must be open, got one that was closed. Make another.")
+            self._check_open()
             self._commands.append(command)
             self._changed.notify()
 

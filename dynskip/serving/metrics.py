@@ -109,7 +109,7 @@ class ServerMetrics:
         self._tpot_s = self._histogram("vllm:request_time_per_output_token_seconds", _TOKEN_BUCKETS)
 
     def finished(self, output: RequestOutput) -> None:
-        """A request has ended, by itself or by an error."""
+        """A request has ended by itself."""
         num_tokens = sum(len(sample.token_ids) for sample in output.samples)
         self._prompt_tokens.inc(len(output.prompt_ids))
         self._tokens.inc(num_tokens)

@@ -112,8 +112,11 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
 @ROUTER.head("/health", include_in_schema=False)
 @ROUTER.get("/health", responses={503: _FAILURES[503]})
 async def health(request: Request) -> Response:
-    """Whether requests can be served: 200, with an empty body, or 503."""
-    await _unless_stopped(_service(request).served.stats())
+    """Whether requests can be served: 200, with an empty body, or 503. It waits for no step."""
+    try:
+        _service(request).served.check()
+    except RequestError as error:
+        raise engine_stopped() from error
     return Response()
 
 

@@ -21,6 +21,9 @@ _CLEAN_UP_S = 5
 # Longer than clients keep a connection that is idle (httpx 5, aiohttp 15): a request that is on its way when the server
 # closes it is lost. uvicorn's 5 lost such requests whenever the process had stood still for as long.
 KEEP_ALIVE_S = 75
+# A client that takes nothing for so long of what is sent to it is gone, as one that does not answer at all: its request
+# would hold a place for ever, and the server could not end.
+STALLED_S = 120
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,6 +33,8 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections have it from the socket that listens
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALLED_S)
         bound.bind(address)
     except BaseException:
         bound.close()

@@ -370,6 +370,7 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     told = " ".join(short(tmp_path).split())
     assert "| opt-1.3b | Test | cohort | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 |" in told
     assert "vLLM" not in told
+    assert "| opt-1.3b | Test | cohort | full depth | 80 | | |" in told, "beside a server that knows no other"
     assert f"opt-1.3b on Test: random weights, the paper's depths as {mix};" in told
     assert "Prefix caching, on unless a server is told otherwise, is off in all rows." in told
     assert "least 0.95): 0.970 (full depth, whole answers), 0.940 (full depth, streams, missed)." in told

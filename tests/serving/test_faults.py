@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import socket
 from typing import Any
 
+import api
+import httpx2
 import pytest
-from api import JSON, LONG, NAME, ROUTE, STREAM, Brake, Exchange, greedy, local, run, tiny_llm
+from api import JSON, LONG, NAME, ROUTE, STREAM, Brake, Exchange, greedy, local, on_loopback, run, tiny_llm
 from models import NUM_LAYERS
+from prometheus_client.parser import text_string_to_metric_families
 
 from dynskip import LLM, LayerPath, RequestError
 from dynskip.engine.step import StepExecution
 from dynskip.serving import gate
+from dynskip.serving import server as server_module
 from dynskip.serving.limits import Admission
 from dynskip.serving.prompts import PromptReader
 
@@ -54,6 +60,41 @@ def test_a_client_that_leaves_in_mid_stream_aborts_its_request(
         run(main())
     statuses = [record.getMessage().split(" ")[3] for record in caplog.records if f" POST {ROUTE} " in record.message]
     assert statuses == ["499", "200"]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="needs TCP_USER_TIMEOUT, which Linux has")
+def test_a_client_that_reads_no_more_is_gone_after_a_while(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(host: str, port: int) -> socket.socket:
+        bound = server_module.bind(host, port)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        return bound
+
+    monkeypatch.setattr(server_module, "STALLED_S", 1)
+    monkeypatch.setattr(api, "bind", narrow)
+    body = {"prompt": [5, 6, 7], "max_tokens": 50, "n": 64, "logprobs": 5, "ignore_eos": True, "stream": True}
+    request = httpx2.Request("POST", "http://localhost/v1/completions", json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with on_loopback(llm, policy="lockstep") as url, socket.socket() as client:
+
+        def state() -> tuple[float, float]:
+            text = httpx2.get(f"{url}/metrics", timeout=120).text
+            found = {each.name: each.samples[0].value for each in text_string_to_metric_families(text) if each.samples}
+            return found["dynskip_num_running"], found["dynskip_num_held"]
+
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = url.removeprefix("http://").split(":")
+        client.connect((host, int(port)))
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        seen = []
+        while not seen or seen[-1] != (0, 0):
+            seen.append(state())
+        assert seen[0][1] == 64
+        rest = b""
+        with contextlib.suppress(ConnectionResetError):  # behind what had come before
+            while piece := client.recv(4096):
+                rest += piece
+        assert b"[DONE]" not in rest
 
 
 @pytest.mark.parametrize("body", [LONG, STREAM, {**LONG, "prompt": [[5, 6], [7, 8, 9]]}])
@@ -451,6 +492,23 @@ def test_pages_elsewhere_may_call_only_where_it_was_allowed(llm: LLM) -> None:
             assert refused.headers["access-control-allow-origin"] == "https://a.example"
             other = await server.client.options(ROUTE, headers={**asking, "origin": "https://b.example"})
             assert "access-control-allow-origin" not in other.headers
+
+    run(main())
+
+
+def test_health_waits_for_no_step(llm: LLM) -> None:
+    async def main() -> None:
+        async with local(llm) as server:
+            brake = Brake(server.served)
+            exchange = Exchange(server.app, ROUTE, STREAM)
+            while not server.service.admission.num_held:
+                await asyncio.sleep(0)
+            assert (await server.client.get("/health")).status_code == 200, "though the first step stands"
+            brake.release()
+            await exchange.task
+            await server.until_idle()
+            await server.served.close()
+            assert (await server.client.get("/health")).status_code == 503
 
     run(main())
 

@@ -298,6 +298,45 @@ def test_the_engine_is_seen_live(page: Page, server: tuple[str, Running]) -> Non
     assert page.text("#reading") == held
 
 
+def test_single_steps_are_read_by_the_pointer_and_by_the_arrows(page: Page, server: tuple[str, Running]) -> None:
+    from selenium.webdriver import ActionChains
+
+    server[1].pace_s = 0.03
+    page.choose("#window", "5000")
+    page.ask(PROMPT, 12)
+    page.until_ended()
+    page.until(lambda: page.text("#resident") == "0" and "a token for 1 sequence" in page.text("#reading"))
+    page.one("#hold").click()
+    canvas = page.one("#timeline")
+    ActionChains(page.driver).move_to_element(page.one("#engine-title")).perform()
+    page.driver.execute_script("arguments[0].focus()", canvas)
+    read = []
+    for key in (page.keys.END, *[page.keys.LEFT] * 11, page.keys.RIGHT, page.keys.HOME, page.keys.LEFT, page.keys.END):
+        canvas.send_keys(key)
+        read.append(page.text("#reading"))
+    assert all(text.startswith("This step: ") for text in read)
+    # The prompt's step gives the first token, the others one each.
+    assert "1 prompt" in read[11] and all("a token for 1 sequence" in text for text in read[:11])
+    assert len(set(read[:11])) > 5, "each took as long as it took"
+    assert read[12] == read[10] and read[13] == read[14] and read[15] == read[0]
+    page.one("#hold").send_keys(page.keys.NULL)  # the keyboard goes elsewhere
+    page.driver.execute_script("arguments[0].blur()", canvas)
+    assert page.text("#reading").startswith("The last step: ")
+    pointed = set()
+    for x in range(canvas.size["width"] // 2 - 1, 0, -1):
+        ActionChains(page.driver, duration=0).move_to_element_with_offset(canvas, x, 0).perform()
+        pointed.add(page.text("#reading"))
+        if any(text.startswith("This step: ") for text in pointed):
+            break
+    else:
+        raise AssertionError(f"the pointer must meet a step, got {pointed}")
+    ActionChains(page.driver).move_to_element(page.one("#engine-title")).perform()
+    assert page.text("#reading").startswith("The last step: ")
+    page.one("#hold").click()
+    page.until(lambda: page.text("#reading") == "No step of late.")
+    page.choose("#window", "2000")
+
+
 def test_it_fits_a_narrow_screen_and_dark_mode(page: Page) -> None:
     page.one("#compare").click()
     page.ask(PROMPT, 20)
@@ -311,6 +350,11 @@ def test_it_fits_a_narrow_screen_and_dark_mode(page: Page) -> None:
             page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             wide = page.driver.execute_script("return document.documentElement.scrollWidth")
             assert width - 20 <= wide <= width, (scheme, width)  # less where there is a scroll bar
+            if width == 360 and scheme == "dark":  # all of it can be used there
+                page.one(page.part("slider")).send_keys(page.keys.HOME)
+                page.ask(PROMPT, 5)
+                page.until_ended(1)
+                assert page.text(page.part("ran")) == "2 of 6"
         grounds.add(page.one("body").value_of_css_property("background-color"))
         for selector in ("body", "label", ".hint", "#send", ".guessed", ".state"):
             assert contrast(page, selector) >= 4.5, (scheme, selector)
@@ -355,7 +399,7 @@ def test_every_control_is_reached_by_the_keyboard_and_none_holds_it(page: Page) 
         order.append(name)
     column = ["slider", "draft", "answer"]
     expected = ["prompt", "mode", "max-tokens", "temperature", "compare", "in-turn", "stop", "send", *column, *column]
-    assert order == [*expected, "window", "hold"]
+    assert order == [*expected, "window", "hold", "timeline"]
 
 
 # Faults

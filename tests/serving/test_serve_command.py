@@ -211,6 +211,8 @@ def test_a_request_on_a_kept_connection_survives_a_server_that_stands_still() ->
         (["--paths", "/nowhere/at/all"], "No such file"),
         (["--max-model-len", "1000000"], "max_context_len must lie in"),
         (["--kv-bytes", "1"], "kv_bytes must hold an entry"),
+        (["--api-key", ""], "--api-key must be a text without spaces around it"),
+        (["--api-key", " sk-7"], "--api-key must be a text without spaces around it"),
     ],
 )
 def test_a_mistake_ends_it_before_it_listens(

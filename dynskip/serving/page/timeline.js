@@ -19,6 +19,8 @@ export class Timeline {
     this.pointedMs = null;
     canvas.addEventListener("pointermove", (event) => this.#point(event));
     canvas.addEventListener("pointerleave", () => this.#point(null));
+    canvas.addEventListener("keydown", (event) => this.#key(event));
+    canvas.addEventListener("blur", () => this.#point(null));
     addEventListener("resize", () => this.draw());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
     this.draw();
@@ -67,6 +69,11 @@ export class Timeline {
       this.#drawLayers(context, layout, step);
     }
     context.restore();
+    const pointed = this.#pointed();
+    if (pointed) {
+      context.fillStyle = colours.ink;
+      context.fillRect(Math.round(x(pointed.begin_ms)), 0, 1, height - AXIS);
+    }
     this.#read();
   }
 
@@ -197,12 +204,29 @@ export class Timeline {
       const share = (event.offsetX - GUTTER) / (this.canvas.clientWidth - GUTTER);
       this.pointedMs = this.nowMs - (1 - share) * this.windowMs;
     }
-    this.#read();
+    this.draw();
+  }
+
+  /** The arrows go from step to step, Home and End to the first and the last that are seen. */
+  #key(event) {
+    const shown = this.steps.filter((step) => step.begin_ms > this.nowMs - this.windowMs);
+    const last = shown.length - 1;
+    const at = shown.indexOf(this.#pointed() ?? shown[last]);
+    const next = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: last }[event.key];
+    if (next === undefined || last < 0) return;
+    event.preventDefault();
+    this.pointedMs = shown[Math.min(Math.max(next, 0), last)].begin_ms;
+    this.draw();
+  }
+
+  /** The step under the pointer, or at which the arrows are; null for none. */
+  #pointed() {
+    const at = this.pointedMs;
+    return at === null ? null : (this.steps.find((step) => step.begin_ms <= at && at < endOf(step)) ?? null);
   }
 
   #read() {
-    const at = this.pointedMs;
-    const pointed = at === null ? null : this.steps.find((step) => step.begin_ms <= at && at < endOf(step));
+    const pointed = this.#pointed();
     const step = pointed ?? this.steps.at(-1);
     const text = step ? this.#inWords(step, pointed ? "This step" : "The last step") : "No step of late.";
     if (this.reading.textContent !== text) this.reading.textContent = text;
