@@ -347,6 +347,7 @@ def test_the_page_says_what_is_met(out: Path, capsys: pytest.CaptureFixture[str]
 def test_the_page_that_is_kept_is_that_of_its_rows(path: Path) -> None:
     results = drafts.Results(path)
     assert results.rows and path.stem == results.conditions["machine"]
+    assert "not looked into" not in results.page(), "each target that is missed has what a profile says"
     assert (
         results.path.with_suffix(".md").read_text()
         == results.page()
