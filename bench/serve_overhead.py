@@ -7,10 +7,10 @@ python -m bench.serve_overhead --only smollm2 --mix uniform:5=74,uniform:10=18,u
 python -m bench.serve_overhead --rehearse --out rehearsal opt-mini for some seconds; its figures mean nothing
 
 Overhead: engine and server are loaded at the same time, one is stopped while the other runs, and they take turns on the
-same requests, all there at once. Latency: requests arrive at random (Poisson), at a share of what the server has just
-been seen to serve, and at the greatest share of what slower servers can. The client is this process. A run that was
-broken off goes on where it stopped. SmolLM2's depths are the paths that it was trained along, those of other shapes are
-uniform.
+same requests, all there at once. Capacity: bursts of the same requests through each server in turns, the others
+stopped. Latency: requests arrive at random (Poisson), at a share of that, and at the greatest share of what slower
+servers can. The client is this process. A run that was broken off goes on where it stopped. SmolLM2's depths are the
+paths that it was trained along, those of other shapes are uniform.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import os
 import resource
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,7 +36,7 @@ from bench.peers.results import Results, Row, read
 from bench.peers.weights import SMOLLM2_PATHS
 from bench.peers.workload import MEAN_OUTPUT, STREAM_BATCH, STREAM_PROMPT_LEN, draw_prompts, paper_paths
 from bench.serve.folders import REHEARSAL, served_folder
-from bench.serve.load import Call, arrive, burst, waits
+from bench.serve.load import Call, Spent, arrive, burst, waits
 from bench.serve.page import page
 from bench.serve.process import ServerError, ServerProcess
 from dynskip.assets import find_adapter
@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("overhead", "latency")
 POLICIES, VLLM = ("cohort", "lockstep"), "vLLM"
 LOADS = (25, 50, 80)  # percent of capacity
+CAPACITY_TURNS = 3  # bursts of each server, in turns
 # Of a burst: enough for some seconds.
 REQUESTS = {"opt-1.3b": 256, SMOLLM2_PATHS: 1024}
 # The paper's shares along the paths that a model was trained for; other shapes run its depths scaled to their layers.
@@ -127,24 +128,49 @@ class Measurement:
             what = f"overhead, {depth}, {mode}"
             self.results.add({"peer": "server", "what": what, **rounded, **ratio.row(), "samples": pairs.tolist()})
 
-    def latency(self, name: str) -> None:
-        """What a server can do, and how long its clients wait at shares of that."""
-        rows = ["capacity", *self._rates(name)]
-        if all(self.results.has(peer=name, what=row) for row in rows):
-            return
-        with self._failure(name, rows), self._server(name) as server:
-            server.resume()
-            is_deep = name == VLLM
+    def latency(self, names: Sequence[str]) -> None:
+        """What servers can do, in turns, and how long the clients of each wait at shares of that."""
+        with ExitStack() as stack:
+            servers: dict[str, ServerProcess] = {}
+            for name in names:
+                rows = ["capacity", *self._rates(name)]
+                if not all(self.results.has(peer=name, what=row) for row in rows):
+                    with self._failure(name, rows):
+                        servers[name] = stack.enter_context(self._server(name))
+            unknown = {name: each for name, each in servers.items() if not self.results.has(peer=name, what="capacity")}
+            self._capacities(unknown)
+            for name, server in servers.items():
+                rates = self._rates(name)
+                with self._failure(name, list(rates)):
+                    server.resume()
+                    for what, rate in rates.items():
+                        if not self.results.has(peer=name, what=what):
+                            self._arrive(server, name, what, rate, name == VLLM)
+                    server.pause()
+
+    def _capacities(self, servers: Mapping[str, ServerProcess]) -> None:
+        """Bursts through each server in turns, so that a slow minute of the machine is that of all of them."""
+        taken: dict[str, list[Spent]] = {name: [] for name in servers}
+        asks: list[Ask] = []
+        for turn in range(-1, CAPACITY_TURNS):  # the first, of fewer requests, warms up
+            num_requests = self.args.requests if turn >= 0 else max(1, self.args.requests // 4)
+            for name in [*servers][:: 1 if turn % 2 else -1]:
+                if self.results.has(peer=name, what="capacity"):  # it has failed
+                    continue
+                with self._failure(name, ["capacity", *self._rates(name)]):
+                    servers[name].resume()
+                    asks = self._draw(num_requests, name != VLLM)
+                    taken[name].append(burst(servers[name], [self._call(ask, True, name == VLLM) for ask in asks]))
+                    servers[name].pause()
+        num_tokens = sum(ask["max_tokens"] for ask in asks)  # the same for all
+        for name, spent in taken.items():
             if not self.results.has(peer=name, what="capacity"):
-                for num_requests in (max(1, self.args.requests // 4), self.args.requests):  # the first warms up
-                    asks = self._draw(num_requests, not is_deep)
-                    took = burst(server, [self._call(ask, True, is_deep) for ask in asks])
-                speed = {"requests_per_s": round(len(asks) / took.seconds, 4)}
-                speed["tokens_per_s"] = round(sum(ask["max_tokens"] for ask in asks) / took.seconds, 2)
-                self.results.add({"peer": name, "what": "capacity", **speed, **took.line()})
-            for what, rate in self._rates(name).items():
-                if not self.results.has(peer=name, what=what):
-                    self._arrive(server, name, what, rate, is_deep)
+                counted = sorted(spent[1:], key=lambda each: each.seconds)
+                middle = counted[len(counted) // 2]
+                row = {"requests_per_s": round(len(asks) / middle.seconds, 4)}
+                row["tokens_per_s"] = round(num_tokens / middle.seconds, 2)
+                bursts = [round(num_tokens / each.seconds, 2) for each in spent[1:]]
+                self.results.add({"peer": name, "what": "capacity", **row, **middle.line(), "bursts": bursts})
 
     def _rates(self, name: str) -> dict[str, float]:
         """By row, requests a second: shares of what the server can do, and the greatest share of those that can less.
@@ -267,7 +293,7 @@ def estimate_s(shape: str, args: argparse.Namespace) -> float:
         for name in (*POLICIES, VLLM):
             if args.server.lower() in name.lower():
                 speed = deep if name == VLLM else paper
-                total_s += (_VLLM_LOAD_S if name == VLLM else load_s) + 1.25 * num_tokens / speed
+                total_s += (_VLLM_LOAD_S if name == VLLM else load_s) + (CAPACITY_TURNS + 0.25) * num_tokens / speed
                 total_s += (len(LOADS) + (name != VLLM) + (name == POLICIES[0])) * (args.seconds + 3)
     return total_s
 
@@ -295,12 +321,8 @@ def measure_shape(shape: str, args: argparse.Namespace) -> None:
     try:
         if "overhead" in args.part:
             measurement.overhead()
-        for name in (
-            VLLM,
-            *reversed(POLICIES),
-        ):  # those that can most last: they are asked for what the others can, too
-            if "latency" in args.part and args.server.lower() in name.lower():
-                measurement.latency(name)
+        if "latency" in args.part:
+            measurement.latency([name for name in (*POLICIES, VLLM) if args.server.lower() in name.lower()])
     finally:
         path.with_suffix(".md").write_text(page(*read(path)), encoding="utf-8")
 

@@ -105,6 +105,12 @@ def _depths(conditions: Row) -> str:
     return f"{depths_text(conditions['num_layers'], conditions['depths'])}, {conditions['mix']}"
 
 
+def _bursts(rows: Sequence[Row]) -> str:
+    """How often a server's capacity was measured; rows that do not say it, once."""
+    most = max((len(row.get("bursts", ())) for row in rows), default=0)
+    return f"the middle one of {most} bursts, all servers in turns" if most else "a burst"
+
+
 def _missed(value: float, target: float | None) -> str:
     return ", missed" if target is not None and value < target else ""
 
@@ -138,7 +144,7 @@ def _notes(conditions: Row, rows: Sequence[Row]) -> Iterator[str]:
         by_name = ", or of what the named server has" if any("% of " in row["what"] for row in rows) else ""
         yield (
             "Waits: percentiles 50 / 90 / 99 of requests that arrive at random (Poisson) for "
-            f"{conditions['budget_s']:g} s at that share of what the server has served in a burst (requests/s: "
+            f"{conditions['budget_s']:g} s at that share of what the server has served in {_bursts(rows)} (requests/s: "
             f"{shares}){by_name}, streamed; the first tenth is not counted. vLLM runs full depth, the others the "
             "paper's."
         )

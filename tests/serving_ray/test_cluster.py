@@ -44,6 +44,7 @@ ENVIRONMENT = {
 }
 SERVE = [sys.executable, "-m", "dynskip", "serve", "opt-mini", "--port", "0", "--threads", "1", "--deterministic"]
 SERVE += ["--policy", "lockstep", "--served-model-name", "mini"]
+FOLDER = Path("/tmp") / f"dynskip-ray-{os.getpid()}"  # of the cluster; sockets in it must have short names
 LONG = {"prompt": "The lighthouse keeper", "temperature": 0, "ignore_eos": True, "stream": True}
 
 
@@ -62,20 +63,19 @@ def ray(*arguments: str) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of two nodes of one CPU each."""
-    folder = Path("/tmp") / f"dynskip-ray-{os.getpid()}"  # sockets in it must have short names
     address = f"127.0.0.1:{free_port()}"
     common = ["--num-cpus=1", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE}", "--node-ip-address=127.0.0.1"]
     before = {process.pid for process in psutil.process_iter()}
     try:
         port = address.rpartition(":")[2]
-        ray("start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", *common)
+        ray("start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={FOLDER}", *common)
         ray("start", f"--address={address}", *common)
         yield address
     finally:
         for process in psutil.process_iter():
-            if process.pid not in before and str(folder) in command_of(process):
+            if process.pid not in before and str(FOLDER) in command_of(process):
                 process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 @dataclass
@@ -275,6 +275,22 @@ def test_a_client_that_goes_away_aborts_its_request(server: Running) -> None:
         next(answer.iter_text())
     until(lambda: sum(server.values("dynskip_num_aborted_total").values()) == sum(before.values()) + 1)
     assert sum(server.values("dynskip_num_held").values()) == 0
+
+
+def test_no_log_of_a_cluster_holds_anything_of_a_prompt(server: Running) -> None:
+    word = "Zwetschgendatschi"
+    for body, status in (
+        ({"prompt": word, "max_tokens": 3}, 200),
+        ({"prompt": [word, word], "max_tokens": 3, "path": "uniform:4"}, 200),
+        ({"prompt": word, "max_tokens": 100_000}, 400),
+        ({"prompt": word, "stop": word, "tools": [word]}, 400),
+    ):
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S)
+        assert answer.status_code == status, answer.text
+    files = [path for path in (FOLDER / "session_latest" / "logs").rglob("*") if path.is_file()]
+    written = b"".join(path.read_bytes() for path in files)
+    assert b"Running" in written or b"replica" in written.lower(), "Ray Serve has written logs"
+    assert word.encode() not in written and word not in "".join(server.log)
 
 
 def test_a_replica_killed_in_mid_stream_costs_its_own_streams_only(server: Running, llm: LLM) -> None:
