@@ -134,7 +134,9 @@ class Drafting:
     _begin_s: float = 0.0
     _is_regular: bool = True  # whether the step does nothing but guess and verify
     _is_probe: bool = False  # whether its guesses are made to see whether they would be right
+    _is_idle: bool = False  # whether the question is not asked in it
     _guessed_ms: float = 0.0
+    _caught_up_ms: float = 0.0  # of these, what entries took that drafts lacked
 
     def __post_init__(self) -> None:
         self._learnt = _LEARNT.setdefault(self.runner.model, _Learnt())
@@ -161,11 +163,12 @@ class Drafting:
         Guesses are in `OutputSequence.guesses`. Memory that the step's own rows need is not touched.
         """
         self._choice = None
-        self._is_regular, self._is_probe, self._num_given = True, False, 0
+        self._is_regular, self._is_probe, self._is_idle, self._num_given = True, False, False, 0
         if all(span.sequence.draft is None and not span.sequence.is_replayed for span in spans):
             return list(spans)
         if self._num_idle and len(spans) == self._idle_spans and not any(span.sequence.is_replayed for span in spans):
             self._num_idle -= 1
+            self._is_idle, self._begin_s = True, time.perf_counter()
             return list(spans)
         self._begin_s = time.perf_counter()
         self._num_spans = len(spans)
@@ -197,16 +200,19 @@ class Drafting:
         lengths = self._choose([candidate for _, candidate in candidates], sequences, others)
         if not any(lengths):
             self._begin_s = time.perf_counter()  # most plain steps are not asked for: choosing is a price of guesses
-        guessing = []
+        guessing, made = [], []
         for (index, candidate), length in zip(candidates, lengths, strict=True):
             span = spans[index]
             length, num_slots = self._affordable(span, candidate, length, num_free)
+            made.append(length)
             if length:
                 num_free -= num_slots
                 guessing.append((index, candidate.draft, length))
         self.kv.make_room(self.kv.num_free - num_free)
-        self._guessed_ms = 0.0
+        self._guessed_ms = self._caught_up_ms = 0.0
         if guessing:
+            if made != [*lengths]:  # what is learnt is learnt of the guesses that are made
+                self._choice = self._draft_lengths().of_lengths([each for _, each in candidates], others, made)
             self._idle_steps = self._idle_spans = 0
             begin_s = time.perf_counter()
             self._guess([(spans[index], draft, length) for index, draft, length in guessing])
@@ -254,15 +260,17 @@ class Drafting:
             cache_ids, num_tokens, num_dropped = zip(*self._dropped, strict=True)
             self.kv.cache.truncate(cache_ids, num_tokens, num_dropped)
             self._dropped = []
+        if self._is_idle:
+            self._learnt.spent_ms += 1e3 * (time.perf_counter() - self._begin_s)
         if self._choice is None or self._lengths is None:
             return
         measured_ms = 1e3 * (time.perf_counter() - self._begin_s)
-        # The steps to come that are not asked for count as this one.
-        self._learnt.spent_ms += measured_ms * (1 + self._num_idle)
+        self._learnt.spent_ms += measured_ms
         if not self._is_regular:
             self._learnt.probed_ms += self._guessed_ms * self._is_probe
             return
-        self._lengths.observe(self._choice, self._num_seqs, self._guessed_ms, measured_ms - self._guessed_ms)
+        guessed_ms = self._guessed_ms - self._caught_up_ms
+        self._lengths.observe(self._choice, self._num_seqs, guessed_ms, measured_ms - self._guessed_ms)
         if self._is_probe:
             lost_ms = self._lengths.lost_ms(self._choice, self._num_seqs, self._num_given, measured_ms)
             self._learnt.probed_ms = max(0.0, self._learnt.probed_ms + lost_ms)
@@ -305,6 +313,7 @@ class Drafting:
     def _draft_lengths(self) -> DraftLengths:
         if self._lengths is None:
             self._lengths = self._learnt.of_costs(self.costs(), self._most_rows, self.runner.executor.resumes)
+            self._lengths.interrupt()  # guesses of another engine are no neighbours of its steps
         return self._lengths
 
     def _choose(
@@ -408,7 +417,9 @@ class Drafting:
         rows = [_Guessing(span, draft, length, self.kv, resumes) for span, draft, length in guessing]
         for row in rows:
             self._catch_up(row)
-        rows = [row for row in rows if row.num_missing <= _FEW_ROWS]
+        begun = [row for row in rows if row.num_missing <= _FEW_ROWS]
+        self._is_regular &= len(begun) == len(rows)  # of the others a prompt is too long for one step
+        rows = begun
         own_paths = [row for row in rows if row.place is None]
         if rows:
             turns = Turns(
@@ -440,6 +451,7 @@ class Drafting:
         if row.place is None or row.num_missing <= _FEW_ROWS:
             return
         sequence, place = row.sequence, row.place
+        begin_s = time.perf_counter()
         if not place.num_tokens:
             self._copy_from_sibling(sequence, place.cache_id)
         count = min(row.num_missing - 1, self.max_prompt_tokens)
@@ -447,7 +459,7 @@ class Drafting:
             tokens = sequence.tokens(place.num_tokens, count)
             self.runner.prefill_draft(tokens, (place.num_tokens, place.cache_id), row.draft.path, self.kv.cache)
             place.num_tokens += count
-        self._is_regular = False
+        self._caught_up_ms += 1e3 * (time.perf_counter() - begin_s)
 
     def _copy_from_sibling(self, sequence: OutputSequence, cache_id: int) -> None:
         """Begin with the entries that another output of the same prompt has already."""

@@ -313,8 +313,9 @@ class KVCache:
             is_before = torch.arange(len(kept), device=device)[:, None] < torch.tensor(first_layers, device=device)
             kept = torch.where(is_before, context_lens, kept)
         # One column an entry: whose it is, and which of those behind the kept ones.
-        owners = torch.tensor([index for index, count in enumerate(num_more) for _ in range(count)], device=device)
-        places = kept[:, owners] + torch.tensor([place for count in num_more for place in range(count)], device=device)
+        owned = [(index, place) for index, count in enumerate(num_more) for place in range(count)]
+        owners, behind = torch.tensor(owned, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+        places = kept[:, owners] + behind
         layers = torch.arange(len(places), device=device)[:, None]
         inside = places.clamp(max=self.slot_tables.shape[2] - 1)
         slots = self.slot_tables[layers, ids[owners], inside]

@@ -41,6 +41,8 @@ _STREAM_S = 20.0
 _BELIEVED = 0.9
 # Tokens of a request whose guesses are timed: those of wrong guesses are one a step.
 _DRAFTED_TOKENS = 56
+# Verifications of a sequence that are but looks at a draft which does not seem to pay.
+_FEW_LOOKS = 4
 
 
 def check_context(num_positions: int, prompt_len: int, context_len: int, num_rounds: int) -> None:
@@ -164,8 +166,8 @@ def add_draft_costs(
     """``costs`` with what guesses and their verifications take longer than they predict, over steps without any.
 
     Closed batches of each of ``batches`` sequences along all layers, guessed by a quarter of them with entries of their
-    own; 1.0 for a batch in which guesses cost more than they could gain. What was learnt of the model's drafts
-    before is forgotten.
+    own; of a batch in which guesses cost more than they could gain what the one before takes, at least 1.0. What was
+    learnt of the model's drafts before is forgotten.
     """
     draft = LayerPath.uniform(model.num_layers, -(-model.num_layers // 4))
     num_new = min(_DRAFTED_TOKENS, model.decoder_config.max_positions - prompt_len)
@@ -184,9 +186,13 @@ def add_draft_costs(
         lengths = engine.execution.drafting.lengths
         engine.close()
         found = None if lengths is None else lengths.learnt_ratios(batch)
-        # A batch in which guesses cost more than they could gain has shown nothing: they take what is predicted there,
-        # not what they take in the nearest batch that has shown something.
-        ratios[batch] = (1.0, 1.0) if found is None else (found.guess, found.verify)
+        if found is not None:
+            ratios[batch] = (found.guess, found.verify)
+        elif engine.tally.num_verifications <= _FEW_LOOKS * batch:
+            # Guesses that cost more than they could gain show nothing: they are no cheaper than predicted, or than
+            # beside fewer rows.
+            guess, verify = ratios[max(ratios)] if ratios else (1.0, 1.0)
+            ratios[batch] = (max(guess, 1.0), max(verify, 1.0))
         if on_call is not None:
             on_call(f"drafts {batch}")
     forget_drafts(model)

@@ -124,6 +124,10 @@ class _Learnt:
             guess, verify = map(median, zip(*self._pairs, strict=True))
             self.ratios = Ratios(_rounded(guess), _rounded(verify))
 
+    def forget_recent(self) -> None:
+        """Compare the last guesses with nothing."""
+        self._recent.clear()
+
     def _beside(self, plain: float) -> Ratios:
         """What the last guesses took, over a plain step."""
         guess, verify = map(median, zip(*self._recent, strict=True))
@@ -149,6 +153,7 @@ class DraftLengths:
     most_rows: int
     resumes: bool = False
     _learnt: dict[int, _Learnt] = field(default_factory=dict)  # by the bits of the number of sequences
+    _last: _Learnt | None = None  # of the last step
     _known: dict[object, Choice] = field(default_factory=dict)
     _model_costs: StepCosts = field(init=False)
 
@@ -188,11 +193,19 @@ class DraftLengths:
     def observe(self, choice: Choice, num_seqs: int, guessed_ms: float, stepped_ms: float) -> None:
         """Learn from a step of ``num_seqs`` sequences: guesses took ``guessed_ms``, all else ``stepped_ms``."""
         learnt = self._of(num_seqs)
+        if self._last is not learnt:
+            self.interrupt()
+            self._last = learnt
         if any(choice.lengths):
             if min(choice.guess_ms, choice.verify_ms, guessed_ms, stepped_ms) > 0:
                 learnt.add_guesses(guessed_ms / choice.guess_ms, stepped_ms / choice.verify_ms)
         elif min(choice.verify_ms, stepped_ms) > 0:
             learnt.add_plain(stepped_ms / choice.verify_ms)
+
+    def interrupt(self) -> None:
+        """Compare no plain step to come with the guesses that were made so far: it does not stand beside them."""
+        if self._last is not None:
+            self._last.forget_recent()
 
     def ratios(self, num_seqs: int) -> Ratios:
         """Those of steps of about ``num_seqs`` sequences; of the nearest number with any, where they have none yet."""

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from drafts import DRAFTS, FULL, with_draft
-from models import NUM_LAYERS, random_prompts, tiny_model
+from models import NUM_LAYERS, random_prompts, tiny_hf, tiny_model
 from streams import (
     Ask,
     costs,
@@ -21,7 +22,7 @@ from streams import (
     serve,
 )
 
-from dynskip import LayerPath
+from dynskip import CausalLM, LayerPath
 from dynskip.engine import drafting
 from dynskip.engine.drafting import Drafting
 from dynskip.engine.model_runner import ModelRunner
@@ -44,17 +45,10 @@ def test_a_draft_that_is_never_right_is_tried_rarely(monkeypatch: pytest.MonkeyP
     assert 0 < output.num_drafted <= 24
 
 
-@pytest.mark.parametrize("prompt_len", [5, 20])
-@pytest.mark.parametrize("entries", ENTRIES)
-def test_looks_lose_a_hundredth_of_the_time(
-    entries: DraftEntries, prompt_len: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps and guesses take what they cost, by a clock of their own; what a look loses is what a plain step would not
-    have taken for the same tokens. Long prompts, whose entries it would have to make, are looked at, too."""
-    now_ms, lost_ms, own = [0.0], [0.0], costs()
-    plain_ms = own.decode_ms([(FULL, 1)])
+def tick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Lets steps and guesses take what they cost, by a clock of their own; its milliseconds."""
+    now_ms, own = [0.0], costs()
     decode, guess, prefill = ModelRunner.decode, ModelRunner.guess, ModelRunner.prefill_draft
-    end_step = Drafting.end_step
 
     def decoding(self: ModelRunner, spans: Sequence[Span], *args: Any) -> Any:
         now_ms[0] += own.decode_ms([(FULL, sum(span.num_tokens for span in spans))])
@@ -69,21 +63,60 @@ def test_looks_lose_a_hundredth_of_the_time(
         now_ms[0] += own.prefill_ms([(path, len(tokens))], 0)
         prefill(self, tokens, place, path, *args)
 
+    for name, patched in (("decode", decoding), ("guess", guessing), ("prefill_draft", prefilling)):
+        monkeypatch.setattr(ModelRunner, name, patched)
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: now_ms[0] / 1e3))
+    return now_ms
+
+
+@pytest.mark.parametrize("prompt_len", [5, 20])
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_looks_lose_a_hundredth_of_the_time(
+    entries: DraftEntries, prompt_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a look loses is what a plain step would not have taken for the same tokens. Long prompts, whose entries it
+    would have to make, are looked at, too."""
+    now_ms, lost_ms = tick(monkeypatch), [0.0]
+    plain_ms = costs().decode_ms([(FULL, 1)])
+    end_step = Drafting.end_step
+
     def ending(self: Drafting) -> None:
         if self._is_probe and self._guessed_ms:
             lost_ms.append(now_ms[0] - 1e3 * self._begin_s - self._num_given * plain_ms)
         end_step(self)
         assert sum(lost_ms) < 0.01 * now_ms[0] + plain_ms, "but for the last look, which may lose more than expected"
 
-    for name, patched in (("decode", decoding), ("guess", guessing), ("prefill_draft", prefilling)):
-        monkeypatch.setattr(ModelRunner, name, patched)
     monkeypatch.setattr(Drafting, "end_step", ending)
-    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: now_ms[0] / 1e3))
     wrong = Draft(LayerPath.of(NUM_LAYERS, [5]), entries)
     served = engine(model=tiny_model(deterministic=True), batch=1)
     prompts = random_prompts([prompt_len] * 12)
     serve(served, [with_draft(Ask(prompt, greedy(61 - prompt_len), FULL), wrong) for prompt in prompts])
     assert len(lost_ms) > (4 if entries == "path" else 10) and sum(lost_ms) > 0
+
+
+@pytest.mark.parametrize("prompt_len", [5, 20])
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_a_draft_that_was_thought_dear_comes_back(
+    entries: DraftEntries, prompt_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks see that its guesses take what they cost, those that have to make their entries, too."""
+    tick(monkeypatch)
+    hf_model = tiny_hf()
+    with torch.no_grad():  # layers behind the first do nothing, so that it is always right
+        for layer in hf_model.model.decoder.layers[1:]:
+            for linear in (layer.fc2, layer.self_attn.out_proj):
+                linear.weight.zero_()
+                linear.bias.zero_()
+    own = CausalLM.from_hf(hf_model, backend="torch", deterministic=True)
+    right = Draft(LayerPath.of(NUM_LAYERS, [0]), entries)
+    dear = replace(costs(), draft_ratios={1: (5.0, 1.0)})
+    served = engine(model=own, batch=1, costs=dear)
+    asks = [Ask(prompt, greedy(61 - prompt_len), FULL) for prompt in random_prompts([prompt_len] * 24)]
+    outputs = serve(served, [with_draft(ask, right) for ask in asks])
+    drafted = [output.num_drafted for output in outputs]
+    assert drafted[0] < 8 and min(drafted[-4:]) > 16, drafted
+    lengths = served.execution.drafting.lengths
+    assert lengths is not None and lengths.ratios(1).guess < 2
 
 
 @pytest.mark.parametrize("is_worth", [False, True])
