@@ -11,8 +11,8 @@ import torch
 from families import FAMILIES, family_hf
 from models import NUM_LAYERS, tiny_hf, tiny_model
 
-from dynskip import LLM, CausalLM, LayerPath
-from dynskip.assets import ADAPTED, FOUND_PATHS_FOLDER, PACKAGED
+from dynskip import LLM, CausalLM, LayerPath, SamplingParams
+from dynskip.assets import ADAPTED, FOUND_PATHS_FOLDER, OPT_MINI, PACKAGED
 from dynskip.engine.drafting import find_draft
 from dynskip.found import FOUND_PATHS, FoundDraft, FoundPaths
 from dynskip.models.found import place_to_keep
@@ -132,11 +132,21 @@ def test_what_searches_have_found_is_put_together() -> None:
 
 def test_what_is_shipped_is_of_a_model_that_the_package_knows() -> None:
     shipped = {path.stem: FoundPaths.read(path) for path in FOUND_PATHS_FOLDER.glob("*.json")}
-    assert set(shipped) <= set(PACKAGED)
+    assert set(shipped) <= {*PACKAGED, OPT_MINI}
     beside = {path.parent.name for path in FOUND_PATHS_FOLDER.parent.glob(f"*/{FOUND_PATHS}")}
     assert beside <= set(ADAPTED), "paths of an adapted model lie with its adapter"
     assert "smollm2-135m-instruct" in shipped
     assert {27, 25, 20, 15} <= set(shipped["smollm2-135m-instruct"].layers)
+
+
+def test_the_model_that_is_shipped_has_a_draft() -> None:
+    llm = LLM()
+    draft = find_draft(llm.model, LayerPath.full(24))
+    assert draft is not None and draft.entries == "own" and 0.5 < draft.agreement < 1
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    prompt = llm.chat_prompt("Name three kinds of cheese.")
+    [output], [plain] = (llm.generate([prompt], params, draft=each) for each in ("auto", None))
+    assert output.token_ids == plain.token_ids and output.draft == draft
 
 
 def test_a_damaged_file_is_an_error() -> None:

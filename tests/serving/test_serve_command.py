@@ -207,7 +207,6 @@ def test_a_request_on_a_kept_connection_survives_a_server_that_stands_still() ->
     ("options", "message"),
     [
         (["--path", "sideways"], "path must be full"),
-        (["--draft", "auto"], "must have paths that a search has found"),
         (["--paths", "/nowhere/at/all"], "No such file"),
         (["--max-model-len", "1000000"], "max_context_len must lie in"),
         (["--kv-bytes", "1"], "kv_bytes must hold an entry"),
