@@ -140,13 +140,13 @@ class Measurement:
             unknown = {name: each for name, each in servers.items() if not self.results.has(peer=name, what="capacity")}
             self._capacities(unknown)
             for name, server in servers.items():
+                if not self.results.has(peer=name, what="capacity"):  # it has failed
+                    continue
                 rates = self._rates(name)
-                with self._failure(name, list(rates)):
-                    server.resume()
+                with self._failure(name, list(rates)), _resumed(server):
                     for what, rate in rates.items():
                         if not self.results.has(peer=name, what=what):
                             self._arrive(server, name, what, rate, name == VLLM)
-                    server.pause()
 
     def _capacities(self, servers: Mapping[str, ServerProcess]) -> None:
         """Bursts through each server in turns, so that a slow minute of the machine is that of all of them."""
@@ -155,16 +155,14 @@ class Measurement:
         for turn in range(-1, CAPACITY_TURNS):  # the first, of fewer requests, warms up
             num_requests = self.args.requests if turn >= 0 else max(1, self.args.requests // 4)
             for name in [*servers][:: 1 if turn % 2 else -1]:
-                if self.results.has(peer=name, what="capacity"):  # it has failed
+                if len(taken[name]) <= turn:  # it has failed
                     continue
-                with self._failure(name, ["capacity", *self._rates(name)]):
-                    servers[name].resume()
+                with self._failure(name, ["capacity", *self._rates(name)]), _resumed(servers[name]):
                     asks = self._draw(num_requests, name != VLLM)
                     taken[name].append(burst(servers[name], [self._call(ask, True, name == VLLM) for ask in asks]))
-                    servers[name].pause()
         num_tokens = sum(ask["max_tokens"] for ask in asks)  # the same for all
         for name, spent in taken.items():
-            if not self.results.has(peer=name, what="capacity"):
+            if len(spent) == 1 + CAPACITY_TURNS:
                 counted = sorted(spent[1:], key=lambda each: each.seconds)
                 middle = counted[len(counted) // 2]
                 row = {"requests_per_s": round(len(asks) / middle.seconds, 4)}
@@ -264,6 +262,18 @@ class Measurement:
             for what in rows:
                 if not self.results.has(peer=name, what=what):
                     self.results.add({"peer": name, "what": what, "error": str(error)})
+
+
+@contextmanager
+def _resumed(server: ServerProcess) -> Iterator[None]:
+    """The server runs within the block, and not behind it; one that has failed is ended."""
+    server.resume()
+    try:
+        yield
+    except BaseException:
+        server.kill()
+        raise
+    server.pause()
 
 
 def version_of(server: ServerProcess) -> str:

@@ -460,6 +460,8 @@ class Drafting:
             self.runner.prefill_draft(tokens, (place.num_tokens, place.cache_id), row.draft.path, self.kv.cache)
             place.num_tokens += count
         self._caught_up_ms += 1e3 * (time.perf_counter() - begin_s)
+        # Elsewhere these were only launched by now: their time would be that of the guesses.
+        self._is_regular &= self.runner.model.device.type == "cpu"
 
     def _copy_from_sibling(self, sequence: OutputSequence, cache_id: int) -> None:
         """Begin with the entries that another output of the same prompt has already."""
