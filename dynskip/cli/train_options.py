@@ -94,6 +94,10 @@ _PATHS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "paths_per_step": ("paths_per_step", _value(int, "N", "paths of the menu that a step trains (default: all)")),
     "own_turns": ("num_own_turns", _value(int, "N", "conversations that begin with a turn of the model's own (4096)")),
     "data_turns": ("num_data_turns", _value(int, "N", "conversations that begin with a prompt of --data (1024)")),
+    "answers": (
+        "answers",
+        {"choices": ["own", "data"], "help": "who answers: the model, or the data, of Alpaca its training part (own)"},
+    ),
     "answer_temperature": ("answer_temperature", _value(float, "T", "that answers are sampled at (0.7)")),
 }
 _CONTROLLER: dict[str, dict[str, Any]] = {
@@ -214,7 +218,7 @@ def fine_tune_config(args: argparse.Namespace) -> FineTuneConfig:
 def paths_config(args: argparse.Namespace) -> PathsConfig:
     """The config of a training for paths: the defaults with what ``args`` change.
 
-    Without data there are no turns of theirs.
+    Without data there are no turns of theirs, and where the data answer none of the model's own.
     """
     from dynskip.training.paths.config import PathsConfig
 
@@ -223,6 +227,8 @@ def paths_config(args: argparse.Namespace) -> PathsConfig:
         raise ValueError("train: --model must name a checkpoint with the preset paths, got none.")
     if not args.data and changes.setdefault("num_data_turns", 0):
         raise ValueError(f"train: --data must be given for --data-turns {changes['num_data_turns']}, got none.")
+    if changes.get("answers") == "data":
+        changes.setdefault("num_own_turns", 0)
     changes |= _step_counts(args.steps, {"paths": "num_steps"})
     return PathsConfig(**changes)
 

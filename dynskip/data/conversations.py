@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynskip.data.corpus import Instruction, read_completions, read_instructions
+from dynskip.data.corpus import Instruction, read_completions, read_instructions, split_instructions
 from dynskip.data.examples import Example
 from dynskip.data.templates import alpaca_prompt
 from dynskip.prompts import chat_ids, text_ids
@@ -24,6 +24,12 @@ MAX_PROMPT_TOKENS = 256
 def read_rows(path: Path) -> list[Instruction]:
     """The rows of a data file: ``*.json[.xz]`` is read as Alpaca, ``*.jsonl[.xz]`` as T0."""
     return read_completions(path) if ".jsonl" in path.suffixes else read_instructions(path)
+
+
+def read_training_rows(path: Path) -> list[Instruction]:
+    """Those that nothing is judged on: of Alpaca the training part of `split_instructions`, of T0 all."""
+    rows = read_rows(path)
+    return rows if ".jsonl" in path.suffixes else split_instructions(rows)[0]
 
 
 def draw_conversations(

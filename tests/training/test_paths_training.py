@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dynskip import LLM, LayerPath
 from dynskip.cli import main
 from dynskip.data import own_texts
-from dynskip.data.corpus import Instruction
+from dynskip.data.corpus import Instruction, read_instructions, split_instructions
+from dynskip.data.examples import Example
 from dynskip.data.own_texts import Writing, user_turn_opening, write_texts
 from dynskip.models.hf_model import hf_layers, only_layers
 from dynskip.training.paths import model as paths_model
@@ -378,6 +379,8 @@ def test_a_folder_of_another_run_is_refused_and_checkpoints_hold_what_is_trained
         ({"rank": 0}, r"PathsConfig: rank must be positive, got 0"),
         ({"learning_rate": float("nan")}, r"PathsConfig: learning_rate must be positive, got nan"),
         ({"num_data_turns": 4}, r"PathsConfig: own and data turns must be more than the 4 held back"),
+        ({"answers": "mine"}, r"PathsConfig: answers must be one of own, data, got 'mine'"),
+        ({"answers": "data", "num_own_turns": 8}, r"PathsConfig: own turns must be 0 with answers of the data"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -388,6 +391,35 @@ def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], message: str
 def test_paths_of_as_many_layers_are_refused(llama: Path, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one path of each number of layers, got full, uniform:2, exit:2"):
         trained(small(llama, menu=("full", "uniform:2", "exit:2")), prompts, tmp_path)
+
+
+@IGNORE_LIBRARIES
+def test_answers_of_the_data_are_trained_on_and_nothing_that_is_judged(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"instruction": text[:40], "input": "", "output": f"word {n}"} for n, text in enumerate(made_up_passages(60))
+    ]
+    data = tmp_path / "alpaca.json"
+    data.write_text(json.dumps(rows))
+    held: list[Example] = []
+    of_run = PathsRun._make_trainer
+
+    def kept(run: PathsRun, menu: Any, examples: list[Example]) -> Any:
+        held.extend(examples)
+        return of_run(run, menu, examples)
+
+    monkeypatch.setattr(PathsRun, "_make_trainer", kept)
+    config = small(llama, answers="data", loss="response", num_data_turns=36, num_steps=2)
+    folder = trained(config, data, tmp_path / "run")
+    assert (folder / "adapter_config.json").is_file() and not (tmp_path / "run/texts.jsonl").exists()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    ends = {tokenizer.decode(one.response_ids[:-1]).strip() for one in held}
+    training, *judged = split_instructions(read_instructions(data))
+    assert len(held) == len(ends) == 36 and ends <= {row.output for row in training}
+    assert not ends & {row.output for part in judged for row in part}
+    with pytest.raises(ValueError, match=r"data must hold 43 rows to train on .* got 42. Ask for fewer"):
+        trained(small(llama, answers="data", num_data_turns=43), data, tmp_path / "more")
 
 
 @IGNORE_LIBRARIES

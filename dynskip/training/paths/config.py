@@ -10,7 +10,12 @@ from dynskip.training.stage import check_same_config
 
 # What may differ between two starts of one run: how fast it is, how often it is saved, and how far it is still to go.
 _FREE = frozenset({"micro_batch_size", "save_every_s", "num_steps"})
-_CHOICES = {"method": ("lora", "full"), "loss": ("distill", "response"), "precision": ("bfloat16", "float32")}
+_CHOICES = {
+    "method": ("lora", "full"),
+    "loss": ("distill", "response"),
+    "answers": ("own", "data"),
+    "precision": ("bfloat16", "float32"),
+}
 _MAY_BE_ZERO = ("answer_temperature", "warmup_steps", "seed", "save_every_s", "num_own_turns", "num_data_turns")
 
 
@@ -30,6 +35,7 @@ class PathsConfig:
     num_own_turns, num_data_turns: conversations that begin with a turn the model has written itself, and with a
         prompt of the data; their answers are the model's own, of full depth, sampled at ``answer_temperature``. See
         `Writing`.
+    answers: "data" takes those of the data instead: ``num_data_turns`` rows, of Alpaca its training part.
     batch_size, micro_batch_size: conversations of a step, and those that a process computes at once.
     max_tokens: of a conversation, which is cut there. num_validation_texts: conversations that are held back.
     eval_every: steps between two evaluations. precision: of the frozen weights and of the products.
@@ -50,6 +56,7 @@ class PathsConfig:
     max_tokens: int = 384
     num_own_turns: int = 4096
     num_data_turns: int = 1024
+    answers: str = "own"
     answer_temperature: float = 0.7
     num_validation_texts: int = 32
     eval_every: int = 200
@@ -66,6 +73,10 @@ class PathsConfig:
         if self.adapter is not None and self.method != "lora":
             raise ValueError(
                 f"PathsConfig: adapter must be left out with the method {self.method}, got {self.adapter}."
+            )
+        if self.answers == "data" and self.num_own_turns:
+            raise ValueError(
+                f"PathsConfig: own turns must be 0 with answers of the data, which know none, got {self.num_own_turns}."
             )
         if len(set(self.menu)) < len(self.menu):
             raise ValueError(f"PathsConfig: menu must name each path once, got {', '.join(self.menu)}.")

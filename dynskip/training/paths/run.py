@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dynskip.causal_lm import CausalLM
-from dynskip.data.conversations import read_rows
-from dynskip.data.examples import Example
+from dynskip.data.conversations import read_rows, read_training_rows
+from dynskip.data.examples import Example, encode_examples
 from dynskip.data.own_texts import Writing, write_texts
+from dynskip.data.templates import CHAT
 from dynskip.files import whole_folder
 from dynskip.found import FOUND_PATHS, FoundPaths
 from dynskip.llm import LLM
@@ -32,8 +34,9 @@ TEXTS = "texts.jsonl"
 
 @dataclass(eq=False)
 class PathsRun:
-    """One training of ``config`` in ``directory``: ``texts.jsonl``, ``training/`` with checkpoints and curves, and
-    ``adapter/``, or ``model/`` where all weights are trained, with the paths of the menu as ``found:B``.
+    """One training of ``config`` in ``directory``: ``texts.jsonl`` where the model answers, ``training/`` with
+    checkpoints and curves, and ``adapter/``, or ``model/`` where all weights are trained, with the paths of the menu as
+    ``found:B``.
 
     data: files of prompts, as `read_rows` knows them.
     """
@@ -73,6 +76,9 @@ class PathsRun:
             layers=layers,
         )
         torch.manual_seed(self.config.seed)
+        if self.config.answers == "data":
+            assert llm.tokenizer is not None, "who writes has words"
+            return menu, self._answered_rows(llm.tokenizer)
         prompts = [row.user_turn for path in self.data for row in read_rows(path)]
         writing = Writing(
             self.config.num_own_turns,
@@ -81,6 +87,24 @@ class PathsRun:
             seed=self.config.seed,
         )
         return menu, write_texts(llm, prompts, writing, self.directory / TEXTS, self.progress)
+
+    def _answered_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Rows of the data with their own answers, drawn by the seed, as prompts stand in the chat template."""
+        config = self.config
+        rows = [row for path in self.data for row in read_training_rows(path)]
+        random.Random(config.seed).shuffle(rows)
+        template = "alpaca" if tokenizer.chat_template is None else CHAT
+        examples: list[Example] = []
+        for start in range(0, len(rows), config.num_data_turns):
+            if len(examples) < config.num_data_turns:
+                some = rows[start : start + config.num_data_turns]
+                examples += encode_examples(tokenizer, some, config.max_tokens, template)
+        if len(examples) < config.num_data_turns:
+            raise ValueError(
+                f"train: data must hold {config.num_data_turns} rows to train on that have an answer and fit "
+                f"{config.max_tokens} tokens, got {len(examples)}. Ask for fewer, or give more data."
+            )
+        return examples[: config.num_data_turns]
 
     def _make_trainer(self, menu: Sequence[LayerPath], examples: Sequence[Example]) -> PathsTrainer:
         config = self.config
