@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -182,6 +182,10 @@ class SamplingParams:
     def num_new_tokens(self, room: int) -> int:
         """New tokens at most where ``room`` tokens fit behind the prompt: max_tokens, even if it is more."""
         return max(room, 1) if self.max_tokens is None else self.max_tokens
+
+    def stop_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """The tokens that end an output of a model with these end-of-sequence tokens."""
+        return frozenset((*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)))
 
     @property
     def greedy(self) -> bool:

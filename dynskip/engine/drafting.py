@@ -262,7 +262,11 @@ class Drafting:
             self._dropped = []
         if self._is_idle:
             self._learnt.spent_ms += 1e3 * (time.perf_counter() - self._begin_s)
-        if self._choice is None or self._lengths is None:
+        if self._lengths is None:
+            return
+        if self._choice is None or not self._is_regular:
+            self._lengths.interrupt()  # a plain step behind this one does not stand beside guesses before it
+        if self._choice is None:
             return
         measured_ms = 1e3 * (time.perf_counter() - self._begin_s)
         self._learnt.spent_ms += measured_ms

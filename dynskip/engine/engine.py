@@ -226,7 +226,7 @@ class Engine:
         # A checkpoint may name an end that its vocabulary has not.
         known_ends = {token for token in self.model.eos_token_ids if 0 <= token < self.model.decoder_config.vocab_size}
         end_ids = known_ends.union(params.stop_token_ids)
-        stop_ids = frozenset(params.stop_token_ids if params.ignore_eos else end_ids)
+        stop_ids = params.stop_ids(known_ends)
         request = Request(request_id, sequences, stop_ids, frozenset(end_ids), on_token, self._now(), draft)
         if self.tally.first_s is None:
             self.tally.first_s = request.arrival_s - self._start_s

@@ -35,8 +35,8 @@ class TextRule(NamedTuple):
         if not isinstance(stop, SamplingParams):
             return TextRule(tuple(stop))
         includes = stop.include_stop_str_in_output
-        ends = () if includes else (*stop.stop_token_ids, *(() if stop.ignore_eos else eos_token_ids))
-        return TextRule(tuple(stop.stop), stop.min_tokens, includes, stop.skip_special_tokens, frozenset(ends))
+        ends = frozenset() if includes else stop.stop_ids(eos_token_ids)
+        return TextRule(tuple(stop.stop), stop.min_tokens, includes, stop.skip_special_tokens, ends)
 
     def decode(self, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
         """The text of ``token_ids``, wherever it ends."""

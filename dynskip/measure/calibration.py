@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import median
@@ -14,7 +15,7 @@ from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import Curve, LayerCosts
 from dynskip.costs.step_costs import StepCosts
 from dynskip.costs.store import cost_keys, load_cached
-from dynskip.engine.drafting import forget_drafts
+from dynskip.engine.drafting import DraftWarning, forget_drafts
 from dynskip.engine.engine import Engine
 from dynskip.measure.products import row_counts_up_to
 from dynskip.measure.runners import DynskipRunner
@@ -181,8 +182,10 @@ def add_draft_costs(
         engine.execution.drafting.acceptance = _Believed()
         for prompt in torch.randint(0, model.decoder_config.vocab_size, (batch, prompt_len), generator=generator):
             engine.add_request(prompt.tolist(), params, draft=draft)
-        while engine.has_unfinished:
-            engine.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DraftWarning)  # a draft that fails is none that does not pay
+            while engine.has_unfinished:
+                engine.step()
         lengths = engine.execution.drafting.lengths
         engine.close()
         found = None if lengths is None else lengths.learnt_ratios(batch)

@@ -24,10 +24,11 @@ from streams import (
 
 from dynskip import CausalLM, LayerPath
 from dynskip.engine import drafting
-from dynskip.engine.drafting import Drafting
+from dynskip.engine.drafting import Drafting, DraftWarning
 from dynskip.engine.model_runner import ModelRunner
 from dynskip.engine.request import Span
 from dynskip.execution.turns import Turns
+from dynskip.measure.calibration import add_draft_costs
 from dynskip.speculation.draft import ENTRIES, Draft, DraftEntries
 from dynskip.speculation.lengths import Candidate, DraftLengths
 
@@ -172,3 +173,33 @@ def test_the_question_is_asked_rarely_where_no_guess_pays(
     outputs = serve(served, [with_draft(ask, DRAFTS[3]) for ask in asks])
     assert all(same(output, ask.alone()) for output, ask in zip(outputs, asks, strict=True))
     assert asked == expected
+
+
+def test_guesses_stand_beside_no_plain_step_behind_steps_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    guess_three(monkeypatch)
+    served = engine(model=tiny_model(deterministic=True), batch=1)
+    ask = Ask(*random_prompts([5]), greedy(20), FULL)
+    request_id = with_draft(ask, DRAFTS[3]).add(served)
+    for _ in range(4):
+        served.step()
+    lengths = served.execution.drafting.lengths
+    assert lengths is not None
+    lengths._of(1).add_guesses(1.0, 1.0)
+    recent = lengths._of(1)._recent
+    served.step()
+    assert recent, "the last steps had guesses"
+    served.abort(request_id)
+    ask.add(served)
+    for _ in range(3):
+        served.step()
+    assert not recent, "a plain step to come does not follow them"
+
+
+def test_a_draft_that_fails_is_none_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no guess")
+
+    guess_three(monkeypatch)
+    monkeypatch.setattr(ModelRunner, "guess", failing)
+    with pytest.raises(DraftWarning, match=r"A draft failed.*no guess"):
+        add_draft_costs(tiny_model(), costs(), [1])
