@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynskip.benchmark.report import REST
 from dynskip.engine import step as engine_step
 from dynskip.engine.choosing import choose
 from dynskip.engine.model_runner import ModelRunner
@@ -23,9 +24,8 @@ from dynskip.models.linear import Linear
 from dynskip.ops.backends import Backend
 from dynskip.scheduler.scheduler import Scheduler
 
-# Of a step in one call, what is neither product nor attention: planning, norms, rotation, sums, the most likely tokens.
-REST = "rest of the call"
-# The parts that only choosing and compacting rows costs, and choosing tokens; of a step in one call more than these.
+# The parts that only choosing and compacting rows costs, and choosing tokens; of a step in one call more than these:
+# what is neither product nor attention there is planning, norms, rotation, sums, the most likely tokens.
 OVERHEAD = ("planning", "gather", "scatter", "sampling", REST)
 
 # What is timed, with the class or module whose attribute it is. A hook in the step itself would cost every step.

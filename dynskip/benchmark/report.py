@@ -11,6 +11,10 @@ from typing import Any
 
 SECTIONS = ("decode", "prefill", "paths", "mix", "overhead", "ctranslate2")
 
+# The parts of a native call, in the order in which it counts them, and all that is not in one.
+REST = "rest of the call"
+INSIDE, OUTSIDE = ("products", "attention", REST), "outside of the call"
+
 _WIDTH = 120
 
 
@@ -22,6 +26,9 @@ class Row:
     value: the ratio. target: what it should be, None where the row is for information.
     at_least: True where the value must not be below the target, False where it must not be above.
     ours_ms, other_ms: the medians that it comes from. num_samples: how often each was timed.
+    low, high: the value's 95 % interval over rounds; None where it has none.
+    lost_ms: of a value that falls short of what it is held against the milliseconds of ours that it may not take, by
+        part, negative where a part takes less than it may; None where parts were not measured.
     failure: why nothing was measured; the numbers are NaN then.
     wrong: what was wrong with the results of what was timed; the numbers stand, and meet no target.
     """
@@ -37,6 +44,9 @@ class Row:
     num_samples: int
     failure: str = ""
     wrong: str = ""
+    low: float | None = None
+    high: float | None = None
+    lost_ms: dict[str, float] | None = None
 
     @staticmethod
     def failed(section: str, batch: int, what: str, target: float | None, at_least: bool, failure: str) -> Row:
@@ -68,6 +78,13 @@ class Row:
         return f"{value:.2f} us" if self.is_time else f"{value:.1%}" if self.is_share else f"{value:.2f}x"
 
     @property
+    def interval(self) -> str:
+        """The interval of the value, or nothing."""
+        if self.low is None or self.high is None:
+            return ""
+        return f"{self.show(self.low)} to {self.show(self.high)}"
+
+    @property
     def cell(self) -> str:
         """The value, and what is wrong with it."""
         return f"{self.show(self.value)}{' (wrong)' if self.wrong else ' (missed)' if self.passed is False else ''}"
@@ -92,6 +109,9 @@ class Row:
         values = {**asdict(self), "verdict": self.verdict}
         for name in ("failure", "wrong"):
             if not values[name]:
+                del values[name]
+        for name in ("low", "high", "lost_ms"):
+            if values[name] is None:
                 del values[name]
         return values | dict.fromkeys(("value", "ours_ms", "other_ms")) if self.failure else values
 
@@ -168,29 +188,51 @@ class Report:
                 f"{row.ours_ms:.1f}",
                 f"{row.other_ms:.1f}",
                 row.show(row.value),
+                row.interval,
                 row.shown_target,
                 row.verdict,
             )
             for row in self.rows
         ]
-        header = ("section", "batch", "what", "dynskip ms", "other ms", "value", "target", "verdict")
-        text = f"{self.conditions_text()}\n\n{markdown_table(header, cells, right={1, 3, 4, 5})}"
+        header = ("section", "batch", "what", "dynskip ms", "other ms", "value", "95 %", "target", "verdict")
+        text = f"{self.conditions_text()}\n\n{markdown_table(header, cells, right={1, 3, 4, 5, 6})}"
         for name, why in self.skipped.items():
             text += f"\nNot measured: {name}. {why}\n"
-        return text + self._parts()
+        return text + self._parts() + self._losses()
 
     def _parts(self) -> str:
         """Where the milliseconds of a decode step go, one column per batch, and the roofline beside it."""
-        measured: dict[str, dict[str, float]] = self.conditions.get("parts_ms", {})
-        if not measured:
+        text, floors = "", self.conditions.get("roofline_ms", {})
+        for name, of in (("parts_ms", "a decode step"), ("prefill_parts_ms", "a prefill")):
+            measured: dict[str, dict[str, float]] = self.conditions.get(name, {})
+            if not measured:
+                continue
+            parts = list(dict.fromkeys(part for step in measured.values() for part in step))
+            cells = [(part, *(f"{step.get(part, 0.0):.2f}" for step in measured.values())) for part in parts]
+            if name == "parts_ms":
+                # A roofline is that of all layers: it stands below the columns of full depth.
+                cells.append(("roofline", *(_optional(floors, path) for path in measured)))
+            table = markdown_table(("ms", *measured), cells, right=set(range(1, len(measured) + 1)))
+            text += f"\nParts of {of}, by path and batch:\n\n{table}"
+        return text
+
+    def _losses(self) -> str:
+        """Of each row that misses what it could have, where the time went that is too much."""
+        missed = [(row, row.lost_ms) for row in self.rows if row.passed is False and row.lost_ms]
+        if not missed:
             return ""
-        parts = list(dict.fromkeys(part for step in measured.values() for part in step))
-        cells = [(part, *(f"{step.get(part, 0.0):.2f}" for step in measured.values())) for part in parts]
-        floors = self.conditions.get("roofline_ms", {})
-        # A roofline is that of all layers: it stands below the columns of full depth.
-        cells.append(("roofline", *(_optional(floors, name) for name in measured)))
-        table = markdown_table(("ms", *measured), cells, right=set(range(1, len(measured) + 1)))
-        return f"\nParts of a decode step, by path and batch:\n\n{table}"
+        parts = list(dict.fromkeys(part for _, lost in missed for part in lost))
+        cells = [
+            (row.what, str(row.batch), f"{sum(lost.values()):+.2f}", *(f"{lost[part]:+.2f}" for part in parts))
+            for row, lost in missed
+        ]
+        table = markdown_table(("missed", "batch", "ms too many", *parts), cells, right=set(range(1, len(parts) + 3)))
+        return (
+            "\nWhere the time of what is missed goes: milliseconds beyond those that the value would be 100 %, or 1x, "
+            "with, by part.\n"
+            "A path is allowed each part of full depth over the allowed speed-up; a step its products, keys and "
+            f"values.\n\n{table}"
+        )
 
     def conditions_text(self) -> str:
         """The conditions in lines of at most 120 characters."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 from dynskip.assets import OPT_MINI, opt_mini_directory
 from dynskip.benchmark import ctranslate2_runner
 from dynskip.benchmark.parts import measure_parts
-from dynskip.benchmark.report import SECTIONS, Report, Row
+from dynskip.benchmark.report import INSIDE, OUTSIDE, REST, SECTIONS, Report, Row
 from dynskip.benchmark.targets import SHARE_TARGET, Targets
 from dynskip.causal_lm import CausalLM
 from dynskip.costs.layer_costs import MachineSpeed, ModelBytes, PathMix, roofline_ms
@@ -28,7 +29,7 @@ from dynskip.measure.agreement import Agreement, Gate
 from dynskip.measure.products import Embedding, Products
 from dynskip.measure.random_models import hf_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
-from dynskip.measure.timing import Samples, Task, interleave, progress_bar
+from dynskip.measure.timing import Samples, Task, interleave, interval_over_rounds, progress_bar
 from dynskip.models.registry import decoder_config
 from dynskip.paths import LayerPath
 
@@ -40,6 +41,8 @@ _OTHER_TOKENS = 3 + _FEW_ROUNDS * _FEW_REPEATS
 _LEAD_INS = 2
 # The largest batch of long prompts.
 _LONG_BATCH = 8
+# Milliseconds by part.
+_Parts = dict[str, float]
 # A prefill of at most so many rows is short: it is timed so many times as often, after a warm-up.
 _MORE_ROUNDS = {128: 4, 512: 2}
 
@@ -81,6 +84,14 @@ class _Batch:
     prompts: Tensor
     paths: dict[str, list[LayerPath]]
     runners: dict[str, Runner]
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """The fastest that the products of a step were, and the milliseconds of reading its keys and values."""
+
+    products: Samples
+    kv_ms: float
 
 
 class Suite:
@@ -200,7 +211,11 @@ class Suite:
             batch.runners[name].prefill()
         if not timed:
             return
+        inside = {
+            name: _Inside(batch.runners[name], batch.runners[name].prefill) for name in timed if name in batch.paths
+        }
         tasks: dict[str, Task] = {name: batch.runners[name].prefill for name in timed}
+        tasks |= {name: counted.run for name, counted in inside.items()}
         products = {
             name: Products(model, PathMix.of(batch.paths[name], options.prompt_len))
             for name in timed
@@ -219,7 +234,12 @@ class Suite:
             target = self.targets.prefill
             self._speedup("prefill", size, "speed-up over transformers", full, samples["transformers"], target)
             self._ratio("prefill", size, "full depth / its products as it runs them", full, samples["products full"])
-        self._path_rows("prefill", batch, samples, embed_ms)
+        parts = {name: counted.parts(samples[name]) for name, counted in inside.items() if counted.calls}
+        found = self.conditions.setdefault("prefill_parts_ms", {})
+        for name, of_prefill in parts.items():
+            of_whole = {"prefill": samples[name].ms, **of_prefill}
+            found[f"{name} {batch.size}"] = {part: round(ms, 2) for part, ms in of_whole.items()}
+        self._path_rows("prefill", batch, samples, embed_ms, parts)
 
     def _measure_long_prefill(self, size: int, model: CausalLM, hf_model: Any) -> None:
         """Time the prefill of long prompts, of batches that do not take minutes."""
@@ -251,11 +271,12 @@ class Suite:
             return
         names = [name for name in batch.runners if name != "transformers" or "decode" in options.sections]
         tasks: dict[str, Task] = {name: batch.runners[name].step for name in names}
-        inside = {name: _InsideOfSteps(runner) for name in ("full", "mix") if (runner := batch.runners.get(name))}
-        tasks |= {name: counted.step for name, counted in inside.items()}
+        inside = {name: _Inside(batch.runners[name], batch.runners[name].step) for name in batch.paths}
+        tasks |= {name: counted.run for name, counted in inside.items()}
         for name in batch.paths:
             tasks[f"products {name}"] = Products(model, PathMix.of(batch.paths[name])).run
-        for name in inside:
+        held = [name for name in ("full", "mix") if name in batch.paths]  # against their products
+        for name in held:
             tasks[f"products onednn {name}"] = Products(model, PathMix.of(batch.paths[name]), onednn=True).run
         if batch.size == 1 and "decode" in options.sections:
             tasks["reading"] = machine.WeightReader(_bytes_read(model)).read
@@ -264,56 +285,54 @@ class Suite:
         if "reading" in samples:
             bandwidth_gbps = _bytes_read(model) / samples["reading"].range_ms[0] / 1e6
             self.speeds.append(replace(self.speeds[-1], bandwidth_gbps=bandwidth_gbps))
-        floors = {name: self._floor(model, batch, samples, name, counted) for name, counted in inside.items()}
+        floors = {name: self._floor(model, batch, samples, name, inside[name]) for name in held}
+        parts = {name: counted.parts(samples[name], _LEAD_INS) for name, counted in inside.items() if counted.calls}
         if "decode" in options.sections:
             size, full, targets = batch.size, samples["full"], self.targets
             what = "full depth / its products, keys and values"
-            self._ratio("decode", size, what, full, floors["full"], targets.floor.get(size))
+            self._held("decode", size, what, full, floors["full"], targets.floor.get(size), parts.get("full", {}))
             target = targets.transformers.get(size)
             self._speedup("decode", size, "speed-up over transformers", full, samples["transformers"], target)
             if "reading" in samples:
                 what = "full depth / reading the weights once"
                 self._ratio("decode", size, what, full, samples["reading"], targets.reading)
-            self._rest(size, inside["full"], full)
+            if "full" in parts:
+                what = "neither product nor attention inside the call, us"
+                rest = inside["full"].samples(full, REST, _LEAD_INS)
+                rounds_us = [1e3 * median(each) for each in rest.rounds]
+                self._append("decode", size, what, 1e3 * rest.ms, targets.rest_us, False, rest, full, rounds_us)
         embed_ms = self._embed_ms(model, batch.size)
-        self._path_rows("decode", batch, samples, embed_ms)
+        self._path_rows("decode", batch, samples, embed_ms, parts)
         if "mix" in samples and "mix" in options.sections:
             what = f"independent {options.mix_depth:.0%} paths"
             floor = f"{what} / their products, keys and values"
-            self._ratio("mix", batch.size, floor, samples["mix"], floors["mix"], self.targets.mix)
-            self._path("mix", batch.size, what, samples, "mix", embed_ms)
+            self._held("mix", batch.size, floor, samples["mix"], floors["mix"], self.targets.mix, parts.get("mix", {}))
+            self._path("mix", batch.size, what, samples, "mix", embed_ms, parts)
 
     def _floor(
-        self, model: CausalLM, batch: _Batch, samples: Mapping[str, Samples], name: str, inside: _InsideOfSteps
-    ) -> Samples:
+        self, model: CausalLM, batch: _Batch, samples: Mapping[str, Samples], name: str, inside: _Inside
+    ) -> _Floor:
         """The products of the path called ``name`` by the fastest of who multiplies, and reading its keys and values.
 
         Products are timed one after the other by the model's own code and by oneDNN, and inside the steps themselves,
         where no interpreter stands between them.
         """
         ways = [samples[f"products {name}"], samples[f"products onednn {name}"]]
-        if inside.products_ms:
-            turn = _LEAD_INS + self.options.num_repeats
-            counted = inside.products_ms[-len(ways[0].rounds) * turn :]
-            ways.append(Samples([counted[i + _LEAD_INS : i + turn] for i in range(0, len(counted), turn)]))
+        if inside.calls:
+            ways.append(inside.samples(samples[name], "products", _LEAD_INS))
         entries = sum(len(path.layers) for path in batch.paths[name])
         context_len = self.options.prompt_len + self.options.num_rounds * self.options.num_repeats / 2
         shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
         kv_ms = entries * context_len * shape.kv_entry_bytes / self.speeds[-1].bandwidth_gbps / 1e6
-        return min(ways, key=lambda way: way.ms).plus(kv_ms)
+        return _Floor(min(ways, key=lambda way: way.ms), kv_ms)
 
-    def _rest(self, size: int, inside: _InsideOfSteps, full: Samples) -> None:
-        """A row of what is neither product nor attention in a step's one call, where steps are one call."""
-        if inside.rest_ms:
-            rest = Samples([inside.rest_ms])
-            what, target = "neither product nor attention inside the call, us", self.targets.rest_us
-            self._append("decode", size, what, 1e3 * rest.ms, target, False, rest, full)
-
-    def _path_rows(self, phase: str, batch: _Batch, samples: Mapping[str, Samples], embed_ms: float) -> None:
+    def _path_rows(
+        self, phase: str, batch: _Batch, samples: Mapping[str, Samples], embed_ms: float, parts: Mapping[str, _Parts]
+    ) -> None:
         if "paths" in self.options.sections:
             for depth in self.options.depths:
                 name = f"{depth:.0%}"
-                self._path("paths", batch.size, f"{phase}, shared {name} path", samples, name, embed_ms)
+                self._path("paths", batch.size, f"{phase}, shared {name} path", samples, name, embed_ms, parts)
 
     def _measure_overhead(self, batch: _Batch, name: str) -> None:
         runner = batch.runners[name]
@@ -350,26 +369,61 @@ class Suite:
         return interleave({"embedding": task}, 5)["embedding"].ms
 
     def _ratio(
-        self, section: str, size: int, what: str, ours: Samples, other: Samples, target: float | None = None
+        self,
+        section: str,
+        size: int,
+        what: str,
+        ours: Samples,
+        other: Samples,
+        target: float | None = None,
+        lost_ms: _Parts | None = None,
     ) -> None:
         """A row that says how many times as long as ``other`` ours takes; the target is an upper bound."""
-        self._append(section, size, what, ours.over(other), target, False, ours, other)
+        value, ratios = ours.over(other), ours.ratios(other)
+        self._append(section, size, what, value, target, False, ours, other, ratios, median, lost_ms)
 
     def _speedup(
         self, section: str, size: int, what: str, ours: Samples, other: Samples, target: float | None = None
     ) -> None:
         """A row that says how many times faster than ``other`` ours is; the target is a lower bound."""
-        self._append(section, size, what, other.over(ours), target, True, ours, other)
+        self._append(section, size, what, other.over(ours), target, True, ours, other, other.ratios(ours))
+
+    def _held(
+        self, section: str, size: int, what: str, ours: Samples, floor: _Floor, target: float | None, parts: _Parts
+    ) -> None:
+        """A row that says how many times as long as its floor ours takes, and by which parts."""
+        lost_ms = {}
+        if parts:
+            allowed = {"products": floor.products.ms, "attention": floor.kv_ms}
+            lost_ms = {part: ms - allowed.get(part, 0.0) for part, ms in parts.items()}
+        self._ratio(section, size, what, ours, floor.products.plus(floor.kv_ms), target, lost_ms)
 
     def _path(
-        self, section: str, size: int, what: str, samples: Mapping[str, Samples], name: str, embed_ms: float
+        self,
+        section: str,
+        size: int,
+        what: str,
+        samples: Mapping[str, Samples],
+        name: str,
+        embed_ms: float,
+        parts: Mapping[str, _Parts],
     ) -> None:
         """A path's speed-up over full depth, and its share of what products, embedding and head allow."""
         full, path = samples["full"], samples[name]
         self._speedup(section, size, f"{what}, speed-up over full depth", path, full)
-        allowed = samples["products full"].plus(embed_ms).over(samples[f"products {name}"].plus(embed_ms))
-        value = full.over(path) / allowed
-        self._append(section, size, f"{what}, share of the allowed speed-up", value, SHARE_TARGET, True, path, full)
+        products, own = (samples[f"products {each}"].plus(embed_ms) for each in ("full", name))
+        allowed = products.over(own)
+        rounds = [*zip(full.ratios(path), products.ratios(own), strict=True)]
+
+        def share(drawn: Sequence[tuple[float, float]]) -> float:
+            reached, possible = zip(*drawn, strict=True)
+            return median(reached) / median(possible)
+
+        lost_ms = {}
+        if "full" in parts and name in parts:
+            lost_ms = {part: ms - parts["full"][part] / allowed for part, ms in parts[name].items()}
+        what = f"{what}, share of the allowed speed-up"
+        self._append(section, size, what, share(rounds), SHARE_TARGET, True, path, full, rounds, share, lost_ms)
 
     def _append(
         self,
@@ -381,10 +435,27 @@ class Suite:
         at_least: bool,
         ours: Samples,
         other: Samples,
+        rounds: Sequence[Any] = (),
+        statistic: Callable[[Sequence[Any]], float] = median,
+        lost_ms: _Parts | None = None,
     ) -> None:
-        ours_ms, other_ms = round(ours.ms, 4), round(other.ms, 4)
+        """A row whose value is ``statistic`` of ``rounds``, where these are given."""
+        low, high = interval_over_rounds(statistic, rounds) if rounds else (None, None)
         self.rows.append(
-            Row(section, size, what, round(value, 4), target, at_least, ours_ms, other_ms, ours.num_samples)
+            Row(
+                section,
+                size,
+                what,
+                round(value, 4),
+                target,
+                at_least,
+                round(ours.ms, 4),
+                round(other.ms, 4),
+                ours.num_samples,
+                low=None if low is None else round(low, 4),
+                high=None if high is None else round(high, 4),
+                lost_ms={part: round(ms, 4) for part, ms in lost_ms.items()} if lost_ms else None,
+            )
         )
 
     def _interleave(
@@ -409,35 +480,45 @@ class Suite:
         return progress_bar(title, total, self.options.progress)
 
 
-class _InsideOfSteps:
-    """Steps of a runner, with the milliseconds that each spends in products and in the rest of its one call.
+class _Inside:
+    """A task of a runner, with the milliseconds that each call of it spends in each part of its native calls.
 
-    Both lists stay empty where steps are not one call.
+    calls: by part, of each call so far; empty where steps are not one native call.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        assert isinstance(runner, DynskipRunner) and runner.generation is not None, "prefilled"
-        executor = runner.generation.executor
-        self.products_ms: list[float] = []
-        self.rest_ms: list[float] = []
-        self._runner = runner
+    def __init__(self, runner: Runner, task: Callable[[], None]) -> None:
+        assert isinstance(runner, DynskipRunner), "others are timed from outside"
+        executor = runner.model.executor("compact")
+        self.calls: list[tuple[float, ...]] = []
+        self._task = task
         self._steps = executor.native_steps if isinstance(executor, CompactExecutor) else None
 
-    def step(self) -> None:
-        """Run a step and count."""
+    def run(self) -> None:
+        """Run the task and count."""
         if self._steps is None:
-            self._runner.step()
+            self._task()
             return
         self._steps.is_timed = True
         try:
             before = self._steps.times_s
-            self._runner.step()
+            self._task()
             spent_ms = [1e3 * (now - then) for now, then in zip(self._steps.times_s, before, strict=True)]
         finally:
             self._steps.is_timed = False
         if sum(spent_ms) > 0:
-            self.products_ms.append(spent_ms[0])
-            self.rest_ms.append(spent_ms[2])
+            self.calls.append(tuple(spent_ms))
+
+    def samples(self, like: Samples, part: str, num_lead_ins: int = 0) -> Samples:
+        """Of the calls that ``like`` has samples of what ``part`` took, round by round."""
+        place, repeats = INSIDE.index(part), len(like.rounds[0])
+        turn = num_lead_ins + repeats
+        counted = [call[place] for call in self.calls[-len(like.rounds) * turn :]]
+        return Samples([counted[i + num_lead_ins : i + turn] for i in range(0, len(counted), turn)])
+
+    def parts(self, whole: Samples, num_lead_ins: int = 0) -> dict[str, float]:
+        """The median milliseconds of each part of ``whole``, the samples of its calls; what is in none is outside."""
+        inside = {part: self.samples(whole, part, num_lead_ins).ms for part in INSIDE}
+        return inside | {OUTSIDE: whole.ms - sum(inside.values())}
 
 
 def _config(options: Options) -> Any:

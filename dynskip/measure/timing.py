@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -40,10 +41,26 @@ class Samples:
         """Samples of this task and of one more that always takes ``ms``."""
         return Samples([[sample + ms for sample in samples] for samples in self.rounds])
 
-    def over(self, other: Samples) -> float:
-        """The median over the rounds of this task's median time as a multiple of the other's in the same round."""
+    def ratios(self, other: Samples) -> list[float]:
+        """Of each round this task's median time as a multiple of the other's in the same round."""
         assert len(self.rounds) == len(other.rounds), "a ratio compares tasks that were timed in turns"
-        return median(median(ours) / median(theirs) for ours, theirs in zip(self.rounds, other.rounds, strict=True))
+        return [median(ours) / median(theirs) for ours, theirs in zip(self.rounds, other.rounds, strict=True)]
+
+    def over(self, other: Samples) -> float:
+        """The median of `ratios`."""
+        return median(self.ratios(other))
+
+
+def interval_over_rounds(
+    statistic: Callable[[list[Any]], float], rounds: Sequence[Any], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of ``statistic`` of ``rounds``, by a bootstrap that draws whole rounds.
+
+    Of fewer than six rounds it is at most from the lowest to the highest of them, which holds less than 95 %.
+    """
+    draw = random.Random(seed)
+    drawn = sorted(statistic(draw.choices(rounds, k=len(rounds))) for _ in range(resamples))
+    return drawn[int(0.025 * resamples)], drawn[int(0.975 * resamples) - 1]
 
 
 @contextmanager

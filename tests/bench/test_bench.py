@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import pytest
@@ -30,7 +31,7 @@ from dynskip.measure.agreement import Gate
 from dynskip.measure.products import Products
 from dynskip.measure.random_models import hf_config, random_hf_model
 from dynskip.measure.runners import DynskipRunner, TransformersRunner
-from dynskip.measure.timing import Samples, interleave
+from dynskip.measure.timing import Samples, interleave, interval_over_rounds
 from dynskip.models.bloom import bloom_shape
 from dynskip.models.gpt2 import gpt2_shape
 from dynskip.models.gpt_neox import gpt_neox_shape
@@ -105,6 +106,15 @@ def test_a_ratio_compares_within_rounds() -> None:
     assert ours.ms == 4.0
     assert ours.range_ms == (1.0, 80.0)
     assert theirs.plus(1.0).rounds == [[2.0], [21.0], [3.0]]
+
+
+def test_an_interval_is_that_of_rounds_drawn_whole() -> None:
+    rounds = [0.9 + 0.01 * number for number in range(21)]
+    low, high = interval_over_rounds(median, rounds)
+    # The 95 % interval of the median of 21 is that from the 6th to the 16th, by the binomial distribution.
+    assert low == pytest.approx(0.95, abs=0.021) and high == pytest.approx(1.05, abs=0.021)
+    assert interval_over_rounds(median, rounds) == (low, high)
+    assert interval_over_rounds(median, [1.0, 1.0, 1.0]) == (1.0, 1.0)
 
 
 def test_a_task_may_measure_itself() -> None:
@@ -303,6 +313,19 @@ def test_parts_stand_beside_their_roofline() -> None:
     assert "| roofline |   9.50 |       |" in text
 
 
+def test_a_miss_says_where_its_time_went(tmp_path: Path) -> None:
+    lost = {"products": 1.5, "attention": -0.5, "rest of the call": 0.25, "outside of the call": 0.75}
+    row = replace(ROW, what="share of the allowed speed-up", value=0.9, target=0.95, at_least=True, low=0.88, high=0.96)
+    met = replace(row, batch=32, value=0.97)
+    report = Report(CONDITIONS, (replace(row, lost_ms=lost), replace(met, lost_ms=lost)), {})
+    text = report.markdown()
+    assert "|     8 | share of the allowed speed-up |       12.0 |     10.0 | 90.0% | 88.0% to 96.0% |" in text
+    (missed,) = (line for line in text.splitlines() if "+1.50" in line)
+    cells = [cell.strip() for cell in missed.strip("|").split("|")]
+    assert cells == ["share of the allowed speed-up", "8", "+2.00", "+1.50", "-0.50", "+0.25", "+0.75"]
+    assert Report.read(report.write(tmp_path)[0]) == report
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -350,6 +373,19 @@ def test_the_suite_answers_every_question(tiny: str) -> None:
     assert [row.batch for row in report.rows if row.section == "mix"] == [3, 3, 3]
     assert all(row.value > 0 and row.ours_ms > 0 and row.other_ms > 0 and row.num_samples > 0 for row in report.rows)
     assert report.conditions["errors"].keys() >= {"dynskip, prefill", "dynskip, decode"}
+    timed_in_turns = [row for row in report.rows if row.section not in ("overhead", "ctranslate2")]
+    assert all(row.low is not None and row.low <= row.value <= (row.high or 0) for row in timed_in_turns)
+    lost = {row.what: row.lost_ms for row in report.rows if row.lost_ms}
+    if is_one_call:
+        shares = {what for what in lost if what.endswith("share of the allowed speed-up")}
+        assert len(shares) == 5 and len(lost) == 7, "of each phase and path, of the mix, of both floors"
+        for row in report.rows:
+            if row.lost_ms and row.section == "paths":
+                # What a path takes beyond what it may is the sum of its parts.
+                allowed = row.other_ms / row.ours_ms / row.value
+                assert sum(row.lost_ms.values()) == pytest.approx(row.ours_ms - row.other_ms / allowed, abs=0.05)
+        of_prefill = report.conditions["prefill_parts_ms"]
+        assert set(of_prefill) == {f"{name} {size}" for name in ("full", "50%", "25%") for size in (1, 3)}
     json.dumps(report.lines())
 
 
