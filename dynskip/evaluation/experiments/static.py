@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from dynskip.data.closed_labels import MOST_LABELS
-from dynskip.evaluation.stats.decisions import equivalence, false_discovery, mean_p
-from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap_mean
+from dynskip.evaluation.experiments.losses import paired_loss, score_rows
+from dynskip.evaluation.stats.decisions import false_discovery, mean_p
+from dynskip.evaluation.stats.intervals import Floats, bootstrap_mean
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
@@ -58,7 +59,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         rows += _likelihood_rows(setup, store, family, members)
         if setup.labels_hash is not None:
             matches = read_matches(setup, store, members)
-            rows += _score_rows(setup, "label_match", matches, None, setup.margin_match, family, members)
+            rows += score_rows(setup, "label_match", matches, None, setup.margin_match, family, members)
     if setup.backbone is not None:
         rows += _tuning_rows(setup, store)
     for weights, checkpoint in setup.weights_compared.items():
@@ -89,7 +90,7 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
 def _text_rows(setup: Setup, store: ItemStore, family: str, members: Sequence[Member]) -> list[dict[str, Any]]:
     """ROUGE-L and length of greedy texts, and the time of their tokens."""
     generations = family_generations(setup, store, members)
-    rows = _score_rows(setup, "rouge_l", generations.rouge_l, None, setup.margin_rouge_l, family, members)
+    rows = score_rows(setup, "rouge_l", generations.rouge_l, None, setup.margin_rouge_l, family, members)
     lengths = bootstrap_mean(generations.num_tokens, resamples=setup.resamples)
     timed = [
         (metric + suffix, batch, by_budget)
@@ -107,27 +108,7 @@ def _text_rows(setup: Setup, store: ItemStore, family: str, members: Sequence[Me
 
 def _likelihood_rows(setup: Setup, store: ItemStore, family: str, members: Sequence[Member]) -> list[dict[str, Any]]:
     found = member_likelihoods(setup, store, members)
-    return _score_rows(setup, "nats", -found.scores, found.num_tokens, setup.margin_nats, family, members)
-
-
-def _score_rows(
-    setup: Setup,
-    metric: str,
-    table: Floats,
-    weights: Floats | None,
-    margin: float,
-    family: str,
-    members: Sequence[Member],
-) -> list[dict[str, Any]]:
-    """The means of ``table`` [N, K] by budget, and the paired differences to the last column, full depth."""
-    rows = []
-    means = bootstrap_mean(table, weights, resamples=setup.resamples)
-    for column, member in enumerate(members):
-        labels = {"family": family, "budget": member.budget, "path": member.path}
-        rows.append(means.at(column).row(metric=metric, **labels))
-        difference = table[:, column] - table[:, -1]
-        rows.append(_loss(setup, difference, weights, margin).row_of(f"{metric} - full", labels))
-    return rows
+    return score_rows(setup, "nats", -found.scores, found.num_tokens, setup.margin_nats, family, members)
 
 
 def _tuning_rows(setup: Setup, store: ItemStore) -> list[dict[str, Any]]:
@@ -138,7 +119,8 @@ def _tuning_rows(setup: Setup, store: ItemStore) -> list[dict[str, Any]]:
     for column, member in enumerate(found["paths"]):
         labels = {"family": "paths", "budget": member.budget, "path": member.path}
         difference = backbone.scores[:, column] - tuned.scores[:, column]
-        rows.append(_loss(setup, difference, tuned.num_tokens, setup.margin_nats).row_of("nats - backbone", labels))
+        loss = paired_loss(difference, tuned.num_tokens, setup.margin_nats, setup.resamples)
+        rows.append(loss.row_of("nats - backbone", labels))
     return rows
 
 
@@ -149,29 +131,6 @@ def _notes_on_labels(setup: Setup) -> list[str]:
         f"label_match: the share of {setup.label_prompts} T0 rows whose right label is the likeliest of its "
         f"template's; templates with at most {MOST_LABELS} labels, rows of 15 % of the passages, chosen by their text."
     ]
-
-
-class _Loss:
-    """A paired difference to full depth with its interval and its equivalence."""
-
-    def __init__(self, interval: Interval, p_equivalent: float, margin: float) -> None:
-        self.interval, self.p_equivalent, self.margin = interval, p_equivalent, margin
-
-    @property
-    def verdict(self) -> str:
-        if self.p_equivalent < 0.05:
-            return "equivalent"
-        return "higher" if self.interval.low > 0 else "lower" if self.interval.high < 0 else "open"
-
-    def row_of(self, metric: str, labels: dict[str, Any]) -> dict[str, Any]:
-        """As a row of a summary."""
-        found = {"margin": self.margin, "p_equivalent": round(self.p_equivalent, 6), "verdict": self.verdict}
-        return self.interval.row(metric=metric, **labels, **found)
-
-
-def _loss(setup: Setup, differences: Floats, weights: Floats | None, margin: float) -> _Loss:
-    interval = bootstrap_mean(differences, weights, resamples=setup.resamples)
-    return _Loss(interval, equivalence(differences, margin, weights), margin)
 
 
 def _rival_items(setup: Setup, store: ItemStore, checkpoint: Checkpoint) -> list[WorkItem]:
