@@ -6,12 +6,15 @@ python -m bench.paper --data alpaca_data.json.xz --rows 200       on so many row
 python -m bench.paper --data alpaca_data.json.xz --text-rows 300 oracle    texts, too: greedy ones and draws, by ROUGE-L
 python -m bench.paper --data alpaca_data.json.xz --controller runs/hidden --controller runs/fixed controllers
                                                               learned controllers, by log-likelihood alone
+python -m bench.paper --data alpaca_data.json.xz --sibling 25=runs/s25/adapter --sibling 30=runs/s30/adapter siblings
+                                                              weights tuned for one budget each, likewise
 
-A piece is an experiment of `dynskip eval`. Controllers are not committed, what was measured of them is, and what their
-trainings logged, in curves.csv. Items are unpacked into a run folder, the missing ones done there, and all of them
-packed again: token ids and what routers read of prompts are left out, which are large and come again when they are
-asked for. What was killed is packed by the next start. summary.json, report.html and report.md are written anew, with
-what cut.txt says was left out; power.md says how many rows each comparison needs.
+A piece is an experiment of `dynskip eval`. Controllers and siblings are not committed, what was measured of them is,
+and what their trainings logged, in curves.csv and siblings.csv; siblings.json knows siblings by their hash, so that
+what was said of them can be said anew without them. Items are unpacked into a run folder, the missing ones done there,
+and all of them packed again: token ids and what routers read of prompts are left out, which are large and come again
+when they are asked for. What was killed is packed by the next start. summary.json, report.html and report.md are
+written anew, with what cut.txt says was left out; power.md says how many rows each comparison needs.
 """
 
 from __future__ import annotations
@@ -24,20 +27,21 @@ import lzma
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dynskip.assets import FOUND_PATHS_FOLDER
 from dynskip.benchmark.report import markdown_table
+from dynskip.cli.eval import parse_siblings
 from dynskip.cli.options import set_threads
 from dynskip.evaluation.report.write import write_report
 from dynskip.evaluation.run import EvalRun
-from dynskip.evaluation.sweep.checkpoints import ControllerFolder
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.item_files import encoded
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.sweep.training_curves import CURVES
+from dynskip.evaluation.sweep.training_curves import CURVES, RUN
 from dynskip.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,16 +53,28 @@ KEPT = ("config.json", "summary.json", "log.txt")
 BASE, TUNED = "smollm2-135m-instruct", "smollm2-135m-paths"
 PIECES = ("static", "depth", "oracle", "router", "hidden-states")
 # Judged by references, whatever is generated elsewhere: texts of many controllers take longer than all other pieces.
-WITHOUT_TEXTS = frozenset(("controllers",))
+WITHOUT_TEXTS = frozenset(("controllers", "siblings"))
+# By budget the hash of each sibling, and how it was trained; other pieces know nothing of siblings.
+SIBLINGS, SIBLING_CURVES = "siblings.json", "siblings.csv"
 NOT_PACKED = frozenset(("features",))
+
+Siblings = tuple[tuple[int, Checkpoint], ...]
 
 
 def setup_of(
-    data: Path, rows: int, rule_rows: int, state_rows: int, learn_rows: int, text_rows: int = 0, **more: Any
+    data: Path,
+    rows: int,
+    rule_rows: int,
+    state_rows: int,
+    learn_rows: int,
+    text_rows: int = 0,
+    siblings: Mapping[int, Path] | None = None,
+    **more: Any,
 ) -> Setup:
     """The run: the tuned model along searched paths, beside the same weights before any tuning.
 
-    more: fields of `Setup`: which controllers, drawn how often, judged on how many rows; labels; the device.
+    siblings: folders by budget. more: fields of `Setup`: which controllers, drawn how often, judged on how many rows;
+    labels; the device.
     """
     options: dict[str, Any] = {
         "budgets": (27, 25, 20, 15),
@@ -77,7 +93,8 @@ def setup_of(
         "shard_size": 50,
         **more,
     }
-    return Setup.of(TUNED, data, {}, **options)
+    folders = {budget: str(folder) for budget, folder in (siblings or {}).items()}
+    return Setup.of(TUNED, data, folders, **options)
 
 
 def unpack(folder: Path, work: Path) -> None:
@@ -121,7 +138,8 @@ def run(
     unpack(folder, work)
     summary: dict[str, Any] = {}
     for name in names:
-        own = dataclasses.replace(setup, likelihood_only=True) if name in WITHOUT_TEXTS else setup
+        own = setup if name == "siblings" else dataclasses.replace(setup, siblings=())
+        own = dataclasses.replace(own, likelihood_only=True) if name in WITHOUT_TEXTS else own
         try:
             with EvalRun(own, work, num_workers, progress, mixes_isa=mixes_isa) as evaluation:
                 summary = evaluation.run([name])
@@ -133,20 +151,51 @@ def run(
     return summary
 
 
-def keep_curves(controllers: Sequence[ControllerFolder], path: Path) -> None:
-    """Write what the trainings of ``controllers`` logged, a step a line, into one file, a column naming the controller.
+def keep_curves(trainings: Mapping[str, Path], of: str, path: Path) -> None:
+    """Write what ``trainings``, folders by name, logged, a step a line, into one file, a column ``of`` naming each.
 
     Raises FileNotFoundError where one has left no curves.
     """
     lines: list[dict[str, str]] = []
-    for controller in controllers:
-        with (controller.directory / CURVES).open(encoding="utf-8", newline="") as file:
-            lines += [{"controller": controller.label, **line} for line in csv.DictReader(file)]
+    for name, directory in trainings.items():
+        with (directory / CURVES).open(encoding="utf-8", newline="") as file:
+            lines += [{of: name, **line} for line in csv.DictReader(file)]
     names = list(dict.fromkeys(name for line in lines for name in line))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def keep_siblings(given: Mapping[int, Path], siblings: Siblings, folder: Path) -> None:
+    """Write down which weights ``siblings`` are and how those in the folders ``given`` were trained, by budget.
+
+    A folder is ``adapter`` or ``model`` of a run of `dynskip train --preset paths`.
+    """
+    write_json(
+        folder / SIBLINGS,
+        {
+            str(budget): {
+                "hash": checkpoint.hash,
+                "num_layers": checkpoint.num_layers,
+                "trained": json.loads((given[budget].parent / RUN).read_text(encoding="utf-8"))["config"],
+            }
+            for budget, checkpoint in siblings
+        },
+    )
+    trainings = {str(budget): given[budget].parent / "training" for budget, _ in siblings}
+    keep_curves(trainings, "budget", folder / SIBLING_CURVES)
+
+
+def known_siblings(folder: Path) -> Siblings:
+    """Those that were scored; their weights need not be there, and are found nowhere where one asks for them."""
+    if not (folder / SIBLINGS).is_file():
+        return ()
+    held = json.loads((folder / SIBLINGS).read_text(encoding="utf-8"))
+    gone = folder / "not committed"
+    return tuple(
+        (int(budget), Checkpoint(gone / budget, each["hash"], each["num_layers"])) for budget, each in held.items()
+    )
 
 
 def rows_needed(row: dict[str, Any], num_rows: int) -> int | None:
@@ -191,6 +240,9 @@ def main() -> int:
     )
     parser.add_argument("--controller-rows", type=int, default=0, metavar="N", help="rows under each (all of --rows)")
     parser.add_argument("--controller-seeds", type=int, default=0, metavar="N", help="draws of its decisions, too (0)")
+    parser.add_argument(
+        "--sibling", action="append", default=[], metavar="BUDGET=FOLDER", help="weights tuned for it; repeatable"
+    )
     parser.add_argument("--labels", type=Path, metavar="FILE", help="T0 as *.jsonl[.xz]: labels as a third score")
     parser.add_argument("--label-rows", type=int, default=500, metavar="N", help="rows with closed labels (500)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (cpu)")
@@ -202,6 +254,7 @@ def main() -> int:
     args = parser.parse_args()
     if "controllers" in args.pieces and not args.controller:
         parser.error("--controller must name the folders of the piece controllers, got none")
+    given = {budget: Path(folder) for budget, folder in parse_siblings(args.sibling).items()}
     set_threads(args.threads)
     setup = setup_of(
         args.data,
@@ -210,6 +263,7 @@ def main() -> int:
         args.state_rows,
         args.learn_rows,
         args.text_rows,
+        given,
         controllers=args.controller,
         controller_prompts=args.controller_rows,
         controller_seeds=args.controller_seeds,
@@ -217,6 +271,10 @@ def main() -> int:
         label_prompts=args.label_rows,
         device=args.device,
     )
+    if given:
+        keep_siblings(given, setup.siblings, args.folder)
+    else:
+        setup = dataclasses.replace(setup, siblings=known_siblings(args.folder))
     summary = run(
         setup,
         args.pieces,
@@ -226,7 +284,8 @@ def main() -> int:
         num_workers=args.workers,
     )
     if "controllers" in args.pieces:
-        keep_curves(setup.controllers, args.folder / CURVES)
+        trainings = {controller.label: controller.directory for controller in setup.controllers}
+        keep_curves(trainings, "controller", args.folder / CURVES)
     if (args.folder / CUT).is_file():
         summary["cut"] = (args.folder / CUT).read_text(encoding="utf-8").splitlines()
     write_json(args.folder / "summary.json", summary)

@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     setup = Setup.of(
         args.model,
         args.data,
-        _siblings(args.sibling),
+        parse_siblings(args.sibling),
         _budgets("--budgets", args.budgets),
         _budgets("--candidates", args.candidates),
         args.controller,
@@ -202,7 +202,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _siblings(pairs: list[str]) -> dict[int, str]:
+def parse_siblings(pairs: list[str]) -> dict[int, str]:
+    """The names of models by budget; ValueError where one is no BUDGET=NAME or a budget comes twice."""
     found: dict[int, str] = {}
     for pair in pairs:
         budget, _, name = pair.partition("=")

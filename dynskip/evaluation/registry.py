@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dynskip.evaluation.experiments import controllers, depth, hidden_states, oracle, router, static
+from dynskip.evaluation.experiments import controllers, depth, hidden_states, oracle, router, siblings, static
 from dynskip.evaluation.experiments.hidden_states import run_states
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.store import WorkItem
@@ -64,6 +64,7 @@ EXPERIMENTS = {
     "router": router,
     "controllers": controllers,
     "depth": depth,
+    "siblings": siblings,
 }
 
 

@@ -123,6 +123,7 @@ class RunFolder:
                 f"eval: the setup must be that of the run in {self.path}, got another: the run has "
                 f"{'; '.join(differences)}. Give the run's own options or another --out."
             )
+        guarded["siblings"] = {**old["setup"].get("siblings", {}), **guarded["siblings"]}
         timed_on: dict[str, str] = here if times_here else old.get("timed_on", here)
         new = {**old, "setup": guarded, "timed_on": timed_on}
         if new != old:
@@ -148,11 +149,16 @@ class RunFolder:
 
 
 def _has_grown(name: str, old: dict[str, Any], value: Any) -> bool:
-    """Whether ``value`` is that of ``old`` with more in it: budgets, their searched paths and labels may come."""
+    """Whether ``value`` is that of ``old`` with more in it: budgets, their searched paths and labels may come.
+
+    Siblings may come and be left out, too; those of one budget are the same weights throughout.
+    """
     if name == "budgets":
         return set(old[name]) <= set(value)
     if name == "searched":
         return bool(old[name].items() <= value.items())
+    if name == "siblings":
+        return all(old[name].get(budget, weights) == weights for budget, weights in value.items())
     return name in ("labels_hash", "label_prompts") and old.get("labels_hash") is None
 
 

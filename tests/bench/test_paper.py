@@ -107,11 +107,12 @@ def test_controllers_are_judged_without_texts_beside_what_is_there(
 
 def test_the_curves_of_all_trainings_are_one_file(tmp_path: Path) -> None:
     controllers = steered_setup(tmp_path).controllers
+    trainings = {controller.label: controller.directory for controller in controllers}
     with pytest.raises(FileNotFoundError, match=r"curves\.csv"):
-        paper.keep_curves(controllers, tmp_path / "all.csv")
+        paper.keep_curves(trainings, "controller", tmp_path / "all.csv")
     for place, controller in enumerate(controllers):
         write_curves(controller.directory, [{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 2.0 + place}])
-    paper.keep_curves(controllers, tmp_path / "all.csv")
+    paper.keep_curves(trainings, "controller", tmp_path / "all.csv")
     names = [controller.label for controller in controllers]
     assert len(set(names)) == 2
     assert (tmp_path / "all.csv").read_text(encoding="utf-8").splitlines() == [

@@ -19,7 +19,8 @@ from dynskip.evaluation.tasks.generations import generate_items
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install dynskip[eval]")
 
-WITHOUT_CONTROLLERS = [name for name in EXPERIMENTS if name != "controllers"]
+# The others say nothing where no controllers, or no siblings with full depth, were given.
+ALWAYS = [name for name in EXPERIMENTS if name not in ("controllers", "siblings")]
 OWN_WEIGHTS = "With weights of their own per budget, "
 
 
@@ -49,7 +50,7 @@ def test_the_oracles_sentences_name_budgets_that_the_family_has(
     assert all(row["value"] is not None for row in rows_of(section, metric="surviving_share"))
 
 
-@pytest.mark.parametrize("name", WITHOUT_CONTROLLERS)
+@pytest.mark.parametrize("name", ALWAYS)
 @pytest.mark.parametrize("siblings", [(24,), (16, 24), (4, 8)])
 def test_any_siblings_make_every_section(name: str, siblings: tuple[int, ...], tmp_path: Path) -> None:
     section = summary_of(made_up_setup(siblings, budgets=(4, 16)), name, tmp_path)

@@ -172,6 +172,17 @@ def likelihoods(figure: Any, section: Row) -> None:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
+@drawn("siblings", "A line a set of weights: nats a token by layers.", 5.4, 3.9)
+def siblings(figure: Any, section: Row) -> None:
+    """Nats a token of references by budget, of weights tuned for one budget each and of others along the same paths."""
+    axes = figure.subplots()
+    for style, (family, label) in enumerate(FAMILIES.items()):
+        series(axes, select(section, metric="nats", family=family), "budget", label, style)
+    axes.set(ylabel="nats a token (less is better)", xlabel="layers executed")
+    count_layers(axes)
+    axes.legend()
+
+
 @drawn(
     "wall-clock",
     "Three charts, a line a set of weights: milliseconds a token by layers in a batch and alone, and ROUGE-L by "

@@ -127,7 +127,7 @@ def _static(summary: Summary) -> list[Verdict]:
     claim = "each static path of fewer layers scores less than full depth"
     found = findings.losses(section, num_layers)
     if found is None:
-        return [Verdict(claim, UNTESTED)]
+        return [Verdict(claim, UNTESTED), *([_siblings(summary)] if _section(summary, "siblings").get("rows") else [])]
     deepest, unit = found.rows[-1], "nats a token" if found.by_nats else "ROUGE-L"
     where = _where({-1: "less", 1: "more", 0: "open"}, found.rows, found.signs)
     seen = _seen(deepest, lambda size: number(size, 4))
@@ -136,9 +136,20 @@ def _static(summary: Summary) -> list[Verdict]:
         _of_all(found.signs, -1),
         f"{where} layers; {signed(deepest, 4)} {unit} at {deepest['budget']}{seen}",
     )
-    if found.family == "siblings":
-        return [told]
-    return [told, Verdict("how much a model tuned for one budget loses, the paper's protocol", UNTESTED, "not run")]
+    return [told] if found.family == "siblings" else [told, _siblings(summary)]
+
+
+def _siblings(summary: Summary) -> Verdict:
+    """The paper's protocol where it was run on its own: the same claim of weights tuned for one budget each."""
+    claim, num_layers = "each budget's own weights lose to full depth's", summary["conditions"].get("num_layers")
+    found = findings.losses(_section(summary, "siblings"), num_layers)
+    if found is None:
+        return Verdict(f"{claim}, the paper's protocol", UNTESTED, "not run")
+    deepest = found.rows[-1]
+    where = _where({-1: "less", 1: "more", 0: "open"}, found.rows, found.signs)
+    seen = _seen(deepest, lambda size: number(size, 4))
+    measured = f"{where} layers; {signed(deepest, 4)} nats a token at {deepest['budget']}{seen}"
+    return Verdict(f"{claim}, the paper's protocol", _of_all(found.signs, -1), measured)
 
 
 def _controllers(summary: Summary) -> list[Verdict]:

@@ -13,6 +13,7 @@ from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, score_suffix, select
+from dynskip.evaluation.report.sibling_sections import siblings
 from dynskip.evaluation.report.step_times import StepTimes
 
 # What a token takes and what it saves, by metric.
@@ -354,6 +355,7 @@ def _by_both_scores(tell: Callable[[Row, Summary], list[Block]]) -> Callable[[Ro
 SECTIONS: dict[str, tuple[str, Callable[[Row, Summary], list[Block]]]] = {
     "hidden_states": ("Hidden states", _by_both_scores(hidden_states)),
     "static": ("Static budgets", _by_both_scores(static)),
+    "siblings": ("Weights of their own for each budget", siblings),
     "controllers": ("Controllers", controllers),
     "oracle": ("The oracle and its controls", _by_both_scores(oracle_sections.oracle)),
     "router": ("A router that sees the prompt only", _by_both_scores(oracle_sections.router)),

@@ -13,6 +13,7 @@ from dynskip.evaluation.report.figures import FAMILIES, FEATURES, RULES, WEIGHTS
 from dynskip.evaluation.report.numbers import MISSING, interval, number, percent, signed
 from dynskip.evaluation.report.oracle_figures import READS
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
+from dynskip.evaluation.report.sibling_sections import siblings_sentences
 
 
 def hidden_states(section: Row, summary: Summary) -> list[str]:
@@ -544,6 +545,7 @@ def depth(section: Row, summary: Summary) -> list[str]:
 SENTENCES: Mapping[str, Callable[[Row, Summary], list[str]]] = {
     "hidden_states": hidden_states,
     "static": static,
+    "siblings": siblings_sentences,
     "controllers": controllers,
     "oracle": oracle,
     "router": router,

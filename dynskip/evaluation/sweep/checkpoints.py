@@ -43,11 +43,13 @@ class Checkpoint:
     def of(source: str | Path | None) -> Checkpoint:
         """The checkpoint in a directory, a GGUF file, of a hub id, or of a model known by name; None for opt-mini.
 
-        Raises ValueError or OSError where it is no checkpoint of one of the architectures.
+        The folder of an adapter stands for the model that its config names, with the adapter merged into it. Raises
+        ValueError or OSError where it is no checkpoint of one of the architectures.
         """
-        adapter = find_adapter(source)
+        named = find_adapter(source)
+        adapter = _adapter_folder(source) if named is None else named
         if adapter is not None:
-            base = Checkpoint.of(find_model(str(source)))
+            base = Checkpoint.of(find_model(str(source)) if named is not None else _base_of(adapter))
             parts = (base.hash, *(file_hash(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
             digest = hashlib.sha256(" ".join(parts).encode())
             return Checkpoint(base.directory, digest.hexdigest()[:16], base.num_layers, adapter)
@@ -90,6 +92,21 @@ def check_tokenizer(tokenizer: Any, config: Any, name: str | Path) -> None:
             f"eval: tokenizer of {name} must end texts with the model's token {config.eos_token_id}, "
             f"got {tokenizer.eos_token_id}. Checkpoint and tokenizer do not belong together."
         )
+
+
+def _adapter_folder(source: str | Path | None) -> Path | None:
+    folder = None if source is None else Path(os.path.expanduser(source))
+    is_adapter = folder is not None and (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
+    return folder if is_adapter else None
+
+
+def _base_of(adapter: Path) -> str:
+    base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"Checkpoint.of: {adapter / ADAPTER_CONFIG} must name its model as base_model_name_or_path, got {base!r}."
+        )
+    return base
 
 
 def _directory(source: str | Path | None) -> Path:

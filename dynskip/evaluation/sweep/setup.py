@@ -270,7 +270,7 @@ class Setup:
 
         So may more references, more prompts to learn from, and, of a run that says its draws, more of these and more
         prompts: the items of fewer are among theirs. A folder takes more budgets, searched paths for them and labels,
-        too, and from then on no setup without them.
+        too, and from then on no setup without them; and siblings, with which or without.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("data", "labels", "controllers", "controller_seeds", "timed_on", "likelihood_only", *GROWING):
