@@ -12,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from bench.report.choosing import choosing_tables
 from bench.report.cpu import cpu_tables
 from bench.report.device import DeviceReport
 from bench.report.drafts import key_table as drafts_table
@@ -36,7 +37,7 @@ SERVING_FILES, DRAFTS_FILES = "serving*.jsonl", "drafts/*.jsonl"
 
 
 def render(results: Path) -> str:
-    """The tables of all reports in the folders ``cpu`` and ``gpu`` of ``results``, by machine and by card."""
+    """The tables of all reports in the folders ``cpu``, ``choosing`` and ``gpu`` of ``results``, by machine or card."""
     cpus = {path: Report.read(path) for path in sorted((results / "cpu").glob("*.jsonl"))}
     cards = [DeviceReport.read(path).summary() for path in sorted((results / "gpu").glob("*.jsonl"))]
     if not cpus and not cards:
@@ -45,6 +46,8 @@ def render(results: Path) -> str:
             f"there is a GPU `make gpu OUT={results / 'gpu'}`."
         )
     tables = [cpu_tables(cpus, "bench/results/cpu")] if cpus else []
+    draws = sorted((results / "choosing").glob("*.jsonl"))
+    tables += [choosing_tables(draws)] if draws else []
     return "\n".join([*tables, *cards])
 
 

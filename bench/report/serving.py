@@ -62,14 +62,14 @@ class Question:
 
 
 _COHORT = ("stream", "cohort")
+# What a stream should reach is said of a model: layers of others cost, and paths go together, as they do.
 _IDEAL: dict[str, Any] = {
     "form": "{:.0%}",
-    "least": {16: 0.90, 32: 0.88},
-    "of_models": {"opt-1.3b shapes with random weights": {16: 0.95, 32: 0.94}},
+    "of_models": {"opt-mini": {16: 0.90, 32: 0.88}, "opt-1.3b shapes with random weights": {16: 0.95, 32: 0.94}},
 }
 _STATIC = ("static", "engine, cohort")
 _PADDED = "full depth, over transformers' generate, left-padded, each batch to its longest output"
-_LOCKSTEP = {16: 1.9, 32: 1.7}
+_LOCKSTEP = {"opt-mini": {16: 1.9, 32: 1.7}}
 _QUEUE = {None: 0.98}
 # The name that the line of the lowest queue of a batch has beside its own.
 _WORST = "worst"
@@ -81,7 +81,7 @@ _BEYOND = (
 KEY_QUESTIONS = (
     Question("decode, cohort over full depth", *_COHORT, "decode_gain"),
     Question("decode, share of the ideal", *_COHORT, "decode_gain", "ideal_decode", **_IDEAL),
-    Question("decode, cohort over lockstep", *_COHORT, "decode_s", "decode_s", of="lockstep", least=_LOCKSTEP),
+    Question("decode, cohort over lockstep", *_COHORT, "decode_s", "decode_s", of="lockstep", of_models=_LOCKSTEP),
     Question("worst queue, cohort over lockstep", "queues", _WORST, "over_lockstep", least=_QUEUE),
 )
 QUESTIONS = (

@@ -18,6 +18,7 @@ from models import cpu_backend
 from transformers import OPTForCausalLM as HFOPTForCausalLM
 
 from bench import serving
+from bench.report.choosing import choosing_tables
 from bench.report.cpu import cpu_tables
 from bench.report.device import append_row
 from bench.report.serving import key_table, serving_tables
@@ -567,7 +568,7 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="paths must name a file, got none"):
         serving_tables([])
     conditions = {
-        **CONDITIONS, "part": "conditions", "commit": "streams", "model": "tiny",
+        **CONDITIONS, "part": "conditions", "commit": "streams", "model": "opt-mini",
         "dtype": "bfloat16", "backend": "torch", "requests": 1024,
         "prompts": "prompts of 32 tokens", "mean_output": 16.0, "mean_layers": 5.5, "num_layers": 24,
         "versions": {"dynskip": "0.1", "torch": "2.13"}, "date": "today",
@@ -616,7 +617,7 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     assert key_rows(paths) == [
         ["model", "CPU", "mean layers", "batch", "decode, cohort over full depth", "decode, share of the ideal",
          "decode, cohort over lockstep", "worst queue, cohort over lockstep"],
-        ["tiny", "Test", "5.5 of 24", "16", "3.00x", "94%", "1.76x (missed)", "0.97x (missed)"],
+        ["opt-mini", "Test", "5.5 of 24", "16", "3.00x", "94%", "1.76x (missed)", "0.97x (missed)"],
         ["target", "", "", "16", "", ">= 90%", ">= 1.90x", ">= 0.98x"],
     ]  # fmt: skip
     assert "1,024 requests, all there" in (note := " ".join(key_table(paths).split())) and "More than" not in note
@@ -631,8 +632,8 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     paths.append(tmp_path / "serving-c.jsonl")
     paths[2].write_text("".join(f"{json.dumps(line)}\n" for line in (other, small, deep)), encoding="utf-8")
     assert key_rows(paths)[1:] == [
-        ["tiny", "Another", "6.0 of 24", "32", "3.30x", "103%", "1.76x", ""],
-        ["tiny", "Test", "5.5 of 24", "16", "3.30x", "103%", "1.76x (missed)", ""],
+        ["opt-mini", "Another", "6.0 of 24", "32", "3.30x", "103%", "1.76x", ""],
+        ["opt-mini", "Test", "5.5 of 24", "16", "3.30x", "103%", "1.76x (missed)", ""],
         ["target", "", "", "16 / 32", "", ">= 90% / >= 88%", ">= 1.90x / >= 1.70x", ">= 0.98x"],
     ]
     assert "256 or 1,024 requests" in " ".join(key_table(paths).split())
@@ -643,7 +644,27 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     paths[2].write_text("".join(f"{json.dumps(line)}\n" for line in (large, small, deep)), encoding="utf-8")
     shares = [row[5] for row in key_rows(paths)[1:]]
     assert shares == ["91% (missed)", "91%", "103%", ">= 95% / >= 94%", ">= 90% / >= 88%"]
-    assert [row[0] for row in key_rows(paths)[4:]] == ["target, opt-1.3b shapes with random weights", "target, tiny"]
+    assert [row[0] for row in key_rows(paths)[4:]] == [
+        "target, opt-1.3b shapes with random weights",
+        "target, opt-mini",
+    ]
+
+
+def test_the_table_of_draws_says_what_was_missed(tmp_path: Path) -> None:
+    conditions = {"cpu": "Test", "num_threads": 2, "commit": "c", "date": "today"}
+    line = {"shape": "small", "vocab_size": 4096, "batch": 32, "draw": "top_p 0.9", "ms": 4.3, "greedy_ms": 4.0,
+            "cost": 0.0637, "interval": [0.02, 0.09], "rounds": 7, "target": 0.05,
+            "conditions": conditions}  # fmt: skip
+    lines = [line, {**line, "draw": "top_k 50", "cost": 0.05}, {**line, "shape": "large", "cost": 0.01}]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in lines), encoding="utf-8")
+    found = choosing_tables([tmp_path / "a.jsonl"])
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines() if row.startswith("|")]
+    assert cells[0] == ["", "small, 4,096 words", "large, 4,096 words"]
+    assert cells[2:] == [
+        ["top_p 0.9", "+6.4% [2.0, 9.0] (missed)", "+1.0% [2.0, 9.0]"],
+        ["top_k 50", "+5.0% [2.0, 9.0]", ""],
+    ]
+    assert "a decode step of 32 rows on Test" in found and "target: at most 5%" in found
 
 
 def key_rows(paths: list[Path]) -> list[list[str]]:
