@@ -217,20 +217,23 @@ def on_loopback(
     name: str = NAME,
     api_key: str | None = None,
     table: Path | None = None,
+    draft: str | None = None,
     max_queue: int = 64,
+    port: int = 0,
     on_start: Callable[[AsyncLLM, Server], None] = lambda *_: None,
     **engine: Any,
 ) -> Iterator[str]:
     """The address of a server of ``llm`` in a thread of its own, until the end of the block.
 
-    table: the file of its paths. on_start: called in its event loop before it listens.
+    table: the file of its paths. draft: of requests that name none. on_start: called in its event loop before it
+    listens.
     """
     started, found = threading.Event(), {}
 
     async def main() -> None:
-        with bind("127.0.0.1", 0) as bound:
+        with bind("127.0.0.1", port) as bound:
             async with AsyncLLM(llm, **engine) as served:
-                service = Service(served, DepthTable(llm.model, name, table), max_queue)
+                service = Service(served, DepthTable(llm.model, name, table, draft=draft), max_queue)
                 found["server"] = Server(make_app(service, api_key=api_key), started.set)
                 found["url"] = url_of(bound)
                 on_start(served, found["server"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from dynskip import LLM, LayerPath, SamplingParams
+from dynskip.found import FoundDraft, FoundPaths
 
 PATHS = ["uniform:2", "layers:0,1,3,5", "layers:0,1,2,3,4", "full"]
 PROMPT = "<b>005</b> <b>006</b>"
@@ -442,6 +444,28 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_alone(other: Any, driver: Any)
         assert page.complaints() == []
 
 
+def test_a_key_that_is_changed_is_asked_for_and_the_prompt_goes_again(other: Any, driver: Any, llm: LLM) -> None:
+    with other(api_key="now") as (url, _):
+        page = Page(driver, url)
+        page.until(page.one("#key-dialog").is_displayed)
+        driver.switch_to.active_element.send_keys("now", page.keys.ENTER)
+        page.until_ready()
+        # What the tab holds is refused from now on, as it is where the server has got another key.
+        driver.execute_script("sessionStorage.setItem('dynskip-key', 'then')")
+        page.fill("#max-tokens", "8")
+        page.fill("#prompt", PROMPT)
+        page.until(page.one("#key-dialog").is_displayed)  # the engine's state is asked for all the time
+        page.one("#key").send_keys(page.keys.ESCAPE)
+        page.until(lambda: not page.one("#key-dialog").is_displayed())
+        page.one("#send").click()
+        page.until(lambda: page.state() == "The server refuses this key.")
+        page.until(page.one("#key-dialog").is_displayed)
+        page.fill("#key", "now")
+        page.one("#key").send_keys(page.keys.ENTER)
+        page.until(lambda: page.state().startswith("Ended"))
+        assert page.text(page.part("answer")) == answer_of(llm, "full", 8)
+
+
 def test_without_the_key_it_says_why_nothing_is_there(other: Any, driver: Any) -> None:
     with other(api_key="key") as (url, _):
         page = Page(driver, url)
@@ -482,6 +506,68 @@ def test_a_connection_that_is_lost_in_mid_stream_is_said(other: Any, driver: Any
     page.until(lambda: page.text("#notice") == "The server cannot be reached. Does it still run?")
     page.ask(PROMPT, 3)
     page.until(lambda: page.state() == "The server cannot be reached. Does it still run?")
+
+
+def test_a_server_that_is_back_is_used_again(other: Any, driver: Any, llm: LLM) -> None:
+    with other() as (url, _):
+        page = Page(driver, url)
+        page.until_ready()
+    page.until(lambda: page.text("#notice") == "The server cannot be reached. Does it still run?")
+    with other(port=int(url.rpartition(":")[2])):
+        page.until(lambda: not page.one("#notice").is_displayed())
+        page.ask(PROMPT, 6)
+        page.until(lambda: page.state().startswith("Ended"))
+        assert page.text(page.part("answer")) == answer_of(llm, "full", 6)
+
+
+def test_who_waits_in_the_queue_is_counted(other: Any, driver: Any) -> None:
+    with other(batch=1) as (url, running):
+        page = Page(driver, url)
+        page.until_ready()
+        running.pace_s = 0.1
+        page.one("#compare").click()
+        page.ask(PROMPT, LONG)
+        page.until(lambda: (page.text("#waiting"), page.text("#resident")) == ("1", "1"))
+        running.pace_s = 0.0
+        assert all(page.until_ended(column).startswith("Ended") for column in (0, 1))
+        page.until(lambda: (page.text("#waiting"), page.text("#resident")) == ("0", "0"))
+
+
+def test_the_servers_draft_is_chosen_and_the_searched_one_only_at_full_depth(
+    other: Any, driver: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guess_three(monkeypatch)
+    searched = FoundDraft((0, 1, 2, 3), "path", 0.5, 1.5, "cpu")
+    found = FoundPaths("weights", NUM_LAYERS, draft=searched, searched_draft=True)
+    monkeypatch.setattr(type(llm.model), "found_paths", found)
+    for draft in ("layers:0,1,3,5", "auto"):
+        with other(draft=draft) as (url, _):
+            page = Page(driver, url)
+            page.until_ready()
+            chosen = page.one(page.part("draft"))
+            assert chosen.get_attribute("value") == draft, "the server's own"
+            page.ask(PROMPT, 40)
+            page.until(lambda page=page: page.state().startswith("Ended"))
+            assert int(page.text(page.part("drafted"))) > 0
+            assert page.text(page.part("answer")) == answer_of(llm, "full", 40)
+            page.one(page.part("slider")).send_keys(page.keys.HOME)
+            assert chosen.get_attribute("value") == "none", "nothing shallower is left"
+            options = {option.get_attribute("value"): option for option in page.all(f"{page.part('draft')} option")}
+            assert not options["auto"].is_enabled() and "a search has found" in options["auto"].text
+
+
+def test_a_model_without_a_chat_template_continues_texts(driver: Any, llm: LLM, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(llm.tokenizer)
+    tokenizer.chat_template = None
+    plain = LLM(llm.model, tokenizer)
+    with serving(plain, tmp_path) as (url, _):
+        page = Page(driver, url)
+        page.until_ready()
+        assert not page.one("#mode-label").is_displayed()
+        page.ask(PROMPT, 6)
+        page.until_ended()
+        (output,) = plain.generate([PROMPT], SamplingParams(max_tokens=6))
+        assert page.text(page.part("answer")) == output.text
 
 
 def test_an_error_in_mid_stream_is_said(other: Any, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
