@@ -43,6 +43,7 @@ from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore
 from dynskip.evaluation.sweep.training_curves import CURVES, RUN
 from dynskip.files import write_json, write_text
+from dynskip.paths import LayerPath
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench/results/paper-smollm2"
@@ -147,7 +148,8 @@ def run(
             pack(work, folder)
     if summary:
         # A piece without texts says how many references it has; the conditions are those of all pieces.
-        summary["conditions"]["prompts"] = setup.num_judged
+        siblings = {str(budget): checkpoint.hash for budget, checkpoint in setup.siblings}
+        summary["conditions"] |= {"prompts": setup.num_judged, "siblings": siblings}
     return summary
 
 
@@ -167,24 +169,32 @@ def keep_curves(trainings: Mapping[str, Path], of: str, path: Path) -> None:
         writer.writerows(lines)
 
 
+def check_siblings(given: Mapping[int, Path], setup: Setup) -> None:
+    """Raise ValueError where a folder of ``given`` was trained along another path than it is scored along.
+
+    A folder is ``adapter`` or ``model`` of a run of `dynskip train --preset paths`, whose record says that.
+    """
+    for budget, folder in given.items():
+        (layers,) = json.loads((folder.parent / RUN).read_text(encoding="utf-8"))["layers"].values()
+        path = LayerPath.parse(setup.path_of(budget), setup.num_layers)
+        if path.layers != tuple(layers):
+            raise ValueError(
+                f"paper: the sibling of {budget} layers must be trained along {path}, got {len(layers)} layers: "
+                f"{layers} in {folder.parent / RUN}."
+            )
+
+
 def keep_siblings(given: Mapping[int, Path], siblings: Siblings, folder: Path) -> None:
     """Write down which weights ``siblings`` are and how those in the folders ``given`` were trained, by budget.
 
-    A folder is ``adapter`` or ``model`` of a run of `dynskip train --preset paths`.
+    What is known of other budgets stays.
     """
-    write_json(
-        folder / SIBLINGS,
-        {
-            str(budget): {
-                "hash": checkpoint.hash,
-                "num_layers": checkpoint.num_layers,
-                "trained": json.loads((given[budget].parent / RUN).read_text(encoding="utf-8"))["config"],
-            }
-            for budget, checkpoint in siblings
-        },
-    )
-    trainings = {str(budget): given[budget].parent / "training" for budget, _ in siblings}
-    keep_curves(trainings, "budget", folder / SIBLING_CURVES)
+    known = json.loads((folder / SIBLINGS).read_text(encoding="utf-8")) if (folder / SIBLINGS).is_file() else {}
+    for budget, checkpoint in siblings:
+        trained = json.loads((given[budget].parent / RUN).read_text(encoding="utf-8"))["config"]
+        known[str(budget)] = {"hash": checkpoint.hash, "num_layers": checkpoint.num_layers, "trained": trained}
+    write_json(folder / SIBLINGS, known)
+    keep_curves({str(budget): given[budget].parent / "training" for budget in given}, "budget", folder / SIBLING_CURVES)
 
 
 def known_siblings(folder: Path) -> Siblings:
@@ -252,9 +262,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--mix-instruction-sets", action="store_true", help="go on where another kind of CPU began")
     args = parser.parse_args()
+    if args.sibling and "siblings" not in args.pieces:
+        parser.error("--sibling must be left out without the piece siblings")
     if "controllers" in args.pieces and not args.controller:
         parser.error("--controller must name the folders of the piece controllers, got none")
-    given = {budget: Path(folder) for budget, folder in parse_siblings(args.sibling).items()}
+    given = {budget: Path(folder).expanduser() for budget, folder in parse_siblings(args.sibling).items()}
     set_threads(args.threads)
     setup = setup_of(
         args.data,
@@ -272,7 +284,7 @@ def main() -> int:
         device=args.device,
     )
     if given:
-        keep_siblings(given, setup.siblings, args.folder)
+        check_siblings(given, setup)
     else:
         setup = dataclasses.replace(setup, siblings=known_siblings(args.folder))
     summary = run(
@@ -283,6 +295,8 @@ def main() -> int:
         mixes_isa=args.mix_instruction_sets,
         num_workers=args.workers,
     )
+    if given:
+        keep_siblings(given, setup.siblings, args.folder)
     if "controllers" in args.pieces:
         trainings = {controller.label: controller.directory for controller in setup.controllers}
         keep_curves(trainings, "controller", args.folder / CURVES)

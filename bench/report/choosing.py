@@ -20,6 +20,8 @@ def choosing_tables(paths: Sequence[Path]) -> str:
 
 def _table(lines: Sequence[Mapping[str, Any]]) -> str:
     shapes = {line["shape"]: line for line in lines}
+    # A shape that was measured again has its last run alone.
+    lines = [line for line in lines if line["conditions"] == shapes[line["shape"]]["conditions"]]
     costs = {(line["draw"], line["shape"]): _cell(line) for line in lines}
     cells = [
         (draw, *(costs.get((draw, shape), "") for shape in shapes))
@@ -35,7 +37,7 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> str:
     note = (
         f"What drawn tokens add to a decode step of {lines[0]['batch']} rows on {first['cpu']}, {first['num_threads']} "
         f"threads, over greedy ones in turns (target: at most {lines[0]['target']:.0%}), with the 95 % interval over "
-        f"rounds. {runs}."
+        f"rounds; of fewer than six it is no more than their range. {runs}."
     )
     wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
     return f"{wrapped}\n\n{markdown_table(header, cells, right=set(range(1, len(header))))}"

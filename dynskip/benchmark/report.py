@@ -27,8 +27,8 @@ class Row:
     at_least: True where the value must not be below the target, False where it must not be above.
     ours_ms, other_ms: the medians that it comes from. num_samples: how often each was timed.
     low, high: the value's 95 % interval over rounds; None where it has none.
-    lost_ms: of a value that falls short of what it is held against the milliseconds of ours that it may not take, by
-        part, negative where a part takes less than it may; None where parts were not measured.
+    lost_ms: by part the milliseconds of ours beyond those with which the value would be 1, negative where a part takes
+        less; None where parts were not measured.
     failure: why nothing was measured; the numbers are NaN then.
     wrong: what was wrong with the results of what was timed; the numbers stand, and meet no target.
     """
@@ -194,8 +194,11 @@ class Report:
             )
             for row in self.rows
         ]
-        header = ("section", "batch", "what", "dynskip ms", "other ms", "value", "95 %", "target", "verdict")
-        text = f"{self.conditions_text()}\n\n{markdown_table(header, cells, right={1, 3, 4, 5, 6})}"
+        header = ["section", "batch", "what", "dynskip ms", "other ms", "value", "95 %", "target", "verdict"]
+        columns = [place for place in range(len(header)) if header[place] != "95 %" or any(row[place] for row in cells)]
+        header, cells = [header[place] for place in columns], [tuple(row[place] for place in columns) for row in cells]
+        right = {place for place, name in enumerate(header) if name not in ("section", "what", "target", "verdict")}
+        text = f"{self.conditions_text()}\n\n{markdown_table(header, cells, right=right)}"
         for name, why in self.skipped.items():
             text += f"\nNot measured: {name}. {why}\n"
         return text + self._parts() + self._losses()

@@ -29,7 +29,7 @@ from dynskip.measure.agreement import Agreement, Gate
 from dynskip.measure.products import Embedding, Products
 from dynskip.measure.random_models import hf_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
-from dynskip.measure.timing import Samples, Task, interleave, interval_over_rounds, progress_bar
+from dynskip.measure.timing import LEAST_ROUNDS, Samples, Task, interleave, interval_over_rounds, progress_bar, timed
 from dynskip.models.registry import decoder_config
 from dynskip.paths import LayerPath
 
@@ -43,8 +43,8 @@ _LEAD_INS = 2
 _LONG_BATCH = 8
 # Milliseconds by part.
 _Parts = dict[str, float]
-# A prefill of at most so many rows is short: it is timed so many times as often, after a warm-up.
-_MORE_ROUNDS = {128: 4, 512: 2}
+# Prefills are timed in as many rounds as take so many seconds, but in so many at most.
+_PREFILL_S, _MOST_PREFILL_ROUNDS = 30.0, 12
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,7 @@ class Suite:
         }
         tasks |= {f"products {name}": work.run for name, work in products.items()}
         num_rows = batch.size * options.prompt_len
-        times = next((times for limit, times in _MORE_ROUNDS.items() if num_rows <= limit), 1)
-        num_rounds, num_warm_ups = options.num_prefill_rounds * times, int(times > 1)
-        samples = self._interleave(f"batch {batch.size}: prefill", tasks, num_rounds, 1, num_warm_ups)
+        samples = self._interleave_prefills(f"batch {batch.size}: prefill", tasks)
         peak_gflops = products["full"].flops / samples["products full"].range_ms[0] / 1e6
         self.speeds.append(replace(self.speeds[-1], peak_gflops=peak_gflops))
         embed_ms = self._embed_ms(model, num_rows)
@@ -253,7 +251,7 @@ class Suite:
             "full": ours.prefill,
             "transformers": TransformersRunner(hf_model, prompts, 1).prefill,
         }
-        samples = self._interleave(f"batch {size}: long prefill", tasks, self.options.num_prefill_rounds, 1, 1)
+        samples = self._interleave_prefills(f"batch {size}: long prefill", tasks)
         what = f"speed-up over transformers, prompts of {length}"
         self._speedup("prefill", size, what, samples["full"], samples["transformers"], self.targets.prefill)
 
@@ -300,7 +298,7 @@ class Suite:
                 what = "neither product nor attention inside the call, us"
                 rest = inside["full"].samples(full, REST, _LEAD_INS)
                 rounds_us = [1e3 * median(each) for each in rest.rounds]
-                self._append("decode", size, what, 1e3 * rest.ms, targets.rest_us, False, rest, full, rounds_us)
+                self._append("decode", size, what, median(rounds_us), targets.rest_us, False, rest, full, rounds_us)
         embed_ms = self._embed_ms(model, batch.size)
         self._path_rows("decode", batch, samples, embed_ms, parts)
         if "mix" in samples and "mix" in options.sections:
@@ -439,8 +437,8 @@ class Suite:
         statistic: Callable[[Sequence[Any]], float] = median,
         lost_ms: _Parts | None = None,
     ) -> None:
-        """A row whose value is ``statistic`` of ``rounds``, where these are given."""
-        low, high = interval_over_rounds(statistic, rounds) if rounds else (None, None)
+        """A row whose value is ``statistic`` of ``rounds``; where these are many it has an interval."""
+        low, high = (None, None) if len(rounds) < LEAST_ROUNDS else interval_over_rounds(statistic, rounds)
         self.rows.append(
             Row(
                 section,
@@ -475,6 +473,13 @@ class Suite:
                 bar.update()
 
             return interleave(tasks, num_rounds, num_repeats, num_warm_ups, on_call, num_lead_ins)
+
+    def _interleave_prefills(self, title: str, tasks: Mapping[str, Task]) -> dict[str, Samples]:
+        """Prefills that are short are timed more often: their ratios have intervals then."""
+        round_s = sum(timed(task) for task in tasks.values()) / 1e3  # warms up, too
+        least = self.options.num_prefill_rounds
+        num_rounds = max(least, min(_MOST_PREFILL_ROUNDS, int(_PREFILL_S / round_s)))
+        return self._interleave(title, tasks, num_rounds, 1, 0)
 
     def _bar(self, title: str, total: int) -> AbstractContextManager[Any]:
         return progress_bar(title, total, self.options.progress)
@@ -513,6 +518,7 @@ class _Inside:
         place, repeats = INSIDE.index(part), len(like.rounds[0])
         turn = num_lead_ins + repeats
         counted = [call[place] for call in self.calls[-len(like.rounds) * turn :]]
+        assert len(counted) == len(like.rounds) * turn, "each call was counted"
         return Samples([counted[i + num_lead_ins : i + turn] for i in range(0, len(counted), turn)])
 
     def parts(self, whole: Samples, num_lead_ins: int = 0) -> dict[str, float]:

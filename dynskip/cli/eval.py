@@ -32,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, type=file_path, metavar="FILE", help="Alpaca as *.json[.xz]")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="NAME", help="folder, GGUF file, hub id, or opt-mini, shipped with dynskip (the default)"
+        "--model",
+        metavar="NAME",
+        help="folder, of an adapter too, GGUF file, hub id, or opt-mini, shipped with dynskip (the default)",
     )
     model.add_argument(
         "--sibling",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynskip.data.corpus import Instruction, read_completions, read_instructions, split_instructions
+from dynskip.data.corpus import END_MARK, Instruction, read_completions, read_instructions, split_instructions
 from dynskip.data.examples import Example
 from dynskip.data.templates import alpaca_prompt
 from dynskip.prompts import chat_ids, text_ids
@@ -27,9 +27,14 @@ def read_rows(path: Path) -> list[Instruction]:
 
 
 def read_training_rows(path: Path) -> list[Instruction]:
-    """Those that nothing is judged on: of Alpaca the training part of `split_instructions`, of T0 all."""
+    """Those that `dynskip eval` judges nothing on: of Alpaca the training part by the sweep's own seed.
+
+    Of other files all rows, without the mark that T0 ends its completions with.
+    """
     rows = read_rows(path)
-    return rows if ".jsonl" in path.suffixes else split_instructions(rows)[0]
+    if ".jsonl" not in path.suffixes:
+        return split_instructions(rows)[0]
+    return [Instruction(row.instruction, row.input, row.output.removesuffix(END_MARK)) for row in rows]
 
 
 def draw_conversations(

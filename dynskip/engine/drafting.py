@@ -265,7 +265,7 @@ class Drafting:
         if self._lengths is None:
             return
         if self._choice is None or not self._is_regular:
-            self._lengths.interrupt()  # a plain step behind this one does not stand beside guesses before it
+            self._lengths.skip()
         if self._choice is None:
             return
         measured_ms = 1e3 * (time.perf_counter() - self._begin_s)

@@ -182,12 +182,15 @@ def add_draft_costs(
         engine.execution.drafting.acceptance = _Believed()
         for prompt in torch.randint(0, model.decoder_config.vocab_size, (batch, prompt_len), generator=generator):
             engine.add_request(prompt.tolist(), params, draft=draft)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", DraftWarning)  # a draft that fails is none that does not pay
-            while engine.has_unfinished:
-                engine.step()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", DraftWarning)  # a draft that fails is none that does not pay
+                while engine.has_unfinished:
+                    engine.step()
+        finally:
+            engine.close()
+            forget_drafts(model)
         lengths = engine.execution.drafting.lengths
-        engine.close()
         found = None if lengths is None else lengths.learnt_ratios(batch)
         if found is not None:
             ratios[batch] = (found.guess, found.verify)

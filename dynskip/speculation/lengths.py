@@ -28,6 +28,8 @@ _PAIRS, _FIRST_PAIRS = 9, 6
 # A plain step comes again after so many with guesses; sooner as long as pairs do not count, or where the last guesses
 # differ from them by so much.
 _PLAIN_EVERY, _PLAIN_EVERY_AT_FIRST, _FAR_OFF = 32, 8, 1.5
+# So many steps that show nothing may lie between guesses and the plain step that they are compared with.
+_MOST_BETWEEN = 8
 # The first steps of a kind and size are slow, and say nothing: memory is new, threads are not awake yet.
 _UNSEEN_STEPS = 4
 # What pairs say is rounded to steps of so many percent.
@@ -153,7 +155,8 @@ class DraftLengths:
     most_rows: int
     resumes: bool = False
     _learnt: dict[int, _Learnt] = field(default_factory=dict)  # by the bits of the number of sequences
-    _last: _Learnt | None = None  # of the last step
+    _last: _Learnt | None = None  # of the last step that was seen
+    _num_between: int = 0  # steps since then that show nothing
     _known: dict[object, Choice] = field(default_factory=dict)
     _model_costs: StepCosts = field(init=False)
 
@@ -193,6 +196,7 @@ class DraftLengths:
     def observe(self, choice: Choice, num_seqs: int, guessed_ms: float, stepped_ms: float) -> None:
         """Learn from a step of ``num_seqs`` sequences: guesses took ``guessed_ms``, all else ``stepped_ms``."""
         learnt = self._of(num_seqs)
+        self._num_between = 0
         if self._last is not learnt:
             self.interrupt()
             self._last = learnt
@@ -201,6 +205,12 @@ class DraftLengths:
                 learnt.add_guesses(guessed_ms / choice.guess_ms, stepped_ms / choice.verify_ms)
         elif min(choice.verify_ms, stepped_ms) > 0:
             learnt.add_plain(stepped_ms / choice.verify_ms)
+
+    def skip(self) -> None:
+        """Count a step that shows nothing: what comes behind many of them does not stand beside what came before."""
+        self._num_between += 1
+        if self._num_between > _MOST_BETWEEN:
+            self.interrupt()
 
     def interrupt(self) -> None:
         """Compare no plain step to come with the guesses that were made so far: it does not stand beside them."""

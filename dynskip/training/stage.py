@@ -7,7 +7,7 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,12 +79,15 @@ def record_start(
         write_json(path, {**(old or new), **found, "resumed": resumed})
 
 
-def check_same_config(old: Record, new: Record, directory: Path, free: frozenset[str]) -> None:
+def check_same_config(
+    old: Record, new: Record, directory: Path, free: frozenset[str], defaults: Mapping[str, object] | None = None
+) -> None:
     """Raise ValueError, naming each difference, where a run of the record ``new`` cannot go on with one of ``old``.
 
-    free: fields of the config that may differ.
+    free: fields of the config that may differ. defaults: of fields that records of older versions lack.
     """
     before, after = ({**record["config"], "data": record["data"]} for record in (old, new))
+    before = {**{name: value for name, value in (defaults or {}).items() if name in after}, **before}
     changed = [
         f"{name} {before.get(name)!r} there, {after.get(name)!r} asked"
         for name in sorted({*before, *after} - free)

@@ -190,7 +190,10 @@ def test_guesses_stand_beside_no_plain_step_behind_steps_without_drafts(monkeypa
     assert recent, "the last steps had guesses"
     served.abort(request_id)
     ask.add(served)
-    for _ in range(3):
+    for _ in range(4):
+        served.step()
+    assert recent, "a few steps are no while"
+    for _ in range(8):
         served.step()
     assert not recent, "a plain step to come does not follow them"
 

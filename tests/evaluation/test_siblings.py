@@ -27,6 +27,7 @@ from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore
 from dynskip.evaluation.tasks.likelihoods import member_likelihoods
 from dynskip.evaluation.tasks.path_families import families
+from dynskip.paths import LayerPath
 
 for package in ("datasets", "rouge_score", "sklearn", "scipy", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install dynskip[eval]")
@@ -36,7 +37,9 @@ def setup_in(folder: Path, budgets: tuple[int, ...] = (2, 4, 6), **changes: Any)
     for seed, budget in enumerate((2, 4, 6), 1):
         if not (folder / f"s{budget}").exists():
             save_checkpoint(folder / f"s{budget}" / "model", seed)
-            (folder / f"s{budget}" / "run.json").write_text(json.dumps({"config": {"num_steps": budget}}))
+            layers = {"path": list(LayerPath.uniform(6, budget).layers)}
+            record = {"config": {"num_steps": budget}, "layers": layers}
+            (folder / f"s{budget}" / "run.json").write_text(json.dumps(record))
             (folder / f"s{budget}" / "training").mkdir()
             (folder / f"s{budget}" / "training" / "curves.csv").write_text(f"step,loss\n1,{budget}.5\n")
     if not (folder / "before").exists():
@@ -76,7 +79,12 @@ def test_siblings_are_held_against_other_weights_along_the_same_paths(tmp_path: 
     matched = {row["family"] for row in section["rows"] if row["metric"] == "matching_budget"}
     assert matched == {"siblings", "paths"}
     told = " ".join(section_sentences(summary, "siblings"))
-    assert "In weights tuned for one budget each" in told and "Siblings lose" in told
+    assert "In weights tuned for one budget each" in told
+    for row in section["rows"]:
+        if row["metric"] == "loss - loss of untuned":
+            is_clear = row["q"] < 0.05 and row["low"] * row["high"] > 0
+            word = ("less" if row["value"] < 0 else "more") if is_clear else "neither"
+            assert f"Siblings lose {word} " in told
     (verdict,) = (each for each in verdicts({**summary, "static": {}}) if "own weights" in each.claim)
     assert verdict.verdict != "untested" and "nats a token at 4" in verdict.measured
     assert len(SECTIONS["siblings"][1](section, summary)) >= 5
@@ -88,24 +96,26 @@ def test_without_full_depth_or_any_other_nothing_is_said(budgets: tuple[int, ...
     with ItemStore(tmp_path / "items") as store:
         assert siblings.plan(setup, store) == []
         section = siblings.summarise(setup, store)
-    assert section["rows"] == [] and "name folders with --sibling BUDGET=FOLDER" in section["notes"][0]
+    assert section["rows"] == [] and "name folders with --sibling" in section["notes"][0]
     assert section_sentences({"conditions": {"num_layers": 6}, "siblings": section}, "siblings") == []
 
 
-def test_what_was_said_of_siblings_is_said_again_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_said_of_siblings_is_said_again_without_them(tmp_path: Path) -> None:
     committed = tmp_path / "committed"
     given = {budget: tmp_path / f"s{budget}" / "model" for budget in (2, 4, 6)}
     setup = setup_in(tmp_path)
     before = paper.run(setup, ["siblings"], committed, tmp_path / "first", progress=False)
+    paper.check_siblings(given, setup)
+    with pytest.raises(ValueError, match=r"the sibling of 4 layers must be trained along 4/6 layers .*, got 2 layers"):
+        paper.check_siblings({4: given[2]}, setup)
     paper.keep_siblings(given, setup.siblings, committed)
     curves = (committed / paper.SIBLING_CURVES).read_text(encoding="utf-8").splitlines()
     assert curves == ["budget,step,loss", "2,1,2.5", "4,1,4.5", "6,1,6.5"]
     held = json.loads((committed / paper.SIBLINGS).read_text(encoding="utf-8"))
     assert held["4"]["trained"] == {"num_steps": 4}
+    again = setup_in(tmp_path, ())
     for budget in (2, 4, 6):
         shutil.rmtree(tmp_path / f"s{budget}")
-    again = setup_in(tmp_path, ())
-    shutil.rmtree(tmp_path / "s2")
     known = paper.known_siblings(committed)
     assert [(budget, each.hash) for budget, each in known] == [(b, each.hash) for b, each in setup.siblings]
     again = dataclasses.replace(again, siblings=known)

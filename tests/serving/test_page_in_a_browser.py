@@ -450,10 +450,10 @@ def test_a_key_that_is_changed_is_asked_for_and_the_prompt_goes_again(other: Any
         page.until(page.one("#key-dialog").is_displayed)
         driver.switch_to.active_element.send_keys("now", page.keys.ENTER)
         page.until_ready()
-        # What the tab holds is refused from now on, as it is where the server has got another key.
-        driver.execute_script("sessionStorage.setItem('dynskip-key', 'then')")
         page.fill("#max-tokens", "8")
         page.fill("#prompt", PROMPT)
+        # What the tab holds is refused from now on, as it is where the server has got another key.
+        driver.execute_script("sessionStorage.setItem('dynskip-key', 'then')")
         page.until(page.one("#key-dialog").is_displayed)  # the engine's state is asked for all the time
         page.one("#key").send_keys(page.keys.ESCAPE)
         page.until(lambda: not page.one("#key-dialog").is_displayed())

@@ -18,7 +18,7 @@ from dynskip.evaluation.tasks.likelihoods import Likelihoods, member_items, memb
 from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, Member, families
 
 SIBLINGS = "siblings"
-# What siblings are held against, along the same path, and what a loss against full depth is called beside theirs.
+# The families that siblings are held against, along the same paths.
 OTHERS = ("untuned", "paths", "backbone")
 
 
@@ -31,7 +31,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     """The section; without rows where the setup names no siblings, or none of full depth."""
     found = _families(setup)
     if not found:
-        given = "No siblings, or none of full depth, were given: name folders with --sibling BUDGET=FOLDER."
+        given = (
+            "No siblings of full depth and of another of the budgets were given: name folders with --sibling "
+            "BUDGET=FOLDER."
+        )
         return {"n": 0, "seeds": 0, "rows": [], "notes": [given]}
     rows: list[dict[str, Any]] = []
     nats: dict[str, Floats] = {}
@@ -91,6 +94,8 @@ def _notes(setup: Setup, found: dict[str, list[Member]]) -> list[str]:
         "Hochberg.",
         f"p_equivalent: of two one-sided t-tests that a difference lies within {setup.margin_nats:g} nats; verdict: "
         "equivalent where it is below 0.05, else lower or higher where the interval leaves zero out, else open.",
+        "Weights of other families were tuned otherwise, if at all: what tells them from siblings is not the number of "
+        "budgets alone.",
         "matching_budget: the fewest mean layers at which an oracle by log-likelihood, which knows the references, is "
         "as good as full depth of the family; gain: what knowing them is worth there, against dealing the same paths "
         "at random. Any choice among noise gains: the section oracle has the controls.",

@@ -9,8 +9,6 @@ from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, families_of, find, select
 
-_OTHERS = ("untuned", "paths", "backbone")
-
 
 def siblings(section: Row, summary: Summary) -> list[Block]:
     """Experiment 2 by the paper's protocol; nothing where no siblings were scored."""
@@ -19,7 +17,7 @@ def siblings(section: Row, summary: Summary) -> list[Block]:
     families, budgets = families_of(section, metric="nats"), _budgets(section)
     names = [figures.FAMILIES.get(family, family) for family in families]
     shallower = [budget for budget in budgets if budget != summary["conditions"]["num_layers"]]
-    others = [family for family in _OTHERS if select(section, metric=f"nats - {family}")]
+    others = _others(section)
     told = [figures.FAMILIES.get(family, family) for family in others]
     oracle = [
         [name, cell(section, "matching_budget", 2, family=family), cell(section, "gain", 4, family=family)]
@@ -31,7 +29,8 @@ def siblings(section: Row, summary: Summary) -> list[Block]:
         Paragraph(
             "The paper tunes at full depth and from there once for each budget. Siblings are such weights: each is "
             "scored along the one path that it was tuned for, beside others along the same path. What a path loses is "
-            "told against full depth of the same weights, so that what the data teach all of them is not in it."
+            "told against full depth of the same weights: what tuning teaches at every depth is not in it, what else "
+            "tells two tunings apart, their data and their loss, is."
         ),
         Figure(
             figures.siblings(section),
@@ -82,7 +81,7 @@ def siblings_sentences(section: Row, summary: Summary) -> list[str]:
             f"In weights tuned for one budget each, a token of the reference costs {told} nats over full depth."
         )
     words = {-1: "less", 1: "more", 0: "neither more nor less, as far as seen,"}
-    for family in _OTHERS:
+    for family in _others(section):
         rows = select(section, metric=f"loss - loss of {family}")
         for sign, word in words.items():
             if own := [row for row in rows if _sign(row) == sign]:
@@ -90,6 +89,11 @@ def siblings_sentences(section: Row, summary: Summary) -> list[str]:
                 name = figures.FAMILIES.get(family, family)
                 lines.append(f"Siblings lose {word} than {name}, by nats, at {at} layers.")
     return lines
+
+
+def _others(section: Row) -> list[str]:
+    """The families that siblings are held against."""
+    return [family for family in figures.FAMILIES if select(section, metric=f"nats - {family}")]
 
 
 def _sign(row: Row) -> int:

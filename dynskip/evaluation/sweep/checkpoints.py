@@ -50,6 +50,11 @@ class Checkpoint:
         adapter = _adapter_folder(source) if named is None else named
         if adapter is not None:
             base = Checkpoint.of(find_model(str(source)) if named is not None else _base_of(adapter))
+            if base.adapter is not None:
+                raise ValueError(
+                    f"Checkpoint.of: {adapter} must be an adapter of a whole model, got one of {base.name}, which is "
+                    "one itself. Save the merged weights, and name them."
+                )
             parts = (base.hash, *(file_hash(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
             digest = hashlib.sha256(" ".join(parts).encode())
             return Checkpoint(base.directory, digest.hexdigest()[:16], base.num_layers, adapter)

@@ -106,4 +106,4 @@ def default_menu(num_layers: int) -> tuple[str, ...]:
     return ("full", *(f"found:{round(num_layers * share)}" for share in (5 / 6, 2 / 3, 1 / 2)))
 
 
-check_same_run = partial(check_same_config, free=_FREE)
+check_same_run = partial(check_same_config, free=_FREE, defaults={"answers": "own"})
