@@ -180,7 +180,7 @@ class Report:
 
     def markdown(self) -> str:
         """Conditions in words, then every row with its target and verdict."""
-        cells = [
+        cells: list[tuple[str, ...]] = [
             (
                 row.section,
                 str(row.batch),
