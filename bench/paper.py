@@ -197,6 +197,23 @@ def keep_siblings(given: Mapping[int, Path], siblings: Siblings, folder: Path) -
     keep_curves({str(budget): given[budget].parent / "training" for budget in given}, "budget", folder / SIBLING_CURVES)
 
 
+def trainings_of(folder: Path) -> list[str]:
+    """How the siblings that ``folder`` knows were trained, in words."""
+    if not (folder / SIBLINGS).is_file():
+        return []
+    lines: dict[str, list[str]] = {}
+    for budget, each in json.loads((folder / SIBLINGS).read_text(encoding="utf-8")).items():
+        found = each["trained"]
+        what = f"adapters of rank {found['rank']}" if found["method"] == "lora" else "all weights"
+        start = "" if found["adapter"] is None else ", from an adapter of full depth"
+        line = (
+            f"{what}{start}, {found['num_steps']} steps of {found['batch_size']} rows, learning rate "
+            f"{found['learning_rate']:g}"
+        )
+        lines.setdefault(line, []).append(budget)
+    return [f"Siblings of {', '.join(budgets)} layers: {line}." for line, budgets in lines.items()]
+
+
 def known_siblings(folder: Path) -> Siblings:
     """Those that were scored; their weights need not be there, and are found nowhere where one asks for them."""
     if not (folder / SIBLINGS).is_file():
@@ -297,6 +314,9 @@ def main() -> int:
     )
     if given:
         keep_siblings(given, setup.siblings, args.folder)
+    if "siblings" in summary:
+        notes = summary["siblings"]["notes"]
+        notes += [line for line in trainings_of(args.folder) if line not in notes]
     if "controllers" in args.pieces:
         trainings = {controller.label: controller.directory for controller in setup.controllers}
         keep_curves(trainings, "controller", args.folder / CURVES)

@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   dynskip bench --only decode,mix --batch 32  two sections at one batch size
   dynskip bench --shape opt-0.2b-24           a smaller model of as many layers
   dynskip bench --shape llama-3.2-1b          another architecture
+  dynskip bench --shape opt-mini --rounds 40  a small model, many rounds
   dynskip bench --out bench/results/cpu       also as JSON lines and Markdown, named after shape and machine
 
 sections:
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--batch", type=in_range(1, 1024), action="append", metavar="N", help="repeatable (default: 1, 8 and 32)"
     )
     add_number(parser, "--prompt-len", "T", 1, 1024, 64, "tokens of a prompt")
+    add_number(parser, "--rounds", "N", 1, 200, 8, "rounds of decode steps: small models are noisy, and take no time")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
     parser.add_argument("--out", type=file_path, metavar="DIR", help="also write <shape>-<machine>.jsonl and .md there")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of dynskip (default: auto)")
@@ -90,6 +92,7 @@ def options(args: argparse.Namespace, progress: bool) -> Options:
         batches=batches,
         sections=sections,
         prompt_len=args.prompt_len,
+        num_rounds=args.rounds,
         backend=args.backend,
         progress=progress,
     )

@@ -38,7 +38,8 @@ def setup_in(folder: Path, budgets: tuple[int, ...] = (2, 4, 6), **changes: Any)
         if not (folder / f"s{budget}").exists():
             save_checkpoint(folder / f"s{budget}" / "model", seed)
             layers = {"path": list(LayerPath.uniform(6, budget).layers)}
-            record = {"config": {"num_steps": budget}, "layers": layers}
+            trained = {"method": "lora", "rank": 16, "adapter": "a", "batch_size": 8, "learning_rate": 1e-3}
+            record = {"config": {"num_steps": 7, **trained}, "layers": layers}
             (folder / f"s{budget}" / "run.json").write_text(json.dumps(record))
             (folder / f"s{budget}" / "training").mkdir()
             (folder / f"s{budget}" / "training" / "curves.csv").write_text(f"step,loss\n1,{budget}.5\n")
@@ -111,8 +112,13 @@ def test_what_was_said_of_siblings_is_said_again_without_them(tmp_path: Path) ->
     paper.keep_siblings(given, setup.siblings, committed)
     curves = (committed / paper.SIBLING_CURVES).read_text(encoding="utf-8").splitlines()
     assert curves == ["budget,step,loss", "2,1,2.5", "4,1,4.5", "6,1,6.5"]
+    assert paper.trainings_of(committed) == [
+        "Siblings of 2, 4, 6 layers: adapters of rank 16, from an adapter of full depth, 7 steps of 8 rows, learning "
+        "rate 0.001."
+    ]
+    assert paper.trainings_of(tmp_path) == []
     held = json.loads((committed / paper.SIBLINGS).read_text(encoding="utf-8"))
-    assert held["4"]["trained"] == {"num_steps": 4}
+    assert held["4"]["trained"]["num_steps"] == 7
     again = setup_in(tmp_path, ())
     for budget in (2, 4, 6):
         shutil.rmtree(tmp_path / f"s{budget}")

@@ -77,9 +77,8 @@ def siblings_sentences(section: Row, summary: Summary) -> list[str]:
     losses = [row for row in select(section, metric="nats - full", family="siblings") if row["budget"] != num_layers]
     if losses:
         told = ", ".join(f"{signed(row, 3)} at {row['budget']} layers" for row in reversed(losses))
-        lines.append(
-            f"In weights tuned for one budget each, a token of the reference costs {told} nats over full depth."
-        )
+        costs = "a token of the reference costs more nats than at full depth"
+        lines.append(f"In weights tuned for one budget each, {costs}: {told}.")
     words = {-1: "less", 1: "more", 0: "neither more nor less, as far as seen,"}
     for family in _others(section):
         rows = select(section, metric=f"loss - loss of {family}")
