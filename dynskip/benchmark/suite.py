@@ -43,6 +43,8 @@ _LEAD_INS = 2
 _LONG_BATCH = 8
 # Milliseconds by part.
 _Parts = dict[str, float]
+# Rounds of decode steps before the prompts are run again.
+_MOST_ROUNDS_AT_ONCE = 8
 # Prefills are timed in as many rounds as take so many seconds, but in so many at most.
 _PREFILL_S, _MOST_PREFILL_ROUNDS = 30.0, 12
 
@@ -73,7 +75,12 @@ class Options:
     @property
     def max_new_tokens(self) -> int:
         """Tokens that a sequence generates at most: one by the prefill and one by each step of any kind."""
-        return self.num_rounds * (2 * self.num_repeats + _LEAD_INS) + _OTHER_TOKENS
+        return self.num_rounds_at_once * (2 * self.num_repeats + _LEAD_INS) + _OTHER_TOKENS
+
+    @property
+    def num_rounds_at_once(self) -> int:
+        """Rounds of decode steps behind one prefill: more of them would be those of longer contexts."""
+        return min(self.num_rounds, _MOST_ROUNDS_AT_ONCE)
 
 
 @dataclass
@@ -279,7 +286,15 @@ class Suite:
         if batch.size == 1 and "decode" in options.sections:
             tasks["reading"] = machine.WeightReader(_bytes_read(model)).read
         title = f"batch {batch.size}: decode"
-        samples = self._interleave(title, tasks, options.num_rounds, options.num_repeats, 1, _LEAD_INS)
+        samples: dict[str, Samples] = {name: Samples() for name in tasks}
+        for first in range(0, options.num_rounds, _MOST_ROUNDS_AT_ONCE):
+            num_rounds = min(_MOST_ROUNDS_AT_ONCE, options.num_rounds - first)
+            if first:
+                for runner in batch.runners.values():
+                    runner.prefill()
+            found = self._interleave(title, tasks, num_rounds, options.num_repeats, int(not first), _LEAD_INS)
+            for name, of_rounds in found.items():
+                samples[name].rounds += of_rounds.rounds
         if "reading" in samples:
             bandwidth_gbps = _bytes_read(model) / samples["reading"].range_ms[0] / 1e6
             self.speeds.append(replace(self.speeds[-1], bandwidth_gbps=bandwidth_gbps))
@@ -319,7 +334,7 @@ class Suite:
         if inside.calls:
             ways.append(inside.samples(samples[name], "products", _LEAD_INS))
         entries = sum(len(path.layers) for path in batch.paths[name])
-        context_len = self.options.prompt_len + self.options.num_rounds * self.options.num_repeats / 2
+        context_len = self.options.prompt_len + self.options.num_rounds_at_once * self.options.num_repeats / 2
         shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
         kv_ms = entries * context_len * shape.kv_entry_bytes / self.speeds[-1].bandwidth_gbps / 1e6
         return _Floor(min(ways, key=lambda way: way.ms), kv_ms)
@@ -335,7 +350,7 @@ class Suite:
     def _measure_overhead(self, batch: _Batch, name: str) -> None:
         runner = batch.runners[name]
         assert isinstance(runner, DynskipRunner)
-        num_steps = self.options.num_rounds * self.options.num_repeats
+        num_steps = self.options.num_rounds_at_once * self.options.num_repeats
         with self._bar(f"batch {batch.size}: parts of a step", num_steps) as bar:
             parts = measure_parts(runner, num_steps, lambda _: bar.update())
         detail = {part: round(parts.ms(part), 2) for part in parts.parts}

@@ -425,6 +425,27 @@ def test_only_what_was_asked_for_runs(tiny: str) -> None:
     assert report.skipped == {}
 
 
+def test_many_rounds_begin_anew_so_that_contexts_stay_short(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilled: list[int] = []
+    prefill = DynskipRunner.prefill
+
+    def counted(self: DynskipRunner) -> None:
+        prefill(self)
+        assert self.generation is not None
+        prefilled.append(len(self.prompts))
+
+    monkeypatch.setattr(DynskipRunner, "prefill", counted)
+    options = suite.Options(
+        shape=tiny, batches=(2,), sections=("decode",), prompt_len=4, num_rounds=18, vocab_size=128, progress=False
+    )
+    report = suite.Suite(options).run()
+    assert options.max_new_tokens == replace(options, num_rounds=8).max_new_tokens
+    assert prefilled == [2, 2, 2], "before the first 8 rounds, the second, and the last 2"
+    rows = {row.what: row for row in report.rows}
+    over = rows["speed-up over transformers"]
+    assert over.num_samples == 36 and over.low is not None
+
+
 def test_ctranslate2_is_skipped_by_name(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctranslate2_runner.importlib.util, "find_spec", lambda name: None)
     options = suite.Options(
