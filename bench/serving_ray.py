@@ -205,10 +205,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="opt-1.3b", help="as in dynskip calibrate (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=192)
-    parser.add_argument("--rate", type=float, help=f"requests/s of the Poisson stream (default: a load of {LOAD:.0%})")
+    parser.add_argument("--rate", type=float, help=f"requests/s of the Poisson stream (default: a load of {LOAD:g})")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ray")
     args = parser.parse_args(argv)
-    facts = {**describe(), "arguments": " ".join(sys.argv[1:] if argv is None else argv)}
+    asked = [f"--shape {args.shape} --rounds {args.rounds} --requests {args.requests}"]
+    asked += [] if args.rate is None else [f"--rate {args.rate:g}"]
+    facts = {**describe(), "arguments": " ".join(asked)}
     config = hf_config(args.shape)
     mix = parse_mix(PAPER_MIX, config.num_hidden_layers)
     lines = []

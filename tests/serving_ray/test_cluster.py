@@ -410,3 +410,10 @@ def test_without_an_address_it_starts_a_cluster_of_its_own_answers_on_loopback_a
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(TIMEOUT_S) == 0, "".join(running.log)
     until(lambda: not any(process.is_running() for process in own))
+
+
+@pytest.mark.parametrize("program", ["serving_ray", "scheduling_ray"])
+def test_programs_that_need_ray_say_how_they_are_called(program: str) -> None:
+    command = [sys.executable, "-m", f"bench.{program}", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert told.returncode == 0 and told.stdout.startswith("usage: "), told.stderr
