@@ -190,11 +190,18 @@ def keep_siblings(given: Mapping[int, Path], siblings: Siblings, folder: Path) -
     What is known of other budgets stays.
     """
     known = json.loads((folder / SIBLINGS).read_text(encoding="utf-8")) if (folder / SIBLINGS).is_file() else {}
+    curves: dict[str, Path] = {}
     for budget, checkpoint in siblings:
-        trained = json.loads((given[budget].parent / RUN).read_text(encoding="utf-8"))["config"]
+        run = given[budget].parent
+        trained = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
         known[str(budget)] = {"hash": checkpoint.hash, "num_layers": checkpoint.num_layers, "trained": trained}
+        curves[str(budget)] = run / "training"
+        if trained.get("adapter") is not None:  # the full-depth one, which it starts from
+            before = Path(trained["adapter"]).parent
+            known[str(budget)]["before"] = json.loads((before / RUN).read_text(encoding="utf-8"))["config"]
+            curves["before"] = before / "training"
     write_json(folder / SIBLINGS, known)
-    keep_curves({str(budget): given[budget].parent / "training" for budget in given}, "budget", folder / SIBLING_CURVES)
+    keep_curves(curves, "budget", folder / SIBLING_CURVES)
 
 
 def trainings_of(folder: Path) -> list[str]:
@@ -233,14 +240,16 @@ def rows_needed(row: dict[str, Any], num_rows: int) -> int | None:
 
 def power_table(summary: dict[str, Any]) -> str:
     """Each paired difference of log-likelihoods with the rows that it needs."""
-    section = summary["static"]
-    num_rows = section["n_nats"]
+    num_rows = summary["static"]["n_nats"]
+    found = [row for name in ("siblings", "static") for row in summary.get(name, {}).get("rows", ())]
+    # A difference that both sections have is told once.
+    found = [*{(row["metric"], row.get("family"), row.get("budget")): row for row in reversed(found)}.values()]
     body = [
         [
             *(row["metric"], row["family"], str(row["budget"]), f"{row['value']:.3f}", f"{row['detectable']:.4f}"),
             *(str(rows_needed(row, num_rows)), row["verdict"]),
         ]
-        for row in section["rows"]
+        for row in reversed(found)
         if row["metric"].startswith("nats - ") and row.get("detectable")
     ]
     head = ["difference", "weights", "layers", "nats a token", "seen from", "rows for the margin", "verdict"]

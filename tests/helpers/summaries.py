@@ -21,7 +21,7 @@ def section(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
 
 
 def example_summary() -> dict[str, Any]:
-    """All six sections as a run writes them."""
+    """All sections as a run writes them."""
     return {
         "schema": 1,
         "conditions": {
@@ -38,6 +38,7 @@ def example_summary() -> dict[str, Any]:
         },
         "hidden_states": _hidden_states(),
         "static": _static(),
+        "siblings": _siblings(),
         "controllers": _controllers(),
         "oracle": _oracle(),
         "router": _router(),
@@ -81,6 +82,27 @@ def _static() -> dict[str, Any]:
                 rows.append(row(0.48 - 0.02 * budget, 0.004, metric="ms_saved", **labels))
                 rows.append(row(4.8 - 0.2 * budget, 0.03, metric="ms_saved_single", **labels))
     return section(rows)
+
+
+def _siblings() -> dict[str, Any]:
+    worth = {"siblings": 0.8, "untuned": 2.0, "paths": 0.6, "backbone": 3.0}
+    rows = [row(20.5, 0.3, metric="matching_budget", family="siblings", never=0.0)]
+    for family, loss in worth.items():
+        for budget in (8, 12, 24):
+            labels = {"family": family, "budget": budget, "path": f"uniform:{budget}"}
+            lost = loss * (1 - budget / 24)
+            rows.append(row(2 + lost, 0.01, metric="nats", **labels))
+            rows.append(
+                row(lost, 0.01, metric="nats - full", margin=0.02, p_equivalent=0.9, verdict="higher", **labels)
+            )
+            if family != "siblings" and budget < 24:
+                own = labels | {"family": "siblings"}
+                away = (worth["siblings"] - loss) * (1 - budget / 24)
+                verdict = "lower" if away < 0 else "higher"
+                rows.append(row(away, 0.01, metric=f"nats - {family}", margin=0.02, verdict=verdict, **own))
+                rows.append(row(away, 0.01, metric=f"loss - loss of {family}", p=0.0, q=0.0, **own))
+    rows.append(row(19.5, 0.3, metric="matching_budget", family="paths", never=0.0))
+    return section(rows, notes=["A note.", "Siblings of 8, 12, 24 layers: adapters of rank 16."])
 
 
 def _controllers() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Weights tuned for one budget each, beside one set of weights for all paths (arXiv 2410.20022, section 4).
 
-The paper fine-tunes at full depth first and from there once for each budget. Does a path lose less in weights of its
-own than in shared ones? References are scored and nothing is generated: once that is done the weights may go.
+The paper fine-tunes at full depth first and from there once for each budget. Is a path better in weights of its own
+than in shared ones, and does it lose less against full depth tuned the same way? References are scored and nothing is
+generated: once that is done the weights may go.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dynskip.evaluation.stats.intervals import Floats, bootstrap_mean
 from dynskip.evaluation.stats.oracle_controls import OracleScores
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.likelihoods import Likelihoods, member_items, member_likelihoods
+from dynskip.evaluation.tasks.likelihoods import member_items, member_likelihoods
 from dynskip.evaluation.tasks.path_families import DESCRIPTIONS, Member, families
 
 SIBLINGS = "siblings"
@@ -43,15 +44,20 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         tokens, nats[family] = likelihoods.num_tokens, -likelihoods.scores
         rows += score_rows(setup, "nats", nats[family], tokens, setup.margin_nats, family, members)
         if family in (SIBLINGS, "paths"):
-            rows += _oracle_rows(setup, family, members, likelihoods)
+            scores = OracleScores(tuple(each.budget for each in members), likelihoods.scores, resamples=setup.resamples)
+            matching = scores.matching_budget_of(scores.controls["oracle"], scores.greedy)
+            never = round(matching.never, 4)
+            rows.append(matching.budget.row(metric="matching_budget", family=family, never=never))
     for family in (name for name in OTHERS if name in found):
-        for column, member in enumerate(found[SIBLINGS]):
+        for column, (member, other) in enumerate(zip(found[SIBLINGS], found[family], strict=True)):
+            if member.checkpoint == other.checkpoint:
+                continue
             labels = {"family": SIBLINGS, "budget": member.budget, "path": member.path}
             difference = nats[SIBLINGS][:, column] - nats[family][:, column]
             loss = paired_loss(difference, tokens, setup.margin_nats, setup.resamples)
             rows.append(loss.row_of(f"nats - {family}", labels))
-            if member.budget < setup.num_layers:
-                # What the path loses against full depth of the same weights, beside what it loses in the others.
+            if member.budget < setup.num_layers and found[family][-1].checkpoint != found[SIBLINGS][-1].checkpoint:
+                # What the path loses against full depth of the same family, minus what it loses in the other one.
                 gap = difference - (nats[SIBLINGS][:, -1] - nats[family][:, -1])
                 p = round(mean_p(gap, tokens), 6)
                 interval = bootstrap_mean(gap, tokens, resamples=setup.resamples)
@@ -73,31 +79,19 @@ def _families(setup: Setup) -> dict[str, list[Member]]:
     return {SIBLINGS: found[SIBLINGS], **alike}
 
 
-def _oracle_rows(setup: Setup, family: str, members: list[Member], likelihoods: Likelihoods) -> list[dict[str, Any]]:
-    """The fewest mean layers at which an oracle over the family is as good as its full depth, and what it gains."""
-    scores = OracleScores(tuple(member.budget for member in members), likelihoods.scores, resamples=setup.resamples)
-    oracle = scores.controls["oracle"]
-    matching = scores.matching_budget_of(oracle, scores.greedy)
-    labels = {"family": family, "never": round(matching.never, 4)}
-    rows = [matching.budget.row(metric="matching_budget", **labels)]
-    column = scores.at(matching.budget.value)
-    rows.append(scores.interval(oracle.gain[:, column]).row(metric="gain", family=family))
-    return rows
-
-
 def _notes(setup: Setup, found: dict[str, list[Member]]) -> list[str]:
     return [
         f"nats: minus the log-likelihood of a token of the reference, teacher-forced, on {setup.num_likelihoods} "
         "references; smaller is better. Differences are paired, intervals BCa by bootstrap over sequences.",
         "nats - FAMILY: the sibling of a budget minus the weights of that family along the same path. loss - loss of "
-        "FAMILY: the same of the loss against full depth, each in its own weights. q: its p, adjusted by Benjamini and "
-        "Hochberg.",
-        f"p_equivalent: of two one-sided t-tests that a difference lies within {setup.margin_nats:g} nats; verdict: "
-        "equivalent where it is below 0.05, else lower or higher where the interval leaves zero out, else open.",
-        "Weights of other families were tuned otherwise, if at all: what tells them from siblings is not the number of "
-        "budgets alone.",
+        "FAMILY: the same of the loss against full depth, that of siblings being the loss against the sibling of full "
+        "depth. q: its p, adjusted by Benjamini and Hochberg. Intervals know sequences alone: each sibling is one "
+        "training.",
+        f"verdict: equivalent where two one-sided t-tests put a difference within {setup.margin_nats:g} nats, else "
+        "lower or higher where the interval leaves zero out, else open.",
+        "Weights of other families were tuned otherwise, if at all: on other data, by another loss, on other numbers "
+        "of rows. What tells them from siblings is not the number of budgets alone.",
         "matching_budget: the fewest mean layers at which an oracle by log-likelihood, which knows the references, is "
-        "as good as full depth of the family; gain: what knowing them is worth there, against dealing the same paths "
-        "at random. Any choice among noise gains: the section oracle has the controls.",
+        "as good as full depth of the family. Any choice among noise gains, and siblings have no control of it.",
         *(f"{family}: {DESCRIPTIONS[family]}." for family in found),
     ]

@@ -141,7 +141,7 @@ def _static(summary: Summary) -> list[Verdict]:
 
 def _siblings(summary: Summary) -> Verdict:
     """The paper's protocol where it was run on its own: the same claim of weights tuned for one budget each."""
-    claim, num_layers = "each budget's own weights lose to full depth's", summary["conditions"].get("num_layers")
+    claim, num_layers = "weights tuned for one budget each lose to full depth", summary["conditions"].get("num_layers")
     found = findings.losses(_section(summary, "siblings"), num_layers)
     if found is None:
         return Verdict(f"{claim}, the paper's protocol", UNTESTED, "not run")
@@ -149,7 +149,7 @@ def _siblings(summary: Summary) -> Verdict:
     where = _where({-1: "less", 1: "more", 0: "open"}, found.rows, found.signs)
     seen = _seen(deepest, lambda size: number(size, 4))
     measured = f"{where} layers; {signed(deepest, 4)} nats a token at {deepest['budget']}{seen}"
-    return Verdict(f"{claim}, the paper's protocol", _of_all(found.signs, -1), measured)
+    return Verdict(f"{claim}, the paper's protocol, as far as it was run", _of_all(found.signs, -1), measured)
 
 
 def _controllers(summary: Summary) -> list[Verdict]:

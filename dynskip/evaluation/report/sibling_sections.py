@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dynskip.evaluation.report import figures
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable, direction
@@ -9,33 +11,40 @@ from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, families_of, find, select
 
+# What columns call the families.
+_COLUMNS = {
+    "siblings": "siblings",
+    "untuned": "tuned at full depth only",
+    "paths": "shared weights",
+    "backbone": "before any tuning",
+}
+
 
 def siblings(section: Row, summary: Summary) -> list[Block]:
-    """Experiment 2 by the paper's protocol; nothing where no siblings were scored."""
-    if not select(section, metric="nats"):
-        return [Paragraph("Not run.")]
+    """Experiment 2 by the paper's protocol."""
     families, budgets = families_of(section, metric="nats"), _budgets(section)
-    names = [figures.FAMILIES.get(family, family) for family in families]
     shallower = [budget for budget in budgets if budget != summary["conditions"]["num_layers"]]
     others = _others(section)
-    told = [figures.FAMILIES.get(family, family) for family in others]
+    losers = [family for family in others if select(section, metric=f"loss - loss of {family}")]
+    names, told, lost = ([_COLUMNS[family] for family in own] for own in (families, others, losers))
+    trained = [note for note in section["notes"] if note.startswith("Siblings of ")]
     oracle = [
-        [name, cell(section, "matching_budget", 2, family=family), cell(section, "gain", 4, family=family)]
+        [name, cell(section, "matching_budget", 2, family=family)]
         for family, name in zip(families, names, strict=True)
         if find(section, metric="matching_budget", family=family)
     ]
-    by_oracle = [Table("An oracle by log-likelihood", ["weights", "matches full depth on", "gain"], oracle)]
     return [
         Paragraph(
             "The paper tunes at full depth and from there once for each budget. Siblings are such weights: each is "
-            "scored along the one path that it was tuned for, beside others along the same path. What a path loses is "
-            "told against full depth of the same weights: what tuning teaches at every depth is not in it, what else "
-            "tells two tunings apart, their data and their loss, is."
+            "scored along the one path that it was tuned for, beside others along the same path: weights that were "
+            "tuned at full depth only, one set of weights for all paths, and the weights before any tuning. What a "
+            "path loses is told against full depth of the same tuning: a gain that is equal at every depth is not in "
+            f"it; data, loss and rows of two tunings still differ. {' '.join(trained)}".strip()
         ),
         Figure(
             figures.siblings(section),
             "Minus the log-likelihood of a token of the reference, teacher-forced. Bars are 95 % intervals over "
-            "sequences.",
+            "sequences. At full depth siblings are those that were tuned at full depth only.",
         ),
         Table(
             "Nats a token by budget",
@@ -47,25 +56,29 @@ def siblings(section: Row, summary: Summary) -> list[Block]:
         ),
         Table(
             "Nats of siblings minus those of other weights along the same path, paired",
-            ["layers", *(text for name in told for text in (name, "verdict"))],
+            ["layers", *(text for name in told for text in (f"minus {name}", "seen from", "verdict"))],
             [
                 [str(budget), *(text for family in others for text in _difference(section, family, budget))]
                 for budget in budgets
             ],
         ),
         Table(
-            "What siblings lose against full depth, and how much more that is than what other weights lose",
-            ["layers", "loss", "seen from", *(text for name in told for text in (f"beside {name}", "q"))],
+            "Loss of siblings against full depth, and how much more that is than the loss of other weights",
+            ["layers", "loss", *(text for name in lost for text in (f"minus that of {name}", "seen from", "q"))],
             [
                 [
                     str(budget),
-                    *_loss(section, budget),
-                    *(text for family in others for text in _beside(section, family, budget)),
+                    cell(section, "nats - full", family="siblings", budget=budget),
+                    *(text for family in losers for text in _beside(section, family, budget)),
                 ]
                 for budget in shallower
             ],
         ),
-        *(by_oracle if oracle else []),
+        *(
+            [Table("An oracle by log-likelihood", ["weights", "mean layers at which it matches full depth"], oracle)]
+            if oracle
+            else []
+        ),
         *likelihoods(section),
     ]
 
@@ -79,15 +92,32 @@ def siblings_sentences(section: Row, summary: Summary) -> list[str]:
         told = ", ".join(f"{signed(row, 3)} at {row['budget']} layers" for row in reversed(losses))
         costs = "a token of the reference costs more nats than at full depth"
         lines.append(f"In weights tuned for one budget each, {costs}: {told}.")
-    words = {-1: "less", 1: "more", 0: "neither more nor less, as far as seen,"}
     for family in _others(section):
-        rows = select(section, metric=f"loss - loss of {family}")
-        for sign, word in words.items():
-            if own := [row for row in rows if _sign(row) == sign]:
-                at = ", ".join(f"{row['budget']} ({signed(row, 3)})" for row in reversed(own))
-                name = figures.FAMILIES.get(family, family)
-                lines.append(f"Siblings lose {word} than {name}, by nats, at {at} layers.")
+        name = _OF[family]
+        told = _by_sign(select(section, metric=f"nats - {family}"), direction, ("better", "worse", "not told apart"))
+        lines.append(f"Beside {name} along the same path, siblings are {told}, in nats.")
+        if rows := select(section, metric=f"loss - loss of {family}"):
+            told = _by_sign(rows, _sign, ("less", "more", "no less or more"))
+            lines.append(f"What siblings lose against full depth, in nats, beside what {name} lose: {told}.")
     return lines
+
+
+_OF = {
+    "untuned": "weights tuned at full depth only",
+    "paths": "shared weights",
+    "backbone": "the weights before any tuning",
+}
+
+
+def _by_sign(rows: list[Row], sign: Callable[[Row], int], words: tuple[str, str, str]) -> str:
+    """Where something is smaller, greater and neither, deepest budgets first."""
+    by_sign = {each: [row for row in reversed(rows) if sign(row) == each] for each in (-1, 1, 0)}
+    told = {
+        word: ", ".join(f"{row['budget']} ({signed(row, 3)})" for row in own)
+        for word, own in zip(words, by_sign.values(), strict=True)
+        if own
+    }
+    return ", ".join(f"{word} at {budgets} layers" for word, budgets in told.items())
 
 
 def _others(section: Row) -> list[str]:
@@ -105,14 +135,12 @@ def _budgets(section: Row) -> list[int]:
 
 def _difference(section: Row, family: str, budget: int) -> list[str]:
     row = find(section, metric=f"nats - {family}", budget=budget)
-    return [MISSING] * 2 if row is None else [signed(row, 4), str(row["verdict"])]
-
-
-def _loss(section: Row, budget: int) -> list[str]:
-    row = find(section, metric="nats - full", family="siblings", budget=budget)
-    return [MISSING] * 2 if row is None else [signed(row, 4), number(detectable(row), 4)]
+    return [MISSING] * 3 if row is None else [signed(row, 4), number(detectable(row), 4), str(row["verdict"])]
 
 
 def _beside(section: Row, family: str, budget: int) -> list[str]:
     row = find(section, metric=f"loss - loss of {family}", budget=budget)
-    return [MISSING] * 2 if row is None else [signed(row, 4), number(row.get("q"))]
+    if row is None:
+        return [MISSING] * 3
+    q = row.get("q")
+    return [signed(row, 4), number(detectable(row), 4), MISSING if q is None else "< 0.001" if q < 0.001 else number(q)]
