@@ -71,7 +71,8 @@ def test_each_question_has_its_figures(committed: dict[str, Any], drawn: dict[st
     report_blocks(committed)
     of_states = {f"{kind}-{weights}" for kind in ("hidden", "trajectory") for weights in ("paths", "backbone")}
     by_paths = {f"{kind}-paths" for kind in ("oracle", "surviving", "router-nats", "depth", "correlations")}
-    assert set(drawn) == of_states | by_paths | {"static-nats", "controllers-nats", "controller-training", "skip-rates"}
+    others = {"static-nats", "siblings", "controllers-nats", "controller-training", "skip-rates"}
+    assert set(drawn) == of_states | by_paths | others
     assert {f"{name}.svg" for name in drawn} == {file.name for file in (RUN / "figures").iterdir()}
 
 

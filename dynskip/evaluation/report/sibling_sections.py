@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dynskip.evaluation.report import figures
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable, direction
-from dynskip.evaluation.report.likelihood_table import likelihoods
 from dynskip.evaluation.report.numbers import MISSING, cell, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, families_of, find, select
 
@@ -79,7 +78,6 @@ def siblings(section: Row, summary: Summary) -> list[Block]:
             if oracle
             else []
         ),
-        *likelihoods(section),
     ]
 
 
