@@ -42,7 +42,7 @@ OUT ?= gpu-results
 COMMIT ?=
 
 # On SmolLM2 the pieces of the committed run with fewer rows, where its package is installed; without texts, and without
-# controllers, whose folders are not committed. Else all on opt-mini. There two controllers are trained for a few steps,
+# controllers and siblings, whose folders are not committed. Else all on opt-mini. There two controllers are trained for a few steps,
 # so that their experiment runs: it shows how, it finds nothing.
 DATA ?=
 RUN ?= runs/paper
