@@ -241,15 +241,17 @@ def rows_needed(row: dict[str, Any], num_rows: int) -> int | None:
 def power_table(summary: dict[str, Any]) -> str:
     """Each paired difference of log-likelihoods with the rows that it needs."""
     num_rows = summary["static"]["n_nats"]
-    found = [row for name in ("siblings", "static") for row in summary.get(name, {}).get("rows", ())]
     # A difference that both sections have is told once.
-    found = [*{(row["metric"], row.get("family"), row.get("budget")): row for row in reversed(found)}.values()]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name in ("static", "siblings"):
+        for row in summary.get(name, {}).get("rows", ()):
+            found.setdefault((row["metric"], row.get("family"), row.get("budget")), row)
     body = [
         [
             *(row["metric"], row["family"], str(row["budget"]), f"{row['value']:.3f}", f"{row['detectable']:.4f}"),
             *(str(rows_needed(row, num_rows)), row["verdict"]),
         ]
-        for row in reversed(found)
+        for row in found.values()
         if row["metric"].startswith("nats - ") and row.get("detectable")
     ]
     head = ["difference", "weights", "layers", "nats a token", "seen from", "rows for the margin", "verdict"]
