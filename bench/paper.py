@@ -175,12 +175,12 @@ def check_siblings(given: Mapping[int, Path], setup: Setup) -> None:
     A folder is ``adapter`` or ``model`` of a run of `dynskip train --preset paths`, whose record says that.
     """
     for budget, folder in given.items():
-        (layers,) = json.loads((folder.parent / RUN).read_text(encoding="utf-8"))["layers"].values()
+        trained = [*json.loads((folder.parent / RUN).read_text(encoding="utf-8"))["layers"].values()]
         path = LayerPath.parse(setup.path_of(budget), setup.num_layers)
-        if path.layers != tuple(layers):
+        if trained != [[*path.layers]]:
             raise ValueError(
-                f"paper: the sibling of {budget} layers must be trained along {path}, got {len(layers)} layers: "
-                f"{layers} in {folder.parent / RUN}."
+                f"paper: the sibling of {budget} layers must be trained along {path} alone, got {trained} in "
+                f"{folder.parent / RUN}."
             )
 
 
@@ -212,7 +212,7 @@ def trainings_of(folder: Path) -> list[str]:
     for budget, each in json.loads((folder / SIBLINGS).read_text(encoding="utf-8")).items():
         found = each["trained"]
         what = f"adapters of rank {found['rank']}" if found["method"] == "lora" else "all weights"
-        start = "" if found["adapter"] is None else ", from an adapter of full depth"
+        start = "" if found.get("adapter") is None else ", from an adapter of full depth"
         line = (
             f"{what}{start}, {found['num_steps']} steps of {found['batch_size']} rows, learning rate "
             f"{found['learning_rate']:g}"

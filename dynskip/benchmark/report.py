@@ -204,7 +204,7 @@ class Report:
         return text + self._parts() + self._losses()
 
     def _parts(self) -> str:
-        """Where the milliseconds of a decode step go, one column per batch, and the roofline beside it."""
+        """Where the milliseconds of a decode step and of a prefill go, by path and batch, and steps' roofline."""
         text, floors = "", self.conditions.get("roofline_ms", {})
         for name, of in (("parts_ms", "a decode step"), ("prefill_parts_ms", "a prefill")):
             measured: dict[str, dict[str, float]] = self.conditions.get(name, {})

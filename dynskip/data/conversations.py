@@ -27,9 +27,9 @@ def read_rows(path: Path) -> list[Instruction]:
 
 
 def read_training_rows(path: Path) -> list[Instruction]:
-    """Those that `dynskip eval` judges nothing on: of Alpaca the training part by the sweep's own seed.
+    """The rows to train on: of Alpaca the training part by the seed of `dynskip eval`, on which it judges nothing.
 
-    Of other files all rows, without the mark that T0 ends its completions with.
+    Of other files all rows, judged ones too, without the mark that T0 ends its completions with.
     """
     rows = read_rows(path)
     if ".jsonl" not in path.suffixes:

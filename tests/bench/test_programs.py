@@ -15,6 +15,9 @@ PROGRAMS = sorted(
 )
 
 
+assert "bench.paper" in PROGRAMS
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_says_how_it_is_called(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -89,8 +89,8 @@ def _notes(setup: Setup, found: dict[str, list[Member]]) -> list[str]:
         "training.",
         f"verdict: equivalent where two one-sided t-tests put a difference within {setup.margin_nats:g} nats, else "
         "lower or higher where the interval leaves zero out, else open.",
-        "Weights of other families were tuned otherwise, if at all: on other data, by another loss, on other numbers "
-        "of rows. What tells them from siblings is not the number of budgets alone.",
+        "Weights of other families but those tuned at full depth only may have been tuned on other data, by another "
+        "loss, on other numbers of rows. What tells them from siblings is not the number of budgets alone.",
         "matching_budget: the fewest mean layers at which an oracle by log-likelihood, which knows the references, is "
         "as good as full depth of the family. Any choice among noise gains, and siblings have no control of it.",
         *(f"{family}: {DESCRIPTIONS[family]}." for family in found),

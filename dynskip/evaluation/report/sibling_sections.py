@@ -38,7 +38,7 @@ def siblings(section: Row, summary: Summary) -> list[Block]:
             "scored along the one path that it was tuned for, beside others along the same path: weights that were "
             "tuned at full depth only, one set of weights for all paths, and the weights before any tuning. What a "
             "path loses is told against full depth of the same tuning: a gain that is equal at every depth is not in "
-            f"it; data, loss and rows of two tunings still differ. {' '.join(trained)}".strip()
+            f"it; data, loss and rows of two tunings may still differ. {' '.join(trained)}".strip()
         ),
         Figure(
             figures.siblings(section),
