@@ -34,7 +34,7 @@ import torch
 
 from bench.report.drafts import page
 from bench.speculation.beside_transformers import CONSTANT_LENGTHS, TransformersDrafts
-from bench.speculation.cells import LEAST_ROUNDS, Cell, mini_cells, random_cells, transformers_cells
+from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.predicted import predicted_gain
 from bench.speculation.scaled import Scaled, measured_agreements
 from dynskip.causal_lm import CausalLM
@@ -47,7 +47,7 @@ from dynskip.files import write_text
 from dynskip.measure.agreement import Gate, NearTies
 from dynskip.measure.machine import describe
 from dynskip.measure.random_models import hf_config, random_hf_model
-from dynskip.measure.timing import interleave
+from dynskip.measure.timing import LEAST_ROUNDS, interleave
 from dynskip.models.linear import NATIVE_ROWS
 from dynskip.models.llama import llama_shape
 from dynskip.models.opt import opt_shape

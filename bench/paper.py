@@ -153,12 +153,16 @@ def run(
     return summary
 
 
-def keep_curves(trainings: Mapping[str, Path], of: str, path: Path) -> None:
+def keep_curves(trainings: Mapping[str, Path], of: str, path: Path, keeps_others: bool = False) -> None:
     """Write what ``trainings``, folders by name, logged, a step a line, into one file, a column ``of`` naming each.
 
-    Raises FileNotFoundError where one has left no curves.
+    keeps_others: lines of other names that are in the file stay, before those. Raises FileNotFoundError where one has
+    left no curves.
     """
     lines: list[dict[str, str]] = []
+    if keeps_others and path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            lines += [line for line in csv.DictReader(file) if line[of] not in trainings]
     for name, directory in trainings.items():
         with (directory / CURVES).open(encoding="utf-8", newline="") as file:
             lines += [{of: name, **line} for line in csv.DictReader(file)]
@@ -192,6 +196,8 @@ def keep_siblings(given: Mapping[int, Path], siblings: Siblings, folder: Path) -
     known = json.loads((folder / SIBLINGS).read_text(encoding="utf-8")) if (folder / SIBLINGS).is_file() else {}
     curves: dict[str, Path] = {}
     for budget, checkpoint in siblings:
+        if budget not in given:
+            continue
         run = given[budget].parent
         trained = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
         known[str(budget)] = {"hash": checkpoint.hash, "num_layers": checkpoint.num_layers, "trained": trained}
@@ -201,7 +207,7 @@ def keep_siblings(given: Mapping[int, Path], siblings: Siblings, folder: Path) -
             known[str(budget)]["before"] = json.loads((before / RUN).read_text(encoding="utf-8"))["config"]
             curves["before"] = before / "training"
     write_json(folder / SIBLINGS, known)
-    keep_curves(curves, "budget", folder / SIBLING_CURVES)
+    keep_curves(curves, "budget", folder / SIBLING_CURVES, keeps_others=True)
 
 
 def trainings_of(folder: Path) -> list[str]:
@@ -240,24 +246,25 @@ def rows_needed(row: dict[str, Any], num_rows: int) -> int | None:
 
 def power_table(summary: dict[str, Any]) -> str:
     """Each paired difference of log-likelihoods with the rows that it needs."""
-    num_rows = summary["static"]["n_nats"]
-    # A difference that both sections have is told once.
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    # A difference that both sections have is told once; each is of as many rows as its section.
+    found: dict[tuple[Any, ...], tuple[dict[str, Any], int]] = {}
     for name in ("static", "siblings"):
-        for row in summary.get(name, {}).get("rows", ()):
-            found.setdefault((row["metric"], row.get("family"), row.get("budget")), row)
+        section = summary.get(name, {})
+        for row in section.get("rows", ()):
+            key = (row["metric"], row.get("family"), row.get("budget"))
+            found.setdefault(key, (row, section["n_nats"] if "n_nats" in section else section["n"]))
     body = [
         [
-            *(row["metric"], row["family"], str(row["budget"]), f"{row['value']:.3f}", f"{row['detectable']:.4f}"),
-            *(str(rows_needed(row, num_rows)), row["verdict"]),
+            *(row["metric"], row["family"], str(row["budget"]), str(num_rows)),
+            *(f"{row['value']:.3f}", f"{row['detectable']:.4f}", str(rows_needed(row, num_rows)), row["verdict"]),
         ]
-        for row in found.values()
+        for row, num_rows in found.values()
         if row["metric"].startswith("nats - ") and row.get("detectable")
     ]
-    head = ["difference", "weights", "layers", "nats a token", "seen from", "rows for the margin", "verdict"]
+    head = ["difference", "weights", "layers", "rows", "nats a token", "seen from", "rows for the margin", "verdict"]
     margin = summary["conditions"]["margin_nats"]
     return (
-        f"# Power\n\nOf {num_rows} rows: the paired difference, the true one that an interval as wide leaves zero out "
+        "# Power\n\nOf so many rows: the paired difference, the true one that an interval as wide leaves zero out "
         f"of in 80 % of runs, and how many rows that makes for one of {margin:g} nats, the margin.\n\n"
         f"{markdown_table(head, body, range(2, len(head) - 1))}\n"
     )
@@ -313,8 +320,8 @@ def main() -> int:
     )
     if given:
         check_siblings(given, setup)
-    else:
-        setup = dataclasses.replace(setup, siblings=known_siblings(args.folder))
+    scored = {**dict(known_siblings(args.folder)), **dict(setup.siblings)}
+    setup = dataclasses.replace(setup, siblings=tuple(sorted(scored.items())))
     summary = run(
         setup,
         args.pieces,

@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def measure_stream(
     deep = full_depth(jobs)
     entries = {"full depth": ("cohort", deep), **{policy: (policy, jobs) for policy in policies}}
     competitors = [
-        Served(name, model, own, costs, policy=policy, batch=batch, max_prefill_tokens=prefill_tokens)
+        Served(name, model, own, costs, times_calls=True, policy=policy, batch=batch, max_prefill_tokens=prefill_tokens)
         for name, (policy, own) in entries.items()
     ]
     race(competitors)
@@ -156,6 +156,7 @@ def measure_stream(
                 "ideal_decode": ideal_decode,
                 "ideal_all": ideal_all,
                 "bookkeeping_share": stats.bookkeeping_share,
+                "parts_s": competitor.parts_s,
                 "peak_kv_bytes": stats.peak_kv_bytes,
                 "predicted_decode_s": predicted.decode_s,
                 "predicted_prefill_s": predicted.prefill_s,
@@ -392,6 +393,14 @@ _PREDICTED_TABLE = (
     "{name} | {tokens_per_s:.0f} | {predicted_tokens_per_s:.0f} | {tokens_per_s_off:+.0%} | {mean_tpot_ms:.0f} | "
     "{predicted_mean_tpot_ms:.0f} | {mean_tpot_ms_off:+.0%}",
 )
+_PARTS = """\
+Seconds by part: in the native calls of steps (products, attention, the rest of them) and outside of them; in brackets \
+milliseconds a decode step.
+"""
+_PARTS_TABLE = (
+    "policy | phase | seconds | products | attention | rest of the calls | outside",
+    "{name} | {phase} | {whole:.2f} | {products} | {attention} | {rest} | {outside}",
+)
 _CLOSED = """\
 ## A closed batch of 16
 
@@ -436,6 +445,8 @@ def page(conditions: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
         own = _with_ratios([line for line in stream if line["batch"] == batch])
         text += [_STREAM.format(**own[0], pool=4 * batch), _table(_STREAM_TABLE, own)]
         text += [_PREDICTED, _table(_PREDICTED_TABLE, own)]
+        if parts := [cells for line in own for cells in _parts_of(line)]:
+            text += [_PARTS, _table(_PARTS_TABLE, parts)]
     if closed:
         text += [_CLOSED, _table(_CLOSED_TABLE, closed)]
     if static:
@@ -453,6 +464,17 @@ def _table(form: tuple[str, str], lines: Sequence[dict[str, Any]]) -> str:
     headings, row = form
     rows = [f"| {row.format(**line)} |\n" for line in lines]
     return "".join([f"| {headings} |\n|{'---|' * (headings.count('|') + 1)}\n", *rows])
+
+
+def _parts_of(line: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a stream whose calls were timed."""
+    for phase, parts in line.get("parts_s", {}).items():
+        per_step = line["num_decode_steps"] if phase == "decode" else None
+        cells = {
+            part.removesuffix("_s"): f"{own_s:.2f}" + (f" ({1e3 * own_s / per_step:.2f})" if per_step else "")
+            for part, own_s in parts.items()
+        }
+        yield {"name": line["name"], "phase": phase, "whole": sum(parts.values()), **cells}
 
 
 def _with_ratios(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

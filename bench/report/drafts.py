@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.speculation.cells import LEAST_ROUNDS, NO_LOSS
+from bench.speculation.cells import NO_LOSS
 from dynskip.benchmark.report import markdown_table
+from dynskip.measure.timing import LEAST_ROUNDS
 
 _HEADER = (
     "row", "model", "draft", "entries", "batch", "requests", "acceptance", "seen by the engine", "guesses",
@@ -141,12 +142,18 @@ def _gain(row: Mapping[str, Any]) -> str:
 
 def _is_met(row: Mapping[str, Any]) -> bool:
     """Whether a row has its target: one of no loss where the interval reaches it, others by the median."""
-    return bool((row["high"] if row["target"] == NO_LOSS else row["gain"]) >= row["target"])
+    return bool((_bracket(row)[1] if row["target"] == NO_LOSS else row["gain"]) >= row["target"])
 
 
 def _has_interval(row: Mapping[str, Any]) -> bool:
     """Whether the bounds are those of an interval of the median, not the lowest and the highest round."""
     return bool(row.get("is_cold")) or len(row.get("gains", ())) >= LEAST_ROUNDS
+
+
+def _bracket(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The bounds that a row is shown with."""
+    gains = row.get("gains", ())
+    return (row["low"], row["high"]) if _has_interval(row) or not gains else (min(gains), max(gains))
 
 
 def _is_predicted(row: Mapping[str, Any]) -> bool:
@@ -160,6 +167,7 @@ def _verdict(is_met: bool) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     seen, predicted = row.get("acceptance_seen"), ["-", "-"]
+    (low, high), between = _bracket(row), ", " if _has_interval(row) else " to "
     if row["predicted"] is not None:
         over = row["predicted"] / row["gain"]
         predicted = [
@@ -177,7 +185,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "-" if seen is None or not row["guesses"] else f"{seen:.2f}",
         f"{row['guesses']:.1f}",
         f"{row['given']:.2f}",
-        f"{row['gain']:.2f}x ({row['low']:.2f}{', ' if _has_interval(row) else ' to '}{row['high']:.2f})",
+        f"{row['gain']:.2f}x ({low:.2f}{between}{high:.2f})",
         str(row["rounds"]),
         f">= {row['target']:.2f}x" + _verdict(_is_met(row)),
         *predicted,

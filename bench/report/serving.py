@@ -142,6 +142,8 @@ def key_table(paths: Sequence[Path]) -> str:
     for model in dict.fromkeys(model for model, _ in sorted(streams)):
         models.setdefault(tuple(question.target(model, batches) for question in KEY_QUESTIONS), []).append(model)
     for targets, own in models.items():
+        if not any(targets):
+            continue
         whose = f", {' and '.join(own)}" if len(models) > 1 else ""
         rows.append([f"target{whose}", "", "", " / ".join(map(str, batches)), *targets])
     header = ("model", "CPU", "mean layers", "batch", *(question.what for question in KEY_QUESTIONS))

@@ -19,8 +19,6 @@ TARGETS = {
     ("mini", None, "own", 4): 1.0,
 }
 NO_LOSS = 0.98
-# Rounds of which the median has an interval by resampling.
-LEAST_ROUNDS = 5
 # Requests one after the other at batch 1: the text of one alone is right more or less often than texts are. Those of
 # opt-mini take no time.
 _ALONE, _MINI_ALONE = 3, 8

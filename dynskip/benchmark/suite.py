@@ -29,7 +29,7 @@ from dynskip.measure.agreement import Agreement, Gate
 from dynskip.measure.products import Embedding, Products
 from dynskip.measure.random_models import hf_config, random_hf_model, weight_bytes
 from dynskip.measure.runners import DynskipRunner, Runner, TransformersRunner
-from dynskip.measure.timing import LEAST_ROUNDS, Samples, Task, interleave, interval_over_rounds, progress_bar, timed
+from dynskip.measure.timing import LEAST_ROUNDS, Samples, Task, interleave, interval_over_rounds, progress_bar
 from dynskip.models.registry import decoder_config
 from dynskip.paths import LayerPath
 
@@ -45,8 +45,7 @@ _LONG_BATCH = 8
 _Parts = dict[str, float]
 # Rounds of decode steps before the prompts are run again.
 _MOST_ROUNDS_AT_ONCE = 8
-# Prefills are timed in as many rounds as take so many seconds, but in so many at most.
-_PREFILL_S, _MOST_PREFILL_ROUNDS = 30.0, 12
+_MOST_PREFILL_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class Options:
     """What to measure. ``depths`` and ``mix_depth``: shares of the layers that shared and mixed paths run.
 
     shape: random weights of it; or a model by name whose own weights are run. vocab_size: another than the shape's own.
-    long_prompt_len: of the prompts whose prefill is timed a second time; None for none.
+    long_prompt_len: of the prompts whose prefill is timed a second time; None for none. prefill_s: seconds to time each
+    comparison of prefills for, in ``num_prefill_rounds`` at least.
     """
 
     shape: str = "opt-1.3b"
@@ -65,6 +65,7 @@ class Options:
     num_rounds: int = 8
     num_repeats: int = 2
     num_prefill_rounds: int = 3
+    prefill_s: float = 30.0
     depths: tuple[float, ...] = (0.5, 0.25)
     mix_depth: float = 0.5
     mix_batch: int = 32
@@ -334,7 +335,9 @@ class Suite:
         if inside.calls:
             ways.append(inside.samples(samples[name], "products", _LEAD_INS))
         entries = sum(len(path.layers) for path in batch.paths[name])
-        context_len = self.options.prompt_len + self.options.num_rounds_at_once * self.options.num_repeats / 2
+        # Of the middle of the steps behind one prefill, those that are not counted among them.
+        num_steps = self.options.num_rounds_at_once * (_LEAD_INS + self.options.num_repeats)
+        context_len = self.options.prompt_len + num_steps / 2
         shape = ModelBytes.of(model.decoder_config, model.dtype.itemsize)
         kv_ms = entries * context_len * shape.kv_entry_bytes / self.speeds[-1].bandwidth_gbps / 1e6
         return _Floor(min(ways, key=lambda way: way.ms), kv_ms)
@@ -491,9 +494,10 @@ class Suite:
 
     def _interleave_prefills(self, title: str, tasks: Mapping[str, Task]) -> dict[str, Samples]:
         """Prefills that are short are timed more often: their ratios have intervals then."""
-        round_s = sum(timed(task) for task in tasks.values()) / 1e3  # warms up, too
+        warm_ups = self._interleave(title, tasks, 1, 1, 0)
+        round_s = sum(each.ms for each in warm_ups.values()) / 1e3
         least = self.options.num_prefill_rounds
-        num_rounds = max(least, min(_MOST_PREFILL_ROUNDS, int(_PREFILL_S / round_s)))
+        num_rounds = max(least, min(_MOST_PREFILL_ROUNDS, int(self.options.prefill_s / round_s)))
         return self._interleave(title, tasks, num_rounds, 1, 0)
 
     def _bar(self, title: str, total: int) -> AbstractContextManager[Any]:

@@ -50,8 +50,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--batch", type=in_range(1, 1024), action="append", metavar="N", help="repeatable (default: 1, 8 and 32)"
     )
     add_number(parser, "--prompt-len", "T", 1, 1024, 64, "tokens of a prompt")
-    add_number(parser, "--rounds", "N", 1, 200, 8, "rounds of decode steps: small models are noisy, and take no time")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
+    rounds = parser.add_mutually_exclusive_group()
+    add_number(rounds, "--rounds", "N", 1, 200, 8, "rounds of decode steps: small models are noisy, and take no time")
+    rounds.add_argument("--quick", action="store_true", help="fewer rounds: less time, more noise")
     parser.add_argument("--out", type=file_path, metavar="DIR", help="also write <shape>-<machine>.jsonl and .md there")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of dynskip (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
@@ -96,4 +97,4 @@ def options(args: argparse.Namespace, progress: bool) -> Options:
         backend=args.backend,
         progress=progress,
     )
-    return dataclasses.replace(chosen, num_rounds=2, num_prefill_rounds=1) if args.quick else chosen
+    return dataclasses.replace(chosen, num_rounds=2, num_prefill_rounds=1, prefill_s=0.0) if args.quick else chosen

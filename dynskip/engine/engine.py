@@ -406,6 +406,7 @@ class Engine:
     def _advance(self) -> None:
         begin_s = time.perf_counter()
         execution, tally = self.execution, self.tally
+        calls = self.runner.call_times
         execution.model_s = 0.0
         try:
             decision = self.scheduler.schedule()
@@ -413,7 +414,7 @@ class Engine:
             self._watch.begin(decision)
             decide_s = time.perf_counter() - begin_s
             execution.prefill(decision.prefill)
-            prefilled_s = time.perf_counter()
+            prefilled_s, prefilled_calls = time.perf_counter(), self.runner.call_times
             execution.decode(decision)
             self.kv.settle(self.scheduler.prefilling)
         except BaseException:
@@ -424,6 +425,8 @@ class Engine:
         tally.num_steps += 1
         tally.prefill_s += prefill_s
         tally.decode_s += decode_s
+        tally.prefill_calls += prefilled_calls - calls
+        tally.decode_calls += self.runner.call_times - prefilled_calls
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
         self._watch.end(tally.num_steps, begin_s, prefill_s, decode_s)

@@ -13,12 +13,15 @@ from dynskip.engine.in_flight import TokensInFlight
 from dynskip.engine.kv_pool import Cache
 from dynskip.engine.prompt_logprobs import add_prompt_logprobs
 from dynskip.engine.request import OutputSequence, Span, choices_of
+from dynskip.execution.compact import CompactExecutor
 from dynskip.execution.executor import Predictions
+from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.step import Step, packed_positions
 from dynskip.execution.turns import Guesses, Turns, rows_step
 from dynskip.ops.transfer import to_device
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import PathRoute, StepTokens
+from dynskip.scheduler.outcome import CallTimes
 
 
 class ModelRunner:
@@ -44,6 +47,17 @@ class ModelRunner:
         if own_executor or self.deterministic != model.deterministic:
             self.executor = model.new_executor(executor, self.deterministic)
         self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
+
+    @property
+    def native_steps(self) -> NativeSteps | None:
+        """What makes a step one native call; None where none does."""
+        return self.executor.native_steps if isinstance(self.executor, CompactExecutor) else None
+
+    @property
+    def call_times(self) -> CallTimes:
+        """What native calls have taken while `NativeSteps.is_timed`; zeros where they are not timed."""
+        steps = self.native_steps
+        return CallTimes(*steps.times_s) if steps is not None and steps.is_timed else CallTimes()
 
     def prompt(self, spans: Sequence[Span], cache: Cache) -> Predictions:
         """What follows the last token of each span: all begin their sequences, or none does.

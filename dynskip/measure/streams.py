@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from dynskip.engine.engine import Engine
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.slot_pool import by_numpy
 from dynskip.sampling import SamplingParams
-from dynskip.scheduler.outcome import Outcome
+from dynskip.scheduler.outcome import CallTimes, Outcome
 from dynskip.simulation.workload import Request
 
 # One turn of a competitor.
@@ -56,11 +56,19 @@ class Served:
     All memory of keys and values is written once before, as by requests of an hour ago: new pages take longer than what
     is stored there, and a policy that keeps more requests has more of them.
 
-    token_ids: the outputs of those that have ended, by their numbers.
+    times_calls: whether the engine's tally tells what of its seconds native calls have taken in products, in attention
+    and in the rest. token_ids: the outputs of those that have ended, by their numbers.
     """
 
     def __init__(
-        self, name: str, model: CausalLM, jobs: Sequence[Job], costs: StepCosts, turn_s: float = TURN_S, **options: Any
+        self,
+        name: str,
+        model: CausalLM,
+        jobs: Sequence[Job],
+        costs: StepCosts,
+        turn_s: float = TURN_S,
+        times_calls: bool = False,
+        **options: Any,
     ) -> None:
         self.name = name
         self._turn_s = turn_s
@@ -68,6 +76,8 @@ class Served:
         self._own_s = 0.0
         self._begin_s: float | None = None
         self.engine = Engine(model, costs=costs, max_context_len=longest, clock=self._clock, **options)
+        if times_calls and self.engine.runner.native_steps is not None:
+            self.engine.runner.native_steps.is_timed = True
         cache = self.engine.kv.cache
         assert isinstance(cache, KVCache), "of the executor that engines have unless they are told another"
         for entries in (cache.k_cache, cache.v_cache):
@@ -103,6 +113,22 @@ class Served:
     def outcome(self) -> Outcome:
         """What it came to."""
         return self.engine.stats().outcome
+
+    @property
+    def parts_s(self) -> dict[str, dict[str, float]]:
+        """Seconds of prefills and of decode steps by part: those of `CallTimes`, and what is outside of calls.
+
+        Without parts where calls are not timed.
+        """
+        tally = self.engine.tally
+        found = {}
+        for phase, whole_s, calls in (
+            ("prefill", tally.prefill_s, tally.prefill_calls),
+            ("decode", tally.decode_s, tally.decode_calls),
+        ):
+            if calls != CallTimes():
+                found[phase] = {**asdict(calls), "outside_s": whole_s - sum(astuple(calls))}
+        return found
 
 
 def take_turns(competitors: Sequence[Competitor], on_turn: Callable[[], None] | None = None) -> None:

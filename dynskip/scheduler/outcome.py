@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Seconds that native calls took: in products, in attention, and in the rest of them."""
+
+    products_s: float = 0.0
+    attention_s: float = 0.0
+    rest_s: float = 0.0
+
+    def __add__(self, other: CallTimes) -> CallTimes:
+        return CallTimes(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: CallTimes) -> CallTimes:
+        return CallTimes(*(ours - theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -18,6 +33,7 @@ class Tally:
     num_drafted, num_accepted: tokens that drafts guessed, and that were right. num_verifications: of one sequence each.
     first_s, last_s: when the first request arrived, and the last step ended.
     bookkeeping_s: what of the time of all steps scheduling took.
+    prefill_calls, decode_calls: what of both times was in native calls, where `NativeSteps.is_timed`; else zeros.
     num_shared_tokens: prompt tokens that another sequence ran.
     """
 
@@ -34,6 +50,8 @@ class Tally:
     decode_s: float = 0.0
     prefill_s: float = 0.0
     bookkeeping_s: float = 0.0
+    prefill_calls: CallTimes = CallTimes()
+    decode_calls: CallTimes = CallTimes()
     first_s: float | None = None
     last_s: float = 0.0
     peak_kv_slots: int = 0

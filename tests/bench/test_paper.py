@@ -14,8 +14,11 @@ from evaluation_models import save_checkpoint, steered_setup, tiny_setup
 from bench import paper
 from dynskip.evaluation.report.write import write_report
 from dynskip.evaluation.stats.intervals import DETECTABLE
+from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
+from dynskip.evaluation.sweep.training_curves import RUN
+from dynskip.files import write_json
 from dynskip.training.stage import write_curves
 
 for package in ("datasets", "rouge_score", "sklearn", "scipy", "matplotlib"):
@@ -119,6 +122,49 @@ def test_the_curves_of_all_trainings_are_one_file(tmp_path: Path) -> None:
         "controller,step,eval_loss,loss",
         *(line for place, name in enumerate(names) for line in (f'"{name}",1,,2.5', f'"{name}",1,{2.0 + place},')),
     ]
+
+
+def test_one_sibling_leaves_what_is_known_of_the_others(tmp_path: Path) -> None:
+    def trained(budget: int, loss: float) -> tuple[Path, Checkpoint]:
+        run = tmp_path / f"{budget}-{loss}"
+        (run / "adapter").mkdir(parents=True)
+        config = {"method": "lora", "rank": 4, "num_steps": 1, "batch_size": 2, "learning_rate": loss, "adapter": None}
+        write_json(run / RUN, {"config": config})
+        (run / "training").mkdir()
+        write_curves(run / "training", [{"step": 1, "loss": loss}])
+        return run / "adapter", Checkpoint(run / "adapter", f"hash of {budget} at {loss}", 8)
+
+    def keep(**trainings: tuple[Path, Checkpoint]) -> None:
+        given = {int(name[1:]): folder for name, (folder, _) in trainings.items()}
+        siblings = {**dict(paper.known_siblings(tmp_path)), **{int(k[1:]): each for k, (_, each) in trainings.items()}}
+        paper.keep_siblings(given, tuple(siblings.items()), tmp_path)
+
+    keep(b4=trained(4, 1.0), b6=trained(6, 2.0))
+    keep(b6=trained(6, 3.0))
+    known = dict(paper.known_siblings(tmp_path))
+    assert {budget: each.hash for budget, each in known.items()} == {4: "hash of 4 at 1.0", 6: "hash of 6 at 3.0"}
+    assert (tmp_path / paper.SIBLING_CURVES).read_text(encoding="utf-8").splitlines() == [
+        "budget,step,loss", "4,1,1.0", "6,1,3.0",
+    ]  # fmt: skip
+    assert paper.trainings_of(tmp_path) == [
+        "Siblings of 4 layers: adapters of rank 4, 1 steps of 2 rows, learning rate 1.",
+        "Siblings of 6 layers: adapters of rank 4, 1 steps of 2 rows, learning rate 3.",
+    ]
+
+
+def test_each_section_has_its_own_rows_in_the_table_of_power() -> None:
+    def row(family: str, detectable: float) -> dict[str, Any]:
+        found = {"metric": "nats - full", "family": family, "budget": 6, "value": 0.5, "margin": 0.02}
+        return {**found, "detectable": detectable, "verdict": "higher"}
+
+    summary = {
+        "conditions": {"margin_nats": 0.02},
+        "static": {"n": 3, "n_nats": 100, "rows": [row("paths", 0.04)]},
+        "siblings": {"n": 50, "rows": [row("paths", 0.01), row("siblings", 0.04)]},
+    }
+    lines = [line for line in paper.power_table(summary).splitlines() if "nats - full" in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(each[1], each[3], each[6]) for each in cells] == [("paths", "100", "400"), ("siblings", "50", "200")]
 
 
 def test_token_ids_and_features_are_not_committed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from families import family_hf
 
 from bench import paper
 from dynskip.evaluation.experiments import siblings
+from dynskip.evaluation.report.document import Figure, Paragraph, Table
 from dynskip.evaluation.report.paper_claims import verdicts
 from dynskip.evaluation.report.sections import SECTIONS
 from dynskip.evaluation.report.sentences import section_sentences
@@ -98,7 +99,23 @@ def test_siblings_are_held_against_other_weights_along_the_same_paths(tmp_path: 
             assert re.search(rf"{word} at (\d+ \([^)]+\), )*{row['budget']} \(", line), line
     (verdict,) = (each for each in verdicts({**summary, "static": {}}) if "one budget each" in each.claim)
     assert verdict.verdict != "untested" and "nats a token at 4" in verdict.measured
-    assert len(SECTIONS["siblings"][1](section, summary)) >= 5
+    blocks = SECTIONS["siblings"][1](section, summary)
+    assert [type(block) for block in blocks] == [Paragraph, Figure, Table, Table, Table, Table]
+    by_budget, beside, losses = (block for block in blocks[2:5] if isinstance(block, Table))
+    assert [row[0] for row in by_budget.rows] == [row[0] for row in beside.rows] == ["6", "4", "2"]
+    assert [row[0] for row in losses.rows] == ["4", "2"], "full depth loses nothing"
+
+
+def test_a_difference_within_the_margin_is_neither_better_nor_worse() -> None:
+    def row(budget: int, value: float, verdict: str) -> dict[str, Any]:
+        bounds = {"value": value, "low": value - 0.001, "high": value + 0.001}
+        return {"metric": "nats - paths", "family": "siblings", "budget": budget, "verdict": verdict, **bounds}
+
+    rows = [row(2, -0.5, "lower"), row(3, 0.004, "equivalent"), row(4, -0.003, "equivalent"), row(5, 0.3, "higher")]
+    summary = {"conditions": {"num_layers": 6}, "siblings": {"n": 9, "rows": rows, "notes": []}}
+    (told,) = section_sentences(summary, "siblings")
+    assert "siblings are better at 2 (" in told and "worse at 5 (" in told
+    assert re.search(r"within the margin at 4 \([^)]+\), 3 \([^)]+\) layers", told), told
 
 
 @pytest.mark.parametrize("budgets", [(), (6,), (2, 4)])

@@ -92,10 +92,10 @@ def siblings_sentences(section: Row, summary: Summary) -> list[str]:
         lines.append(f"In weights tuned for one budget each, {costs}: {told}.")
     for family in _others(section):
         name = _OF[family]
-        told = _by_sign(select(section, metric=f"nats - {family}"), direction, ("better", "worse", "not told apart"))
+        told = _told(select(section, metric=f"nats - {family}"), _verdict, ("better", "worse", "not told apart"))
         lines.append(f"Beside {name} along the same path, siblings are {told}, in nats.")
         if rows := select(section, metric=f"loss - loss of {family}"):
-            told = _by_sign(rows, _sign, ("less", "more", "no less or more"))
+            told = _told(rows, _sign, ("less", "more", "no less or more"))
             lines.append(f"What siblings lose against full depth, in nats, beside what {name} lose: {told}.")
     return lines
 
@@ -107,15 +107,18 @@ _OF = {
 }
 
 
-def _by_sign(rows: list[Row], sign: Callable[[Row], int], words: tuple[str, str, str]) -> str:
-    """Where something is smaller, greater and neither, deepest budgets first."""
-    by_sign = {each: [row for row in reversed(rows) if sign(row) == each] for each in (-1, 1, 0)}
-    told = {
-        word: ", ".join(f"{row['budget']} ({signed(row, 3)})" for row in own)
-        for word, own in zip(words, by_sign.values(), strict=True)
-        if own
-    }
-    return ", ".join(f"{word} at {budgets} layers" for word, budgets in told.items())
+def _told(rows: list[Row], sign: Callable[[Row], int | None], words: tuple[str, str, str]) -> str:
+    """Where something is smaller, greater, neither, and (None) small enough to be none, deepest budgets first."""
+    found = []
+    for each, word in zip((-1, 1, 0, None), (*words, "within the margin"), strict=True):
+        if own := [row for row in reversed(rows) if sign(row) == each]:
+            budgets = ", ".join(f"{row['budget']} ({signed(row, 3)})" for row in own)
+            found.append(f"{word} at {budgets} layers")
+    return ", ".join(found)
+
+
+def _verdict(row: Row) -> int | None:
+    return None if row["verdict"] == "equivalent" else direction(row)
 
 
 def _others(section: Row) -> list[str]:
