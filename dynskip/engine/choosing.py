@@ -26,8 +26,12 @@ def choose(predictions: Predictions, rows: Sequence[Row]) -> list[int | Exceptio
     Of the tokens before a row's, those that are not chosen yet are guesses of its sequence. Logits stay as they are.
     Tokens that were drawn with ``predictions`` are these, by the same choices: see `request.choices_of`.
     """
+    changed = [row for row, (own, position) in enumerate(rows) if own.params.changes_logits(position)]
+    if not changed and predictions.drawn is not None:
+        return [*predictions.drawn.tolist()]
+    if not changed and predictions.most_likely is not None and all(own.params.greedy for own, _ in rows):
+        return [*predictions.most_likely.tolist()]
     choices = [sequence.choice_of(position) for sequence, position in rows]
-    changed = [row for row, choice in enumerate(choices) if choice.params.changes_logits(choice.position)]
     if not changed:
         return _each_or_all(lambda some: _chosen(predictions, choices, some), [*range(len(rows))])
     others = sorted({*range(len(rows))} - {*changed})

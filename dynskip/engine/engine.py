@@ -393,9 +393,12 @@ class Engine:
     ) -> None:
         self.close()
 
-    @torch.no_grad()
     def advance(self) -> None:
         """One step; outputs stay with the engine until `step` hands them out."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self.advance()
+            return
         self._check_outside_step("step")
         if self._is_broken:
             self._recover()
@@ -406,7 +409,7 @@ class Engine:
     def _advance(self) -> None:
         begin_s = time.perf_counter()
         execution, tally = self.execution, self.tally
-        calls = self.runner.call_times
+        calls = self.runner.call_times()
         execution.model_s = 0.0
         try:
             decision = self.scheduler.schedule()
@@ -414,7 +417,7 @@ class Engine:
             self._watch.begin(decision)
             decide_s = time.perf_counter() - begin_s
             execution.prefill(decision.prefill)
-            prefilled_s, prefilled_calls = time.perf_counter(), self.runner.call_times
+            prefilled_s, prefilled = time.perf_counter(), self.runner.call_times()
             execution.decode(decision)
             self.kv.settle(self.scheduler.prefilling)
         except BaseException:
@@ -425,8 +428,9 @@ class Engine:
         tally.num_steps += 1
         tally.prefill_s += prefill_s
         tally.decode_s += decode_s
-        tally.prefill_calls += prefilled_calls - calls
-        tally.decode_calls += self.runner.call_times - prefilled_calls
+        if calls is not None and prefilled is not None and (ended := self.runner.call_times()) is not None:
+            tally.prefill_calls += prefilled - calls
+            tally.decode_calls += ended - prefilled
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
         self._watch.end(tally.num_steps, begin_s, prefill_s, decode_s)

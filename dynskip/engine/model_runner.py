@@ -18,7 +18,7 @@ from dynskip.execution.executor import Predictions
 from dynskip.execution.native_steps import NativeSteps
 from dynskip.execution.step import Step, packed_positions
 from dynskip.execution.turns import Guesses, Turns, rows_step
-from dynskip.ops.transfer import to_device
+from dynskip.ops.transfer import columns_to_device, to_device
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import PathRoute, StepTokens
 from dynskip.scheduler.outcome import CallTimes
@@ -41,23 +41,23 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.deterministic = model.deterministic if deterministic is None else deterministic
-        self.reads_late = model.device.type == "cuda"
+        self._device = model.device  # that of the cache: it is asked for in every step
+        self.reads_late = self._device.type == "cuda"
         self._executor_name = executor
         self.executor = model.executor(executor)
         if own_executor or self.deterministic != model.deterministic:
             self.executor = model.new_executor(executor, self.deterministic)
-        self._decode: tuple[list[tuple[OutputSequence, int]], Step] | None = None
+        self._decode: tuple[list[OutputSequence], list[int], Step] | None = None
 
     @property
     def native_steps(self) -> NativeSteps | None:
         """What makes a step one native call; None where none does."""
         return self.executor.native_steps if isinstance(self.executor, CompactExecutor) else None
 
-    @property
-    def call_times(self) -> CallTimes:
-        """What native calls have taken while `NativeSteps.is_timed`; zeros where they are not timed."""
+    def call_times(self) -> CallTimes | None:
+        """What native calls have taken while `NativeSteps.is_timed`; None where they are not timed."""
         steps = self.native_steps
-        return CallTimes(*steps.times_s) if steps is not None and steps.is_timed else CallTimes()
+        return CallTimes(*steps.times_s) if steps is not None and steps.is_timed else None
 
     def prompt(self, spans: Sequence[Span], cache: Cache) -> Predictions:
         """What follows the last token of each span: all begin their sequences, or none does.
@@ -107,21 +107,23 @@ class ModelRunner:
 
     def decode_step(self, spans: Sequence[Span], in_flight: TokensInFlight | None = None) -> Step:
         """The decode step of ``spans``; its plan is kept while they and their paths stay the same."""
-        places = [(span.sequence, span.sequence.state.cache_id) for span in spans]
+        sequences = [span.sequence for span in spans]
+        cache_ids = [sequence.state.cache_id for sequence in sequences]
         firsts = [span.first for span in spans]
         if in_flight is None:
-            tokens = [span.sequence.tokens(span.first, 1)[0] for span in spans]
-            token_ids, position_ids = to_device(torch.from_numpy(np.array([tokens, firsts])), self.model.device)
+            tokens = [*map(OutputSequence.token_at, sequences, firsts)]
+            token_ids, position_ids = columns_to_device((tokens, firsts), self._device)
         else:
             token_ids, position_ids = in_flight.inputs(spans)
-        routes = [sequence.route for sequence, _ in places]
-        if self._decode is not None and self._decode[0] == places and isinstance(routes[0], PathRoute):
-            old = self._decode[1]
+        route, known = sequences[0].route, self._decode
+        if known is not None and known[:2] == (sequences, cache_ids) and isinstance(route, PathRoute):
+            old = known[2]
             return Step(token_ids, position_ids, old.cache_ids, old.plan, decode=True)
-        plan = routes[0].plan(routes, StepTokens(tuple(firsts), (1,) * len(spans), is_prompt=False))
-        cache_ids = to_device(torch.from_numpy(np.array([cache_id for _, cache_id in places])), self.model.device)
-        step = Step(token_ids, position_ids, cache_ids, plan, decode=True)
-        self._decode = (places, step)
+        routes = [sequence.route for sequence in sequences]
+        plan = route.plan(routes, StepTokens(tuple(firsts), (1,) * len(spans), is_prompt=False))
+        (places,) = columns_to_device((cache_ids,), self._device)
+        step = Step(token_ids, position_ids, places, plan, decode=True)
+        self._decode = (sequences, cache_ids, step)
         return step
 
     def forget(self) -> None:

@@ -94,6 +94,11 @@ class OutputSequence:
         """Whether its prompt has to run for log-probabilities that are asked for."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
 
+    def token_at(self, place: int) -> int:
+        """The token at ``place`` of prompt and output."""
+        behind = place - len(self.prompt_ids)
+        return self.token_ids[behind] if behind >= 0 else self.prompt_ids[place]
+
     def tokens(self, first: int, count: int) -> list[int]:
         """``count`` tokens of prompt, output and guesses, from token ``first`` on."""
         num_prompt = len(self.prompt_ids)

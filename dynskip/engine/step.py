@@ -108,7 +108,9 @@ class StepExecution:
         spans: list[Span] = []
         num_paths = 0
         self._union = 0
-        if any(state.owner.draft is not None or state.owner.is_replayed for state in decision.decode):
+        if self.in_flight is not None and any(
+            state.owner.draft is not None or state.owner.is_replayed for state in decision.decode
+        ):
             self.read()  # several rows of a sequence begin with a token that the host knows
         for group, states in decision.parts:
             # schedule() has already counted the token of this step, so the input token is num_tokens - 2.
@@ -253,17 +255,18 @@ class StepExecution:
     def _accept(self, sequences: Sequence[OutputSequence], predictions: Predictions) -> None:
         """Choose a token for each sequence, unless it has one, and see whether it is the last."""
         self.read()
-        rows = [row for row, sequence in enumerate(sequences) if not sequence.is_replayed]
-        if len(rows) < len(sequences):
+        if any(sequence.is_replayed for sequence in sequences):
+            rows = [row for row, sequence in enumerate(sequences) if not sequence.is_replayed]
             sequences, predictions = [sequences[row] for row in rows], predictions.of_rows(rows)
-        if not rows:
+        if not sequences:
             return
         begin_s = time.perf_counter()
         logits = predictions.logits
         if any(sequence.params.logprobs is not None for sequence in sequences):
             logits = logits.cpu()  # once, for tokens and log-probabilities of all rows
+            predictions = predictions._replace(logits=logits)
         own = [(sequence, len(sequence.token_ids)) for sequence in sequences]
-        tokens = choose(predictions._replace(logits=logits), own)
+        tokens = choose(predictions, own)
         self.model_s += time.perf_counter() - begin_s
         now_s = self.now()
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):

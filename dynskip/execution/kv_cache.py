@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dynskip.execution.cgroup import cgroup_memory
@@ -73,8 +74,8 @@ class EntryIndex:
 class CacheMark:
     """How many entries some sequences held at one time: see `KVCache.mark`. context_lens: [L, B], int32, of all."""
 
-    cache_ids: tuple[int, ...]
-    context_lens: Tensor
+    cache_ids: Sequence[int]
+    context_lens: Tensor | NDArray[np.int32]
 
 
 class KVCache:
@@ -129,6 +130,7 @@ class KVCache:
         self.slot_positions = torch.zeros(num_slots, dtype=torch.int32, device=device) if has_positions else None
         self.slot_tables = torch.full((num_layers, num_seqs, max_context_len), -1, dtype=torch.int32, device=device)
         self.context_lens = torch.zeros((num_layers, num_seqs), dtype=torch.int32, device=device)
+        self._context_lens_view = self._view_of_context_lens()
         self.num_slots = num_slots
         self.pool = SlotPool(num_slots, device)
         self.free_slots, self.slot_cursor = self.pool.free_slots, self.pool.cursor
@@ -339,16 +341,19 @@ class KVCache:
             [self.slot_tables, self.slot_tables.new_full((num_layers, num_seqs, longest), -1)], 1
         )
         self.context_lens = torch.cat([self.context_lens, self.context_lens.new_zeros((num_layers, num_seqs))], 1)
+        self._context_lens_view = self._view_of_context_lens()
         self._index = None
 
     def mark(self, cache_ids: Sequence[int]) -> CacheMark:
         """What `rewind` needs to take back the entries that these sequences get from now on."""
-        return CacheMark(tuple(cache_ids), self.context_lens.clone())
+        view = self._context_lens_view
+        return CacheMark(cache_ids, self.context_lens.clone() if view is None else view.copy())
 
     def rewind(self, mark: CacheMark | None) -> None:
         """Forget what the sequences of ``mark`` got since then, and `sweep`. They were not released meanwhile."""
         if mark is not None:
-            self.context_lens[:, mark.cache_ids] = mark.context_lens[:, mark.cache_ids]
+            before, ids = torch.as_tensor(mark.context_lens), list(mark.cache_ids)
+            self.context_lens[:, ids] = before[:, ids]
         self.sweep()
 
     def sweep(self) -> None:
@@ -361,6 +366,10 @@ class KVCache:
             slots = self._slots_of(cache_id)
             num_owners.index_add_(0, slots, torch.ones_like(slots))
         self.pool.rebuild(num_owners)
+
+    def _view_of_context_lens(self) -> NDArray[np.int32] | None:
+        """`context_lens` as numpy sees them: every step is marked, and numpy copies little things sooner than torch."""
+        return self.context_lens.numpy() if by_numpy(self.context_lens.device) else None
 
     def _layer_ids(self, layers: Sequence[int]) -> Tensor:
         return torch.tensor(layers, dtype=torch.int64, device=self.slot_tables.device)

@@ -121,7 +121,6 @@ class NativeSteps:
         guesses = [_until_not_finite(column[:count]) for column, count in columns]
         return Guesses(guesses, None if turns.num_common is None else states)
 
-    @torch.no_grad()
     def _run(
         self,
         step: Step,

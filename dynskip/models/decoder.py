@@ -260,12 +260,21 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights, hidden states and key-value cache."""
-        return self.embed_tokens.weight.dtype
+        return self._embedding.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        return self._embedding.device
+
+    @property
+    def _embedding(self) -> Tensor:
+        # Every step asks for it: where modules keep what they have is found at once, by its name in many calls.
+        embedding = self._modules["embed_tokens"]
+        assert embedding is not None
+        weight = embedding._parameters["weight"]
+        assert weight is not None
+        return weight
 
     @property
     def cos_sin(self) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dynskip.paths import LayerPath
 from dynskip.scheduler.sequence import SequenceState
 
@@ -33,6 +35,10 @@ class KVBudget:
     def growth(self, sequence: SequenceState) -> int:
         """The slots that one more token of ``sequence`` takes: a page in each layer, or room in those it has."""
         return 0 if sequence.num_cached % self.page_size else self.page_size * sequence.path.budget
+
+    def growth_of(self, path: LayerPath, sequences: Sequence[SequenceState]) -> int:
+        """What one more token of each of ``sequences``, all along ``path``, takes."""
+        return len(sequences) * path.budget if self.page_size == 1 else sum(map(self.growth, sequences))
 
     def take(self, num_slots: int) -> None:
         """Count ``num_slots`` more as held."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PERCENTILES = (50, 90, 99)
@@ -18,10 +18,14 @@ class CallTimes:
     rest_s: float = 0.0
 
     def __add__(self, other: CallTimes) -> CallTimes:
-        return CallTimes(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return CallTimes(
+            self.products_s + other.products_s, self.attention_s + other.attention_s, self.rest_s + other.rest_s
+        )
 
     def __sub__(self, other: CallTimes) -> CallTimes:
-        return CallTimes(*(ours - theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return CallTimes(
+            self.products_s - other.products_s, self.attention_s - other.attention_s, self.rest_s - other.rest_s
+        )
 
 
 @dataclass

@@ -168,24 +168,27 @@ class Scheduler:
             gone = set(preempted)
             kept = ((group, [s for s in sequences if s not in gone]) for group, sequences in parts)
             parts = [(group, sequences) for group, sequences in kept if sequences]
+        oldest_step = step - self.counters.longest_wait
         for group, sequences in parts:
+            self.kv.take(self.kv.growth_of(group.path, sequences))
             for sequence in sequences:
-                self.kv.take(self.kv.growth(sequence))
                 sequence.num_cached += 1
                 sequence.num_generated += 1
-                self.counters.longest_wait = max(self.counters.longest_wait, step - sequence.last_step)
+                if sequence.last_step < oldest_step:
+                    oldest_step = sequence.last_step
                 sequence.last_step = step
             group.touch(sequences)
+        self.counters.longest_wait = step - oldest_step
         return Decision(step, preempted, self._prefill(step, not preempted), parts)
 
     def _make_room(self, parts: list[Part]) -> list[SequenceState]:
         """Preempt, of all that are resident, those that arrived last, until the rows of ``parts`` can grow."""
-        growth = {s: g for _, sequences in parts for s in sequences if (g := self.kv.growth(s))}
-        needed = sum(growth.values())
+        needed = sum(self.kv.growth_of(group.path, sequences) for group, sequences in parts)
         preempted: list[SequenceState] = []
         self.kv.reclaim(needed)
         if needed <= self.kv.num_free:
             return preempted
+        growth = {sequence: self.kv.growth(sequence) for _, sequences in parts for sequence in sequences}
         residents = sorted([*self.groups.resident_sequences(), *self._prefilling], key=lambda s: s.order)
         while needed > self.kv.num_free:
             assert len(residents) > 1, "a sequence that fits alone never has to go for its own sake"

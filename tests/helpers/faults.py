@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from types import FrameType
@@ -65,6 +66,8 @@ class Interrupt:
     def advance(self, served: Engine) -> bool:
         """Whether steps until the end were interrupted."""
         before = sys.gettrace()
+        # What the collector ends in between, such as engines of other tests, has lines, too, and swallows interrupts.
+        gc.disable()
         sys.settrace(self.trace)
         try:
             while served.scheduler.has_unfinished:
@@ -73,6 +76,7 @@ class Interrupt:
             return True
         finally:
             sys.settrace(before)
+            gc.enable()
         return False
 
 

