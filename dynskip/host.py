@@ -50,14 +50,18 @@ def package_version(name: str) -> str | None:
         return None
 
 
+# What measures and is measured, as git names it; not what benchmarks have written.
+_CODE = ("dynskip", "kernels", "csrc", ":(glob)bench/**/*.py")
+
+
 def commit() -> str | None:
-    """The commit of the checkout that runs, with ``+`` where files differ from it; None outside of one."""
+    """The commit of the checkout that runs, with ``+`` where its code differs from it; None outside of one."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "dynskip", "kernels", "csrc")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *_CODE)
     except (OSError, subprocess.CalledProcessError):
         return None  # no git here, or a .git that git refuses: the result is without a commit, and shows it
     return head + ("+" if changed else "")

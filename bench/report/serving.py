@@ -166,8 +166,14 @@ def _key_note(streams: Sequence[Mapping[str, Any]]) -> str:
     def each(name: str, form: str = "") -> str:
         return " or ".join(f"{value:{form}}" for value in sorted({found[name] for found in streams}))
 
+    older = (
+        " CPUs without family and model are those of runs before these were kept."
+        if any("family" not in found["cpu"] and "AMD" in found["cpu"] for found in streams)
+        else ""
+    )
     return (
-        f"{each('dtype')}, {each('num_threads')} threads, backend {each('backend')}. For each line the engine served "
+        f"{each('dtype')}, {each('num_threads')} threads, backend {each('backend')}.{older} Mean layers are those of the "
+        "requests that were drawn. For each line the engine served "
         "the same requests at full depth, in lock-step and by cohort, interleaved in turns of a quarter of a second: "
         f"{each('requests', ',')} requests, all there at the beginning, with outputs geometric with a mean of "
         f"{each('mean_output', 'g')} tokens. A ratio divides the seconds that the decode steps of two whole streams "

@@ -30,7 +30,7 @@ from dynskip.engine.watch import StepWatch, Watched
 from dynskip.execution.kv_cache import KVCache, available_bytes
 from dynskip.routing.routes import Paths, Route, resolve
 from dynskip.sampling import SamplingParams, draw_seed
-from dynskip.scheduler.outcome import Tally
+from dynskip.scheduler.outcome import NO_CALLS, Tally
 from dynskip.scheduler.policies.make import make_policy
 from dynskip.scheduler.scheduler import Scheduler
 from dynskip.scheduler.sequence import SequenceState
@@ -409,7 +409,6 @@ class Engine:
     def _advance(self) -> None:
         begin_s = time.perf_counter()
         execution, tally = self.execution, self.tally
-        calls = self.runner.call_times()
         execution.model_s = 0.0
         try:
             decision = self.scheduler.schedule()
@@ -417,7 +416,8 @@ class Engine:
             self._watch.begin(decision)
             decide_s = time.perf_counter() - begin_s
             execution.prefill(decision.prefill)
-            prefilled_s, prefilled = time.perf_counter(), self.runner.call_times()
+            prefilled_s = time.perf_counter()
+            prefill_calls = self.runner.newly_spent() if decision.prefill else NO_CALLS
             execution.decode(decision)
             self.kv.settle(self.scheduler.prefilling)
         except BaseException:
@@ -428,9 +428,9 @@ class Engine:
         tally.num_steps += 1
         tally.prefill_s += prefill_s
         tally.decode_s += decode_s
-        if calls is not None and prefilled is not None and (ended := self.runner.call_times()) is not None:
-            tally.prefill_calls += prefilled - calls
-            tally.decode_calls += ended - prefilled
+        if (decode_calls := self.runner.newly_spent()) is not NO_CALLS:
+            tally.prefill_calls += prefill_calls
+            tally.decode_calls += decode_calls
         tally.bookkeeping_s += end_s - begin_s - execution.model_s
         tally.last_s = self._now() - self._start_s
         self._watch.end(tally.num_steps, begin_s, prefill_s, decode_s)

@@ -21,7 +21,7 @@ from dynskip.execution.turns import Guesses, Turns, rows_step
 from dynskip.ops.transfer import columns_to_device, to_device
 from dynskip.paths import LayerPath
 from dynskip.routing.routes import PathRoute, StepTokens
-from dynskip.scheduler.outcome import CallTimes
+from dynskip.scheduler.outcome import NO_CALLS, CallTimes
 
 
 class ModelRunner:
@@ -47,6 +47,7 @@ class ModelRunner:
         self.executor = model.executor(executor)
         if own_executor or self.deterministic != model.deterministic:
             self.executor = model.new_executor(executor, self.deterministic)
+        self._spent = NO_CALLS
         self._decode: tuple[list[OutputSequence], list[int], Step] | None = None
 
     @property
@@ -54,10 +55,13 @@ class ModelRunner:
         """What makes a step one native call; None where none does."""
         return self.executor.native_steps if isinstance(self.executor, CompactExecutor) else None
 
-    def call_times(self) -> CallTimes | None:
-        """What native calls have taken while `NativeSteps.is_timed`; None where they are not timed."""
+    def newly_spent(self) -> CallTimes:
+        """What native calls have taken since this was asked for last; zeros unless `NativeSteps.is_timed`."""
         steps = self.native_steps
-        return CallTimes(*steps.times_s) if steps is not None and steps.is_timed else None
+        if steps is None or not steps.is_timed:
+            return NO_CALLS
+        before, self._spent = self._spent, CallTimes(*steps.times_s)
+        return self._spent - before
 
     def prompt(self, spans: Sequence[Span], cache: Cache) -> Predictions:
         """What follows the last token of each span: all begin their sequences, or none does.

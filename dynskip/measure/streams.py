@@ -15,7 +15,7 @@ from dynskip.engine.engine import Engine
 from dynskip.execution.kv_cache import KVCache
 from dynskip.execution.slot_pool import by_numpy
 from dynskip.sampling import SamplingParams
-from dynskip.scheduler.outcome import CallTimes, Outcome
+from dynskip.scheduler.outcome import NO_CALLS, Outcome
 from dynskip.simulation.workload import Request
 
 # One turn of a competitor.
@@ -126,7 +126,7 @@ class Served:
             ("prefill", tally.prefill_s, tally.prefill_calls),
             ("decode", tally.decode_s, tally.decode_calls),
         ):
-            if calls != CallTimes():
+            if calls != NO_CALLS:
                 found[phase] = {**asdict(calls), "outside_s": whole_s - sum(astuple(calls))}
         return found
 

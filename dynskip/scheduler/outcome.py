@@ -28,6 +28,9 @@ class CallTimes:
         )
 
 
+NO_CALLS = CallTimes()
+
+
 @dataclass
 class Tally:
     """Sums over the steps of one engine, and a line per request. Times in seconds.
@@ -54,8 +57,8 @@ class Tally:
     decode_s: float = 0.0
     prefill_s: float = 0.0
     bookkeeping_s: float = 0.0
-    prefill_calls: CallTimes = CallTimes()
-    decode_calls: CallTimes = CallTimes()
+    prefill_calls: CallTimes = NO_CALLS
+    decode_calls: CallTimes = NO_CALLS
     first_s: float | None = None
     last_s: float = 0.0
     peak_kv_slots: int = 0

@@ -1,7 +1,10 @@
-"""What is said of the machine."""
+"""What is said of the machine, and of the state that runs."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,3 +35,28 @@ def test_without_fields_the_platform_is_asked(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(host.platform, "processor", lambda: "")
     monkeypatch.setattr(host.platform, "machine", lambda: "riscv")
     assert host.cpu_model() == "riscv"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_says_whether_code_differs_from_it_and_nothing_of_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(host, "__file__", str(tmp_path / "dynskip" / "host.py"))
+    assert host.commit() is None
+    files = ("dynskip/host.py", "bench/peers/run.py", "bench/drafts.py", "bench/results/drafts/a.jsonl", "README.md")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before", encoding="utf-8")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    clean = host.commit()
+    assert clean is not None and len(clean) == 12
+    for name, is_code in zip(files, (True, True, True, False, False), strict=True):
+        (tmp_path / name).write_text("after", encoding="utf-8")
+        assert host.commit() == clean + "+" * is_code, name
+        git("checkout", "-q", "--", name)
