@@ -140,11 +140,16 @@ def key_table(paths: Sequence[Path]) -> str:
     batches = sorted({batch for _, measured in streams.values() for batch in measured})
     models: dict[tuple[str, ...], list[str]] = {}  # by their targets
     for model in dict.fromkeys(model for model, _ in sorted(streams)):
-        models.setdefault(tuple(question.target(model, batches) for question in KEY_QUESTIONS), []).append(model)
-    for targets, own in models.items():
+        own = [row[4:] for row in rows if row[0] == model]
+        targets = tuple(
+            question.target(model, batches) if any(cells[column] for cells in own) else ""
+            for column, question in enumerate(KEY_QUESTIONS)
+        )
+        models.setdefault(targets, []).append(model)
+    for targets, names in models.items():
         if not any(targets):
             continue
-        whose = f", {' and '.join(own)}" if len(models) > 1 else ""
+        whose = f", {' and '.join(names)}" if len(models) > 1 else ""
         rows.append([f"target{whose}", "", "", " / ".join(map(str, batches)), *targets])
     header = ("model", "CPU", "mean layers", "batch", *(question.what for question in KEY_QUESTIONS))
     text = _key_note([found for found, _ in streams.values()])
@@ -172,9 +177,9 @@ def _key_note(streams: Sequence[Mapping[str, Any]]) -> str:
         else ""
     )
     return (
-        f"{each('dtype')}, {each('num_threads')} threads, backend {each('backend')}.{older} Mean layers are those of the "
-        "requests that were drawn. For each line the engine served "
-        "the same requests at full depth, in lock-step and by cohort, interleaved in turns of a quarter of a second: "
+        f"{each('dtype')}, {each('num_threads')} threads, backend {each('backend')}.{older} Mean layers are those of "
+        "the requests that were drawn. For each line the engine served the same requests at full depth, in lock-step "
+        "and by cohort, interleaved in turns of a quarter of a second: "
         f"{each('requests', ',')} requests, all there at the beginning, with outputs geometric with a mean of "
         f"{each('mean_output', 'g')} tokens. A ratio divides the seconds that the decode steps of two whole streams "
         "cost; it is one number a run, no median. A queue is 32 to 256 requests and nobody after them, costs "
