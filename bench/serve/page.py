@@ -18,6 +18,10 @@ _SHOWN_LOAD = "80%"  # in short
 TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85, "smollm2-135m-paths": 0.85}
 
 
+# Until then a server was held up for 0.27 s by each collection of garbage.
+_FROZEN = "2026-11-27 05:04 UTC"
+
+
 def tables(results: Path) -> str:
     """A page for every file of the folder ``results``."""
     paths = sorted(results.glob("*.jsonl"))
@@ -51,7 +55,7 @@ def short(results: Path) -> str:
             f"{conditions['shape']} on {conditions['cpu']}: {_weights(conditions).lower()}, the paper's depths as "
             f"{_depths(conditions)}; {conditions['num_threads']} threads, commit "
             f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, "
-            f"tokens/s{aim}: {told}."
+            f"tokens/s{aim}: {told}.{_older(conditions, rows)}"
         )
     heads = ("model", "CPU", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
     if not lines:
@@ -119,6 +123,16 @@ def _percentiles(values: Sequence[float]) -> str:
     return " / ".join(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values)
 
 
+def _older(conditions: Row, rows: Sequence[Row]) -> str:
+    """What waits of a run before `_FROZEN` do not tell of."""
+    has_waits = any(row["what"].startswith("latency, ") for row in rows)
+    return (
+        " Waits of a server before its memory was frozen, whose 99th percentile is not that of today's code."
+        if has_waits and conditions["date"] < _FROZEN
+        else ""
+    )
+
+
 def _notes(conditions: Row, rows: Sequence[Row]) -> Iterator[str]:
     versions = conditions["versions"]
     yield (
@@ -146,7 +160,7 @@ def _notes(conditions: Row, rows: Sequence[Row]) -> Iterator[str]:
             "Waits: percentiles 50 / 90 / 99 of requests that arrive at random (Poisson) for "
             f"{conditions['budget_s']:g} s at that share of what the server has served in {_bursts(rows)} (requests/s: "
             f"{shares}){by_name}, streamed; the first tenth is not counted. vLLM runs full depth, the others the "
-            "paper's."
+            f"paper's.{_older(conditions, rows)}"
         )
     for row in rows:
         if row["what"] == "load":
