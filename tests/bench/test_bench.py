@@ -677,7 +677,7 @@ def test_the_table_of_streams_says_what_was_missed(tmp_path: Path) -> None:
     assert key_rows(paths)[1:] == [
         ["opt-mini", "Another", "6.0 of 24", "32", "3.30x", "103%", "1.76x", ""],
         ["opt-mini", "Test", "5.5 of 24", "16", "3.30x", "103%", "1.76x (missed)", ""],
-        ["target", "", "", "16 / 32", "", ">= 90% / >= 88%", ">= 1.90x / >= 1.70x", ">= 0.98x"],
+        ["target", "", "", "16 / 32", "", ">= 90% / >= 88%", ">= 1.90x / >= 1.70x", ""],  # no queue was timed
     ]
     assert "256 or 1,024 requests" in " ".join(key_table(paths).split())
     large = {**other, "model": "opt-1.3b shapes with random weights"}
