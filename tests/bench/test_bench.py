@@ -500,6 +500,7 @@ def test_speed_is_plausible(tiny: str) -> None:
         (["--batch", "100000000"], "argument --batch: must be a whole number in 1..1024, got '100000000'"),
         (["--prompt-len", "4096"], "argument --prompt-len: must be a whole number in 1..1024, got '4096'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--quick", "--rounds", "40"], "argument --rounds: not allowed with argument --quick"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -507,6 +508,24 @@ def test_mistakes_end_with_one_line(arguments: list[str], message: str, capsys: 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
+
+
+def test_quick_times_each_prefill_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[suite.Options] = []
+
+    class Asked(suite.Suite):
+        def __init__(self, options: suite.Options) -> None:
+            asked.append(options)
+            super().__init__(options)
+
+        def run(self) -> Report:
+            return Report(CONDITIONS, (ROW,), {})
+
+    monkeypatch.setattr(suite, "Suite", Asked)
+    assert main(["bench", "--quick"]) == main(["bench", "--rounds", "9"]) == 0
+    quick, many = asked
+    assert (quick.num_rounds, quick.num_prefill_rounds, quick.prefill_s) == (2, 1, 0)
+    assert (many.num_rounds, many.prefill_s) == (9, 30)
 
 
 def table_script() -> ModuleType:
