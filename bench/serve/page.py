@@ -17,7 +17,6 @@ _SHOWN_LOAD = "80%"  # in short
 # Tokens/s of the server over those of `Engine`, at least.
 TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85, "smollm2-135m-paths": 0.85}
 
-
 # Until then a server was held up for 0.27 s by each collection of garbage.
 _FROZEN = "2026-11-27 05:04 UTC"
 
@@ -42,7 +41,7 @@ def short(results: Path) -> str:
                 about = [conditions["shape"], conditions["cpu"], peer, depth]
                 lines.append([*about, f"{capacity['tokens_per_s']:.0f}", *figures])
         deep = found.get(("server", "overhead, full depth, streams"))
-        if deep is not None:  # what vLLM does, too
+        if deep is not None and ("vLLM", "capacity") in found:  # what vLLM does, too
             about = [conditions["shape"], conditions["cpu"], "cohort", "full depth"]
             lines.append([*about, f"{deep['ours']:.0f}", "", ""])
         costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]
