@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -302,6 +303,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys
 from pathlib import Path
+from typing import Any
 from dynskip.evaluation.sweep.place import Place
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
 place = Place("here", "avx2")
@@ -345,3 +347,44 @@ def test_many_items_are_found_quickly_and_in_little_memory(tmp_path: Path) -> No
     assert found["num_items"] == 5_000 and found["num_missing"] == 0
     assert found["seconds"] < 60 / 20
     assert found["memory_mib"] < 1024 / 20
+
+
+def by_path(shard: int, *paths: str, **others: Any) -> tuple[WorkItem, dict[str, Any]]:
+    """An item along ``paths``, and what doing it gives: each path its own numbers and tokens."""
+    found = {path: {"nats": [len(path), shard], "token_ids": [[shard]]} for path in paths}
+    return item(shard, path=" ".join(paths)), {"rows": [shard], "paths": found, **others}
+
+
+def test_of_more_paths_those_are_done_that_are_missing(tmp_path: Path) -> None:
+    with ItemStore(tmp_path / "items") as store:
+        for shard in range(2):
+            store.add(*by_path(shard, "full", "uniform:4"), seconds=1.0)
+        asked = [by_path(shard, "uniform:2", "full", "uniform:4")[0] for shard in range(3)]
+        assert store.missing(asked) == [*(by_path(shard, "uniform:2")[0] for shard in range(2)), asked[2]]
+        assert store.missing([by_path(0, "uniform:4")[0]]) == [], "some of the paths of a line"
+        new = [by_path(0, *paths)[0] for paths in (["full", "a"], ["b", "a"], ["a"])]
+        assert [left.path for left in store.missing(new)] == ["a", "b"], "each path once"
+        with pytest.raises(KeyError):
+            store.result(asked[0])
+        store.add(*by_path(0, "uniform:2"), seconds=1.0)
+        assert store.missing(asked) == [by_path(1, "uniform:2")[0], asked[2]]
+    with ItemStore(tmp_path / "items") as store:
+        _, whole = by_path(0, "uniform:2", "full", "uniform:4")
+        tokens = {path: {"token_ids": found.pop("token_ids")} for path, found in whole["paths"].items()}
+        found = store.result(asked[0])
+        assert found == whole and [*found["paths"]] == [*whole["paths"]], "in the order that was asked for"
+        assert store.token_ids(asked[0]) == {"paths": tokens}
+        assert store.result(by_path(1, "uniform:4")[0])["paths"] == {"uniform:4": {"nats": [9, 1]}}
+        assert len(store) == 3
+        # Other options, or another task, are another item.
+        assert store.missing([item(0, path="full", seed=9)]) == [item(0, path="full", seed=9)]
+        assert store.missing([item(0, task="time", path="full")]) == [item(0, task="time", path="full")]
+
+
+def test_lines_of_one_item_that_tell_of_other_prompts_are_damaged(tmp_path: Path) -> None:
+    with ItemStore(tmp_path / "items") as store:
+        store.add(*by_path(0, "full"), seconds=1.0)
+        other, found = by_path(0, "uniform:4")
+        store.add(other, {**found, "rows": [7]}, seconds=1.0)
+        with pytest.raises(ValueError, match="got a damaged line at byte"):
+            store.result(by_path(0, "full", "uniform:4")[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from dynskip.evaluation.sweep.place import Place
 Option = str | int | float
 Kind = tuple[str, str, str, bool]
 _MOST_KEPT = 512
+# Tasks that do each path of an item for itself, whichever others it is done with: their results name it.
+BY_PATH = frozenset(("generate", "likelihood", "states"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,11 @@ class WorkItem:
     @property
     def key(self) -> str:
         """The SHA-256 of the item's content: the same in every process and on every machine."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _digest(self.to_dict()).hex()
+
+    def along(self, paths: Iterable[str]) -> WorkItem:
+        """The same along others, or some, of its paths."""
+        return dataclasses.replace(self, path=" ".join(paths))
 
     @property
     def kind(self) -> Kind:
@@ -76,6 +82,11 @@ class WorkItem:
         return dict(self.options)[name]
 
 
+def _digest(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).digest()
+
+
 class _Entry(NamedTuple):
     """Where the line of an item lies, and what is asked of it without reading it. ended: seconds since 1970."""
 
@@ -95,6 +106,9 @@ class ItemStore:
     line counts once its newline is written. What follows the last newline of a file is the work of a writer that was
     killed: its item is missing, so that it is done again.
 
+    Paths of a `BY_PATH` item may lie in several lines, each done along some of them: what asks for more paths of the
+    same prompts has those done that are missing.
+
     In memory is where each line lies; a result is read when it is asked for.
 
     Raises ValueError for a damaged line, here or where it is read.
@@ -111,6 +125,8 @@ class ItemStore:
         self._places: dict[Place, Place] = {}  # one object for all items that were done there
         self._num_by_task: Counter[tuple[str, Place]] = Counter()
         self._seconds: defaultdict[Kind, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        # Of each `BY_PATH` item without its paths: the key of the line that each path is in.
+        self._by_path: defaultdict[bytes, dict[str, bytes]] = defaultdict(dict)
         self._results: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
         self._reader = LineReader()
         self._writer: Writer | None = Writer(folder)
@@ -161,7 +177,7 @@ class ItemStore:
         """What the item gave, but for its token ids."""
         key = bytes.fromhex(item.key)
         if key not in self._results:
-            self._results[key] = split_token_ids(self._line(item)["result"])[0]
+            self._results[key] = self._gathered(item, lambda line: split_token_ids(line["result"])[0])
             if len(self._results) > _MOST_KEPT:
                 self._results.popitem(last=False)
         self._results.move_to_end(key)
@@ -169,7 +185,9 @@ class ItemStore:
 
     def token_ids(self, item: WorkItem) -> dict[str, Any]:
         """What stands under "token_ids" in what the item gave, at the same places; nothing else."""
-        line = self._line(item)
+        return self._gathered(item, self._token_ids_of)
+
+    def _token_ids_of(self, line: dict[str, Any]) -> dict[str, Any]:
         if "apart" not in line:
             return split_token_ids(line["result"])[1]
         apart = line["apart"]
@@ -194,8 +212,25 @@ class ItemStore:
         return total / count if count else None
 
     def missing(self, items: Iterable[WorkItem]) -> list[WorkItem]:
-        """The items without a result, in order, each once."""
-        return [item for item in dict.fromkeys(items) if item not in self]
+        """The items without a result, in order, each once.
+
+        A `BY_PATH` item is left with the paths that neither the store has nor an item before it.
+        """
+        left: dict[WorkItem, None] = {}
+        planned: defaultdict[bytes, set[str]] = defaultdict(set)
+        for item in dict.fromkeys(items):
+            if item in self:
+                continue
+            if item.task not in BY_PATH:
+                left[item] = None
+                continue
+            prompts = _digest(item.along(()).to_dict())
+            known = self._by_path.get(prompts, {}).keys() | planned[prompts]
+            paths = [path for path in item.path.split() if path not in known]
+            planned[prompts].update(paths)
+            if paths:
+                left[item.along(paths)] = None
+        return [*left]
 
     def places(self, without: Collection[str] = ()) -> Counter[Place]:
         """How many items were done where, but for those of the tasks ``without``."""
@@ -249,12 +284,39 @@ class ItemStore:
             raise ValueError("ItemStore.add: the store must be open, got a closed one.")
         return self._writer
 
-    def _line(self, item: WorkItem) -> dict[str, Any]:
-        entry = self._entries[bytes.fromhex(item.key)]
-        line = self._reader.read(entry.path, entry.offset, entry.size)
-        if line["item"] != item.to_dict():
-            raise damaged(entry.path, f"line at byte {entry.offset}")
-        return line
+    def _gathered(self, item: WorkItem, read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """What ``read`` finds in the line of ``item``, or in those that have its paths, as one would have it.
+
+        KeyError where it has no result.
+        """
+        key = bytes.fromhex(item.key)
+        if key in self._entries:
+            line = self._line(key)
+            if line["item"] != item.to_dict():
+                raise self._damaged(key)
+            return read(line)
+        known = self._by_path.get(_digest(item.along(()).to_dict()), {})
+        lines = {path: known[path] for path in item.path.split()}
+        found: dict[str, Any] = {}
+        by_path: dict[str, dict[str, Any]] = {}
+        for other in dict.fromkeys(lines.values()):
+            line = self._line(other)
+            paths = {*line["item"]["path"].split()}
+            for name, value in read(line).items():
+                if isinstance(value, dict) and value.keys() <= paths:
+                    own = {path: value[path] for path in value if lines.get(path) == other}
+                    by_path[name] = by_path.get(name, {}) | own
+                elif found.setdefault(name, value) != value:  # they are of the same prompts
+                    raise self._damaged(other)
+        return found | {name: {path: each[path] for path in lines if path in each} for name, each in by_path.items()}
+
+    def _line(self, key: bytes) -> dict[str, Any]:
+        entry = self._entries[key]
+        return self._reader.read(entry.path, entry.offset, entry.size)
+
+    def _damaged(self, key: bytes) -> ValueError:
+        entry = self._entries[key]
+        return damaged(entry.path, f"line at byte {entry.offset}")
 
     def _keep(self, path: Path, offset: int, size: int, head: dict[str, Any]) -> None:
         """Enter a line, unless its item has an earlier one: by time, then by the name of its file."""
@@ -271,6 +333,12 @@ class ItemStore:
             self._results.pop(key, None)
         self._entries[key] = entry
         self._count(kind, entry, 1)
+        if fields["task"] in BY_PATH:
+            known = self._by_path[_digest({**fields, "path": ""})]
+            for path in fields["path"].split():
+                other = self._entries.get(known.get(path, b""))
+                if other is None or (entry.ended, entry.path) < (other.ended, other.path):
+                    known[path] = key
 
     def _count(self, kind: Kind, entry: _Entry, sign: int) -> None:
         self._num_by_task[kind[0], entry.place] += sign
