@@ -78,7 +78,7 @@ def setup_of(
     labels; the device.
     """
     options: dict[str, Any] = {
-        "budgets": (27, 25, 20, 15),
+        "budgets": (27, 25, 20, 15, 10),
         "candidates": (25, 20, 15),
         "backbone": BASE,
         "searched": FOUND_PATHS_FOLDER / f"{BASE}.json",
