@@ -15,6 +15,8 @@ Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _BYTE_ORDER_MARK = "\ufeff"
+# Unicode's characters of no meaning.
+_PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
 def lines(text: str) -> list[str]:
@@ -54,7 +56,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], sp
         return _ids(tokenizer, _render(tokenizer, messages))
     # A special token that a message spells out gets another name while the template is applied: what is left of them
     # in the result is the template's own, and what stands between those is text.
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if not any(chr(code) in m["content"] for m in messages))
+    used = {character for message in messages for character in message["content"]}
+    mark = next((character for character in _PRIVATE if character not in used), None)
+    if mark is None:
+        raise ValueError(
+            f"chat_prompt: messages that spell out special tokens must leave out one of the characters {_PRIVATE[0]!r} "
+            f"to {_PRIVATE[-1]!r}, got all of them."
+        )
     aliases = {name: f"{mark}{index}{mark}" for index, name in enumerate(contained)}
     spelled = _pattern(aliases)
     renamed = [

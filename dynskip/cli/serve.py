@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import shlex
 import sys
 import time
@@ -41,6 +42,7 @@ It prints a line for curl and the address of its page once it is ready. SIGTERM 
 have come are answered, the second one at once.
 """
 NEEDS = ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic")
+API_KEY = "DYNSKIP_API_KEY"
 _MOST = 1_000_000
 # Seconds that an address may take to answer before it is said that it does not.
 _ANSWER_TIMEOUT_S = 10
@@ -52,7 +54,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address (default: %(default)s)")
     add_number(group, "--port", "PORT", 0, 65535, 8000, "0 takes one that is free")
-    group.add_argument("--api-key", metavar="KEY", help="what clients must send as a bearer token; /health is open")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get(API_KEY),
+        help=f"what clients must send as a bearer token; /health is open (default: ${API_KEY}, which no listing of "
+        "processes shows)",
+    )
     add_number(group, "--max-queue", "N", 0, _MOST, 1024, "outputs that may wait; requests beyond are refused with 429")
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: MODEL)")
     group.add_argument(

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from dynskip.engine.diagnosis import NonFiniteError
+from dynskip.engine.diagnosis import NoTokenError
 from dynskip.engine.request import OutputSequence
 from dynskip.engine.token_counts import TokenCounts
 from dynskip.execution.executor import Predictions
 from dynskip.ops.choice import choose_tokens, most_likely
 from dynskip.ops.logit_changes import NO_TOKENS, LogitChange, change_logits_
-from dynskip.sampling import NOT_FINITE, Choice
+from dynskip.sampling import NOT_FINITE, Choice, SamplingParams
 
 # A row's sequence, and which token of its output it gives.
 Row = tuple[OutputSequence, int]
@@ -76,7 +76,7 @@ def _chosen_behind_changes(predictions: Predictions, places: list[int], rows: Se
     found = most_likely(predictions.logits[[places[row] for row in lost]]).tolist() if lost else ()
     for row, token in zip(lost, found, strict=True):
         if token != NOT_FINITE:
-            tokens[row] = _no_token(own[row])
+            tokens[row] = _no_token(own[row], rows[row][0].params)
     return tokens
 
 
@@ -107,11 +107,20 @@ def _change(sequence: OutputSequence, position: int) -> LogitChange:
     return LogitChange(params, withheld, seen, counts)
 
 
-def _no_token(logits: Tensor) -> NonFiniteError:
-    """The error of a row whose ``logits``, [V], were finite before they changed."""
+def _no_token(logits: Tensor, params: SamplingParams) -> NoTokenError:
+    """The error of a row whose ``logits``, [V], were finite before ``params`` changed them."""
     largest = float(logits.max())
     found = "NaN" if math.isnan(largest) else "inf" if largest > 0 else "-inf for every token"
-    return NonFiniteError(
+    changing = {
+        "logits_processors": bool(params.logits_processors),
+        "logit_bias": bool(params.logit_bias),
+        "min_tokens": bool(params.min_tokens),
+        "repetition_penalty": params.repetition_penalty != 1,
+        "presence_penalty": params.presence_penalty != 0,
+    }
+    parameter = next((name for name, changes in changing.items() if changes), "frequency_penalty")
+    return NoTokenError(
+        parameter,
         "generate: logits must be finite, or -inf for some tokens, behind logits_processors, logit_bias, min_tokens "
-        f"and penalties, got {found}. Leave a token that may come."
+        f"and penalties, got {found}. Leave a token that may come.",
     )

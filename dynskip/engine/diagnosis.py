@@ -16,6 +16,20 @@ class NonFiniteError(ArithmeticError):
     """
 
 
+class NoTokenError(NonFiniteError):
+    """What the parameters of a request made of its finite logits leaves no token to choose.
+
+    parameter: the first one that changes logits.
+    """
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(parameter, message)
+        self.parameter = parameter
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 def diagnose(runner: ModelRunner, sequence: OutputSequence) -> NonFiniteError:
     """The error of ``sequence``, the logits after whose last token are not finite.
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from dynskip.engine.request import RequestOutput
+from dynskip.engine.text_rule import REPLACEMENT
 from dynskip.serving.depths import NamedPath
 
 Kind = Literal["completion", "chat"]
 # JSON has no infinity; log-probabilities of what cannot come are sent as this.
 _LEAST_LOGPROB = -9999.0
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+# Of byte-level tokenizers the sign of each byte: itself where it is a printable one, else the next beyond 255, as GPT-2
+# has it. Others name a byte, as SentencePiece does.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _OBJECTS = {"completion": ("text_completion", "text_completion"), "chat": ("chat.completion", "chat.completion.chunk")}
 
 
@@ -85,6 +93,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.of = lru_cache(maxsize=65536)(self._of)
+        self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
 
     def _of(self, token_id: int) -> str:
         if self._tokenizer is None:
@@ -104,9 +113,9 @@ class TokenTexts:
         """
         texts = [self.of(token_id) for token_id in token_ids]
         offsets = []
-        for text in texts:
+        for token_id in token_ids:
             offsets.append(offset)
-            offset += len(text)
+            offset += num_begun(self.bytes_of(token_id))
         return {
             "tokens": texts,
             "token_logprobs": [
@@ -146,8 +155,23 @@ class TokenTexts:
         ]
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.of(token_id), "logprob": _clipped(logprob), "bytes": [*self.bytes_of(token_id)]}
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """Those that the token stands for: of a part of a character its own, where `of` can only say that it is one."""
         text = self.of(token_id)
-        return {"token": text, "logprob": _clipped(logprob), "bytes": list(text.encode())}
+        spelled = None if self._tokenizer is None else self._tokenizer.convert_ids_to_tokens(token_id)
+        if REPLACEMENT not in text or not isinstance(spelled, str):
+            return text.encode()
+        if named := _BYTE.fullmatch(spelled):
+            return bytes([int(named[1], 16)])
+        own = [_BYTE_LEVEL.get(character) for character in spelled]
+        return text.encode() if None in own else bytes(byte for byte in own if byte is not None)
+
+
+def num_begun(text: bytes) -> int:
+    """How many characters of UTF-8 begin in ``text``, which may begin and end within one."""
+    return sum(byte & 0xC0 != 0x80 for byte in text)
 
 
 def choice_of(kind: Kind, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from http import HTTPStatus
 from typing import Any
 
 from dynskip.arguments import is_own_error
+from dynskip.engine.diagnosis import NoTokenError
 from dynskip.engine.request import EngineStoppedError, RequestError
 
 # Of the library's own errors those that name a field of a request.
 _NAMED = re.compile(r"(?:SamplingParams|add_request): (?!token_ids)(\w+) must ")
+# The code of prompts that are too long, as OpenAI has it.
+CONTEXT_LENGTH = "context_length_exceeded"
 # What pydantic calls a type of several that a value may have.
 _TYPE = re.compile(r"str|int|float|bool|list\[.*\]")
 # By status: the ``type`` that OpenAI's clients know, and a ``code``.
@@ -53,6 +56,13 @@ def bad_request(message: str, param: str | None, code: str | None = None) -> API
     return APIError(HTTPStatus.BAD_REQUEST, message, param, code)
 
 
+def too_long(field: str, max_context_len: int, found: int | str) -> APIError:
+    """Of a prompt of ``found`` tokens, or of what else cannot fit in a context of so many."""
+    most = max_context_len - 1
+    message = f"{field}: it must be at most {most} tokens long, one less than the context, got {found}."
+    return bad_request(message, field, CONTEXT_LENGTH)
+
+
 def unsupported(name: str, advice: str) -> APIError:
     """Of a field that asks for what is not there."""
     return bad_request(f"{name}: it must be left out, got a value. {advice}", name, "unsupported_value")
@@ -67,6 +77,9 @@ def as_api_error(error: Exception, param: str | None = None) -> APIError | None:
         return error
     if isinstance(error, EngineStoppedError):
         return engine_stopped()
+    if isinstance(error, RequestError) and isinstance(error.__cause__, NoTokenError):
+        field = error.__cause__.parameter
+        return bad_request(f"{field}: it must leave a token that may come, got none, or infinity, behind it.", field)
     if isinstance(error, RequestError):
         return APIError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="request_failed")
     if isinstance(error, ValueError | TypeError) and is_own_error(error):
@@ -112,9 +125,11 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     if errors[0]["type"] == "json_invalid":
         return not_json()
     place = _place(errors[0]["loc"])
+    if not place:
+        return bad_request("body: it must be an object, sent with Content-Type: application/json, got another.", None)
     param = str(place[0]) if place and isinstance(place[0], str) else None
     said = dict.fromkeys(error["msg"] for error in errors if _place(error["loc"]) == place)
-    return bad_request(f"{'.'.join(map(str, place)) or 'body'}: {', or: '.join(said)}.", param)
+    return bad_request(f"{'.'.join(map(str, place))}: {', or: '.join(said)}.", param)
 
 
 def _place(loc: Sequence[int | str]) -> tuple[int | str, ...]:

@@ -28,10 +28,7 @@ class Admission:
     @contextmanager
     def hold(self, num_outputs: int) -> Iterator[None]:
         """Room for ``num_outputs`` until the end of the block; an APIError with status 429 where there is none."""
-        if num_outputs > self.most:
-            raise bad_request(
-                f"n: a request must have at most {self.most} outputs, all its prompts together, got {num_outputs}.", "n"
-            )
+        self.check(num_outputs)
         if self.num_held + num_outputs > self.most:
             raise self._refused(num_outputs)
         self.num_held += num_outputs
@@ -39,6 +36,13 @@ class Admission:
             yield
         finally:
             self.num_held -= num_outputs
+
+    def check(self, num_outputs: int) -> None:
+        """Raise an APIError where there would be no room for ``num_outputs`` were nothing else there."""
+        if num_outputs > self.most:
+            raise bad_request(
+                f"n: a request must have at most {self.most} outputs, all its prompts together, got {num_outputs}.", "n"
+            )
 
     @contextmanager
     def read(self) -> Iterator[None]:

@@ -10,13 +10,12 @@ from typing import TypeGuard
 from dynskip.sampling import SamplingParams
 from dynskip.serving.answers import Envelope, Kind
 from dynskip.serving.depths import Depth, DepthTable
-from dynskip.serving.errors import bad_request, told
+from dynskip.serving.errors import CONTEXT_LENGTH, bad_request, told, too_long
 from dynskip.serving.fields import DEFAULT_MAX_TOKENS, check_others, sampling_params
 from dynskip.serving.generation import Job
-from dynskip.serving.prompts import PromptReader
+from dynskip.serving.limits import Admission
+from dynskip.serving.prompts import PromptReader, prompts_in
 from dynskip.serving.protocol import ChatRequest, CompletionRequest, Sampled
-
-_TOO_LONG = "context_length_exceeded"
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,12 @@ class Plan:
 
 
 class Planner:
-    """Reads requests. max_context_len: most tokens of a prompt and its output."""
+    """Reads requests. max_context_len: most tokens of a prompt and its output. admission: most outputs of a request."""
 
-    def __init__(self, table: DepthTable, reader: PromptReader, max_context_len: int) -> None:
+    def __init__(self, table: DepthTable, reader: PromptReader, max_context_len: int, admission: Admission) -> None:
         self._table = table
         self._reader = reader
+        self._admission = admission
         self._max_context_len = max_context_len
 
     async def completion(self, body: CompletionRequest, request_id: str) -> Plan:
@@ -58,7 +58,9 @@ class Planner:
         drops_output = bool(body.echo) and body.max_tokens == 0
         given = 1 if drops_output else body.max_tokens
         envelope, depth, params = self._begun("completion", body, request_id, given)
-        prompts = await self._reader.completions(body.prompt)
+        given_prompts = prompts_in(body.prompt)
+        self._admission.check(len(given_prompts) * params.n)
+        prompts = await self._reader.completions(given_prompts)
         rooms = [self._room(len(prompt), given, "prompt") for prompt in prompts]
         try:
             bounded = [
@@ -99,17 +101,13 @@ class Planner:
         """The tokens that fit behind a prompt; an APIError where it, or what is asked for, does not fit."""
         longest = self._max_context_len
         if num_prompt >= longest:
-            raise bad_request(
-                f"{field}: it must be at most {longest - 1} tokens long, one less than the context, got {num_prompt}.",
-                field,
-                _TOO_LONG,
-            )
+            raise too_long(field, longest, num_prompt)
         if max_tokens is not None and num_prompt + max_tokens > longest:
             raise bad_request(
                 f"{limit}: prompt and {limit} must be at most {longest} tokens together, got {num_prompt} and "
                 f"{max_tokens}.",
                 limit,
-                _TOO_LONG,
+                CONTEXT_LENGTH,
             )
         return longest - num_prompt
 

@@ -81,32 +81,37 @@ async def engine(request: Request, since: Annotated[int, Query(ge=0)] = 0) -> JS
     return JSONResponse(live(watched), headers={"cache-control": "no-store"})
 
 
-@ROUTER.post("/tokenize", responses=_REFUSALS)
+@ROUTER.post("/tokenize", responses={**_REFUSALS, 429: _FAILURES[429]})
 async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
     """The token ids of a text or of a conversation."""
-    service, reader = _service(request), _service(request).reader
+    service = _service(request)
     check_others(body)
     service.table.of(body.model, None, None, None)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("prompt: either it or messages must be given, got both or none.", "prompt")
+    if body.messages is not None and body.add_special_tokens:
+        raise bad_request("add_special_tokens: it must be left out beside messages, got a value.", "add_special_tokens")
+    return JSONResponse(await service.read(lambda: _tokenized(body, service), request))
+
+
+async def _tokenized(body: TokenizeRequest, service: Service) -> dict[str, Any]:
+    reader = service.reader
     if body.prompt is not None:
         tokens = await reader.tokens(body.prompt, body.add_special_tokens is not False)
-    elif body.add_special_tokens:
-        raise bad_request("add_special_tokens: it must be left out beside messages, got a value.", "add_special_tokens")
     else:
         tokens = await reader.chat(body.messages or [])
     texts = await reader.token_texts(tokens) if body.return_token_strs else None
     longest = service.served.max_context_len
-    return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens, "token_strs": texts})
+    return {"count": len(tokens), "max_model_len": longest, "tokens": tokens, "token_strs": texts}
 
 
-@ROUTER.post("/detokenize", responses=_REFUSALS)
+@ROUTER.post("/detokenize", responses={**_REFUSALS, 429: _FAILURES[429]})
 async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
     """The text of token ids."""
     service = _service(request)
     check_others(body)
     service.table.of(body.model, None, None, None)
-    return JSONResponse({"prompt": await service.reader.text(body.tokens)})
+    return JSONResponse({"prompt": await service.read(lambda: service.reader.text(body.tokens), request)})
 
 
 @ROUTER.head("/health", include_in_schema=False)

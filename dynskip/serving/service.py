@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +24,7 @@ from dynskip.serving.protocol import ChatRequest, Sampled
 from dynskip.serving.sse import DONE, EventStream, event, unless_gone
 from dynskip.serving.streaming import Chunks
 
+T = TypeVar("T")
 Planned: TypeAlias = Callable[[], Coroutine[Any, Any, Plan]]
 
 
@@ -34,8 +35,8 @@ class Service:
         self.served, self.table = served, table
         self.admission = Admission(served.pool, max_queue)
         self.metrics = ServerMetrics(table.name)
-        self.reader = PromptReader(served.llm)
-        self.planner = Planner(table, self.reader, served.max_context_len)
+        self.reader = PromptReader(served.llm, served.max_context_len)
+        self.planner = Planner(table, self.reader, served.max_context_len, self.admission)
         self.created = int(time.time())
         self._generator = Generator(served, self.admission, self.metrics)
         self._texts = TokenTexts(served.llm.tokenizer)
@@ -54,6 +55,11 @@ class Service:
             return EventStream(_events(first, chunks))
         whole = await unless_gone(self._done(planned), request.receive)
         return Response(as_json(whole), media_type="application/json")
+
+    async def read(self, work: Callable[[], Coroutine[Any, Any, T]], request: Request) -> T:
+        """What ``work`` makes of a request's texts, while there is room for it, and somebody who waits for it."""
+        with self.admission.read():
+            return await unless_gone(work(), request.receive)
 
     async def _begun(self, planned: Planned) -> tuple[dict[str, Any], AsyncGenerator[dict[str, Any]]]:
         """The first chunk, which every request has, and those behind it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynskip.async_llm import Piece
 from dynskip.engine.request import RequestOutput
-from dynskip.serving.answers import TokenTexts, delta_of, facts, usage
+from dynskip.serving.answers import TokenTexts, delta_of, facts, num_begun, usage
 from dynskip.serving.planning import Plan
 from dynskip.serving.protocol import ChatRequest, StreamOptions
 
@@ -66,7 +66,7 @@ class Chunks:
             shown = self._texts.chat_logprobs(tokens, logprobs, plan.body.top_logprobs or 0)
         elif logprobs is not None:
             shown = self._texts.completion_logprobs(tokens, logprobs, offset)
-            self._num_chars[index] = offset + sum(map(len, shown["tokens"]))
+            self._num_chars[index] = offset + sum(num_begun(self._texts.bytes_of(token)) for token in tokens)
         choice = delta_of(plan.kind, index, text, piece.finish_reason, shown)
         if plan.body.return_token_ids:
             choice["token_ids"] = tokens

@@ -86,6 +86,15 @@ def test_the_template_keeps_its_own_special_tokens() -> None:
     assert mini().chat_prompt(TURNS, special_tokens=False) == mini().chat_prompt(TURNS)
 
 
+def test_messages_that_leave_no_mark_are_refused() -> None:
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    end = mini().tokenizer.eos_token
+    with pytest.raises(ValueError, match="messages that spell out special tokens must leave out one of the characters"):
+        mini().chat_prompt(every + end, special_tokens=False)
+    assert mini().chat_prompt(every, special_tokens=False), "nothing is spelled out"
+    assert mini().chat_prompt(every[:-1] + end, special_tokens=False)
+
+
 def test_a_conversation_is_what_its_template_makes_of_it() -> None:
     tokenizer: Any = mini().tokenizer
     expected = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)

@@ -189,6 +189,40 @@ def test_requests_that_are_read_have_a_place_in_the_queue_until_their_clients_le
     run(main())
 
 
+@pytest.mark.parametrize("route", ["/tokenize", "/detokenize"])
+def test_what_only_tokenizes_has_a_place_until_its_client_leaves(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    async def never(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(PromptReader, "_run", never)
+
+    async def main() -> None:
+        async with local(llm, policy="lockstep", batch=1, costs=None, max_queue=0) as server:
+            waiting = Exchange(server.app, route, {"prompt": "w005"} if route == "/tokenize" else {"tokens": [5]})
+            while server.service.admission._num_read < 1:
+                await asyncio.sleep(0)
+            assert (await server.post(ROUTE, LONG)).status_code == 429
+            await waiting.go_away()
+            assert server.service.admission._num_read == 0
+
+    run(main())
+
+
+def test_a_prompt_whose_reader_ends_early_is_a_bug_and_no_endless_wait(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LLM, "chat_prompt", lambda *_, **__: next(iter(())))
+
+    async def main() -> None:
+        async with local(llm) as server:
+            answer = await server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "w005"}]})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+
+    run(main())
+
+
 def test_retry_after_is_the_mean_time_of_a_request_within_bounds() -> None:
     admission = Admission(1, 0)
     with admission.hold(1):

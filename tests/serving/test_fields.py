@@ -14,6 +14,7 @@ from models import NUM_LAYERS
 
 from dynskip import LLM, LayerPath, SamplingParams
 from dynskip.serving.fields import SAMPLING_FIELDS
+from dynskip.serving.prompts import PromptReader
 
 COMPLETION = {"prompt": "w005 w006 w007", "max_tokens": 3, "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": "w005 w006"}], "max_tokens": 3, "temperature": 0}
@@ -120,6 +121,8 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [[5], [101]]}, "prompt"),
     ({"prompt": "\ud800"}, "prompt"),
     ({"prompt": ["w005"] * 300}, "n"),
+    ({"prompt": [[5]] * 100, "n": 3}, "n"),
+    ({"prompt": [5] * 10**6}, "prompt"),
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
@@ -141,6 +144,8 @@ OF_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "w005", "name": 7}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "w005", "detail": "low"}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "w005", "type": "image"}]}, "messages"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
@@ -379,6 +384,65 @@ def test_tokenize_and_detokenize(llm: LLM) -> None:
     assert back.json() == {"prompt": "w005 w006"}
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
     assert (both.status_code, both.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_what_is_no_unicode_cannot_be_tokenized(llm: LLM, add: bool) -> None:
+    body = json.dumps({"prompt": "w005 \ud800", "add_special_tokens": add})
+
+    async def main() -> httpx2.Response:
+        async with local(llm) as server:
+            return await server.client.post("/tokenize", content=body, headers=JSON)
+
+    answer = run(main())
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_a_text_that_cannot_fit_is_refused_unread(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptReader, "_run", None)  # whoever reads it fails
+    long = "w005 " * 200_000
+    for route, body, field in (
+        ("/v1/completions", {"prompt": long}, "prompt"),
+        ("/v1/completions", {"prompt": ["w005", long]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}, "messages"),
+        ("/tokenize", {"prompt": long}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": long}]}, "messages"),
+    ):
+        (answer,) = post(llm, route, body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, field, "context_length_exceeded")
+        assert error["message"].startswith(f"{field}: it must be at most 63 tokens long")
+        assert "1000000 characters" in error["message"]
+
+
+def test_token_ids_wait_for_no_text(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptReader, "_run", None)
+    (answer,) = post(llm, "/v1/completions", {"prompt": [[5, 6], [7]], "max_tokens": 2, "temperature": 0})
+    assert [choice["finish_reason"] for choice in answer.json()["choices"]] == ["length"] * 2
+
+
+def test_parameters_that_leave_no_token_are_to_blame(llm: LLM) -> None:
+    every = range(llm.model.decoder_config.vocab_size)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("min_tokens", {"min_tokens": 2, "stop_token_ids": [*every]}),
+        ("logit_bias", {"logit_bias": {"5": 3.4e38}, "repetition_penalty": 0.5, "prompt": [5, 6]}),
+    ]
+    for field, changes in cases:
+        for stream in (False, True):
+            (answer,) = post(llm, "/v1/completions", {**COMPLETION, **changes, "stream": stream})
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            assert (error["param"], error["type"]) == (field, "invalid_request_error")
+            assert error["message"].startswith(f"{field}: it must leave a token that may come")
+
+
+def test_a_body_of_another_type_is_told_so(llm: LLM) -> None:
+    async def main() -> httpx2.Response:
+        async with local(llm) as server:
+            return await server.client.post("/v1/completions", content=json.dumps(COMPLETION))
+
+    answer = run(main())
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_without_a_tokenizer_token_ids_are_served(llm: LLM) -> None:

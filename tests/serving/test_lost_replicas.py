@@ -133,11 +133,15 @@ def test_a_request_ends_no_more_than_two_replicas(llm: LLM) -> None:
         async with fronted(llm, count=3) as before:
             brakes = [Brake(each.server.served) for each in before.replicas]
             exchange = Exchange(before.app, ROUTE, LONG)
-            for number in (1, 2):
-                while sum(each.num_asked for each in before.replicas) < number:
-                    await asyncio.sleep(0)
-                await before.until_held(1)
-                before.holder().lose()
+            lost: list[Near] = []
+            while len(lost) < 2:
+                # One that was lost may hold the request for a while when the next one has it.
+                holding = [each for each in before.replicas if each.server.service.admission.num_held]
+                for each in holding:
+                    if each not in lost:
+                        lost.append(each)
+                        each.lose()
+                await asyncio.sleep(0)
             await exchange.task
             assert exchange.status == 503
             assert json.loads(exchange.sent)["error"]["code"] == "replica_lost"

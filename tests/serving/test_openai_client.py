@@ -118,7 +118,9 @@ def test_samples_and_their_log_probabilities(client: openai.OpenAI, llm: LLM) ->
         for token, told, known in zip(sample.token_ids, choice.logprobs.content, sample.logprobs, strict=True):
             assert told.logprob == known[token]
             assert [each.logprob for each in told.top_logprobs] == sorted(known.values(), reverse=True)[:2]
-            assert bytes(told.bytes).decode() == told.token
+            assert bytes(told.bytes).decode(errors="replace") == told.token
+        spelled = b"".join(bytes(told.bytes) for told in choice.logprobs.content)
+        assert spelled.decode(errors="replace") == llm.tokenizer.decode(sample.token_ids)
     plain = client.completions.create(
         model=NAME, prompt="The lighthouse", max_tokens=4, temperature=0, logprobs=3, extra_body={"ignore_eos": True}
     )

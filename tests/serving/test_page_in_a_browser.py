@@ -521,6 +521,15 @@ def test_a_server_that_is_back_is_used_again(other: Any, driver: Any, llm: LLM) 
         assert page.text(page.part("answer")) == answer_of(llm, "full", 6)
 
 
+def test_another_server_at_the_same_address_is_said(other: Any, driver: Any) -> None:
+    with other() as (url, _):
+        page = Page(driver, url)
+        page.until_ready()
+    page.until(lambda: page.text("#notice") == "The server cannot be reached. Does it still run?")
+    with other(port=int(url.rpartition(":")[2]), name="another"):
+        page.until(lambda: page.text("#notice") == "The server offers other depths by now. Reload the page.")
+
+
 def test_who_waits_in_the_queue_is_counted(other: Any, driver: Any) -> None:
     with other(batch=1) as (url, running):
         page = Page(driver, url)

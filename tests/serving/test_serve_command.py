@@ -203,6 +203,14 @@ def test_a_request_on_a_kept_connection_survives_a_server_that_stands_still() ->
         resumed.join()
 
 
+def test_the_key_may_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DYNSKIP_API_KEY", " sk-7")
+    assert main(["serve", "opt-mini", "--port", "0"]) == 2
+    assert "--api-key must be a text without spaces around it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -45,6 +45,11 @@ $("key-button").addEventListener("click", async () => {
 
 // What is said
 
+/** What holds as long as the server does. */
+function standing() {
+  return offer.has_tokenizer ? "" : "The model has no tokenizer: it takes token ids only, which this page cannot send.";
+}
+
 function notice(text) {
   const isNew = $("notice").textContent !== text;
   if (isNew) $("notice").textContent = text; // said aloud once
@@ -61,7 +66,7 @@ async function start() {
     if (error.status === 401 && (await askKey(error.message))) await start();
     return;
   }
-  notice(offer.has_tokenizer ? "" : "The model has no tokenizer: it takes token ids only, which this page cannot send.");
+  notice(standing());
   $("key-button").hidden = !key.get();
   if (!columns.length) build();
   engine.wake();
@@ -97,9 +102,16 @@ function onEngine(error) {
   } else if (error) {
     notice(error.message);
   } else if (engineFailed) {
-    notice("");
+    notice(standing());
+    checkOffer();
   }
   engineFailed = Boolean(error);
+}
+
+/** Behind a failure another server may answer, whose depths are not those of the sliders. */
+async function checkOffer() {
+  const now = await getJson("v1/depths").catch(() => offer);
+  if (JSON.stringify(now) !== JSON.stringify(offer)) notice("The server offers other depths by now. Reload the page.");
 }
 
 function showColumns() {
