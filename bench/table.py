@@ -23,6 +23,7 @@ from bench.serve.page import SHORT_BEGIN, SHORT_END, short
 from bench.serve.page import tables as served_tables
 from dynskip.benchmark.report import Report
 from dynskip.evaluation.report.paper_claims import paragraph
+from dynskip.evaluation.report.sentences import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
 
@@ -71,14 +72,14 @@ def fill(readme: str, results: Path) -> str:
 
 
 def paper_sentences(run: Path) -> str:
-    """What opens the report of ``run``, made anew from its summary: five sentences, and which claims hold."""
+    """What opens the report of ``run``, made anew from its summary: five sentences, the null, and which claims hold."""
     summary = read_summary(run)
     lines = [
         textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
         for text in in_short(summary)
     ]
     claims = textwrap.fill(f"Of the paper's claims: {paragraph(summary)}", 120, break_on_hyphens=False)
-    return "\n".join([*lines, "", claims]) + "\n"
+    return "\n".join([*lines, "", textwrap.fill(paper_null(), 120), "", claims]) + "\n"
 
 
 def fill_serving(page: str, results: Path) -> str:

@@ -22,6 +22,7 @@ from dynskip.evaluation.report.evidence import (
 from dynskip.evaluation.report.numbers import signed
 from dynskip.evaluation.report.paper_claims import paragraph
 from dynskip.evaluation.report.rows import select
+from dynskip.evaluation.report.sentences import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import report_blocks
 
@@ -54,7 +55,7 @@ def test_the_readme_tells_what_the_committed_report_opens_with() -> None:
     summary = json.loads((RUN / "summary.json").read_text(encoding="utf-8"))
     block = readme.split(table.PAPER_BEGIN)[1].split(table.PAPER_END)[0]
     assert " ".join(block.split()) == " ".join(
-        [*(f"- {text}" for text in in_short(summary)), f"Of the paper's claims: {paragraph(summary)}"]
+        [*(f"- {text}" for text in in_short(summary)), paper_null(), f"Of the paper's claims: {paragraph(summary)}"]
     )
 
 

@@ -20,7 +20,7 @@ from dynskip.evaluation.report.paper_claims import paragraph
 from dynskip.evaluation.report.rows import find, select
 from dynskip.evaluation.report.savings import ORACLE_MIX, savings
 from dynskip.evaluation.report.sections import SECTIONS
-from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.report.sentences import paper_null, section_sentences
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary, report_blocks, write_report
 
@@ -177,7 +177,7 @@ def test_the_claims_of_the_paper_stand_below_the_five_sentences() -> None:
     summary = example_summary()
     blocks = report_blocks(summary)[2]
     at = blocks.index(Heading("Which of the paper's claims hold here", 3))
-    assert at == 2 and blocks[at + 1] == Paragraph(paragraph(summary))
+    assert at == 2 and blocks[at + 1 : at + 3] == [Paragraph(paper_null()), Paragraph(paragraph(summary))]
 
 
 @pytest.mark.usefixtures("undrawn")

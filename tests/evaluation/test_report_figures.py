@@ -70,7 +70,8 @@ def test_every_figure_is_a_file_that_the_markdown_links(tmp_path: Path) -> None:
 def test_each_question_has_its_figures(committed: dict[str, Any], drawn: dict[str, Any]) -> None:
     report_blocks(committed)
     of_states = {f"{kind}-{weights}" for kind in ("hidden", "trajectory") for weights in ("paths", "backbone")}
-    by_paths = {f"{kind}-paths" for kind in ("oracle", "surviving", "router-nats", "depth", "correlations")}
+    of_choices = ("oracle", "oracle-nats", "surviving", "router-nats", "depth", "depth-nats", "correlations")
+    by_paths = {f"{kind}-paths" for kind in of_choices}
     others = {"static-nats", "siblings", "controllers-nats", "controller-training", "skip-rates"}
     assert set(drawn) == of_states | by_paths | others
     assert {f"{name}.svg" for name in drawn} == {file.name for file in (RUN / "figures").iterdir()}
@@ -251,3 +252,26 @@ def test_routers_by_log_likelihood_have_learning_curves_and_a_table(drawn: dict[
         "0.01",
         "+0.030 [+0.020, +0.040]",
     ]
+
+
+def test_the_oracle_by_log_likelihood_stands_beside_its_controls(
+    committed: dict[str, Any], drawn: dict[str, Any]
+) -> None:
+    report_blocks(committed)
+    scores, gains = drawn["oracle-nats-paths"].axes
+    rows = select(committed["oracle"], metric="gain_nats", family="paths")
+    shown = {float(value) for line in gains.lines for value in line.get_ydata()}
+    assert {each["value"] for each in rows} <= shown and len({each["control"] for each in rows}) == 4
+    oracles = select(committed["oracle"], metric="score_nats", family="paths", control="oracle per token")
+    assert {-each["value"] for each in oracles} <= {float(value) for line in scores.lines for value in line.get_ydata()}
+
+
+def test_depths_are_drawn_by_both_scores_four_panels_beside_each_other(
+    committed: dict[str, Any], drawn: dict[str, Any]
+) -> None:
+    report_blocks(committed)
+    for name, metric in (("depth-paths", "binned_depth"), ("depth-nats-paths", "binned_depth_nats")):
+        features = {each["feature"] for each in select(committed["depth"], metric=metric)}
+        seen = [axes for axes in drawn[name].axes if axes.get_visible()]
+        assert len(seen) == len(features)
+        assert len({round(axes.get_position().x0, 3) for axes in seen}) == min(4, len(features))

@@ -30,7 +30,7 @@ def test_a_matching_budget_near_the_floor_and_one_far_from_it() -> None:
     assert "5.90 [5.70, 6.10] of 24 layers, near the floor of 4, the cheapest path (16.7 % of the layers)" in told
     assert "300 of 500 sequences run it, and full depth leads the cheapest path by +0.0833" in told
     far = changed("oracle", {"value": 12.0, "low": 11.0, "high": 13.0}, metric="matching_budget", control="oracle")
-    assert "12.00 [11.00, 13.00] of 24 layers, well above the cheapest path's 4" in text_of(far, "oracle")
+    assert "12.00 [11.00, 13.00] of 24 layers, 40 % of the way from the cheapest path's 4" in text_of(far, "oracle")
     nowhere = changed("oracle", {"value": None, "low": None, "high": None}, metric="matching_budget", control="oracle")
     assert "floor" not in text_of(nowhere, "oracle")
 
@@ -88,3 +88,16 @@ def test_how_alike_the_paths_of_the_control_are_is_counted(committed: dict[str, 
     shared = [len(layers[first] & layers[second]) for first in range(len(layers)) for second in range(first)]
     told = text_of(committed, "oracle")
     assert f"share a mean of {sum(shared) / len(shared):.1f} of their {len(layers[0])} layers" in told
+
+
+def test_a_feature_that_the_two_scores_follow_in_opposite_directions_is_said() -> None:
+    summary = example_summary()
+    rows = summary["depth"]["rows"]
+    first = next(row for row in rows if row["metric"] == "spearman" and row["low"] > 0)
+    assert "the sign is the other one" not in text_of(summary, "depth")
+    rows.append({**first, "metric": "spearman_nats", "at": 9.0, "value": -0.3, "low": -0.4, "high": -0.2})
+    told = text_of(summary, "depth")
+    assert (
+        "By log-likelihood the sign is the other one" in told
+        and "the one by log-likelihood by −0.30 [−0.40, −0.20]" in told
+    )

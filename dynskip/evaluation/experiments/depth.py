@@ -27,8 +27,8 @@ from dynskip.evaluation.tasks.prompt_facts import NUMBERS, facts_items, read_num
 from dynskip.evaluation.tasks.routes import reader_of
 
 NUM_BINS = 5
-# Correlations that no question is asked of: what the oracle itself looks at.
-YARDSTICKS = {"": "full_rouge_l", "_nats": "full_loss"}
+# Correlations that no question is asked of: what the oracle itself looks at, and what goes with it.
+YARDSTICKS = {"": ("full_rouge_l", "sd_of_draws"), "_nats": ("full_loss",)}
 _LEAST = 3  # sequences that a correlation takes
 
 
@@ -54,7 +54,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         "ranks less the mean of their type of task. q: p, adjusted by Benjamini and Hochberg for all rank correlations "
         "of the section but the yardsticks'.",
         "full_rouge_l, and full_loss for depths by log-likelihood, are what the oracle itself looks at: a sequence "
-        "that scores high at full depth is one that it has reason to give layers to. Yardsticks, not findings.",
+        "that scores high at full depth is one that it has reason to give layers to; and sd_of_draws goes with the "
+        "first. Yardsticks, not findings.",
         "prefill_entropy is that of the token that follows the prompt, at full depth; sd_of_draw_lengths the standard "
         "deviation of the tokens of a prompt's draws at full depth: neither takes a reference. sd_of_draws is that of "
         "their ROUGE-L, which takes one.",
@@ -144,9 +145,9 @@ def _add_q(rows: list[dict[str, Any]]) -> None:
     """q beside each p of a correlation that is no yardstick."""
     tested = [
         row
-        for suffix, yardstick in YARDSTICKS.items()
+        for suffix, yardsticks in YARDSTICKS.items()
         for row in rows
-        if row["metric"] in (f"spearman{suffix}", f"spearman_within{suffix}") and row["feature"] != yardstick
+        if row["metric"] in (f"spearman{suffix}", f"spearman_within{suffix}") and row["feature"] not in yardsticks
     ]
     for row, q in zip(tested, false_discovery([row["p"] for row in tested]), strict=True):
         row["q"] = round(q, 8)

@@ -65,7 +65,8 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
     for weights, checkpoint in setup.weights_compared.items():
         rows += _rival_rows(setup, store, weights, checkpoint)
     notes = [
-        "Greedy, ROUGE-L F by rouge_score without stemmer, BCa intervals by bootstrap over sequences.",
+        *([] if setup.likelihood_only else ["Greedy, ROUGE-L F by rouge_score without stemmer."]),
+        "BCa intervals by bootstrap over sequences.",
         "nats: minus the log-likelihood of a token of the reference, teacher-forced, over all tokens; smaller is "
         f"better. On {setup.num_likelihoods} references; rules for layers on {num_rule_prompts(setup)}.",
         *_notes_on_labels(setup),

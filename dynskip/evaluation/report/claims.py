@@ -32,8 +32,8 @@ NUM_NULL_DRAWS = 200  # draws of the null model that its band is of
 NEAR_FLOOR = 0.1  # of the way from the cheapest path to full depth: below it a budget is near the cheapest path
 SAME_DEPTH = 0.05  # a router whose mean is this near to the cheapest path's layers has chosen next to nothing
 SMALL_CORRELATION = 0.1  # intervals within it on both sides are those of no correlation that matters
-# Correlations that no question is asked of, by the score.
-YARDSTICKS = {"": "full_rouge_l", "_nats": "full_loss"}
+# Correlations that no question is asked of, by the score: features that the reference makes.
+YARDSTICKS = {"": ("full_rouge_l", "sd_of_draws"), "_nats": ("full_loss",)}
 
 
 class Strategies:
@@ -213,7 +213,8 @@ def _null_ends(
 class Floor:
     """How near the oracle's matching budget lies to the cheapest path, below which nothing can be chosen.
 
-    share: the cheapest path's of the layers. near: whether the matching budget is near the floor. lead: full depth
+    share: the cheapest path's of the layers. way: the matching budget's from there to all layers; near: whether that is
+    near the floor. lead: full depth
     minus the cheapest path, paired where the section ``static`` has the difference. num_cheapest: how many of num_seqs
     sequences run the cheapest path, where that is known.
     """
@@ -222,7 +223,8 @@ class Floor:
         self.matching, self.num_layers = matching, summary["conditions"]["num_layers"]
         self.cheapest = means[0]["budget"]
         self.share = self.cheapest / self.num_layers
-        self.near = matching["value"] - self.cheapest < NEAR_FLOOR * (self.num_layers - self.cheapest)
+        self.way = (matching["value"] - self.cheapest) / (self.num_layers - self.cheapest)
+        self.near = self.way < NEAR_FLOOR
         loss = find(summary.get("static") or {}, metric="rouge_l - full", family=family, budget=self.cheapest)
         self.lead = {"value": means[-1]["value"] - means[0]["value"]} if loss is None else negated(loss)
         histogram = summary["oracle"].get("histogram", ())
@@ -378,7 +380,7 @@ class Correlations:
 
     def __init__(self, section: Row) -> None:
         score = score_suffix(section)
-        rows = [row for row in select(section, metric=f"spearman{score}") if row["feature"] != YARDSTICKS[score]]
+        rows = [row for row in select(section, metric=f"spearman{score}") if row["feature"] not in YARDSTICKS[score]]
         self.correction, self.ties = section.get("corrected", "Holm"), "corrected" not in section
         known = [(row, p) for row in rows if (p := p_value(row)) is not None]
         self.rows = [row for row, _ in known]

@@ -45,6 +45,14 @@ CONTROLS = {
     "equal depth, greedy": "as many paths of one depth, greedy outputs",
     "null": "null model",
 }
+# What chooses by log-likelihood, and the controls of one depth.
+IN_NATS = {
+    "oracle": "oracle, a depth a sequence",
+    "equal depth, greedy": "as many paths of one depth, one a sequence",
+    "oracle per token": "oracle, a depth a token",
+    "equal depth per token": "as many paths of one depth, one a token",
+}
+_MOST_PANELS = 4  # beside each other
 READS = {
     "embedding": "embeddings",
     "state": "state",
@@ -88,6 +96,38 @@ def oracle(figure: Any, section: Row, family: str) -> None:
         if histogram["family"] == family:
             _histogram(chosen, histogram)
     legend_below(figure, (greedy, sampled, relative), columns=2)
+
+
+@drawn(
+    "oracle-nats-{}",
+    "Two charts by mean layers, {}: the nats a token of each budget, of the best of all up to it and of oracles that "
+    "choose for each sequence and for each token, and what these gain over dealing their depths at random, beside as "
+    "many paths of one depth.",
+    10.0,
+    4.8,
+)
+def oracle_nats(figure: Any, section: Row, family: str) -> None:
+    """What an oracle by the log-likelihood of references scores and gains, beside its controls of one depth."""
+    scores, gains = figure.subplots(1, 2)
+    for style, (label, metric) in enumerate(
+        (("each budget alone", "mean_nats"), ("best of all up to it", "best_up_to_nats"))
+    ):
+        rows = select(section, metric=metric, family=family)
+        points(scores, [row["budget"] for row in rows], rows, label, style)
+    for style, (control, label) in enumerate(IN_NATS.items(), 2):
+        at = {"family": family, "control": control}
+        chosen = [mapped(row, lambda value: -value) for row in select(section, metric="score_nats", **at)]
+        gained = select(section, metric="gain_nats", **at)
+        if "equal" not in control:
+            points(scores, [row["at"] for row in chosen], chosen, label, style, linestyle="none")
+        points(gains, [row["at"] for row in gained], gained, label, style)
+    scores.set(title="score", ylabel="nats a token (less is better)")
+    gains.set(title="gain over the same depths at random", ylabel="nats a token (more is better)")
+    gains.axhline(0.0, color="#000000", linewidth=0.8, linestyle="--")
+    for axes in (scores, gains):
+        axes.set_xlabel("mean layers executed")
+        count_layers(axes)
+    legend_below(figure, (scores, gains), columns=2)
 
 
 # The paper's points have no line, no filling and no colour: they are of another model.
@@ -139,7 +179,7 @@ def _histogram(axes: Any, histogram: Row) -> None:
 
 def surviving(section: Row, family: str) -> Drawing:
     """What of the oracle's gain is left under each control."""
-    rows = [row for row in select(section, metric="surviving_share", family=family) if row.get("place") != "full"]
+    rows = select(section, metric="surviving_share", family=family)
     labels = [f"{CONTROLS.get(row['control'], row['control'])}, at {row['at']:g} layers" for row in rows]
     alt = "The share of the oracle's gain that is left under each control, a line each, with intervals."
     return _forest(f"surviving-{family}", alt, rows, labels, 9.6, 0.27)
@@ -223,26 +263,37 @@ def _forest(
     return drawing_of(name, alt, draw, width, 1.1 + line_height * len(rows))
 
 
-@drawn(
-    "depth-{}",
-    "A chart a feature, {}: the oracle's mean chosen depth by length, loss or entropy in bins, a line a mean budget.",
-    10.0,
-    3.5,
-)
-def depth(figure: Any, section: Row, family: str) -> None:
-    """The oracle's chosen depth against lengths and losses, in bins of equally many sequences."""
-    rows = select(section, metric=f"binned_depth{score_suffix(section)}", family=family)
+def depth(section: Row, family: str, score: str = "") -> Drawing:
+    """The oracle's chosen depth against lengths and losses, in bins of equally many sequences.
+
+    score: "" of the depths by the score that the section is about, "_nats" of those by log-likelihood.
+    """
+    rows = select(section, metric=f"binned_depth{score or score_suffix(section)}", family=family)
     features = distinct(rows, "feature")
-    panels = figure.subplots(1, max(len(features), 1), sharey=True, squeeze=False)[0]
-    for axes, feature in zip(panels, features, strict=False):
-        bins = [row for row in rows if row["feature"] == feature]
-        for style, at in enumerate(distinct(bins, "at")):
-            chosen = [row for row in bins if row["at"] == at]
-            middles = [row.get("bin_median", (row["bin_low"] + row["bin_high"]) / 2) for row in chosen]
-            points(axes, middles, chosen, f"mean budget {at:g}", style)
-        axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 18))
-    panels[0].set_ylabel("mean chosen depth")
-    legend_below(figure, panels[0], columns=4)
+    columns = max(min(len(features), _MOST_PANELS), 1)
+    lines = max(-(-len(features) // columns), 1)
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        for axes, feature in zip(panels.flat, features, strict=False):
+            bins = [row for row in rows if row["feature"] == feature]
+            for style, at in enumerate(distinct(bins, "at")):
+                chosen = [row for row in bins if row["at"] == at]
+                middles = [row.get("bin_median", (row["bin_low"] + row["bin_high"]) / 2) for row in chosen]
+                points(axes, middles, chosen, f"mean budget {at:g}", style)
+            axes.set_xlabel(textwrap.fill(FEATURES.get(feature, feature), 26))
+            axes.locator_params(axis="x", nbins=4)
+        for axes in [*panels.flat][len(features) :]:
+            axes.set_visible(False)
+        for first in panels[:, 0]:
+            first.set_ylabel("mean chosen depth")
+        legend_below(figure, panels.flat[0], columns=4)
+
+    alt = (
+        f"A chart a feature, {family}: the oracle's mean chosen depth by length, loss or entropy in bins, a line a "
+        "mean budget."
+    )
+    return drawing_of(f"depth{score.replace('_', '-')}-{family}", alt, draw, 10.0, 0.7 + 2.7 * lines)
 
 
 def correlations(rows: Sequence[Row], name: str) -> Drawing:

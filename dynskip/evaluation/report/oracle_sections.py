@@ -55,8 +55,21 @@ def oracle(section: Row, summary: Summary) -> list[Block]:
                 "its oracle where nothing can be chosen, where it reaches full depth, and without a limit.",
             ),
             *_oracle_tables(section, family, summary["conditions"]["num_layers"]),
+            *_oracle_by_nats(section, family),
         ]
     return blocks
+
+
+def _oracle_by_nats(section: Row, family: str) -> list[Block]:
+    if not select(section, metric="gain_nats", family=family):
+        return []
+    caption = (
+        "By the log-likelihood of references, which has no noise of draws: left what each budget, the best of all up "
+        "to it and the oracles score, at the mean layers where they reach full depth's score and at those that they "
+        "choose without a limit; right what they gain over dealing their own depths at random, beside the same choice "
+        "among as many paths of one depth. Bars are 95 % intervals over sequences."
+    )
+    return [Figure(oracle_figures.oracle_nats(section, family), caption)]
 
 
 def _oracle_tables(section: Row, family: str, num_layers: int) -> list[Block]:
@@ -259,6 +272,14 @@ def _within(rows: Mapping[tuple[str, float, str], Row], row: Row) -> list[str]:
     return [interval(own), number((own or {}).get("q"))] if rows else []
 
 
+def _depth_by_nats(section: Row, family: str, score: str) -> list[Block]:
+    """The figure of the depths by the other score, where there are both."""
+    if score or not select(section, metric="binned_depth_nats", family=family):
+        return []
+    caption = "The same of the depths that an oracle chooses by the log-likelihood of references."
+    return [Figure(oracle_figures.depth(section, family, "_nats"), caption)]
+
+
 def depth(section: Row, summary: Summary) -> list[Block]:
     """Experiment 6."""
     blocks: list[Block] = [
@@ -289,6 +310,7 @@ def depth(section: Row, summary: Summary) -> list[Block]:
                 oracle_figures.depth(section, family),
                 "Mean chosen depth in bins of equally many sequences, 95 % intervals over sequences.",
             ),
+            *_depth_by_nats(section, family, score),
             Figure(
                 oracle_figures.correlations(spearman, f"correlations-{family}"),
                 "Rank correlations with 95 % intervals.",

@@ -201,7 +201,9 @@ def _matched(section: Row, num_layers: int, family: str, suffix: str, score: str
         f", {_CONTROLS[each['control']]} {'at no budget' if each['value'] is None else f'on {percent(each, 1)}'}"
         for each in controls
     )
-    measured = f"on {percent(row, 1)}{_seen(row, _share)}{told.replace(',', ';', 1)}"
+    size = detectable(row)
+    seen = "" if size is None else f"; a saving is seen from {_share(size)}"
+    measured = f"on {percent(row, 1)}{seen}{told.replace(',', ';', 1)}"
     reached = HOLDS if ends[0] <= paper.MATCHING_SHARE else FAILS
     return [
         Verdict(fewer, OPEN if ends[1] >= 1 else IN_PART if is_matched else HOLDS, measured),
@@ -217,8 +219,8 @@ def _controls(section: Row, family: str, suffix: str) -> list[Row]:
 
 def _equal_depth(summary: Summary) -> list[Verdict]:
     claim = "the oracle's gain comes of depth"
-    found = []
-    for row in findings.equal_depth(_section(summary, "oracle")):
+    section, found = _section(summary, "oracle"), []
+    for row in findings.equal_depth(section):
         low, high = bounds(row) or (0.0, 1.0)
         if low <= 0:
             verdict = OPEN if high >= 1 else HOLDS
@@ -227,9 +229,11 @@ def _equal_depth(summary: Summary) -> list[Verdict]:
         else:
             verdict = FAILS if low > _MOST else OPEN
         score = "log-likelihood" if row["metric"].endswith("_nats") else "ROUGE-L"
-        measured = (
-            f"a choice among as many {findings.paths_of_one_depth(row)} has {percent(row)} of it{_seen(row, _share)}"
-        )
+        rows = select(section, metric=row["metric"], family=row["family"], control=row["control"])
+        shares = ", ".join(f"{percent(each)} of it at a mean of {each['at']:g} layers" for each in rows)
+        per_token = find(section, metric=row["metric"], family=row["family"], control="equal depth per token")
+        tokens = "" if per_token is None else f"; among as many for each token {percent(per_token)}"
+        measured = f"a choice among as many {findings.paths_of_one_depth(row)} has {shares}{_seen(row, _share)}{tokens}"
         found.append(Verdict(f"{claim}, in {score}", verdict, measured))
     return found or [Verdict(claim, UNTESTED, "no control of one depth")]
 

@@ -328,7 +328,7 @@ def _floor(found: claims.Floor) -> str:
     where = (
         f"near the floor of {found.cheapest}, the cheapest path ({100 * found.share:.1f} % of the layers)"
         if found.near
-        else f"well above the cheapest path's {found.cheapest}"
+        else f"{100 * found.way:.0f} % of the way from the cheapest path's {found.cheapest}"
     )
     dealt = "" if found.num_cheapest is None else f": {found.num_cheapest} of {found.num_seqs} sequences run it"
     return (
@@ -503,6 +503,20 @@ def _correlation(row: Row) -> str:
     return f"{told}, none found where one of {number(seen, 2)} could have been seen (80 % power)"
 
 
+def _signs_by_score(section: Row) -> list[str]:
+    """Of features that depths by ROUGE-L and by log-likelihood follow in opposite directions, both correlations."""
+    lines = []
+    for row in select(section, metric="spearman"):
+        other = find(section, metric="spearman_nats", family=row["family"], feature=row["feature"])
+        if other is not None and direction(row) * direction(other) < 0:
+            lines.append(
+                f"By log-likelihood the sign is the other one: with the {FEATURES.get(row['feature'], row['feature'])} "
+                f"the depth chosen by ROUGE-L correlates by {signed(row, 2)}, the one by log-likelihood by "
+                f"{signed(other, 2)}."
+            )
+    return lines
+
+
 def depth(section: Row, summary: Summary) -> list[str]:
     """Which correlations stay after the correction for all that were looked at, and what ties do to them."""
     found = claims.Correlations(section)
@@ -531,7 +545,7 @@ def depth(section: Row, summary: Summary) -> list[str]:
                 f"Its sign depends on the budget: {signed(turned[0], 2)} at a mean of {turned[0]['at']:g} layers, with "
                 f"{FAMILIES.get(turned[0]['family'], turned[0]['family'])}, uncorrected."
             )
-    lines += difficulties(section)
+    lines += [*_signs_by_score(section), *difficulties(section)]
     if not found.ties:
         return [*lines, "Sequences that score alike on every path, and so tell nothing, are left out of them."]
     lines.append(

@@ -62,6 +62,9 @@ def _static(section: Row, summary: Summary) -> str | None:
         return None
     deepest = found.rows[-1]
     of, at = f"With {FAMILIES.get(found.family, found.family)}", f"at {deepest['budget']} of {num_layers} layers"
+    trained = claims.trained_paths(summary["conditions"].get("model"))
+    if found.family == "paths" and trained is not None and deepest["budget"] not in trained.budgets:
+        at += ", along a path that these weights were not tuned for,"
     if found.by_nats:
         alike = ", and is equivalent by two one-sided tests" if deepest.get("verdict") == "equivalent" else ""
         return f"{of}, a token of the reference costs {signed(deepest, 4)} nats more {at} than at full depth{alike}."
@@ -74,9 +77,9 @@ def _controllers(section: Row, summary: Summary) -> str | None:
     if found.row is None:
         return None
     unit = "nats a token" if found.by_nats else "ROUGE-L"
-    measured = f"{signed(found.row, 4)} {unit} over fixed-input controllers at as many layers"
+    measured = f"{signed(found.row, 4)} {unit} over the line between fixed-input controllers at as many layers"
     if found.verdict == "untested":
-        return f"{_QUESTIONS['controllers']} is **untested**: the {measured} that were measured are no test."
+        return f"{_QUESTIONS['controllers']} is **untested**: {measured} are no test."
     told = {
         "better": "Hidden states help to choose layers",
         "worse": "Hidden states do not help to choose layers",
@@ -94,7 +97,8 @@ def _oracle(section: Row, summary: Summary) -> str | None:
     score = "log-likelihood" if row["metric"].endswith("_nats") else "ROUGE-L"
     return (
         f"In {score}, with {FAMILIES.get(row['family'], row['family'])}, a choice among as many "
-        f"{findings.paths_of_one_depth(row)} gains {percent(row)} of what an oracle over depths gains."
+        f"{findings.paths_of_one_depth(row)} gains {percent(row)} of what an oracle over depths gains at a mean of "
+        f"{row['at']:.0f} layers."
     )
 
 

@@ -15,7 +15,7 @@ from dynskip.evaluation.report.paper_claims import paragraph
 from dynskip.evaluation.report.rows import score_suffix, select
 from dynskip.evaluation.report.savings import savings
 from dynskip.evaluation.report.sections import SECTIONS
-from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.report.sentences import paper_null, section_sentences
 from dynskip.evaluation.report.short import in_short
 
 SUMMARY = "summary.json"
@@ -72,6 +72,7 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         Heading("In short"),
         Items(in_short(summary)),
         Heading("Which of the paper's claims hold here", 3),
+        Paragraph(paper_null()),
         Paragraph(paragraph(summary)),
         *_conditions(summary),
         *_limits(summary),
@@ -151,7 +152,8 @@ def _conditions(summary: Mapping[str, Any]) -> list[Block]:
         ["layers", _text(conditions.get("num_layers")), "24"],
         ["test prompts", _text(conditions.get("prompts")), f"{paper.NUM_TEST:,}"],
         ["new tokens at most", _text(conditions.get("max_tokens")), f"{paper.MAX_TOKENS}"],
-        ["seeds of sampled outputs and of routers", _text(conditions.get("seeds")), "1"],
+        ["sampled outputs of a prompt and path", _text((summary.get("oracle") or {}).get("draws")), MISSING],
+        ["seeds of routers and of random layers", _text(conditions.get("seeds")), "1"],
         ["trainings of each controller", str(trainings or MISSING), MISSING],
     ]
     return [
