@@ -16,6 +16,7 @@ _MEMORY = 256.0
 _PAIR_WEIGHT = 8.0
 # A request remembers about so many of its own: texts change.
 _OWN_MEMORY = 64.0
+MOST_PAIRS = 4096
 
 
 @dataclass(slots=True)
@@ -40,7 +41,8 @@ class Rate:
 class Acceptance:
     """The rates of one engine, by the path that verifies and the draft that guesses.
 
-    A guess behind a wrong one is not looked at: nothing is learnt of it.
+    A guess behind a wrong one is not looked at: nothing is learnt of it. Of more than `MOST_PAIRS` pairs of path and
+    draft, which clients of a server choose, the one that was seen longest ago is forgotten.
     """
 
     _pairs: dict[tuple[LayerPath, Draft], Rate] = field(default_factory=dict)
@@ -60,7 +62,11 @@ class Acceptance:
         """Count a verification that has accepted the first ``accepted`` of ``drafted`` guesses."""
         seen = min(accepted + 1, drafted)
         own.add(accepted, seen)
-        self._pairs.setdefault((path, draft), Rate(_MEMORY)).add(accepted, seen)
+        rate = self._pairs.pop((path, draft), None) or Rate(_MEMORY)
+        rate.add(accepted, seen)
+        self._pairs[path, draft] = rate  # the last one now
+        if len(self._pairs) > MOST_PAIRS:
+            del self._pairs[next(iter(self._pairs))]
 
 
 def own_rate() -> Rate:

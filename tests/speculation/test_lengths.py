@@ -11,7 +11,7 @@ from streams import PATHS, costs
 
 from dynskip import LayerPath
 from dynskip.costs.step_costs import StepCosts
-from dynskip.speculation.acceptance import Acceptance, own_rate
+from dynskip.speculation.acceptance import MOST_PAIRS, Acceptance, own_rate
 from dynskip.speculation.draft import Draft
 from dynskip.speculation.lengths import Candidate, Choice, DraftLengths, Ratios, expected_tokens
 
@@ -92,6 +92,22 @@ def test_rates_are_learnt_of_the_pair_and_of_the_request() -> None:
     assert acceptance.of(FULL, draft, bad) < 0.15
     assert acceptance.pair(FULL, draft) == pytest.approx(3 / 5, abs=0.1)
     assert acceptance.pair(FULL, OTHER) == Acceptance().pair(FULL, draft)
+
+
+def test_of_many_pairs_the_ones_seen_last_are_known() -> None:
+    acceptance, num_layers = Acceptance(), 13
+    drafts = [
+        Draft(LayerPath.of(num_layers, [layer for layer in range(num_layers) if code >> layer & 1]), "path")
+        for code in range(1, MOST_PAIRS + 2)
+    ]
+    path = LayerPath.full(num_layers)
+    for draft in drafts[:-1]:
+        acceptance.add(path, draft, own_rate(), 0, 4)
+    acceptance.add(path, drafts[0], own_rate(), 0, 4)
+    acceptance.add(path, drafts[-1], own_rate(), 0, 4)
+    unseen = Acceptance().pair(path, drafts[0])
+    assert acceptance.pair(path, drafts[1]) == unseen, "seen longest ago"
+    assert all(acceptance.pair(path, drafts[number]) < unseen for number in (0, 2, -2, -1))
 
 
 def test_costs_are_corrected_by_what_steps_take() -> None:
