@@ -80,7 +80,7 @@ def test_each_question_has_its_figures(committed: dict[str, Any], drawn: dict[st
 def test_distances_of_states_are_on_log_scales(committed: dict[str, Any], drawn: dict[str, Any]) -> None:
     report_blocks(committed)
     hidden, trajectory = drawn["hidden-paths"].axes, drawn["trajectory-paths"].axes
-    assert [axes.get_yscale() for axes in (*hidden, *trajectory)] == ["log"] * 7
+    assert [axes.get_yscale() for axes in (*hidden, *trajectory)] == ["log"] * 8
     uniform = {"strategy": "uls", "weights": "paths"}
     for axes, metric, distance in (
         (hidden[0], "log_distance", lambda value: 10**value),
@@ -89,7 +89,7 @@ def test_distances_of_states_are_on_log_scales(committed: dict[str, Any], drawn:
     ):
         rows = select(committed["hidden_states"], metric=metric, **uniform)
         assert axes.lines[0].get_ydata() == pytest.approx([distance(each["value"]) for each in rows])
-    layers = select(committed["hidden_states"], metric="trajectory", budget=15, **uniform)
+    layers = select(committed["hidden_states"], metric="trajectory", budget=10, **uniform)
     apart = [each for each in layers if each["value"] < 1]
     assert list(trajectory[0].lines[0].get_xdata()) == [each["layer"] for each in apart] and len(apart) < len(layers)
     assert trajectory[0].lines[0].get_ydata() == pytest.approx([1 - each["value"] for each in apart])
