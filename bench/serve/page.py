@@ -41,7 +41,7 @@ def short(results: Path) -> str:
                 about = [conditions["shape"], conditions["cpu"], peer, depth]
                 lines.append([*about, f"{capacity['tokens_per_s']:.0f}", *figures])
         deep = found.get(("server", "overhead, full depth, streams"))
-        if deep is not None and ("vLLM", "capacity") in found:  # what vLLM does, too
+        if deep is not None and ("cohort", "capacity") in found:  # what vLLM does, too
             about = [conditions["shape"], conditions["cpu"], "cohort", "full depth"]
             lines.append([*about, f"{deep['ours']:.0f}", "", ""])
         costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]

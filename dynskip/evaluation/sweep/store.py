@@ -335,10 +335,10 @@ class ItemStore:
         self._count(kind, entry, 1)
         if fields["task"] in BY_PATH:
             known = self._by_path[_digest({**fields, "path": ""})]
-            for path in fields["path"].split():
-                other = self._entries.get(known.get(path, b""))
+            for name in fields["path"].split():
+                other = self._entries.get(known.get(name, b""))
                 if other is None or (entry.ended, entry.path) < (other.ended, other.path):
-                    known[path] = key
+                    known[name] = key
 
     def _count(self, kind: Kind, entry: _Entry, sign: int) -> None:
         self._num_by_task[kind[0], entry.place] += sign
