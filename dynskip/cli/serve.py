@@ -257,7 +257,7 @@ def greeting(url: str, name: str, depths: Sequence[int], needs_key: bool) -> str
     offer = (
         f"\nlayers on offer, by `depth` or as in {name}@{depths[0]}: {', '.join(map(str, depths))}" if depths else ""
     )
-    note = "\nKEY must hold the key of --api-key: export KEY=..." if needs_key else ""
+    note = "\nKEY must hold the server's key: export KEY=..." if needs_key else ""
     return f"dynskip serves {name} at {url}/v1\n{command}{offer}\na page to try it on: {url}/{note}"
 
 
