@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.report.drafts import page
 from bench.speculation.beside_transformers import CONSTANT_LENGTHS, TransformersDrafts
@@ -122,37 +123,45 @@ def measure(
     rates: how often the draft agrees on each text; None: as the engine has seen it. Before they are timed, and in each
     round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
     rows than have the same bits. What the engine has learnt of its steps before they are timed, the prediction knows.
-    A cold cell keeps nothing of a run for the next, and is not predicted. The interval is that of the median, 95 %, of
+    A cold cell keeps nothing of a run for the next, and is not predicted. A round is three runs, each in each place
+    equally often: with the draft, and twice without. The gain is held against the mean of the two; one over the other
+    is the control, what the machine makes of no difference at all. The intervals are those of the medians, 95 %, of
     `LEAST_ROUNDS` and more; else the lowest and the highest.
     """
     num_rounds *= _COLD_ROUNDS if cell.is_cold else 1
     costs, prompts = known_costs(model), prompts[: cell.num_requests]
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    tokens: dict[bool, list[list[int]]] = {}
+    runs = ("draft", "plain", "again")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    tokens: dict[str, list[list[int]]] = {}
     engine = learnt = None
+    num_drafted = num_given = 0
     for turn in range(-1 if cell.is_cold else -_LEARNING_ROUNDS, num_rounds):
-        for with_draft in (False, True) if turn % 2 else (True, False):
+        for place in range(len(runs)):
+            name = runs[(turn + place) % len(runs)]
+            with_draft = name == "draft"
             if cell.is_cold:
                 forget_drafts(model)
-            took, tokens[with_draft], made = run(model, costs, cell, prompts, cell.draft if with_draft else None)
+            took, tokens[name], made = run(model, costs, cell, prompts, cell.draft if with_draft else None)
             if turn >= 0:
-                seconds[with_draft].append(took)
-            engine = made if with_draft else engine
+                seconds[name].append(took)
+            if with_draft:
+                engine = made
+                if turn >= 0:
+                    num_drafted += made.tally.num_drafted
+                    num_given += sum(map(len, tokens[name]))
         if turn == -1 and engine is not None:
             learnt = copy.deepcopy(engine.execution.drafting.lengths)
         assert engine is not None, "there is a run with a draft"
-        same = sum(ours == theirs for ours, theirs in zip(tokens[True], tokens[False], strict=True))
+        same = sum(own == plain == again for own, plain, again in zip(*(tokens[name] for name in runs), strict=True))
         has_same_bits = cell.batch <= NATIVE_ROWS or not engine.tally.num_drafted
         if same < len(prompts) and model.backend.name == "native" and has_same_bits:
             raise RuntimeError(
                 f"drafts: outputs of {cell.name} must be the same with and without a draft, got {same} of "
                 f"{len(prompts)} " + ("before anything was timed." if turn < 0 else "in a round. Nothing is reported.")
             )
-    gains = sorted(plain / own for plain, own in zip(seconds[False], seconds[True], strict=True))
-    low, high = gains[0], gains[-1]
-    if num_rounds >= LEAST_ROUNDS:
-        interval = bootstrap(np.median, np.array(gains))
-        low, high = float(interval.low), float(interval.high)
+    draft_s, plain_s, again_s = (np.array(seconds[name]) for name in runs)
+    gains, (low, high) = _interval((plain_s + again_s) / 2 / draft_s)
+    controls, (control_low, control_high) = _interval(plain_s / again_s)
     mean_len = sum(map(len, prompts)) // len(prompts)
     tally = engine.tally
     seen = engine.execution.drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft)
@@ -171,17 +180,30 @@ def measure(
         "acceptance_seen": seen,
         "guesses": tally.num_drafted / max(tally.num_verifications, 1),
         "given": 1 + tally.num_accepted / max(tally.num_verifications, 1),
+        "drafted": num_drafted / num_given,
         "gain": statistics.median(gains),
         "low": low,
         "high": high,
         "gains": [round(gain, 4) for gain in gains],
+        "control": statistics.median(controls),
+        "control_low": control_low,
+        "control_high": control_high,
         "predicted_of": "run",
         "predicted": None if cell.is_cold else predicted_gain(model, costs, cell, rates, mean_len, learnt),
-        "plain_ms": 1e3 * statistics.median(seconds[False]) / cell.num_tokens,
+        "plain_ms": 1e3 * float(np.median([plain_s, again_s])) / cell.num_tokens,
         "target": cell.target,
         "same_outputs": same,
         "rounds": num_rounds,
     }
+
+
+def _interval(ratios: NDArray[np.float64]) -> tuple[list[float], tuple[float, float]]:
+    """``ratios`` in order, and the interval of their median; the lowest and the highest where there are few."""
+    ordered = sorted(map(float, ratios))
+    if len(ordered) < LEAST_ROUNDS:
+        return ordered, (ordered[0], ordered[-1])
+    interval = bootstrap(np.median, np.array(ordered))
+    return ordered, (float(interval.low), float(interval.high))
 
 
 def random_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,8 @@ from dynskip.measure.timing import LEAST_ROUNDS
 
 _HEADER = (
     "row", "model", "draft", "entries", "batch", "requests", "acceptance", "seen by the engine", "guesses",
-    "tokens given", "gain (interval)", "rounds", "target", "predicted", "over measured", "same outputs",
+    "tokens given", "guesses a token", "gain (interval)", "control (interval)", "rounds", "target", "predicted",
+    "over measured", "same outputs",
 )  # fmt: skip
 _BESIDE_HEADER = (
     "model", "first layers", "acceptance, ours and theirs", "guesses, ours and theirs", "over transformers with drafts",
@@ -68,6 +69,8 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         f"Written by `python -m bench.drafts`. bfloat16, {conditions['cpu']}, {conditions['num_cores']} cores, "
         f"{conditions['num_threads']} threads, {versions}.\n"
         "Gains are decode seconds without a draft over those with one, medians of interleaved rounds; greedy.\n"
+        "Controls are one run without a draft over another: what no difference at all looks like here. Guesses are\n"
+        "those of a step that guesses; guesses a token are all of them over all tokens. Older rows have neither.\n"
         "Acceptance is how often the draft's most likely token is the path's, on the path's own texts; beside it what\n"
         "the engine has seen, - where nothing was guessed. At batch 1 one request follows the other.\n"
         f"In brackets: of {LEAST_ROUNDS} rounds and more the 95 % interval of the median (bootstrap over the rounds);\n"
@@ -83,7 +86,7 @@ def page(conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
             "Rows that end in cold are first runs: nothing learnt of the model's drafts is kept from one run to the\n"
             "next, and nothing is predicted.\n"
         )
-    text += "\n" + markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9, 11})
+    text += "\n" + markdown_table(_HEADER, [_cells(row) for row in rows], right={4, 5, 6, 7, 8, 9, 10, 13})
     missed = [row["row"] for row in rows if not _is_met(row)]
     if missed:
         text += "\nMissed, and what their steps say:\n\n"
@@ -189,12 +192,20 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "-" if seen is None or not row["guesses"] else f"{seen:.2f}",
         f"{row['guesses']:.1f}",
         f"{row['given']:.2f}",
+        "" if row.get("drafted") is None else f"{row['drafted']:.2f}",
         f"{row['gain']:.2f}x ({low:.2f}{between}{high:.2f})",
+        _control(row, between),
         str(row["rounds"]),
         f">= {row['target']:.2f}x" + _verdict(_is_met(row)),
         *predicted,
         f"{row['same_outputs']} of {row['requests']}",
     ]
+
+
+def _control(row: Mapping[str, Any], between: str) -> str:
+    if row.get("control") is None:
+        return ""
+    return f"{row['control']:.2f}x ({row['control_low']:.2f}{between}{row['control_high']:.2f})"
 
 
 def _beside_cells(row: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,9 @@ _FEW_ROWS = 8
 # The share of the time of steps with a draft that probes may lose: guesses that do not seem to pay, made to see whether
 # they would be right. A loss is what a step takes beyond what plain steps take for its tokens, and of a step that runs
 # entries which a draft lacks all that guesses take; gains of later probes are set against it.
-_PROBED_SHARE = 0.01
+# Behind the first seconds the share falls as the root of the time: the longer probes have changed nothing, the fewer
+# are worth it.
+_PROBED_SHARE, _PROBED_MS = 0.01, 5e3
 # Where no guess pays, so many steps go by before the question is asked again, and twice as many each further time:
 # asking costs time, too, and the answer is the same while as many sequences step and nothing is learnt.
 _IDLE_STEPS, _MOST_IDLE_STEPS = 3, 48
@@ -358,7 +360,7 @@ class Drafting:
         lost_ms = self._lengths.lost_ms(probe, self._num_seqs)
         for sequence, candidate, length in zip(sequences, candidates, probe.lengths, strict=True):
             lost_ms += self._entries_ms(sequence, candidate) * (length > 0)
-        learnt.next_probe_ms = (learnt.probed_ms + lost_ms) / _PROBED_SHARE
+        learnt.next_probe_ms = _spent_for(learnt.probed_ms + lost_ms)
         if learnt.spent_ms < learnt.next_probe_ms:
             return None
         self._choice, self._is_probe = probe, True
@@ -478,6 +480,12 @@ class Drafting:
                 self.kv.cache.share(theirs.cache_id, cache_id, num_prompt)
                 place.num_tokens = num_prompt
                 return
+
+
+def _spent_for(lost_ms: float) -> float:
+    """How long steps with a draft must have taken before probes may have lost so much."""
+    at_first_ms = lost_ms / _PROBED_SHARE
+    return max(at_first_ms, at_first_ms**2 / _PROBED_MS)
 
 
 @functools.lru_cache(maxsize=256)

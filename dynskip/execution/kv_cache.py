@@ -307,6 +307,11 @@ class KVCache:
         For sequences with a fixed path. Settles first. Cost: linear in the sum of ``num_more``, for each layer.
         """
         self.settle()
+        # One column an entry: whose it is, and which of those behind the kept ones.
+        owned = [(index, place) for index, count in enumerate(num_more) for place in range(count)]
+        if by_numpy(self.context_lens.device):
+            self._truncate_by_numpy(cache_ids, num_tokens, owned, first_layers)
+            return
         device = self.context_lens.device
         ids = torch.tensor(cache_ids, dtype=torch.int64, device=device)
         context_lens = self.context_lens.index_select(1, ids)
@@ -314,8 +319,6 @@ class KVCache:
         if first_layers is not None:
             is_before = torch.arange(len(kept), device=device)[:, None] < torch.tensor(first_layers, device=device)
             kept = torch.where(is_before, context_lens, kept)
-        # One column an entry: whose it is, and which of those behind the kept ones.
-        owned = [(index, place) for index, count in enumerate(num_more) for place in range(count)]
         owners, behind = torch.tensor(owned, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         places = kept[:, owners] + behind
         layers = torch.arange(len(places), device=device)[:, None]
@@ -323,6 +326,26 @@ class KVCache:
         slots = self.slot_tables[layers, ids[owners], inside]
         self.pool.drop_owner(slots[places < context_lens[:, owners]])
         self.context_lens[:, ids] = kept
+
+    def _truncate_by_numpy(
+        self,
+        cache_ids: Sequence[int],
+        num_tokens: Sequence[int],
+        owned: Sequence[tuple[int, int]],
+        first_layers: Sequence[int] | None,
+    ) -> None:
+        """`truncate`; every step with guesses calls it."""
+        ids, tables = np.array(cache_ids, np.intp), self.slot_tables.numpy()
+        context_lens = self.context_lens.numpy()[:, ids]
+        kept = np.minimum(context_lens, np.array(num_tokens, np.int32))
+        layers = np.arange(len(kept))[:, None]
+        if first_layers is not None:
+            kept = np.where(layers < np.array(first_layers, np.intp), context_lens, kept)
+        owners, behind = np.array(owned, np.intp).reshape(-1, 2).T
+        places = kept[:, owners] + behind
+        slots = tables[layers, ids[owners], np.minimum(places, tables.shape[2] - 1)]
+        self.pool.drop_owner(torch.from_numpy(slots[places < context_lens[:, owners]]))
+        self.context_lens.numpy()[:, ids] = kept
 
     def add_sequences(self, num_seqs: int) -> None:
         """Make room in the tables for ``num_seqs`` more sequences, behind those that there are.
