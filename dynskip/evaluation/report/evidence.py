@@ -11,9 +11,14 @@ from dynskip.evaluation.stats.intervals import DETECTABLE, HALF_WIDTH, Interval
 
 
 def direction(row: Row) -> int:
-    """1 where the interval of ``row`` lies above zero, -1 where it lies below, else 0; 0 without an interval."""
+    """1 where the interval of ``row`` lies above zero, -1 where it lies below, else 0; 0 without an interval.
+
+    Of one test of many, whose row has a q, it is 0 as well where q says that it may be a false discovery.
+    """
     ends = bounds(row)
-    return 0 if ends is None else int(ends[0] > 0) - int(ends[1] < 0)
+    if ends is None or (row.get("q") is not None and row["q"] >= 0.05):
+        return 0
+    return int(ends[0] > 0) - int(ends[1] < 0)
 
 
 def apart(first: Row, second: Row) -> int:
