@@ -256,6 +256,10 @@ class Drafting:
         sequence.guesses, sequence.begun = [], None
         self.kv.drop_draft(sequence.state)
 
+    def interrupt(self) -> None:
+        """Forget the step that has not ended: whose entries it would have given back, holds them no more."""
+        self._dropped, self._choice = [], None
+
     def end_step(self) -> None:
         """Give back the entries of wrong guesses, and learn from how long the step took."""
         if self._dropped:

@@ -470,6 +470,7 @@ class Engine:
         self._is_broken = True
         self.kv.restart()
         self.execution.in_flight = None  # as if these tokens had not been chosen
+        self.execution.drafting.interrupt()
         sequences = [sequence for request in self._requests.values() for sequence in request.sequences]
         live = [each for each in sequences if each.finish_reason is None or self.scheduler.knows(each)]
         self.scheduler.restart([sequence.state for sequence in live])

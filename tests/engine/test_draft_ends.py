@@ -135,6 +135,35 @@ def test_a_callback_that_interrupts_a_verification_loses_nothing(random_lengths:
     assert_empty(served)
 
 
+@pytest.mark.parametrize("draft", [DRAFTS[3], DRAFTS[4]], ids=["own entries", "entries of the path"])
+def test_what_an_interrupted_verification_would_give_back_is_given_back_by_no_other(
+    draft: Draft, random_lengths: random.Random
+) -> None:
+    """Guesses are wrong here, and the sequences behind the one that interrupts have their places in the cache anew."""
+    asks = [Ask(prompt, greedy(16), FULL) for prompt in random_prompts([6, 4, 9])]
+    alone = [ask.alone() for ask in asks]
+    num_rejected = 0
+    for at in range(1, 40):
+        served = engine(batch=4)
+        seen: list[int] = []
+
+        def on_token(_id: Any, _index: int, token: int, at: int = at, seen: list[int] = seen) -> None:
+            seen.append(token)
+            if len(seen) == at:
+                raise KeyboardInterrupt
+
+        for index, ask in enumerate(asks):
+            with_draft(ask, draft).add(served, request_id=str(index), on_token=on_token)
+        outputs: dict[str, RequestOutput] = {}
+        while served.has_unfinished:
+            with contextlib.suppress(KeyboardInterrupt):
+                outputs |= {output.request_id: output for output in served.step()}
+        assert all(same(outputs[str(index)], expected) for index, expected in enumerate(alone)), at
+        num_rejected += served.tally.num_drafted - served.tally.num_accepted
+        assert_empty(served)
+    assert num_rejected > 39
+
+
 def test_a_fault_in_a_draft_ends_nothing(monkeypatch: pytest.MonkeyPatch, random_lengths: random.Random) -> None:
     guess, calls = ModelRunner.guess, []
 
