@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -123,21 +124,21 @@ def measure(
     rates: how often the draft agrees on each text; None: as the engine has seen it. Before they are timed, and in each
     round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
     rows than have the same bits. What the engine has learnt of its steps before they are timed, the prediction knows.
-    A cold cell keeps nothing of a run for the next, and is not predicted. A round is three runs, each in each place
-    equally often: with the draft, and twice without. The gain is held against the mean of the two; one over the other
-    is the control, what the machine makes of no difference at all. The intervals are those of the medians, 95 %, of
-    `LEAST_ROUNDS` and more; else the lowest and the highest.
+    A cold cell keeps nothing of a run for the next, and is not predicted. A round is three runs, with the draft and
+    twice without, in each of their six orders in turn. The gain is the median of both quotients of all rounds; that of one
+    run without a draft over the other is the control, what the machine makes of no difference at all. The intervals,
+    95 %, are bootstraps over rounds, of `LEAST_ROUNDS` and more; else the lowest and the highest.
     """
     num_rounds *= _COLD_ROUNDS if cell.is_cold else 1
     costs, prompts = known_costs(model), prompts[: cell.num_requests]
     runs = ("draft", "plain", "again")
+    orders = [*itertools.permutations(runs)]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     tokens: dict[str, list[list[int]]] = {}
     engine = learnt = None
     num_drafted = num_given = 0
     for turn in range(-1 if cell.is_cold else -_LEARNING_ROUNDS, num_rounds):
-        for place in range(len(runs)):
-            name = runs[(turn + place) % len(runs)]
+        for name in orders[turn % len(orders)]:
             with_draft = name == "draft"
             if cell.is_cold:
                 forget_drafts(model)
@@ -160,8 +161,8 @@ def measure(
                 f"{len(prompts)} " + ("before anything was timed." if turn < 0 else "in a round. Nothing is reported.")
             )
     draft_s, plain_s, again_s = (np.array(seconds[name]) for name in runs)
-    gains, (low, high) = _interval((plain_s + again_s) / 2 / draft_s)
-    controls, (control_low, control_high) = _interval(plain_s / again_s)
+    gain, low, high = _median_of(np.stack([plain_s, again_s], 1) / draft_s[:, None])
+    control, control_low, control_high = _median_of((plain_s / again_s)[:, None])
     mean_len = sum(map(len, prompts)) // len(prompts)
     tally = engine.tally
     seen = engine.execution.drafting.acceptance.pair(LayerPath.full(model.num_layers), cell.draft)
@@ -181,11 +182,11 @@ def measure(
         "guesses": tally.num_drafted / max(tally.num_verifications, 1),
         "given": 1 + tally.num_accepted / max(tally.num_verifications, 1),
         "drafted": num_drafted / num_given,
-        "gain": statistics.median(gains),
+        "gain": gain,
         "low": low,
         "high": high,
-        "gains": [round(gain, 4) for gain in gains],
-        "control": statistics.median(controls),
+        "seconds": {name: [round(each, 5) for each in taken] for name, taken in seconds.items()},
+        "control": control,
         "control_low": control_low,
         "control_high": control_high,
         "predicted_of": "run",
@@ -197,13 +198,13 @@ def measure(
     }
 
 
-def _interval(ratios: NDArray[np.float64]) -> tuple[list[float], tuple[float, float]]:
-    """``ratios`` in order, and the interval of their median; the lowest and the highest where there are few."""
-    ordered = sorted(map(float, ratios))
-    if len(ordered) < LEAST_ROUNDS:
-        return ordered, (ordered[0], ordered[-1])
-    interval = bootstrap(np.median, np.array(ordered))
-    return ordered, (float(interval.low), float(interval.high))
+def _median_of(ratios: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The median of ``ratios`` [rounds, K] and its interval; the lowest and the highest where there are few rounds."""
+    median = float(np.median(ratios))
+    if len(ratios) < LEAST_ROUNDS:
+        return median, float(ratios.min()), float(ratios.max())
+    interval = bootstrap(np.median, ratios)
+    return median, float(interval.low), float(interval.high)
 
 
 def random_rows(cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:

@@ -155,7 +155,8 @@ def _is_met(row: Mapping[str, Any]) -> bool:
 
 def _has_interval(row: Mapping[str, Any]) -> bool:
     """Whether the bounds are those of an interval of the median, not the lowest and the highest round."""
-    return bool(row.get("is_cold")) or len(row.get("gains", ())) >= LEAST_ROUNDS
+    were_kept = "seconds" in row or len(row.get("gains", ())) >= LEAST_ROUNDS
+    return bool(row.get("is_cold")) or (were_kept and row["rounds"] >= LEAST_ROUNDS)
 
 
 def _bracket(row: Mapping[str, Any]) -> tuple[float, float]:
