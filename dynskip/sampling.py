@@ -151,18 +151,17 @@ class SamplingParams:
         self._take("logits_processors", tuple(given), are_valid, requirement)
 
     def _take_stop(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        given = self.stop
+        stop = (given,) if isinstance(given, str) else given
         is_list = isinstance(stop, Sequence) and not isinstance(stop, bytes | bytearray)
-        self._take("stop", stop, is_list, "be text that is not empty")
-        self._take("stop", stop, len(stop) <= MAX_STOPS, f"be at most {MAX_STOPS} texts")
-        self._take(
-            "stop", tuple(stop), all(isinstance(text, str) and text for text in stop), "be text that is not empty"
-        )
-        for text in stop:
-            self._take(
-                "stop", self.stop, len(text) <= MAX_STOP_CHARS, f"be texts of at most {MAX_STOP_CHARS} characters"
-            )
-            self._take("stop", self.stop, is_unicode(text), "be text without lone surrogates")
+        self._take("stop", given, is_list, "be text that is not empty")
+        self._take("stop", given, len(stop) <= MAX_STOPS, f"be at most {MAX_STOPS} texts")
+        are_texts = all(isinstance(text, str) and text for text in stop)
+        self._take("stop", given, are_texts, "be text that is not empty")
+        are_short = all(len(text) <= MAX_STOP_CHARS for text in stop)
+        self._take("stop", given, are_short, f"be texts of at most {MAX_STOP_CHARS} characters")
+        are_valid = all(map(is_unicode, stop))
+        self._take("stop", tuple(stop), are_valid, "be text without lone surrogates")
 
     def _take(self, name: str, value: object, valid: bool, requirement: str) -> None:
         if not valid:

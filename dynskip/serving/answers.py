@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.special = frozenset(() if tokenizer is None else tokenizer.all_special_ids)
         self.of = lru_cache(maxsize=65536)(self._of)
         self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
 
@@ -105,17 +107,13 @@ class TokenTexts:
         return f" {text}" if begins_word else text
 
     def completion_logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, float] | None], offset: int = 0
+        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, float] | None], offsets: list[int]
     ) -> dict[str, Any]:
         """``logprobs`` of a completion's choice; None stands for a token that nothing came before.
 
-        offset: characters before the first token.
+        offsets: of each token, the characters before it.
         """
         texts = [self.of(token_id) for token_id in token_ids]
-        offsets = []
-        for token_id in token_ids:
-            offsets.append(offset)
-            offset += num_begun(self.bytes_of(token_id))
         return {
             "tokens": texts,
             "token_logprobs": [
@@ -169,9 +167,23 @@ class TokenTexts:
         return text.encode() if None in own else bytes(byte for byte in own if byte is not None)
 
 
-def num_begun(text: bytes) -> int:
-    """How many characters of UTF-8 begin in ``text``, which may begin and end within one."""
-    return sum(byte & 0xC0 != 0x80 for byte in text)
+class Characters:
+    """Counts the characters of a text as its tokens come, which may begin and end within one."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_ended = 0
+
+    def add(self, token_ids: Sequence[int], hides_special: bool) -> list[int]:
+        """Count those of more tokens; how many have begun before each. hides_special: special tokens add none."""
+        hidden = self._texts.special if hides_special else frozenset()
+        begun = []
+        for token_id in token_ids:
+            begun.append(self._num_ended + bool(self._decoder.getstate()[0]))
+            if token_id not in hidden:
+                self._num_ended += len(self._decoder.decode(self._texts.bytes_of(token_id)))
+        return begun
 
 
 def choice_of(kind: Kind, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:

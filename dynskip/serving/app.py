@@ -50,7 +50,7 @@ def make_app(
     allow_origins: of pages elsewhere that browsers may let call the API; none by default.
     """
     # The pages of FastAPI's that show the API load scripts from elsewhere.
-    app = API(title="dynskip", version=__version__, docs_url=None, redoc_url=None)
+    app = API(title="dynskip", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(ROUTER)
     app.include_router(PAGE_ROUTER)

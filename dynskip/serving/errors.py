@@ -114,7 +114,8 @@ def internal_error() -> APIError:
 
 def not_json() -> APIError:
     """Of a body that is no JSON, or none that can be read."""
-    return bad_request("body: it must be JSON, got something else.", None, "invalid_json")
+    message = "body: it must be JSON, without numbers of thousands of digits or as many levels, got something else."
+    return bad_request(message, None, "invalid_json")
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
@@ -126,7 +127,8 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
         return not_json()
     place = _place(errors[0]["loc"])
     if not place:
-        return bad_request("body: it must be an object, sent with Content-Type: application/json, got another.", None)
+        message = "body: it must be an object with names in Unicode, as Content-Type: application/json, got another."
+        return bad_request(message, None)
     param = str(place[0]) if place and isinstance(place[0], str) else None
     said = dict.fromkeys(error["msg"] for error in errors if _place(error["loc"]) == place)
     return bad_request(f"{'.'.join(map(str, place))}: {', or: '.join(said)}.", param)

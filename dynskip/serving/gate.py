@@ -30,6 +30,8 @@ BODY_TIMEOUT_S = 60.0
 _OPEN = frozenset(("/health", "/version", "/metrics", "/openapi.json")) | PAGE_ROUTES
 # What a page asks for several times a second: no line in the log, unless it is refused.
 _POLLED = "/v1/engine"
+# Characters of a path that a line of the log has.
+_MOST_LOGGED = 200
 # An id of the client's that may stand in a header and in a line of the log.
 _REQUEST_ID = re.compile(r"[\w.:/=+@-]{1,128}", re.ASCII)
 # nginx's, for a client that has closed its connection; only the log sees it.
@@ -86,8 +88,8 @@ class Gate:
         finally:
             milliseconds = 1e3 * (time.monotonic() - begin_s)
             level = logging.DEBUG if scope["path"] == _POLLED and answer.status < 400 else logging.INFO
-            # As it was sent: decoded it could hold the end of a line.
-            path = quote(scope["path"])
+            # As it was sent: decoded it could hold the end of a line. Who has no key can send long ones, too.
+            path = quote(scope["path"][:_MOST_LOGGED])
             LOG.log(level, "%s %s %s %d %.0f ms", request_id, scope["method"], path, answer.status, milliseconds)
 
     async def _pass(self, scope: Scope, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send) -> None:

@@ -22,6 +22,7 @@ from dynskip.serving.protocol import ChatRequest, CompletionRequest, Sampled
 class Plan:
     """A request that was read and checked.
 
+    has_texts: whether its prompts are texts, not token ids.
     echoes: the text before the outputs of each prompt; None for no echo. drops_output: nothing but the echo is asked
     for; the token that the engine makes all the same is left out.
     """
@@ -32,6 +33,12 @@ class Plan:
     job: Job
     echoes: Sequence[str] | None = None
     drops_output: bool = False
+    has_texts: bool = True
+
+    @property
+    def hides_special(self) -> bool:
+        """Whether outputs are shown without special tokens."""
+        return self.body.skip_special_tokens is not False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -70,7 +77,8 @@ class Planner:
             raise told(error) from error
         job = Job(list(zip(prompts, bounded, strict=True)), depth, "prompt", bool(body.return_token_ids))
         echoes = await self._echoes(body.prompt, prompts) if body.echo else None
-        return Plan("completion", body, envelope, job, echoes, drops_output)
+        has_texts = isinstance(body.prompt, str) or _is_texts(body.prompt)
+        return Plan("completion", body, envelope, job, echoes, drops_output, has_texts)
 
     async def chat(self, body: ChatRequest, request_id: str) -> Plan:
         """What ``body`` asks for; an APIError names what is wrong."""

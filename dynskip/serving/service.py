@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from dynskip.async_llm import AsyncLLM
 from dynskip.engine.request import RequestOutput
-from dynskip.serving.answers import TokenTexts, as_json, choice_of, facts, usage
+from dynskip.serving.answers import Characters, TokenTexts, as_json, choice_of, facts, usage
 from dynskip.serving.depths import DepthTable
 from dynskip.serving.errors import as_api_error, internal_error
 from dynskip.serving.generation import Generator
@@ -116,10 +116,13 @@ class Service:
             return None
         if isinstance(plan.body, ChatRequest):
             return self._texts.chat_logprobs(tokens, logprobs, plan.body.top_logprobs or 0)
+        characters = Characters(self._texts)
         if plan.echoes is None:
-            return self._texts.completion_logprobs(tokens, logprobs)
+            return self._texts.completion_logprobs(tokens, logprobs, characters.add(tokens, plan.hides_special))
+        # A text is sent back without what the tokenizer put around it, token ids with all that they stand for.
+        offsets = characters.add(output.prompt_ids, plan.has_texts) + characters.add(tokens, plan.hides_special)
         of_prompt = _prompt_logprobs(output)
-        return self._texts.completion_logprobs([*output.prompt_ids, *tokens], [*of_prompt, *logprobs])
+        return self._texts.completion_logprobs([*output.prompt_ids, *tokens], [*of_prompt, *logprobs], offsets)
 
     def _of_prompt(self, plan: Plan, output: RequestOutput) -> dict[str, Any]:
         """What an answer has of its prompt, where it was asked for."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynskip.async_llm import Piece
 from dynskip.engine.request import RequestOutput
-from dynskip.serving.answers import TokenTexts, delta_of, facts, num_begun, usage
+from dynskip.serving.answers import Characters, TokenTexts, delta_of, facts, usage
 from dynskip.serving.planning import Plan
 from dynskip.serving.protocol import ChatRequest, StreamOptions
 
@@ -20,7 +20,7 @@ class Chunks:
         self._plan = plan
         self._texts = texts
         self._num_tokens = 0
-        self._num_chars: dict[int, int] = {}  # by choice: those of its tokens, once it has begun
+        self._characters: dict[int, Characters] = {}  # by choice: those of its tokens, once it has begun
         self._outputs: list[RequestOutput] = []
 
     async def of(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> AsyncGenerator[dict[str, Any]]:
@@ -53,8 +53,8 @@ class Chunks:
         plan = self._plan
         prompt, params = plan.job.prompts[number]
         index = number * params.n + piece.index
-        is_first = index not in self._num_chars
-        offset = self._num_chars.setdefault(index, 0)
+        is_first = index not in self._characters
+        characters = self._characters.setdefault(index, Characters(self._texts))
         text, tokens, logprobs = piece.text or "", piece.token_ids, piece.logprobs
         if plan.drops_output:
             text, tokens, logprobs = "", [], None
@@ -65,8 +65,8 @@ class Chunks:
         if logprobs is not None and isinstance(plan.body, ChatRequest):
             shown = self._texts.chat_logprobs(tokens, logprobs, plan.body.top_logprobs or 0)
         elif logprobs is not None:
-            shown = self._texts.completion_logprobs(tokens, logprobs, offset)
-            self._num_chars[index] = offset + sum(num_begun(self._texts.bytes_of(token)) for token in tokens)
+            offsets = characters.add(tokens, plan.hides_special)
+            shown = self._texts.completion_logprobs(tokens, logprobs, offsets)
         choice = delta_of(plan.kind, index, text, piece.finish_reason, shown)
         if plan.body.return_token_ids:
             choice["token_ids"] = tokens

