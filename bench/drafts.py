@@ -125,8 +125,8 @@ def measure(
     round, both have to become the same; RuntimeError where they do not, unless guesses stand in a batch of more
     rows than have the same bits. What the engine has learnt of its steps before they are timed, the prediction knows.
     A cold cell keeps nothing of a run for the next, and is not predicted. A round is three runs, with the draft and
-    twice without, in each of their six orders in turn. The gain is the median of both quotients of all rounds; that of one
-    run without a draft over the other is the control, what the machine makes of no difference at all. The intervals,
+    twice without, in each of their six orders in turn. The gain is the median of both quotients of all rounds; that of
+    one run without a draft over the other is the control, what the machine makes of no difference. The intervals,
     95 %, are bootstraps over rounds, of `LEAST_ROUNDS` and more; else the lowest and the highest.
     """
     num_rounds *= _COLD_ROUNDS if cell.is_cold else 1
