@@ -27,6 +27,10 @@ class Draft:
     entries: DraftEntries = "own"
     agreement: float | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.entries not in ENTRIES:
+            raise ValueError(f"Draft: entries must be {' or '.join(ENTRIES)}, got {shown(self.entries)}.")
+
     def check(self, path: LayerPath | None, what: str) -> None:
         """Raise ValueError, about ``what``, where it cannot guess for a request along ``path``."""
         if path is None:

@@ -252,3 +252,8 @@ def test_no_more_rows_run_along_than_have_the_same_bits() -> None:
     lengths = DraftLengths(WIDE, most_rows=12, resumes=True)
     choice = lengths.choose([candidate(0.95), *[rider([0])] * 6])
     assert choice.lengths[0] and 2 <= sum(choice.lengths) <= 12 - 7
+
+
+def test_a_draft_reads_entries_of_one_of_two_kinds() -> None:
+    with pytest.raises(ValueError, match="Draft: entries must be own or path, got 'ours'"):
+        Draft(LayerPath.full(4), "ours")  # type: ignore[arg-type]
