@@ -1,9 +1,9 @@
 """What guessing along a shallow path gains, measured: the same requests with and without a draft, interleaved.
 
 python -m bench.drafts --list                      names of all rows, and which are there already
-python -m bench.drafts --only random               OPT-1.3B's shapes: 35 rows, an hour of two cores (estimated)
+python -m bench.drafts --only random               OPT-1.3B's shapes: 35 rows, 1.5 hours of two cores (estimated)
 python -m bench.drafts --only transformers         beside transformers, Llama-3.2-1B's shapes: 1 row, 14 minutes
-python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 6 rows, two minutes
+python -m bench.drafts --only mini --data alpaca.json                        opt-mini: 6 rows
 python -m bench.drafts --row '*-cold' --data alpaca.json                     first runs, nothing learnt: 4 rows
 python -m bench.drafts --row 'random-0-*' --again  some rows, anew
 python -m bench.drafts --quick --out rehearsal     every row at shapes that take no time: its figures say nothing

@@ -54,7 +54,8 @@ class Chunks:
         prompt, params = plan.job.prompts[number]
         index = number * params.n + piece.index
         is_first = index not in self._characters
-        characters = self._characters.setdefault(index, Characters(self._texts))
+        if is_first:
+            self._characters[index] = Characters(self._texts)
         text, tokens, logprobs = piece.text or "", piece.token_ids, piece.logprobs
         if plan.drops_output:
             text, tokens, logprobs = "", [], None
@@ -65,7 +66,7 @@ class Chunks:
         if logprobs is not None and isinstance(plan.body, ChatRequest):
             shown = self._texts.chat_logprobs(tokens, logprobs, plan.body.top_logprobs or 0)
         elif logprobs is not None:
-            offsets = characters.add(tokens, plan.hides_special)
+            offsets = self._characters[index].add(tokens, plan.hides_special)
             shown = self._texts.completion_logprobs(tokens, logprobs, offsets)
         choice = delta_of(plan.kind, index, text, piece.finish_reason, shown)
         if plan.body.return_token_ids:

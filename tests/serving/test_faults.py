@@ -387,6 +387,22 @@ def test_a_path_writes_no_line_of_its_own_into_the_log(llm: LLM, caplog: pytest.
 # The gate
 
 
+@pytest.mark.parametrize(("route", "length"), [(f"/{'a' * 5000}", 199), (f"{ROUTE}/", None)])
+def test_a_path_that_is_none_is_a_404_and_a_short_line(
+    llm: LLM, caplog: pytest.LogCaptureFixture, route: str, length: int | None
+) -> None:
+    """A slash too many is no redirect, which would lose the body behind some proxies."""
+
+    async def main() -> None:
+        async with local(llm) as server:
+            assert (await server.client.post(route, content=b"{}", headers=JSON)).status_code == 404
+
+    with caplog.at_level(logging.INFO, "dynskip.serving"):
+        run(main())
+    shown = route if length is None else f"/{'a' * length}"
+    assert f" POST {shown} 404 " in caplog.text
+
+
 def test_the_log_has_a_line_a_request_and_nothing_of_a_prompt(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     bodies = [{**LONG, "prompt": "w042 secret"}, {**LONG, "prompt": "w042", "top_p": "secret"}, {"secret": 1}]
 

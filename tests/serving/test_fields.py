@@ -275,6 +275,27 @@ def test_every_parameter_has_a_field() -> None:
     assert set(SAMPLING_FIELDS) >= SUPPORTED - elsewhere
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({**COMPLETION, "stop": ""}, "stop: it must be text that is not empty, got ''."),
+        ({**COMPLETION, "\ud83d": 1}, "body: it must be an object with names in Unicode"),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "body: it must be JSON, without numbers of thousands of digits"),
+    ],
+    ids=["stop", "name", "digits"],
+)
+def test_what_is_wrong_is_said_as_it_was_sent(llm: LLM, body: Any, said: str) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    async def main() -> httpx2.Response:
+        async with local(llm) as server:
+            return await server.client.post("/v1/completions", content=content, headers=JSON)
+
+    answer = run(main())
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
 def test_echo_with_logprobs_has_those_of_the_prompt(llm: LLM) -> None:
     (answer,) = post(llm, "/v1/completions", {**COMPLETION, "echo": True, "logprobs": 1})
     params = greedy(3, logprobs=1, ignore_eos=False, prompt_logprobs=1)
