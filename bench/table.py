@@ -1,4 +1,4 @@
-"""Writes the tables of results into README.md and docs/serving.md: no number there is typed by hand.
+"""Writes tables of results into README.md and pages of docs: no number in them is typed by hand.
 
 python -m bench.table          writes them
 python -m bench.table --check  exit status 1 where a page shows something else than bench/results holds
@@ -11,18 +11,20 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from bench.report.choosing import choosing_tables
 from bench.report.cpu import cpu_tables
 from bench.report.device import DeviceReport
+from bench.report.drafts import in_short as drafts_in_short
 from bench.report.drafts import key_table as drafts_table
 from bench.report.serving import key_table, serving_tables
 from bench.serve.page import BEGIN as SERVED_BEGIN
 from bench.serve.page import END as SERVED_END
 from bench.serve.page import SHORT_BEGIN, SHORT_END, short
 from bench.serve.page import tables as served_tables
-from dynskip.benchmark.report import Report
-from dynskip.evaluation.report.paper_claims import paragraph
+from dynskip.benchmark.report import Report, markdown_table
+from dynskip.evaluation.report.paper_claims import claims_table, tally
 from dynskip.evaluation.report.sentences import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
@@ -65,21 +67,31 @@ def fill(readme: str, results: Path) -> str:
     readme = insert(readme, render(results))
     readme = insert(readme, short(results / "serve"), SHORT_BEGIN, SHORT_END)
     readme = insert(readme, paper_sentences(results / PAPER_RUN), PAPER_BEGIN, PAPER_END)
-    drafts = (path.read_text(encoding="utf-8").splitlines() for path in sorted(results.glob(DRAFTS_FILES)))
-    machines = [(conditions, rows) for conditions, *rows in (map(json.loads, lines) for lines in drafts)]
-    readme = insert(readme, drafts_table(machines), DRAFTS_BEGIN, DRAFTS_END)
+    readme = insert(readme, drafts_in_short(drafts(results)), DRAFTS_BEGIN, DRAFTS_END)
     return insert(readme, key_table(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
 
 
 def paper_sentences(run: Path) -> str:
-    """What opens the report of ``run``, made anew from its summary: five sentences, the null, and which claims hold."""
+    """What opens the report of ``run``, made anew from its summary: five sentences, the null, and a table of claims."""
     summary = read_summary(run)
     lines = [
         textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
         for text in in_short(summary)
     ]
-    claims = textwrap.fill(f"Of the paper's claims: {paragraph(summary)}", 120, break_on_hyphens=False)
-    return "\n".join([*lines, "", textwrap.fill(paper_null(), 120), "", claims]) + "\n"
+    told = textwrap.fill(f"{paper_null()} {tally(summary)}", 120, break_on_hyphens=False)
+    claims = claims_table(summary)
+    return "\n".join([*lines, "", told, "", markdown_table(claims.header, claims.rows, right=set())])
+
+
+def drafts(results: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The conditions and rows of each machine on which `bench/drafts.py` has run."""
+    files = (path.read_text(encoding="utf-8").splitlines() for path in sorted(results.glob(DRAFTS_FILES)))
+    return [(conditions, rows) for conditions, *rows in (map(json.loads, lines) for lines in files)]
+
+
+def fill_drafts(page: str, results: Path) -> str:
+    """``page``, the one on drafts, with its table as the folder ``results`` has it."""
+    return insert(page, drafts_table(drafts(results)), DRAFTS_BEGIN, DRAFTS_END)
 
 
 def fill_serving(page: str, results: Path) -> str:
@@ -90,7 +102,11 @@ def fill_serving(page: str, results: Path) -> str:
 
 
 # The pages that show results, and how each is filled.
-PAGES = {ROOT / "README.md": fill, ROOT / "docs" / "serving.md": fill_serving}
+PAGES = {
+    ROOT / "README.md": fill,
+    ROOT / "docs" / "serving.md": fill_serving,
+    ROOT / "docs" / "speculation.md": fill_drafts,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

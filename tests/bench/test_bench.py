@@ -536,9 +536,9 @@ def table_script() -> ModuleType:
     return module
 
 
-def test_readme_and_serving_page_show_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_show_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     table = table_script()
-    assert sorted(path.name for path in table.PAGES) == ["README.md", "serving.md"]
+    assert sorted(path.name for path in table.PAGES) == ["README.md", "serving.md", "speculation.md"]
     for path, fill in table.PAGES.items():
         text = path.read_text(encoding="utf-8")
         assert fill(text, ROOT / "bench" / "results") == text, f"{path.name}: run `python -m bench.table`"

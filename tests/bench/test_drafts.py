@@ -14,7 +14,7 @@ from models import cpu_backend
 from streams import guess_three
 
 from bench import drafts
-from bench.report.drafts import key_table, page
+from bench.report.drafts import in_short, key_table, page
 from bench.speculation.beside_transformers import TransformersDrafts
 from bench.speculation.cells import Cell, mini_cells, random_cells, transformers_cells
 from bench.speculation.predicted import predicted_gain
@@ -383,6 +383,20 @@ def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> 
         ["b", "Test", "6/24", "own", "0.79-0.81", "1.40x", "0.97x (missed)"],
     ]
     assert "medians of 3 or 5 interleaved rounds, bfloat16, 2 threads" in " ".join(found.split())
+
+
+def test_in_short_are_the_gains_with_weights_that_exist_and_how_many_rows_miss() -> None:
+    row = {"model": "opt-mini", "gain": 1.4, "target": 1.3, "low": 1.3, "high": 1.5, "rounds": 3, "batch": 1}
+    rows = [
+        row | {"row": "mini-own-4", "batch": 4, "gain": 0.9},
+        row | {"row": "mini-own-1"},
+        row | {"row": "mini-own-1-cold", "gain": 9.0},
+        row | {"row": "random-0-none-1", "gain": 1.0},
+    ]
+    found = " ".join(in_short([({"cpu": "Test"}, rows), ({"cpu": "Other"}, rows[3:])]).split())
+    assert found.startswith("Decode seconds without a draft over those with one, of opt-mini")
+    assert ": on Test 1.40x at batch 1, 0.90x (missed) at batch 4. Of 5 rows, " in found
+    assert found.endswith("3 miss their target.")
 
 
 def test_the_picture_shows_each_guess(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dynskip.cli import main
 from dynskip.evaluation.report import drawing
 from dynskip.evaluation.report.document import Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import interval, number, percent, signed
-from dynskip.evaluation.report.paper_claims import paragraph
+from dynskip.evaluation.report.paper_claims import claims_table, tally
 from dynskip.evaluation.report.rows import find, select
 from dynskip.evaluation.report.savings import ORACLE_MIX, savings
 from dynskip.evaluation.report.sections import SECTIONS
@@ -177,7 +177,11 @@ def test_the_claims_of_the_paper_stand_below_the_five_sentences() -> None:
     summary = example_summary()
     blocks = report_blocks(summary)[2]
     at = blocks.index(Heading("Which of the paper's claims hold here", 3))
-    assert at == 2 and blocks[at + 1 : at + 3] == [Paragraph(paper_null()), Paragraph(paragraph(summary))]
+    assert at == 2 and blocks[at + 1 : at + 4] == [
+        Paragraph(paper_null()),
+        Paragraph(tally(summary)),
+        claims_table(summary),
+    ]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from summaries import changed, example_summary, recipe_rows
 
-from dynskip.evaluation.report.paper_claims import _OPENINGS, BESIDE, paragraph, verdicts
+from dynskip.evaluation.report.paper_claims import _ORDER, BESIDE, claims_table, tally, verdicts
 from dynskip.evaluation.report.rows import select
 from dynskip.evaluation.report.short import in_short
 
@@ -16,9 +16,24 @@ from dynskip.evaluation.report.short import in_short
 def verdict_on(part: str, summary: dict[str, Any]) -> tuple[str, str]:
     """The verdict on the one claim that has ``part`` in its words, and what was measured."""
     (found,) = (each for each in verdicts(summary) if part in each.claim)
-    words = paragraph(summary)
-    assert str(found) in words.split(_OPENINGS[found.verdict] + ": ")[1].split(" **")[0], "under its own verdict"
+    (row,) = (row for row in claims_table(summary).rows if part in row[0])
+    assert list(row) == [found.claim, found.verdict, found.measured or "–", found.seen or "–"]
     return found.verdict, found.measured
+
+
+def power_beside(part: str, summary: dict[str, Any]) -> str:
+    """From which size on an effect is seen, beside the one claim that has ``part`` in its words."""
+    (found,) = (each for each in verdicts(summary) if part in each.claim)
+    return found.seen
+
+
+def test_claims_are_counted_and_stand_in_the_order_of_their_verdicts(committed: dict[str, Any]) -> None:
+    found = [row[1] for row in claims_table(committed).rows]
+    assert found == sorted(found, key=list(_ORDER).index) and len(set(found)) > 3
+    told = tally(committed)
+    assert told.startswith(f"Of {len(found) - found.count(BESIDE)} claims of the paper {found.count('holds')} hold, ")
+    assert f" and {found.count('untested')} are untested." in told and "open" not in told
+    assert tally({"conditions": {}}).startswith("Of 8 claims of the paper 8 are untested.")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,8 @@ def test_an_oracle_stands_beside_its_controls(committed: dict[str, Any]) -> None
     rows = alone["oracle"]["rows"]
     rows[:] = [r for r in rows if r["metric"] != "matching_share" or r["control"] == "oracle"]
     found, measured = verdict_on("on fewer layers, in ROUGE-L", alone)
-    assert found == "holds" and measured.endswith("seen from 2.0 %")
+    assert found == "holds" and measured.endswith("]")
+    assert power_beside("on fewer layers, in ROUGE-L", alone) == "2.0 %"
 
 
 def test_an_oracle_has_a_verdict_by_either_score(committed: dict[str, Any]) -> None:
@@ -110,7 +126,7 @@ def test_a_claim_that_holds_at_some_depths_holds_in_part_and_says_where() -> Non
     summary = changed("static", {"value": 0.3, "low": 0.2, "high": 0.4}, **labels)
     found, measured = verdict_on("each static path", summary)
     assert found == "holds in part" and measured.startswith("less at 4, 8, more at 20, open at 12, 16 layers; +0.3000")
-    assert measured.endswith("seen from 0.1429"), "the power stands beside it"
+    assert power_beside("each static path", summary) == "0.1429", "in the measure's unit"
     everywhere = changed("static", {"value": -0.3, "low": -0.4, "high": -0.2}, metric="rouge_l - full")
     assert verdict_on("each static path", everywhere)[1].startswith("at 4, 8, 12, 16, 20 layers; −0.3000 [")
 
@@ -128,7 +144,8 @@ def test_the_claim_on_controllers_has_the_verdict_of_their_comparison() -> None:
     for told, verdict in (("better", "does not hold"), ("worse", "holds"), ("open", "open"), ("untested", "untested")):
         summary = recipe_rows(told, reasons=("trainings",))
         found, measured = verdict_on(part, summary)
-        assert found == verdict and "+0.0100 [+0.0050, +0.0150] nats a token; seen from 0.0071" in measured
+        assert found == verdict and "+0.0100 [+0.0050, +0.0150] nats a token" in measured
+        assert power_beside(part, summary) == "0.0071"
         assert measured.endswith("lacking: trainings") == (told == "untested")
         assert ("**untested**" in in_short(summary)[2]) == (told == "untested")
     within = recipe_rows("open")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 _MINUS = re.compile(r"(?<![\w.,-])-(?=\d)")  # a hyphen in front of a number that stands by itself
+_SENTENCE = 48  # characters of a cell that may be broken wherever it stands
 _NUMBER = re.compile(r"[-+−±\d.,%\s\[\]…–()×]*")
 _INLINE = re.compile(r"\*\*(?P<strong>[^*]+)\*\*|`(?P<code>[^`]+)`")
 
@@ -28,7 +29,8 @@ table { border-collapse: collapse; font-size: .88rem; margin: .8rem 0; font-vari
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; }
 th { vertical-align: bottom; }
 th { border-bottom: 1px solid #1a1a1a; font-weight: 600; } tr + tr td { border-top: 1px solid #ddd; }
-th.text, td.text { text-align: left; } td { white-space: nowrap; } td.text + td.text { white-space: normal; }
+th.text, td.text { text-align: left; } td { white-space: nowrap; } td.text + td.text, td.long { white-space: normal; }
+td.long { min-width: 13rem; }
 code { font: .92em ui-monospace, "DejaVu Sans Mono", monospace; background: #f2f2f2; padding: 0 .2em; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: #333; }
 nav { font-size: .92rem; } nav a { margin-right: .9rem; }
@@ -136,12 +138,18 @@ def _html_block(block: Block) -> str:
             return (f'<p class="title">{_inline(title)}</p>' if title else "") + table
 
 
+def _class(cell: str, is_text: bool) -> str:
+    """Of a table's cell; a first column is not broken, but where it holds a sentence."""
+    return (' class="text long"' if len(cell) > _SENTENCE else ' class="text"') if is_text else ""
+
+
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     is_text = [any(not _NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(header))]
 
     def line(cells: Sequence[str], tag: str) -> str:
-        classes = (' class="text"' if text else "" for text in is_text)
-        return "".join(f"<{tag}{kind}>{_inline(cell)}</{tag}>" for cell, kind in zip(cells, classes, strict=True))
+        return "".join(
+            f"<{tag}{_class(cell, text)}>{_inline(cell)}</{tag}>" for cell, text in zip(cells, is_text, strict=True)
+        )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{line(header, "th")}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dynskip.evaluation.report import claims, findings
 from dynskip.evaluation.report import paper_numbers as paper
+from dynskip.evaluation.report.document import Table
 from dynskip.evaluation.report.evidence import detectable, direction, holm, p_value
 from dynskip.evaluation.report.figures import WEIGHTS
 from dynskip.evaluation.report.numbers import number, percent, signed
@@ -14,13 +15,14 @@ from dynskip.evaluation.report.rows import Row, Summary, bounds, families_of, fi
 
 HOLDS, IN_PART, FAILS, OPEN, UNTESTED = "holds", "holds in part", "does not hold", "open", "untested"
 BESIDE = "no claim of the paper"
-_OPENINGS = {
-    HOLDS: "**Holds**",
-    IN_PART: "**Holds in part**",
-    FAILS: "**Does not hold**",
-    OPEN: "**Open**, the interval is too wide for either",
-    UNTESTED: "**Untested**",
-    BESIDE: "**Which the paper leaves open**",
+# In the order of the table, and in words of how many claims.
+_ORDER = {
+    HOLDS: "hold",
+    IN_PART: "hold in part",
+    FAILS: "do not hold",
+    OPEN: "are open, their interval too wide for either",
+    UNTESTED: "are untested",
+    BESIDE: "",
 }
 # By the reason's name in a summary what a comparison of controllers lacks.
 _LACKS = {
@@ -48,14 +50,15 @@ _MOST = 0.5  # a control that surely has more of a gain than this, and perhaps a
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the paper claims, whether that holds here, and what was measured, with its power."""
+    """What the paper claims, whether that holds here, and what was measured.
+
+    seen: the true effect that 80 % of runs as large as this one would show, in the measure's unit.
+    """
 
     claim: str
     verdict: str
     measured: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.claim} ({self.measured})" if self.measured else self.claim
+    seen: str = ""
 
 
 def verdicts(summary: Summary) -> list[Verdict]:
@@ -63,15 +66,26 @@ def verdicts(summary: Summary) -> list[Verdict]:
     return [verdict for judge in _CLAIMS for verdict in judge(summary)]
 
 
-def paragraph(summary: Summary) -> str:
-    """All verdicts in words, those that hold first."""
-    found = verdicts(summary)
-    parts = [
-        f"{opening}: {'; '.join(str(each) for each in found if each.verdict == verdict)}."
-        for verdict, opening in _OPENINGS.items()
-        if any(each.verdict == verdict for each in found)
-    ]
-    return f"{' '.join(parts)} Seen from: the true effect that 80 % of runs as large as this one would show."
+def tally(summary: Summary) -> str:
+    """How many claims of the paper have each verdict, and how to read `claims_table`."""
+    found = [each.verdict for each in verdicts(summary)]
+    counts = [f"{found.count(verdict)} {words}" for verdict, words in _ORDER.items() if words and verdict in found]
+    counted = f"{', '.join(counts[:-1])} and {counts[-1]}" if len(counts) > 1 else counts[0]
+    return (
+        f"Of {len(found) - found.count(BESIDE)} claims of the paper {counted}. What is seen from a size on is seen by "
+        "80 % of runs as large as this one."
+    )
+
+
+def claims_table(summary: Summary) -> Table:
+    """All verdicts, those that hold first."""
+    order = list(_ORDER)
+    rows = sorted(verdicts(summary), key=lambda each: order.index(each.verdict))
+    return Table(
+        "The paper's claims",
+        ("claim", "here", "measured", "seen from"),
+        [(each.claim, each.verdict, each.measured or "–", each.seen or "–") for each in rows],
+    )
 
 
 def _section(summary: Summary, name: str) -> Row:
@@ -81,7 +95,7 @@ def _section(summary: Summary, name: str) -> Row:
 
 def _seen(row: Row, text: Callable[[float], str]) -> str:
     size = detectable(row)
-    return "" if size is None else f"; seen from {text(size)}"
+    return "" if size is None else text(size)
 
 
 def _share(value: float) -> str:
@@ -116,9 +130,9 @@ def _hidden_states(summary: Summary) -> list[Verdict]:
             continue
         signs = [direction(row) for row in rows]
         where = _where({1: "closer", -1: "farther", 0: "open"}, rows, signs)
-        measured = f"{where} layers; {signed(rows[0])} in cosine at {rows[0]['budget']}{_seen(rows[0], number)}"
+        measured = f"{where} layers; {signed(rows[0])} in cosine at {rows[0]['budget']}"
         verdict = _of_all(signs, 1) if strategy == "uls" else BESIDE  # the paper's figure has no random skipping
-        found.append(Verdict(f"{claim}, of {WEIGHTS[weights]}", verdict, measured))
+        found.append(Verdict(f"{claim}, of {WEIGHTS[weights]}", verdict, measured, _seen(rows[0], number)))
     return found
 
 
@@ -134,7 +148,8 @@ def _static(summary: Summary) -> list[Verdict]:
     told = Verdict(
         claim,
         _of_all(found.signs, -1),
-        f"{where} layers; {signed(deepest, 4)} {unit} at {deepest['budget']}{seen}",
+        f"{where} layers; {signed(deepest, 4)} {unit} at {deepest['budget']}",
+        seen,
     )
     return [told] if found.family == "siblings" else [told, _siblings(summary)]
 
@@ -147,9 +162,9 @@ def _siblings(summary: Summary) -> Verdict:
         return Verdict(f"{claim}, the paper's protocol", UNTESTED, "not run")
     deepest = found.rows[-1]
     where = _where({-1: "less", 1: "more", 0: "open"}, found.rows, found.signs)
+    measured = f"{where} layers; {signed(deepest, 4)} nats a token at {deepest['budget']}"
     seen = _seen(deepest, lambda size: number(size, 4))
-    measured = f"{where} layers; {signed(deepest, 4)} nats a token at {deepest['budget']}{seen}"
-    return Verdict(f"{claim}, the paper's protocol, as far as it was run", _of_all(found.signs, -1), measured)
+    return Verdict(f"{claim}, the paper's protocol, as far as it was run", _of_all(found.signs, -1), measured, seen)
 
 
 def _controllers(summary: Summary) -> list[Verdict]:
@@ -169,7 +184,7 @@ def _controllers(summary: Summary) -> list[Verdict]:
     lacks = [_LACKS.get(name, name) for name in found.reasons] if found.verdict == "untested" else []
     why = f"; lacking: {', '.join(lacks)}" if lacks else ""
     seen = _seen(found.row, lambda effect: number(effect, 4))
-    return [Verdict(claim, verdict, f"hidden states gain {signed(found.row, 4)} {unit}{seen}{why}")]
+    return [Verdict(claim, verdict, f"hidden states gain {signed(found.row, 4)} {unit}{why}", seen)]
 
 
 def _oracle(summary: Summary) -> list[Verdict]:
@@ -201,12 +216,10 @@ def _matched(section: Row, num_layers: int, family: str, suffix: str, score: str
         f", {_CONTROLS[each['control']]} {'at no budget' if each['value'] is None else f'on {percent(each, 1)}'}"
         for each in controls
     )
-    size = detectable(row)
-    seen = "" if size is None else f"; a saving is seen from {_share(size)}"
-    measured = f"on {percent(row, 1)}{seen}{told.replace(',', ';', 1)}"
+    measured = f"on {percent(row, 1)}{told.replace(',', ';', 1)}"
     reached = HOLDS if ends[0] <= paper.MATCHING_SHARE else FAILS
     return [
-        Verdict(fewer, OPEN if ends[1] >= 1 else IN_PART if is_matched else HOLDS, measured),
+        Verdict(fewer, OPEN if ends[1] >= 1 else IN_PART if is_matched else HOLDS, measured, _seen(row, _share)),
         Verdict(as_few, UNTESTED if cheapest > paper.MATCHING_SHARE else reached, floor),
     ]
 
@@ -233,8 +246,8 @@ def _equal_depth(summary: Summary) -> list[Verdict]:
         shares = ", ".join(f"{percent(each)} of it at a mean of {each['at']:g} layers" for each in rows)
         per_token = find(section, metric=row["metric"], family=row["family"], control="equal depth per token")
         tokens = "" if per_token is None else f"; among as many for each token {percent(per_token)}"
-        measured = f"a choice among as many {findings.paths_of_one_depth(row)} has {shares}{_seen(row, _share)}{tokens}"
-        found.append(Verdict(f"{claim}, in {score}", verdict, measured))
+        measured = f"a choice among as many {findings.paths_of_one_depth(row)} has {shares}{tokens}"
+        found.append(Verdict(f"{claim}, in {score}", verdict, measured, _seen(row, _share)))
     return found or [Verdict(claim, UNTESTED, "no control of one depth")]
 
 
@@ -243,8 +256,8 @@ def _router(summary: Summary) -> list[Verdict]:
     best = findings.best_router(_section(summary, "router"))
     if best is None:
         return [Verdict(claim, UNTESTED)]
-    told = f"the best of {best.num} routers captures {percent(best.row)} of its gain{_seen(best.row, _share)}"
-    return [Verdict(claim, BESIDE, told)]
+    told = f"the best of {best.num} routers captures {percent(best.row)} of its gain"
+    return [Verdict(claim, BESIDE, told, _seen(best.row, _share))]
 
 
 def _length(summary: Summary) -> list[Verdict]:
@@ -260,9 +273,9 @@ def _length(summary: Summary) -> list[Verdict]:
         row, p = min(zip(known, adjusted, strict=True), key=lambda pair: pair[1])
         small = all(max(map(abs, bounds(each) or (1.0,))) < claims.SMALL_CORRELATION for each in known)
         low, high = paper.DEPTH_LENGTH_PEARSON
-        measured = f"Pearson's r {signed(row)}{_seen(row, number)}; the paper's is in [{number(low)}, {number(high)}]"
+        measured = f"Pearson's r {signed(row)}; the paper's is in [{number(low)}, {number(high)}]"
         verdict = FAILS if p < 0.05 else HOLDS if small else OPEN
-        found.append(Verdict(f"{claim}, in {score}", verdict, measured))
+        found.append(Verdict(f"{claim}, in {score}", verdict, measured, _seen(row, number)))
     return found or [Verdict(claim, UNTESTED)]
 
 

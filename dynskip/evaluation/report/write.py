@@ -11,7 +11,7 @@ from dynskip.evaluation.report import claims
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Block, Figure, Heading, Items, Paragraph, Table, to_html, to_markdown
 from dynskip.evaluation.report.numbers import MISSING, number
-from dynskip.evaluation.report.paper_claims import paragraph
+from dynskip.evaluation.report.paper_claims import claims_table, tally
 from dynskip.evaluation.report.rows import score_suffix, select
 from dynskip.evaluation.report.savings import savings
 from dynskip.evaluation.report.sections import SECTIONS
@@ -73,7 +73,8 @@ def report_blocks(summary: Mapping[str, Any]) -> tuple[str, str, list[Block]]:
         Items(in_short(summary)),
         Heading("Which of the paper's claims hold here", 3),
         Paragraph(paper_null()),
-        Paragraph(paragraph(summary)),
+        Paragraph(tally(summary)),
+        claims_table(summary),
         *_conditions(summary),
         *_limits(summary),
     ]
