@@ -216,6 +216,7 @@ def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) 
     results.add({"peer": "vLLM", "what": "decode", "batch": 8, "prompt_len": 64, **ratio, "value": 1.49})
     results.add({"peer": "vLLM", "what": "decode", "batch": 32, "prompt_len": 64, "error": "vLLM: out of memory"})
     results.add({"peer": "vLLM", "what": "prefill", "batch": 8, "prompt_len": 512, **ratio, "ours": 9000.0})
+    results.add({"peer": "vLLM", "what": "prefill", "batch": 1, "prompt_len": 512, **ratio, "value": 0.9671})
     results.add({"peer": "vLLM", "what": "memory", "ours": 3.0, "theirs": 5.25})
     results.add({"peer": "transformers", "what": "load", "error": "No module named 'transformers'"})
     results.add({"peer": "CTranslate2 float32", "what": "load", **settings})
@@ -229,6 +230,8 @@ def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) 
     assert ["decode, ms a step, batch 8", "50", "75 (1.49x, 1.40-1.60)", *others, ">= 1.5x, missed"] in lines
     assert ["decode, ms a step, batch 32", "failed", "failed", *others, ">= 1.43x, missed"] in lines
     assert ["prefill of 512, s, batch 8", "9", "0.075 (1.50x, 1.40-1.60)", *others, ">= 0.97x, met"] in lines
+    rounded = "0.075 (0.97x, 1.40-1.60)"
+    assert ["prefill of 512, s, batch 1", "0.05", rounded, *others, ">= 0.97x, missed by 0.003"] in lines
     assert ["memory, GB at most", "3", "5.25", *others, ""] in lines
     assert lines[-1][1:] == ["256 / 256 of 256", "200 / 255 of 256", "not checked", "not checked", ""]
     flat = " ".join(text.split())
