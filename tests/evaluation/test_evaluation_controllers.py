@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,30 @@ def test_what_is_not_trained_long_enough_is_untested(
     found = ("better", []) if reason is None else ("untested", [reason])
     assert set(map(str, verdicts(recipes(6.0, trained=trained), tmp_path).values())) == {str(found)}
     assert set(map(str, verdicts(recipes(6.0, fixed_trained=trained), tmp_path).values())) == {str(found)}
+
+
+def test_a_recipe_stands_still_where_its_trainings_do_together(tmp_path: Path) -> None:
+    """They are compared by their mean; each on its own moves by a decision that turns over."""
+    points = recipes(6.0)
+    falling, rising = curve(200, (0.5, 2.0), (1.0, 1.97)), curve(200, (0.5, 2.0), (1.0, 2.03))
+    for kind in ("hidden", "fixed"):
+        moving = [p for p in points if p.labels["kind"] == kind]
+        turned = {0: falling, 1: rising, 2: TRAINED}
+        changed = [replace(p, trained=turned[p.labels["training_seed"]]) if p in moving else p for p in points]
+        assert {verdict for verdict, _ in verdicts(changed, tmp_path).values()} == {"better"}
+
+
+def test_fixed_recipes_count_where_a_recipe_is_held_against_them(tmp_path: Path) -> None:
+    far = [
+        replace(point, labels={**point.labels, "recipe": "fixed, alpha 1"}, trained=None)
+        for point in recipes(6.0, trainings=1, draws=1)
+        if point.labels["recipe"] == "fixed, alpha 2"
+    ]
+    more = [replace(p, likelihood=replace(p.likelihood, cost=1.5 * p.likelihood.cost)) for p in far]
+    more = [replace(p, texts=replace(p.texts, num_run=1.5 * p.texts.num_run)) for p in more if p.texts is not None]
+    assert len(more) == 1 and verdicts([*recipes(6.0), *more], tmp_path) == verdicts(recipes(6.0), tmp_path)
+    found = verdicts([*recipes(9.0), *more], tmp_path)
+    assert found["over_fixed_nats"] == ("untested", ["trainings", "noise", "curves"])
 
 
 def test_a_training_is_read_from_what_it_has_left(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def test_a_rival_at_the_edge_of_the_frontier_is_beyond_it_in_resamples() -> None
     assert found.difference is not None and 0.3 < found.inside < 0.7 and not found.is_within
 
 
+def test_neighbours_are_those_that_a_rival_is_held_against() -> None:
+    frontier = {"a": [[run(0.2, 4)]], "b": [[run(0.4, 8)]], "c": [[run(0.5, 12)]], "b too": [[run(0.3, 8)]]}
+    rivals = {"x": [[run(0.5, 5)]], "at b": [[run(0.4, 8)]], "beyond": [[run(0.9, 13)]], "at c": [[run(0.4, 12)]]}
+    found = {name: each.neighbours for name, each in compare(rivals, frontier, resamples=50).items()}
+    assert found == {"x": ("a", "b", "b too"), "at b": ("b", "b too"), "beyond": (), "at c": ("c",)}
+    # Trainings on both sides of b: the line is another one in many resamples.
+    wide = {"x": [[run(0.5, 7)], [run(0.5, 10)]]}
+    assert compare(wide, frontier, resamples=200)["x"].neighbours == ("a", "b", "c", "b too")
+
+
 def test_names_of_one_controller_are_one_point() -> None:
     alike = {f"fixed {alpha}": [[run(0.2, 4)]] for alpha in (2, 4, 6, 10)}
     found = compare({"x": [[run(0.3, 4)]]}, alike, resamples=50)["x"]

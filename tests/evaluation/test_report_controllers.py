@@ -147,7 +147,7 @@ def test_trainings_are_drawn_and_what_they_lack_is_told() -> None:
     summary = recipe_rows("untested", reasons=("curves", "rows", "moving"))
     told = text_of(summary, "controllers")
     assert f"Why untested: 2 of 2 have a training on fewer than {NUM_ROWS:,} rows." in told
-    assert "2 of 2 have a training whose losses are not known" in told and "validation loss still moved" in told
+    assert "2 of 2 have a training whose losses are not known" in told and "validation loss that still moved" in told
     assert "How far controllers were trained" not in to_markdown(*report_blocks(summary))
     losses = {"training": [[step, 3.0 - step / 100] for step in range(1, 41)], "validation": [[20, 2.5], [40, 2.375]]}
     known = {"controller": "hidden, seed 1", "recipe": "hidden, target 26, frozen", "training_seed": 1}

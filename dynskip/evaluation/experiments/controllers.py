@@ -115,11 +115,11 @@ def _notes(setup: Setup) -> list[str]:
         "minus the frontier of recipes with a fixed input at as many layers. Intervals resample trainings, draws and "
         "sequences. Beyond the layers of the fixed input nothing is made up: untested. q: p, adjusted by Benjamini and "
         "Hochberg for all recipes and scores.",
-        f"verdict: untested where the frontier does not reach, or with fewer than {NUM_TRAININGS} trainings of the "
-        f"recipe or of a fixed one, or where one of these has no curves, saw fewer than {NUM_ROWS:,} rows, or has a "
-        f"validation loss that moved by more than {setup.margin_nats:g} over the last quarter of its steps; or of "
-        f"sampled decisions with fewer than {NUM_NOISE_SEEDS} draws; else better or worse where q is below 0.05, else "
-        "open.",
+        "verdict: of a recipe and of the fixed ones that it is held against, neighbours. untested where the frontier "
+        f"does not reach, or with fewer than {NUM_TRAININGS} trainings of one of them, or where a training has no "
+        f"curves or saw fewer than {NUM_ROWS:,} rows, or where the validation loss of one of them, the mean over its "
+        f"trainings, moved by more than {setup.margin_nats:g} over the last quarter of the steps; or of sampled "
+        f"decisions with fewer than {NUM_NOISE_SEEDS} draws; else better or worse where q is below 0.05, else open.",
         "The noise of sampled decisions is drawn by seed, sequence, layer and position.",
         *(
             ["skip_rate_nats: the share of decided tokens that leave a layer out."]
@@ -315,22 +315,32 @@ _SCORES = {"": _BY_TEXTS, "_nats": "likelihood"}
 def _reasons(
     comparison: Comparison, points: Sequence[Point], fixed: dict[str, list[Point]], margin: float
 ) -> list[str]:
-    """By name what keeps a comparison from being a test. margin: of a validation loss that stands still."""
+    """By name what keeps a comparison from being a test.
+
+    Of the fixed recipes those count that it is held against; all, where there is no difference. margin: of a
+    validation loss that stands still. It is that of a recipe, the mean over its trainings, which is what is compared:
+    on its own each of a dozen moves by more now and then, as single decisions turn over.
+    """
 
     def trainings(of: Sequence[Point]) -> int:
         return len({each.labels["training_seed"] for each in of})
 
+    def moved(of: Sequence[Point]) -> float:
+        found = [each.trained.moved for each in of if each.trained is not None]
+        return np.inf if None in found else abs(float(np.mean([each for each in found if each is not None] or 0.0)))
+
     sampled = points[0].labels["choice"] == "sampled"
-    seeds = [len({each.labels["seed"] for each in of}) for of in (points, *fixed.values())]
-    curves = [each.trained for of in (points, *fixed.values()) for each in of]
+    held = [points, *(fixed[name] for name in comparison.neighbours or fixed)]
+    seeds = [len({each.labels["seed"] for each in of}) for of in held]
+    curves = [each.trained for of in held for each in of]
     known = [curve for curve in curves if curve is not None]
     found = {
         "beyond": not comparison.is_within,
-        "trainings": min(trainings(of) for of in (points, *fixed.values())) < NUM_TRAININGS,
+        "trainings": min(map(trainings, held)) < NUM_TRAININGS,
         "noise": sampled and min(seeds) < NUM_NOISE_SEEDS,
         "curves": len(known) < len(curves),
         "rows": any(curve.num_rows < NUM_ROWS for curve in known),
-        "moving": any(curve.moved is None or abs(curve.moved) > margin for curve in known),
+        "moving": max(map(moved, held)) > margin,
     }
     return [name for name, holds in found.items() if holds]
 
@@ -342,6 +352,7 @@ def _comparison_row(
     labels = {"recipe": name, **{label: points[0].labels[label] for label in shared}}
     labels |= {"trainings": len({each.labels["training_seed"] for each in points}), "runs": len(points)}
     labels |= {"layers": round(float(comparison.cost.value), 4), "inside": round(comparison.inside, 4)}
+    labels |= {"neighbours": list(comparison.neighbours)}
     labels |= {"reasons": reasons, "p": None if comparison.p is None else round(comparison.p, 6), "q": None}
     if comparison.difference is None:
         return {"metric": metric, **labels, "value": None, "low": None, "high": None}

@@ -38,13 +38,16 @@ class Comparison:
     """A rival's score less that of the frontier at its own cost.
 
     difference: None where the frontier does not reach as low, or as high, which is never made up for. inside: the
-    share of resamples in which it does. p: two-sided, None without a difference.
+    share of resamples in which it does. p: two-sided, None without a difference. neighbours: names of those of the
+    frontier that the rival is held against, in more than 5 % of the resamples in which it is; none without a
+    difference.
     """
 
     cost: Interval
     difference: Interval | None
     inside: float
     p: float | None
+    neighbours: tuple[str, ...] = ()
 
     @property
     def is_within(self) -> bool:
@@ -77,7 +80,7 @@ def compare(
         own = np.einsum("sr,srk->sk", shares, sums[:, first : first + sum(sizes)])
         points[key] = own[:, 2] / np.maximum(own[:, 3], 1e-12), own[:, 0] / np.maximum(own[:, 1], 1e-12)
         first += sum(sizes)
-    line = [points["frontier", name] for name in frontier]
+    line = {name: points["frontier", name] for name in frontier}
     return {name: _against(*points["rival", name], line) for name in rivals}
 
 
@@ -100,21 +103,35 @@ def _nested_shares(sizes: Sequence[int], resamples: int, generator: np.random.Ge
     return shares
 
 
-def _against(cost: Floats, score: Floats, line: Sequence[tuple[Floats, Floats]]) -> Comparison:
+def _against(cost: Floats, score: Floats, line: Mapping[str, tuple[Floats, Floats]]) -> Comparison:
     found = np.full(len(cost), np.nan)
+    near = np.zeros((len(cost), len(line)), dtype=bool)
     for sample in range(len(cost)):
-        costs, scores = _merged([each[0][sample] for each in line], [each[1][sample] for each in line])
+        own = np.array([each[0][sample] for each in line.values()])
+        costs, scores = _merged(own, [each[1][sample] for each in line.values()])
         if len(costs) and costs[0] - 1e-9 <= cost[sample] <= costs[-1] + 1e-9:
             found[sample] = score[sample] - np.interp(cost[sample], costs, scores)
+            near[sample] = _beside(cost[sample], costs, own)
     inside = float(np.isfinite(found[1:]).mean()) if len(found) > 1 else float(np.isfinite(found[0]))
     of_cost = percentiles(float(cost[0]), cost[1:])
     if not np.isfinite(found[0]) or not inside:
         return Comparison(of_cost, None, inside, None)
     known = found[1:][np.isfinite(found[1:])]
-    return Comparison(of_cost, percentiles(float(found[0]), known), inside, two_sided_p(float(found[0]), known))
+    shares = near[np.isfinite(found)].mean(0)
+    neighbours = tuple(name for name, share in zip(line, shares, strict=True) if share > 1 - LEAST_INSIDE)
+    return Comparison(
+        of_cost, percentiles(float(found[0]), known), inside, two_sided_p(float(found[0]), known), neighbours
+    )
 
 
-def _merged(costs: Sequence[float], scores: Sequence[float]) -> tuple[Floats, Floats]:
+def _beside(cost: float, costs: Floats, own: Floats) -> np.ndarray:
+    """Which of ``own`` costs are those next to ``cost``, below and above; or the one that is as large."""
+    above = min(int(np.searchsorted(costs, cost - 1e-6)), len(costs) - 1)
+    below = above if abs(costs[above] - cost) <= 1e-6 else max(above - 1, 0)
+    return (np.abs(own - costs[below]) <= 1e-6) | (np.abs(own - costs[above]) <= 1e-6)
+
+
+def _merged(costs: Floats | Sequence[float], scores: Sequence[float]) -> tuple[Floats, Floats]:
     """Points by cost, increasing, those of one cost as their mean: several names of one controller are one point."""
     order = np.argsort(costs, kind="stable")
     sorted_costs, sorted_scores = np.array(costs)[order], np.array(scores)[order]
