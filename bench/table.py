@@ -25,7 +25,7 @@ from bench.serve.page import SHORT_BEGIN, SHORT_END, short
 from bench.serve.page import tables as served_tables
 from dynskip.benchmark.report import Report, markdown_table
 from dynskip.evaluation.report.paper_claims import claims_table, tally
-from dynskip.evaluation.report.sentences import paper_null
+from dynskip.evaluation.report.sentences.oracle_controls import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
 

@@ -24,7 +24,7 @@ from dynskip.evaluation.report.evidence import (
 from dynskip.evaluation.report.numbers import signed
 from dynskip.evaluation.report.paper_claims import claims_table, tally
 from dynskip.evaluation.report.rows import select
-from dynskip.evaluation.report.sentences import paper_null
+from dynskip.evaluation.report.sentences.oracle_controls import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import report_blocks
 from dynskip.evaluation.sweep.checkpoints import Checkpoint

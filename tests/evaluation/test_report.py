@@ -20,7 +20,8 @@ from dynskip.evaluation.report.paper_claims import claims_table, tally
 from dynskip.evaluation.report.rows import find, select
 from dynskip.evaluation.report.savings import ORACLE_MIX, savings
 from dynskip.evaluation.report.sections import SECTIONS
-from dynskip.evaluation.report.sentences import paper_null, section_sentences
+from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.report.sentences.oracle_controls import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary, report_blocks, write_report
 

@@ -1,4 +1,4 @@
-"""What the rows of a summary carry, as numbers and verdicts; ``sentences.py`` puts them into words.
+"""What the rows of a summary carry, as numbers and verdicts; ``sentences`` puts them into words.
 
 Nothing is resampled here: what would take the single items has the verdict "untested".
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynskip.evaluation.report.rows import Row, bounds, find
@@ -31,6 +31,11 @@ def percent(row: Row | None, digits: int = 0) -> str:
 def signed(row: Row | None, digits: int = 3) -> str:
     """The same of a difference, a plus in front of what is above zero."""
     return _written(row, lambda value: _signed(value, digits))
+
+
+def listed(things: Sequence[Any]) -> str:
+    """``things`` in a row with commas, or a dash for none."""
+    return ", ".join(map(str, things)) or MISSING
 
 
 def cell(section: Row, metric: str, digits: int = 3, **labels: Any) -> str:

@@ -15,7 +15,8 @@ from dynskip.evaluation.report.paper_claims import claims_table, tally
 from dynskip.evaluation.report.rows import score_suffix, select
 from dynskip.evaluation.report.savings import savings
 from dynskip.evaluation.report.sections import SECTIONS
-from dynskip.evaluation.report.sentences import paper_null, section_sentences
+from dynskip.evaluation.report.sentences import section_sentences
+from dynskip.evaluation.report.sentences.oracle_controls import paper_null
 from dynskip.evaluation.report.short import in_short
 
 SUMMARY = "summary.json"
