@@ -90,8 +90,8 @@ def test_recipes_are_told_by_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> 
     told = text_of(summary, "controllers")
     assert "of 6 comparisons with fixed-input controllers at as many layers, by ROUGE-L and by log-likelihood" in told
     assert "2 better, 0 worse, 2 open, 2 untested, after control of false discoveries" in told
-    assert "Why untested: 2 of 6 run layers that no fixed-input controller reaches." in told
-    assert f"Why untested: 2 of 6 have fewer than {NUM_NOISE_SEEDS} draws of the noise" in told
+    assert "Why untested: 2 of 6 with layers that no fixed-input controller reaches." in told
+    assert f"Why untested: 2 of 6 with fewer than {NUM_NOISE_SEEDS} draws of the noise" in told
     assert "The clearest by log-likelihood is hidden, alpha 0: +0.0100 [+0.0050, +0.0150] nats a token" in told
     assert "shared by all sequences" not in told and "**untested**" not in told
     assert in_short(summary)[2] == (
@@ -146,8 +146,8 @@ def test_controllers_of_which_references_alone_were_scored(monkeypatch: pytest.M
 def test_trainings_are_drawn_and_what_they_lack_is_told() -> None:
     summary = recipe_rows("untested", reasons=("curves", "rows", "moving"))
     told = text_of(summary, "controllers")
-    assert f"Why untested: 2 of 2 have a training on fewer than {NUM_ROWS:,} rows." in told
-    assert "2 of 2 have a training whose losses are not known" in told and "validation loss that still moved" in told
+    assert f"Why untested: 2 of 2 with a training on fewer than {NUM_ROWS:,} rows." in told
+    assert "2 of 2 with a training whose losses are not known" in told and "validation loss that still moved" in told
     assert "How far controllers were trained" not in to_markdown(*report_blocks(summary))
     losses = {"training": [[step, 3.0 - step / 100] for step in range(1, 41)], "validation": [[20, 2.5], [40, 2.375]]}
     known = {"controller": "hidden, seed 1", "recipe": "hidden, target 26, frozen", "training_seed": 1}

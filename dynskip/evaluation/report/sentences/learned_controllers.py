@@ -75,12 +75,12 @@ def _recipes(found: claims.Controllers) -> list[str]:
         f"controllers at as many layers, {scores}, {counted}, after control of false discoveries."
     ]
     reasons = {
-        "beyond": "run layers that no fixed-input controller reaches",
-        "trainings": f"have fewer than {claims.NUM_TRAININGS} trainings, of their own or of the fixed input",
-        "noise": f"have fewer than {claims.NUM_NOISE_SEEDS} draws of the noise of their decisions",
-        "curves": "have a training whose losses are not known, of their own or of the fixed input",
-        "rows": f"have a training on fewer than {claims.NUM_ROWS:,} rows",
-        "moving": "have a validation loss that still moved at the end, of their own or of the fixed input",
+        "beyond": "with layers that no fixed-input controller reaches",
+        "trainings": f"with fewer than {claims.NUM_TRAININGS} trainings, of their own or of the fixed input",
+        "noise": f"with fewer than {claims.NUM_NOISE_SEEDS} draws of the noise of their decisions",
+        "curves": "with a training whose losses are not known, of their own or of the fixed input",
+        "rows": f"with a training on fewer than {claims.NUM_ROWS:,} rows",
+        "moving": "with a validation loss that still moved at the end, of their own or of the fixed input",
     }
     for name in found.reasons:
         count = sum(name in row["reasons"] for row in found.recipes)
