@@ -108,11 +108,32 @@ def test_skip_rates_are_a_line_a_controller_and_a_column_a_layer(committed: dict
     (axes,) = drawn["skip-rates"].axes
     rates = select(committed["controllers"], metric="skip_rate_nats")
     shown = np.asarray(axes.collections[0].get_array())
-    assert shown.shape == (9, 30) and shown.ravel() == pytest.approx([100 * each["value"] for each in rates])
+    assert shown.shape == (21, 30) and shown.ravel() == pytest.approx([100 * each["value"] for each in rates])
     labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels[0] == "fixed, target 25, seed 0" and labels[-1] == "hidden, target 26.5, seed 2"
+    assert labels[0] == "fixed, target 18, seed 0" and labels[-1] == "hidden, target 27, seed 2"
     numbers = [int(text.get_text()) for text in axes.texts]
     assert numbers == [round(100 * each["value"]) for each in rates if each["value"] >= 0.005]
+
+
+def test_controllers_are_not_pressed_flat_by_paths_far_below(committed: dict[str, Any], drawn: dict[str, Any]) -> None:
+    report_blocks(committed)
+    axes = drawn["controllers-nats"].axes[0]
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    scores = [row for row in select(committed["controllers"], metric="nats") if row["kind"] != "static"]
+    places = [row["value"] for row in select(committed["controllers"], metric="layers_nats") if row["kind"] != "static"]
+    assert low < min(row["value"] for row in scores) and max(row["value"] for row in scores) < high
+    assert left < min(places) and max(places) < right
+    static = [row["value"] for row in select(committed["controllers"], metric="nats", kind="static")]
+    assert max(static) > high, "the path of 10 layers"
+
+
+def test_trainings_of_many_recipes_take_several_lines(committed: dict[str, Any], drawn: dict[str, Any]) -> None:
+    report_blocks(committed)
+    panels = drawn["controller-training"].axes
+    recipes = dict.fromkeys(each["recipe"] for each in committed["controllers"]["trained"])
+    assert [axes.get_title() for axes in panels] == [", ".join(recipe.split(", ")[:2]) for recipe in recipes]
+    tops = [round(axes.get_position().y0, 2) for axes in panels]
+    assert [tops.count(top) for top in dict.fromkeys(tops)] == [4, 3]
 
 
 def test_the_oracles_curves_mean_the_same_in_both_panels(committed: dict[str, Any], drawn: dict[str, Any]) -> None:

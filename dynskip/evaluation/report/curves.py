@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from dynskip.evaluation.report.drawing import STYLES, drawing_of
 from dynskip.evaluation.report.numbers import MISSING, number, signed
 from dynskip.evaluation.report.rows import Row, distinct
 
+_IN_A_LINE = 4  # panels
 _SMOOTHED = 10  # steps that a point of the training loss is the mean of
 
 
@@ -36,7 +38,7 @@ def training_curves(section: Row) -> list[Block]:
                 "Charts of the training and validation losses by step, one for each recipe of controllers.",
                 lambda figure: _draw(figure, trained),
                 9.0,
-                3.2,
+                0.6 + 2.6 * _num_lines(trained),
             ),
             "The loss of each training by step: nats a token and the price of layers. Lines are means of the training "
             f"loss over {_SMOOTHED} steps, markers the validation loss, a style for each training.",
@@ -48,8 +50,11 @@ def training_curves(section: Row) -> list[Block]:
 def _draw(figure: Any, trained: list[Row]) -> None:
     """A panel for each recipe."""
     recipes = distinct(trained, "recipe")
-    panels = figure.subplots(1, len(recipes), sharey=True, squeeze=False)[0]
-    for axes, recipe in zip(panels, recipes, strict=True):
+    panels = figure.subplots(_num_lines(trained), min(_IN_A_LINE, len(recipes)), sharey=True, squeeze=False)
+    every = [axes for line in panels for axes in line]
+    for axes in every[len(recipes) :]:
+        axes.remove()
+    for axes, recipe in zip(every, recipes, strict=False):
         for style, each in enumerate(each for each in trained if each["recipe"] == recipe):
             look = STYLES[style % len(STYLES)]
             steps, losses = np.array(each["training"], dtype=np.float64).T
@@ -61,5 +66,10 @@ def _draw(figure: Any, trained: list[Row]) -> None:
                 axes.plot(*zip(*each["validation"], strict=True), **{**look, "linestyle": "none"}, label=label)
         kind, _, aim = str(recipe).partition(", ")
         axes.set(title=f"{kind}, {aim.partition(', ')[0]}", xlabel="step")
-    panels[0].set_ylabel("loss (nats a token, and the price)")
-    panels[0].legend(loc="upper right")
+    for axes, *_ in panels:
+        axes.set_ylabel("loss (nats a token, and the price)")
+    every[0].legend(loc="upper right")
+
+
+def _num_lines(trained: list[Row]) -> int:
+    return math.ceil(len(distinct(trained, "recipe")) / _IN_A_LINE)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dynskip.evaluation.report import paper_numbers as paper
 from dynskip.evaluation.report.document import Drawing
 from dynskip.evaluation.report.drawing import (
@@ -236,6 +238,7 @@ def controllers(section: Row, suffix: str) -> Drawing:
             axes.set_xlabel("ms a generated token, in a batch" if place == "ms_per_token" else "mean layers of a token")
             if place == layers:
                 count_layers(axes)
+        _zoom(every[: len(panels)])
         _papers_controllers(papers)
         for axes in every[len(panels) + 1 :]:
             axes.remove()
@@ -259,6 +262,26 @@ def _controller_points(axes: Any, section: Row, score: str, place: str, is_sampl
             if found is not None
         ]
         _kind_points(axes, placed, kind, style)
+
+
+def _zoom(panels: Sequence[Any]) -> None:
+    """Show what controllers reach, in charts of one height: static paths far below would take most of it."""
+    heights = []
+    for axes in panels:
+        drawn = {bars.get_label(): bars.lines[0].get_xydata() for bars in axes.containers}
+        static = drawn.pop(_STATIC, np.empty((0, 2)))
+        if not drawn:
+            continue
+        reached = np.concatenate([*drawn.values()])
+        span = max(np.ptp(reached[:, 0]), 1e-6)
+        first, last = reached[:, 0].min() - 0.1 * span, reached[:, 0].max() + 0.1 * span
+        axes.set_xlim(first, last)
+        beside = static[(static[:, 0] >= first) & (static[:, 0] <= last)]
+        heights.append(np.concatenate([reached, beside])[:, 1])
+    if heights:
+        low, high = np.min(np.concatenate(heights)), np.max(np.concatenate(heights))
+        margin = 0.1 * max(high - low, 1e-6)
+        panels[0].set_ylim(low - margin, high + margin)
 
 
 def _papers_controllers(axes: Any) -> None:

@@ -51,8 +51,8 @@ class AgainstFixed:
 
     verdict: ``"better"`` where any comparison is; ``"untested"`` where each is, or there is none; ``"worse"`` where all
     that were tests are; else ``"open"``. row: the clearest comparison of that verdict, None where none has an interval.
-    num: how many comparisons were tests, or all where none was. reasons: by name why what is untested is. by_nats:
-    whether they are those by log-likelihood, which go first.
+    num: how many comparisons were tests, or all where none was; num_all: how many there are. reasons: by name why what
+    is untested is. by_nats: whether they are those by log-likelihood, which go first.
     """
 
     def __init__(self, section: Row) -> None:
@@ -77,7 +77,7 @@ class AgainstFixed:
                 for row, p in zip(singles, adjusted, strict=True)
             ]
         tested = [pair for pair in verdicts if pair[1] != "untested"]
-        self.num = len(tested or verdicts)
+        self.num, self.num_all = len(tested or verdicts), len(verdicts)
         told = {verdict for _, verdict in tested}
         self.verdict = (
             "better" if "better" in told else "untested" if not told else "worse" if told == {"worse"} else "open"

@@ -183,8 +183,10 @@ def _controllers(summary: Summary) -> list[Verdict]:
     }[found.verdict]
     lacks = [_LACKS.get(name, name) for name in found.reasons] if found.verdict == "untested" else []
     why = f"; lacking: {', '.join(lacks)}" if lacks else ""
+    at = f" at {number(found.row['layers'], 1)} layers" if "layers" in found.row else ""
+    among = f", the clearest of {found.num_all} comparisons, {found.num} of them tested" if found.num_all > 1 else ""
     seen = _seen(found.row, lambda effect: number(effect, 4))
-    return [Verdict(claim, verdict, f"hidden states gain {signed(found.row, 4)} {unit}{why}", seen)]
+    return [Verdict(claim, verdict, f"hidden states gain {signed(found.row, 4)} {unit}{at}{among}{why}", seen)]
 
 
 def _oracle(summary: Summary) -> list[Verdict]:

@@ -320,7 +320,8 @@ def _controllers_by_nats(section: Row, how: str, times: StepTimes) -> list[Block
         ),
         Figure(
             figures.controllers(section, "_nats"),
-            "Minus the log-likelihood of a token of the reference under controllers and along static paths by layers. "
+            "Minus the log-likelihood of a token of the reference under controllers, and along static paths as far as "
+            "controllers reach, by layers. "
             f"{_BESIDE_THE_PAPER}",
         ),
         *_skip_rates(section),

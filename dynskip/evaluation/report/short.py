@@ -77,7 +77,8 @@ def _controllers(section: Row, summary: Summary) -> str | None:
     if found.row is None:
         return None
     unit = "nats a token" if found.by_nats else "ROUGE-L"
-    measured = f"{signed(found.row, 4)} {unit} over the line between fixed-input controllers at as many layers"
+    at = f"{found.row['layers']:.0f}" if "layers" in found.row else "as many"
+    measured = f"{signed(found.row, 4)} {unit} over the line between fixed-input controllers at {at} layers"
     if found.verdict == "untested":
         return f"{_QUESTIONS['controllers']} is **untested**: {measured} are no test."
     told = {
