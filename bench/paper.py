@@ -10,8 +10,9 @@ python -m bench.paper --data alpaca_data.json.xz --sibling 25=runs/s25/adapter -
                                                               weights tuned for one budget each, likewise
 
 A piece is an experiment of `dynskip eval`. Controllers and siblings are not committed, what was measured of them is,
-and what their trainings logged, in curves.csv and siblings.csv; siblings.json knows siblings by their hash, so that
-what was said of them can be said anew without them. Items are unpacked into a run folder, the missing ones done there,
+and what their trainings logged, in curves.csv and siblings.csv; controllers.json and siblings.json know each by its
+hash and how it was trained, so that what was said of siblings can be said anew without them. Items of controllers that
+the piece was not given go. Items are unpacked into a run folder, the missing ones done there,
 and all of them packed again: token ids and what routers read of prompts are left out, which are large and come again
 when they are asked for. What was killed is packed by the next start. summary.json, report.html and report.md are
 written anew, with what cut.txt says was left out; power.md says how many rows each comparison needs.
@@ -27,7 +28,7 @@ import lzma
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from dynskip.cli.eval import parse_siblings
 from dynskip.cli.options import set_threads
 from dynskip.evaluation.report.write import write_report
 from dynskip.evaluation.run import EvalRun
-from dynskip.evaluation.sweep.checkpoints import Checkpoint
+from dynskip.evaluation.sweep.checkpoints import Checkpoint, ControllerFolder
 from dynskip.evaluation.sweep.item_files import encoded
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore
@@ -57,6 +58,7 @@ PIECES = ("static", "depth", "oracle", "router", "hidden-states")
 WITHOUT_TEXTS = frozenset(("controllers", "siblings"))
 # By budget the hash of each sibling, and how it was trained; other pieces know nothing of siblings.
 SIBLINGS, SIBLING_CURVES = "siblings.json", "siblings.csv"
+CONTROLLERS = "controllers.json"  # by name the hash of each controller, and how it was trained
 NOT_PACKED = frozenset(("features",))
 
 Siblings = tuple[tuple[int, Checkpoint], ...]
@@ -109,10 +111,15 @@ def unpack(folder: Path, work: Path) -> None:
                 shutil.copyfile(folder / name, work / name)
 
 
-def pack(work: Path, folder: Path) -> int:
-    """Put the items of ``work`` into ``folder``, in an order that depends on them alone, and say how many they are."""
+def pack(work: Path, folder: Path, controllers: Collection[str] | None = None) -> int:
+    """Put the items of ``work`` into ``folder``, in an order that depends on them alone, and say how many they are.
+
+    controllers: hashes; the items of others are left out.
+    """
     with ItemStore(work / "items") as store:
         lines = [line for line in store.lines() if line["item"]["task"] not in NOT_PACKED]
+    if controllers is not None:
+        lines = [line for line in lines if line["item"]["options"].get("controller") in (None, *controllers)]
     for line in lines:
         line.pop("apart", None)
     lines.sort(key=lambda line: json.dumps(line["item"], sort_keys=True))
@@ -145,7 +152,7 @@ def run(
             with EvalRun(own, work, num_workers, progress, mixes_isa=mixes_isa) as evaluation:
                 summary = evaluation.run([name])
         finally:
-            pack(work, folder)
+            pack(work, folder, [each.hash for each in own.controllers] if name == "controllers" else None)
     if summary:
         # A piece without texts says how many references it has; the conditions are those of all pieces.
         siblings = {str(budget): checkpoint.hash for budget, checkpoint in setup.siblings}
@@ -171,6 +178,19 @@ def keep_curves(trainings: Mapping[str, Path], of: str, path: Path, keeps_others
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def keep_controllers(controllers: Sequence[ControllerFolder], folder: Path) -> None:
+    """Write down which weights ``controllers`` are, how they were trained, and what their trainings logged."""
+    known = {
+        each.label: {
+            "hash": each.hash,
+            "trained": json.loads((each.directory / RUN).read_text(encoding="utf-8"))["config"],
+        }
+        for each in controllers
+    }
+    write_json(folder / CONTROLLERS, known)
+    keep_curves({each.label: each.directory for each in controllers}, "controller", folder / CURVES)
 
 
 def check_siblings(given: Mapping[int, Path], setup: Setup) -> None:
@@ -336,8 +356,7 @@ def main() -> int:
         notes = summary["siblings"]["notes"]
         notes += [line for line in trainings_of(args.folder) if line not in notes]
     if "controllers" in args.pieces:
-        trainings = {controller.label: controller.directory for controller in setup.controllers}
-        keep_curves(trainings, "controller", args.folder / CURVES)
+        keep_controllers(setup.controllers, args.folder)
     if (args.folder / CUT).is_file():
         summary["cut"] = (args.folder / CUT).read_text(encoding="utf-8").splitlines()
     write_json(args.folder / "summary.json", summary)

@@ -115,10 +115,15 @@ def test_the_curves_of_all_trainings_are_one_file(tmp_path: Path) -> None:
         paper.keep_curves(trainings, "controller", tmp_path / "all.csv")
     for place, controller in enumerate(controllers):
         write_curves(controller.directory, [{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 2.0 + place}])
-    paper.keep_curves(trainings, "controller", tmp_path / "all.csv")
+        write_json(controller.directory / RUN, {"config": {"num_steps": place}})
+    paper.keep_controllers(controllers, tmp_path)
     names = [controller.label for controller in controllers]
     assert len(set(names)) == 2
-    assert (tmp_path / "all.csv").read_text(encoding="utf-8").splitlines() == [
+    assert json.loads((tmp_path / paper.CONTROLLERS).read_text(encoding="utf-8")) == {
+        controller.label: {"hash": controller.hash, "trained": {"num_steps": place}}
+        for place, controller in enumerate(controllers)
+    }
+    assert (tmp_path / paper.CURVES).read_text(encoding="utf-8").splitlines() == [
         "controller,step,eval_loss,loss",
         *(line for place, name in enumerate(names) for line in (f'"{name}",1,,2.5', f'"{name}",1,{2.0 + place},')),
     ]
@@ -175,6 +180,18 @@ def test_token_ids_and_features_are_not_committed(tmp_path: Path) -> None:
     assert paper.pack(tmp_path / "work", tmp_path / "committed") == 1
     (line,) = lines_of(tmp_path / "committed")
     assert line["result"] == {"rouge_l": [0.5]} and "apart" not in line
+
+
+def test_items_of_controllers_that_are_not_given_go(tmp_path: Path) -> None:
+    with ItemStore(tmp_path / "work" / "items") as store:
+        for name in ("here", "gone", None):
+            options = () if name is None else (("controller", name),)
+            store.add(
+                WorkItem("likelihood", "c" * 16, str(name), "d" * 16, "test", 0, 0, options), {"nats": [1.0]}, 1.0
+            )
+    assert paper.pack(tmp_path / "work", tmp_path / "all") == 3
+    assert paper.pack(tmp_path / "work", tmp_path / "committed", ["here"]) == 2
+    assert [line["item"]["path"] for line in lines_of(tmp_path / "committed")] == ["here", "None"]
 
 
 @pytest.mark.parametrize(("seen", "needed"), [(0.02, 200), (0.04, 800), (0.01, 50), (None, None)])

@@ -244,6 +244,8 @@ def test_a_recipe_stands_still_where_its_trainings_do_together(tmp_path: Path) -
         turned = {0: falling, 1: rising, 2: TRAINED}
         changed = [replace(p, trained=turned[p.labels["training_seed"]]) if p in moving else p for p in points]
         assert {verdict for verdict, _ in verdicts(changed, tmp_path).values()} == {"better"}
+        for row in _recipe_rows(tiny_setup(tmp_path, resamples=20), changed):
+            assert row["moved"] == pytest.approx(0.0, abs=1e-9) and row["moved_single"] == pytest.approx(0.03)
 
 
 def test_fixed_recipes_count_where_a_recipe_is_held_against_them(tmp_path: Path) -> None:

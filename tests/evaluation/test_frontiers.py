@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynskip.evaluation.stats.frontiers import Measured, compare
+from dynskip.evaluation.stats.frontiers import Measured, _spread, compare
 
 NUM_SEQS = 60
 
@@ -97,6 +97,29 @@ def test_intervals_hold_how_far_trainings_and_draws_differ() -> None:
         alone += single.low <= 0 <= single.high
     assert covered / num_runs >= 0.85, "nominally 0.95; five trainings make it a little less"
     assert alone < covered - 0.15 * num_runs, "intervals over sequences alone miss trainings and draws"
+
+
+def test_few_trainings_widen_the_interval_by_students_t() -> None:
+    """Three trainings of each of three recipes are six degrees of freedom, t of 2.447 for 1.960."""
+    generator = np.random.default_rng(3)
+    num_runs, covered = 150, {}
+    for num_trainings in (3, 12):
+        held = 0
+        for seed in range(num_runs):
+
+            def trainings(score: float, cost: float, num_trainings: int = num_trainings) -> list[list[Measured]]:
+                return [
+                    [run(score + each, cost, 0.02, generator)]
+                    for each in 0.05 * generator.standard_normal(num_trainings)
+                ]
+
+            frontier = {"a": trainings(0.2, 4), "b": trainings(0.4, 8)}
+            found = compare({"x": trainings(0.3, 6)}, frontier, resamples=200, seed=seed)["x"]
+            assert found.difference is not None and found.p is not None
+            held += found.difference.low <= 0 <= found.difference.high
+        covered[num_trainings] = held / num_runs
+    assert min(covered.values()) >= 0.9, f"nominally 0.95: {covered}"
+    assert _spread(6) == pytest.approx(2.447 / 1.960, abs=1e-3) and _spread(0) == 1.0
 
 
 def test_an_effect_is_seen() -> None:

@@ -96,7 +96,7 @@ def test_recipes_are_told_by_their_verdicts(monkeypatch: pytest.MonkeyPatch) -> 
     assert "shared by all sequences" not in told and "**untested**" not in told
     assert in_short(summary)[2] == (
         "Hidden states help to choose layers: +0.0100 [+0.0050, +0.0150] nats a token over the line between "
-        "fixed-input controllers at 9 layers, in the clearest of 2 comparisons."
+        "fixed-input controllers at 9 layers, in the clearest of 3 comparisons, 2 of them tested."
     )
     assert "is **untested**" in in_short(recipe_rows("untested", reasons=("trainings",)))[2]
     monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")

@@ -16,7 +16,7 @@ import numpy as np
 from dynskip.controllers.storage import load_controller
 from dynskip.evaluation.stats.decisions import false_discovery
 from dynskip.evaluation.stats.frontiers import Comparison, Measured, compare
-from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, bootstrap_mean, point
+from dynskip.evaluation.stats.intervals import Floats, Interval, bootstrap, bootstrap_mean, point, tidy
 from dynskip.evaluation.sweep.checkpoints import ControllerFolder
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
@@ -112,14 +112,19 @@ def _notes(setup: Setup) -> list[str]:
         "over_static_nats: the log-likelihood of a token minus that of two static paths, weighted so that their mean "
         "layers are the controller's own; paired by sequence.",
         "over_fixed_nats: the log-likelihood of a token under a recipe, all its trainings and draws of noise together, "
-        "minus the frontier of recipes with a fixed input at as many layers. Intervals resample trainings, draws and "
-        "sequences. Beyond the layers of the fixed input nothing is made up: untested. q: p, adjusted by Benjamini and "
-        "Hochberg for all recipes and scores.",
+        "minus the frontier of recipes with a fixed input at as many layers: a line between two of them. A frontier "
+        "that is curved as that of static paths is lies above it, and gains are at most these. Intervals resample "
+        "trainings, draws and sequences, and are wider by Student's t for the few trainings. Beyond the layers of the "
+        "fixed input nothing is made up: untested. q: p, adjusted by Benjamini and Hochberg for all recipes and both "
+        "scores.",
+        "Layers do not count what a layer costs that a token leaves out: where kv_policy is propagate it still makes "
+        "key and value, under gates of either kind.",
         "verdict: of a recipe and of the fixed ones that it is held against, neighbours. untested where the frontier "
         f"does not reach, or with fewer than {NUM_TRAININGS} trainings of one of them, or where a training has no "
-        f"curves or saw fewer than {NUM_ROWS:,} rows, or where the validation loss of one of them, the mean over its "
-        f"trainings, moved by more than {setup.margin_nats:g} over the last quarter of the steps; or of sampled "
-        f"decisions with fewer than {NUM_NOISE_SEEDS} draws; else better or worse where q is below 0.05, else open.",
+        f"curves or saw fewer than {NUM_ROWS:,} rows, or where the validation loss of one of them (nats a token and "
+        f"the price of layers; the mean over its trainings, signs kept) moved by more than {setup.margin_nats:g} over "
+        f"the last quarter of the steps; or of sampled decisions with fewer than {NUM_NOISE_SEEDS} draws; else better "
+        "or worse where q is below 0.05, else open.",
         "The noise of sampled decisions is drawn by seed, sequence, layer and position.",
         *(
             ["skip_rate_nats: the share of decided tokens that leave a layer out."]
@@ -286,7 +291,8 @@ def _recipe_rows(setup: Setup, learned: Sequence[Point]) -> list[dict[str, Any]]
             )
             for name, comparison in found.items():
                 reasons = _reasons(comparison, others[name], fixed, setup.margin_nats)
-                rows.append(_comparison_row(f"over_fixed{suffix}", name, others[name], comparison, reasons))
+                held = [others[name], *(fixed[each] for each in comparison.neighbours)]
+                rows.append(_comparison_row(f"over_fixed{suffix}", name, held, comparison, reasons))
     tested = [row for row in rows if row["p"] is not None]
     for row, q in zip(tested, false_discovery([row["p"] for row in tested]), strict=True):
         row["q"] = round(q, 6)
@@ -325,10 +331,6 @@ def _reasons(
     def trainings(of: Sequence[Point]) -> int:
         return len({each.labels["training_seed"] for each in of})
 
-    def moved(of: Sequence[Point]) -> float:
-        found = [each.trained.moved for each in of if each.trained is not None]
-        return np.inf if None in found else abs(float(np.mean([each for each in found if each is not None] or 0.0)))
-
     sampled = points[0].labels["choice"] == "sampled"
     held = [points, *(fixed[name] for name in comparison.neighbours or fixed)]
     seeds = [len({each.labels["seed"] for each in of}) for of in held]
@@ -340,19 +342,33 @@ def _reasons(
         "noise": sampled and min(seeds) < NUM_NOISE_SEEDS,
         "curves": len(known) < len(curves),
         "rows": any(curve.num_rows < NUM_ROWS for curve in known),
-        "moving": max(map(moved, held)) > margin,
+        "moving": _moved(held)[0] > margin,
     }
     return [name for name, holds in found.items() if holds]
 
 
+def _moved(held: Sequence[Sequence[Point]]) -> tuple[float, float]:
+    """How far the validation loss of a recipe moved at the end, of any of ``held``: the mean over its trainings, and
+    one of these; infinite where it was seen once."""
+    by_recipe = [[each.trained.moved for each in of if each.trained is not None] for of in held]
+    if any(moved is None for of in by_recipe for moved in of):
+        return np.inf, np.inf
+    known = [np.array(of, dtype=np.float64) for of in by_recipe if of]
+    means, single = [abs(float(of.mean())) for of in known], [float(np.abs(of).max()) for of in known]
+    return max(means, default=0.0), max(single, default=0.0)
+
+
 def _comparison_row(
-    metric: str, name: str, points: Sequence[Point], comparison: Comparison, reasons: list[str]
+    metric: str, name: str, held: Sequence[Sequence[Point]], comparison: Comparison, reasons: list[str]
 ) -> dict[str, Any]:
+    """held: the runs of the recipe, and then those of the fixed ones next to it."""
+    points = held[0]
     shared = ("kind", "width", "alpha", "target_layers", "backbone", "choice")
     labels = {"recipe": name, **{label: points[0].labels[label] for label in shared}}
     labels |= {"trainings": len({each.labels["training_seed"] for each in points}), "runs": len(points)}
     labels |= {"layers": round(float(comparison.cost.value), 4), "inside": round(comparison.inside, 4)}
     labels |= {"neighbours": list(comparison.neighbours)}
+    labels |= dict(zip(("moved", "moved_single"), map(tidy, _moved(held)), strict=True))
     labels |= {"reasons": reasons, "p": None if comparison.p is None else round(comparison.p, 6), "q": None}
     if comparison.difference is None:
         return {"metric": metric, **labels, "value": None, "low": None, "high": None}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dynskip.evaluation.report import claims
 from dynskip.evaluation.report.evidence import direction, holm, p_value
+from dynskip.evaluation.report.numbers import number
 from dynskip.evaluation.report.rows import Row, bounds, families_of, select
 
 # Controllers that read the prompt, once per sequence, and no hidden state.
@@ -85,6 +86,16 @@ class AgainstFixed:
         known = [row for row, verdict in verdicts if verdict == self.verdict and bounds(row) is not None]
         known.sort(key=lambda row: (1.0 if (p := p_value(row)) is None else p, -abs(row["value"])))
         self.row: Row | None = known[0] if known else None
+
+
+def still_moving(row: Row) -> str:
+    """How far the losses behind the comparison of a recipe still moved at the end; nothing where that is not known."""
+    if row.get("moved") is None or row.get("moved_single") is None:
+        return ""
+    return (
+        f"at the end the losses of these recipes still moved by {number(row['moved'])} at most, one training's by "
+        f"{number(row['moved_single'])}"
+    )
 
 
 def paths_of_one_depth(row: Row) -> str:

@@ -184,9 +184,12 @@ def _controllers(summary: Summary) -> list[Verdict]:
     lacks = [_LACKS.get(name, name) for name in found.reasons] if found.verdict == "untested" else []
     why = f"; lacking: {', '.join(lacks)}" if lacks else ""
     at = f" at {number(found.row['layers'], 1)} layers" if "layers" in found.row else ""
+    at += " by likelier decisions, where the paper's are sampled" if found.row.get("choice") == "argmax" else ""
     among = f", the clearest of {found.num_all} comparisons, {found.num} of them tested" if found.num_all > 1 else ""
+    moved = f"; {findings.still_moving(found.row)}" if findings.still_moving(found.row) else ""
     seen = _seen(found.row, lambda effect: number(effect, 4))
-    return [Verdict(claim, verdict, f"hidden states gain {signed(found.row, 4)} {unit}{at}{among}{why}", seen)]
+    measured = f"hidden states gain {signed(found.row, 4)} {unit}{at}{among}{moved}{why}"
+    return [Verdict(claim, verdict, measured, seen)]
 
 
 def _oracle(summary: Summary) -> list[Verdict]:

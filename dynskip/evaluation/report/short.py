@@ -86,7 +86,8 @@ def _controllers(section: Row, summary: Summary) -> str | None:
         "worse": "Hidden states do not help to choose layers",
         "open": "Hidden states are not seen to help to choose layers",
     }
-    which = f", in the clearest of {found.num} comparisons" if found.num > 1 else ""
+    which = f", in the clearest of {found.num_all} comparisons" if found.num_all > 1 else ""
+    which += f", {found.num} of them tested" if found.num < found.num_all else ""
     return f"{told[found.verdict]}: {measured}{which}."
 
 

@@ -132,8 +132,8 @@ def _limits(summary: Mapping[str, Any]) -> list[Block]:
                 "nearer the depths' scores lie together, the less an oracle has but luck to choose by: what survives "
                 "the controls here is no estimate of what would survive there.",
                 "It **can** say that an oracle's gain means nothing before it is held against the controls, that each "
-                "control, router and controller runs and what it costs, and how far the paper's own reasoning carries "
-                "where its numbers are repeated on another model by the same protocol.",
+                "control, router and controller runs, what those cost that are timed, and how far the paper's own "
+                "reasoning carries where its numbers are repeated on another model by the same protocol.",
                 "It **cannot** say how large an effect is on OPT-1.3B, which budget is enough there, or from which "
                 "capacity on a hidden state would help: a larger model has more to lose with a layer, and weights "
                 "trained along paths are made to be skipped.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynskip.evaluation.stats.decisions import two_sided_p
-from dynskip.evaluation.stats.intervals import Floats, Interval, percentiles, resampled_counts
+from dynskip.evaluation.stats.intervals import Floats, Interval, percentiles, resampled_counts, scipy_stats
 
 # Of all resamples so many must leave the rival within the frontier's costs, or it is beyond them.
 LEAST_INSIDE = 0.95
@@ -61,8 +61,10 @@ def compare(
     """By name of a rival how it does against the frontier, a curve through the recipes of ``frontier`` by cost.
 
     Each resample draws sequences, the same for all; of each recipe trainings; and of each of these draws of noise, all
-    with replacement. Of one training, or one draw, the interval cannot hold how far others differ. Between two recipes
-    the frontier is a line; recipes of one cost are one point, their mean.
+    with replacement. Of one training, or one draw, the interval cannot hold how far others differ. Of a few trainings
+    resamples are spread by Student's t over the normal quantile, of as many degrees of freedom as the rival and its
+    neighbours have trainings beyond the first of each. Between two recipes the frontier is a line, below which one
+    that bends lies or above; recipes of one cost are one point, their mean.
     """
     everything = {**{("rival", name): each for name, each in rivals.items()}}
     everything |= {("frontier", name): each for name, each in frontier.items()}
@@ -81,7 +83,10 @@ def compare(
         points[key] = own[:, 2] / np.maximum(own[:, 3], 1e-12), own[:, 0] / np.maximum(own[:, 1], 1e-12)
         first += sum(sizes)
     line = {name: points["frontier", name] for name in frontier}
-    return {name: _against(*points["rival", name], line) for name in rivals}
+    num_more = {name: len(trainings) - 1 for name, trainings in frontier.items()}
+    return {
+        name: _against(*points["rival", name], line, num_more, len(trainings) - 1) for name, trainings in rivals.items()
+    }
 
 
 def _nested_shares(sizes: Sequence[int], resamples: int, generator: np.random.Generator) -> Floats:
@@ -103,7 +108,10 @@ def _nested_shares(sizes: Sequence[int], resamples: int, generator: np.random.Ge
     return shares
 
 
-def _against(cost: Floats, score: Floats, line: Mapping[str, tuple[Floats, Floats]]) -> Comparison:
+def _against(
+    cost: Floats, score: Floats, line: Mapping[str, tuple[Floats, Floats]], num_more: Mapping[str, int], num_own: int
+) -> Comparison:
+    """num_more, num_own: trainings beyond the first, of each of the line and of the rival."""
     found = np.full(len(cost), np.nan)
     near = np.zeros((len(cost), len(line)), dtype=bool)
     for sample in range(len(cost)):
@@ -119,9 +127,17 @@ def _against(cost: Floats, score: Floats, line: Mapping[str, tuple[Floats, Float
     known = found[1:][np.isfinite(found[1:])]
     shares = near[np.isfinite(found)].mean(0)
     neighbours = tuple(name for name, share in zip(line, shares, strict=True) if share > 1 - LEAST_INSIDE)
-    return Comparison(
-        of_cost, percentiles(float(found[0]), known), inside, two_sided_p(float(found[0]), known), neighbours
-    )
+    value, freedom = float(found[0]), num_own + sum(num_more[name] for name in neighbours)
+    known = value + (known - value) * _spread(freedom)
+    return Comparison(of_cost, percentiles(value, known), inside, two_sided_p(value, known), neighbours)
+
+
+def _spread(freedom: int) -> float:
+    """By how much an interval of so many degrees of freedom is wider than the normal one; one of none is left alone."""
+    if not freedom:
+        return 1.0
+    stats = scipy_stats()
+    return float(stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975))
 
 
 def _beside(cost: float, costs: Floats, own: Floats) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynskip.evaluation.report import claims
+from dynskip.evaluation.report import claims, findings
 from dynskip.evaluation.report.evidence import detectable, direction
 from dynskip.evaluation.report.numbers import listed, number, signed
 from dynskip.evaluation.report.rows import Row, Summary, select
@@ -88,9 +88,10 @@ def _recipes(found: claims.Controllers) -> list[str]:
     seen = [row for row in found.recipes if row["verdict"] in ("better", "worse", "open") and row["metric"] == _BY_NATS]
     if seen:
         first = min(seen, key=lambda row: row["q"])
+        moved = f"; {findings.still_moving(first)}" if findings.still_moving(first) else ""
         lines.append(
             f"The clearest by log-likelihood is {first['recipe']}: {signed(first, 4)} nats a token over the fixed "
-            f"input at {number(first['layers'], 1)} layers."
+            f"input at {number(first['layers'], 1)} layers{moved}."
         )
     return lines
 
