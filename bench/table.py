@@ -13,24 +13,29 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from bench.peers.table import render as peers_tables
 from bench.report.choosing import choosing_tables
 from bench.report.cpu import cpu_tables
 from bench.report.device import DeviceReport
 from bench.report.drafts import in_short as drafts_in_short
 from bench.report.drafts import key_table as drafts_table
+from bench.report.overview import overview
 from bench.report.serving import key_table, serving_tables
 from bench.serve.page import BEGIN as SERVED_BEGIN
 from bench.serve.page import END as SERVED_END
 from bench.serve.page import SHORT_BEGIN, SHORT_END, short
 from bench.serve.page import tables as served_tables
-from dynskip.benchmark.report import Report, markdown_table
-from dynskip.evaluation.report.paper_claims import claims_table, tally
+from dynskip.benchmark.report import Report
+from dynskip.evaluation.report.paper_claims import tally
 from dynskip.evaluation.report.sentences.oracle_controls import paper_null
 from dynskip.evaluation.report.short import in_short
 from dynskip.evaluation.report.write import read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by bench/table.py -->", "<!-- results end -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers: written by bench/table.py -->", "<!-- peers end -->"
+OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview: written by bench/table.py -->", "<!-- overview end -->"
+KEY_BEGIN, KEY_END = "<!-- streams: written by bench/table.py -->", "<!-- streams end -->"
 SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-- serving end -->"
 DRAFTS_BEGIN, DRAFTS_END = "<!-- drafts: written by bench/table.py -->", "<!-- drafts end -->"
 PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
@@ -48,7 +53,7 @@ def render(results: Path) -> str:
             f"render: {results} must hold a report, got none. Run `dynskip bench --out {results / 'cpu'}`, or where "
             f"there is a GPU `make gpu OUT={results / 'gpu'}`."
         )
-    tables = [cpu_tables(cpus, "bench/results/cpu")] if cpus else []
+    tables = [cpu_tables(cpus, "../bench/results/cpu")] if cpus else []
     draws = sorted((results / "choosing").glob("*.jsonl"))
     tables += [choosing_tables(draws)] if draws else []
     return "\n".join([*tables, *cards])
@@ -64,23 +69,26 @@ def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
 
 def fill(readme: str, results: Path) -> str:
     """``readme`` with its tables, and its sentences on the paper, as the folder ``results`` has them."""
-    readme = insert(readme, render(results))
+    readme = insert(readme, overview(results, _streams(results)), OVERVIEW_BEGIN, OVERVIEW_END)
     readme = insert(readme, short(results / "serve"), SHORT_BEGIN, SHORT_END)
     readme = insert(readme, paper_sentences(results / PAPER_RUN), PAPER_BEGIN, PAPER_END)
-    readme = insert(readme, drafts_in_short(drafts(results)), DRAFTS_BEGIN, DRAFTS_END)
-    return insert(readme, key_table(sorted(results.glob(SERVING_FILES))), SERVING_BEGIN, SERVING_END)
+    return insert(readme, drafts_in_short(drafts(results)), DRAFTS_BEGIN, DRAFTS_END)
+
+
+def fill_measured(page: str, results: Path) -> str:
+    """``page``, the one on steps and other engines, with its tables as the folder ``results`` has them."""
+    return insert(insert(page, render(results)), peers_tables(results / "peers"), PEERS_BEGIN, PEERS_END)
 
 
 def paper_sentences(run: Path) -> str:
-    """What opens the report of ``run``, made anew from its summary: five sentences, the null, and a table of claims."""
+    """What opens the report of ``run``, made anew from its summary: five sentences, the null, and how claims do."""
     summary = read_summary(run)
     lines = [
         textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
         for text in in_short(summary)
     ]
     told = textwrap.fill(f"{paper_null()} {tally(summary)}", 120, break_on_hyphens=False)
-    claims = claims_table(summary)
-    return "\n".join([*lines, "", told, "", markdown_table(claims.header, claims.rows, right=set())])
+    return "\n".join([*lines, "", told, ""])
 
 
 def drafts(results: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -96,14 +104,19 @@ def fill_drafts(page: str, results: Path) -> str:
 
 def fill_serving(page: str, results: Path) -> str:
     """``page``, the one on serving, with its tables as the folder ``results`` has them."""
-    tables = serving_tables(sorted(results.glob(SERVING_FILES)), "../bench/results")
-    page = insert(page, tables, SERVING_BEGIN, SERVING_END)
+    page = insert(page, key_table(_streams(results)), KEY_BEGIN, KEY_END)
+    page = insert(page, serving_tables(_streams(results), "../bench/results"), SERVING_BEGIN, SERVING_END)
     return insert(page, served_tables(results / "serve"), SERVED_BEGIN, SERVED_END)
+
+
+def _streams(results: Path) -> list[Path]:
+    return sorted(results.glob(SERVING_FILES))
 
 
 # The pages that show results, and how each is filled.
 PAGES = {
     ROOT / "README.md": fill,
+    ROOT / "docs" / "measured.md": fill_measured,
     ROOT / "docs" / "serving.md": fill_serving,
     ROOT / "docs" / "speculation.md": fill_drafts,
 }

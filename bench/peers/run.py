@@ -3,7 +3,7 @@
 make peers                                      all that there is, in the environment that it makes
 make peers ARGS="--only smollm2 --rounds 3"     a part of it
 
-A run that was broken off goes on where it stopped. `python -m bench.peers.table` writes the table into the README.
+A run that was broken off goes on where it stopped. `python -m bench.table` writes the tables of the docs.
 """
 
 from __future__ import annotations

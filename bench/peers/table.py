@@ -1,14 +1,8 @@
-"""Writes the table of peers into README.md: no number there is typed by hand.
-
-python -m bench.peers.table          writes it
-python -m bench.peers.table --check  exit status 1 where the page shows something else than bench/results/peers holds
-"""
+"""The tables of peers, from the rows that `bench.peers.run` leaves; `python -m bench.table` writes them into a page."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +13,9 @@ from bench.peers.plan import CELLS, DYNSKIP, PEERS
 from bench.peers.results import Row, read
 from bench.peers.weights import SMOLLM2
 from bench.peers.workload import MEAN_OUTPUT, PROMPT_LEN, STREAM_BATCH, STREAM_PROMPT_LEN, paper_text
-from bench.table import insert
 from dynskip.benchmark.report import markdown_table
 from dynskip.models.shapes import get_shape
 
-ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = "<!-- peers: written by bench/peers/table.py -->", "<!-- peers end -->"
 # How many times as fast as vLLM dynskip should be, at least.
 _PREFILL = {("prefill", batch, prompt_len): 0.97 for batch in (1, 8) for prompt_len in (64, 512)}
 _PAPER = {("stream, paper's depths", None, None): 4.0}
@@ -174,26 +165,3 @@ def _repeats(rows: Sequence[Row]) -> str:
         f", whole streams ({repeats}); a closed batch is {STREAM_BATCH} requests in their order, until the longest "
         "output is there"
     )
-
-
-def fill(readme: str, results: Path) -> str:
-    """``readme`` with the table as the folder ``results`` has it."""
-    return insert(readme, render(results), BEGIN, END)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write, or with ``--check`` compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the page is behind")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "peers")
-    parser.add_argument("--page", type=Path, default=ROOT / "README.md")
-    args = parser.parse_args(argv)
-    old = args.page.read_text(encoding="utf-8")
-    new = fill(old, args.results)
-    if not args.check:
-        args.page.write_text(new, encoding="utf-8")
-    return int(args.check and new != old)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

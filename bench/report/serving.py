@@ -77,7 +77,7 @@ _BEYOND = (
     "More than 100% of the ideal is possible: runs differ by noise, full depth falls short of its own ideal, too, and "
     "the ideal comes from costs that were calibrated before"
 )
-# Those that the README has.
+# Those of the table over all models.
 KEY_QUESTIONS = (
     Question("decode, cohort over full depth", *_COHORT, "decode_gain"),
     Question("decode, share of the ideal", *_COHORT, "decode_gain", "ideal_decode", **_IDEAL),
@@ -157,6 +157,17 @@ def key_table(paths: Sequence[Path]) -> str:
         text += f" {_BEYOND}."
     table = markdown_table(header, rows, right=set(range(2, len(header))))
     return f"{table}\n{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n"
+
+
+def key_figures(paths: Sequence[Path]) -> list[tuple[Mapping[str, Any], dict[int, float]]]:
+    """Of each model and machine the conditions, and by batch how many times as fast `cohort` decodes as full depth."""
+    found = []
+    for files in _by_model(paths):
+        conditions = _conditions(files, "stream")
+        assert conditions is not None, "checked when the files were read"
+        batches = {batch: lines[_COHORT] for batch, lines in _batches(files).items() if _COHORT in lines}
+        found.append((conditions, {batch: float(line["decode_gain"]) for batch, line in batches.items()}))
+    return found
 
 
 def _with_worst(lines: Lines) -> Lines:

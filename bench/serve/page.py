@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench.peers.results import Row, read
@@ -14,6 +14,7 @@ from dynskip.models.shapes import get_shape
 BEGIN, END = "<!-- cost of serving: written by bench/table.py -->", "<!-- cost of serving end -->"
 SHORT_BEGIN, SHORT_END = "<!-- served: written by bench/table.py -->", "<!-- served end -->"
 _SHOWN_LOAD = "80%"  # in short
+_MISSED = "\\*"
 # Tokens/s of the server over those of `Engine`, at least.
 TARGETS = {"opt-1.3b": 0.95, "smollm2-135m": 0.85, "smollm2-135m-paths": 0.85}
 
@@ -29,38 +30,69 @@ def tables(results: Path) -> str:
 
 def short(results: Path) -> str:
     """What each server of the folder ``results`` can do, and how long its clients wait: a table of few columns."""
-    lines, notes = [], []
+    lines, dates, older = [], [], []
     for path in sorted(results.glob("*.jsonl")):
         conditions, rows = read(path)
         found = {(row["peer"], row["what"]): row for row in rows if "error" not in row}
+        about = [_of_layers(conditions), conditions["cpu"]]
         for peer in dict.fromkeys(row["peer"] for row in rows):
             capacity, waits = found.get((peer, "capacity")), found.get((peer, f"latency, {_SHOWN_LOAD}"))
             if capacity is not None and waits is not None:
                 depth = "full depth" if peer == "vLLM" else "paper's depths"
                 figures = [_percentiles(waits[name]) for name in ("ttft_ms", "tpot_ms")]
-                about = [conditions["shape"], conditions["cpu"], peer, depth]
-                lines.append([*about, f"{capacity['tokens_per_s']:.0f}", *figures])
+                costs = _costs(conditions, found, depth) if peer == "cohort" else ""
+                lines.append([*about, peer, depth, f"{capacity['tokens_per_s']:.0f}", *figures, costs])
         deep = found.get(("server", "overhead, full depth, streams"))
-        if deep is not None and ("cohort", "capacity") in found:  # what vLLM does, too
-            about = [conditions["shape"], conditions["cpu"], "cohort", "full depth"]
-            lines.append([*about, f"{deep['ours']:.0f}", "", ""])
-        costs = [row for row in rows if row["what"].startswith("overhead, ") and "error" not in row]
-        target = TARGETS.get(conditions["shape"])
-        told = ", ".join(
-            f"{row['value']:.3f} ({row['what'].partition(', ')[2]}{_missed(row['value'], target)})" for row in costs
-        )
-        aim = "" if target is None else f" (target: at least {target:.2f})"
-        notes.append(
-            f"{conditions['shape']} on {conditions['cpu']}: {_weights(conditions).lower()}, the paper's depths as "
-            f"{_depths(conditions)}; {conditions['num_threads']} threads, commit "
-            f"{conditions['commit']}, {conditions['date']}; the server over Engine on the same requests, "
-            f"tokens/s{aim}: {told}.{_older(conditions, rows)}"
-        )
-    heads = ("model", "CPU", "server", "runs", "tokens/s at most", "ms to the first token", "ms a token behind it")
+        if deep is not None:
+            speed = f"{deep['ours']:.0f}" if ("cohort", "capacity") in found else ""
+            if not speed:  # a mix whose waits were not timed
+                shallow = "paper's depths"
+                lines.append([*about, "cohort", shallow, "", "", "", _costs(conditions, found, shallow)])
+            lines.append([*about, "cohort", "full depth", speed, "", "", _costs(conditions, found, "full depth")])
+        dates.append(conditions["date"])
+        if _older(conditions, rows):
+            older.append(f"{conditions['shape']} on {conditions['cpu']}")
     if not lines:
         return "Not measured yet.\n"
-    notes.insert(0, "Prefix caching, on unless a server is told otherwise, is off in all rows.")
-    return "\n".join([markdown_table(heads, lines, {4, 5, 6}), *(f"{textwrap.fill(note, 120)}\n" for note in notes)])
+    over = "of Engine's tokens/s: whole answers / streams"
+    heads = (
+        "model",
+        "CPU",
+        "server",
+        "runs",
+        "tokens/s at most",
+        "ms to the first token",
+        "ms a token behind it",
+        over,
+    )
+    note = (
+        f"bfloat16, 2 threads, no prefix caching; measured from {min(dates)} to {max(dates)}. {_MISSED} misses its "
+        f"target: {TARGETS['opt-1.3b']} of the tokens/s that `Engine` gives the same requests at OPT-1.3B shapes, "
+        f"{TARGETS['smollm2-135m']} for SmolLM2."
+    )
+    if older:
+        note += f" Waits of {' and '.join(older)} are those of a server before its memory was frozen."
+    return f"{markdown_table(heads, lines, {4, 5, 6, 7})}\n{textwrap.fill(note, 120)}\n"
+
+
+def _of_layers(conditions: Row) -> str:
+    """The model, and the mean of its layers at the paper's depths."""
+    if "mix" not in conditions:
+        return str(conditions["shape"])
+    total = sum(share for _, share in conditions["depths"])
+    mean = sum(depth * share for depth, share in conditions["depths"]) / total
+    return f"{conditions['shape']} ({mean:.1f} of {conditions['num_layers']})"
+
+
+def _costs(conditions: Row, found: Mapping[tuple[str, str], Row], depth: str) -> str:
+    """The server's tokens/s over those of `Engine`, of whole answers and of streams."""
+    target = TARGETS.get(conditions["shape"])
+    rows = [found.get(("server", f"overhead, {depth}, {what}")) for what in ("whole answers", "streams")]
+    shown = (
+        "" if row is None else f"{row['value']:.3f}" + _MISSED * (target is not None and row["value"] < target)
+        for row in rows
+    )
+    return " / ".join(shown) if any(rows) else ""
 
 
 def page(conditions: Row, rows: Sequence[Row]) -> str:
@@ -112,10 +144,6 @@ def _bursts(rows: Sequence[Row]) -> str:
     """How often a server's capacity was measured; rows that do not say it, once."""
     most = max((len(row.get("bursts", ())) for row in rows), default=0)
     return f"the middle one of {most} bursts, all servers in turns" if most else "a burst"
-
-
-def _missed(value: float, target: float | None) -> str:
-    return ", missed" if target is not None and value < target else ""
 
 
 def _percentiles(values: Sequence[float]) -> str:

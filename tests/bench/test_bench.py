@@ -538,7 +538,7 @@ def table_script() -> ModuleType:
 
 def test_pages_show_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     table = table_script()
-    assert sorted(path.name for path in table.PAGES) == ["README.md", "serving.md", "speculation.md"]
+    assert sorted(path.name for path in table.PAGES) == ["README.md", "measured.md", "serving.md", "speculation.md"]
     for path, fill in table.PAGES.items():
         text = path.read_text(encoding="utf-8")
         assert fill(text, ROOT / "bench" / "results") == text, f"{path.name}: run `python -m bench.table`"
@@ -550,7 +550,11 @@ def test_pages_show_the_committed_results(capsys: pytest.CaptureFixture[str]) ->
 def test_a_page_that_is_behind_is_noticed_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = table_script()
     page = tmp_path / "page.md"
-    marks = ((table.SERVING_BEGIN, table.SERVING_END), (table.SERVED_BEGIN, table.SERVED_END))
+    marks = (
+        (table.KEY_BEGIN, table.KEY_END),
+        (table.SERVING_BEGIN, table.SERVING_END),
+        (table.SERVED_BEGIN, table.SERVED_END),
+    )
     page.write_text("\n".join(f"{begin}\nold\n{end}" for begin, end in marks), encoding="utf-8")
     monkeypatch.setattr(table, "PAGES", {page: table.fill_serving})
     assert table.main(["--check"]) == 1 and "old" in page.read_text(encoding="utf-8")
@@ -574,9 +578,9 @@ def test_the_pages_show_the_committed_results() -> None:
         assert shown == serving.page(conditions, lines).partition("\n")[2]
 
 
-def test_the_readme_shows_every_row_of_every_report() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.split(table_script().BEGIN)[1].split(table_script().END)[0]
+def test_a_page_shows_every_row_of_every_report() -> None:
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    shown = page.split(table_script().BEGIN)[1].split(table_script().END)[0]
     tables: dict[str, dict[str, dict[str, str]]] = {}  # by machine, question and column
     for title, text in re.findall(r"^\*\*(.+)\*\*\n\n((?:\|.*\n)+)", shown, re.MULTILINE):
         header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())

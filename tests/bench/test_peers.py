@@ -242,15 +242,10 @@ def test_the_table_shows_figures_intervals_targets_and_failures(tmp_path: Path) 
     assert "Failed, transformers, load: No module named 'transformers'" in flat
 
 
-def test_the_readme_shows_the_committed_results(tmp_path: Path) -> None:
-    assert table.main(["--check"]) == 0, "run python -m bench.peers.table"
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n", encoding="utf-8")
-    arguments = ["--page", str(page), "--results", str(tmp_path)]
-    assert table.main([*arguments, "--check"]) == 1
-    assert table.main(arguments) == 0
-    assert table.main([*arguments, "--check"]) == 0
-    assert page.read_text(encoding="utf-8").startswith("before\n") and "Not measured yet." in page.read_text("utf-8")
+def test_a_page_shows_the_committed_results(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert table.render(ROOT / "bench" / "results" / "peers").strip() in page, "run python -m bench.table"
+    assert table.render(tmp_path) == "Not measured yet.\n"
 
 
 class Counting(ClosedBatches):
