@@ -115,12 +115,13 @@ def _notes(lines: Mapping[tuple[str, str], _Line]) -> Iterator[str]:
     runs = sorted(run for line in lines.values() for run in line.runs)
     yield (
         f"How many times as fast, at batch 1 / 8 / 32 unless another is named; {_MISSED} misses its target. *Mixed "
-        "stream*: requests at the paper's depths, decoded by `cohort`, over the same requests at full depth. *A quarter "
-        "of the layers*: a decode step along one path for all, over one of all layers. *Step over its floor*: the time of "
-        "a decode step of all layers over that of its matrix products and of reading its keys and values. Over "
-        f"transformers and vLLM: decode steps of all layers, prompts of {PROMPT_LEN} and of {_LONG} tokens, a stream of "
-        f"all layers (256 requests, prompts of {STREAM_PROMPT_LEN}, outputs geometric with a mean of {MEAN_OUTPUT}, at "
-        f"most {STREAM_BATCH} in a step), and a mixed stream over vLLM's at full depth, the only one that it knows."
+        "stream*: requests at the paper's depths, decoded by `cohort`, over the same requests at full depth. *A "
+        "quarter of the layers*: a decode step along one path for all, over one of all layers. *Step over its "
+        "floor*: the time of a decode step of all layers over that of its matrix products and of reading its keys "
+        "and values. Over transformers and vLLM: decode steps of all layers, prompts of "
+        f"{PROMPT_LEN} and of {_LONG} tokens, a stream of all layers (256 requests, prompts of {STREAM_PROMPT_LEN}, "
+        f"outputs geometric with a mean of {MEAN_OUTPUT}, at most {STREAM_BATCH} in a step), and a mixed stream over "
+        "vLLM's at full depth, the only one that it knows."
     )
     yield (
         "All in bfloat16 with 2 threads on 2 cores; of opt-1.3b and llama-3.2-1b the shapes with random weights. "
