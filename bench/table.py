@@ -40,6 +40,7 @@ SERVING_BEGIN, SERVING_END = "<!-- serving: written by bench/table.py -->", "<!-
 DRAFTS_BEGIN, DRAFTS_END = "<!-- drafts: written by bench/table.py -->", "<!-- drafts end -->"
 PAPER_BEGIN, PAPER_END = "<!-- paper: written by bench/table.py -->", "<!-- paper end -->"
 PAPER_RUN = "paper-smollm2"  # the folder of results whose report the README tells in short
+CARDS_HEADING = "## On a GPU\n"
 # What `bench/serving.py` and `bench/drafts.py` leave.
 SERVING_FILES, DRAFTS_FILES = "serving*.jsonl", "drafts/*.jsonl"
 
@@ -56,7 +57,7 @@ def render(results: Path) -> str:
     tables = [cpu_tables(cpus, "../bench/results/cpu")] if cpus else []
     draws = sorted((results / "choosing").glob("*.jsonl"))
     tables += [choosing_tables(draws)] if draws else []
-    return "\n".join([*tables, *cards])
+    return "\n".join([*tables, *([CARDS_HEADING] if cards else []), *cards])
 
 
 def insert(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench.peers.results import Row, read
-from bench.peers.workload import depths_text, paper_text
+from bench.peers.workload import depths_text, paper_paths, paper_text
 from dynskip.benchmark.report import markdown_table
 from dynskip.models.shapes import get_shape
 
@@ -71,17 +71,15 @@ def short(results: Path) -> str:
         f"{TARGETS['smollm2-135m']} for SmolLM2."
     )
     if older:
-        note += f" Waits of {' and '.join(older)} are those of a server before its memory was frozen."
+        note += f" Waits of {' and '.join(older)} are those of a server that did not call `gc.freeze` yet."
     return f"{markdown_table(heads, lines, {4, 5, 6, 7})}\n{textwrap.fill(note, 120)}\n"
 
 
 def _of_layers(conditions: Row) -> str:
-    """The model, and the mean of its layers at the paper's depths."""
-    if "mix" not in conditions:
-        return str(conditions["shape"])
-    total = sum(share for _, share in conditions["depths"])
-    mean = sum(depth * share for depth, share in conditions["depths"]) / total
-    return f"{conditions['shape']} ({mean:.1f} of {conditions['num_layers']})"
+    """The model, and the layers of the mix."""
+    num_layers = conditions.get("num_layers") or get_shape(conditions["shape"]).num_layers
+    depths = conditions.get("depths") or [(path.budget, share) for path, share in paper_paths(num_layers)]
+    return f"{conditions['shape']}, {'/'.join(str(depth) for depth, _ in depths)} of {num_layers} layers"
 
 
 def _costs(conditions: Row, found: Mapping[tuple[str, str], Row], depth: str) -> str:

@@ -368,10 +368,11 @@ def test_the_table_says_what_was_met_missed_and_failed(tmp_path: Any) -> None:
     rows[4]["what"] = "latency, 80%"
     (tmp_path / "opt.jsonl").write_text("\n".join(map(json.dumps, [conditions, *rows])), encoding="utf-8")
     told = " ".join(short(tmp_path).split())
-    assert "| opt-1.3b | Test | cohort | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 | |" in told
+    who = "| opt-1.3b, 4/8/12/24 of 24 layers | Test | cohort"
+    assert f"{who} | paper's depths | 321 | 1.0 / 2.0 / 300 | 5.0 / 6.0 / 7.0 | |" in told
     assert "vLLM" not in told
     figures = "0.970 / 0.940\\*"
-    assert f"| opt-1.3b | Test | cohort | full depth | 80 | | | {figures} |" in told, "beside one that knows no other"
+    assert f"{who} | full depth | 80 | | | {figures} |" in told, "beside one that knows no other"
     assert "no prefix caching; measured from" in told and "0.95 of the tokens/s that `Engine` gives" in told
 
 
