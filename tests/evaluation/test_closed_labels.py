@@ -18,7 +18,13 @@ from dynskip.data.closed_labels import judged_part, passage_of, read_labelled
 from dynskip.evaluation.registry import run_item
 from dynskip.evaluation.sweep.context import Context
 from dynskip.evaluation.sweep.store import ItemStore
-from dynskip.evaluation.tasks.label_matches import label_items, labelled_rows, match_items, read_matches
+from dynskip.evaluation.tasks.label_matches import (
+    label_items,
+    labelled_rows,
+    match_items,
+    read_matches,
+    without_reading,
+)
 from dynskip.evaluation.tasks.path_families import families
 
 pytest.importorskip("datasets", reason="datasets is not installed")
@@ -78,6 +84,11 @@ def test_the_likeliest_label_is_that_of_plain_passes(tmp_path: Path) -> None:
         for item in store.missing(match_items(setup, members)):
             store.add(item, run_item(item, context), 1.0)
         found = read_matches(setup, store, members)
+        ignorant = without_reading(setup, store, members[0])
+    rows = judged_part(read_labelled(file))[:9]
+    assert ignorant["chance"].tolist() == [1 / 3] * 9
+    usual = max({row.label for row in rows}, key=[row.label for row in rows].count)
+    assert ignorant["majority"].mean() == sum(row.label == usual for row in rows) / 9
     assert found.shape == (9, 3) and set(np.unique(found)) <= {0.0, 1.0}
     llm = context.llm(setup.checkpoint.hash)
     for place, row in enumerate(judged_part(read_labelled(file))[:9]):

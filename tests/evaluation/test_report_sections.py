@@ -196,3 +196,28 @@ def test_milliseconds_stand_beside_layers_where_a_path_was_timed(monkeypatch: py
     assert "| 6 | not measured | 2.000 [1.990, 2.010] |" in page
     assert page.count("| 4.00 [3.90, 4.10] | 0.500 [0.490, 0.510] | 2.0000 [1.9900, 2.0100] |") == 1
     assert page.count("| 4.00 [3.90, 4.10] | not measured | 2.0000 [1.9900, 2.0100] |") == 2
+
+
+def test_closed_labels_are_told_beside_what_is_right_without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "svg", lambda *_, **__: "<svg ></svg>")
+    summary = example_summary()
+    assert "Closed labels" not in to_markdown(*report_blocks(summary))
+    of = {"metric": "label_match", "family": "paths"}
+    summary["static"]["rows"] += [
+        *(row(value, 0.02, budget=budget, **of) for budget, value in ((24, 0.55), (12, 0.54), (4, 0.42))),
+        *(
+            row(value, 0.02, **{**of, "metric": "label_match - full"}, budget=budget, verdict=verdict)
+            for budget, value, verdict in ((24, 0.0, "equivalent"), (12, -0.01, "open"), (4, -0.13, "lower"))
+        ),
+        *(row(value, 0.02, metric="label_match", rule=rule) for rule, value in (("chance", 0.4), ("majority", 0.5))),
+    ]
+    summary["conditions"]["label_prompts"] = 500
+    page = to_markdown(*report_blocks(summary))
+    assert "of 500 rows of T0 the share whose right label" in page
+    assert "chance 40.0 % [38.0 %, 42.0 %], majority 50.0 % [48.0 %, 52.0 %]; majority is" in page
+    assert "| 24 | 55.0 % [53.0 %, 57.0 %] | – | – | – |" in page
+    assert "| 4 | 42.0 % [40.0 %, 44.0 %] | −0.130 [−0.150, −0.110] | 0.029 | lower |" in page
+    told = text_of(summary, "static")
+    assert "of closed labels 55 % [53 %, 57 %] are right at full depth, where each template's most frequent one" in told
+    assert "fewer are right than at full depth at 4 layers; the paired difference at 4 layers is −0.130" in told
+    assert "at 12 layers the difference is not told apart from none, which is no equality: at 12 a loss under" in told

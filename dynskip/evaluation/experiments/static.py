@@ -18,7 +18,7 @@ from dynskip.evaluation.stats.intervals import Floats, bootstrap_mean
 from dynskip.evaluation.sweep.checkpoints import Checkpoint
 from dynskip.evaluation.sweep.setup import Setup
 from dynskip.evaluation.sweep.store import ItemStore, WorkItem
-from dynskip.evaluation.tasks.label_matches import match_items, read_matches
+from dynskip.evaluation.tasks.label_matches import match_items, read_matches, without_reading
 from dynskip.evaluation.tasks.likelihoods import (
     likelihood_items,
     member_items,
@@ -60,6 +60,10 @@ def summarise(setup: Setup, store: ItemStore) -> dict[str, Any]:
         if setup.labels_hash is not None:
             matches = read_matches(setup, store, members)
             rows += score_rows(setup, "label_match", matches, None, setup.margin_match, family, members)
+    if setup.labels_hash is not None:
+        member = families(setup)["paths"][-1]
+        for rule, found in without_reading(setup, store, member).items():
+            rows.append(bootstrap_mean(found, resamples=setup.resamples).row(metric="label_match", rule=rule))
     if setup.backbone is not None:
         rows += _tuning_rows(setup, store)
     for weights, checkpoint in setup.weights_compared.items():
@@ -130,7 +134,8 @@ def _notes_on_labels(setup: Setup) -> list[str]:
         return []
     return [
         f"label_match: the share of {setup.label_prompts} T0 rows whose right label is the likeliest of its "
-        f"template's; templates with at most {MOST_LABELS} labels, rows of 15 % of the passages, chosen by their text."
+        f"template's; templates with at most {MOST_LABELS} labels, rows of 15 % of the passages, chosen by their text. "
+        "Of rule chance the label is drawn, of rule majority it is the one that is right most often in the same rows."
     ]
 
 

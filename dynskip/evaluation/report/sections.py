@@ -11,7 +11,7 @@ from dynskip.evaluation.report.curves import training_curves
 from dynskip.evaluation.report.document import Block, Figure, Paragraph, Table
 from dynskip.evaluation.report.evidence import detectable
 from dynskip.evaluation.report.likelihood_table import likelihoods
-from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, signed
+from dynskip.evaluation.report.numbers import MISSING, cell, interval, number, percent, signed
 from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, score_suffix, select
 from dynskip.evaluation.report.sibling_sections import siblings
 from dynskip.evaluation.report.step_times import StepTimes
@@ -84,7 +84,7 @@ def _strategy_table(section: Row, weights: str) -> Table:
 def static(section: Row, summary: Summary) -> list[Block]:
     """Experiment 2, and what the budgets cost in time."""
     blocks = [] if score_suffix(section) else _by_texts(section, summary)
-    return [*blocks, *_by_nats(section, summary)]
+    return [*blocks, *_by_nats(section, summary), *_by_labels(section, summary)]
 
 
 def _by_texts(section: Row, summary: Summary) -> list[Block]:
@@ -181,6 +181,49 @@ def _by_nats(section: Row, summary: Summary) -> list[Block]:
         header = ["layers", *(figures.RULES[rule] for rule in rules)]
         blocks.append(Table(f"Nats a token by rule, weights: {weights}", header, cells))
     return blocks
+
+
+def _by_labels(section: Row, summary: Summary) -> list[Block]:
+    """The share of closed labels that are chosen right, beside what is right without reading; none without labels."""
+    families = families_of(section, metric="label_match")
+    if not families:
+        return []
+    names = [figures.FAMILIES.get(family, family) for family in families]
+    budgets = sorted({row["budget"] for row in select(section, metric="label_match - full")}, reverse=True)
+    cells = [
+        [
+            str(budget),
+            *(
+                text
+                for family in families
+                for text in _labels_at(section, family, budget, budget == summary["conditions"]["num_layers"])
+            ),
+        ]
+        for budget in budgets
+    ]
+    rules = ((rule, find(section, metric="label_match", rule=rule)) for rule in ("chance", "majority"))
+    told = ", ".join(f"{rule} {percent(row, 1)}" for rule, row in rules if row is not None)
+    num_rows = summary["conditions"].get("label_prompts", MISSING)
+    return [
+        Paragraph(
+            f"Closed labels: of {num_rows} rows of T0 the share whose right label is the likeliest of its template's. "
+            f"Without reading a row: {told}; majority is the label that is right most often in the same rows."
+        ),
+        Table(
+            "Right labels by budget, minus those at full depth, paired, and the difference that would have been seen",
+            ["layers", *(text for name in names for text in (name, "minus full depth", "seen from", "verdict"))],
+            cells,
+        ),
+    ]
+
+
+def _labels_at(section: Row, family: str, budget: int, is_full: bool) -> list[str]:
+    found = find(section, metric="label_match", family=family, budget=budget)
+    row = find(section, metric="label_match - full", family=family, budget=budget)
+    rest = (
+        [MISSING] * 3 if is_full or row is None else [signed(row, 3), number(detectable(row), 3), str(row["verdict"])]
+    )
+    return [percent(found, 1), *rest]
 
 
 _TIMES_OF_PATHS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ def run_labels(item: WorkItem, context: Context) -> dict[str, Any]:
     """By path, row by row of the shard: 1 where the right label is the likeliest of its template's, else 0.
 
     A label's likelihood is that of its tokens and the end behind them. rows: their places among those that are judged
-    on and fit the model's positions.
+    on and fit the model's positions. templates, right: of each row, and the place of its label among that one's.
     """
     llm = context.llm(item.checkpoint)
     assert context.setup.labels is not None and llm.tokenizer is not None, "label_items makes none without"
@@ -60,7 +61,9 @@ def run_labels(item: WorkItem, context: Context) -> dict[str, Any]:
     }
     return {
         "rows": list(range(item.shard * size, item.shard * size + len(shard))),
+        "templates": [row.template for row in shard],
         "num_labels": [len(row.texts) for row in shard],
+        "right": [row.right for row in shard],
         "paths": {name: {"matches": found} for name, found in matches.items()},
     }
 
@@ -72,6 +75,7 @@ class _Labelled:
         prompt_ids = tuple(tokenizer(row.prompt, verbose=False)["input_ids"])
         answers = tokenizer(list(row.labels), add_special_tokens=False, verbose=False)["input_ids"]
         self.texts = [Example(prompt_ids, (*answer, tokenizer.eos_token_id), 0) for answer in answers]
+        self.template = row.template
         self.right = row.labels.index(row.label)
         self.longest = max(text.num_tokens for text in self.texts)
 
@@ -100,6 +104,19 @@ def read_matches(setup: Setup, store: ItemStore, members: Sequence[Member]) -> F
         results = [store.result(item) for item in sorted(items, key=lambda item: item.shard)]
         columns.append([match for result in results for match in result["paths"][member.path]["matches"]])
     return np.array(columns, dtype=np.float64).T
+
+
+def without_reading(setup: Setup, store: ItemStore, member: Member) -> dict[str, Floats]:
+    """What is right without reading the row, [N] each: chance, the label drawn among its template's; majority, 1 where
+    the label is the one that is right most often in the template's judged rows, which flatters it."""
+    items = label_items(setup, member.checkpoint, [member.path])
+    results = [store.result(item) for item in sorted(items, key=lambda item: item.shard)]
+    num_labels = np.array([count for result in results for count in result["num_labels"]], dtype=np.float64)
+    right = [pair for result in results for pair in zip(result["templates"], result["right"], strict=True)]
+    counts = Counter(right)
+    best = {template: label for (template, label), _ in reversed(counts.most_common())}
+    majority = np.array([label == best[template] for template, label in right], dtype=np.float64)
+    return {"chance": 1 / num_labels, "majority": majority}
 
 
 def match_items(setup: Setup, members: Sequence[Member]) -> list[WorkItem]:

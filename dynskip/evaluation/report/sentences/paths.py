@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dynskip.evaluation.report import claims
 from dynskip.evaluation.report.evidence import detectable, direction, negated
 from dynskip.evaluation.report.figures import FAMILIES, RULES, WEIGHTS
-from dynskip.evaluation.report.numbers import interval, listed, number, signed
-from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, select
+from dynskip.evaluation.report.numbers import interval, listed, number, percent, signed
+from dynskip.evaluation.report.rows import Row, Summary, distinct, families_of, find, select
 
 
 def hidden_states(section: Row, summary: Summary) -> list[str]:
@@ -88,7 +88,44 @@ def static(section: Row, summary: Summary) -> list[str]:
                 f"{of}, ROUGE-L is equivalent to full depth's at {_budgets(alike)} layers: two one-sided tests put the "
                 f"difference within {number(alike[0]['margin'], 3)}."
             )
-    return [*lines, *losses_in_nats(section, num_layers), *tuning(section), *rules(section)]
+    return [
+        *lines,
+        *losses_in_nats(section, num_layers),
+        *labels(section, num_layers),
+        *tuning(section),
+        *rules(section),
+    ]
+
+
+def labels(section: Row, num_layers: int | None) -> list[str]:
+    """By weights at which budgets fewer closed labels are right than at full depth, and where none is told apart."""
+    lines = []
+    majority = find(section, metric="label_match", rule="majority")
+    for family in families_of(section, metric="label_match - full"):
+        rows = [r for r in select(section, metric="label_match - full", family=family) if r["budget"] != num_layers]
+        full = find(section, metric="label_match", family=family, budget=num_layers)
+        if not rows or full is None:
+            continue
+        of = f"With {FAMILIES.get(family, family)}"
+        beside = (
+            "" if majority is None else f", where each template's most frequent one is right in {percent(majority)}"
+        )
+        lines.append(f"{of}, of closed labels {percent(full)} are right at full depth{beside}.")
+        for sign, word in ((-1, "fewer"), (1, "more")):
+            if moved := [row for row in rows if direction(row) == sign]:
+                deepest = max(moved, key=lambda row: int(row["budget"]))
+                lines.append(
+                    f"{of}, {word} are right than at full depth at {_budgets(moved)} layers; the paired difference at "
+                    f"{deepest['budget']} layers is {signed(deepest)}."
+                )
+        if open_ := [row for row in rows if not direction(row)]:
+            deepest = max(open_, key=lambda row: int(row["budget"]))
+            lines.append(
+                f"{of}, at {_budgets(open_)} layers the difference is not told apart from none, which is no equality: "
+                f"at {deepest['budget']} a loss under {number(detectable(deepest))} would be missed in more than one "
+                "run of five."
+            )
+    return lines
 
 
 def losses_in_nats(section: Row, num_layers: int | None) -> list[str]:
