@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         inputs,
         params,
         paths=chosen[0] if len(chosen) == 1 else chosen,
-        draft=args.draft if args.draft in (None, "auto") else LayerPath.parse(args.draft, num_layers),
+        draft=args.draft if args.draft in (None, "auto") else LayerPath.parse(args.draft, num_layers, llm.model),
         draft_entries=args.draft_entries,
         progress=progress,
     )

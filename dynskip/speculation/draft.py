@@ -91,6 +91,10 @@ def resolve_drafts(
     if isinstance(draft, str):
         if draft != "auto":
             raise ValueError(f"{what}: draft must be a LayerPath, 'auto' or None, got {shown(draft)}.")
+        if entries != "own":
+            raise ValueError(
+                f"{what}: draft_entries must be left out with 'auto', which knows them, got {shown(entries)}."
+            )
         known: dict[LayerPath, Draft | None] = {}
         for path in dict.fromkeys(paths):
             if path is None:
@@ -99,7 +103,7 @@ def resolve_drafts(
         given = [None if path is None else known[path] for path in paths]
     elif isinstance(draft, LayerPath | Draft):
         given = [draft] * len(paths)
-    elif isinstance(draft, Sequence):
+    elif isinstance(draft, Sequence) and not isinstance(draft, bytes | bytearray):
         given = draft
         if len(given) != len(paths):
             raise ValueError(f"{what}: draft must be one for all or one per prompt, got {len(given)} for {len(paths)}.")
@@ -112,7 +116,7 @@ def resolve_drafts(
             continue
         one = Draft(each, entries) if isinstance(each, LayerPath) else each
         if not isinstance(one, Draft):
-            raise TypeError(f"{what}: draft must be a LayerPath, 'auto' or None, got {type(each).__name__}.")
+            raise TypeError(f"{what}: draft of a prompt must be a LayerPath or None, got {shown(each)}.")
         one.check(path, what)
         assert path is not None, "checked"
         found.append(one.for_path(path))

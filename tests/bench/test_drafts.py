@@ -387,8 +387,9 @@ def test_the_table_of_key_figures_has_a_line_for_each_draft_and_acceptance() -> 
 
 def test_in_short_are_the_gains_with_weights_that_exist_and_how_many_rows_miss() -> None:
     row = {"model": "opt-mini", "gain": 1.4, "target": 1.3, "low": 1.3, "high": 1.5, "rounds": 3, "batch": 1}
+    row["predicted"] = None
     rows = [
-        row | {"row": "mini-own-4", "batch": 4, "gain": 0.9},
+        row | {"row": "mini-own-4", "batch": 4, "gain": 0.9, "predicted": 1.0},
         row | {"row": "mini-own-1"},
         row | {"row": "mini-own-1-cold", "gain": 9.0},
         row | {"row": "random-0-none-1", "gain": 1.0},
@@ -396,7 +397,7 @@ def test_in_short_are_the_gains_with_weights_that_exist_and_how_many_rows_miss()
     found = " ".join(in_short([({"cpu": "Test"}, rows), ({"cpu": "Other"}, rows[3:])]).split())
     assert found.startswith("Decode seconds without a draft over those with one, of opt-mini")
     assert ": on Test 1.40x at batch 1, 0.90x (missed) at batch 4. Of 5 rows, " in found
-    assert found.endswith("3 miss their target.")
+    assert found.endswith("3 miss their target, and the gain that is predicted is off by more than a tenth in 1.")
 
 
 def test_the_picture_shows_each_guess(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -258,6 +258,11 @@ def test_generate_with_a_draft_prints_what_it_prints_without(
     assert [draft.entries for draft in drafts] == [entries] * 2
 
 
+def test_a_draft_may_be_a_path_that_was_found(model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model_directory, "--draft", "found:2", "the cat") == 2
+    assert "model must have paths that a search has found, got none" in capsys.readouterr().err
+
+
 def test_generate_prints_one_output_bare_and_several_under_headings(
     model_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

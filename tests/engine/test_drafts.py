@@ -344,6 +344,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"draft": LayerPath.full(6), "draft_entries": "path", "path": PATHS[1]}, "layers of the path only"),
     ({"draft": LayerPath.full(6), "path": Parity()}, "draft must be None for a request whose tokens"),
     ({"draft": LayerPath.full(6), "path": torch.ones(30, NUM_LAYERS, dtype=torch.bool)}, "draft must be None"),
+    ({"draft": "auto", "draft_entries": "path"}, "draft_entries must be left out with 'auto', which knows them"),
+    ({"draft": ["auto"]}, "draft of a prompt must be a LayerPath or None, got 'auto'"),
+    ({"draft": b"auto"}, "draft must be a LayerPath, 'auto' or None, got bytes"),
     ({"draft": "auto", "path": Parity()}, "draft must be None for a request whose tokens .* got 'auto'"),
 ]
 
