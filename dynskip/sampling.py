@@ -253,7 +253,10 @@ def takes_prompt(processor: object) -> bool | None:
 
 
 def draw_seed(params: SamplingParams) -> int | None:
-    """The seed of a request: that of ``params``, or one drawn from torch's random state; None where none is used."""
+    """The seed of a request: that of ``params``, or one drawn from torch's random state; None where none is used.
+
+    One that is drawn lies below 2**53: JSON's readers in JavaScript round larger numbers, and it would not come again.
+    """
     if params.greedy:
         return None
-    return int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+    return int(torch.randint(2**53, ())) if params.seed is None else params.seed

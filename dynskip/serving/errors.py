@@ -91,7 +91,7 @@ def as_api_error(error: Exception, param: str | None = None) -> APIError | None:
 def _of_field(message: str, field: str | None) -> str:
     """An error of the library's as one of a field: what a client has not called is not named."""
     says = message.partition(": ")[2]
-    return says if field is None else f"{field}: {re.sub(rf'^{re.escape(field)}(?= must )', 'it', says)}"
+    return says if field is None else f"{field}: {re.sub(rf'^(?:{re.escape(field)}|token_ids)(?= must )', 'it', says)}"
 
 
 def told(error: Exception, param: str | None = None) -> APIError:
@@ -121,11 +121,13 @@ def not_json() -> APIError:
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first of pydantic's ``errors``, with the name of its field. What the client sent is not repeated.
 
-    Of a value that may be of several types all that it could have been are told.
+    Of a value that may be of several types the one is told that it is of the longest, or all that it could have been.
     """
     if errors[0]["type"] == "json_invalid":
         return not_json()
-    place = _place(errors[0]["loc"])
+    first = _place(errors[0]["loc"])
+    of_field = [place for error in errors if (place := _place(error["loc"]))[:1] == first[:1]]
+    place = max(of_field, key=lambda place: [part for part in place if isinstance(part, int)])
     if not place:
         message = "body: it must be an object with names in Unicode, as Content-Type: application/json, got another."
         return bad_request(message, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -26,6 +27,10 @@ LOG = logging.getLogger("dynskip.serving")
 MAX_BODY = 16 * 2**20
 # Seconds from a request's headers to the end of its body: one that never ends would keep a server from draining.
 BODY_TIMEOUT_S = 60.0
+# What is still taken of a body behind a refusal, in seconds and bytes: a connection that is closed while its client
+# writes loses the answer, one that stays open takes whatever comes.
+LINGER_S = 2.0
+MOST_LINGERED = 64 * 2**20
 # What needs no key: probes, metrics, and what a browser asks for before it has one.
 _OPEN = frozenset(("/health", "/version", "/metrics", "/openapi.json")) | PAGE_ROUTES
 # What a page asks for several times a second: no line in the log, unless it is refused.
@@ -40,9 +45,10 @@ _CLIENT_GONE = 499
 
 @dataclass
 class _Answer:
-    """What has been sent so far; status: 0 before it begins."""
+    """What has been sent so far; status: 0 before it begins. is_read: whether the request was read to its end."""
 
     status: int = 0
+    is_read: bool = False
 
 
 class Gate:
@@ -68,7 +74,8 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
-        answer, begin_s = _Answer(), time.monotonic()
+        has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+        answer, begin_s = _Answer(is_read=not has_body), time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -77,14 +84,14 @@ class Gate:
             await send(message)
 
         try:
-            await self._pass(scope, headers, receive, send_with_id)
+            await self._pass(scope, headers, receive, send_with_id, answer)
         except ClientGone:
             answer.status = _CLIENT_GONE
         except APIError as error:
-            await _refuse(error, answer, send_with_id)
+            await _refuse(error, answer, send_with_id, receive)
         except Exception as error:
             LOG.error("%s %s", request_id, self._described(error))
-            await _refuse(internal_error(), answer, send_with_id)
+            await _refuse(internal_error(), answer, send_with_id, receive)
         finally:
             milliseconds = 1e3 * (time.monotonic() - begin_s)
             level = logging.DEBUG if scope["path"] == _POLLED and answer.status < 400 else logging.INFO
@@ -92,10 +99,13 @@ class Gate:
             path = quote(scope["path"][:_MOST_LOGGED])
             LOG.log(level, "%s %s %s %d %.0f ms", request_id, scope["method"], path, answer.status, milliseconds)
 
-    async def _pass(self, scope: Scope, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _pass(
+        self, scope: Scope, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send, answer: _Answer
+    ) -> None:
         if scope["path"] not in _OPEN:
             self._check_key(headers.get(b"authorization", b""))
         body = await self._body(headers, receive)
+        answer.is_read = True
         if self._log_bodies and body:
             LOG.info("%s %s", scope["state"]["request_id"], body.decode(errors="backslashreplace"))
         await self._app(scope, _replay(body, receive), send)
@@ -120,8 +130,7 @@ class Gate:
                 return await self._all_parts(receive)
         except TimeoutError as error:
             message = f"body: it must come within {BODY_TIMEOUT_S:g} seconds, got a part of it."
-            # Without the header what still comes would keep the connection open.
-            raise APIError(408, message, headers={"Connection": "close"}) from error
+            raise APIError(408, message) from error
 
     async def _all_parts(self, receive: Receive) -> bytes:
         parts, size, is_last = [], 0, False
@@ -171,12 +180,33 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _refuse(error: APIError, answer: _Answer, send: Send) -> None:
-    """Answer with ``error``, unless another answer has begun: that one stays without its end."""
+async def _refuse(error: APIError, answer: _Answer, send: Send, receive: Receive) -> None:
+    """Answer with ``error``, unless another answer has begun: that one stays without its end.
+
+    The connection of a request that was not read to its end is closed behind it.
+    """
     if answer.status:
         return
     body = as_json(error.body)
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    if not answer.is_read:
+        headers["connection"] = "close"
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    if not answer.is_read:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await _linger(receive)
+        body = b""
     await send({"type": "http.response.body", "body": body})
+
+
+async def _linger(receive: Receive) -> None:
+    """Take what a client still sends, up to a bound."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while size < MOST_LINGERED:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+                size += len(message.get("body", b""))

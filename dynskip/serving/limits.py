@@ -37,11 +37,13 @@ class Admission:
         finally:
             self.num_held -= num_outputs
 
-    def check(self, num_outputs: int) -> None:
-        """Raise an APIError where there would be no room for ``num_outputs`` were nothing else there."""
+    def check(self, num_outputs: int, field: str = "n") -> None:
+        """Raise an APIError, about ``field``, where there would be no room for so many were nothing else there."""
         if num_outputs > self.most:
             raise bad_request(
-                f"n: a request must have at most {self.most} outputs, all its prompts together, got {num_outputs}.", "n"
+                f"{field}: a request must have at most {self.most} outputs, all its prompts together, got "
+                f"{num_outputs}.",
+                field,
             )
 
     @contextmanager

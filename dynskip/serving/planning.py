@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
+from dynskip.arguments import shown
 from dynskip.sampling import SamplingParams
 from dynskip.serving.answers import Envelope, Kind
 from dynskip.serving.depths import Depth, DepthTable
@@ -63,10 +64,14 @@ class Planner:
         if body.echo and body.logprobs is not None and body.stream:
             raise bad_request("logprobs: it must be left out of a stream with echo, got both.", "logprobs")
         drops_output = bool(body.echo) and body.max_tokens == 0
+        if drops_output and body.min_tokens:
+            raise bad_request(
+                f"min_tokens: it must be at most max_tokens, 0, got {shown(body.min_tokens)}.", "min_tokens"
+            )
         given = 1 if drops_output else body.max_tokens
         envelope, depth, params = self._begun("completion", body, request_id, given)
         given_prompts = prompts_in(body.prompt)
-        self._admission.check(len(given_prompts) * params.n)
+        self._admission.check(len(given_prompts) * params.n, "n" if params.n > 1 else "prompt")
         prompts = await self._reader.completions(given_prompts)
         rooms = [self._room(len(prompt), given, "prompt") for prompt in prompts]
         try:
@@ -86,7 +91,7 @@ class Planner:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         given: int | None = getattr(body, limit)
         if given is not None and given < 1:
-            raise bad_request(f"{limit}: it must be at least 1, got {given}.", limit)
+            raise bad_request(f"{limit}: it must be at least 1, got {shown(given)}.", limit)
         envelope, depth, params = self._begun("chat", body, request_id, given)
         prompt = await self._reader.chat(body.messages)
         self._room(len(prompt), given, "messages", limit)
@@ -113,7 +118,7 @@ class Planner:
         if max_tokens is not None and num_prompt + max_tokens > longest:
             raise bad_request(
                 f"{limit}: prompt and {limit} must be at most {longest} tokens together, got {num_prompt} and "
-                f"{max_tokens}.",
+                f"{shown(max_tokens)}.",
                 limit,
                 CONTEXT_LENGTH,
             )

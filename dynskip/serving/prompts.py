@@ -57,7 +57,12 @@ class PromptReader:
         return await self._run("prompt", lambda: list(map(encode, prompts)))
 
     async def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The token ids of a conversation. What its messages say is text: it cannot end a turn."""
+        """The token ids of a conversation. What its messages say is text: it cannot end a turn.
+
+        Each message has at least a token, so that as many as the context has cannot fit: an empty one is not free.
+        """
+        if len(messages) >= self._max_context_len:
+            raise too_long("messages", self._max_context_len, f"{len(messages)} messages, which have more")
         plain = [_message(index, message) for index, message in enumerate(messages)]
         self._check_length("messages", sum(len(message["content"]) for message in plain))
         return await self._run("messages", lambda: self._llm.chat_prompt(plain, special_tokens=False))

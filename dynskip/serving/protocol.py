@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+T = TypeVar("T")
 
 # What a number of most likely tokens is bounded by: each of them is sent with its text, for each token.
 MAX_LOGPROBS = 20
 _Count = Annotated[int, Field(ge=0)]
-_TokenIds = list[int]
+# A list is read up to its first mistake: a body of a million would keep all others waiting, and fill the memory.
+_List = Annotated[list[T], Field(fail_fast=True)]
+_TokenIds = _List[int]
+
+
+def _numbers(value: object) -> object:
+    """The same for an object of numbers, which pydantic reads to its end: of a wrong one its first mistake is left."""
+    if not isinstance(value, dict):
+        return value
+    wrong = next(((key, each) for key, each in value.items() if type(each) not in (int, float)), None)
+    return value if wrong is None else dict([wrong])
 
 
 class Fields(BaseModel):
@@ -39,14 +51,14 @@ class Sampled(Fields):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     stop_token_ids: _TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_numbers)] = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: _Count | None = Field(default=None, le=MAX_LOGPROBS)
@@ -69,7 +81,7 @@ class CompletionRequest(Sampled):
     """The body of POST /v1/completions."""
 
     # In this order a list of token ids is one prompt.
-    prompt: str | _TokenIds | list[str] | list[_TokenIds]
+    prompt: str | _TokenIds | _List[str] | _List[_TokenIds]
     echo: bool | None = None
     logprobs: _Count | None = Field(default=None, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, description="As many as n: all outputs are returned.")
@@ -90,13 +102,13 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | _List[ContentPart] | None = None
 
 
 class ChatRequest(Sampled):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: _List[ChatMessage] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: _Count | None = Field(default=None, le=MAX_LOGPROBS)
     max_completion_tokens: int | None = None
@@ -106,7 +118,7 @@ class TokenizeRequest(Fields):
     """The body of POST /tokenize: a prompt, or messages."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: _List[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

@@ -89,14 +89,15 @@ class Service:
         choices = []
         for index, sample in enumerate(output.samples):
             text, tokens, logprobs = sample.text or "", sample.token_ids, sample.logprobs
+            finish_reason = sample.finish_reason
             if plan.drops_output:
-                text, tokens, logprobs = "", [], None if logprobs is None else []
+                text, tokens, logprobs, finish_reason = "", [], None if logprobs is None else [], "length"
             echo = "" if plan.echoes is None else plan.echoes[number]
             choice = choice_of(
                 plan.kind,
                 number * len(output.samples) + index,
                 echo + text,
-                sample.finish_reason,
+                finish_reason,
                 self._logprobs(plan, output, tokens, logprobs),
             )
             if plan.body.return_token_ids:

@@ -57,8 +57,10 @@ class Chunks:
         if is_first:
             self._characters[index] = Characters(self._texts)
         text, tokens, logprobs = piece.text or "", piece.token_ids, piece.logprobs
+        finish_reason = piece.finish_reason
         if plan.drops_output:
             text, tokens, logprobs = "", [], None
+            finish_reason = None if finish_reason is None else "length"
         self._num_tokens += len(tokens)
         if is_first and plan.echoes is not None:
             text = plan.echoes[number] + text
@@ -68,7 +70,7 @@ class Chunks:
         elif logprobs is not None:
             offsets = self._characters[index].add(tokens, plan.hides_special)
             shown = self._texts.completion_logprobs(tokens, logprobs, offsets)
-        choice = delta_of(plan.kind, index, text, piece.finish_reason, shown)
+        choice = delta_of(plan.kind, index, text, finish_reason, shown)
         if plan.body.return_token_ids:
             choice["token_ids"] = tokens
             if piece.was_guessed is not None:

@@ -20,6 +20,7 @@ from dynskip import LLM, AsyncLLM, SamplingParams
 from dynskip.costs.step_costs import StepCosts
 from dynskip.serving.app import make_app
 from dynskip.serving.depths import DepthTable
+from dynskip.serving.gate import MAX_BODY
 from dynskip.serving.server import Server, bind, url_of
 from dynskip.serving.service import Service
 
@@ -220,6 +221,7 @@ def on_loopback(
     draft: str | None = None,
     max_queue: int = 64,
     port: int = 0,
+    max_body: int = MAX_BODY,
     on_start: Callable[[AsyncLLM, Server], None] = lambda *_: None,
     **engine: Any,
 ) -> Iterator[str]:
@@ -234,7 +236,7 @@ def on_loopback(
         with bind("127.0.0.1", port) as bound:
             async with AsyncLLM(llm, **engine) as served:
                 service = Service(served, DepthTable(llm.model, name, table, draft=draft), max_queue)
-                found["server"] = Server(make_app(service, api_key=api_key), started.set)
+                found["server"] = Server(make_app(service, api_key=api_key, max_body=max_body), started.set)
                 found["url"] = url_of(bound)
                 on_start(served, found["server"])
                 await found["server"].serve([bound])

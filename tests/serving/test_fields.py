@@ -120,7 +120,7 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [[5], [101]]}, "prompt"),
     ({"prompt": "\ud800"}, "prompt"),
-    ({"prompt": ["w005"] * 300}, "n"),
+    ({"prompt": ["w005"] * 300}, "prompt"),
     ({"prompt": [[5]] * 100, "n": 3}, "n"),
     ({"prompt": [5] * 10**6}, "prompt"),
     ({"logprobs": -1}, "logprobs"),
@@ -322,6 +322,13 @@ def test_max_tokens_of_none_fills_the_context_and_that_of_zero_echoes(llm: LLM) 
     assert echoed.json()["choices"][0]["text"] == llm.text([5, 6, 7])
     details = {"prompt_tokens_details": {"cached_tokens": 0}}
     assert echoed.json()["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3, **details}
+    # The token that is left out may have been one that ends an output.
+    ends = {**body, "max_tokens": 0, "echo": True, "stop_token_ids": list(range(101)), "ignore_eos": False}
+    bodies = (ends, {**ends, "stream": True}, {**ends, "min_tokens": 3})
+    whole, streamed, refused = post(llm, "/v1/completions", *bodies)
+    assert whole.json()["choices"][0]["finish_reason"] == "length"
+    assert '"finish_reason":"length"' in streamed.text and '"stop"' not in streamed.text
+    assert refused.json()["error"]["message"] == "min_tokens: it must be at most max_tokens, 0, got 3."
     chat = {**CHAT, "max_tokens": None, "ignore_eos": True}
     (filled,) = post(llm, "/v1/chat/completions", chat)
     usage = filled.json()["usage"]
@@ -354,7 +361,9 @@ def test_a_request_that_the_memory_could_never_hold_is_a_400(llm: LLM) -> None:
     ("field", "value", "message"),
     [
         ("prompt", 7, "prompt: Input should be a valid string, or: Input should be a valid list."),
-        ("prompt", ["w005", 7], "prompt"),
+        ("prompt", ["w005", 7], "prompt.1: Input should be a valid string."),
+        ("prompt", [5, True], "prompt.1: Input should be a valid integer."),
+        ("prompt", [-1], "prompt: it must"),
         ("stop", 7, "stop: Input should be a valid string, or: Input should be a valid list."),
         ("depth", [], "depth: Input should be a valid integer, or: Input should be a valid string."),
         ("stop_token_ids", [5, "x"], "stop_token_ids.1: Input should be a valid integer."),

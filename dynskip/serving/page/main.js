@@ -52,8 +52,8 @@ function standing() {
 
 function notice(text) {
   const isNew = $("notice").textContent !== text;
-  if (isNew) $("notice").textContent = text; // said aloud once
   $("notice").hidden = !text;
+  if (isNew) $("notice").textContent = text; // said aloud once, where it is shown
 }
 
 // The beginning

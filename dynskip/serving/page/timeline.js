@@ -200,6 +200,7 @@ export class Timeline {
 
   #point(event) {
     this.pointedMs = null;
+    this.reading.ariaLive = "off";
     if (event) {
       const share = (event.offsetX - GUTTER) / (this.canvas.clientWidth - GUTTER);
       this.pointedMs = this.nowMs - (1 - share) * this.windowMs;
@@ -216,6 +217,7 @@ export class Timeline {
     if (next === undefined || last < 0) return;
     event.preventDefault();
     this.pointedMs = shown[Math.min(Math.max(next, 0), last)].begin_ms;
+    this.reading.ariaLive = "polite"; // a step that was asked for is said aloud; those that pass by are not
     this.draw();
   }
 
