@@ -322,9 +322,10 @@ def test_a_search_of_an_adapted_model(
 
 def test_the_pages_name_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]
-    readme, search = ((root / page).read_text(encoding="utf-8") for page in ("README.md", "docs/search.md"))
-    assert "`adapter=`" in readme and "`--adapter FOLDER`" in readme and "`--adapter FOLDER`" in search
+    pages = ("README.md", "docs/models.md", "docs/search.md")
+    readme, models, search = ((root / page).read_text(encoding="utf-8") for page in pages)
+    assert "`adapter=`" in readme and all("`--adapter FOLDER`" in page for page in (readme, models, search))
     for command in ("generate", "info", "search", "calibrate"):
         assert main([command, "--help"]) == 0
         assert "--adapter FOLDER" in capsys.readouterr().out
-        assert re.search(rf"`--adapter FOLDER`[^.]*`{command}`", readme.replace("\n", " ")), command
+        assert re.search(rf"`--adapter FOLDER`[^.]*`{command}`", models.replace("\n", " ")), command
