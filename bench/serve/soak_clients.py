@@ -147,15 +147,21 @@ class SoakClient:
         async with asyncio.timeout(ANSWER_S):
             await self._ask_other()
 
+    async def _post(self, route: str, body: dict[str, Any]) -> Answer:
+        """The answer to ``body`` once there is room for it: texts count in the queue."""
+        while (answer := await self._client.post(route, body)).status == 429:
+            await self._wait_for_room(answer)
+        return answer
+
     async def _ask_other(self) -> None:
         client = self._client
         routes = ["v1/models", "v1/depths", "v1/engine", "health", "metrics", "version", ""]
         match self._draw.choice(["tokenize", *routes]):
             case "tokenize":
-                answer = await client.post("/tokenize", {"prompt": _TEXT, "add_special_tokens": False})
+                answer = await self._post("/tokenize", {"prompt": _TEXT, "add_special_tokens": False})
                 tokens = answer.json()["tokens"]
-                text = (await client.post("/detokenize", {"tokens": tokens})).json()["prompt"]
-                answer = await client.post("/tokenize", {"prompt": text, "add_special_tokens": False})
+                text = (await self._post("/detokenize", {"tokens": tokens})).json()["prompt"]
+                answer = await self._post("/tokenize", {"prompt": text, "add_special_tokens": False})
                 if answer.json()["tokens"] != tokens:
                     raise ValueError(f"the text of {tokens} must have these tokens, got {answer.body[:200]!r}")
             case other:
