@@ -15,7 +15,7 @@ from streams import Ask, assert_empty, engine, same
 from dynskip.engine.request import RequestOutput
 from dynskip.scheduler.policies.make import POLICIES
 
-NUM_SEEDS = 6
+NUM_SEEDS = 9
 # What all seeds together have to reach, or they prove little.
 LEAST = {"drafted": 100, "accepted": 20, "shared": 50, "preempted": 1, "aborted": 10}
 
