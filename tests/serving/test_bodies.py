@@ -11,6 +11,7 @@ from api import ROUTE, local, on_loopback, run, tiny_llm
 from dynskip import LLM
 from dynskip.serving import app, gate
 from dynskip.serving.errors import validation_error
+from dynskip.serving.prompts import PromptReader
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +109,17 @@ def test_a_long_body_is_read_up_to_its_first_mistake(
     assert nums[0] <= 6
 
 
-def test_more_messages_than_the_context_has_tokens_are_refused_unread(llm: LLM) -> None:
+def test_more_messages_than_the_context_has_tokens_are_refused_unread(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokenize(*_: object) -> None:
+        raise AssertionError("nothing is tokenized")
+
+    monkeypatch.setattr(PromptReader, "_run", tokenize)
+
     async def main() -> None:
         async with local(llm) as server:
             most = server.served.max_context_len
-            server.service.reader._llm = None  # type: ignore[assignment]  # nothing is tokenized
             body = {"messages": [{"role": "user", "content": ""}] * most}
             answer = await server.post("/v1/chat/completions", body)
             assert answer.status_code == 400
